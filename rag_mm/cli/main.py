@@ -1,0 +1,217 @@
+"""The command `rag-mm`: picks one command's module, and turns a user's mistake into exit code 2.
+
+A command NAME is the module `rag_mm.cli.NAME`, imported when it is chosen:
+    add_arguments(parser)   declares its arguments
+    run(args) -> dict       does the work; what it returns is what --json prints. `"ok": False` exits 1
+    show(result, console)   the same for people, on a rich Console on stdout
+A command that declares `--config` finds `--config.key=value` in `args.overrides`, key -> text.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import errno
+import glob
+import importlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+import rag_mm
+from rag_mm.core.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One line for the list and examples for the command's own help."""
+
+    summary: str
+    examples: tuple[str, ...]
+
+
+COMMANDS = {
+    "quickstart": Command(
+        "the whole chain on emoji scenes, on two CPU cores, with a report at the end",
+        (
+            "rag-mm quickstart",
+            "rag-mm quickstart --workdir=runs/tiny --config=configs/quickstart.py:tiny",
+        ),
+    ),
+    "train": Command(
+        "run a config's stages in order, or one of them",
+        (
+            "rag-mm train --config=configs/quickstart.py:quick --workdir=runs/quickstart",
+            "rag-mm train --config=configs/quickstart.py --workdir=runs/a --config.decoder.num_steps=300",
+        ),
+    ),
+    "memory": Command(
+        "build, extend, search and check a retrieval memory",
+        (
+            "rag-mm memory build --documents=pictures --retriever=runs/quickstart --out=mem",
+            'rag-mm memory search mem --text="a red apple" -k 5',
+            "rag-mm memory verify mem",
+        ),
+    ),
+    "generate": Command(
+        "draw a picture from a caption, with the documents that were retrieved for it",
+        (
+            'rag-mm generate --workdir=runs/quickstart --prompt="red apple at the top" --out=apple.png',
+            'rag-mm generate --workdir=runs/quickstart --prompt="red apple" --docs=0 --out=vanilla.png',
+        ),
+    ),
+    "caption": Command(
+        "put a picture into words",
+        ("rag-mm caption --workdir=runs/quickstart --image=apple.png",),
+    ),
+    "infill": Command(
+        "redraw a part of a picture from what is around it",
+        (
+            "rag-mm infill --workdir=runs/quickstart --image=apple.png --box=8,8,24,24 --out=new.png",
+        ),
+    ),
+    "doctor": Command(
+        "versions, devices, flags, disk: what this machine has and what does not fit",
+        ("rag-mm doctor", "rag-mm doctor --json"),
+    ),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one sentence; subparsers made from it are of its kind."""
+
+    def __init__(self, **kwargs: Any):
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**{**kwargs, "allow_abbrev": False})
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError instead of printing the usage."""
+        raise UserError(f"{message[:1].upper()}{message[1:]} (see {self.prog} --help).")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns 0 when done, 1 when what was checked is wrong, 2 for a user's mistake."""
+    try:
+        return _main(sys.argv[1:] if argv is None else list(argv))
+    except UserError as error:
+        print(f"rag-mm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("rag-mm: interrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of stdout is gone; without this Python complains once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except OSError as error:
+        if error.filename is None and error.errno != errno.ENOSPC:
+            raise
+        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        print(f"rag-mm: {where}{error.strerror}.", file=sys.stderr)
+        return 2
+
+
+def _main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(rag_mm.__version__)
+        return 0
+    name = argv[0]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}."
+        raise UserError(f"There is no command {name!r}; {hint}")
+    choose_platform()
+    module = importlib.import_module(f"rag_mm.cli.{name}")
+    args = _parse(name, module, argv[1:])
+    with _stdout_for_result(args.json):
+        result = module.run(args)
+    if args.json:
+        print(json.dumps(result, allow_nan=False), flush=True)
+    else:
+        import rich.console
+
+        module.show(result, rich.console.Console(highlight=False))
+    return 1 if result.get("ok") is False else 0
+
+
+def choose_platform() -> None:
+    """Keeps jax on the CPU where no accelerator is plugged in, before jax looks for one and says so.
+
+    libtpu, once installed, would search for a TPU for minutes; a JAX_PLATFORMS that is set wins.
+    """
+    devices = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")
+    if any(glob.glob(pattern) for pattern in devices):
+        return
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    examples = [f"  {command.examples[0]}" for command in COMMANDS.values()]
+    return "\n".join(
+        [
+            "usage: rag-mm COMMAND [--json] ...",
+            "",
+            "Retrieval-augmented multimodal models in JAX.",
+            "",
+            "commands (rag-mm COMMAND --help says more):",
+            *lines,
+            "",
+            "examples:",
+            *examples,
+            "",
+            "With --json a command prints one JSON object on stdout and nothing else there.",
+        ]
+    )
+
+
+def _parse(name: str, module: Any, argv: list[str]) -> argparse.Namespace:
+    command = COMMANDS[name]
+    parser = Parser(
+        prog=f"rag-mm {name}",
+        description=f"{command.summary[:1].upper()}{command.summary[1:]}.",
+        epilog="\n".join(["examples:", *(f"  {example}" for example in command.examples)]),
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object on stdout, nothing else"
+    )
+    module.add_arguments(parser)
+    # Taken out first: behind a subcommand argparse would not know it.
+    end = argv.index("--") if "--" in argv else len(argv)
+    as_json = "--json" in argv[:end]
+    rest = [word for i, word in enumerate(argv) if i >= end or word != "--json"]
+    args, extra = parser.parse_known_args(rest)
+    args.json = as_json
+    args.overrides = {}
+    for word in extra:
+        key, equals, value = word.removeprefix("--config.").partition("=")
+        if not word.startswith("--config.") or not hasattr(args, "config"):
+            parser.error(f"unknown argument {word!r}")
+        if not equals or not key:
+            parser.error(f"{word} has no value; write --config.key=value")
+        args.overrides[key] = value
+    return args
+
+
+@contextlib.contextmanager
+def _stdout_for_result(is_json: bool) -> Iterator[None]:
+    # Libraries below may print, in C too; until the result is there, all of it goes to stderr.
+    if not is_json:
+        yield
+        return
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)

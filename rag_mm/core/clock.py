@@ -1,0 +1,116 @@
+"""What a stage cost: wall seconds over all its parts, peak memory, code and machine; never in a manifest."""
+
+import contextlib
+import functools
+import importlib.metadata
+import os
+import pathlib
+import platform
+import resource
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from rag_mm.core import files
+
+FILE_NAME = "times.json"
+# A killed part is charged up to its last beat.
+_BEAT_SECONDS = 5.0
+
+
+@contextlib.contextmanager
+def timed(stage_dir: epath.Path) -> Iterator[None]:
+    """Adds one part to `stage_dir/times.json`, kept up to date while the body runs."""
+    parts = read(stage_dir)["parts"]
+    began = time.monotonic()
+
+    def beat() -> None:
+        part = {"wall_seconds": round(time.monotonic() - began, 2), "peak_rss_mb": _peak_rss_mb()}
+        part |= {"code": code_version(), "machine": machine()}
+        files.write_json(stage_dir / FILE_NAME, {"parts": [*parts, part]})
+
+    def keep_beating() -> None:
+        while not stopped.wait(_BEAT_SECONDS):
+            with contextlib.suppress(Exception):  # A full disk is the body's to report.
+                beat()
+
+    beat()
+    stopped = threading.Event()
+    thread = threading.Thread(target=keep_beating, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
+    beat()
+
+
+def read(stage_dir: epath.Path) -> dict[str, Any]:
+    """The side file: `parts`, one for each time the stage was started; none if it never was."""
+    path = stage_dir / FILE_NAME
+    return files.read_json(path) if path.exists() else {"parts": []}
+
+
+def summary(stage_dir: epath.Path) -> dict[str, Any]:
+    """Total wall seconds, greatest peak RSS in MB, number of parts, and the last part's machine."""
+    parts = read(stage_dir)["parts"]
+    return {
+        "wall_seconds": round(sum(part["wall_seconds"] for part in parts), 2),
+        "peak_rss_mb": max(part["peak_rss_mb"] for part in parts),
+        "parts": len(parts),
+        "code": parts[-1]["code"],
+        "machine": parts[-1]["machine"],
+    }
+
+
+@functools.cache
+def machine() -> dict[str, Any]:
+    """Processor, cores, system, and the versions on which the bits depend."""
+    versions = {}
+    for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+@functools.cache
+def code_version() -> str:
+    """The package's version, with the commit where it runs from a checkout (`-dirty` if edited)."""
+    import rag_mm
+
+    root = pathlib.Path(rag_mm.__file__).parent.parent
+    if not (root / ".git").exists():
+        return rag_mm.__version__
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return rag_mm.__version__
+    return f"{rag_mm.__version__}+{commit.stdout.strip()}"
+
+
+def _peak_rss_mb() -> int:
+    # Linux counts kilobytes, macOS bytes.
+    unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

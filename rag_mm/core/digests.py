@@ -1,0 +1,59 @@
+"""Digests of everything in a folder, by content: the same bits give the same digests in every run."""
+
+import fnmatch
+from collections.abc import Iterator
+
+import tensorstore
+from etils import epath
+
+from rag_mm.core import files
+from rag_mm.core.errors import UserError
+
+# Orbax keeps the arrays of one save in an OCDBT store whose files have random names, and stamps times
+# and places beside it; the arrays are therefore read out of the store, and the rest is passed over.
+_STORE = "manifest.ocdbt"
+_STORE_FILES = (_STORE, "d", "ocdbt.process_*")
+_STAMPS = ("_CHECKPOINT_METADATA", "commit_success.txt")
+# Left by a kill in the middle of a save or of an atomic write.
+_UNFINISHED = ("*.orbax-checkpoint-tmp*", ".*")
+
+
+def folder_digests(folder: epath.PathLike, exclude: tuple[str, ...] = ()) -> dict[str, str]:
+    """Digest of every file below `folder` by relative path; an Orbax array store counts as one file.
+
+    Names in `exclude` are left out at the top, names that start with a dot everywhere.
+
+    Raises:
+        UserError: an array store cannot be read.
+    """
+    entries = [entry for entry in epath.Path(folder).iterdir() if entry.name not in exclude]
+    return dict(sorted(_walk(entries, "")))
+
+
+def _walk(entries: list[epath.Path], prefix: str) -> Iterator[tuple[str, str]]:
+    passed_over = _STAMPS + _UNFINISHED
+    if any(entry.name == _STORE for entry in entries):
+        passed_over += _STORE_FILES
+        yield f"{prefix}arrays", _store_digest(entries[0].parent)
+    for entry in entries:
+        if any(fnmatch.fnmatch(entry.name, pattern) for pattern in passed_over):
+            continue
+        if entry.is_dir():
+            yield from _walk(list(entry.iterdir()), f"{prefix}{entry.name}/")
+        else:
+            yield f"{prefix}{entry.name}", files.file_digest(entry)
+
+
+def _store_digest(folder: epath.Path) -> str:
+    # A value in the store is an encoded chunk or its description, which depend on the array alone.
+    url = str(folder) if "://" in str(folder) else f"file://{folder.resolve()}"
+    try:
+        store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"{url}/"}).result()
+        entries = [
+            key + b" " + files.digest(store.read(key).result().value).encode()
+            for key in sorted(store.list().result())
+        ]
+    except (ValueError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"The arrays in {folder} cannot be read ({reason}).") from error
+    return files.digest(b"\n".join(entries))

@@ -1,0 +1,79 @@
+"""Files that are either whole or absent: atomic writes, JSON in one canonical form, digests."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from rag_mm.core.errors import UserError
+
+
+def write_atomic(path: epath.PathLike, data: bytes) -> None:
+    """Writes `data` so that a reader, or a kill at any instant, sees the old file or the new one.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+    path = epath.Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.path.isdir(path.parent):  # A remote object store replaces whole objects itself.
+            path.write_bytes(data)
+            return
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces, so that equal values have equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def write_json(path: epath.PathLike, value: Mapping[str, Any]) -> None:
+    """Writes readable JSON atomically; NaN and infinity raise ValueError."""
+    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    write_atomic(path, text.encode())
+
+
+def read_json(path: epath.PathLike) -> Any:
+    """Reads JSON.
+
+    Raises:
+        UserError: the file is missing or is not JSON.
+    """
+    path = epath.Path(path)
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is not readable JSON ({error}).") from error
+
+
+def digest(data: bytes) -> str:
+    """SHA-256 of `data` in hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def file_digest(path: epath.PathLike) -> str:
+    """SHA-256 of a file's bytes in hex, read in pieces of 1 MiB."""
+    sha = hashlib.sha256()
+    with epath.Path(path).open("rb") as file:
+        while piece := file.read(1 << 20):
+            sha.update(piece)
+    return sha.hexdigest()

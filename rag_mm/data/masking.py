@@ -1,0 +1,181 @@
+"""CM3 masking: spans move to the end of the row, where both sides are context (CM3, section 2).
+
+A row is cut into segments, the runs between breaks and ends of documents. `sample_spans` chooses
+spans inside segments, `rearrange` says where each token of the masked row comes from, and `unmask`
+puts everything back. Rows reserve room for the three tokens that a span adds; nothing is trimmed.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from rag_mm.core.errors import UserError
+from rag_mm.data.vocabulary import Vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class Masking:
+    """How spans are drawn.
+
+    Attributes:
+        min_spans: 0 as in the public code (37 % of rows stay plain) or 1 as in the paper.
+        segment_probability: how often whole segments are masked instead of random spans; without
+            it captions, which are short, are hardly ever masked.
+        mask_probability: how often a row is masked at all.
+    """
+
+    min_spans: int = 0
+    segment_probability: float = 0.0
+    mask_probability: float = 1.0
+
+    def __post_init__(self):
+        if self.min_spans not in (0, 1):
+            raise UserError(f"min_spans is {self.min_spans!r}; give 0 or 1.")
+        for name in ("segment_probability", "mask_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} is {getattr(self, name)!r}; give a number in [0, 1].")
+
+
+def sample_spans(
+    masking: Masking, segments: np.ndarray, rng: np.random.Generator, max_spans: int
+) -> np.ndarray:
+    """Draws `n ~ clip(Poisson(1), min_spans, max_spans)` spans, each inside one segment.
+
+    End points are uniform over the whole row, retrieved documents included, so long segments are
+    masked more often. A span is clipped to the segment that it overlaps most; empty spans, spans
+    on a boundary token and overlaps are rejected, which can leave fewer than n but, for n > 0, at
+    least one. Whole segments (`segment_probability`) are chosen uniformly instead.
+
+    Args:
+        masking: the probabilities.
+        segments: int [num_segments, 2], start and end of each segment in the row, ascending;
+            one boundary token follows the last. Empty segments are never masked.
+        rng: decides everything.
+        max_spans: most spans that the row has room for.
+
+    Returns:
+        int32 [n, 2], start and end of each span, ascending and disjoint.
+    """
+    length = int(segments[-1, 1]) + 1
+    segments = segments[segments[:, 0] < segments[:, 1]]
+    num_spans = min(max(int(rng.poisson(1.0)), masking.min_spans), max_spans)
+    if not num_spans or not len(segments) or rng.random() >= masking.mask_probability:
+        return np.zeros((0, 2), np.int32)
+    if rng.random() < masking.segment_probability:
+        chosen = rng.permutation(len(segments))[:num_spans]
+        return segments[np.sort(chosen)].astype(np.int32)
+    spans: list[tuple[int, int]] = []
+    while not spans:
+        spans = _draw_spans(segments, length, num_spans, rng)
+    return np.array(sorted(spans), np.int32)
+
+
+def _draw_spans(
+    segments: np.ndarray, length: int, num_spans: int, rng: np.random.Generator
+) -> list[tuple[int, int]]:
+    """The first `num_spans` of `num_spans**2` candidates that can stand beside one another."""
+    drawn: list[tuple[int, int]] = []
+    clipped: list[tuple[int, int]] = []
+    for low, high in np.sort(rng.random((num_spans**2, 2)), axis=1).tolist():
+        start, end = max(1, int(low * length)), int(high * length + 0.5)
+        if end <= start or any(start < e and s < end for s, e in drawn):
+            continue
+        overlaps = np.minimum(segments[:, 1], end) - np.maximum(segments[:, 0], start)
+        best = int(overlaps.argmax())
+        if overlaps[best] <= 0:  # The span covers nothing but a boundary token.
+            continue
+        drawn.append((start, end))
+        clipped.append((max(start, int(segments[best, 0])), min(end, int(segments[best, 1]))))
+        if len(drawn) == num_spans:
+            break
+    return clipped
+
+
+class Rearranged(NamedTuple):
+    """Where the tokens of a masked row come from.
+
+    Attributes:
+        source: int32 [num_tokens + 3 n], indices into the plain row followed by n sentinels
+            and n ends of span (one `eoss` for each span).
+        num_kept: tokens before the moved part, the sentinels in place included.
+    """
+
+    source: np.ndarray
+    num_kept: int
+
+
+def rearrange(num_tokens: int, spans: np.ndarray) -> Rearranged:
+    """Puts sentinel i in the place of span i and `sentinel i, span i, eoss` at the end, in order.
+
+    Args:
+        num_tokens: length of the plain row.
+        spans: int [n, 2], ascending, disjoint and not empty; the first token stays in place.
+
+    Raises:
+        ValueError: the spans are none of that.
+    """
+    starts, ends = spans[:, 0], spans[:, 1]
+    if len(spans) and (
+        starts[0] < 1
+        or ends[-1] > num_tokens
+        or (starts >= ends).any()
+        or (starts[1:] < ends[:-1]).any()
+    ):
+        raise ValueError(f"spans {spans.tolist()} are not disjoint pieces of {num_tokens} tokens")
+    everything = np.arange(num_tokens + 2 * len(spans), dtype=np.int32)
+    kept, moved, cursor = [], [], 0
+    for i, (start, end) in enumerate(spans.tolist()):
+        sentinel = num_tokens + i
+        eoss = sentinel + len(spans)
+        kept += [everything[cursor:start], everything[sentinel : sentinel + 1]]
+        moved += [everything[sentinel : sentinel + 1], everything[start:end]]
+        moved.append(everything[eoss : eoss + 1])
+        cursor = end
+    kept.append(everything[cursor:num_tokens])
+    num_kept = num_tokens + len(spans) - int((ends - starts).sum())
+    return Rearranged(np.concatenate(kept + moved), num_kept)
+
+
+def mask(tokens: np.ndarray, spans: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """The masked row: int32 [T] and spans int [n, 2] give int32 [T + 3 n]."""
+    extended = np.concatenate([tokens, make_marks(len(spans), vocabulary)])
+    return extended[rearrange(len(tokens), spans).source]
+
+
+def make_marks(num_spans: int, vocabulary: Vocabulary) -> np.ndarray:
+    """What `Rearranged.source` expects behind the plain row: sentinels 0..n-1, then n `eoss`.
+
+    Raises:
+        ValueError: the vocabulary has fewer sentinels.
+    """
+    if num_spans > vocabulary.num_sentinels:
+        raise ValueError(f"{num_spans} spans need more than {vocabulary.num_sentinels} sentinels")
+    marks = np.full(2 * num_spans, vocabulary.eoss, np.int32)
+    marks[:num_spans] = vocabulary.sentinel(0) + np.arange(num_spans)
+    return marks
+
+
+def unmask(tokens: Sequence[int] | np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """The plain row int32 [T - 3 n] of a masked row [T] with n spans and no padding.
+
+    Raises:
+        ValueError: the row is not what masking makes, as may happen when a model wrote its end.
+    """
+    tokens = np.asarray(tokens, np.int32)
+    first = vocabulary.sentinel(0)
+    places = np.flatnonzero((tokens >= first) & (tokens < first + vocabulary.num_sentinels))
+    num_spans = len(places) // 2
+    order = np.tile(np.arange(num_spans), 2)
+    eoss = np.flatnonzero(tokens == vocabulary.eoss)
+    closings = np.append(places[num_spans + 1 :], len(tokens)) - 1 if num_spans else places
+    if not np.array_equal(tokens[places] - first, order) or not np.array_equal(eoss, closings):
+        raise ValueError("the row is not a masked row: its sentinels and ends of span do not pair")
+    pieces, cursor = [], 0
+    for i in range(num_spans):
+        pieces.append(tokens[cursor : places[i]])
+        pieces.append(tokens[places[num_spans + i] + 1 : closings[i]])
+        cursor = places[i] + 1
+    pieces.append(tokens[cursor : places[num_spans] if num_spans else len(tokens)])
+    return np.concatenate(pieces)

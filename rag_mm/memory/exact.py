@@ -1,0 +1,117 @@
+"""Exact inner-product search in JAX: the oracle, and the index for up to about a million rows."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rag_mm.core import files
+from rag_mm.core.errors import UserError
+from rag_mm.memory import index
+
+_ROWS_PER_CHUNK = 32_768  # Scores of one chunk for 256 queries are 32 MiB.
+_ROWS_PER_BLOCK = 1_024  # Small memories are padded to this, so that sizes share a program.
+_MAX_QUERIES = 256
+_MIN_QUERIES = 8
+
+
+class ExactIndex:
+    """Rows on one device, scored in float32; equal scores go to the smaller id."""
+
+    kind = "exact"
+
+    def __init__(self):
+        self._rows: np.ndarray | None = None
+        self._chunks: jax.Array | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return 0 if self._rows is None else len(self._rows)
+
+    def build(self, embeddings: np.ndarray) -> None:
+        rows = index.check_rows(embeddings)
+        chunk = min(_ROWS_PER_CHUNK, _round_up(max(len(rows), 1), _ROWS_PER_BLOCK))
+        padded = np.zeros((_round_up(max(len(rows), 1), chunk), rows.shape[1]), np.float32)
+        padded[: len(rows)] = rows
+        self._rows = rows
+        self._chunks = jnp.asarray(padded.reshape(-1, chunk, rows.shape[1]))
+
+    def add(self, embeddings: np.ndarray) -> None:
+        if self._rows is None:
+            self.build(embeddings)
+            return
+        embeddings = index.check_rows(embeddings, self._rows.shape[1])
+        self.build(np.concatenate([self._rows, embeddings]))
+
+    def search(self, queries: np.ndarray, k: int) -> index.Neighbors:
+        dim = None if self._rows is None else self._rows.shape[1]
+        queries = index.check_queries(queries, k, dim)
+        num_hits = min(k, self.num_rows)
+        if num_hits == 0 or len(queries) == 0:
+            empty = np.zeros((len(queries), 0), np.float32)
+            return index.pad_hits(empty, empty, k)
+        found = [
+            self._search_batch(queries[start : start + _MAX_QUERIES], num_hits)
+            for start in range(0, len(queries), _MAX_QUERIES)
+        ]
+        ids, scores = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return index.pad_hits(ids, scores, k)
+
+    def _search_batch(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        bucket = max(_MIN_QUERIES, 1 << (len(queries) - 1).bit_length())
+        padded = np.zeros((bucket, queries.shape[1]), np.float32)
+        padded[: len(queries)] = queries
+        ids, scores = _top_k(self._chunks, jnp.asarray(padded), jnp.int32(self.num_rows), k)
+        return np.asarray(ids)[: len(queries)], np.asarray(scores)[: len(queries)]
+
+    def save(self, directory: Path) -> None:
+        files.write_json(directory / "index.json", {"kind": self.kind, "rows": self.num_rows})
+
+    def load(self, directory: Path, embeddings: np.ndarray) -> None:
+        saved = files.read_json(directory / "index.json")
+        if saved != {"kind": self.kind, "rows": len(embeddings)}:
+            raise UserError(
+                f"{directory / 'index.json'} does not describe an exact index over "
+                f"{len(embeddings)} rows: the memory is damaged, build it again."
+            )
+        self.build(embeddings)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def _top_k(
+    chunks_crd: jax.Array, queries_qd: jax.Array, num_rows: jax.Array, k: int
+) -> tuple[jax.Array, jax.Array]:
+    """The best k of rows below `num_rows`: ids int32 [Q, k] and scores float32 [Q, k]."""
+    num_queries, chunk = queries_qd.shape[0], chunks_crd.shape[1]
+
+    def visit(best, chunk_and_start):
+        rows_rd, start = chunk_and_start
+        scores_qr = jnp.einsum(
+            "qd,rd->qr",
+            queries_qd,
+            rows_rd,
+            precision=jax.lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        )
+        ids_r = start + jnp.arange(chunk, dtype=jnp.int32)
+        scores_qr = jnp.where((ids_r < num_rows)[None, :], scores_qr, -jnp.inf)
+        scores, places = jax.lax.top_k(scores_qr, min(k, chunk))
+        # What was found before stands first: top_k prefers it among equals, as it has smaller ids.
+        scores = jnp.concatenate([best[1], scores], axis=1)
+        ids = jnp.concatenate([best[0], ids_r[places]], axis=1)
+        scores, places = jax.lax.top_k(scores, k)
+        return (jnp.take_along_axis(ids, places, axis=1), scores), None
+
+    nothing = (
+        jnp.full((num_queries, k), index.MISSING, jnp.int32),
+        jnp.full((num_queries, k), -jnp.inf, jnp.float32),
+    )
+    starts = chunk * jnp.arange(chunks_crd.shape[0], dtype=jnp.int32)
+    (ids, scores), _ = jax.lax.scan(visit, nothing, (chunks_crd, starts))
+    return ids, scores

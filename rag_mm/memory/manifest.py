@@ -1,0 +1,198 @@
+"""The files of a memory: versions, their manifests, and the one switch between them.
+
+    MEM/CURRENT                     the current version and its manifest's digest, switched atomically
+    MEM/v000001/manifest.json       what the version is and every file it needs, with size and digest
+    MEM/v000001/manifest.sha256     the manifest's own digest
+    MEM/v000001/{records,ids,codes,embeddings-VIEW}-00000.*     one shard; never changed again
+    MEM/v000001/index-VIEW/         the index of a view
+    MEM/retriever/ MEM/tokenizer/   what search and add need beside the memory
+"""
+
+import dataclasses
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rag_mm.core import files
+from rag_mm.core.errors import UserError
+
+CURRENT = "CURRENT"
+LOCK = ".lock"
+FORMAT = 1
+_CURRENT_LINE = re.compile(r"v(\d{6}) ([0-9a-f]{64})\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Some rows in files of their own: `folder` is the version that wrote them."""
+
+    folder: str
+    number: int
+    rows: int
+    with_text: int
+    with_image: int
+
+    def file(self, what: str, ending: str) -> str:
+        """The path of one of its files, relative to the memory."""
+        return f"{self.folder}/{what}-{self.number:05d}.{ending}"
+
+
+@dataclasses.dataclass(frozen=True)
+class FileEntry:
+    """A file's size in bytes and SHA-256 in hex."""
+
+    size: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """One version of a memory.
+
+    Attributes:
+        version: 1, 2, ...
+        dim: width of the embeddings.
+        image_size: side of the stored pictures in pixels.
+        index: kind of the indexes.
+        encoder: fingerprint of the retriever.
+        tokenizer: fingerprint of the image tokenizer, or None where there are no codes.
+        num_codes: codes of one image, or None.
+        shards: in row order.
+        files: everything that the version needs, by path relative to the memory.
+    """
+
+    version: int
+    dim: int
+    image_size: int
+    index: str
+    encoder: str
+    tokenizer: str | None
+    num_codes: int | None
+    shards: tuple[Shard, ...]
+    files: Mapping[str, FileEntry]
+
+    @property
+    def rows(self) -> int:
+        """Rows of all shards."""
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def folder(self) -> str:
+        """The version's own folder."""
+        return folder_of(self.version)
+
+
+def folder_of(version: int) -> str:
+    """`v000001` for 1."""
+    return f"v{version:06d}"
+
+
+def version_of(folder: str) -> int | None:
+    """1 for `v000001`; None for a name that is no version's."""
+    return int(folder[1:]) if re.fullmatch(r"v\d{6}", folder) else None
+
+
+def seal(path: Path) -> FileEntry:
+    """Brings a finished file to the disk and measures it."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return FileEntry(path.stat().st_size, files.file_digest(path))
+
+
+def write(root: Path, manifest: Manifest) -> str:
+    """Writes a version's manifest and its digest, which is returned."""
+    text = files.canonical_json({"format": FORMAT, **dataclasses.asdict(manifest)}) + "\n"
+    sha256 = files.digest(text.encode())
+    files.write_atomic(root / manifest.folder / "manifest.json", text.encode())
+    line = _digest_line(sha256)
+    files.write_atomic(root / manifest.folder / "manifest.sha256", line.encode())
+    return sha256
+
+
+def switch(root: Path, version: int, sha256: str) -> None:
+    """Makes a version the current one: readers see the old one or this one, never neither."""
+    files.write_atomic(root / CURRENT, f"{folder_of(version)} {sha256}\n".encode())
+
+
+def read_current(root: Path) -> tuple[int, str]:
+    """The current version and its manifest's digest.
+
+    Raises:
+        UserError: the folder is no memory, an unfinished one, or CURRENT is damaged.
+    """
+    try:
+        line = (root / CURRENT).read_bytes().decode("utf-8", "replace")
+    except OSError:
+        remedy = (
+            "its build was not finished, run `memory build` again"
+            if (root / LOCK).exists()
+            else "name a folder made by `memory build`"
+        )
+        raise UserError(f"{root} is not a memory: {remedy}.") from None
+    match = _CURRENT_LINE.fullmatch(line)
+    if match is None:
+        raise UserError(f"{root / CURRENT} is damaged: it names no version.")
+    return int(match[1]), match[2]
+
+
+def read(root: Path, version: int, sha256: str | None = None) -> Manifest:
+    """Reads a version's manifest and holds it against its digest.
+
+    Args:
+        root: the memory.
+        version: which.
+        sha256: the digest that CURRENT gives, for the current version.
+
+    Raises:
+        UserError: it is missing, or its bytes are not those that were written.
+    """
+    path = root / folder_of(version) / "manifest.json"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}).") from error
+    try:
+        line = path.with_suffix(".sha256").read_bytes().decode("utf-8", "replace")
+    except OSError as error:
+        raise UserError(f"{path.with_suffix('.sha256')} cannot be read.") from error
+    actual = files.digest(data)
+    if line != _digest_line(actual) or sha256 not in (None, actual):
+        raise UserError(f"{path} or its digest was changed: the memory cannot be trusted.")
+    try:
+        return _parse(files.read_json(path))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is not a manifest of this version of rag_mm ({error}).") from error
+
+
+def check_file(root: Path, name: str, entry: FileEntry, deep: bool) -> str | None:
+    """What is wrong with a listed file, in one sentence, or None; `deep` compares its digest."""
+    path = root / name
+    if not path.is_file():
+        return f"{path} is missing."
+    size = path.stat().st_size
+    if size != entry.size:
+        return f"{path} has {size} bytes instead of {entry.size}: it was truncated or changed."
+    if deep and files.file_digest(path) != entry.sha256:
+        return f"{path} was changed: its SHA-256 is not the one in the manifest."
+    return None
+
+
+def _digest_line(sha256: str) -> str:
+    return f"{sha256}  manifest.json\n"
+
+
+def _parse(fields: Any) -> Manifest:
+    fields = dict(fields)
+    if fields.pop("format") != FORMAT:
+        raise ValueError("another format")
+    fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
+    fields["files"] = {name: FileEntry(**entry) for name, entry in fields["files"].items()}
+    names = [*fields["files"], *(shard.folder for shard in fields["shards"])]
+    for name in names:  # A stranger's manifest must not lead out of its folder.
+        parts = pathlib.PurePosixPath(name)
+        if parts.is_absolute() or ".." in parts.parts:
+            raise ValueError(f"a path leads outside: {name}")
+    return Manifest(**fields)

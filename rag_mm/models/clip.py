@@ -1,0 +1,187 @@
+"""CLIP (Radford et al. 2021): a ViT and a causal text transformer into one space, by symmetric InfoNCE.
+
+The architecture is the published one (pre-norm, class token, a norm before the vision stack, pooling at the
+end-of-text token), so the quickstart's small towers and the public checkpoints are one code.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rag_mm.core import sharding
+from rag_mm.nn import layers
+from rag_mm.nn.block import BlockConfig, Stack
+from rag_mm.ops import attention, losses
+
+
+@dataclasses.dataclass(frozen=True)
+class TowerConfig:
+    """One transformer tower."""
+
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    mlp_dim: int
+
+    def block(self, mlp: str) -> BlockConfig:
+        """CLIP's block: LayerNorm, biases everywhere, absolute positions."""
+        return BlockConfig(
+            embed_dim=self.embed_dim,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_heads,
+            head_dim=self.embed_dim // self.num_heads,
+            mlp_dim=self.mlp_dim,
+            norm="layernorm",
+            mlp=mlp,
+            use_bias=True,
+            rope_theta=None,
+            output_init_std=self.embed_dim**-0.5 * (2 * self.num_layers) ** -0.5,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Two towers and the space they share."""
+
+    image_size: int
+    patch_size: int
+    vision: TowerConfig
+    text: TowerConfig
+    vocab_size: int
+    max_text: int
+    end_of_text: int  # id at whose first place the text is pooled
+    projection_dim: int
+    mlp: str = "quick_gelu"  # quick_gelu | gelu
+    image_mean: tuple[float, float, float] = (0.4815, 0.4578, 0.4082)
+    image_std: tuple[float, float, float] = (0.2686, 0.2613, 0.2758)
+    initial_logit_scale: float = 14.3  # 1 / 0.07
+
+    @property
+    def num_patches(self) -> int:
+        """Patches an image, class token aside."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+class VisionTower(nnx.Module):
+    """Images to unprojected features."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        c, width = config, config.vision.embed_dim
+        self.config = c
+        self.patches = layers.Linear(
+            (c.patch_size**2 * 3,), (width,), (None, "embed"), use_bias=False, rngs=rngs
+        )
+        self.class_embedding = layers.make_param(rngs, (width,), ("embed",), width**-0.5)
+        self.position_embedding = layers.make_param(
+            rngs, (c.num_patches + 1, width), (None, "embed"), 0.02
+        )
+        self.pre_norm = layers.Norm("layernorm", width, rngs=rngs)
+        self.stack = Stack(c.vision.block(c.mlp), c.vision.num_layers, rngs=rngs)
+        self.post_norm = layers.Norm("layernorm", width, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """images: float32 [B, H, W, 3] in [0, 1] -> [B, D] of the class token."""
+        c, p = self.config, self.config.patch_size
+        side = c.image_size // p
+        mean, std = (jnp.asarray(v, images.dtype)[None, None, None] for v in (c.image_mean, c.image_std))
+        x = (images - mean) / std
+        x = x.reshape(-1, side, p, side, p, 3).transpose(0, 1, 3, 2, 4, 5)
+        x = self.patches(x.reshape(-1, side * side, p * p * 3))
+        # The class token enters as a zero row in front, onto which its vector is added with the positions.
+        x = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))
+        added = sharding.gather(self.position_embedding[...], (None, None))
+        class_vector = sharding.gather(self.class_embedding[...], (None,))
+        x = self.pre_norm(x + added.at[0].add(class_vector).astype(x.dtype)[None])
+        x, _ = self.stack(x, None, _attend_to_all)
+        return self.post_norm(x[:, 0])
+
+
+class TextTower(nnx.Module):
+    """Token ids to unprojected features."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        c, width = config, config.text.embed_dim
+        self.config = c
+        self.embedding = layers.Embedding(
+            c.vocab_size, width, std=0.02, rngs=rngs, axes=("vocab", "embed")
+        )
+        self.position_embedding = layers.make_param(rngs, (c.max_text, width), (None, "embed"), 0.01)
+        self.stack = Stack(c.text.block(c.mlp), c.text.num_layers, rngs=rngs)
+        self.norm = layers.Norm("layernorm", width, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """tokens: int32 [B, T], each row holding `end_of_text` -> [B, D] at its first place."""
+        added = sharding.gather(self.position_embedding[...], (None, None))[: tokens.shape[1]]
+        x = self.embedding(tokens, jnp.dtype(jnp.float32)) + added[None]
+        x, _ = self.stack(x, None, _attend_causally)
+        ends = tokens == self.config.end_of_text
+        first = (ends & (jnp.cumsum(ends, axis=1) == 1)).astype(x.dtype)
+        return jnp.einsum("bt,btd->bd", first, self.norm(x))
+
+
+class Model(nnx.Module):
+    """Both towers, their projections and the temperature."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        c = self.config = config
+        self.vision = VisionTower(c, rngs=rngs)
+        self.text = TextTower(c, rngs=rngs)
+        width, out = c.vision.embed_dim, c.projection_dim
+        self.image_projection = layers.make_param(rngs, (width, out), ("embed", None), width**-0.5)
+        width = c.text.embed_dim
+        self.text_projection = layers.make_param(rngs, (width, out), ("embed", None), width**-0.5)
+        self.logit_scale = nnx.Param(jnp.log(jnp.float32(c.initial_logit_scale)), axes=())
+
+    def encode_image(self, images: jax.Array) -> jax.Array:
+        """images: float32 [B, H, W, 3] in [0, 1] -> unit vectors float32 [B, D]."""
+        return _project(self.vision(images), self.image_projection)
+
+    def encode_text(self, tokens: jax.Array) -> jax.Array:
+        """tokens: int32 [B, T] -> unit vectors float32 [B, D]."""
+        return _project(self.text(tokens), self.text_projection)
+
+
+def loss_fn(
+    model: Model, batch: Mapping[str, jax.Array], rng: jax.Array
+) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
+    """Symmetric InfoNCE over the batch.
+
+    Args:
+        model: both towers.
+        batch: images float32 [B, H, W, 3] in [0, 1] and tokens int32 [B, T]; row i belongs with row i.
+        rng: unused.
+
+    Returns:
+        The loss, float32 [], and sums with weights: loss, in_batch_recall (image to text at 1), logit_scale.
+    """
+    del rng
+    images, texts = model.encode_image(batch["images"]), model.encode_text(batch["tokens"])
+    scale = jnp.exp(jnp.minimum(model.logit_scale[...], jnp.log(100.0)))  # clipped as in the paper
+    whole = sharding.place(texts, None, None)
+    similarities = scale * sharding.place(jnp.einsum("id,jd->ij", images, whole), None, None)
+    per_row, hits = losses.info_nce(similarities)
+    count = jnp.float32(per_row.shape[0])
+    metrics = {
+        "loss": (per_row.sum(), count),
+        "in_batch_recall": (hits.astype(jnp.float32).sum(), count),
+        "logit_scale": (scale, jnp.float32(1)),
+    }
+    return per_row.mean(), metrics
+
+
+def _project(features: jax.Array, projection: Any) -> jax.Array:
+    kernel = sharding.gather(projection[...], (None, None))
+    x = jnp.einsum("bd,de->be", features, kernel.astype(features.dtype)).astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)
+
+
+def _attend_to_all(q, k, v, _):
+    return attention.attention(q, k, v, is_causal=False), None
+
+
+def _attend_causally(q, k, v, _):
+    return attention.attention(q, k, v, is_causal=True), None

@@ -1,0 +1,84 @@
+"""Convolutional parts of image tokenizers (MAGVIT's 2D residual blocks; SPAE, spec section 2)."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rag_mm.core.errors import UserError
+
+
+def conv3x3(in_dim: int, out_dim: int, *, use_bias: bool = True, rngs: nnx.Rngs) -> nnx.Conv:
+    """A 3x3 convolution that keeps height and width."""
+    return nnx.Conv(in_dim, out_dim, (3, 3), use_bias=use_bias, rngs=rngs)
+
+
+def group_norm(width: int, *, rngs: nnx.Rngs) -> nnx.GroupNorm:
+    """Flax's default of 32 groups, or as many of them as divide a smaller width."""
+    return nnx.GroupNorm(width, num_groups=math.gcd(width, 32), rngs=rngs)
+
+
+class ResBlock(nnx.Module):
+    """Norm, swish, 3x3 convolution, twice, around a skip that is 1x1 where the width changes."""
+
+    def __init__(self, in_dim: int, out_dim: int, *, rngs: nnx.Rngs):
+        self.norm1 = group_norm(in_dim, rngs=rngs)
+        self.conv1 = conv3x3(in_dim, out_dim, use_bias=False, rngs=rngs)
+        self.norm2 = group_norm(out_dim, rngs=rngs)
+        self.conv2 = conv3x3(out_dim, out_dim, use_bias=False, rngs=rngs)
+        self.skip = (
+            nnx.Linear(in_dim, out_dim, use_bias=False, rngs=rngs) if in_dim != out_dim else None
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """float32 [B, H, W, in_dim] -> float32 [B, H, W, out_dim]."""
+        h = self.conv1(nnx.silu(self.norm1(x)))
+        h = self.conv2(nnx.silu(self.norm2(h)))
+        return h + (x if self.skip is None else self.skip(x))
+
+
+class PointwiseBlock(nnx.Module):
+    """A residual MLP on each position alone; the identity when new."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        # LayerNorm, since GroupNorm's statistics would let positions see one another.
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        self.up = nnx.Linear(width, 2 * width, rngs=rngs)
+        self.down = nnx.Linear(
+            2 * width, width, kernel_init=nnx.initializers.zeros_init(), rngs=rngs
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """float32 [..., width] -> the same shape."""
+        return x + self.down(nnx.silu(self.up(self.norm(x))))
+
+
+def average_pool(x: jax.Array) -> jax.Array:
+    """Halves height and width by 2x2 means: [B, H, W, D] -> [B, H/2, W/2, D]."""
+    return nnx.avg_pool(x, (2, 2), strides=(2, 2))
+
+
+def upsample_nearest(x: jax.Array) -> jax.Array:
+    """Doubles height and width: [B, H, W, D] -> [B, 2H, 2W, D]."""
+    return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+
+
+def space_to_depth(x: jax.Array, patch: int) -> jax.Array:
+    """Folds patches into channels: [B, H, W, D] -> [B, H/patch, W/patch, patch * patch * D].
+
+    Raises:
+      UserError: patch does not divide height and width.
+    """
+    b, h, w, d = x.shape
+    if h % patch or w % patch:
+        raise UserError(f"a {h}x{w} image cannot be cut into {patch}-pixel patches: resize it.")
+    x = x.reshape(b, h // patch, patch, w // patch, patch, d)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // patch, w // patch, -1)
+
+
+def depth_to_space(x: jax.Array, patch: int) -> jax.Array:
+    """Inverse of space_to_depth."""
+    b, h, w, d = x.shape
+    x = x.reshape(b, h, w, patch, patch, d // patch**2)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * patch, w * patch, -1)

@@ -1,0 +1,147 @@
+"""One scanned decoder whose config covers every language model here: CM3, CM3Leon, Chameleon, LLaMA."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rag_mm.nn import layers
+from rag_mm.nn.block import Attend, Block, BlockConfig, Stack
+from rag_mm.ops import attention, rope
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and family; a weight converter is a table of names over these values."""
+
+    vocab_size: int
+    num_layers: int
+    embed_dim: int
+    num_heads: int
+    mlp_dim: int
+    max_seq_len: int
+    num_kv_heads: int | None = None  # None: as many as num_heads
+    head_dim: int | None = None  # None: embed_dim / num_heads
+    norm: str = "rmsnorm"  # layernorm | layernorm_no_params | rmsnorm
+    norm_eps: float = 1e-5
+    positions: str = "rope"  # rope | sinusoidal | learned
+    rope_theta: float = 10_000.0
+    mlp: str = "swiglu"  # swiglu | relu | gelu
+    qk_norm: bool = False
+    use_bias: bool = False
+    tie_embeddings: bool = False
+    init_std: float = 0.02
+    dtype: str = "float32"  # of activations; parameters, softmax and loss stay float32
+
+    def __post_init__(self):
+        if self.positions not in ("rope", "sinusoidal", "learned"):
+            raise ValueError(f"positions are rope, sinusoidal or learned, not {self.positions!r}")
+
+    @property
+    def block(self) -> BlockConfig:
+        """The block's share of this config."""
+        return BlockConfig(
+            embed_dim=self.embed_dim,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads or self.num_heads,
+            head_dim=self.head_dim or self.embed_dim // self.num_heads,
+            mlp_dim=self.mlp_dim,
+            norm=self.norm,
+            norm_eps=self.norm_eps,
+            mlp=self.mlp,
+            qk_norm=self.qk_norm,
+            use_bias=self.use_bias,
+            rope_theta=self.rope_theta if self.positions == "rope" else None,
+            init_std=self.init_std,
+            output_init_std=self.init_std / (2 * self.num_layers) ** 0.5,
+        )
+
+
+class Decoder(nnx.Module):
+    """Token ids in, hidden states out; `logits` maps them onto the vocabulary."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        c = self.config = config
+
+        def table(size: int, rows: str | None) -> layers.Embedding:
+            axes = (rows, "embed")
+            return layers.Embedding(size, c.embed_dim, axes=axes, std=c.init_std, rngs=rngs)
+
+        learned = c.positions == "learned"
+        self.embedding = table(c.vocab_size, "vocab")
+        self.position_embedding = table(c.max_seq_len, None) if learned else None
+        self.stack = Stack(c.block, c.num_layers, rngs=rngs)
+        self.norm = layers.Norm(c.norm, c.embed_dim, rngs=rngs, eps=c.norm_eps)
+        self.head = None if c.tie_embeddings else table(c.vocab_size, "vocab")
+
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
+    ) -> jax.Array:
+        """Causal within a segment.
+
+        Args:
+            tokens: int32 [B, T].
+            positions: int32 [B, T], below max_seq_len.
+            segment_ids: int32 [B, T]; tokens see earlier tokens of their own segment only.
+
+        Returns:
+            Hidden states [B, T, D] after the last norm, in the config's dtype.
+        """
+
+        def attend(q, k, v, _):
+            masked = attention.attention(
+                q, k, v, is_causal=True, query_segment_ids=segment_ids, key_segment_ids=segment_ids
+            )
+            return masked, None
+
+        x, _ = self.stack(self.embed(tokens, positions), positions, attend)
+        return self.norm(x)
+
+    def prefill(
+        self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """Like a call, and also the keys and values of every layer, each [L, B, T, K, H]."""
+
+        def attend(q, k, v, _):
+            masked = attention.attention(
+                q, k, v, is_causal=True, query_segment_ids=segment_ids, key_segment_ids=segment_ids
+            )
+            return masked, (k, v)
+
+        x, keys_values = self.stack(self.embed(tokens, positions), positions, attend)
+        return self.norm(x), keys_values
+
+    def decode_step(
+        self,
+        blocks: tuple[Block, ...],
+        tokens: jax.Array,
+        positions: jax.Array,
+        attend: Attend,
+        cache: tuple,
+    ) -> tuple[jax.Array, tuple]:
+        """One token a row, int32 [B, 1], against a cache a layer that `attend` reads and updates.
+
+        `blocks` is `stack.unstack()`, taken once outside the decoding loop.
+        """
+        x = self.embed(tokens, positions)
+        updated = []
+        for block, layer_cache in zip(blocks, cache, strict=True):
+            x, layer_cache = block(x, positions, attend, layer_cache)
+            updated.append(layer_cache)
+        return self.norm(x), tuple(updated)
+
+    def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        """Token (and absolute position) vectors, [B, T, D]."""
+        dtype = jnp.dtype(self.config.dtype)
+        x = self.embedding(tokens, dtype)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(positions, dtype)
+        if self.config.positions == "sinusoidal":
+            x = x + rope.sinusoids(positions, self.config.embed_dim).astype(dtype)
+        return x
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[B, T, D] -> float32 [B, T, V]."""
+        head = self.embedding if self.head is None else self.head
+        return head.attend(hidden).astype(jnp.float32)

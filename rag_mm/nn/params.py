@@ -1,0 +1,43 @@
+"""Parameters as plain nested dicts: described without making an array, made where they belong."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from rag_mm.core import sharding
+
+Params = dict[str, Any]
+
+
+def describe(make_model: Callable[[], nnx.Module], mesh: Mesh) -> tuple[nnx.GraphDef, Params]:
+    """The model's structure, and its parameters as shapes with shardings.
+
+    A parameter's logical axes stand in its metadata (`rag_mm.nn.layers`); those of stock Flax layers have
+    none and are replicated. Parameters of a `Stack` have a leading `layers` axis.
+    """
+    graphdef, abstract = nnx.split(jax.eval_shape(make_model), nnx.Param)
+
+    def place(variable: nnx.Variable) -> jax.ShapeDtypeStruct:
+        leaf = variable.get_value()
+        axes = variable.get_metadata().get("axes", (None,) * leaf.ndim)
+        if len(axes) < leaf.ndim:
+            axes = ("layers", *axes)
+        spec = NamedSharding(mesh, sharding.parameter_spec(axes))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spec)
+
+    is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
+    placed = jax.tree.map(place, abstract, is_leaf=is_variable)
+    return graphdef, nnx.to_pure_dict(placed)
+
+
+def init_params(make_model: Callable[[], nnx.Module], mesh: Mesh) -> Params:
+    """The model's fresh parameters, each made directly in its own layout."""
+    _, abstract = describe(make_model, mesh)
+
+    def init() -> Params:
+        return nnx.to_pure_dict(nnx.split(make_model(), nnx.Param)[1])
+
+    return jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()

@@ -1,0 +1,85 @@
+"""The loop around the step: resume, draw, step, log, save. Everything stateful stands here in plain sight."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from rag_mm.core import progress, sharding
+from rag_mm.train import checkpoint, metrics
+from rag_mm.train.state import TrainState
+from rag_mm.train.step import Metrics
+
+StepFn = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+# Changes the state between steps on the strength of the averages since the last log (or leaves it).
+Hook = Callable[[TrainState, dict[str, np.ndarray]], TrainState]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How long, and how often to look; a checkpoint falls on a logged step."""
+
+    num_steps: int
+    log_every: int = 20
+    checkpoint_every: int = 200
+
+    def __post_init__(self):
+        if self.num_steps < 1 or self.checkpoint_every % self.log_every:
+            raise ValueError(
+                "num_steps is at least 1 and checkpoint_every a multiple of log_every, not "
+                f"{self.num_steps}, {self.checkpoint_every} and {self.log_every}"
+            )
+
+
+def fit(
+    name: str,
+    state: TrainState,
+    step_fn: StepFn,
+    iterator: grain.DatasetIterator,
+    mesh: Mesh,
+    directory: epath.PathLike,
+    config: Config,
+    hook: Hook | None = None,
+) -> tuple[TrainState, list[dict[str, float]]]:
+    """Trains to `config.num_steps`, from the newest checkpoint in `directory` if there is one.
+
+    Killed and run again it gives the same state and log, to the bit, as if it had never stopped: state
+    and iterator are saved together, after the step and before the next batch is drawn, and averages are
+    closed at every log, on which every checkpoint falls.
+
+    Returns:
+        The last state and the log's rows.
+    """
+    directory = epath.Path(directory)
+    checkpoints = checkpoint.Checkpoints(directory / "checkpoints")
+    if checkpoints.latest_step is not None:
+        state = checkpoints.restore(state, iterator)
+    start = int(state.step)
+    log = metrics.Log(directory / "log.jsonl", start)
+    averages = metrics.Averages()
+    with (
+        jax.set_mesh(mesh),
+        progress.track(name, total=config.num_steps, start=start) as bar,
+    ):
+        for step in range(start + 1, config.num_steps + 1):
+            batch = sharding.put_batch(next(iterator), mesh)
+            state, sums = step_fn(state, batch)
+            averages.add(sums)
+            is_last = step == config.num_steps
+            if step % config.log_every == 0 or is_last:
+                values = averages.pop()
+                if not np.isfinite(values["loss"]):
+                    raise FloatingPointError(f"{name}: the loss at step {step} is not finite")
+                log.write(step, values)
+                bar.update(log.rows[-1]["step"], loss=float(values["loss"]))
+                if hook is not None:
+                    state = hook(state, values)
+            if step % config.checkpoint_every == 0 or is_last:
+                checkpoints.save(state, iterator)
+    checkpoints.close()
+    return state, log.rows

@@ -1,0 +1,61 @@
+"""Adam with decoupled weight decay, gradient clipping and a warm-up schedule, all Optax."""
+
+import dataclasses
+
+import jax
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One optimizer; the defaults are RA-CM3's (ra_cm3 section 6) where the paper gives them."""
+
+    learning_rate: float = 1e-4
+    warmup_steps: int = 1500
+    schedule: str = "linear"  # after warm-up, to zero at the last step: linear | cosine | constant
+    b1: float = 0.9
+    b2: float = 0.98
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+
+def make_schedule(config: Config, num_steps: int) -> optax.Schedule:
+    """Learning rate of each step: linear warm-up from zero, then the chosen decay.
+
+    Raises:
+        ValueError: the schedule is not one of linear, cosine, constant.
+    """
+    peak, warmup = config.learning_rate, min(config.warmup_steps, num_steps)
+    after = max(num_steps - warmup, 1)
+    decays = {
+        "linear": lambda: optax.linear_schedule(peak, 0.0, after),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, after),
+        "constant": lambda: optax.constant_schedule(peak),
+    }
+    if config.schedule not in decays:
+        raise ValueError(f"schedule is one of {', '.join(decays)}, not {config.schedule!r}")
+    ramp = optax.linear_schedule(0.0, peak, max(warmup, 1))
+    return optax.join_schedules([ramp, decays[config.schedule]()], [warmup])
+
+
+def make_optimizer(config: Config, num_steps: int) -> optax.GradientTransformation:
+    """Clip, Adam, decay of matrices only, schedule."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            make_schedule(config, num_steps),
+            b1=config.b1,
+            b2=config.b2,
+            weight_decay=config.weight_decay,
+            mask=_is_decayed,
+        ),
+    )
+
+
+def _is_decayed(params: optax.Params) -> optax.Params:
+    """Norms, biases and temperatures keep their scale."""
+
+    def decide(path: tuple, _: jax.Array) -> bool:
+        return str(path[-1].key) not in ("scale", "bias", "logit_scale")
+
+    return jax.tree_util.tree_map_with_path(decide, params)

@@ -1,0 +1,75 @@
+"""Installs rag_mm; the experiment pages in configs/ travel in the wheel as rag_mm/configs."""
+
+import pathlib
+import re
+
+import setuptools
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "([^"]+)"$', (ROOT / "rag_mm" / "__init__.py").read_text(), re.MULTILINE
+).group(1)
+README = ROOT / "README.md"
+
+BASE = [
+    "array_record>=0.8; sys_platform != 'win32'",
+    "clu>=0.0.12",
+    "etils[epath]",
+    "flax>=0.12.8,<0.13",
+    "grain>=0.2.15",
+    "importlib_resources",  # tensorflow-datasets imports it without saying so.
+    "jax>=0.10,<0.13",
+    "jinja2",
+    "markupsafe",
+    "matplotlib",
+    "ml_collections>=1.1",
+    "msgpack",
+    "numpy>=2",
+    "optax>=0.2.5,<0.3",
+    "orbax-checkpoint>=0.12,<0.13",  # Names in its v1 still move between minor versions.
+    "pillow",
+    "pycocoevalcap",
+    "rich",
+    "scann>=1.4.2; sys_platform == 'linux' and python_version < '3.14'",
+    "tensorflow-datasets>=4.9.9",
+    "tensorstore",
+    "tokenizers",
+]
+EXTRAS = {
+    # ScaNN's wheels are linked against TensorFlow 2.20 and no other; TensorBoard needs pkg_resources.
+    "tf": [
+        "setuptools<82",
+        "tensorboard~=2.20.0",
+        "tensorflow-cpu~=2.20.0; platform_machine in 'x86_64 AMD64'",
+        "tensorflow~=2.20.0; platform_machine not in 'x86_64 AMD64'",
+    ],
+    "tpu": ["jax[tpu]>=0.10,<0.13"],
+    "gpu": ["jax[cuda13]>=0.10,<0.13"],
+    "beam": ["apache-beam>=2.60"],
+    "parity": ["torch==2.13.0", "transformers>=5,<6"],
+    "test": ["emoji", "hypothesis", "mypy", "pytest", "ruff"],
+}
+
+setuptools.setup(
+    name="rag_mm",
+    version=VERSION,
+    description="Retrieval-augmented multimodal models in JAX",
+    long_description=README.read_text() if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    python_requires=">=3.11,<3.14",
+    packages=[
+        *setuptools.find_packages(include=["rag_mm", "rag_mm.*"]),
+        "rag_mm.configs",
+    ],
+    package_dir={"rag_mm.configs": "configs"},
+    package_data={
+        "rag_mm": ["py.typed"],
+        "rag_mm.worlds.emoji": ["*.webp", "*.json"],
+        "rag_mm.report": ["*.css", "*.j2"],
+    },
+    install_requires=BASE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["rag-mm = rag_mm.cli.main:main"]},
+)

@@ -1,0 +1,140 @@
+"""Text survives exactly, ids are disjoint, and no text can spell a special token."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rag_mm.core.errors import UserError
+from rag_mm.data import vocabulary as vocabulary_lib
+
+TEXTS = ["red apple at the top left on a blue background", "green pear at the center"] * 3
+
+
+def make_vocabulary(**changes):
+    sizes = {"vocab_size": 320, "codebook_size": 64, "num_sentinels": 8} | changes
+    return vocabulary_lib.train_vocabulary(TEXTS, **sizes)
+
+
+VOCABULARY = make_vocabulary()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "  a  b ",
+        "\n\r\n\t",
+        "👨‍👩‍👧 né \x00\u2028",
+        "נמר 虎 🇨🇭",
+        "red apple",
+        "x" * 10_000,
+    ],
+)
+def test_text_survives_exactly(text):
+    assert VOCABULARY.decode_text(VOCABULARY.encode_text(text)) == text
+
+
+@given(st.text())
+def test_any_text_survives_exactly(text):
+    assert VOCABULARY.decode_text(VOCABULARY.encode_text(text)) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["<pad>", "<0x41>", "<sentinel:0>", "<eoss><eod>", "</s>", "[PAD]"]
+)
+def test_no_text_spells_a_special_token(text):
+    hostile = vocabulary_lib.train_vocabulary([text] * 9, 300, 64, 8)
+    for vocabulary in (VOCABULARY, hostile):
+        ids = vocabulary.encode_text(text)
+        assert all(0 <= i < vocabulary.text_size for i in ids)
+        assert vocabulary.decode_text(ids) == text
+
+
+def test_ids_are_disjoint_and_fill_the_range():
+    v = VOCABULARY
+    specials = [v.pad, v.eod, v.brk, v.eoss] + [v.sentinel(i) for i in range(v.num_sentinels)]
+    codes = range(v.code_offset, v.code_offset + v.codebook_size)
+    assert [*range(v.text_size), *specials, *codes] == list(range(v.size))
+    with pytest.raises(ValueError, match="sentinel 8"):
+        v.sentinel(8)
+
+
+def test_training_learns_words_and_keeps_all_bytes():
+    assert len(VOCABULARY.encode_text("red apple")) < len("red apple")
+    assert 256 < VOCABULARY.text_size <= 320
+    assert vocabulary_lib.train_vocabulary([], 256, 64, 8).text_size == 256
+
+
+def test_training_is_deterministic_even_in_another_process(tmp_path):
+    VOCABULARY.save(tmp_path / "here.json")
+    code = (
+        "import sys; from rag_mm.data import vocabulary as v;"
+        f"v.train_vocabulary({TEXTS[::-1]!r}, 320, 64, 8).save(sys.argv[1])"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "7"}
+    command = [sys.executable, "-c", code, str(tmp_path / "there.json")]
+    subprocess.run(command, check=True, env=environment)
+    assert (tmp_path / "here.json").read_bytes() == (tmp_path / "there.json").read_bytes()
+
+
+def test_loading_gives_the_same_vocabulary(tmp_path):
+    VOCABULARY.save(tmp_path / "vocabulary.json")
+    loaded = vocabulary_lib.load_vocabulary(tmp_path / "vocabulary.json")
+    assert loaded.fingerprint == VOCABULARY.fingerprint
+    assert loaded.size == VOCABULARY.size
+    for text in ("green apple", "  ünseen 🍐 "):
+        assert loaded.encode_text(text) == VOCABULARY.encode_text(text)
+        assert loaded.decode_text(loaded.encode_text(text)) == text
+
+
+def test_the_fingerprint_sees_every_part():
+    other_text = vocabulary_lib.train_vocabulary(["blue plum"] * 3, 320, 64, 8)
+    others = [make_vocabulary(codebook_size=65), make_vocabulary(num_sentinels=9), other_text]
+    assert len({v.fingerprint for v in (VOCABULARY, *others)}) == 4
+
+
+def _foreign_files():
+    good = VOCABULARY._describe()
+    yield "[]"
+    yield "not json"
+    yield json.dumps({"model": {"type": "BPE"}})
+    yield json.dumps(good | {"format": "rag_mm vocabulary 99"})
+    yield json.dumps({k: v for k, v in good.items() if k != "merges"})
+    yield json.dumps(good | {"codebook_size": True})
+    yield json.dumps(good | {"num_sentinels": -1})
+    yield json.dumps(good | {"tokens": good["tokens"][1:]})
+    yield json.dumps(good | {"tokens": [*good["tokens"], "<pad>"]})
+    yield json.dumps(good | {"merges": good["merges"][1:]})
+    yield json.dumps(good | {"merges": [["nowhere", "x"], *good["merges"]]})
+    yield json.dumps(good | {"merges": [["a"]]})
+
+
+@pytest.mark.parametrize("content", list(_foreign_files()))
+def test_a_foreign_or_damaged_file_is_refused(content, tmp_path):
+    path = tmp_path / "vocabulary.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"vocabulary\.json"):
+        vocabulary_lib.load_vocabulary(path)
+
+
+def test_a_missing_file_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        vocabulary_lib.load_vocabulary(tmp_path / "vocabulary.json")
+
+
+def test_mistakes_are_named():
+    with pytest.raises(UserError, match="255"):
+        make_vocabulary(vocab_size=255)
+    with pytest.raises(UserError, match="codebook_size is 0"):
+        make_vocabulary(codebook_size=0)
+    with pytest.raises(UserError, match="lone surrogate"):
+        VOCABULARY.encode_text("broken \ud83d")
+    with pytest.raises(ValueError, match="not a text id"):
+        VOCABULARY.decode_text([0, VOCABULARY.pad])
+    assert "\ufffd" in VOCABULARY.decode_text(VOCABULARY.encode_text("é")[:1])

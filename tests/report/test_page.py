@@ -1,0 +1,181 @@
+"""The page is one file without network or scripts, whatever strangers wrote in their captions."""
+
+import base64
+import html.parser
+import io
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rag_mm import report
+from rag_mm.report import curves, page
+
+HOSTILE = "<script>alert(1)</script> \"double\" 'single' & <img src=x onerror=alert(1)> $x^2$"
+
+
+def picture(seed, size=32):
+    return np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
+
+
+def sample(text="a rocket", **changes):
+    facts = {"entity": False, "place": True, "color": False, "joint": False}
+    parts = {
+        "title": f"Title {text}",
+        "command": f"rag-mm quickstart {text}",
+        "seed": 7,
+        "version": "0.1.0",
+        "metrics": {"memory": {"rows": 10, text: 1.5}},
+        "config": {"name": text},
+        "setting": [(text, text)],
+        "notes": [text],
+        "machine": text,
+        "stage_seconds": {text: 61.0, "decoder": 5.0},
+        "reconstructions": [report.Reconstruction(text, picture(0), picture(1))],
+        "retrievals": [report.Retrieval(text, [report.Hit(text, picture(2), 0.871)])],
+        "generations": [
+            report.Generation(
+                text, picture(3), [picture(4)], {"docs2": picture(5), text: picture(6)},
+                {"docs2": facts},
+            )
+        ],
+        "captions": [report.WrittenCaption(picture(7), text, {"docs2": text, "control": ""})],
+        "curves": [report.Curve(text, text, [0, 1, 2], [3.0, 2.0, 1.0])],
+    }  # fmt: skip
+    return report.ReportData(**(parts | changes))
+
+
+class Tags(html.parser.HTMLParser):
+    """Collects start tags with their attributes, and the text between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.text, self.open = [], "", []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in {"meta", "img", "br"}:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> closes something else"
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def parse(data):
+    parser = Tags()
+    parser.feed(report.render_report(data))
+    assert not parser.open
+    return parser
+
+
+def test_hostile_captions_are_shown_as_written_and_do_nothing():
+    tags = parse(sample(HOSTILE))
+    assert not {tag for tag, _ in tags.tags} & {"script", "iframe", "object", "link", "base"}
+    for tag, attributes in tags.tags:
+        assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
+    images = [attributes for tag, attributes in tags.tags if tag == "img"]
+    assert len(images) == 2 + 1 + 4 + 1
+    assert all(image["src"].startswith("data:image/png;base64,") for image in images)
+    assert tags.text.count(HOSTILE) >= 12  # Every panel, the config and the chart show it.
+
+
+def test_nothing_is_fetched():
+    tags = parse(sample())
+    for tag, attributes in tags.tags:
+        for name in ("src", "href", "xlink:href", "action", "data", "srcset"):
+            if name in attributes:
+                assert attributes[name].startswith(("#", "data:")), (tag, attributes)
+    html_text = report.render_report(sample())
+    assert not re.search(r"url\((?!#)|@import", html_text)
+    policy = [a["content"] for tag, a in tags.tags if a.get("http-equiv")]
+    assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+
+
+def test_ids_are_unique():
+    two = [report.Curve(name, "loss", [0, 1], [1.0, 0.5]) for name in ("tokenizer", "decoder")]
+    ids = [a["id"] for _, a in parse(sample(curves=two)).tags if "id" in a]
+    assert len(ids) == len(set(ids))
+
+
+def test_the_same_data_gives_the_same_page():
+    assert report.render_report(sample()) == report.render_report(sample())
+
+
+def test_pictures_survive_to_the_bit_at_a_whole_zoom():
+    tag = page.picture_tag(picture(0), 'a "quoted" picture')
+    assert 'width="96" height="96"' in tag and "a &#34;quoted&#34; picture" in tag
+    content = base64.b64decode(re.search(r"base64,([^\"]+)", tag)[1])
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(content))), picture(0))
+    assert 'width="64"' in page.picture_tag(picture(0, 64), "")
+    assert 'width="96"' in page.picture_tag(picture(0, 256), "")
+    with pytest.raises(ValueError, match="float32"):
+        page.picture_tag(picture(0).astype(np.float32), "")
+
+
+def test_the_scorer_speaks_below_each_picture():
+    text = report.render_report(sample())
+    assert "wrong: entity, colour" in text
+    assert "0.87" in text and "(nothing)" in text
+
+
+def test_an_empty_run_says_what_is_missing():
+    empty = dict.fromkeys(
+        ("reconstructions", "retrievals", "generations", "captions", "curves", "setting", "notes"),
+        (),
+    )
+    text = parse(sample(metrics={}, stage_seconds={}, **empty)).text
+    for part in ("Generated pictures", "Accuracies", "Reconstructions", "Retrieval", "Captions"):
+        assert f"{part}: not measured in this run." in text
+    assert "nothing claimed" in text
+
+
+def test_a_surrogate_in_a_caption_does_not_stop_the_page():
+    assert "bad ? byte" in report.render_report(sample("bad \udcff byte", curves=()))
+
+
+def test_the_fact_table_leaves_out_what_was_not_measured():
+    figure = {"accuracy": 0.5, "ci95": 0.1, "n": 100}
+    metrics = {
+        "decoder": {
+            "joint_accuracy": {"docs2": figure},
+            "kernel_distance": {"docs2": {"polynomial": 2.5, "gaussian": 1.0, "n": 100}},
+        },
+        "control": {"joint_accuracy": figure},
+    }
+    rows = page.fact_table(metrics)
+    assert [name for name, _, _ in rows] == ["2 documents", "vanilla"]
+    _, cells, kernel = rows[0]
+    assert cells[0] == ("not measured", None) and cells[3] == ("50.0 % ± 10.0", 50.0)
+    assert kernel == "2.50" and rows[1][2] == "not measured"
+
+
+def test_long_curves_are_thinned_and_unequal_ones_refused():
+    long = report.Curve("loss", "train", np.arange(50_000), np.linspace(5, 1, 50_000))
+    assert len(curves.chart_svg("loss", [long])) < 40_000
+    with pytest.raises(ValueError, match="2 steps, 1 values"):
+        curves.chart_svg("loss", [report.Curve("loss", "train", [0, 1], [1.0])])
+
+
+def test_figures_are_written_as_png(tmp_path):
+    line = [report.Curve("loss", "train", [0, 1], [2.0, 1.0])]
+    data = sample("Côte d’Ivoire\n" + 50 * HOSTILE, curves=line)
+    paths = report.save_figures(data, tmp_path / "figures")
+    assert [path.name for path in paths] == [
+        "reconstructions.png", "retrieval.png", "generated.png", "captions.png", "curves.png",
+    ]  # fmt: skip
+    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == sorted(
+        path.name for path in paths
+    )
+    for path in paths:
+        with Image.open(str(path)) as opened:
+            opened.load()
+            assert opened.format == "PNG" and opened.width < 2000
+    empty = sample(reconstructions=(), retrievals=(), generations=(), captions=(), curves=())
+    assert report.save_figures(empty, tmp_path / "none") == []

@@ -1,0 +1,184 @@
+"""What a scene is: its facts, its picture, its captions, and who gets to see which."""
+
+import re
+from collections import Counter
+
+import grain
+import numpy as np
+import pytest
+
+from rag_mm.core.errors import UserError
+from rag_mm.worlds.emoji import art, scenes, splits
+from rag_mm.worlds.emoji.scenes import LEVELS, Entity, Facts, Level
+
+EASY, FREE = LEVELS["easy"], LEVELS["free"]
+CORNERS = ["top left", "top right", "bottom left", "bottom right"]
+
+
+def told(facts, level):
+    """What a caption can say, without an order of the entities."""
+    entities = [(entity.class_id, scenes.place(entity, level)) for entity in facts.entities]
+    return (*sorted(entities), facts.color)
+
+
+def test_places_are_thirds_of_what_is_free():
+    assert [scenes.place(Entity(0, 24, r, c), EASY) for r in (0, 8) for c in (0, 8)] == CORNERS
+    assert scenes.place(Entity(0, 16, 8, 8), FREE) == "center"
+    assert scenes.place(Entity(0, 16, 3, 12), FREE) == "top right"
+    assert scenes.place(Entity(0, 16, 4, 11), FREE) == "center"
+    assert scenes.place(Entity(0, 32, 0, 0), Level("whole", sizes=(32,))) == "center"
+
+
+def test_colors_are_far_from_each_other_and_from_a_card():
+    palette = np.array([*scenes.COLORS.values(), art.WHITE], float) / 255
+    distance = np.sqrt(((palette[:, None] - palette) ** 2).mean(-1))
+    assert len(scenes.COLORS) == 8
+    assert distance[~np.eye(9, dtype=bool)].min() > 0.2
+
+
+@pytest.mark.parametrize("level", [EASY, FREE], ids=lambda level: level.name)
+def test_a_class_has_32_configurations_that_words_tell_apart(level):
+    for class_id in range(0, art.load_art().num_classes, 40):
+        own = scenes.configurations(level, class_id)
+        assert len({told(facts, level) for facts in own}) == 32
+        assert {facts.entities[0].class_id for facts in own} == {class_id}
+
+
+def test_easy_is_four_places_times_eight_colors():
+    own = scenes.configurations(EASY, 3)
+    assert {scenes.place(facts.entities[0], EASY) for facts in own} == set(CORNERS)
+    assert {facts.color for facts in own} == set(scenes.COLORS)
+
+
+def test_half_of_free_are_pairs_of_one_split_that_do_not_overlap():
+    split = splits.split_of()
+    for class_id in range(0, art.load_art().num_classes, 40):
+        pairs = [f for f in scenes.configurations(FREE, class_id) if len(f.entities) == 2]
+        assert len(pairs) == 16
+        for facts in pairs:
+            one, two = facts.entities
+            assert one.size == two.size == 16
+            assert split[one.class_id] == split[two.class_id] and one.class_id != two.class_id
+            assert max(abs(one.row - two.row), abs(one.column - two.column)) >= 16
+
+
+@pytest.mark.parametrize("level_name", ["easy", "free"])
+def test_no_facts_are_shared_between_roles_or_classes(level_name):
+    everyone = splits.classes(*splits.SPLITS)
+    seen = Counter()
+    for role in scenes.ROLES:
+        source = scenes.Scenes(level_name, everyone, role)
+        seen.update(told(source.facts(i), source.level) for i in range(len(source)))
+    assert max(seen.values()) == 1
+
+
+def test_counts_of_roles_and_of_rare_classes():
+    for split, expected in (("common", (16, 12, 4)), ("rare_seen", (16, 3, 4))):
+        ids = splits.classes(split)[:5]
+        counts = tuple(len(scenes.Scenes("easy", ids, role)) / 5 for role in scenes.ROLES)
+        assert counts == expected
+
+
+def test_seen_scenes_show_no_held_out_class():
+    held_out = set(splits.classes("held_out").tolist())
+    for level_name in LEVELS:
+        source = scenes.open_documents(f"{level_name}/common+rare_seen/train")
+        shown = {e.class_id for i in range(len(source)) for e in source.facts(i).entities}
+        assert not shown & held_out
+
+
+def test_an_easy_picture_is_a_card_on_a_plain_color():
+    image = scenes.render(Facts((Entity(7, 24, 8, 0),), "blue"), EASY)
+    np.testing.assert_array_equal(image[8:, :24], art.load_art().card(7, 24))
+    assert (image[:8] == scenes.COLORS["blue"]).all()
+    assert (image[:, 24:] == scenes.COLORS["blue"]).all()
+
+
+def test_a_cut_out_lets_the_color_through():
+    image = scenes.render(Facts((Entity(7, 16, 3, 5),), "cyan"), FREE)
+    clear = art.load_art().rgba(7, 16)[..., 3] == 0
+    assert clear.any() and (image[3:19, 5:21][clear] == scenes.COLORS["cyan"]).all()
+
+
+@pytest.mark.parametrize("level", [EASY, FREE], ids=lambda level: level.name)
+def test_every_cut_out_and_card_is_visible(level):
+    for class_id in range(0, art.load_art().num_classes, 40):
+        for facts in scenes.configurations(level, class_id):
+            image = scenes.render(facts, level).astype(float) / 255
+            for e in facts.entities:
+                box = image[e.row : e.row + e.size, e.column : e.column + e.size]
+                difference = box - np.array(scenes.COLORS[facts.color]) / 255
+                assert np.sqrt((difference**2).mean()) > 0.06
+
+
+def test_the_mask_covers_every_code_that_a_box_touches():
+    mask = scenes.entity_mask(Facts((Entity(7, 24, 0, 8),), "red"), EASY)
+    expected = np.zeros((8, 8), bool)
+    expected[:6, 2:] = True
+    np.testing.assert_array_equal(mask, expected)
+    pair = Facts((Entity(7, 16, 0, 3), Entity(8, 16, 16, 13)), "red")
+    mask = scenes.entity_mask(pair, FREE)
+    plain = np.array(scenes.COLORS["red"])
+    drawn = (scenes.render(pair, FREE) != plain).any(-1).reshape(8, 4, 8, 4).any((1, 3))
+    assert not (drawn & ~mask).any() and mask.sum() == 4 * 5 + 4 * 5
+
+
+def test_a_caption_says_everything_or_drops_facts():
+    facts = Facts((Entity(7, 24, 0, 8),), "red")
+    name = art.load_art().names[7][0]
+    whole = f"{name} at the top right on a red background"
+    assert scenes.caption(facts, EASY, None, drop=False) == whole
+    rng = np.random.default_rng(0)
+    heard = Counter(scenes.caption(facts, EASY, rng) for _ in range(3000))
+    shares = {text: count / 3000 for text, count in heard.items()}
+    assert shares == pytest.approx(
+        {
+            name: 1 / 2,
+            f"{name} at the top right": 1 / 6,
+            f"{name} on a red background": 1 / 6,
+            whole: 1 / 6,
+        },
+        abs=0.03,
+    )
+
+
+def test_a_caption_of_a_pair_names_both():
+    pair = Facts((Entity(7, 16, 0, 0), Entity(8, 16, 16, 16)), "red")
+    first, second = (art.load_art().names[i][0] for i in (7, 8))
+    assert scenes.caption(pair, FREE, None, drop=False) == (
+        f"{first} at the top left and {second} at the bottom right on a red background"
+    )
+
+
+def test_documents_depend_on_seed_and_index_alone():
+    source = scenes.open_documents("free/held_out/test")
+    again = scenes.Scenes("free", splits.classes("held_out"), "test")
+    for i in (0, 17, len(source) - 1):
+        assert source[i].id == again[i].id and source[i].text == again[i].text
+        np.testing.assert_array_equal(source[i].image, again[i].image)
+        np.testing.assert_array_equal(source[i].image, scenes.render(source.facts(i), FREE))
+        assert re.fullmatch(rf"free-{source.class_ids[i]:04d}-\d\d", source[i].id)
+    other = scenes.Scenes("free", splits.classes("held_out"), "test", seed=1)
+    assert any(source[i].id == other[i].id and source[i].text != other[i].text for i in range(99))
+    assert len({source.caption(3, draw) for draw in range(20)}) > 1
+    assert source.caption(3, 0) == source[3].text
+
+
+def test_scenes_are_a_grain_source_with_unique_ids():
+    source = scenes.Scenes("easy", splits.classes("rare_seen")[:20], "train")
+    loaded = [document.id for document in grain.MapDataset.source(source).shuffle(seed=0)]
+    assert len(set(loaded)) == len(source) == 60
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("easy/common", "write level/split/role"),
+        ("hard/common/train", "no level 'hard'"),
+        ("easy/unseen/train", "no split 'unseen'"),
+        ("easy/common/valid", "no role 'valid'"),
+    ],
+)
+def test_a_wrong_name_of_documents_is_explained(spec, message):
+    with pytest.raises(UserError, match=message):
+        scenes.open_documents(spec)
