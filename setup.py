@@ -12,6 +12,7 @@ VERSION = re.search(
 README = ROOT / "README.md"
 
 BASE = [
+    "absl-py",
     "array_record>=0.8; sys_platform != 'win32'",
     "clu>=0.0.12",
     "etils[epath]",
@@ -36,7 +37,7 @@ BASE = [
     "tokenizers",
 ]
 EXTRAS = {
-    # ScaNN's wheels are linked against TensorFlow 2.20 and no other; TensorBoard needs pkg_resources.
+    # ScaNN is linked against TensorFlow 2.20 and no other; TensorBoard needs pkg_resources.
     "tf": [
         "setuptools<82",
         "tensorboard~=2.20.0",

@@ -2,7 +2,7 @@
 
 A command NAME is the module `rag_mm.cli.NAME`, imported when it is chosen:
     add_arguments(parser)   declares its arguments
-    run(args) -> dict       does the work; what it returns is what --json prints. `"ok": False` exits 1
+    run(args) -> dict       does the work, and --json prints what it returns; `"ok": False` exits 1
     show(result, console)   the same for people, on a rich Console on stdout
 A command that declares `--config` finds `--config.key=value` in `args.overrides`, key -> text.
 """
@@ -44,7 +44,7 @@ COMMANDS = {
         "run a config's stages in order, or one of them",
         (
             "rag-mm train --config=configs/quickstart.py:quick --workdir=runs/quickstart",
-            "rag-mm train --config=configs/quickstart.py --workdir=runs/a --config.decoder.num_steps=300",
+            "rag-mm train --config=configs/quickstart.py --workdir=runs/a --stage=tokenizer",
         ),
     ),
     "memory": Command(
@@ -58,8 +58,8 @@ COMMANDS = {
     "generate": Command(
         "draw a picture from a caption, with the documents that were retrieved for it",
         (
-            'rag-mm generate --workdir=runs/quickstart --prompt="red apple at the top" --out=apple.png',
-            'rag-mm generate --workdir=runs/quickstart --prompt="red apple" --docs=0 --out=vanilla.png',
+            'rag-mm generate --workdir=runs/quickstart --prompt="red apple" --out=apple.png',
+            'rag-mm generate --workdir=runs/quickstart --prompt="red apple" --docs=0 --out=b.png',
         ),
     ),
     "caption": Command(
@@ -68,9 +68,7 @@ COMMANDS = {
     ),
     "infill": Command(
         "redraw a part of a picture from what is around it",
-        (
-            "rag-mm infill --workdir=runs/quickstart --image=apple.png --box=8,8,24,24 --out=new.png",
-        ),
+        ("rag-mm infill --workdir=runs/quickstart --image=a.png --box=8,8,24,24 --out=b.png",),
     ),
     "doctor": Command(
         "versions, devices, flags, disk: what this machine has and what does not fit",
@@ -92,7 +90,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns 0 when done, 1 when what was checked is wrong, 2 for a user's mistake."""
+    """Runs one command.
+
+    Returns:
+        0 when done, 1 when what was checked is wrong, 2 for a user's mistake, 130 when interrupted.
+    """
     try:
         return _main(sys.argv[1:] if argv is None else list(argv))
     except UserError as error:
@@ -140,7 +142,7 @@ def _main(argv: list[str]) -> int:
 
 
 def choose_platform() -> None:
-    """Keeps jax on the CPU where no accelerator is plugged in, before jax looks for one and says so.
+    """Keeps jax on the CPU where no accelerator is plugged in, before jax looks and complains.
 
     libtpu, once installed, would search for a TPU for minutes; a JAX_PLATFORMS that is set wins.
     """

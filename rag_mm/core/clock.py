@@ -1,4 +1,4 @@
-"""What a stage cost: wall seconds over all its parts, peak memory, code and machine; never in a manifest."""
+"""What a stage cost: wall seconds over all its parts, peak memory, code and machine."""
 
 import contextlib
 import functools
@@ -25,13 +25,20 @@ _BEAT_SECONDS = 5.0
 
 @contextlib.contextmanager
 def timed(stage_dir: epath.Path) -> Iterator[None]:
-    """Adds one part to `stage_dir/times.json`, kept up to date while the body runs."""
+    """Adds one part to `stage_dir/times.json`, kept up to date while the body runs.
+
+    This file stays out of the manifest: it may differ between two runs of the same bits.
+    """
     parts = read(stage_dir)["parts"]
     began = time.monotonic()
 
     def beat() -> None:
-        part = {"wall_seconds": round(time.monotonic() - began, 2), "peak_rss_mb": _peak_rss_mb()}
-        part |= {"code": code_version(), "machine": machine()}
+        part = {
+            "wall_seconds": round(time.monotonic() - began, 2),
+            "peak_rss_mb": _peak_rss_mb(),
+            "code": code_version(),
+            "machine": machine(),
+        }
         files.write_json(stage_dir / FILE_NAME, {"parts": [*parts, part]})
 
     def keep_beating() -> None:

@@ -1,31 +1,32 @@
-"""Experiment pages: `configs/NAME.py:preset` becomes a config, dotted overrides change single values."""
+"""Experiment pages: `configs/NAME.py:preset` makes a config, dotted overrides change it."""
 
 import ast
+import dataclasses
 import difflib
 import importlib.util
 import math
 import pathlib
 import types
+import typing
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_collections
 
 from rag_mm.core.errors import UserError
 
+T = TypeVar("T")
 _PACKAGE = pathlib.Path(__file__).parent.parent
 # In an installed wheel the pages lie in the package, in a checkout beside it.
 _SHIPPED = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
-def load_config(
-    name: str, overrides: Mapping[str, str] | None = None
-) -> ml_collections.ConfigDict:
+def load_config(name: str, overrides: Mapping[str, str] | None = None) -> ml_collections.ConfigDict:
     """Loads `configs/NAME.py` or `configs/NAME.py:preset` and applies `overrides`.
 
-    A page defines `PRESETS`, a tuple of names with the default first, and `get_config(preset)`, which
-    returns a ConfigDict or a nested dict of numbers, strings, booleans, None and tuples of them.
+    A page defines `PRESETS`, a tuple of names with the default first, and `get_config(preset)`,
+    which returns a ConfigDict or a nested dict of numbers, strings, booleans, None and tuples.
 
     Args:
         name: the path as given if it exists, else the page of that name shipped with rag_mm.
@@ -38,9 +39,7 @@ def load_config(
     page = _load_page(_find(path_text))
     presets = tuple(page.PRESETS)
     if preset and preset not in presets:
-        raise UserError(
-            f"{path_text} has no preset {preset!r}; it has {_list(presets)}."
-        )
+        raise UserError(f"{path_text} has no preset {preset!r}; it has {_list(presets)}.")
     config = ml_collections.ConfigDict(page.get_config(preset or presets[0]))
     apply_overrides(config, overrides or {})
     return config.lock()
@@ -49,7 +48,8 @@ def load_config(
 def apply_overrides(config: ml_collections.ConfigDict, overrides: Mapping[str, str]) -> None:
     """Sets existing keys in place, each text read as the type of the value that it replaces.
 
-    Tuples are written `16,24` or `(16, 24)`; where the page says None, any Python literal or plain text.
+    Tuples are written `16,24` or `(16, 24)`; where the page says None, any Python literal or text
+    will do.
 
     Raises:
         UserError: an unknown key (the nearest one is named) or a text of the wrong type.
@@ -90,9 +90,7 @@ def _find(path_text: str) -> pathlib.Path:
         for folder in _SHIPPED:
             if (folder / file_name).is_file():
                 return folder / file_name
-    shipped = sorted(
-        {f"configs/{p.name}" for folder in _SHIPPED for p in folder.glob("[!_]*.py")}
-    )
+    shipped = sorted({f"configs/{p.name}" for folder in _SHIPPED for p in folder.glob("[!_]*.py")})
     raise UserError(f"There is no config {path_text!r}; shipped are {_list(shipped)}.")
 
 
@@ -141,7 +139,7 @@ def _parse(text: str, current: Any) -> Any:
         return text
 
 
-def _parse_sequence(text: str, current: Sequence[Any]) -> Any:
+def _parse_sequence(text: str, current: tuple[Any, ...] | list[Any]) -> Any:
     inner = text.strip()
     if inner[:1] + inner[-1:] in ("()", "[]"):
         inner = inner[1:-1]
@@ -161,3 +159,25 @@ def _plain(value: Any) -> Any:
 
 def _list(names: Sequence[str]) -> str:
     return ", ".join(names) if names else "none"
+
+
+def make(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """A frozen dataclass from nested plain values; lists become tuples.
+
+    Raises:
+        UserError: an unknown or missing key, or a value that the class refuses; `where` is named.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {field.name for field in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - fields)
+    if unknown:
+        raise UserError(f"{where} has no setting {unknown[0]!r}; it has {_list(sorted(fields))}.")
+    made = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and dataclasses.is_dataclass(hints[key]):
+            value = make(hints[key], value, f"{where}.{key}")
+        made[key] = tuple(value) if isinstance(value, list) else value
+    try:
+        return cls(**made)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: {error}.") from error

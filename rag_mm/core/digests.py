@@ -1,4 +1,4 @@
-"""Digests of everything in a folder, by content: the same bits give the same digests in every run."""
+"""Digests of all files in a folder by content: same bits, same digests, in every run."""
 
 import fnmatch
 from collections.abc import Iterator
@@ -9,8 +9,8 @@ from etils import epath
 from rag_mm.core import files
 from rag_mm.core.errors import UserError
 
-# Orbax keeps the arrays of one save in an OCDBT store whose files have random names, and stamps times
-# and places beside it; the arrays are therefore read out of the store, and the rest is passed over.
+# Orbax keeps the arrays of one save in an OCDBT store whose files have random names, and stamps
+# times and places beside it; so the arrays are read out of the store, and the rest is passed over.
 _STORE = "manifest.ocdbt"
 _STORE_FILES = (_STORE, "d", "ocdbt.process_*")
 _STAMPS = ("_CHECKPOINT_METADATA", "commit_success.txt")
@@ -19,7 +19,7 @@ _UNFINISHED = ("*.orbax-checkpoint-tmp*", ".*")
 
 
 def folder_digests(folder: epath.PathLike, exclude: tuple[str, ...] = ()) -> dict[str, str]:
-    """Digest of every file below `folder` by relative path; an Orbax array store counts as one file.
+    """Digest of every file below `folder` by relative path; an Orbax array store is one file.
 
     Names in `exclude` are left out at the top, names that start with a dot everywhere.
 
@@ -31,7 +31,7 @@ def folder_digests(folder: epath.PathLike, exclude: tuple[str, ...] = ()) -> dic
 
 
 def _walk(entries: list[epath.Path], prefix: str) -> Iterator[tuple[str, str]]:
-    passed_over = _STAMPS + _UNFINISHED
+    passed_over: tuple[str, ...] = _STAMPS + _UNFINISHED
     if any(entry.name == _STORE for entry in entries):
         passed_over += _STORE_FILES
         yield f"{prefix}arrays", _store_digest(entries[0].parent)

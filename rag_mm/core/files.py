@@ -1,12 +1,14 @@
 """Files that are either whole or absent: atomic writes, JSON in one canonical form, digests."""
 
 import hashlib
+import io
 import json
 import os
 import tempfile
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from rag_mm.core.errors import UserError
@@ -77,3 +79,22 @@ def file_digest(path: epath.PathLike) -> str:
         while piece := file.read(1 << 20):
             sha.update(piece)
     return sha.hexdigest()
+
+
+def write_array(path: epath.PathLike, array: np.ndarray) -> None:
+    """Writes one array as .npy, atomically; equal arrays give equal bytes."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    write_atomic(path, buffer.getvalue())
+
+
+def read_array(path: epath.PathLike) -> np.ndarray:
+    """Reads a .npy file; never unpickles.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        return np.load(io.BytesIO(epath.Path(path).read_bytes()), allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} is not a readable array ({error}).") from error

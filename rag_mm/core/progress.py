@@ -1,4 +1,4 @@
-"""Progress on stderr with the time left: a bar on a terminal, a line every half minute elsewhere."""
+"""Progress on stderr with the time left: a bar on a terminal, elsewhere a line now and then."""
 
 import contextlib
 import sys
@@ -12,13 +12,13 @@ QUIET_SECONDS = 30.0
 class Bar(Protocol):
     """What `track` hands out."""
 
-    def update(self, position: int, **values: float) -> None:
+    def update(self, position: float, **values: float) -> None:
         """Says that `position` of the total is reached, and the latest values worth seeing."""
 
 
 @contextlib.contextmanager
 def track(name: str, total: int, start: int = 0) -> Iterator[Bar]:
-    """A bar from `start` (where a resumed loop goes on) to `total`; it counts whatever the caller counts."""
+    """A bar from `start`, where a resumed loop goes on, to `total`, in the caller's unit."""
     if not sys.stderr.isatty():
         yield _Lines(name, total, start)
         return
@@ -47,7 +47,7 @@ class _Terminal:
         self._progress = progress
         self._task = task
 
-    def update(self, position: int, **values: float) -> None:
+    def update(self, position: float, **values: float) -> None:
         self._progress.update(self._task, completed=position, values=_format(values))
 
 
@@ -58,7 +58,7 @@ class _Lines:
         self._start = start
         self._began = self._spoke = time.monotonic()
 
-    def update(self, position: int, **values: float) -> None:
+    def update(self, position: float, **values: float) -> None:
         now = time.monotonic()
         if now - self._spoke < QUIET_SECONDS:
             return

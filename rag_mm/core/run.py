@@ -1,4 +1,4 @@
-"""Run folders: named stages with manifests and fingerprints, safe to kill, refusing what was changed."""
+"""Run folders: stages with manifests and fingerprints, safe to kill, refusing changed inputs."""
 
 import contextlib
 import dataclasses
@@ -21,6 +21,7 @@ MANIFEST = "manifest.json"
 MACHINE = "machine"
 _SIDE_FILES = (MANIFEST, clock.FILE_NAME)
 _TRASH = ".deleted-"
+_ABSENT = object()
 
 StageFn = Callable[["Run", epath.Path], Mapping[str, Any]]
 
@@ -29,8 +30,9 @@ StageFn = Callable[["Run", epath.Path], Mapping[str, Any]]
 class Manifest:
     """What a stage was made from and what it made.
 
-    `config` is its canonical slice, `inputs` the input stages' fingerprints, `outputs` the digests of its
-    files by content. `fingerprint` hashes these three; it is empty until `status` is "done".
+    `config` is its slice of the config, `inputs` the input stages' fingerprints, `outputs` the
+    digests of its files by content. `status` is "running" or "done"; `fingerprint` hashes all the
+    rest and is empty until the stage is done.
     """
 
     stage: str
@@ -42,6 +44,7 @@ class Manifest:
 
     @property
     def is_done(self) -> bool:
+        """Whether nothing is left to do."""
         return self.status == "done"
 
 
@@ -66,7 +69,7 @@ class Run:
         try:
             return Manifest(**fields)
         except TypeError:
-            raise UserError(f"{path} is not a manifest of this version of rag_mm.") from None
+            raise UserError(f"{path} is not a stage's manifest; delete {path.parent}.") from None
 
     def finished_stage(self, stage: str) -> epath.Path:
         """Folder of a stage that is done and whose files are as it left them.
@@ -78,7 +81,7 @@ class Run:
         if manifest is None or not manifest.is_done:
             state = "no" if manifest is None else "an unfinished"
             raise UserError(
-                f"{self.workdir} has {state} stage {stage!r}; run rag-mm train or quickstart on it first."
+                f"{self.workdir} has {state} stage {stage!r}; run rag-mm train on it first."
             )
         _verify_outputs(self, manifest)
         return self.stage_dir(stage)
@@ -97,6 +100,15 @@ class Run:
         """Everything measured, by stage; key "machine" holds times, memory and machine by stage."""
         path = self.workdir / "metrics.json"
         return files.read_json(path) if path.exists() else {}
+
+    def save_costs(self, name: str, stages: Sequence[str]) -> None:
+        """Puts the wall seconds of some stages, added up, and their peak memory under `name` in metrics.json."""
+        costs = [clock.summary(self.stage_dir(stage)) for stage in stages]
+        total = {
+            "wall_seconds": round(sum(cost["wall_seconds"] for cost in costs), 1),
+            "peak_rss_gib": round(max(cost["peak_rss_mb"] for cost in costs) / 1024, 3),
+        }
+        _merge_metrics(self, {name: total}, {})
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -152,7 +164,7 @@ def open_run(workdir: epath.PathLike) -> Run:
 def check_stage(
     run: Run, stage: str, config: Mapping[str, Any], inputs: Sequence[str] = ()
 ) -> None:
-    """Refuses what `run_stage` would refuse, without touching anything; inputs not made yet are passed over.
+    """Refuses what `run_stage` would refuse, touching nothing; inputs not yet made are passed over.
 
     Raises:
         UserError: see `run_stage`.
@@ -172,21 +184,23 @@ def run_stage(
     inputs: Sequence[str],
     fn: StageFn,
     overwrite: bool = False,
+    reports_on_others: bool = False,
 ) -> Manifest:
     """Makes one stage, or does nothing if it is done and nothing it depends on has changed.
 
-    `fn(run, stage_dir)` writes into `stage_dir` and returns metrics: nested dicts of numbers, strings,
-    booleans and lists; NaN and infinity become null. A killed stage is called again in the same folder
-    and must go on from what lies there; it must give the same files and metrics as if it had not been killed.
+    `fn(run, stage_dir)` writes into `stage_dir` and returns metrics: nested dicts of numbers,
+    strings, booleans and lists; NaN and infinity become null. After a kill it is called again in
+    the same folder, goes on from what lies there, and ends with the same files and metrics.
 
     Args:
         config: the slice of the config that this stage depends on.
         inputs: stages it reads; each must be done and its files untouched.
         overwrite: rebuild the stage where it would be refused.
+        reports_on_others: the metrics are nested by the stages they speak of, and stand beside theirs.
 
     Raises:
-        UserError: an input is missing, unfinished or edited; or the stage was made from another config
-            or other inputs, or its own files were edited, and `overwrite` is false.
+        UserError: an input is missing, unfinished or edited; or the stage was made from another
+            config or other inputs, or its own files were edited, and `overwrite` is false.
     """
     config = _plain(config)
     with run.locked():
@@ -203,10 +217,10 @@ def run_stage(
             elif old.is_done:
                 return old
         manifest = Manifest(stage, "running", config, _fingerprints(run, inputs))
-        return _execute(run, manifest, fn)
+        return _execute(run, manifest, fn, reports_on_others)
 
 
-def _execute(run: Run, manifest: Manifest, fn: StageFn) -> Manifest:
+def _execute(run: Run, manifest: Manifest, fn: StageFn, reports_on_others: bool) -> Manifest:
     stage_dir = run.stage_dir(manifest.stage)
     is_new = not stage_dir.exists()
     if not is_new:
@@ -224,7 +238,8 @@ def _execute(run: Run, manifest: Manifest, fn: StageFn) -> Manifest:
     manifest = dataclasses.replace(manifest, status="done", outputs=outputs)
     manifest = dataclasses.replace(manifest, fingerprint=_fingerprint(manifest))
     # Metrics first: killed between the two, the stage runs again and gives the same ones.
-    _merge_metrics(run, manifest.stage, _plain(metrics), clock.summary(stage_dir))
+    metrics = _plain(metrics) if reports_on_others else {manifest.stage: _plain(metrics)}
+    _merge_metrics(run, metrics, {manifest.stage: clock.summary(stage_dir)})
     _write_manifest(stage_dir, manifest)
     return manifest
 
@@ -237,13 +252,14 @@ def _why_stale(
     if changed:
         return f"Stage {stage!r} was made with another config ({changed}); {remedy}."
     if sorted(manifest.inputs) != sorted(inputs):
-        return (
-            f"Stage {stage!r} was made from {sorted(manifest.inputs)}, not {sorted(inputs)}; {remedy}."
-        )
+        old, new = (", ".join(sorted(names)) or "none" for names in (manifest.inputs, inputs))
+        return f"Stage {stage!r} was made from the stages {old}, not {new}; {remedy}."
     for name, fingerprint in manifest.inputs.items():
         current = run.manifest(name)
         if current is not None and current.is_done and current.fingerprint != fingerprint:
-            return f"Stage {stage!r} was made from another {name!r} than the one there now; {remedy}."
+            return (
+                f"Stage {stage!r} was made from another {name!r} than the one there now; {remedy}."
+            )
     if manifest.is_done:
         try:
             _verify_outputs(run, manifest)
@@ -258,7 +274,9 @@ def _verify_outputs(run: Run, manifest: Manifest) -> None:
     try:
         found = digests.folder_digests(run.stage_dir(stage), exclude=_SIDE_FILES)
     except UserError as error:
-        raise UserError(f"Stage {stage!r} was edited after it was done: {error} So {remedy}.") from None
+        raise UserError(
+            f"Stage {stage!r} was edited after it was done: {error} So {remedy}."
+        ) from None
     differing = sorted(found.items() ^ manifest.outputs.items())
     if differing:
         name = differing[0][0]
@@ -274,7 +292,7 @@ def _fingerprint(manifest: Manifest) -> str:
         "inputs": manifest.inputs,
         "outputs": manifest.outputs,
     }
-    return files.digest(files.config_json(content).encode())
+    return files.digest(files.canonical_json(content).encode())
 
 
 def _fingerprints(run: Run, stages: Sequence[str]) -> dict[str, str]:
@@ -285,12 +303,14 @@ def _fingerprints(run: Run, stages: Sequence[str]) -> dict[str, str]:
 def _first_difference(old: Any, new: Any, prefix: str = "") -> str:
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in sorted({*old, *new}):
-            absent = "absent"
-            text = _first_difference(old.get(key, absent), new.get(key, absent), f"{prefix}{key}.")
-            if text:
+            values = old.get(key, _ABSENT), new.get(key, _ABSENT)
+            if text := _first_difference(*values, f"{prefix}{key}."):
                 return text
         return ""
-    return "" if old == new else f"{prefix[:-1]} was {old!r}, now {new!r}"
+    if old == new:
+        return ""
+    before, now = ("absent" if value is _ABSENT else repr(value) for value in (old, new))
+    return f"{prefix[:-1]} was {before}, now {now}"
 
 
 def _plain(value: Any) -> Any:
@@ -309,21 +329,25 @@ def _write_manifest(stage_dir: epath.Path, manifest: Manifest) -> None:
     files.write_json(stage_dir / MANIFEST, dataclasses.asdict(manifest))
 
 
-def _merge_metrics(
-    run: Run, stage: str, metrics: Mapping[str, Any] | None, cost: Mapping[str, Any] | None
-) -> None:
-    merged = run.metrics
-    machine = merged.setdefault(MACHINE, {})
-    for table, value in ((merged, metrics), (machine, cost)):
-        table.pop(stage, None)
-        if value is not None:
-            table[stage] = value
+def _merge_metrics(run: Run, metrics: Mapping[str, Any], costs: Mapping[str, Any]) -> None:
+    merged = _merge(run.metrics, {**metrics, MACHINE: costs})
     files.write_json(run.workdir / "metrics.json", merged)
 
 
+def _merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """`new` over `old`, tables in both joined two levels deep: a figure is replaced whole."""
+    joined = dict(old)
+    for key, value in new.items():
+        both = isinstance(value, Mapping) and isinstance(old.get(key), Mapping)
+        joined[key] = {**old[key], **value} if both else value
+    return joined
+
+
 def _delete(run: Run, stage: str) -> None:
-    if stage in run.metrics:
-        _merge_metrics(run, stage, None, None)
+    metrics = run.metrics
+    if metrics.pop(stage, None) is not None or stage in metrics.get(MACHINE, {}):
+        metrics.get(MACHINE, {}).pop(stage, None)
+        files.write_json(run.workdir / "metrics.json", metrics)
     # Moved away in one step, so that a kill never leaves half a stage under its name.
     trash = run.workdir / f"{_TRASH}{uuid.uuid4().hex}"
     run.stage_dir(stage).rename(trash)
@@ -337,7 +361,8 @@ def _empty_trash(run: Run) -> None:
 
 
 def _remove_unfinished(stage_dir: epath.Path) -> None:
-    # Names that files.write_atomic gives to files it has not finished.
-    for path in stage_dir.rglob(".*"):
-        if re.fullmatch(r"\..+\.[a-z0-9_]{8}", path.name) and path.is_file():
-            path.unlink()
+    # Names that files.write_atomic gives to files it has not finished; it makes them on local disks only.
+    for folder, _, names in os.walk(stage_dir):
+        for name in names:
+            if re.fullmatch(r"\..+\.[a-z0-9_]{8}", name):
+                os.unlink(os.path.join(folder, name))

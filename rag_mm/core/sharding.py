@@ -6,7 +6,7 @@ in context every function here is the identity, so a model also runs in a plain 
 """
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -27,13 +27,17 @@ ACTIVATION_AXES: dict[str | None, str | tuple[str, ...] | None] = PARAMETER_AXES
 }
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh with explicit axes over the first data * fsdp * tensor devices.
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, is_explicit: bool = True) -> Mesh:
+    """A mesh over the first data * fsdp * tensor devices.
+
+    Its axes are explicit, except for models of stock convolutions, which are only ever split by batch
+    and leave the rest to the partitioner.
 
     Raises:
         ValueError: fewer devices are present.
     """
-    return jax.make_mesh((data, fsdp, tensor), MESH_AXES)
+    kind = AxisType.Explicit if is_explicit else AxisType.Auto
+    return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=(kind,) * 3)
 
 
 def parameter_spec(axes: tuple[str | None, ...]) -> PartitionSpec:

@@ -44,6 +44,12 @@ class Tokenizer(Protocol):
         ...
 
 
+def check_view(view: str) -> None:
+    """Raises UserError where there is no such view."""
+    if view not in VIEWS:
+        raise UserError(f"There is no view {view!r}: choose image, text or mixed.")
+
+
 def embed(
     documents: Sequence[document_lib.Document], encoder: Encoder, batch_size: int
 ) -> dict[str, np.ndarray]:
@@ -73,8 +79,8 @@ def embed(
             rows = _in_batches(encode, list(items.values()), batch_size)
             names = [documents[row].id for row in items]
             parts[view][list(items)] = unit_rows(rows, names)
-    for row in np.flatnonzero(~present["image"] & ~present["text"]):
-        raise UserError(f"document {documents[row].id!r} has neither text nor image.")
+    for row in np.flatnonzero(~present["image"] & ~present["text"]).tolist():
+        raise UserError(f"Document {documents[row].id!r} has neither text nor image.")
     image = np.where(present["image"][:, None], parts["image"], parts["text"])
     text = np.where(present["text"][:, None], parts["text"], parts["image"])
     mixed = unit_rows((image + text) / 2, [d.id for d in documents])
@@ -92,7 +98,7 @@ def unit_rows(rows: np.ndarray, names: Sequence[str]) -> np.ndarray:
     bad = np.flatnonzero(~(np.isfinite(lengths[:, 0]) & (lengths[:, 0] > 0)))
     if bad.size:
         raise UserError(
-            f"the embedding of {names[bad[0]]!r} is zero, NaN or infinite: "
+            f"The embedding of {names[bad[0]]!r} is zero, NaN or infinite: "
             "the retriever's weights are broken, train it again."
         )
     return rows / lengths

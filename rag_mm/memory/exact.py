@@ -28,9 +28,11 @@ class ExactIndex:
 
     @property
     def num_rows(self) -> int:
+        """How many rows can be found."""
         return 0 if self._rows is None else len(self._rows)
 
     def build(self, embeddings: np.ndarray) -> None:
+        """Replaces the rows, as the protocol says."""
         rows = index.check_rows(embeddings)
         chunk = min(_ROWS_PER_CHUNK, _round_up(max(len(rows), 1), _ROWS_PER_BLOCK))
         padded = np.zeros((_round_up(max(len(rows), 1), chunk), rows.shape[1]), np.float32)
@@ -39,6 +41,7 @@ class ExactIndex:
         self._chunks = jnp.asarray(padded.reshape(-1, chunk, rows.shape[1]))
 
     def add(self, embeddings: np.ndarray) -> None:
+        """Appends rows, as the protocol says."""
         if self._rows is None:
             self.build(embeddings)
             return
@@ -46,6 +49,7 @@ class ExactIndex:
         self.build(np.concatenate([self._rows, embeddings]))
 
     def search(self, queries: np.ndarray, k: int) -> index.Neighbors:
+        """The best k rows of each query, as the protocol says."""
         dim = None if self._rows is None else self._rows.shape[1]
         queries = index.check_queries(queries, k, dim)
         num_hits = min(k, self.num_rows)
@@ -67,9 +71,11 @@ class ExactIndex:
         return np.asarray(ids)[: len(queries)], np.asarray(scores)[: len(queries)]
 
     def save(self, directory: Path) -> None:
+        """Writes what `load` needs beside the rows."""
         files.write_json(directory / "index.json", {"kind": self.kind, "rows": self.num_rows})
 
     def load(self, directory: Path, embeddings: np.ndarray) -> None:
+        """Reads what `save` wrote over the same rows."""
         saved = files.read_json(directory / "index.json")
         if saved != {"kind": self.kind, "rows": len(embeddings)}:
             raise UserError(

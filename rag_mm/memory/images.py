@@ -45,9 +45,9 @@ def decode_png(data: bytes) -> np.ndarray:
     try:
         with PIL.Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             if image.mode != "RGB" or image.width * image.height > MAX_PIXELS:
-                raise UserError(f"a stored picture is {image.mode} {image.width}x{image.height}.")
+                raise UserError(f"A stored picture is {image.mode} {image.width}x{image.height}.")
             return np.array(image)
     except UserError:
         raise
     except Exception as error:  # Damaged bytes raise whatever the decoder stumbled over.
-        raise UserError(f"a stored picture cannot be decoded ({error}).") from error
+        raise UserError(f"A stored picture cannot be decoded ({error}).") from error

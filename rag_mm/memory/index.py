@@ -84,7 +84,7 @@ def check_rows(embeddings: np.ndarray, dim: int | None = None) -> np.ndarray:
     Raises:
         UserError: not two axes, D is 0 or not `dim`, or a row holds NaN or infinity.
     """
-    return _check(embeddings, dim, "embeddings", "row")
+    return _check(embeddings, dim, "Embeddings", "Row")
 
 
 def check_queries(queries: np.ndarray, k: int, dim: int | None) -> np.ndarray:
@@ -99,10 +99,10 @@ def check_queries(queries: np.ndarray, k: int, dim: int | None) -> np.ndarray:
         UserError: the index was never built, k < 1, a wrong width, or NaN or infinity.
     """
     if dim is None:
-        raise UserError("the index has no rows yet: build or load it before a search.")
+        raise UserError("The index has no rows yet: build or load it before a search.")
     if k < 1:
-        raise UserError(f"k is {k}; ask for at least 1 neighbor.")
-    return _check(queries, dim, "queries", "query")
+        raise UserError(f"A search for k = {k} finds nothing; ask for at least 1 neighbor.")
+    return _check(queries, dim, "Queries", "Query")
 
 
 def _check(values: np.ndarray, dim: int | None, what: str, one: str) -> np.ndarray:
@@ -151,4 +151,4 @@ def make_index(kind: str, scann: "ScannConfig | None" = None) -> Index:
         from rag_mm.memory import scann_index
 
         return scann_index.ScannIndex(scann)
-    raise UserError(f"there is no index {kind!r}: choose scann or exact.")
+    raise UserError(f"There is no index {kind!r}: choose scann or exact.")

@@ -1,11 +1,13 @@
 """The files of a memory: versions, their manifests, and the one switch between them.
 
-    MEM/CURRENT                     the current version and its manifest's digest, switched atomically
-    MEM/v000001/manifest.json       what the version is and every file it needs, with size and digest
+    MEM/CURRENT                     the current version and its manifest's digest
+    MEM/v000001/manifest.json       what the version is, and size and digest of its files
     MEM/v000001/manifest.sha256     the manifest's own digest
-    MEM/v000001/{records,ids,codes,embeddings-VIEW}-00000.*     one shard; never changed again
+    MEM/v000001/{records,ids,codes,embeddings-VIEW}-00000.*     one shard
     MEM/v000001/index-VIEW/         the index of a view
     MEM/retriever/ MEM/tokenizer/   what search and add need beside the memory
+
+A version names files of its own folder and of earlier ones, which are never changed.
 """
 
 import dataclasses
@@ -15,6 +17,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from rag_mm.core import files
 from rag_mm.core.errors import UserError
@@ -83,6 +87,17 @@ class Manifest:
     def folder(self) -> str:
         """The version's own folder."""
         return folder_of(self.version)
+
+
+def local_folder(path: epath.PathLike) -> Path:
+    """The path of a memory: its files are mapped, locked and read by native code, so it is local.
+
+    Raises:
+        UserError: it is remote.
+    """
+    if "://" in os.fspath(path):
+        raise UserError(f"{path} is remote; build and open memories on a local disk.")
+    return Path(path)
 
 
 def folder_of(version: int) -> str:
@@ -160,7 +175,9 @@ def read(root: Path, version: int, sha256: str | None = None) -> Manifest:
         raise UserError(f"{path.with_suffix('.sha256')} cannot be read.") from error
     actual = files.digest(data)
     if line != _digest_line(actual) or sha256 not in (None, actual):
-        raise UserError(f"{path} or its digest was changed: the memory cannot be trusted.")
+        raise UserError(
+            f"{path} or the digest beside it, manifest.sha256, was changed: build the memory again."
+        )
     try:
         return _parse(files.read_json(path))
     except (KeyError, TypeError, ValueError, AttributeError) as error:

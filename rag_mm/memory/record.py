@@ -73,7 +73,7 @@ def from_bytes(data: bytes) -> Record:
     except UserError:
         raise
     except Exception as error:  # msgpack raises many types on damaged bytes.
-        raise UserError(f"a record is damaged ({error}).") from error
+        raise UserError(f"A record is damaged ({error}).") from error
 
 
 def _from_fields(fields: Any) -> Record:
@@ -114,4 +114,4 @@ def _segment(fields: Any) -> document.Segment:
 
 def _demand(holds: bool, complaint: str) -> None:
     if not holds:
-        raise UserError(f"a record is damaged: {complaint}.")
+        raise UserError(f"A record is damaged: {complaint}.")

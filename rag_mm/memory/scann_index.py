@@ -76,9 +76,11 @@ class ScannIndex:
 
     @property
     def num_rows(self) -> int:
+        """How many rows can be found."""
         return 0 if self._rows is None else len(self._rows)
 
     def build(self, embeddings: np.ndarray) -> None:
+        """Replaces the rows, as the protocol says."""
         ops = _load_scann()
         rows = index.check_rows(embeddings)  # One NaN would abort the whole process.
         config = self._config
@@ -108,6 +110,7 @@ class ScannIndex:
         self.build(np.concatenate([self._rows, embeddings]))
 
     def search(self, queries: np.ndarray, k: int) -> index.Neighbors:
+        """The best k rows of each query, as the protocol says."""
         dim = None if self._rows is None else self._rows.shape[1]
         queries = index.check_queries(queries, k, dim)
         num_hits = min(k, self.num_rows)
@@ -124,6 +127,7 @@ class ScannIndex:
         return index.pad_hits(ids, scores, k)
 
     def save(self, directory: Path) -> None:
+        """Writes what `load` needs beside the rows."""
         directory.mkdir(parents=True, exist_ok=True)
         saved: dict[str, Any] = {
             "kind": self.kind,
@@ -195,18 +199,19 @@ def _load_scann() -> types.ModuleType:
         if loaded is not None:
             return loaded
         absent = object()
-        tensorflow = sys.modules.get("tensorflow", absent)
-        sys.modules["tensorflow"] = None  # pyright: ignore[reportArgumentType]
+        modules: dict[str, Any] = sys.modules
+        tensorflow = modules.get("tensorflow", absent)
+        modules["tensorflow"] = None
         try:
             from scann.scann_ops.py import scann_ops_pybind
         except ImportError as error:
             raise UserError(
-                f"the index scann cannot be loaded here ({error}): "
+                f"The index scann cannot be loaded here ({error}): "
                 "install scann (Linux only), or use the index exact."
             ) from error
         finally:
             if tensorflow is absent:
-                del sys.modules["tensorflow"]
+                del modules["tensorflow"]
             else:
-                sys.modules["tensorflow"] = tensorflow  # pyright: ignore[reportArgumentType]
+                modules["tensorflow"] = tensorflow
         return scann_ops_pybind

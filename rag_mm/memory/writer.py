@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from array_record.python import array_record_module
 
 from rag_mm.core import document as document_lib
-from rag_mm.core import files
 from rag_mm.core.errors import UserError
 from rag_mm.memory import encoder as encoder_lib
-from rag_mm.memory import images, index, manifest, record
+from rag_mm.memory import images, index, manifest
+from rag_mm.memory import shard as shard_lib
 from rag_mm.memory.scann_index import ScannConfig
 
 
@@ -61,8 +60,8 @@ def build(
 ) -> None:
     """Makes a memory in a folder that is not one yet; see `Memory.build`."""
     if len(documents) == 0:
-        raise UserError("there are no documents: a memory needs at least one.")
-    _check_vacant(root, carried)
+        raise UserError("There are no documents: a memory needs at least one.")
+    check_vacant(root, tuple(carried))
     is_new = not root.exists()
     with _lock(root):
         _clear(root, [manifest.folder_of(1), *carried])
@@ -84,9 +83,10 @@ def build(
             )
             _write_version(root, start, documents, encoder, tokenizer, options)
         except BaseException:
-            _clear(root, [manifest.folder_of(1), *carried, manifest.LOCK])
-            if is_new:
-                shutil.rmtree(root, ignore_errors=True)
+            if not (root / manifest.CURRENT).exists():
+                _clear(root, [manifest.folder_of(1), *carried, manifest.LOCK])
+                if is_new:
+                    root.rmdir()
             raise
 
 
@@ -99,7 +99,7 @@ def add(
 ) -> None:
     """Makes the next version of a memory; see `Memory.add`."""
     if len(documents) == 0:
-        raise UserError("there are no documents to add.")
+        raise UserError("There are no documents to add.")
     with _lock(root):
         version, sha256 = manifest.read_current(root)
         before = manifest.read(root, version, sha256)
@@ -123,52 +123,6 @@ def add(
             raise
 
 
-def load_rows(root: Path, contents: manifest.Manifest, view: str) -> np.ndarray:
-    """Embeddings of a view, float32 [R, D], mapped from disk where they are in one file.
-
-    Raises:
-        UserError: a file is not an array of the manifest's shape.
-    """
-    shards = [
-        load_array(
-            root / shard.file(f"embeddings-{view}", "npy"), (shard.rows, contents.dim), np.float32
-        )
-        for shard in contents.shards
-    ]
-    return shards[0] if len(shards) == 1 else np.concatenate(shards)
-
-
-def load_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """Maps an array from disk.
-
-    Raises:
-        UserError: the file is missing, damaged, or of another shape or dtype.
-    """
-    try:
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # A damaged header raises whatever its parser stumbled over.
-        raise UserError(f"{path} is not a readable array ({error}).") from error
-    if values.shape != shape or values.dtype != dtype:
-        raise UserError(f"{path} holds {values.dtype} {values.shape} instead of {shape}.")
-    return values
-
-
-def load_ids(root: Path, contents: manifest.Manifest) -> list[str]:
-    """The documents' ids in row order.
-
-    Raises:
-        UserError: a file is not a list of the manifest's length.
-    """
-    ids = []
-    for shard in contents.shards:
-        path = root / shard.file("ids", "json")
-        found = files.read_json(path)
-        if not isinstance(found, list) or len(found) != shard.rows:
-            raise UserError(f"{path} does not hold {shard.rows} ids: the memory is damaged.")
-        ids += [str(name) for name in found]
-    return ids
-
-
 def _write_version(
     root: Path,
     before: manifest.Manifest,
@@ -178,36 +132,19 @@ def _write_version(
     options: Options,
 ) -> None:
     """Writes the version after `before` and switches to it."""
+    index.make_index(before.index, options.scann)  # A missing ScaNN is found before the work.
     folder = manifest.folder_of(before.version + 1)
     (root / folder).mkdir()
-    # First of all, so that a missing ScaNN is found before anything is encoded.
-    indexes = {v: index.make_index(before.index, options.scann) for v in encoder_lib.VIEWS}
-    known = set(load_ids(root, before))
-    shards = []
-    for start in range(0, len(documents), options.shard_size):
-        stop = min(start + options.shard_size, len(documents))
-        writer = _ShardWriter(root, folder, len(shards))
-        for first in range(start, stop, options.batch_size):
-            last = min(first + options.batch_size, stop)
-            batch = [_prepare(documents[i], before.image_size, known) for i in range(first, last)]
-            embeddings = encoder_lib.embed(batch, encoder, options.batch_size)
-            codes = (
-                [None] * len(batch)
-                if tokenizer is None
-                else encoder_lib.encode_codes(batch, tokenizer, options.batch_size)
-            )
-            writer.write(batch, embeddings, codes, before.tokenizer)
-            if options.on_progress is not None:
-                options.on_progress(last, len(documents))
-        shards.append(writer.close())
+    shards = _write_shards(root, before, documents, encoder, tokenizer, options)
     after = dataclasses.replace(
         before,
         version=before.version + 1,
         num_codes=_num_codes(root, before, shards),
         shards=(*before.shards, *shards),
     )
-    for view, searcher in indexes.items():
-        rows = load_rows(root, after, view)
+    for view in encoder_lib.VIEWS:
+        searcher = index.make_index(before.index, options.scann)
+        rows = shard_lib.load_rows(root, after, view)
         if before.shards:
             searcher.load(root / before.folder / f"index-{view}", rows[: before.rows])
             searcher.add(rows[before.rows :])
@@ -219,6 +156,35 @@ def _write_version(
     written = {path.relative_to(root).as_posix(): manifest.seal(path) for path in paths}
     after = dataclasses.replace(after, files={**kept, **written})
     manifest.switch(root, after.version, manifest.write(root, after))
+
+
+def _write_shards(
+    root: Path,
+    before: manifest.Manifest,
+    documents: Documents,
+    encoder: encoder_lib.Encoder,
+    tokenizer: encoder_lib.Tokenizer | None,
+    options: Options,
+) -> list[manifest.Shard]:
+    """Encodes the documents and writes them in shards of the version after `before`."""
+    folder = manifest.folder_of(before.version + 1)
+    known = set(shard_lib.load_ids(root, before))
+    shards = []
+    for start in range(0, len(documents), options.shard_size):
+        stop = min(start + options.shard_size, len(documents))
+        writer = shard_lib.ShardWriter(root, folder, len(shards))
+        for first in range(start, stop, options.batch_size):
+            last = min(first + options.batch_size, stop)
+            batch = [_prepare(documents[i], before.image_size, known) for i in range(first, last)]
+            embeddings = encoder_lib.embed(batch, encoder, options.batch_size)
+            codes: Sequence[np.ndarray | None] = [None] * len(batch)
+            if tokenizer is not None:
+                codes = encoder_lib.encode_codes(batch, tokenizer, options.batch_size)
+            writer.write(batch, embeddings, codes, before.tokenizer)
+            if options.on_progress is not None:
+                options.on_progress(last, len(documents))
+        shards.append(writer.close())
+    return shards
 
 
 def _num_codes(
@@ -240,9 +206,9 @@ def _prepare(
 ) -> document_lib.Document:
     """The document with its pictures at the memory's size; `known` gains its id."""
     if not document.id:
-        raise UserError("a document has an empty id: give every document one.")
+        raise UserError("A document has an empty id: give every document one.")
     if document.id in known:
-        raise UserError(f"two documents have the id {document.id!r}: ids are unique in a memory.")
+        raise UserError(f"Two documents have the id {document.id!r}: ids are unique in a memory.")
     known.add(document.id)
     segments = tuple(
         document_lib.Image(images.fit(segment.pixels, image_size))
@@ -251,58 +217,6 @@ def _prepare(
         for segment in document.segments
     )
     return dataclasses.replace(document, segments=segments)
-
-
-class _ShardWriter:
-    """One shard: records as they come, arrays when it is closed."""
-
-    def __init__(self, root: Path, folder: str, number: int):
-        self._root = root
-        self._shard = manifest.Shard(folder, number, 0, 0, 0)
-        path = root / self._shard.file("records", "arrayrecord")
-        self._records = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-        self._ids: list[str] = []
-        self._embeddings: dict[str, list[np.ndarray]] = {v: [] for v in encoder_lib.VIEWS}
-        self._codes: list[np.ndarray | None] = []
-
-    def write(
-        self,
-        documents: Sequence[document_lib.Document],
-        embeddings: Mapping[str, np.ndarray],
-        codes: Sequence[np.ndarray | None],
-        tokenizer: str | None,
-    ) -> None:
-        """Appends documents with their embeddings [B, D] and codes."""
-        for row, (document, values) in enumerate(zip(documents, codes, strict=True)):
-            vectors = {view: rows[row] for view, rows in embeddings.items()}
-            maker = None if values is None else tokenizer
-            entry = record.Record(document, vectors, values, maker)
-            self._records.write(record.to_bytes(entry))
-        for view, rows in embeddings.items():
-            self._embeddings[view].append(rows)
-        self._ids += [document.id for document in documents]
-        self._codes += codes
-        self._shard = dataclasses.replace(
-            self._shard,
-            rows=len(self._ids),
-            with_text=self._shard.with_text + sum(bool(d.text.strip()) for d in documents),
-            with_image=self._shard.with_image + sum(d.image is not None for d in documents),
-        )
-
-    def close(self) -> manifest.Shard:
-        """Finishes the files."""
-        self._records.close()
-        ids = files.canonical_json(self._ids).encode()
-        files.write_atomic(self._root / self._shard.file("ids", "json"), ids)
-        for view, batches in self._embeddings.items():
-            rows = np.concatenate(batches)
-            np.save(self._root / self._shard.file(f"embeddings-{view}", "npy"), rows)
-        length = next((len(codes) for codes in self._codes if codes is not None), None)
-        if length is not None:
-            missing = np.full(length, index.MISSING, np.int32)
-            codes = np.stack([missing if c is None else c for c in self._codes])
-            np.save(self._root / self._shard.file("codes", "npy"), codes)
-        return self._shard
 
 
 @contextlib.contextmanager
@@ -321,14 +235,15 @@ def _lock(root: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"another process is writing {root}: try again when it ends.") from None
-        yield
+            raise UserError(f"Another process is writing {root}: try again when it ends.") from None
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{root} cannot be written: {error}.") from error
 
 
-def _check_vacant(root: Path, carried: Mapping[str, Path]) -> None:
+def check_vacant(root: Path, carried: Sequence[str]) -> None:
     """Raises UserError where a build would touch what no build of a memory has made."""
-    if "://" in str(root):
-        raise UserError(f"{root} is remote: build a memory on a local disk and copy it there.")
     if (root / manifest.CURRENT).exists():
         raise UserError(f"{root} is a memory already: add to it, or name another folder.")
     if not (root / manifest.LOCK).exists():

@@ -89,8 +89,8 @@ class VisionTower(nnx.Module):
         side = c.image_size // p
         mean, std = (jnp.asarray(v, images.dtype)[None, None, None] for v in (c.image_mean, c.image_std))
         x = (images - mean) / std
-        x = x.reshape(-1, side, p, side, p, 3).transpose(0, 1, 3, 2, 4, 5)
-        x = self.patches(x.reshape(-1, side * side, p * p * 3))
+        x = _reshape(x, len(x), side, p, side, p, 3).transpose(0, 1, 3, 2, 4, 5)
+        x = self.patches(_reshape(x, len(x), side * side, p * p * 3))
         # The class token enters as a zero row in front, onto which its vector is added with the positions.
         x = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))
         added = sharding.gather(self.position_embedding[...], (None, None))
@@ -171,6 +171,11 @@ def loss_fn(
         "logit_scale": (scale, jnp.float32(1)),
     }
     return per_row.mean(), metrics
+
+
+def _reshape(x: jax.Array, *shape: int) -> jax.Array:
+    spec = sharding.activation_spec("batch", *(None,) * (len(shape) - 1))
+    return jax.lax.reshape(x, shape, out_sharding=spec)
 
 
 def _project(features: jax.Array, projection: Any) -> jax.Array:

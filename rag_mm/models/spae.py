@@ -34,6 +34,7 @@ class Config:
     codebook_size: int = 8192
     levels: quantize.Levels = (1, 2, 4, 8, 16, 16)
     commitment_weight: float = 0.33
+    is_turned: bool = False  # training images are flipped and turned at random, see turn()
 
     def __post_init__(self):
         quantize.check_levels(self.levels)
@@ -56,24 +57,25 @@ class Config:
 
     @classmethod
     def quick(cls) -> Self:
-        """64 codes of 1,024 for 32-pixel scenes, trained in a minute on two cores."""
+        """64 codes of 1,024 for 32-pixel scenes, trained in half a minute on two cores."""
         return cls(
             image_size=32,
             patch_size=4,
             encoder="patch",
-            width=64,
+            width=32,
             width_multipliers=(1,),
             num_res_blocks=1,
             embed_dim=48,
             codebook_size=1024,
             levels=(8,),
-            commitment_weight=0.25,
+            commitment_weight=1.0,  # 24.1 dB; 0.25 gives 24.0, 3 gives 23.9 and 0.05 gives 23.3
+            is_turned=True,
         )
 
     @classmethod
     def tiny(cls) -> Self:
-        """The same shape of codes for tests, trained in seconds."""
-        return dataclasses.replace(cls.quick(), width=32, codebook_size=256)
+        """As many codes of a smaller codebook, for tests: trained in seconds."""
+        return dataclasses.replace(cls.quick(), width=16, codebook_size=256)
 
 
 class PatchEncoder(nnx.Module):
@@ -211,6 +213,18 @@ def to_uint8(images: jax.Array) -> jax.Array:
     return jnp.round(jnp.clip(images, 0, 1) * 255).astype(jnp.uint8)
 
 
+def turn(images: jax.Array, rng: jax.Array) -> jax.Array:
+    """Each image [B, S, S, 3] in one of the eight flips and quarter turns of a square.
+
+    On emoji scenes it is worth 0.1 to 0.2 dB on unseen classes; pictures of a world with an up and
+    a down are better left as they are.
+    """
+    is_moved = jax.random.bernoulli(rng, shape=(3, images.shape[0], 1, 1, 1))
+    images = jnp.where(is_moved[0], images[:, ::-1], images)
+    images = jnp.where(is_moved[1], images[:, :, ::-1], images)
+    return jnp.where(is_moved[2], images.swapaxes(1, 2), images)
+
+
 def loss_fn(
     model: SPAE, batch: Mapping[str, jax.Array], rng: jax.Array
 ) -> tuple[jax.Array, Metrics]:
@@ -218,15 +232,16 @@ def loss_fn(
 
     Args:
       batch: images uint8 [B, H, W, 3].
-      rng: unused, the objective draws nothing.
+      rng: of the turns of config.is_turned; unused without them.
 
     Returns:
       The float32 loss and metrics name -> (sum, weight). `squared_error` pools over all pixels and
       channels for psnr(); `code_frequencies` has a float32 [codebook_size] vector as its sum.
     """
-    del rng
     config = model.config
     images = to_float(batch["images"])
+    if config.is_turned:
+        images = turn(images, rng)
     z = model.embed(images)
     codebook = model.codebook[...]
     codes = quantize.quantize(z, codebook, config.levels)

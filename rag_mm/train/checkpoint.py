@@ -52,19 +52,25 @@ class Checkpoints:
         self._checkpointer.close()
 
 
+def save_params(directory: epath.PathLike, params: Params) -> None:
+    """Writes parameters alone, whole or not at all; replaces what is there."""
+    ocp.save(epath.Path(directory), params, overwrite=True)
+
+
 def load_params(directory: epath.PathLike, abstract: Params) -> Params:
-    """Parameters alone, from a stage's newest checkpoint, in the shapes and layout of `abstract`.
+    """Parameters that `save_params` wrote, in the shapes and layout of `abstract`.
 
     Raises:
-        UserError: there is no checkpoint, or it holds another model.
+        UserError: there are none, or they are another model's.
     """
     directory = epath.Path(directory)
     if not directory.exists():
-        raise UserError(f"{directory} holds no checkpoint; train that stage first.")
-    with ocp.training.Checkpointer(directory) as checkpointer:
-        if checkpointer.latest is None:
-            raise UserError(f"{directory} holds no checkpoint; train that stage first.")
-        return checkpointer.load_checkpointables(None, {"params": abstract})["params"]
+        raise UserError(f"{directory} does not exist; train that stage first.")
+    try:
+        return ocp.load(directory, abstract)
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{directory} does not hold this model's parameters ({reason}).") from error
 
 
 def _optimizer(state: TrainState) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""The emoji world: pictures with names, and scenes whose facts are known exactly."""

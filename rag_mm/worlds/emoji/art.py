@@ -54,6 +54,7 @@ class Art:
     """
 
     def __init__(self, index: dict[str, Any], sheet: bytes):
+        """Takes what `render.py` wrote: the parsed index and the bytes of the sheet."""
         glyphs = [entry["glyph"] for entry in index["classes"]]
         self.names = tuple(tuple(entry["names"]) for entry in index["classes"])
         self.is_flag = np.array([index["glyphs"][glyph]["flag"] for glyph in glyphs])

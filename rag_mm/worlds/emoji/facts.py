@@ -1,7 +1,7 @@
-"""Reads the facts of a scene from its pixels alone: analysis by synthesis over everything drawable.
+"""Reads the facts of a scene from its pixels alone, by analysis through synthesis.
 
-The reading is the scene, out of all that the level can draw, with the least squared difference from
-the image (design of the joint accuracy: entity and place and colour all right).
+Of all scenes that a level can draw, the reading is the one nearest to the image in least squares.
+On it stands the headline figure: joint accuracy, entity and place and colour all right.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ class Scorer:
     """Reads scenes of one level; knows all classes, held out or not."""
 
     def __init__(self, level: Level):
-        """Prepares the templates of `level`.
+        """Reads scenes of `level`. Templates are drawn as needed; in `free` they take 140 MB.
 
         Raises:
             ValueError: the level shows several cards, which no reading here covers.
@@ -51,7 +51,7 @@ class Scorer:
         """Least over box, class and colour: a card hides its background, so the terms part."""
         to_color = ((images[:, :, :, None] - _PALETTE) ** 2).sum(-1)  # [B, S, S, 8]
         best = np.full(len(images), np.inf)
-        result: list[Facts | None] = [None] * len(images)
+        result: dict[int, Facts] = {}
         for size in self._level.sizes:
             boxes, windows = self._windows(images, size)
             templates, norms = self._template(size, None)
@@ -68,19 +68,19 @@ class Scorer:
                     best[i] = total[i, box]
                     entity = Entity(int(class_ids[i, box]), size, *boxes[box])
                     result[i] = Facts((entity,), _COLOR_NAMES[outside[i, box].argmin()])
-        return result
+        return [result[i] for i in range(len(images))]
 
     def _read_cutouts(self, images: np.ndarray) -> list[Facts]:
         """Least over boxes and classes, given the colour; a template is what drawing changes."""
         colors = _vote_color(images)
-        result: list[Facts | None] = [None] * len(images)
+        result: dict[int, Facts] = {}
         for color in np.unique(colors):
             name = _COLOR_NAMES[color]
             chosen = np.flatnonzero(colors == color)
             entities = self._best_entities(images[chosen] - _PALETTE[color], name)
             for i, found in zip(chosen, entities, strict=True):
                 result[i] = Facts(found, name)
-        return result
+        return [result[i] for i in range(len(images))]
 
     def _best_entities(self, residuals: np.ndarray, color: str) -> Iterator[tuple[Entity, ...]]:
         """The one or two entities that explain most of each residual, [B, S, S, 3]."""

@@ -54,7 +54,7 @@ class Level:
     def corners(self, size: int) -> tuple[tuple[int, int], ...]:
         """All (row, column) at which a box of `size` may start, row by row."""
         offsets = range(0, self.image_size - size + 1, self.step)
-        return tuple(itertools.product(offsets, repeat=2))
+        return tuple((row, column) for row in offsets for column in offsets)
 
 
 LEVELS = {
@@ -117,7 +117,7 @@ def _configurations(level: Level, class_id: int, seed: int) -> tuple[Facts, ...]
             facts = _draw_single(level, class_id, rng)
         else:
             facts = _draw_pair(level, class_id, seed, rng)
-        # Only what captions ask for makes a difference: else a hit in the memory could be the answer.
+        # Only what captions ask for is a difference: else a hit could be the answer itself.
         told = [(entity.class_id, place(entity, level)) for entity in facts.entities]
         found.setdefault((*told, facts.color), facts)
     return tuple(found.values())
@@ -199,10 +199,15 @@ def caption(facts: Facts, level: Level, rng: np.random.Generator | None, drop: b
     With `drop`, half of the captions only name, a sixth leave out the background, a sixth the
     places, and a sixth say everything; each name is a random one of its class. Without, everything
     is said with first names, and `rng` may be None.
+
+    Raises:
+        ValueError: facts are to be dropped without an `rng`.
     """
     names = [art.load_art().names[entity.class_id] for entity in facts.entities]
     says_place = says_color = True
     if drop:
+        if rng is None:
+            raise ValueError("Dropping facts at random needs an rng; pass one, or drop=False.")
         names = [(choice[rng.integers(len(choice))],) for choice in names]
         draw = rng.integers(6)
         says_place, says_color = draw in (3, 5), draw in (4, 5)

@@ -1,0 +1,125 @@
+"""RA-CM3 in miniature on emoji scenes: the whole chain on two CPU cores.
+
+    rag-mm quickstart --workdir=runs/quickstart --config=configs/quickstart.py:quick
+
+`quick` takes about 20 minutes on two cores; `tiny` runs every stage in about a minute and learns nothing
+worth looking at: it is for tests and for a first look at the files.
+"""
+
+STAGES = (
+    "tokenizer",
+    "retriever",
+    "memory",
+    "neighbors",
+    "decoder",
+    "control",
+    "generation",
+    "evaluation",
+    "report",
+)
+PRESETS = ("quick", "tiny")
+
+
+def get_config(preset: str) -> dict:
+    """The config of a preset: nested plain values."""
+    return {"quick": quick, "tiny": tiny}[preset]()
+
+
+def quick() -> dict:
+    """Twenty minutes on two cores."""
+    caption_draws = 4
+    decoder = dict(
+        model=dict(
+            num_layers=4,
+            embed_dim=192,
+            num_heads=6,
+            mlp_dim=512,
+            norm="rmsnorm",
+            positions="rope",
+            mlp="swiglu",
+            qk_norm=True,
+        ),
+        optimizer=dict(
+            learning_rate=2e-3, warmup_steps=60, schedule="cosine", b2=0.98, weight_decay=0.05
+        ),
+        loop=dict(num_steps=400, log_every=10, checkpoint_every=100),
+        caption_draws=caption_draws,
+        max_docs=2,
+        docs_shares=(0.2, 0.4, 0.4),
+        max_text=20,
+        max_spans=3,
+        mask_probability=0.5,
+        segment_probability=0.5,
+        alpha=0.1,
+        batch_size=32,
+    )
+    return dict(
+        stages=STAGES,
+        seed=0,
+        world=dict(level="easy", class_share=1.0),
+        tokenizer=dict(
+            model=dict(
+                image_size=32,
+                patch_size=4,
+                encoder="patch",
+                width=64,
+                width_multipliers=(1,),
+                num_res_blocks=1,
+                embed_dim=48,
+                codebook_size=1024,
+                levels=(8,),
+                commitment_weight=0.25,
+            ),
+            optimizer=dict(learning_rate=2e-3, warmup_steps=20, schedule="cosine"),
+            loop=dict(num_steps=300, log_every=20, checkpoint_every=100),
+            batch_size=64,
+            revival_steps=200,
+        ),
+        retriever=dict(
+            optimizer=dict(
+                learning_rate=1e-3, warmup_steps=50, schedule="cosine", weight_decay=0.05
+            ),
+            loop=dict(num_steps=600, log_every=20, checkpoint_every=100),
+            splits=("common", "rare_seen", "held_out"),
+        ),
+        memory=dict(index="scann"),
+        neighbors=dict(num_neighbors=2, caption_draws=caption_draws),
+        decoder=decoder,
+        control=decoder | dict(max_docs=0, docs_shares=(1.0,)),
+        generation=dict(num_held_out=256, num_seen=128),
+        evaluation=dict(),
+        report=dict(title="rag_mm quickstart", command="make quickstart"),
+    )
+
+
+def tiny() -> dict:
+    """Every stage in about a minute; small models, a tenth of the classes, the exact index."""
+    config = quick()
+    loop = dict(num_steps=40, log_every=10, checkpoint_every=20)
+    model = dict(config["decoder"]["model"], num_layers=2, embed_dim=64, num_heads=4, mlp_dim=128)
+    decoder = dict(config["decoder"], model=model, loop=loop, batch_size=8)
+    return config | dict(
+        world=dict(level="easy", class_share=0.05),
+        tokenizer=config["tokenizer"]
+        | dict(
+            model=config["tokenizer"]["model"] | dict(codebook_size=128, width=32),
+            loop=loop,
+            num_eval=128,
+        ),
+        retriever=config["retriever"]
+        | dict(loop=loop, embed_dim=32, vision_layers=1, text_layers=1, batch_size=64, num_eval=200),
+        memory=dict(index="exact", num_queries=64),
+        neighbors=config["neighbors"] | dict(num_test=16),
+        decoder=decoder,
+        control=decoder | dict(max_docs=0, docs_shares=(1.0,)),
+        generation=dict(num_held_out=16, num_seen=16),
+        report=dict(
+            title="rag_mm quickstart (tiny)",
+            command="rag-mm quickstart --config=configs/quickstart.py:tiny",
+            num_rows=6,
+            notes=(
+                "This is the tiny preset: it shows that every stage runs, and nothing more. "
+                "No figure on this page is meant to be good, and no gate was in force.",
+            ),
+        ),
+    )

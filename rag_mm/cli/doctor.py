@@ -1,0 +1,191 @@
+"""`rag-mm doctor`: versions, devices, flags, disk, and what of it does not fit together."""
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import rich.console
+import rich.table
+from PIL import features
+
+import rag_mm
+from rag_mm.core import clock, errors
+
+PACKAGES = (
+    "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "array-record",
+    "tensorflow-datasets", "scann", "clu", "ml-collections", "numpy", "pillow", "tokenizers",
+    "tensorflow", "tensorflow-cpu", "torch", "transformers",
+)  # fmt: skip
+FONTS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts")
+LOW_DISK_GB = 5
+# In processes of their own: an unknown XLA flag or a ScaNN beside the wrong TensorFlow ends them.
+_TRY_JAX = """
+import json, jax
+names = [f"{device.device_kind} {device.id}" for device in jax.devices()]
+print(json.dumps({"backend": jax.default_backend(), "devices": names}))
+"""
+_TRY_SCANN = """
+import numpy as np
+from rag_mm.memory import scann_index
+index = scann_index.ScannIndex()
+index.build(np.eye(8, dtype=np.float32))
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds `--workdir`, whose disk is looked at."""
+    parser.add_argument("--workdir", default=".", help="where runs will be written (default: .)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Looks at everything; `problems` are sentences with their remedies, `ok` is their absence."""
+    workdir = pathlib.Path(args.workdir)
+    if not workdir.is_dir():
+        raise errors.UserError(f"{args.workdir} is not a folder.")
+    devices = _devices()
+    scann = _scann()
+    free_gb = round(shutil.disk_usage(workdir).free / 1e9, 1)
+    versions = {name: _version(name) for name in PACKAGES}
+    problems = [*_version_problems(versions), *devices.pop("problems")]
+    if versions["scann"] and scann != "loads":
+        problems.append(f"ScaNN {scann}; use the exact index.")
+    if free_gb < LOW_DISK_GB:
+        problems.append(f"Only {free_gb} GB of disk are free in {args.workdir}; make room.")
+    if not os.access(workdir, os.W_OK):
+        problems.append(f"{args.workdir} cannot be written; choose another --workdir.")
+    return {
+        "ok": not problems,
+        "problems": problems,
+        "rag_mm": clock.code_version(),
+        "python": platform.python_version(),
+        "versions": versions,
+        **devices,
+        "environment": {
+            name: os.environ.get(name)
+            for name in ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR")
+        },
+        "scann": scann,
+        "machine": clock.machine()["processor"],
+        "system": platform.platform(),
+        "cores": clock.machine()["cores"],
+        "memory_gb": _memory_gb(),
+        "disk_free_gb": free_gb,
+        "emoji_font": _emoji_font(),
+        "raqm": features.check("raqm"),
+    }
+
+
+def show(result: dict[str, Any], console: rich.console.Console) -> None:
+    """Prints a table, then the problems."""
+    table = rich.table.Table(show_header=False, box=None)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for key, value in result.items():
+        if key in ("ok", "problems"):
+            continue
+        pairs = value.items() if isinstance(value, dict) else [(None, value)]
+        for inner, text in pairs:
+            table.add_row(f"{key} {inner}" if inner else key, _text(text))
+    console.print(table)
+    for problem in result["problems"]:
+        console.print(f"! {problem}", markup=False)
+    if result["ok"]:
+        console.print("Nothing is wrong.")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "-" if value is None else str(value)
+
+
+def _devices() -> dict[str, Any]:
+    output, failure = _probe(_TRY_JAX)
+    if failure:
+        return {"backend": None, "devices": [], "problems": [f"jax does not start ({failure})."]}
+    return {**json.loads(output), "problems": []}
+
+
+def _scann() -> str:
+    if _version("scann") is None:
+        return "is not installed"
+    _, failure = _probe(_TRY_SCANN)
+    return f"does not load ({failure})" if failure else "loads"
+
+
+def _probe(code: str) -> tuple[str, str]:
+    """Runs `code` in another process: (the last line it prints, empty or why it failed)."""
+    path = os.pathsep.join([str(pathlib.Path(rag_mm.__file__).parent.parent), *sys.path])
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={**os.environ, "PYTHONPATH": path},
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return "", "no answer within two minutes"
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        telling = [line for line in said if "rror" in line or "nknown flag" in line] or said
+        return "", telling[-1] if telling else f"exit code {done.returncode}"
+    return (done.stdout.strip().splitlines() or [""])[-1], ""
+
+
+def _version_problems(versions: dict[str, str | None]) -> list[str]:
+    problems = []
+    jax_version, jaxlib, libtpu = versions["jax"], versions["jaxlib"], versions["libtpu"]
+    if jax_version != jaxlib:
+        problems.append(f"jax {jax_version} and jaxlib {jaxlib} differ; pip install jax=={jaxlib}.")
+    wanted = libtpu_wanted()
+    if libtpu and wanted and not _matches(libtpu, wanted):
+        problems.append(
+            f"jax {jax_version} wants libtpu {wanted}, not {libtpu}; pip install 'rag_mm[tpu]'."
+        )
+    return problems
+
+
+def libtpu_wanted() -> str | None:
+    """The libtpu that the installed jax asks for in its extra, as `0.0.42.*`; None if unknown."""
+    for line in importlib.metadata.requires("jax") or []:
+        requirement, _, marker = line.partition(";")
+        if requirement.strip().startswith("libtpu==") and '"tpu"' in marker:
+            return requirement.strip().removeprefix("libtpu==")
+    return None
+
+
+def _matches(version: str, pattern: str) -> bool:
+    if pattern.endswith(".*"):
+        return f"{version}.".startswith(pattern[:-1])
+    return version == pattern
+
+
+def _version(package: str) -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None
+
+
+def _memory_gb() -> float | None:
+    with contextlib.suppress(ValueError, OSError):
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+    return None
+
+
+def _emoji_font() -> str | None:
+    for folder in FONTS:
+        for path in sorted(pathlib.Path(folder).expanduser().rglob("NotoColorEmoji*.ttf")):
+            return str(path)
+    return None

@@ -1,0 +1,296 @@
+"""The memory: documents, their embeddings and codes, and an index over each view of them."""
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python import array_record_data_source
+from etils import epath
+
+from rag_mm.core import document as document_lib
+from rag_mm.core import files
+from rag_mm.core.errors import UserError
+from rag_mm.memory import encoder as encoder_lib
+from rag_mm.memory import images, index, manifest, record, verify, writer
+from rag_mm.memory import shard as shard_lib
+
+
+class Memory:
+    """One version of a memory, opened for reading; later versions do not disturb it.
+
+    Safe to search and read from several threads. Attributes:
+        path: the folder.
+        manifest: what this version is.
+        ids: the documents' ids in row order.
+    """
+
+    def __init__(
+        self, path: Path, contents: manifest.Manifest, encoder: encoder_lib.Encoder | None
+    ):
+        """For `Memory.open`."""
+        self.path = path
+        self.manifest = contents
+        self.ids = tuple(shard_lib.load_ids(path, contents))
+        self._encoder = encoder
+        self._indexes: dict[str, index.Index] = {}
+        self._lock = threading.Lock()
+        self._records = array_record_data_source.ArrayRecordDataSource(
+            [
+                f"{path / shard.file('records', 'arrayrecord')}[0:{shard.rows}]"
+                for shard in contents.shards
+            ]
+        )
+
+    @classmethod
+    def open(
+        cls,
+        path: epath.PathLike,
+        encoder: encoder_lib.Encoder | None = None,
+        *,
+        version: int | None = None,
+    ) -> "Memory":
+        """Opens a version after cheap checks: its manifest's digest and the size of every file.
+
+        Args:
+            path: the memory's folder.
+            encoder: the retriever; without it only vectors can be searched.
+            version: an earlier version that still lies there; the current one if None.
+
+        Raises:
+            UserError: no memory or version there, a file missing or of another size, or another
+                retriever than the one that built it.
+        """
+        root = manifest.local_folder(path)
+        current, sha256 = manifest.read_current(root)
+        version = version or current
+        if not 1 <= version <= current:  # A later one may lie there, but was never finished.
+            raise UserError(f"{path} has no version {version}; its newest is {current}.")
+        contents = manifest.read(root, version, sha256 if version == current else None)
+        for name, entry in contents.files.items():
+            problem = manifest.check_file(root, name, entry, deep=False)
+            if problem is not None:
+                raise UserError(problem)
+        memory = cls(root, contents, None)
+        if encoder is not None:
+            memory.attach(encoder)
+        return memory
+
+    @classmethod
+    def build(
+        cls,
+        path: epath.PathLike,
+        documents: writer.Documents,
+        encoder: encoder_lib.Encoder,
+        tokenizer: encoder_lib.Tokenizer | None = None,
+        *,
+        carried: Mapping[str, epath.PathLike] | None = None,
+        options: writer.Options | None = None,
+    ) -> "Memory":
+        """Makes a memory; a failure or a kill leaves none.
+
+        Args:
+            path: a folder that is not a memory yet.
+            documents: with unique ids; their pictures are fitted to the tokenizer's image size,
+                or the encoder's without one.
+            encoder: the retriever.
+            tokenizer: gives codes to each document with an image.
+            carried: folders to copy into the memory by name, `retriever` and `tokenizer`, so that
+                it needs nothing else to be searched and added to.
+            options: index, batch and shard sizes, progress.
+
+        Raises:
+            UserError: no documents, a document that cannot be embedded, a duplicate id, a folder
+                that is in use or cannot be written.
+        """
+        folders = {name: Path(folder) for name, folder in (carried or {}).items()}
+        root = manifest.local_folder(path)
+        writer.build(root, documents, encoder, tokenizer, folders, options or writer.Options())
+        return cls.open(path, encoder)
+
+    def add(
+        self,
+        documents: writer.Documents,
+        tokenizer: encoder_lib.Tokenizer | None = None,
+        *,
+        options: writer.Options | None = None,
+    ) -> "Memory":
+        """Writes the next version, opened; this one stays as it is.
+
+        The rows follow those of the folder's current version, which may be later than this one.
+
+        Raises:
+            UserError: as `build`, or another retriever or tokenizer than the build's.
+        """
+        encoder = self._need_encoder()
+        writer.add(self.path, documents, encoder, tokenizer, options or writer.Options())
+        return Memory.open(self.path, encoder)
+
+    def attach(self, encoder: encoder_lib.Encoder) -> None:
+        """Gives the memory its retriever.
+
+        Raises:
+            UserError: it is not the one that built the memory.
+        """
+        if encoder.fingerprint != self.manifest.encoder:
+            raise UserError(
+                f"{self.path} was built by another retriever ({self.manifest.encoder[:12]}, not "
+                f"{encoder.fingerprint[:12]}): search it with its own."
+            )
+        self._encoder = encoder
+
+    def __len__(self) -> int:
+        return self.manifest.rows
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the rows and what made them; indexes, which may differ by machine, aside."""
+        shards = {
+            shard.file(what, ending)
+            for shard in self.manifest.shards
+            for what, ending in (
+                ("records", "arrayrecord"),
+                ("ids", "json"),
+                ("codes", "npy"),
+                *((f"embeddings-{view}", "npy") for view in encoder_lib.VIEWS),
+            )
+        }
+        rows = {n: e.sha256 for n, e in self.manifest.files.items() if n in shards}
+        contents = self.manifest
+        made = [contents.encoder, contents.tokenizer, contents.index, contents.image_size, rows]
+        return files.digest(files.canonical_json(made).encode())
+
+    @property
+    def codes(self) -> np.ndarray | None:
+        """Codes of each row's first image, int32 [R, N], -1 where it has none; None without any."""
+        if self.manifest.num_codes is None:
+            return None
+        shards = [shard_lib.load_codes(self.path, self.manifest, s) for s in self.manifest.shards]
+        return np.concatenate([codes for codes in shards if codes is not None])
+
+    def embeddings(self, view: str) -> np.ndarray:
+        """Unit rows of a view, float32 [R, D], read-only.
+
+        Raises:
+            UserError: there is no such view, or the file is damaged.
+        """
+        encoder_lib.check_view(view)
+        return shard_lib.load_rows(self.path, self.manifest, view)
+
+    def document(self, row: int) -> document_lib.Document:
+        """The document of a row.
+
+        Raises:
+            UserError: there is no such row, or its record is damaged.
+        """
+        return self.record(row).document
+
+    def record(self, row: int) -> record.Record:
+        """The document of a row with its embeddings and codes; raises as `document`."""
+        if not 0 <= row < len(self):
+            raise UserError(f"Row {row} is not in a memory of {len(self)} rows.")
+        try:
+            found = record.from_bytes(self._records[int(row)])
+        except (UserError, RuntimeError) as error:  # RuntimeError: ArrayRecord's own checksum.
+            raise UserError(f"Row {row} of {self.path} cannot be read: {error}") from error
+        if found.document.id != self.ids[row]:
+            raise UserError(f"Row {row} of {self.path} is not {self.ids[row]!r} as listed.")
+        return found
+
+    def encode(
+        self,
+        *,
+        text: str | Sequence[str] | None = None,
+        image: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Queries as unit rows, float32 [Q, D]: of one or more texts or of uint8 [(Q,) H, W, 3].
+
+        Raises:
+            UserError: no encoder is attached.
+        """
+        encoder = self._need_encoder()
+        if text is not None:
+            texts = [text] if isinstance(text, str) else list(text)
+            return encoder_lib.unit_rows(encoder.encode_text(texts), texts)
+        if image is None:
+            raise UserError("A search needs a text, an image or vectors.")
+        stack = image[None] if image.ndim == 3 else image
+        pixels = np.stack([images.fit(picture, encoder.image_size) for picture in stack])
+        names = [f"picture {i}" for i in range(len(pixels))]
+        return encoder_lib.unit_rows(encoder.encode_image(pixels), names)
+
+    def search(
+        self,
+        *,
+        text: str | Sequence[str] | None = None,
+        image: np.ndarray | None = None,
+        vectors: np.ndarray | None = None,
+        view: str | None = None,
+        k: int = 5,
+    ) -> index.Neighbors:
+        """The k best rows for each query; no policy applies, so a document may find itself.
+
+        Args:
+            text: one text or several.
+            image: uint8 [H, W, 3] or [Q, H, W, 3], of any size.
+            vectors: float32 [Q, D] unit rows. Exactly one of the three is given.
+            view: which embedding is searched; `image` for an image, else `mixed`.
+            k: hits of each query, >= 1.
+
+        Returns:
+            Row numbers and scores [Q, k].
+
+        Raises:
+            UserError: not exactly one query, no such view, k < 1, or a damaged index.
+        """
+        if sum(query is not None for query in (text, image, vectors)) != 1:
+            raise UserError("A search takes exactly one of a text, an image or vectors.")
+        view = view or ("image" if image is not None else "mixed")
+        encoder_lib.check_view(view)
+        if k < 1:
+            raise UserError(f"A search for k = {k} finds nothing; ask for at least 1 neighbor.")
+        queries = self.encode(text=text, image=image) if vectors is None else vectors
+        return self.index(view).search(queries, k)
+
+    def index(self, view: str) -> index.Index:
+        """The index of a view, loaded on first use; raises UserError where it is damaged."""
+        encoder_lib.check_view(view)
+        with self._lock:
+            if view not in self._indexes:
+                searcher = index.make_index(self.manifest.index)
+                searcher.load(
+                    self.path / self.manifest.folder / f"index-{view}", self.embeddings(view)
+                )
+                self._indexes[view] = searcher
+            return self._indexes[view]
+
+    def verify(self) -> list[str]:
+        """Everything that is wrong with the folder; see `verify.verify`."""
+        return verify.verify(self.path)
+
+    def stats(self) -> dict[str, Any]:
+        """What the memory holds, ready for JSON."""
+        contents = self.manifest
+        return {
+            "path": str(self.path),
+            "version": contents.version,
+            "rows": contents.rows,
+            "with_text": sum(shard.with_text for shard in contents.shards),
+            "with_image": sum(shard.with_image for shard in contents.shards),
+            "shards": len(contents.shards),
+            "bytes": sum(entry.size for entry in contents.files.values()),
+            "index": contents.index,
+            "views": list(encoder_lib.VIEWS),
+            "dim": contents.dim,
+            "image_size": contents.image_size,
+            "codes_per_image": contents.num_codes,
+            "encoder": contents.encoder,
+            "tokenizer": contents.tokenizer,
+            "fingerprint": self.fingerprint,
+        }
+
+    def _need_encoder(self) -> encoder_lib.Encoder:
+        if self._encoder is None:
+            raise UserError(f"{self.path} was opened without its retriever: attach one.")
+        return self._encoder

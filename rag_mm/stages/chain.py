@@ -1,0 +1,128 @@
+"""The chain of stages: what each is made from, and running them in order."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from etils import epath
+
+from rag_mm.core import config as config_lib
+from rag_mm.core import progress
+from rag_mm.core import run as run_lib
+from rag_mm.core.errors import UserError
+from rag_mm.stages import (
+    decoder,
+    evaluation,
+    generation,
+    memory,
+    neighbors,
+    report,
+    retriever,
+    tokenizer,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A function of (config, run, stage_dir) that returns metrics, its config's class, and its inputs.
+
+    `shares` names other stages' slices that its config holds; `reports_on_others` says that its metrics
+    are nested by the stages they speak of.
+    """
+
+    config: type
+    inputs: tuple[str, ...]
+    function: Callable[[Any, run_lib.Run, epath.Path], Mapping[str, Any]]
+    shares: tuple[str, ...] = ()
+    reports_on_others: bool = False
+
+
+STAGES = {
+    "tokenizer": Stage(tokenizer.Config, tokenizer.INPUTS, tokenizer.run),
+    "retriever": Stage(retriever.Config, retriever.INPUTS, retriever.run),
+    "memory": Stage(memory.Config, memory.INPUTS, memory.run),
+    "neighbors": Stage(
+        neighbors.Config, neighbors.INPUTS, neighbors.run, reports_on_others=True
+    ),
+    "decoder": Stage(decoder.Config, decoder.INPUTS, decoder.run),
+    "control": Stage(decoder.Config, decoder.CONTROL_INPUTS, decoder.run),
+    "generation": Stage(generation.Config, generation.INPUTS, generation.run),
+    "evaluation": Stage(
+        evaluation.Config, evaluation.INPUTS, evaluation.run, ("generation",), True
+    ),
+    "report": Stage(report.Config, report.INPUTS, report.run, ("generation",)),
+}
+
+
+def stage_configs(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Each stage's frozen config, in the order of `config["stages"]`.
+
+    Raises:
+        UserError: an unknown stage, or a value that a stage refuses.
+    """
+    unknown = [name for name in config["stages"] if name not in STAGES]
+    if unknown:
+        raise UserError(f"There is no stage {unknown[0]!r}; stages are {', '.join(STAGES)}.")
+    return {name: _stage_config(config, name) for name in config["stages"]}
+
+
+def run_chain(
+    config: Mapping[str, Any],
+    workdir: epath.PathLike,
+    *,
+    only: str | None = None,
+    overwrite: bool = False,
+) -> run_lib.Run:
+    """Runs the stages of a config in order, or one of them; finished ones are passed over.
+
+    Args:
+        config: nested plain dicts, as `core.config.to_dict` gives.
+        workdir: the run; made if it does not exist.
+        only: one stage's name.
+        overwrite: rebuild stages that would be refused.
+
+    Raises:
+        UserError: the config or the run does not fit; nothing has been touched then.
+    """
+    run = run_lib.Run(epath.Path(workdir))
+    configs = stage_configs(config)
+    if only is not None and only not in configs:
+        raise UserError(f"The config has no stage {only!r}; it has {', '.join(configs)}.")
+    chosen = [only] if only else list(configs)
+    with run.locked():
+        if not overwrite:
+            for name in chosen:
+                run_lib.check_stage(run, name, _slice(configs[name]), STAGES[name].inputs)
+        run.save_config(config)
+        for name in chosen:
+            _run_stage(run, name, configs[name], overwrite)
+        if "report" in chosen:
+            run.save_costs("quickstart", chosen)
+            report.write_page(configs["report"], run)
+    return run
+
+
+def _run_stage(run: run_lib.Run, name: str, config: Any, overwrite: bool) -> None:
+    stage = STAGES[name]
+    before = run.manifest(name)
+    progress.say(f"{name}: {'going on' if before and not before.is_done else 'begins'}")
+    run_lib.run_stage(
+        run,
+        name,
+        _slice(config),
+        stage.inputs,
+        lambda run, stage_dir: stage.function(config, run, stage_dir),
+        overwrite=overwrite,
+        reports_on_others=stage.reports_on_others,
+    )
+
+
+def _stage_config(config: Mapping[str, Any], name: str) -> Any:
+    shared = {key: config[key] for key in ("seed", "world", *STAGES[name].shares)}
+    if "generation" in shared:
+        shared["generation"] = {**shared["generation"], "seed": config["seed"], "world": config["world"]}
+    return config_lib.make(STAGES[name].config, {**shared, **config.get(name, {})}, name)
+
+
+def _slice(config: Any) -> dict[str, Any]:
+    return dataclasses.asdict(config)

@@ -1,0 +1,190 @@
+"""Stages `decoder` and `control`: RA-CM3 on retrieved documents, and the same main documents without."""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from rag_mm.core import files, sharding
+from rag_mm.core import run as run_lib
+from rag_mm.core.errors import UserError
+from rag_mm.data import masking, pipeline, rows
+from rag_mm.data.vocabulary import Vocabulary
+from rag_mm.decode.modes import Generator
+from rag_mm.models import ra_cm3
+from rag_mm.nn.decoder import DecoderConfig
+from rag_mm.stages import corpus as corpus_lib
+from rag_mm.stages import frozen, tokenizer, training
+from rag_mm.stages import memory as memory_stage
+from rag_mm.stages import world as world_lib
+from rag_mm.train import checkpoint, loop, optimizer
+
+INPUTS = ("tokenizer", "memory", "neighbors")
+CONTROL_INPUTS = ("tokenizer",)
+VOCAB_MULTIPLE = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """`model` holds a `DecoderConfig`'s values except its vocabulary and length, which follow from the data.
+
+    Attributes:
+        max_docs: most documents in a row; 0 makes the control.
+        docs_shares: how often a row holds 0, 1, .. max_docs documents (RA-CM3: uniform).
+        max_text: room for a caption, in tokens.
+        mask_probability: share of rows with masked spans, the others being plain causal rows.
+        segment_probability: share of masked rows that mask whole captions or images.
+    """
+
+    seed: int
+    world: world_lib.World
+    model: Mapping[str, Any]
+    optimizer: optimizer.Config
+    loop: loop.Config
+    caption_draws: int
+    max_docs: int = 2
+    docs_shares: tuple[float, ...] = (1.0, 1.0, 1.0)
+    max_text: int = 24
+    max_spans: int = 3
+    mask_probability: float = 0.5
+    segment_probability: float = 0.5
+    alpha: float = 0.1
+    batch_size: int = 32
+    mesh: tuple[int, int, int] = (1, 1, 1)
+
+    def __post_init__(self):
+        if len(self.docs_shares) != self.max_docs + 1:
+            raise UserError(
+                f"docs_shares has {len(self.docs_shares)} values; give {self.max_docs + 1}, "
+                f"one for each count from 0 to max_docs={self.max_docs}."
+            )
+
+    def layout(self, num_codes: int) -> rows.Layout:
+        """The rows this decoder reads."""
+        return rows.Layout(self.max_docs, self.max_text, num_codes, self.max_spans)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RowSource:
+    """Makes training rows: transform(index, rng) of `data.pipeline`.
+
+    `texts[i][d]` is draw d of main document i's caption; `neighbors` is int32 [R, draws + 1, K] into
+    `memory`, or None for the control.
+    """
+
+    config: Config
+    layout: rows.Layout
+    vocabulary: Vocabulary
+    texts: list[list[rows.Example]]
+    memory: list[rows.Example]
+    neighbors: np.ndarray | None
+
+    def make(self, index: np.int64, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """One row. The main document is drawn first, so that the control sees the same ones."""
+        config, draws = self.config, self.texts[index]
+        draw = int(rng.integers(len(draws)))
+        main, docs = draws[draw], []
+        if self.neighbors is not None:
+            shares = np.asarray(config.docs_shares) / np.sum(config.docs_shares)
+            count = int(rng.choice(config.max_docs + 1, p=shares))
+            column = draw if rng.random() < 0.5 else len(draws)
+            found = self.neighbors[index, column]
+            chosen = rng.permutation(found[found >= 0])[:count]
+            docs = [self.memory[i] for i in chosen]
+        segments = rows.find_segments(self.layout, main, docs)
+        masks = masking.Masking(0, config.segment_probability, config.mask_probability)
+        spans = masking.sample_spans(masks, segments, rng, config.max_spans)
+        return rows.make_row(self.layout, self.vocabulary, main, docs, spans)
+
+
+def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
+    """Trains; the control is the same function with `max_docs` 0."""
+    codec = tokenizer.load_tokenizer(run.workdir)
+    layout = config.layout(codec.config.num_codes)
+    corpus = corpus_lib.Corpus(layout, codec)
+    source = config.world.scenes("train", *world_lib.SEEN)
+    codes = corpus.codes(source)
+    texts = [
+        [corpus.example(source.caption(i, draw), codes[i]) for draw in range(config.caption_draws)]
+        for i in range(len(source))
+    ]
+    memory, neighbors = [], None
+    if config.max_docs:
+        memory = corpus.memory(memory_stage.open_memory(run, memory_stage.SEEN_VERSION))
+        neighbors = files.read_array(run.finished_stage("neighbors") / "train.npy")
+    row_source = RowSource(config, layout, codec.vocabulary, texts, memory, neighbors)
+    batches = pipeline.make_batches(
+        np.arange(len(source)), config.batch_size, config.seed, row_source.make
+    )
+    model_config = make_model_config(config, codec, layout)
+    mesh = sharding.make_mesh(*config.mesh)
+    params, log = training.train(
+        stage_dir.name,
+        stage_dir,
+        partial(_make_model, model_config, config.seed),
+        partial(ra_cm3.loss_fn, config=model_config),
+        batches,
+        optimizer_config=config.optimizer,
+        loop_config=config.loop,
+        seed=config.seed,
+        mesh=mesh,
+    )
+    checkpoint.save_params(stage_dir / "params", params)
+    # What a loader needs to refuse another tokenizer's codes, and to lay out prompts as in training.
+    record = {"tokenizer": codec.fingerprint, "layout": dataclasses.asdict(layout)}
+    files.write_json(stage_dir / "decoder.json", record | {"model": _plain(model_config)})
+    train = {k: v for k, v in log[-1].items() if k != "step"}
+    return {"train": train, "tokens": _tokens(config, layout), "cut_texts": _share_cut(texts)}
+
+
+def load_generator(run: run_lib.Run, stage: str, codec: frozen.Tokenizer) -> Generator:
+    """A trained decoder of a run (stage `decoder` or `control`), with prompts laid out as in training.
+
+    Raises:
+        UserError: the stage is missing, unfinished or edited, or was trained on another tokenizer's codes.
+    """
+    stage_dir = run.finished_stage(stage)
+    record = files.read_json(stage_dir / "decoder.json")
+    if record["tokenizer"] != codec.fingerprint:
+        raise UserError(
+            f"{stage_dir} was trained on codes of tokenizer {record['tokenizer'][:12]}, not of "
+            f"{codec.fingerprint[:12]}; use its own tokenizer."
+        )
+    model = dict(record["model"])
+    model_config = ra_cm3.Config(DecoderConfig(**model.pop("decoder")), **model)
+    mounted = frozen.load_params(stage_dir / "params", partial(_make_model, model_config, 0))
+    layout = rows.Layout(**record["layout"])
+    return Generator(mounted.graphdef, mounted.params, codec.vocabulary, layout)
+
+
+def make_model_config(
+    config: Config, codec: frozen.Tokenizer, layout: rows.Layout
+) -> ra_cm3.Config:
+    """The model over a vocabulary rounded up, and over every position a row may use."""
+    words = codec.vocabulary
+    vocab_size = -(-words.size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    shape = DecoderConfig(
+        vocab_size=vocab_size, max_seq_len=layout.num_positions, **dict(config.model)
+    )
+    return ra_cm3.Config(shape, words.code_offset, config.alpha)
+
+
+def _make_model(config: ra_cm3.Config, seed: int) -> ra_cm3.Model:
+    return ra_cm3.Model(config.decoder, rngs=nnx.Rngs(params=seed))
+
+
+def _plain(config: ra_cm3.Config) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def _tokens(config: Config, layout: rows.Layout) -> int:
+    """Positions trained on, padding included."""
+    return config.loop.num_steps * config.batch_size * layout.length
+
+
+def _share_cut(texts: list[list[rows.Example]]) -> float:
+    return float(np.mean([example.num_cut > 0 for draws in texts for example in draws]))

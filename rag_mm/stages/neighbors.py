@@ -1,0 +1,142 @@
+"""Stage `neighbors`: what every training and test document retrieves, decided before training starts.
+
+Training asks with one modality of the main document, never with all of it, as inference does: with its
+image, or with one of several captions from which words were dropped (RA-CM3 section 3.1). So a training
+step stays pure and a resumed run reads the same documents.
+"""
+
+import dataclasses
+
+import numpy as np
+from etils import epath
+
+from rag_mm.core import files, progress
+from rag_mm.core import run as run_lib
+from rag_mm.memory import memory as memory_lib
+from rag_mm.memory import policy
+from rag_mm.stages import memory as memory_stage
+from rag_mm.stages import world as world_lib
+from rag_mm.worlds.emoji import scenes as scene_lib
+
+INPUTS = ("retriever", "memory")
+TEST_SPLITS = {"held_out": world_lib.HELD_OUT, "seen": world_lib.SEEN}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """`max_similarity` None calibrates it on the memory; 0.9 is the papers' value for CLIP weights."""
+
+    seed: int
+    world: world_lib.World
+    num_neighbors: int = 2
+    caption_draws: int = 4
+    token_dropout: float = 0.2
+    max_similarity: float | None = None
+    num_test: int = 256
+
+
+def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
+    """Writes rows of the memory, int32, -1 where there is no neighbor:
+
+    `train.npy` [R, caption_draws + 1, K], the last column asked by image; and for each test split
+    `SPLIT_rows.npy` [Q] (which test scenes), `SPLIT_text.npy` and `SPLIT_image.npy` [Q, K].
+    """
+    seen_memory = memory_stage.open_memory(run, version=memory_stage.SEEN_VERSION)
+    whole_memory = memory_stage.open_memory(run)
+    facts = memory_facts(config.world)
+    bound = config.max_similarity or _calibrate(config, seen_memory, facts)
+    train = config.world.scenes("train", *world_lib.SEEN)
+    columns = []
+    with progress.track("neighbors", total=config.caption_draws + 1) as bar:
+        for draw in range(config.caption_draws):
+            texts = [_dropped_caption(config, train, row, draw) for row in range(len(train))]
+            queries = seen_memory.encode(text=texts)
+            columns.append(_find(config, seen_memory, queries, train, range(len(train)), bound))
+            bar.update(draw + 1)
+        queries = seen_memory.encode(image=world_lib.images(train))
+        columns.append(_find(config, seen_memory, queries, train, range(len(train)), bound))
+        bar.update(config.caption_draws + 1)
+    files.write_array(stage_dir / "train.npy", np.stack(columns, axis=1))
+    same_class = {}
+    for split, names in TEST_SPLITS.items():
+        source = config.world.scenes("test", *names)
+        rows = world_lib.sample_rows(source, config.num_test, config.seed)
+        by_text = whole_memory.encode(text=[full_caption(source, row) for row in rows])
+        by_image = whole_memory.encode(image=world_lib.images(source, rows))
+        text = _find(config, whole_memory, by_text, source, rows, bound)
+        image = _find(config, whole_memory, by_image, source, rows, bound)
+        for name, array in (("rows", rows), ("text", text), ("image", image)):
+            files.write_array(stage_dir / f"{split}_{name}.npy", array)
+        same_class[split] = _same_class(source, rows, text, facts)
+    return {
+        "neighbors": {"max_similarity": bound, "same_class": same_class},
+        "retriever": {"same_class_at_2": same_class["held_out"]},
+    }
+
+
+def full_caption(source: scene_lib.Scenes, row: int) -> str:
+    """All facts of a scene in words."""
+    return scene_lib.caption(source.facts(int(row)), source.level, None, drop=False)
+
+
+def memory_facts(world: world_lib.World) -> list[scene_lib.Facts]:
+    """What each row of the memory shows."""
+    return [source.facts(row) for source in memory_stage.sources(world) for row in range(len(source))]
+
+
+def _keys(facts: list[scene_lib.Facts]) -> np.ndarray:
+    return np.array([policy.twin_key(repr(shown)) for shown in facts], np.int64)
+
+
+def _dropped_caption(config: Config, source: scene_lib.Scenes, row: int, draw: int) -> str:
+    rng = np.random.default_rng((config.seed, 3, row, draw))
+    words = source.caption(row, draw).split()
+    kept = [word for word in words if rng.random() >= config.token_dropout]
+    return " ".join(kept or words[:1])
+
+
+def _calibrate(
+    config: Config, memory: memory_lib.Memory, facts: list[scene_lib.Facts]
+) -> float:
+    seen = facts[: len(memory)]
+    classes = np.array([shown.entities[0].class_id for shown in seen])
+    return policy.calibrate_max_similarity(memory.embeddings("mixed"), classes, _keys(seen))
+
+
+def _find(
+    config: Config,
+    memory: memory_lib.Memory,
+    queries: np.ndarray,
+    source: scene_lib.Scenes,
+    rows,
+    bound: float,
+) -> np.ndarray:
+    own = [source.facts(int(row)) for row in rows]
+    found = policy.find_neighbors(
+        memory.index("mixed").search,
+        queries,
+        memory.embeddings("mixed"),
+        num_neighbors=config.num_neighbors,
+        max_similarity=bound,
+        own_rows=np.full(len(own), -1),
+        own_keys=_keys(own),
+        row_keys=_keys(memory_facts(config.world)[: len(memory)]),
+    )
+    return found.ids
+
+
+def _same_class(
+    source: scene_lib.Scenes, rows: np.ndarray, ids: np.ndarray, facts: list[scene_lib.Facts]
+) -> float:
+    """Share of given neighbors that show an entity that was asked for."""
+
+    def classes(shown: scene_lib.Facts) -> set[int]:
+        return {entity.class_id for entity in shown.entities}
+
+    right = [
+        bool(classes(facts[i]) & classes(source.facts(int(row))))
+        for row, found in zip(rows, ids, strict=True)
+        for i in found
+        if i >= 0
+    ]
+    return float(np.mean(right)) if right else 0.0

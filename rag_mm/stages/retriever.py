@@ -1,0 +1,127 @@
+"""Stage `retriever`: a CLIP trained on scenes, then frozen; all embeddings of a run are its."""
+
+import dataclasses
+from functools import partial
+
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from rag_mm.core import run as run_lib
+from rag_mm.core import sharding
+from rag_mm.data import pipeline
+from rag_mm.models import clip
+from rag_mm.stages import frozen, tokenizer, training
+from rag_mm.stages import world as world_lib
+from rag_mm.train import loop, optimizer
+from rag_mm.worlds.emoji import facts as facts_lib
+from rag_mm.worlds.emoji import scenes as scene_lib
+
+INPUTS = ("tokenizer",)
+FOLDER = "frozen"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Both towers have one width; `splits` says what the retriever may have seen.
+
+    All three splits make `clip:all`, which stands for an off-the-shelf CLIP; `common` alone makes
+    `clip:common`.
+    """
+
+    seed: int
+    world: world_lib.World
+    optimizer: optimizer.Config
+    loop: loop.Config
+    splits: tuple[str, ...] = ("common", "rare_seen", "held_out")
+    embed_dim: int = 128
+    num_heads: int = 4
+    vision_layers: int = 3
+    text_layers: int = 2
+    patch_size: int = 8
+    projection_dim: int = 64
+    max_text: int = 24
+    batch_size: int = 256
+    num_eval: int = 1000
+
+    def model(self, words) -> clip.Config:
+        """The towers over a vocabulary's text ids; its `eod` closes a text."""
+        tower = partial(
+            clip.TowerConfig,
+            embed_dim=self.embed_dim,
+            num_heads=self.num_heads,
+            mlp_dim=4 * self.embed_dim,
+        )
+        return clip.Config(
+            image_size=self.world.geometry.image_size,
+            patch_size=self.patch_size,
+            vision=tower(num_layers=self.vision_layers),
+            text=tower(num_layers=self.text_layers),
+            vocab_size=words.code_offset,
+            max_text=self.max_text,
+            end_of_text=words.eod,
+            projection_dim=self.projection_dim,
+        )
+
+
+def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
+    """Trains, freezes, and measures on unseen scenes."""
+    words = tokenizer.load_tokenizer(run.workdir).vocabulary
+    model_config = config.model(words)
+    source = config.world.scenes("train", *config.splits)
+    pictures = world_lib.images(source)
+
+    def make_pair(row: np.int64, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        text = source.caption(int(row), int(rng.integers(1 << 30)))
+        tokens = frozen.text_tokens(model_config, words, [text])[0]
+        return {"images": pictures[row].astype(np.float32) / 255, "tokens": tokens}
+
+    batches = pipeline.make_batches(
+        np.arange(len(source)), config.batch_size, config.seed, make_pair
+    )
+    params, rows = training.train(
+        "retriever",
+        stage_dir,
+        lambda: clip.Model(model_config, rngs=nnx.Rngs(params=config.seed)),
+        clip.loss_fn,
+        batches,
+        optimizer_config=config.optimizer,
+        loop_config=config.loop,
+        seed=config.seed,
+        mesh=sharding.make_mesh(),
+    )
+    frozen.save_retriever(stage_dir / FOLDER, model_config, words, params)
+    retriever = frozen.Retriever(stage_dir / FOLDER)
+    return {"loss": rows[-1]["loss"], "recall_at_1": _recall(config, retriever)}
+
+
+def load_encoder(path: epath.PathLike) -> frozen.Retriever:
+    """The retriever of a run, or of a folder that holds one (as a memory does).
+
+    Raises:
+        UserError: there is none, or its stage is unfinished or edited.
+    """
+    path = epath.Path(path)
+    if (path / "config.json").exists() and (path / frozen.PARAMS).exists():
+        return frozen.Retriever(path)
+    return frozen.Retriever(run_lib.open_run(path).finished_stage("retriever") / FOLDER)
+
+
+def _recall(config: Config, retriever: frozen.Retriever) -> dict[str, float]:
+    """Recall at 1 among unseen scenes with all facts told; any scene that satisfies a caption is a hit."""
+    source = config.world.scenes("test", *world_lib.SEEN, *world_lib.HELD_OUT)
+    rows = world_lib.sample_rows(source, config.num_eval, config.seed)
+    facts = [source.facts(int(row)) for row in rows]
+    texts = [scene_lib.caption(f, source.level, None, drop=False) for f in facts]
+    images = retriever.encode_image(world_lib.images(source, rows))
+    similarities = retriever.encode_text(texts) @ images.T
+    best = {"text_to_image": similarities.argmax(1), "image_to_text": similarities.argmax(0)}
+
+    def share_right(hits: np.ndarray) -> float:
+        right = [
+            facts_lib.compare(facts[hit], wanted, source.level)["joint"]
+            for hit, wanted in zip(hits, facts, strict=True)
+        ]
+        return float(np.mean(right))
+
+    return {name: share_right(hits) for name, hits in best.items()}

@@ -1,0 +1,154 @@
+"""Stage `tokenizer`: the text vocabulary and the image tokenizer, trained on seen classes only."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from rag_mm.core import run as run_lib
+from rag_mm.core import sharding
+from rag_mm.data import pipeline, vocabulary
+from rag_mm.eval import scenes as scene_metrics
+from rag_mm.models import spae
+from rag_mm.nn.params import Params
+from rag_mm.ops import quantize
+from rag_mm.stages import frozen, training
+from rag_mm.stages import world as world_lib
+from rag_mm.train import loop, optimizer
+from rag_mm.worlds.emoji import facts
+
+INPUTS = ()
+FOLDER = "frozen"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """`model` is a `spae.Config`; the text vocabulary is learned from `caption_draws` captions a scene."""
+
+    seed: int
+    world: world_lib.World
+    model: spae.Config
+    optimizer: optimizer.Config
+    loop: loop.Config
+    batch_size: int = 128
+    text_size: int = 1024  # entries of the text vocabulary, bytes included
+    num_sentinels: int = 8
+    caption_draws: int = 2
+    revival_steps: int = 400  # steps up to which codes out of use are moved to where data is
+    num_eval: int = 1024
+
+
+def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
+    """Trains both, then measures on test scenes of classes never seen."""
+    source = config.world.scenes("train", *world_lib.SEEN)
+    mesh = sharding.make_mesh(is_explicit=False)
+    make_model = partial(_make_model, config)
+    pictures = world_lib.images(source)
+    batches = pipeline.make_batches(
+        pictures, config.batch_size, config.seed, lambda picture, rng: {"images": picture}
+    )
+    params, _ = training.train(
+        "tokenizer",
+        stage_dir,
+        make_model,
+        spae.loss_fn,
+        batches,
+        optimizer_config=config.optimizer,
+        loop_config=config.loop,
+        seed=config.seed,
+        mesh=mesh,
+        prepare=partial(_with_codebook, config, pictures, mesh),
+        hook=_make_reviver(config, pictures),
+    )
+    words = _make_vocabulary(config, source)
+    frozen.save_tokenizer(stage_dir / FOLDER, config.model, words, params)
+    return _evaluate(config, frozen.Tokenizer(stage_dir / FOLDER))
+
+
+def load_tokenizer(path: epath.PathLike) -> frozen.Tokenizer:
+    """The tokenizer of a run, or of a folder that holds one (as a memory does).
+
+    Raises:
+        UserError: there is none, or its stage is unfinished or edited.
+    """
+    path = epath.Path(path)
+    if (path / "config.json").exists() and (path / frozen.PARAMS).exists():
+        return frozen.Tokenizer(path)
+    return frozen.Tokenizer(run_lib.open_run(path).finished_stage("tokenizer") / FOLDER)
+
+
+def _make_model(config: Config) -> spae.SPAE:
+    return spae.SPAE(config.model, rngs=nnx.Rngs(params=config.seed))
+
+
+def _make_vocabulary(config: Config, source) -> vocabulary.Vocabulary:
+    texts = [source.caption(i, d) for i in range(len(source)) for d in range(config.caption_draws)]
+    size, sentinels = config.text_size, config.num_sentinels
+    return vocabulary.train_vocabulary(texts, size, config.model.codebook_size, sentinels)
+
+
+def _with_codebook(config: Config, pictures: np.ndarray, mesh, params: Params) -> Params:
+    graphdef = nnx.graphdef(jax.eval_shape(partial(_make_model, config)))
+    rows = np.random.default_rng((config.seed, 1)).permutation(len(pictures))[:2048]
+
+    @jax.jit
+    def init(params, images):
+        model = nnx.merge(graphdef, params)
+        return spae.init_codebook(model, images, jax.random.key(config.seed))
+
+    with jax.set_mesh(mesh):
+        return params | {"codebook": init(params, pictures[rows])}
+
+
+def _make_reviver(config: Config, pictures: np.ndarray) -> loop.Hook:
+    """Moves codes that the last averages saw unused to where the data is poorly served."""
+    graphdef = nnx.graphdef(jax.eval_shape(partial(_make_model, config)))
+
+    @jax.jit
+    def revive(params, images, frequencies, key):
+        model = nnx.merge(graphdef, params)
+        points = model.embed(spae.to_float(images)).reshape(-1, config.model.embed_dim)
+        codebook = params["codebook"]
+        return quantize.revive_codes(codebook, frequencies, points, key, min_count=1e-9)
+
+    def hook(state, averages):
+        step = int(state.step)
+        if step > config.revival_steps:
+            return state
+        rows = np.random.default_rng((config.seed, 2, step)).integers(len(pictures), size=256)
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        frequencies = averages["code_frequencies"].astype(np.float32)
+        codebook = revive(state.params, pictures[rows], frequencies, key)
+        return dataclasses.replace(state, params=state.params | {"codebook": codebook})
+
+    return hook
+
+
+def _evaluate(config: Config, tokenizer: frozen.Tokenizer) -> dict:
+    held_out = config.world.scenes("test", *world_lib.HELD_OUT)
+    rows = world_lib.sample_rows(held_out, config.num_eval, config.seed)
+    originals = world_lib.images(held_out, rows)
+    codes = tokenizer.encode(originals)
+    error = np.square((tokenizer.decode(codes).astype(np.float64) - originals) / 255).mean()
+    frequencies = np.bincount(codes.ravel(), minlength=config.model.codebook_size) / codes.size
+    used = frequencies[frequencies > 0]
+    scorer = facts.Scorer(config.world.geometry)
+    asked = [held_out.facts(int(row)) for row in rows]
+
+    def accuracy(pictures: np.ndarray) -> dict:
+        found = scene_metrics.outcomes(scorer.read(pictures), asked, config.world.geometry)
+        return {
+            name.removesuffix("_accuracy"): value
+            for name, value in scene_metrics.accuracies(found).items()
+        }
+
+    return {
+        "psnr": spae.psnr(error),
+        "code_usage": float((frequencies > 0).mean()),
+        "perplexity": float(np.exp(-(used * np.log(used)).sum())),
+        "scorer_on_originals": accuracy(originals),
+        "scorer_ceiling": accuracy(tokenizer.decode(codes)),
+    }

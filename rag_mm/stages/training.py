@@ -1,0 +1,56 @@
+"""What the training stages share: a model made or resumed, an optimizer, the loop."""
+
+from collections.abc import Callable
+
+import grain
+from etils import epath
+from flax import nnx
+from jax.sharding import Mesh
+
+from rag_mm.nn import params as params_lib
+from rag_mm.nn.params import Params
+from rag_mm.train import loop, optimizer, state, step
+
+
+def train(
+    name: str,
+    stage_dir: epath.Path,
+    make_model: Callable[[], nnx.Module],
+    loss_fn: step.LossFn,
+    batches: grain.DatasetIterator,
+    *,
+    optimizer_config: optimizer.Config,
+    loop_config: loop.Config,
+    seed: int,
+    mesh: Mesh,
+    prepare: Callable[[Params], Params] | None = None,
+    hook: loop.Hook | None = None,
+) -> tuple[Params, list[dict[str, float]]]:
+    """Trains a model to its end, going on from where a killed run stood.
+
+    Args:
+        name: shown beside the progress bar.
+        stage_dir: gets `checkpoints/` to resume from and `log.jsonl`.
+        make_model: fresh model; called abstractly and once compiled.
+        loss_fn: see `step.LossFn`.
+        batches: from `data.pipeline`.
+        optimizer_config, loop_config: how to train.
+        seed: of randomness inside the loss.
+        mesh: where state and batches lie.
+        prepare: changes fresh parameters before step 0 (such as a codebook from data).
+        hook: see `loop.Hook`.
+
+    Returns:
+        The trained parameters and the log's rows.
+    """
+    graphdef, _ = params_lib.describe(make_model, mesh)
+    params = params_lib.init_params(make_model, mesh)
+    if prepare is not None:
+        params = prepare(params)
+    tx = optimizer.make_optimizer(optimizer_config, loop_config.num_steps)
+    train_state = state.init_state(params, tx, mesh)
+    step_fn = step.make_train_step(graphdef, loss_fn, tx, seed)
+    train_state, rows = loop.fit(
+        name, train_state, step_fn, batches, mesh, stage_dir, loop_config, hook
+    )
+    return train_state.params, rows

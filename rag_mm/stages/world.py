@@ -1,0 +1,45 @@
+"""The world a run lives in: which classes, at which level, in which split and role."""
+
+import dataclasses
+
+import numpy as np
+
+from rag_mm.worlds.emoji import scenes as scene_lib
+from rag_mm.worlds.emoji import splits
+
+SEEN = ("common", "rare_seen")
+HELD_OUT = ("held_out",)
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """Emoji scenes. `class_share` keeps that share of every split's classes (a smaller world)."""
+
+    level: str = "easy"
+    class_share: float = 1.0
+
+    def classes(self, *split_names: str) -> np.ndarray:
+        """Class ids, int64, of the splits."""
+        kept = [splits.classes(name) for name in split_names]
+        return np.concatenate([ids[: max(2, round(len(ids) * self.class_share))] for ids in kept])
+
+    def scenes(self, role: str, *split_names: str) -> scene_lib.Scenes:
+        """Documents of the splits in one role: memory, train or test."""
+        return scene_lib.Scenes(self.level, self.classes(*split_names), role)
+
+    @property
+    def geometry(self) -> scene_lib.Level:
+        """The level's sizes and places."""
+        return scene_lib.LEVELS[self.level]
+
+
+def images(source: scene_lib.Scenes, rows: np.ndarray | None = None) -> np.ndarray:
+    """Pictures of the given rows (all if None): uint8 [R, H, W, 3]."""
+    rows = np.arange(len(source)) if rows is None else rows
+    return np.stack([scene_lib.render(source.facts(int(row)), source.level) for row in rows])
+
+
+def sample_rows(source: scene_lib.Scenes, count: int, seed: int) -> np.ndarray:
+    """At most `count` distinct rows, the same for the same seed, sorted."""
+    order = np.random.default_rng((seed, len(source))).permutation(len(source))
+    return np.sort(order[:count])

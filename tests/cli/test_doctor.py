@@ -1,0 +1,56 @@
+"""The doctor looks at everything and survives a patient who cannot start."""
+
+import argparse
+import io
+import json
+import sys
+
+import pytest
+import rich.console
+
+from rag_mm.cli import doctor, main
+from rag_mm.core.errors import UserError
+
+
+def test_json_names_versions_devices_and_disk(capfd, tmp_path):
+    code = main.main(["doctor", "--json", f"--workdir={tmp_path}"])
+    result = json.loads(capfd.readouterr().out)
+    assert code == (0 if result["ok"] else 1)
+    assert result["versions"]["jax"].startswith("0.") and result["backend"] == "cpu"
+    assert result["disk_free_gb"] > 0 and result["cores"] >= 1 and result["devices"]
+    if sys.platform == "linux":
+        assert result["scann"] == "loads"
+
+
+def test_an_unknown_xla_flag_is_reported(monkeypatch):
+    """jax ends the process at such a flag, so it is asked in another one."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_no_such_flag=1")
+    found = doctor._devices()
+    assert found["backend"] is None
+    assert "xla_no_such_flag" in found["problems"][0]
+
+
+def test_a_wrong_libtpu_is_named(monkeypatch):
+    versions = {"jax": "0.10.2", "jaxlib": "0.10.2", "libtpu": "0.0.41.1"}
+    monkeypatch.setattr(doctor, "libtpu_wanted", lambda: "0.0.42.*")
+    (problem,) = doctor._version_problems(versions)
+    assert "wants libtpu 0.0.42.*, not 0.0.41.1" in problem
+    assert not doctor._version_problems({**versions, "libtpu": "0.0.42.1"})
+    assert doctor._version_problems({**versions, "libtpu": "0.0.420"})
+
+
+def test_the_installed_jax_says_which_libtpu_it_wants():
+    assert doctor.libtpu_wanted().split(".")[0].isdigit()
+
+
+def test_people_see_the_problems():
+    output = io.StringIO()
+    result = {"ok": False, "problems": ["Only 1 GB of disk is free."], "versions": {"jax": None}}
+    doctor.show(result, rich.console.Console(file=output))
+    assert "! Only 1 GB of disk is free." in output.getvalue()
+    assert "Nothing is wrong" not in output.getvalue()
+
+
+def test_a_missing_folder_is_a_users_mistake():
+    with pytest.raises(UserError, match="is not a folder"):
+        doctor.run(argparse.Namespace(workdir="no/such/folder"))

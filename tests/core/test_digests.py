@@ -1,0 +1,77 @@
+"""Two saves of the same arrays have the same digests, though Orbax never writes the same bytes twice."""
+
+import contextlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from rag_mm.core import digests
+from rag_mm.core.errors import UserError
+
+
+def _save(folder, weight=0.0):
+    state = {
+        "w": jnp.arange(4096.0).reshape(64, 64).at[3, 5].set(weight),
+        "b": jnp.ones(8, jnp.bfloat16),
+        "step": jnp.int32(3),
+    }
+    with ocp.training.Checkpointer(epath.Path(folder)) as checkpointer:
+        checkpointer.save_checkpointables(1, {"params": state})
+    return folder
+
+
+def test_same_arrays_same_digests(tmp_path):
+    first, second = _save(tmp_path / "a"), _save(tmp_path / "b")
+    stores = [next((folder / "1/params/d").iterdir()) for folder in (first, second)]
+    assert stores[0].name != stores[1].name
+    assert digests.folder_digests(first) == digests.folder_digests(second)
+    assert "1/params/arrays" in digests.folder_digests(first)
+
+
+def test_another_value_is_another_digest(tmp_path):
+    first, second = _save(tmp_path / "a"), _save(tmp_path / "b", weight=1e-7)
+    one, two = digests.folder_digests(first), digests.folder_digests(second)
+    assert [name for name in one if one[name] != two[name]] == ["1/params/arrays"]
+
+
+def test_a_flipped_bit_in_an_array_is_seen(tmp_path):
+    folder = _save(tmp_path / "a")
+    before = digests.folder_digests(folder)
+    data = max((p for p in folder.rglob("d/*") if p.is_file()), key=lambda p: p.stat().st_size)
+    flipped = bytearray(data.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    data.write_bytes(flipped)
+    # Where the bit falls decides whether the store notices first.
+    with contextlib.suppress(UserError):
+        assert digests.folder_digests(folder) != before
+
+
+def test_unfinished_saves_are_passed_over(tmp_path):
+    folder = _save(tmp_path / "a")
+    before = digests.folder_digests(folder)
+    (folder / "2.orbax-checkpoint-tmp").mkdir()
+    (folder / "2.orbax-checkpoint-tmp" / "x").write_bytes(b"half")
+    (folder / ".log.jsonl.abcd1234").write_bytes(b"half")
+    assert digests.folder_digests(folder) == before
+
+
+def test_plain_files_are_digested_by_their_bytes(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(3))
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.txt").write_text("b")
+    (tmp_path / "times.json").write_text("{}")
+    found = digests.folder_digests(tmp_path, exclude=("times.json",))
+    assert list(found) == ["a.npy", "sub/b.txt"]
+    (tmp_path / "sub" / "b.txt").write_text("c")
+    changed = digests.folder_digests(tmp_path, exclude=("times.json",))
+    assert changed["a.npy"] == found["a.npy"] and changed["sub/b.txt"] != found["sub/b.txt"]
+
+
+def test_an_unreadable_store_is_a_clear_error(tmp_path):
+    folder = _save(tmp_path / "a")
+    (folder / "1/params/manifest.ocdbt").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="cannot be read"):
+        digests.folder_digests(folder)

@@ -1,0 +1,156 @@
+"""Queries and selection: what a training example may see of the memory."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rag_mm.core.document import Document, Image, Text
+from rag_mm.memory import index, policy
+
+PICTURE = np.zeros((2, 2, 3), np.uint8)
+DOCUMENT = Document("a", (Text("one two three four five"), Image(PICTURE)))
+
+
+def test_a_query_is_one_modality():
+    assert policy.make_query(DOCUMENT, "text") == DOCUMENT.text
+    np.testing.assert_array_equal(policy.make_query(DOCUMENT, "image"), PICTURE)
+    with pytest.raises(ValueError, match="no image"):
+        policy.make_query(Document("b", (Text("a"),)), "image")
+    with pytest.raises(ValueError, match="no text"):
+        policy.make_query(Document("b", (Image(PICTURE),)), "text")
+
+
+def test_dropout_takes_a_fifth_of_the_words_in_order_and_leaves_one():
+    rng = np.random.default_rng(0)
+    words = DOCUMENT.text.split()
+    kept = []
+    for _ in range(400):
+        query = policy.make_query(DOCUMENT, "text", rng).split()
+        kept.append(len(query))
+        assert query == [word for word in words if word in query]
+    assert 0.77 < np.mean(kept) / 5 < 0.83
+    alone = policy.make_query(DOCUMENT, "text", rng, token_dropout=1.0)
+    assert alone in words
+    first, second = (
+        policy.make_query(DOCUMENT, "text", np.random.default_rng((1, 2))) for _ in range(2)
+    )
+    assert first == second
+
+
+def select(ids, scores, vectors, **changes):
+    arguments = {
+        "num_neighbors": 2,
+        "max_similarity": 0.9,
+        "own_rows": np.full(len(ids), -1),
+        "own_keys": np.full(len(ids), policy.NO_KEY),
+        "row_keys": np.full(len(vectors), policy.NO_KEY),
+    } | changes
+    return policy.select(np.int32(ids), np.float32(scores), vectors, **arguments)
+
+
+def test_select_walks_down_and_skips():
+    vectors = np.eye(6, dtype=np.float32)
+    vectors[3] = vectors[1]  # A repeat of row 1.
+    ids = [[0, 1, 3, 2, 4, -1]]
+    scores = [[0.95, 0.8, 0.8, 0.5, 0.4, -np.inf]]
+    found = select(ids, scores, vectors)
+    np.testing.assert_array_equal(found.ids, [[1, 2]])  # 0 is too near, 3 repeats 1.
+    np.testing.assert_allclose(found.scores, [[0.8, 0.5]])
+    own = select(ids, scores, vectors, own_rows=np.array([1]))
+    np.testing.assert_array_equal(own.ids, [[3, 2]])
+    keys = np.array([-1, 7, -1, 7, 8, -1])
+    twin = select(ids, scores, vectors, own_keys=np.array([7]), row_keys=keys)
+    np.testing.assert_array_equal(twin.ids, [[2, 4]])
+    few = select(ids, scores, vectors, num_neighbors=4)
+    np.testing.assert_array_equal(few.ids, [[1, 2, 4, -1]])
+    assert few.scores[0, 3] == -np.inf
+
+
+def naive_select(ids, scores, vectors, k, bound, own, own_key, keys):
+    kept = []
+    for row, score in zip(ids, scores, strict=True):
+        if len(kept) == k:
+            break
+        is_twin = row >= 0 and keys[row] != policy.NO_KEY and keys[row] == own_key
+        if row < 0 or row == own or is_twin or score > bound:
+            continue
+        if all(np.float32(vectors[other] @ vectors[row]) <= bound for other in kept):
+            kept.append(row)
+    return kept + [-1] * (k - len(kept))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 3))
+def test_all_queries_at_once_equal_one_by_one(seed, k):
+    rng = np.random.default_rng(seed)
+    vectors = rng.integers(-2, 3, (8, 3)).astype(np.float32) / 4  # Exact sums: no rounding.
+    queries = rng.integers(-2, 3, (5, 3)).astype(np.float32) / 4
+    scores = queries @ vectors.T
+    ids = np.argsort(-scores, axis=1).astype(np.int32)
+    scores = np.take_along_axis(scores, ids, axis=1)
+    ids[rng.random(ids.shape) < 0.1] = -1
+    own, keys = rng.integers(-1, 8, 5), rng.integers(-1, 3, 8)
+    own_keys = rng.integers(-1, 3, 5)
+    found = select(
+        ids, scores, vectors, num_neighbors=k, max_similarity=0.25,
+        own_rows=own, own_keys=own_keys, row_keys=keys,
+    )  # fmt: skip
+    expected = [
+        naive_select(ids[q], scores[q], vectors, k, 0.25, own[q], own_keys[q], keys)
+        for q in range(5)
+    ]
+    np.testing.assert_array_equal(found.ids, np.array(expected, np.int32).reshape(5, k))
+
+
+def test_find_neighbors_does_not_depend_on_the_batches():
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(50, 8)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    def search(queries, k):
+        scores = queries @ vectors.T
+        ids = np.argsort(-scores, axis=1)[:, :k].astype(np.int32)
+        return index.Neighbors(ids, np.take_along_axis(scores, ids, axis=1))
+
+    def find(batch_size):
+        return policy.find_neighbors(
+            search,
+            vectors[:20],
+            vectors,
+            num_neighbors=2,
+            max_similarity=0.95,
+            own_rows=np.arange(20),
+            own_keys=np.full(20, policy.NO_KEY),
+            row_keys=np.full(50, policy.NO_KEY),
+            num_candidates=10,
+            batch_size=batch_size,
+            on_progress=lambda done, total: calls.append((done, total)),
+        )
+
+    calls = []
+    whole = find(100)
+    assert calls == [(20, 20)]
+    parts = find(7)
+    assert calls[1:] == [(7, 20), (14, 20), (20, 20)]
+    np.testing.assert_array_equal(whole.ids, parts.ids)
+    assert (whole.ids != np.arange(20)[:, None]).all()
+    assert (whole.ids >= 0).all()
+
+
+def test_calibration_is_the_percentile_of_pairs_of_one_class_with_other_facts():
+    vectors = np.float32([[1, 0], [1, 0], [0.6, 0.8], [0, 1], [-1, 0]])
+    classes, facts = np.array([4, 4, 4, 2, 2]), np.array([1, 1, 2, 3, 4])
+    # Pairs: rows 0-2 and 1-2 at 0.6 (0-1 are twins), rows 3-4 at 0.
+    bound = policy.calibrate_max_similarity(vectors, classes, facts, percentile=100)
+    assert bound == pytest.approx(0.6)
+    assert policy.calibrate_max_similarity(vectors, classes, facts, 0) == pytest.approx(0.0)
+    with pytest.raises(ValueError, match="nothing to calibrate"):
+        policy.calibrate_max_similarity(vectors[:2], classes[:2], facts[:2])
+
+
+def test_twin_keys_are_stable_and_never_no_key():
+    assert policy.twin_key("a") == policy.twin_key("a") != policy.twin_key("b")
+    keys = np.array([policy.twin_key(str(i)) for i in range(1000)], np.int64)
+    assert (keys >= 0).all()
+    assert len(set(keys.tolist())) == 1000

@@ -1,0 +1,228 @@
+"""What the image tokenizer promises: shapes, codes that do not depend on place, learning."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from rag_mm.core.errors import UserError
+from rag_mm.models import spae
+from rag_mm.ops import quantize
+
+SIZES = dict(image_size=16, patch_size=4, width=16, num_res_blocks=1, codebook_size=64)
+PATCH = dataclasses.replace(spae.Config.tiny(), **SIZES, levels=(4,))
+CONV = dataclasses.replace(
+    PATCH, encoder="conv", patch_size=2, width_multipliers=(1, 2), levels=(1, 2, 4, 4), embed_dim=8
+)
+CONFIGS = pytest.mark.parametrize("config", [PATCH, CONV], ids=["patch", "conv"])
+
+
+def _pictures(count, size=16, seed=0):
+    """Flat backgrounds with random tiles of 4 pixels a side on the patch grid."""
+    rng = np.random.default_rng(seed)
+    pictures = np.repeat(rng.integers(256, size=(count, 1, 1, 3)), size, 1).repeat(size, 2)
+    art = rng.integers(256, size=(12, 4, 4, 3))
+    for picture in pictures:
+        for row, column in rng.integers(size // 4, size=(5, 2)) * 4:
+            picture[row : row + 4, column : column + 4] = art[rng.integers(12)]
+    return pictures.astype(np.uint8)
+
+
+def _trained(config, steps, learning_rate=3e-3):
+    """A model after k-means and `steps` of Adam, with the loss at each step."""
+    model = spae.SPAE(config, rngs=nnx.Rngs(0))
+    batch = {"images": jnp.asarray(_pictures(32))}
+    model.codebook[...] = spae.init_codebook(model, batch["images"], jax.random.key(1))
+    graphdef, params = nnx.split(model, nnx.Param)
+    optimizer = optax.adam(learning_rate)
+
+    @jax.jit
+    def step(params, opt_state):
+        def loss(params):
+            return spae.loss_fn(nnx.merge(graphdef, params), batch, jax.random.key(2))
+
+        grads, metrics = jax.grad(loss, has_aux=True)(params)
+        with jax.numpy_dtype_promotion("standard"):  # Optax mixes Python floats and int32 counts.
+            updates, opt_state = optimizer.update(grads, opt_state)
+        return optax.apply_updates(params, updates), opt_state, metrics
+
+    opt_state, losses = optimizer.init(params), []
+    for _ in range(steps):
+        params, opt_state, metrics = step(params, opt_state)
+        losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
+    return nnx.merge(graphdef, params), losses
+
+
+def test_paper_size_encodes_128_pixels_into_597_codes_by_59_million_parameters():
+    config = spae.Config(embed_dim=64)
+    model = jax.eval_shape(lambda: spae.SPAE(config, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(model)
+    images = jax.ShapeDtypeStruct((2, 128, 128, 3), jnp.float32)
+    codes = jax.eval_shape(lambda p, x: nnx.merge(graphdef, p).encode(x), params, images)
+    assert (codes.shape, codes.dtype) == ((2, 597), jnp.int32)
+    for count in (85, 341, 597):
+        prefix = jax.ShapeDtypeStruct((2, count), jnp.int32)
+        decoded = jax.eval_shape(lambda p, c: nnx.merge(graphdef, p).decode(c), params, prefix)
+        assert (decoded.shape, decoded.dtype) == (images.shape, images.dtype)
+    convolutions = {"encoder": params["encoder"], "decoder": params["decoder"]}
+    count = sum(leaf.size for leaf in jax.tree.leaves(convolutions))
+    assert 55e6 < count < 63e6  # "about 59M" in section 2
+
+
+@pytest.mark.parametrize("preset", ["quick", "tiny"])
+def test_presets_give_64_codes_of_a_32_pixel_scene(preset):
+    config = getattr(spae.Config, preset)()
+    assert (config.image_size, config.num_codes, config.encoder) == (32, 64, "patch")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(image_size=20), "must be 16"),
+        (dict(levels=(3, 4)), "pyramid"),
+        (dict(encoder="vit"), "conv or patch"),
+        (dict(width_multipliers=(1, 2), patch_size=2), "one scale"),
+    ],
+)
+def test_configs_that_do_not_fit_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(PATCH, **change)
+
+
+def test_a_picture_that_patches_do_not_divide_is_refused():
+    with pytest.raises(UserError, match="15x16"):
+        spae.SPAE(PATCH, rngs=nnx.Rngs(0)).encode(jnp.zeros((1, 15, 16, 3)))
+
+
+def test_patches_fold_into_channels_and_back():
+    images = jnp.asarray(_pictures(2))
+    folded = spae.conv.space_to_depth(images, 4)
+    np.testing.assert_array_equal(folded[1, 2, 3], images[1, 8:12, 12:16].reshape(-1))
+    np.testing.assert_array_equal(spae.conv.depth_to_space(folded, 4), images)
+
+
+def test_art_has_the_same_codes_wherever_it_stands_on_the_patch_grid():
+    """Copying a retrieved picture is copying codes only if this holds to the bit."""
+    config = spae.Config.quick()
+    rng = np.random.default_rng(0)
+    art = rng.integers(256, size=(64, 24, 24, 3))  # a 24-pixel card at the four places of `easy`
+    model = spae.SPAE(config, rngs=nnx.Rngs(0))
+    # Weights far from the identity at the start, so that every layer takes part.
+    graphdef, params = nnx.split(model)
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    leaves = [
+        leaf + 0.1 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)
+    ]
+    model = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
+    encode = jax.jit(lambda x: model.encode(spae.to_float(x)).reshape(-1, 8, 8))
+    found = []
+    for row, column, color in [(0, 0, 30), (0, 8, 200), (8, 0, 90), (8, 8, 0)]:
+        scene = np.full((64, 32, 32, 3), color, np.uint8)
+        scene[:, row : row + 24, column : column + 24] = art
+        grid = np.asarray(encode(scene))
+        found.append(grid[:, row // 4 : row // 4 + 6, column // 4 : column // 4 + 6])
+    assert len(np.unique(found[0])) > 100
+    for other in found[1:]:
+        np.testing.assert_array_equal(other, found[0])
+
+
+def test_codes_do_not_depend_on_the_batch():
+    model, _ = _trained(PATCH, 5)
+    images = spae.to_float(jnp.asarray(_pictures(32)))
+    alone = jnp.concatenate([model.encode(image[None]) for image in images[:4]])
+    np.testing.assert_array_equal(alone, model.encode(images)[:4])
+
+
+@CONFIGS
+def test_thirty_steps_lower_the_loss(config):
+    _, losses = _trained(config, 30)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_new_patch_tokenizer_is_kmeans_on_pixels():
+    """Before any step its picture is the nearest centre of each patch, so training starts there."""
+    model = spae.SPAE(PATCH, rngs=nnx.Rngs(0))
+    pixels = jnp.asarray(_pictures(32))
+    model.codebook[...] = spae.init_codebook(model, pixels, jax.random.key(1))
+    images = spae.to_float(pixels)
+    patches = spae.conv.space_to_depth(images, 4)
+    np.testing.assert_array_equal(model.embed(images), patches)
+    codes = quantize.nearest_codes(patches, model.codebook[...])
+    centers = spae.conv.depth_to_space(model.codebook[...][codes], 4)
+    np.testing.assert_allclose(model.decode(model.encode(images)), centers, atol=1e-6)
+
+
+@CONFIGS
+def test_kmeans_start_uses_most_codes(config):
+    model = spae.SPAE(config, rngs=nnx.Rngs(0))
+    images = jnp.asarray(_pictures(32))
+    model.codebook[...] = spae.init_codebook(model, images, jax.random.key(1))
+    codes = quantize.nearest_codes(model.embed(spae.to_float(images)), model.codebook[...])
+    counts = quantize.code_counts(codes, config.codebook_size)
+    assert float(quantize.usage(counts)) > 0.6
+
+
+@CONFIGS
+def test_gradients_reach_encoder_codebook_and_decoder(config):
+    model, _ = _trained(config, 2)  # the zero-initialised last layers block what lies behind them
+    graphdef, params = nnx.split(model)
+    batch = {"images": jnp.asarray(_pictures(32))}
+    grads = jax.grad(lambda p: spae.loss_fn(nnx.merge(graphdef, p), batch, jax.random.key(0))[0])(
+        params
+    )
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        assert jnp.isfinite(grad).all() and grad.any(), jax.tree_util.keystr(path)
+
+
+def test_the_training_picture_is_the_decoded_picture():
+    """Straight-through changes gradients only: the loss sees what decode(encode) shows."""
+    config = dataclasses.replace(CONV, is_turned=False)
+    model, _ = _trained(config, 3)
+    pixels = jnp.asarray(_pictures(8))
+    _, metrics = spae.loss_fn(model, {"images": pixels}, jax.random.key(0))
+    images = spae.to_float(pixels)
+    error = jnp.mean((model.decode(model.encode(images)) - images) ** 2)
+    total, weight = metrics["squared_error"]
+    assert weight == images.size
+    np.testing.assert_allclose(total / weight, error, rtol=1e-4)
+
+
+def test_metrics_are_sums_with_weights():
+    model = spae.SPAE(CONV, rngs=nnx.Rngs(0))
+    loss, metrics = spae.loss_fn(model, {"images": jnp.asarray(_pictures(8))}, jax.random.key(0))
+    np.testing.assert_allclose(metrics["loss"][0] / metrics["loss"][1], loss, rtol=1e-6)
+    counts, total = metrics["code_frequencies"]
+    assert counts.shape == (CONV.codebook_size,)
+    assert float(jnp.sum(counts)) == float(total) == 8 * CONV.num_codes
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((loss, metrics)))
+
+
+def test_turned_images_are_the_eight_symmetries_of_a_square():
+    image = jnp.asarray(_pictures(1))
+    turned = np.asarray(spae.turn(jnp.repeat(image, 64, axis=0), jax.random.key(0)))
+    symmetries = {
+        np.rot90(side, k).tobytes() for side in (image[0], image[0][::-1]) for k in range(4)
+    }
+    assert len(symmetries) == 8
+    assert {picture.tobytes() for picture in turned} == symmetries
+
+
+def test_pixels_survive_the_way_to_floats_and_back():
+    pixels = jnp.arange(256, dtype=jnp.uint8)
+    np.testing.assert_array_equal(spae.to_uint8(spae.to_float(pixels)), pixels)
+    assert spae.to_uint8(jnp.array([-1.0, 2.0])).tolist() == [0, 255]
+
+
+def test_psnr_of_a_pooled_error():
+    assert spae.psnr(0.01) == pytest.approx(20.0)
+
+
+def test_same_seed_same_bits():
+    first, second = (nnx.split(_trained(PATCH, 3)[0])[1] for _ in range(2))
+    jax.tree.map(partial(np.testing.assert_array_equal), first, second)

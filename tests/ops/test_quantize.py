@@ -1,0 +1,217 @@
+"""What the quantiser means, against loops in NumPy (SPAE, spec sections 3 and 5)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rag_mm.core.errors import UserError
+from rag_mm.ops import quantize
+
+PAPER = (1, 2, 4, 8, 16, 16)
+SMALL = (1, 2, 4, 4, 4)
+
+
+def _case(levels, dim=5, size=40, batch=2):
+    rng = np.random.default_rng(0)
+    side = levels[-1]
+    z = 0.6 * rng.normal(size=(batch, side, side, dim)).astype(np.float32)
+    return z, rng.normal(size=(size, dim)).astype(np.float32)
+
+
+def _naive(z, codebook, levels):
+    """Section 5 word by word: one position at a time. Returns codes, targets and averages."""
+    batch, side, _, dim = z.shape
+    codes, targets, averages = [], [], []
+    words = [[[[] for _ in range(side)] for _ in range(side)] for _ in range(batch)]
+    for h in levels:
+        stride = side // h
+        rows = [stride * i - -(-stride // 2) for i in range(1, h + 1)]
+        level_codes = np.zeros((batch, h, h), np.int32)
+        level_targets = np.zeros((batch, h, h, dim), np.float32)
+        for b in range(batch):
+            for i, y in enumerate(rows):
+                for j, x in enumerate(rows):
+                    target = z[b, y, x] + sum(z[b, y, x] - codebook[k] for k in words[b][y][x])
+                    k = int(np.argmin(((target - codebook) ** 2).sum(-1)))
+                    words[b][y][x].append(k)
+                    level_codes[b, i, j], level_targets[b, i, j] = k, target
+        codes.append(level_codes.reshape(batch, -1))
+        targets.append(level_targets)
+        averages.append(
+            np.array(
+                [
+                    [[codebook[w].mean(0) if w else np.zeros(dim) for w in row] for row in image]
+                    for image in words
+                ]
+            )
+        )
+    return np.concatenate(codes, 1), targets, averages
+
+
+def test_levels_take_the_rows_of_the_paper():
+    rows = [np.arange(16)[quantize.level_rows(side, 16)].tolist() for side in PAPER]
+    assert rows[:3] == [[8], [4, 12], [2, 6, 10, 14]]
+    assert rows[3] == list(range(1, 16, 2))
+    assert rows[4] == rows[5] == list(range(16))
+
+
+def test_pyramid_covers_positions_as_often_as_the_paper_says():
+    counts = quantize.word_counts(PAPER)
+    assert [quantize.num_codes(PAPER[:n]) for n in range(1, 7)] == [1, 5, 21, 85, 341, 597]
+    assert counts[3].max() == 1 and (counts[3] == 0).sum() == 171
+    assert (counts[5] == 3).sum() == 85 and (counts[5] == 2).sum() == 171
+
+
+@pytest.mark.parametrize("levels", [(), (3, 8), (0, 8)])
+def test_levels_that_do_not_divide_the_grid_are_refused(levels):
+    with pytest.raises(UserError, match="pyramid"):
+        quantize.check_levels(levels)
+
+
+@pytest.mark.parametrize("size", [64, 96, 7, 1])  # groups of 32, of 32, of one, one code
+def test_nearest_codes_is_argmin_of_squared_distance(size):
+    rng = np.random.default_rng(1)
+    z = rng.normal(size=(3, 50, 6)).astype(np.float32)
+    codebook = rng.normal(size=(size, 6)).astype(np.float32)
+    expected = ((z[:, :, None] - codebook) ** 2).sum(-1).argmin(-1)
+    codes = quantize.nearest_codes(z, codebook)
+    assert codes.dtype == jnp.int32
+    np.testing.assert_array_equal(codes, expected)
+
+
+def test_equal_codes_go_to_the_lowest():
+    codebook = np.ones((64, 4), np.float32)
+    assert quantize.nearest_codes(np.zeros((1, 4), np.float32), codebook).tolist() == [0]
+
+
+@pytest.mark.parametrize("levels", [(4,), SMALL, (1, 4), PAPER])
+def test_streaming_averages_match_the_loops(levels):
+    z, codebook = _case(levels)
+    codes, _, averages = _naive(z, codebook, levels)
+    ours = jax.jit(quantize.quantize, static_argnums=2)(z, codebook, levels)
+    np.testing.assert_array_equal(ours, codes)
+    for mine, his in zip(quantize.running_averages(ours, codebook, levels), averages, strict=True):
+        np.testing.assert_allclose(mine, his, atol=1e-5)
+
+
+def test_error_after_a_level_is_its_own_error_over_the_number_of_words():
+    z, codebook = _case(SMALL)
+    codes, targets, _ = _naive(z, codebook, SMALL)
+    averages = quantize.running_averages(jnp.asarray(codes), codebook, SMALL)
+    counts = quantize.word_counts(SMALL)
+    end = 0
+    for level, side in enumerate(SMALL):
+        start, end = end, end + side * side
+        grid = codes[:, start:end].reshape(-1, side, side)
+        rows = quantize.level_rows(side, SMALL[-1])
+        error = np.asarray(averages[level])[:, rows, rows] - z[:, rows, rows]
+        words = counts[level][rows, rows][None, :, :, None]  # n + 1
+        np.testing.assert_allclose(
+            error, (codebook[grid] - targets[level]) / words, atol=1e-5, rtol=1e-4
+        )
+
+
+def test_one_level_is_plain_vector_quantisation_to_the_bit():
+    z, codebook = _case((8,))
+    codes = quantize.quantize(z, codebook, (8,))
+    np.testing.assert_array_equal(codes, quantize.nearest_codes(z, codebook).reshape(2, 64))
+    (average,) = quantize.running_averages(codes, codebook, (8,))
+    np.testing.assert_array_equal(average, codebook[np.asarray(codes).reshape(2, 8, 8)])
+
+
+def test_more_passes_over_the_grid_come_closer():
+    levels = (4,) * 6
+    z, codebook = _case(levels, dim=8, size=512)
+    averages = quantize.running_averages(quantize.quantize(z, codebook, levels), codebook, levels)
+    errors = [float(np.mean((a - z) ** 2)) for a in averages]
+    assert errors[-1] < 0.2 * errors[0]
+
+
+def test_codes_of_the_first_levels_decode_and_a_broken_level_does_not():
+    z, codebook = _case(SMALL)
+    codes = quantize.quantize(z, codebook, SMALL)
+    whole = quantize.running_averages(codes, codebook, SMALL)
+    part = quantize.running_averages(codes[:, :21], codebook, SMALL)
+    assert len(part) == 3
+    np.testing.assert_array_equal(part[-1], whole[2])
+    with pytest.raises(ValueError, match="inside a level"):
+        quantize.running_averages(codes[:, :20], codebook, SMALL)
+
+
+def test_straight_through_has_the_value_of_the_average_and_its_gradient():
+    levels = (1, 2)
+    z, codebook = _case(levels)
+    average = jnp.asarray(_case(levels)[0][::-1].copy())
+    weights = jnp.asarray(np.random.default_rng(2).normal(size=z.shape).astype(np.float32))
+    np.testing.assert_array_equal(quantize.straight_through(z, average, levels), average)
+    to_z, to_average = jax.grad(
+        lambda z, a: jnp.sum(weights * quantize.straight_through(z, a, levels)), (0, 1)
+    )(jnp.asarray(z), average)
+    np.testing.assert_array_equal(to_z, weights)
+    assert not to_average.any()
+
+
+def test_positions_without_a_code_pass_no_gradient():
+    levels = (2, 4)
+    z = jnp.ones((1, 4, 4, 3))
+    grad = jax.grad(lambda z: jnp.sum(quantize.straight_through(z, z, levels)))(z)
+    assert grad.all()  # the full grid covers everything
+    counts = quantize.word_counts((2, 4))[0]
+    assert sorted(np.argwhere(counts).tolist()) == [[1, 1], [1, 3], [3, 1], [3, 3]]
+
+
+def test_codebook_loss_moves_the_codebook_and_commitment_the_encoder():
+    z, codebook = _case(SMALL)
+    z, codebook = jnp.asarray(z), jnp.asarray(codebook)
+    codes = quantize.quantize(z, codebook, SMALL)
+
+    def losses(z, codebook):
+        averages = quantize.running_averages(codes, codebook, SMALL)
+        return quantize.quantization_losses(z, averages, SMALL)
+
+    to_codebook, to_encoder = losses(z, codebook)
+    expected = 0.0
+    for counts, average in zip(
+        quantize.word_counts(SMALL), quantize.running_averages(codes, codebook, SMALL), strict=True
+    ):
+        expected += np.asarray((average - z) ** 2)[:, counts > 0].mean()
+    np.testing.assert_allclose([to_codebook, to_encoder], expected, rtol=1e-5)
+    grads = [jax.grad(lambda z, c, i=i: losses(z, c)[i], (0, 1))(z, codebook) for i in (0, 1)]
+    assert not grads[0][0].any() and grads[0][1].any()
+    assert grads[1][0].any() and not grads[1][1].any()
+    used = np.unique(codes)
+    assert not np.delete(np.asarray(grads[0][1]), used, axis=0).any()
+
+
+def test_usage_and_perplexity_of_counts_and_of_frequencies():
+    counts = quantize.code_counts(jnp.array([[0, 0], [1, 3]]), 4)
+    assert counts.tolist() == [2, 1, 0, 1]
+    for scale in (1.0, 0.25):
+        assert float(quantize.usage(counts * scale)) == 0.75
+        np.testing.assert_allclose(quantize.perplexity(counts * scale), 2**1.5, rtol=1e-6)
+    np.testing.assert_allclose(quantize.perplexity(jnp.ones(64)), 64, rtol=1e-5)
+
+
+def test_dead_codes_move_onto_badly_served_points_and_the_living_stay():
+    codebook = jnp.zeros((4, 2)).at[1].set(1.0)
+    points = jnp.concatenate([jnp.zeros((50, 2)), jnp.full((2, 2), 9.0), jnp.full((2, 2), -9.0)])
+    counts = jnp.array([5.0, 1.0, 0.0, 0.0])
+    revived = quantize.revive_codes(codebook, counts, points, jax.random.key(0))
+    np.testing.assert_array_equal(revived[:2], codebook[:2])
+    assert (jnp.abs(revived[2:]) == 9).all()
+
+
+def test_kmeans_finds_blobs_uses_every_centre_and_repeats():
+    rng = np.random.default_rng(0)
+    blobs = rng.normal(size=(16, 3)).astype(np.float32) * 10
+    points = jnp.asarray(np.repeat(blobs, 30, axis=0) + rng.normal(size=(480, 3)).astype("f") / 50)
+    centers = quantize.init_kmeans(points, 16, jax.random.key(3))
+    nearest = np.sqrt(((blobs[:, None] - centers) ** 2).sum(-1)).min(1)
+    assert nearest.max() < 0.1
+    counts = quantize.code_counts(quantize.nearest_codes(points, centers), 16)
+    assert float(quantize.usage(counts)) == 1.0
+    again = quantize.init_kmeans(points, 16, jax.random.key(3))
+    np.testing.assert_array_equal(centers, again)
+    with pytest.raises(ValueError, match="cannot seed"):
+        quantize.init_kmeans(points[:9], 16, jax.random.key(0))

@@ -1,0 +1,166 @@
+"""The house stands on its floors: imports run downwards only, and name nothing that setup.py does not."""
+
+import ast
+import importlib.metadata
+import pathlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = ROOT / "rag_mm"
+
+_BELOW_MODELS = {"core", "ops", "nn"}
+_BELOW_DECODE = _BELOW_MODELS | {"models"}
+_BELOW_STAGES = _BELOW_DECODE | {"decode", "train", "eval", "report", "memory", "data", "worlds"}
+# What each floor may import besides itself.
+FLOORS = {
+    "core": set(),
+    "ops": {"core"},
+    "nn": {"core", "ops"},
+    "models": _BELOW_MODELS,
+    "memory": {"core", "ops"},
+    "data": {"core", "memory"},
+    "worlds": {"core"},
+    "decode": _BELOW_DECODE | {"data"},
+    "train": _BELOW_DECODE | {"decode", "data"},
+    "eval": _BELOW_DECODE | {"decode", "train", "memory", "data", "worlds"},
+    "report": _BELOW_STAGES - {"report"},
+    "convert": _BELOW_DECODE,
+    "perf": _BELOW_DECODE | {"decode", "train", "data"},
+    "stages": _BELOW_STAGES,
+    "cli": _BELOW_STAGES | {"stages", "convert", "perf"},
+}
+# Heavy, or absent from the base install; where each may be imported, inside a function.
+LAZY = {
+    "tensorflow": set(),
+    "torch": set(),
+    "transformers": set(),
+    "scann": {"memory/scann_index.py"},
+}
+
+
+def _sources() -> list[pathlib.Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def _imports(path: pathlib.Path) -> Iterator[tuple[str, bool]]:
+    """(dotted name, whether it is imported with the module itself) of all that a file imports."""
+    tree = ast.parse(path.read_text())
+    inner = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for node in ast.walk(function)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            yield name, id(node) not in inner
+
+
+def _floor(path: pathlib.Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("floor", sorted(FLOORS))
+def test_imports_run_down(floor):
+    """A file imports its own floor and those below; lazy imports inside functions count too."""
+    upward = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in _sources()
+        if _floor(path) == floor
+        for name, _ in _imports(path)
+        if name.startswith("rag_mm.") and name.split(".")[1] not in FLOORS[floor] | {floor}
+    ]
+    assert not upward
+
+
+def test_every_folder_is_a_floor():
+    folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    assert folders <= set(FLOORS)
+
+
+@pytest.mark.parametrize("library", sorted(LAZY))
+def test_heavy_libraries_are_imported_in_one_place(library):
+    for path in _sources():
+        for name, at_import in _imports(path):
+            if name.split(".")[0] == library:
+                where = path.relative_to(PACKAGE).as_posix()
+                assert where in LAZY[library] and not at_import, f"{where} imports {name}"
+
+
+def test_the_training_step_needs_no_data_libraries():
+    """It runs on a bare accelerator image: following its imports meets jax, flax and optax only."""
+    modules, todo, outside = set(), {PACKAGE / "train" / "step.py"}, set()
+    while todo:
+        path = todo.pop()
+        modules.add(path)
+        for name, at_import in _imports(path):
+            if not at_import:
+                continue
+            parts = name.split(".")
+            if parts[0] != "rag_mm":
+                outside.add(parts[0])
+                continue
+            candidates = [ROOT.joinpath(*parts), ROOT.joinpath(*parts[:-1])]
+            todo |= {c.with_suffix(".py") for c in candidates if c.with_suffix(".py").exists()}
+        todo -= modules
+    assert not outside & {"scann", "grain", "clu", "tensorflow_datasets", "tensorflow"}
+
+
+def test_importing_the_package_is_light():
+    code = "import sys, rag_mm; print({m.split('.')[0] for m in sys.modules})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = ast.literal_eval(done.stdout)
+    assert not loaded & {"tensorflow", "torch", "scann", "tensorflow_datasets"}
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _declared() -> set[str]:
+    setuptools = mock.MagicMock()  # Python 3.12 has none unless it is asked for.
+    with mock.patch.dict(sys.modules, setuptools=setuptools):
+        source = (ROOT / "setup.py").read_text()
+        exec(compile(source, "setup.py", "exec"), {"__file__": str(ROOT / "setup.py")})
+    arguments = setuptools.setup.call_args.kwargs
+    lines = [*arguments["install_requires"], *arguments["extras_require"]["test"]]
+    return {_normal(re.match(r"[\w.-]+", line).group()) for line in lines}
+
+
+def test_everything_imported_is_declared():
+    """No file leans on a package that is there only because another package wanted it."""
+    packages = importlib.metadata.packages_distributions()
+    declared = _declared()
+    for path in _sources():
+        for name, _ in _imports(path):
+            top = name.split(".")[0]
+            if top == "rag_mm" or top in sys.stdlib_module_names:
+                continue
+            owners = {_normal(owner) for owner in packages.get(top, [top])}
+            assert owners & declared, f"{path.relative_to(ROOT)} imports {top}: not in setup.py"
+
+
+def test_the_base_install_has_neither_tensorflow_nor_torch():
+    assert not _declared() & {"tensorflow", "tensorflow-cpu", "torch", "transformers"}
+
+
+def test_the_lock_names_no_place():
+    """It pins versions; from where they come is for each machine to say."""
+    for line in (ROOT / "requirements.lock").read_text().splitlines():
+        assert re.fullmatch(r"[\w.-]+==[\w.]+( ; .+)?", line), line
+        assert "://" not in line

@@ -1,0 +1,58 @@
+"""The wheel holds what the commands need: code, pages, pictures; installed, it finds its own pages."""
+
+import pathlib
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    pytest.importorskip("setuptools")
+    project, out = tmp_path_factory.mktemp("project"), tmp_path_factory.mktemp("wheel")
+    names = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
+    for name in names:
+        shutil.copy(ROOT / name, project)
+    ignore = shutil.ignore_patterns("__pycache__")
+    for name in ("rag_mm", "configs"):
+        shutil.copytree(ROOT / name, project / name, ignore=ignore)
+    options = ["--quiet", "--no-deps", "--no-build-isolation", f"--wheel-dir={out}"]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(project)], check=True)
+    return next(out.glob("*.whl"))
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_all_files(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        held = set(archive.namelist())
+    kinds = {".py", ".webp", ".json", ".css", ".j2", ".typed"}
+    here = [path for path in (ROOT / "rag_mm").rglob("*") if path.suffix in kinds]
+    wanted = {path.relative_to(ROOT).as_posix() for path in here if "__pycache__" not in path.parts}
+    wanted |= {f"rag_mm/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
+    assert wanted <= held
+    assert not any(name.startswith(("configs/", "tests/")) for name in held)
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_finds_its_pages(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import rag_mm; from rag_mm.core import config\n"
+        "assert rag_mm.__file__.startswith(sys.argv[1]), rag_mm.__file__\n"
+        "print(config.load_config('configs/quickstart.py:tiny').to_json()[:1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "{\n"
