@@ -34,7 +34,7 @@ lint: $(VENV)/.installed-test
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "rag_mm needs Python 3.11, 3.12 or 3.13; name one with PYTHON=..." >&2; exit 2; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 2; }
 
 # A stamp is older than what it depends on exactly when there is something to install.
 $(VENV)/.installed: setup.py pyproject.toml requirements.lock | $(BIN)/python

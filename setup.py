@@ -9,7 +9,6 @@ ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(
     r'^__version__ = "([^"]+)"$', (ROOT / "rag_mm" / "__init__.py").read_text(), re.MULTILINE
 ).group(1)
-README = ROOT / "README.md"
 
 BASE = [
     "absl-py",
@@ -55,7 +54,7 @@ setuptools.setup(
     name="rag_mm",
     version=VERSION,
     description="Retrieval-augmented multimodal models in JAX",
-    long_description=README.read_text() if README.exists() else "",
+    long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE", "NOTICE"],

@@ -104,10 +104,13 @@ def tiny() -> dict:
         | dict(
             model=config["tokenizer"]["model"] | dict(codebook_size=128, width=32),
             loop=loop,
+            num_init_images=128,
             num_eval=128,
         ),
         retriever=config["retriever"]
-        | dict(loop=loop, embed_dim=32, vision_layers=1, text_layers=1, batch_size=64, num_eval=200),
+        | dict(
+            loop=loop, embed_dim=32, vision_layers=1, text_layers=1, batch_size=64, num_eval=200
+        ),
         memory=dict(index="exact", num_queries=64),
         neighbors=config["neighbors"] | dict(num_test=16),
         decoder=decoder,

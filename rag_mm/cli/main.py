@@ -67,8 +67,11 @@ COMMANDS = {
         ("rag-mm caption --workdir=runs/quickstart --image=apple.png",),
     ),
     "infill": Command(
-        "redraw a part of a picture from what is around it",
-        ("rag-mm infill --workdir=runs/quickstart --image=a.png --box=8,8,24,24 --out=b.png",),
+        "redraw a band of a picture from what is around it",
+        (
+            'rag-mm infill --workdir=runs/quickstart --image=a.png --prompt="red apple" '
+            "--rows=8:24 --out=b.png",
+        ),
     ),
     "doctor": Command(
         "versions, devices, flags, disk: what this machine has and what does not fit",

@@ -85,10 +85,10 @@ def _add(args: argparse.Namespace) -> dict[str, Any]:
 
     before = memory.Memory.open(args.memory)
     documents, rejects = _open_documents(args.documents)
-    before.attach(load_encoder(before.path / "retriever"))
+    before.attach(load_encoder(before.carried("retriever")))
     tokenizer = None
     if before.manifest.tokenizer is not None:
-        tokenizer = load_tokenizer(before.path / "tokenizer")
+        tokenizer = load_tokenizer(before.carried("tokenizer"))
     with progress.track("documents", len(documents)) as bar:
         options = writer.Options(on_progress=lambda done, _: bar.update(done))
         after = before.add(documents, tokenizer, options=options)
@@ -105,7 +105,7 @@ def _search(args: argparse.Namespace) -> dict[str, Any]:
     encoder.check_view(view)
     image = None if args.image is None else sources.load_image(args.image)
     opened = memory.Memory.open(args.memory)
-    opened.attach(load_encoder(opened.path / "retriever"))
+    opened.attach(load_encoder(opened.carried("retriever")))
     found = opened.search(text=args.text, image=image, view=view, k=args.k)
     hits = []
     for row, score in zip(found.ids[0].tolist(), found.scores[0].tolist(), strict=True):
@@ -151,6 +151,8 @@ def show(result: dict[str, Any], console: rich.console.Console) -> None:
             console.print(f"{result['memory']}: nothing is wrong.", markup=False)
     else:
         table = rich.table.Table(show_header=False, box=None)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
         for key, value in result.items():
             if key != "rejected":
                 table.add_row(key, rich.markup.escape(_text(value)))

@@ -102,7 +102,7 @@ class Run:
         return files.read_json(path) if path.exists() else {}
 
     def save_costs(self, name: str, stages: Sequence[str]) -> None:
-        """Puts the wall seconds of some stages, added up, and their peak memory under `name` in metrics.json."""
+        """Puts the stages' wall seconds, added up, and their peak memory under `name` in metrics.json."""
         costs = [clock.summary(self.stage_dir(stage)) for stage in stages]
         total = {
             "wall_seconds": round(sum(cost["wall_seconds"] for cost in costs), 1),

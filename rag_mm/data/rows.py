@@ -17,7 +17,6 @@ from rag_mm.data import masking
 from rag_mm.data.vocabulary import Vocabulary
 
 
-
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """What a row has room for: `max_docs` retrieved documents, the main one, `max_spans` spans."""
@@ -285,7 +284,9 @@ def _mask(
     source, num_kept = masking.rearrange(len(parts.tokens), spans)
     marks = masking.make_marks(len(spans), vocabulary)
     tokens = np.concatenate([parts.tokens, marks])[source]
-    roles = np.concatenate([parts.roles, np.full(len(spans), IGNORED, np.int8), parts.roles[starts]])
+    roles = np.concatenate(
+        [parts.roles, np.full(len(spans), IGNORED, np.int8), parts.roles[starts]]
+    )
     # A sentinel in place stands where its span began; marks at the end are numbered anew.
     marks_at = np.tile(parts.positions[starts], 2)
     positions = np.concatenate([parts.positions, marks_at])[source]

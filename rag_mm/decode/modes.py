@@ -73,9 +73,16 @@ def draw_codes(
         rows.caption_to_image_prompt(layout, words, text, found)
         for text, found in zip(texts, docs, strict=True)
     ]
-    longest = 1 + layout.max_text + 1 + _docs_length(layout, docs)
+    longest = 1 + layout.max_text + 1 + layout.max_docs * layout.slot
     sampled = _sample(
-        generator, prompts, longest, seeds, sampling, generator.allowed_codes, layout.num_codes, batch_size
+        generator,
+        prompts,
+        longest,
+        seeds,
+        sampling,
+        generator.allowed_codes,
+        layout.num_codes,
+        batch_size,
     )
     return Drawn(sampled.tokens - words.code_offset, sampled.log_probs.sum(axis=1))
 
@@ -103,7 +110,7 @@ def write_captions(
         rows.image_to_caption_prompt(layout, words, own, found)
         for own, found in zip(codes, docs, strict=True)
     ]
-    longest = 1 + 1 + 1 + layout.num_codes + 1 + 1 + _docs_length(layout, docs)
+    longest = 1 + 1 + 1 + layout.num_codes + 1 + 1 + layout.max_docs * layout.slot
     allowed = generator.allow(slice(words.text_size), words.eoss)
     steps = layout.max_text + 1
     sampled = _sample(
@@ -146,9 +153,16 @@ def infill_codes(
         rows.infill_prompt(layout, words, main, start, end, found)
         for main, found in zip(mains, docs, strict=True)
     ]
-    longest = 1 + layout.slot + 2 + _docs_length(layout, docs)
+    longest = 1 + layout.slot + 2 + layout.max_docs * layout.slot
     sampled = _sample(
-        generator, prompts, longest, seeds, sampling, generator.allowed_codes, end - start, batch_size
+        generator,
+        prompts,
+        longest,
+        seeds,
+        sampling,
+        generator.allowed_codes,
+        end - start,
+        batch_size,
     )
     codes = np.stack([main.codes for main in mains])
     codes[:, start:end] = sampled.tokens - words.code_offset
@@ -198,7 +212,7 @@ def _sample(
     batch_size: int,
     stop: int | None = None,
 ) -> sampler.Sampled:
-    """In batches of one size and length, so that every mode compiles once a number of documents."""
+    """In batches of one size and length, so that a mode compiles once, however many documents are given."""
     batch_size = min(batch_size, len(prompts))
     found = []
     for first in range(0, len(prompts), batch_size):
@@ -221,10 +235,6 @@ def _sample(
         )
         found.append([np.asarray(array)[: batch_size - missing] for array in sampled])
     return sampler.Sampled(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
-
-
-def _docs_length(layout: rows.Layout, docs: Sequence[Docs]) -> int:
-    return layout.slot * max((len(found) for found in docs), default=0)
 
 
 def _end(row: np.ndarray, stop: int) -> int:

@@ -31,9 +31,8 @@ def code_nll(
         float32 [B, num_codes], nats, the whole vocabulary being the alternative.
     """
     layout = generator.layout
-    # All rows of one call are cut to the longest they need: documents make most of their length.
-    most = max(len(found) for found in docs)
-    length = 1 + (most + 1) * layout.slot
+    # Nothing is masked here, so the room for moved spans is cut off.
+    length = layout.moved_start
     found = []
     for first in range(0, len(mains), batch_size):
         part = slice(first, first + batch_size)
@@ -55,9 +54,7 @@ def code_nll(
 
 
 @partial(jax.jit, static_argnames="graphdef")
-def _token_nll(
-    params: Params, batch: dict[str, jax.Array], *, graphdef: nnx.GraphDef
-) -> jax.Array:
+def _token_nll(params: Params, batch: dict[str, jax.Array], *, graphdef: nnx.GraphDef) -> jax.Array:
     model = nnx.merge(graphdef, params)
     hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"])
     return losses.token_nll(model.logits(hidden), batch["targets"])

@@ -140,6 +140,24 @@ class Memory:
             )
         self._encoder = encoder
 
+    def carried(self, name: str) -> Path:
+        """A folder that was copied in at build, its files held against their digests.
+
+        Args:
+            name: `retriever` or `tokenizer`.
+
+        Raises:
+            UserError: the memory carries none of that name, or a file of it was changed.
+        """
+        entries = {n: e for n, e in self.manifest.files.items() if n.startswith(f"{name}/")}
+        if not entries:
+            raise UserError(f"{self.path} carries no {name}: it was built without one.")
+        for file, entry in entries.items():
+            problem = manifest.check_file(self.path, file, entry, deep=True)
+            if problem is not None:
+                raise UserError(problem)
+        return self.path / name
+
     def __len__(self) -> int:
         return self.manifest.rows
 

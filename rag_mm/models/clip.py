@@ -87,7 +87,9 @@ class VisionTower(nnx.Module):
         """images: float32 [B, H, W, 3] in [0, 1] -> [B, D] of the class token."""
         c, p = self.config, self.config.patch_size
         side = c.image_size // p
-        mean, std = (jnp.asarray(v, images.dtype)[None, None, None] for v in (c.image_mean, c.image_std))
+        mean, std = (
+            jnp.asarray(v, images.dtype)[None, None, None] for v in (c.image_mean, c.image_std)
+        )
         x = (images - mean) / std
         x = _reshape(x, len(x), side, p, side, p, 3).transpose(0, 1, 3, 2, 4, 5)
         x = self.patches(_reshape(x, len(x), side * side, p * p * 3))
@@ -109,7 +111,9 @@ class TextTower(nnx.Module):
         self.embedding = layers.Embedding(
             c.vocab_size, width, std=0.02, rngs=rngs, axes=("vocab", "embed")
         )
-        self.position_embedding = layers.make_param(rngs, (c.max_text, width), (None, "embed"), 0.01)
+        self.position_embedding = layers.make_param(
+            rngs, (c.max_text, width), (None, "embed"), 0.01
+        )
         self.stack = Stack(c.text.block(c.mlp), c.text.num_layers, rngs=rngs)
         self.norm = layers.Norm("layernorm", width, rngs=rngs)
 

@@ -32,6 +32,4 @@ def loss_fn(
 ) -> tuple[jax.Array, cm3.Metrics]:
     """CM3's loss with retrieved targets weighted by alpha; see `cm3.loss_fn`. `rng` is unused."""
     del rng
-    return cm3.loss_fn(
-        model, batch, retrieved_weight=config.alpha, code_offset=config.code_offset
-    )
+    return cm3.loss_fn(model, batch, retrieved_weight=config.alpha, code_offset=config.code_offset)

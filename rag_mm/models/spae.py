@@ -1,6 +1,7 @@
 """The image tokenizer: an autoencoder around a pyramid of codes (SPAE, spec sections 2, 3, 5, 7)."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Literal, Self
 
@@ -192,9 +193,7 @@ class SPAE(nnx.Module):
 
 def _res_blocks(in_dim: int, out_dim: int, count: int, *, rngs: nnx.Rngs) -> nnx.Sequential:
     dims = [in_dim] + [out_dim] * count
-    return nnx.Sequential(
-        *[conv.ResBlock(a, b, rngs=rngs) for a, b in zip(dims, dims[1:], strict=False)]
-    )
+    return nnx.Sequential(*[conv.ResBlock(a, b, rngs=rngs) for a, b in itertools.pairwise(dims)])
 
 
 def _init_eye(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype) -> jax.Array:

@@ -30,8 +30,12 @@ class Attention(nnx.Module):
             std=c.output_init_std,
         )
         norm = c.qk_norm
-        self.q_norm = layers.Norm("rmsnorm", c.head_dim, rngs=rngs, eps=c.norm_eps) if norm else None
-        self.k_norm = layers.Norm("rmsnorm", c.head_dim, rngs=rngs, eps=c.norm_eps) if norm else None
+        self.q_norm = (
+            layers.Norm("rmsnorm", c.head_dim, rngs=rngs, eps=c.norm_eps) if norm else None
+        )
+        self.k_norm = (
+            layers.Norm("rmsnorm", c.head_dim, rngs=rngs, eps=c.norm_eps) if norm else None
+        )
 
     def heads(
         self, x: jax.Array, positions: jax.Array | None
@@ -41,5 +45,8 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope_theta is not None:
-            q, k = rope.rotate(q, positions, self.rope_theta), rope.rotate(k, positions, self.rope_theta)
+            q, k = (
+                rope.rotate(q, positions, self.rope_theta),
+                rope.rotate(k, positions, self.rope_theta),
+            )
         return q, k, v

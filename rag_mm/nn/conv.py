@@ -56,7 +56,8 @@ class PointwiseBlock(nnx.Module):
 
 def average_pool(x: jax.Array) -> jax.Array:
     """Halves height and width by 2x2 means: [B, H, W, D] -> [B, H/2, W/2, D]."""
-    return nnx.avg_pool(x, (2, 2), strides=(2, 2))
+    b, h, w, d = x.shape  # nnx.avg_pool divides by an integer, which strict promotion forbids
+    return x.reshape(b, h // 2, 2, w // 2, 2, d).mean(axis=(2, 4))
 
 
 def upsample_nearest(x: jax.Array) -> jax.Array:

@@ -33,7 +33,7 @@ def describe(
             place = NamedSharding(mesh, sharding.parameter_spec(axes))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
-    is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
+    is_variable = lambda node: isinstance(node, nnx.Variable)
     placed = jax.tree.map(lay_out, abstract, is_leaf=is_variable)
     return graphdef, nnx.to_pure_dict(placed)
 

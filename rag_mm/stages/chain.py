@@ -41,9 +41,7 @@ STAGES = {
     "tokenizer": Stage(tokenizer.Config, tokenizer.INPUTS, tokenizer.run),
     "retriever": Stage(retriever.Config, retriever.INPUTS, retriever.run),
     "memory": Stage(memory.Config, memory.INPUTS, memory.run),
-    "neighbors": Stage(
-        neighbors.Config, neighbors.INPUTS, neighbors.run, reports_on_others=True
-    ),
+    "neighbors": Stage(neighbors.Config, neighbors.INPUTS, neighbors.run, reports_on_others=True),
     "decoder": Stage(decoder.Config, decoder.INPUTS, decoder.run),
     "control": Stage(decoder.Config, decoder.CONTROL_INPUTS, decoder.run),
     "generation": Stage(generation.Config, generation.INPUTS, generation.run),
@@ -120,7 +118,11 @@ def _run_stage(run: run_lib.Run, name: str, config: Any, overwrite: bool) -> Non
 def _stage_config(config: Mapping[str, Any], name: str) -> Any:
     shared = {key: config[key] for key in ("seed", "world", *STAGES[name].shares)}
     if "generation" in shared:
-        shared["generation"] = {**shared["generation"], "seed": config["seed"], "world": config["world"]}
+        shared["generation"] = {
+            **shared["generation"],
+            "seed": config["seed"],
+            "world": config["world"],
+        }
     return config_lib.make(STAGES[name].config, {**shared, **config.get(name, {})}, name)
 
 

@@ -45,9 +45,7 @@ def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict[str, An
     """Measures; figures of the decoder, the control and the baselines come under their own names."""
     bench = generation.open_bench(config.generation, run)
     drawn_dir = run.finished_stage("generation")
-    measured = {
-        split: _measure(config, bench, run, drawn_dir, split) for split in bench.tests
-    }
+    measured = {split: _measure(config, bench, run, drawn_dir, split) for split in bench.tests}
     metrics = _arrange(measured["held_out"])
     seen = _arrange(measured["seen"])
     for owner in metrics:
@@ -85,7 +83,9 @@ def _measure(
         pictures = bench.codec.decode(files.read_array(drawn / f"{split}_{variant}_codes.npy"))
         judge(variant, pictures)
         features = bench.encoder.encode_image(pictures)
-        summary[variant]["kernel_distance"] = kernel_distance.kernel_distance(features, real_features)
+        summary[variant]["kernel_distance"] = kernel_distance.kernel_distance(
+            features, real_features
+        )
         nll = likelihood.code_nll(model, test.mains, bench.docs(test.docs_by_text, count))
         summary[variant] |= scene_metrics.nll_summary(nll, art)
         values[variant]["art_nll"] = scene_metrics.document_nll(nll, art)

@@ -77,7 +77,9 @@ class Tokenizer:
     def __init__(self, folder: epath.PathLike):
         """Loads what `save_tokenizer` wrote; raises as `Retriever`."""
         folder = epath.Path(folder)
-        self.config = spae.Config(**{k: _tuples(v) for k, v in _read_config(folder, "spae").items()})
+        self.config = spae.Config(
+            **{k: _tuples(v) for k, v in _read_config(folder, "spae").items()}
+        )
         self.vocabulary = vocabulary.load_vocabulary(folder / VOCABULARY)
         self.fingerprint = fingerprint(folder)
         self.image_size = self.config.image_size
@@ -123,9 +125,7 @@ def fingerprint(folder: epath.Path) -> str:
     return files.digest(files.canonical_json(digests.folder_digests(folder)).encode())
 
 
-def text_tokens(
-    config: clip.Config, words: vocabulary.Vocabulary, texts: list[str]
-) -> np.ndarray:
+def text_tokens(config: clip.Config, words: vocabulary.Vocabulary, texts: list[str]) -> np.ndarray:
     """Rows of token ids closed and filled up by end-of-text: int32 [B, max_text]."""
     tokens = np.full((len(texts), config.max_text), config.end_of_text, np.int32)
     for row, text in enumerate(texts):

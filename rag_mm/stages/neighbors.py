@@ -81,7 +81,9 @@ def full_caption(source: scene_lib.Scenes, row: int) -> str:
 
 def memory_facts(world: world_lib.World) -> list[scene_lib.Facts]:
     """What each row of the memory shows."""
-    return [source.facts(row) for source in memory_stage.sources(world) for row in range(len(source))]
+    return [
+        source.facts(row) for source in memory_stage.sources(world) for row in range(len(source))
+    ]
 
 
 def _keys(facts: list[scene_lib.Facts]) -> np.ndarray:
@@ -95,9 +97,7 @@ def _dropped_caption(config: Config, source: scene_lib.Scenes, row: int, draw: i
     return " ".join(kept or words[:1])
 
 
-def _calibrate(
-    config: Config, memory: memory_lib.Memory, facts: list[scene_lib.Facts]
-) -> float:
+def _calibrate(config: Config, memory: memory_lib.Memory, facts: list[scene_lib.Facts]) -> float:
     seen = facts[: len(memory)]
     classes = np.array([shown.entities[0].class_id for shown in seen])
     return policy.calibrate_max_similarity(memory.embeddings("mixed"), classes, _keys(seen))

@@ -70,7 +70,7 @@ def gather(config: Config, run: run_lib.Run, metrics: dict[str, Any]) -> report.
         config=run.config,
         setting=_setting(config, len(memory)),
         notes=config.notes,
-        machine=clock.machine(),
+        machine=_machine(),
         stage_seconds={stage: cost["wall_seconds"] for stage, cost in costs.items()},
         reconstructions=_reconstructions(config, bench),
         retrievals=list(_retrievals(config, bench, memory)),
@@ -78,6 +78,13 @@ def gather(config: Config, run: run_lib.Run, metrics: dict[str, Any]) -> report.
         captions=_captions(config, bench, run),
         curves=list(_curves(run)),
     )
+
+
+def _machine() -> str:
+    machine = clock.machine()
+    versions = machine["versions"]
+    cores = f"{machine['processor']}, {machine['cores']} cores"
+    return f"{cores}, Python {machine['python']}, jax {versions['jax']}, flax {versions['flax']}"
 
 
 def _setting(config: Config, num_rows: int) -> list[tuple[str, str]]:

@@ -38,6 +38,7 @@ class Config:
     num_sentinels: int = 8
     caption_draws: int = 2
     revival_steps: int = 400  # steps up to which codes out of use are moved to where data is
+    num_init_images: int = 2048  # pictures that k-means sees
     num_eval: int = 1024
 
 
@@ -92,7 +93,8 @@ def _make_vocabulary(config: Config, source) -> vocabulary.Vocabulary:
 
 def _with_codebook(config: Config, pictures: np.ndarray, mesh, params: Params) -> Params:
     graphdef = nnx.graphdef(jax.eval_shape(partial(_make_model, config)))
-    rows = np.random.default_rng((config.seed, 1)).permutation(len(pictures))[:2048]
+    rows = np.random.default_rng((config.seed, 1)).permutation(len(pictures))
+    rows = rows[: config.num_init_images]
 
     @jax.jit
     def init(params, images):

@@ -53,7 +53,5 @@ def make_train_step(
     graphdef: nnx.GraphDef, loss_fn: LossFn, optimizer: optax.GradientTransformation, seed: int
 ) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
     """`train_step` compiled, its state donated."""
-    bound = partial(
-        train_step, graphdef=graphdef, loss_fn=loss_fn, optimizer=optimizer, seed=seed
-    )
+    bound = partial(train_step, graphdef=graphdef, loss_fn=loss_fn, optimizer=optimizer, seed=seed)
     return jax.jit(bound, donate_argnums=0)

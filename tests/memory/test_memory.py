@@ -146,6 +146,16 @@ def test_pictures_are_fitted_to_the_models_size(tmp_path, encoder):
     assert built.codes is None
 
 
+def test_carried_weights_are_checked_before_they_are_handed_out(built, weights):
+    folder = built.carried("retriever")
+    assert files_of(folder) == files_of(weights)
+    with pytest.raises(UserError, match="carries no tokenizer"):
+        built.carried("tokenizer")
+    (folder / "params" / "0").write_bytes(b"Numbers")
+    with pytest.raises(UserError, match="params/0 was changed"):
+        built.carried("retriever")
+
+
 def test_same_documents_same_bytes(tmp_path, encoder, tokenizer):
     folders = []
     for name in ("one", "two"):

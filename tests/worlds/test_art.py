@@ -86,9 +86,10 @@ def test_names_are_plain_and_belong_to_one_class():
     assert len(every) == len(set(every))
     assert all(name.isascii() and name == name.lower().strip() for name in every)
     assert not any(character in name for name in every for character in ":_()&")
-    assert next(
-        its_names[:2] for its_names in pictures.names if "flag of norway" in its_names
-    ) == ("flag of norway", "flag of bouvet island")
+    assert next(its_names[:2] for its_names in pictures.names if "flag of norway" in its_names) == (
+        "flag of norway",
+        "flag of bouvet island",
+    )
     assert pictures.is_flag.sum() == 240
 
 

@@ -79,7 +79,7 @@ class Scorer:
             chosen = np.flatnonzero(colors == color)
             entities = self._best_entities(images[chosen] - _PALETTE[color], name)
             for i, found in zip(chosen, entities, strict=True):
-                result[i] = Facts(found, name)
+                result[int(i)] = Facts(found, name)
         return [result[i] for i in range(len(images))]
 
     def _best_entities(self, residuals: np.ndarray, color: str) -> Iterator[tuple[Entity, ...]]:

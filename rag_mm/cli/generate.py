@@ -1,0 +1,37 @@
+"""`rag-mm generate`: pictures from a caption, and the documents that were read for them."""
+
+import argparse
+from typing import Any
+
+import rich.console
+
+import rag_mm
+from rag_mm.cli import asking
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments."""
+    parser.add_argument("--prompt", required=True, help="the caption to draw")
+    asking.add_arguments(parser, temperature=0.7, top_p=0.95)
+    parser.add_argument(
+        "--best-of",
+        type=int,
+        default=1,
+        help="candidates a picture, the retriever keeps the best (default: 1)",
+    )
+    asking.add_out(parser)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Draws; `images` are paths, `neighbors` the documents read."""
+    asking.check_out(args.out)
+    options = asking.options(args)
+    drawn = rag_mm.load(args.workdir).generate(args.prompt, best_of=args.best_of, **options)
+    return {"images": asking.save_pictures(args.out, drawn.images), "neighbors": drawn.neighbors}
+
+
+def show(result: dict[str, Any], console: rich.console.Console) -> None:
+    """Prints the paths and the documents."""
+    asking.show_neighbors(result, console)
+    for path in result["images"]:
+        console.print(path, markup=False, soft_wrap=True)
