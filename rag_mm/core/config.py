@@ -168,7 +168,7 @@ def make(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         UserError: an unknown or missing key, or a value that the class refuses; `where` is named.
     """
     hints = typing.get_type_hints(cls)
-    fields = {field.name for field in dataclasses.fields(cls)}
+    fields = set(cls.__dataclass_fields__)  # type: ignore[attr-defined]
     unknown = sorted(set(values) - fields)
     if unknown:
         raise UserError(f"{where} has no setting {unknown[0]!r}; it has {_list(sorted(fields))}.")

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 MESH_AXES = ("data", "fsdp", "tensor")
 
 # What a logical axis of a parameter is split over.
-PARAMETER_AXES: dict[str | None, str | None] = {
+PARAMETER_AXES: dict[str | None, str | tuple[str, ...] | None] = {
     "embed": "fsdp",
     "vocab": "tensor",
     "heads": "tensor",
@@ -21,7 +21,7 @@ PARAMETER_AXES: dict[str | None, str | None] = {
     None: None,
 }
 # What a logical axis of an activation is split over: its width is whole on every device.
-ACTIVATION_AXES: dict[str | None, str | tuple[str, ...] | None] = PARAMETER_AXES | {
+ACTIVATION_AXES = PARAMETER_AXES | {
     "batch": ("data", "fsdp"),
     "embed": None,
 }

@@ -1,4 +1,4 @@
-"""The ways a CM3 model is asked (RA-CM3, spec section 7): draw from a caption, describe a picture, fill a hole.
+"""The ways a CM3 model is asked (RA-CM3, spec section 7): draw a caption, describe a picture, fill a hole.
 
 Every mode puts given documents, retrieved or by hand, before the prompt and samples with the logits
 restricted to what may stand there.

@@ -38,13 +38,16 @@ def make_query(
         if document.image is None:
             raise ValueError(f"document {document.id!r} has no image to ask with")
         return document.image
-    words = document.text.split()
-    if not words:
+    if not document.text.strip():
         raise ValueError(f"document {document.id!r} has no text to ask with")
-    if rng is None:
-        return document.text
+    return document.text if rng is None else drop_words(document.text, rng, token_dropout)
+
+
+def drop_words(text: str, rng: np.random.Generator, probability: float) -> str:
+    """`text` without a random share of its words; one is left at least (RA-CM3 section 3.1)."""
+    words = text.split()
     draws = rng.random(len(words))
-    kept = [word for word, draw in zip(words, draws, strict=True) if draw >= token_dropout]
+    kept = [word for word, draw in zip(words, draws, strict=True) if draw >= probability]
     return " ".join(kept) if kept else words[int(draws.argmax())]
 
 

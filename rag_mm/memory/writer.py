@@ -66,7 +66,7 @@ def build(
     with _lock(root):
         _clear(root, [manifest.folder_of(1), *carried])
         try:
-            entries = {}
+            entries: dict[str, manifest.FileEntry] = {}
             for name, folder in carried.items():
                 entries |= _copy_folder(folder, root, name)
             image_size = tokenizer.image_size if tokenizer is not None else encoder.image_size
@@ -169,7 +169,7 @@ def _write_shards(
     """Encodes the documents and writes them in shards of the version after `before`."""
     folder = manifest.folder_of(before.version + 1)
     known = set(shard_lib.load_ids(root, before))
-    shards = []
+    shards: list[manifest.Shard] = []
     for start in range(0, len(documents), options.shard_size):
         stop = min(start + options.shard_size, len(documents))
         writer = shard_lib.ShardWriter(root, folder, len(shards))

@@ -1,17 +1,21 @@
 """The projections around attention: queries, keys and values in heads, rotary positions, qk-norm."""
 
+from typing import TYPE_CHECKING
+
 import jax
 from flax import nnx
 
 from rag_mm.nn import layers
 from rag_mm.ops import rope
 
+if TYPE_CHECKING:
+    from rag_mm.nn.block import BlockConfig
+
 
 class Attention(nnx.Module):
     """q, k, v = heads(x); what is done with them is the caller's `attend` (training, prefill, decode)."""
 
-    def __init__(self, config, *, rngs: nnx.Rngs):
-        """config: rag_mm.nn.block.BlockConfig."""
+    def __init__(self, config: "BlockConfig", *, rngs: nnx.Rngs):
         c = config
         self.rope_theta = c.rope_theta
         kinds = dict(use_bias=c.use_bias, rngs=rngs, std=c.init_std)

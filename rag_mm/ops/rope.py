@@ -1,4 +1,4 @@
-"""Positions: rotary (Su et al. 2021, the half-split form of LLaMA) and fixed sinusoids (Vaswani et al. 2017)."""
+"""Positions: rotary (Su et al. 2021, LLaMA's half-split form) and fixed sinusoids (Vaswani et al. 2017)."""
 
 import jax
 import jax.numpy as jnp

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rag_mm.core.errors import UserError
 from rag_mm.data import rows
 from rag_mm.memory.memory import Memory
 from rag_mm.stages import frozen
@@ -27,14 +28,28 @@ class Corpus:
         """Every row of a memory.
 
         Raises:
-            UserError: a record is damaged.
+            UserError: a record is damaged, or the memory was built without a tokenizer.
         """
         codes = memory.codes
+        if codes is None:
+            raise UserError(f"{memory.path} holds no codes; build it with a tokenizer.")
         return [self.example(memory.document(i).text, codes[i]) for i in range(len(memory))]
 
     def codes(self, source: scene_lib.Scenes, chosen: np.ndarray | None = None) -> np.ndarray:
         """Codes of scenes, int32 [R, N]."""
         return self.codec.encode(world_lib.images(source, chosen))
+
+
+def picture(memory: Memory, row: int) -> np.ndarray:
+    """A memory row's picture, uint8 [H, W, 3].
+
+    Raises:
+        UserError: it has none, or its record is damaged.
+    """
+    pixels = memory.document(row).image
+    if pixels is None:
+        raise UserError(f"Row {row} of {memory.path} has no picture.")
+    return pixels
 
 
 def pick(examples: Sequence[rows.Example], ids: np.ndarray, count: int) -> list[rows.Example]:

@@ -11,6 +11,7 @@ from rag_mm.core import run as run_lib
 from rag_mm.eval import caption as caption_metrics
 from rag_mm.eval import kernel_distance, likelihood, statistics
 from rag_mm.eval import scenes as scene_metrics
+from rag_mm.stages import corpus as corpus_lib
 from rag_mm.stages import generation, neighbors
 from rag_mm.stages import memory as memory_stage
 from rag_mm.stages import world as world_lib
@@ -67,7 +68,7 @@ def _measure(
     test = bench.tests[split]
     level, names = config.world.geometry, neighbors.TEST_SPLITS[split]
     source = config.world.scenes("test", *names)
-    asked = [source.facts(int(row)) for row in test.rows]
+    asked = [source.facts(int(row)) for row in test.scene_rows]
     art = np.stack([scene_lib.entity_mask(shown, level, PATCH).ravel() for shown in asked])
     scorer = facts_lib.Scorer(level)
     summary: dict[str, dict[str, Any]] = {}
@@ -103,7 +104,9 @@ def _hits(config: Config, run: run_lib.Run, test: generation.TestSet) -> np.ndar
     """The best retrieved document's own picture, uint8 [Q, H, W, 3]; black where nothing was found."""
     memory = memory_stage.open_memory(run)
     black = np.zeros_like(test.pictures[0])
-    found = [memory.document(int(i)).image if i >= 0 else black for i in test.docs_by_text[:, 0]]
+    found = [
+        corpus_lib.picture(memory, int(i)) if i >= 0 else black for i in test.docs_by_text[:, 0]
+    ]
     return np.stack(found)
 
 

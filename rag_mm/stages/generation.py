@@ -1,4 +1,4 @@
-"""Stage `generation`: pictures and captions for test documents, with 0, 1, .. K documents and without any model of them.
+"""Stage `generation`: pictures and captions for test documents, with 0 to K documents, and the control's.
 
 Every piece lies in a file of its own, so a killed stage goes on with the next one.
 """
@@ -52,7 +52,7 @@ class TestSet:
     `docs_by_text` and `docs_by_image` are int32 [Q, K], -1 missing; `random_docs` int32 [Q, K].
     """
 
-    rows: np.ndarray
+    scene_rows: np.ndarray
     pictures: np.ndarray
     captions: list[str]
     mains: list[rows.Example]
@@ -104,7 +104,7 @@ def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
             _draw(config, bench, path, bench.decoder, test, docs)
             done += 1
             bar.update(done)
-    return {split: len(test.rows) for split, test in bench.tests.items()}
+    return {split: len(test.scene_rows) for split, test in bench.tests.items()}
 
 
 def open_bench(config: Config, run: run_lib.Run) -> Bench:

@@ -6,6 +6,7 @@ step stays pure and a resumed run reads the same documents.
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 from etils import epath
@@ -92,9 +93,7 @@ def _keys(facts: list[scene_lib.Facts]) -> np.ndarray:
 
 def _dropped_caption(config: Config, source: scene_lib.Scenes, row: int, draw: int) -> str:
     rng = np.random.default_rng((config.seed, 3, row, draw))
-    words = source.caption(row, draw).split()
-    kept = [word for word in words if rng.random() >= config.token_dropout]
-    return " ".join(kept or words[:1])
+    return policy.drop_words(source.caption(row, draw), rng, config.token_dropout)
 
 
 def _calibrate(config: Config, memory: memory_lib.Memory, facts: list[scene_lib.Facts]) -> float:
@@ -108,7 +107,7 @@ def _find(
     memory: memory_lib.Memory,
     queries: np.ndarray,
     source: scene_lib.Scenes,
-    rows,
+    rows: Iterable[int],
     bound: float,
 ) -> np.ndarray:
     own = [source.facts(int(row)) for row in rows]

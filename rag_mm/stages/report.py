@@ -12,6 +12,7 @@ from rag_mm import report
 from rag_mm.core import clock, files
 from rag_mm.core import run as run_lib
 from rag_mm.memory.memory import Memory
+from rag_mm.stages import corpus as corpus_lib
 from rag_mm.stages import generation, neighbors
 from rag_mm.stages import memory as memory_stage
 from rag_mm.stages import world as world_lib
@@ -117,7 +118,8 @@ def _retrievals(
         for row in found[found >= 0]:
             document = memory.document(int(row))
             score = float(query @ vectors[row])
-            hits.append(report.Hit(document.text, document.image, score))
+            pixels = corpus_lib.picture(memory, int(row))
+            hits.append(report.Hit(document.text, pixels, score))
         yield report.Retrieval(caption, hits)
 
 
@@ -126,7 +128,7 @@ def _generations(
 ) -> Iterator[report.Generation]:
     test, n, level = bench.tests["held_out"], config.num_rows, config.world.geometry
     source = config.world.scenes("test", *neighbors.TEST_SPLITS["held_out"])
-    asked = [source.facts(int(row)) for row in test.rows[:n]]
+    asked = [source.facts(int(row)) for row in test.scene_rows[:n]]
     scorer, folder = facts_lib.Scorer(level), run.finished_stage("generation")
     drawn, right = {}, {}
     for name, _, _ in bench.variants():
@@ -141,7 +143,7 @@ def _generations(
         yield report.Generation(
             caption,
             test.pictures[i],
-            [memory.document(int(row)).image for row in found],
+            [corpus_lib.picture(memory, int(row)) for row in found],
             {name: pictures[i] for name, pictures in drawn.items()},
             {name: verdicts[i] for name, verdicts in right.items()},
         )
@@ -159,7 +161,7 @@ def _captions(
         report.WrittenCaption(
             test.pictures[i], test.captions[i], {name: texts[i] for name, texts in written.items()}
         )
-        for i in range(min(config.num_rows, len(test.rows)))
+        for i in range(min(config.num_rows, len(test.scene_rows)))
     ]
 
 

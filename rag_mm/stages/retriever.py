@@ -9,7 +9,7 @@ from flax import nnx
 
 from rag_mm.core import run as run_lib
 from rag_mm.core import sharding
-from rag_mm.data import pipeline
+from rag_mm.data import pipeline, vocabulary
 from rag_mm.models import clip
 from rag_mm.stages import frozen, tokenizer, training
 from rag_mm.stages import world as world_lib
@@ -44,7 +44,7 @@ class Config:
     batch_size: int = 256
     num_eval: int = 1000
 
-    def model(self, words) -> clip.Config:
+    def model(self, words: vocabulary.Vocabulary) -> clip.Config:
         """The towers over a vocabulary's text ids; its `eod` closes a text."""
         tower = partial(
             clip.TowerConfig,

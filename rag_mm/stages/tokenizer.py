@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from etils import epath
 from flax import nnx
+from jax.sharding import Mesh
 
 from rag_mm.core import run as run_lib
 from rag_mm.core import sharding
@@ -19,6 +20,7 @@ from rag_mm.stages import frozen, training
 from rag_mm.stages import world as world_lib
 from rag_mm.train import loop, optimizer
 from rag_mm.worlds.emoji import facts
+from rag_mm.worlds.emoji import scenes as scene_lib
 
 INPUTS = ()
 FOLDER = "frozen"
@@ -85,13 +87,13 @@ def _make_model(config: Config) -> spae.SPAE:
     return spae.SPAE(config.model, rngs=nnx.Rngs(params=config.seed))
 
 
-def _make_vocabulary(config: Config, source) -> vocabulary.Vocabulary:
+def _make_vocabulary(config: Config, source: scene_lib.Scenes) -> vocabulary.Vocabulary:
     texts = [source.caption(i, d) for i in range(len(source)) for d in range(config.caption_draws)]
     size, sentinels = config.text_size, config.num_sentinels
     return vocabulary.train_vocabulary(texts, size, config.model.codebook_size, sentinels)
 
 
-def _with_codebook(config: Config, pictures: np.ndarray, mesh, params: Params) -> Params:
+def _with_codebook(config: Config, pictures: np.ndarray, mesh: Mesh, params: Params) -> Params:
     graphdef = nnx.graphdef(jax.eval_shape(partial(_make_model, config)))
     rows = np.random.default_rng((config.seed, 1)).permutation(len(pictures))
     rows = rows[: config.num_init_images]

@@ -100,7 +100,10 @@ def write_sheet(font_path: epath.PathLike, out: epath.PathLike) -> None:
     merged = classes.merge_glyphs([glyph.name for glyph in glyphs], art.lay_on(cells, art.WHITE))
     index = {
         "cell": CELL,
-        "font": {"name": " ".join(font.getname()), "sha256": files.file_digest(font_path)},
+        "font": {
+            "name": " ".join(filter(None, font.getname())),
+            "sha256": files.file_digest(font_path),
+        },
         "license": "OFL-1.1",
         "glyphs": [
             {"sequence": _spell(glyph.sequence), "name": glyph.name, "flag": glyph.is_flag}

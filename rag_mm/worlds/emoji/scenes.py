@@ -224,7 +224,7 @@ def entity_mask(facts: Facts, level: Level, patch: int = 4) -> np.ndarray:
     for entity in facts.entities:
         covered[_box(entity)] = True
     side = level.image_size // patch
-    return covered.reshape(side, patch, side, patch).any(axis=(1, 3))
+    return np.asarray(covered.reshape(side, patch, side, patch).any(axis=(1, 3)))
 
 
 def _rng(purpose: str, *key: int) -> np.random.Generator:
