@@ -42,7 +42,7 @@ def quick() -> dict:
         optimizer=dict(
             learning_rate=2e-3, warmup_steps=60, schedule="cosine", b2=0.98, weight_decay=0.05
         ),
-        loop=dict(num_steps=400, log_every=10, checkpoint_every=100),
+        loop=dict(num_steps=300, log_every=10, checkpoint_every=50),
         caption_draws=caption_draws,
         max_docs=2,
         docs_shares=(0.2, 0.4, 0.4),
@@ -62,24 +62,25 @@ def quick() -> dict:
                 image_size=32,
                 patch_size=4,
                 encoder="patch",
-                width=64,
+                width=32,
                 width_multipliers=(1,),
                 num_res_blocks=1,
                 embed_dim=48,
                 codebook_size=1024,
                 levels=(8,),
-                commitment_weight=0.25,
+                commitment_weight=1.0,
+                is_turned=True,
             ),
-            optimizer=dict(learning_rate=2e-3, warmup_steps=20, schedule="cosine"),
-            loop=dict(num_steps=300, log_every=20, checkpoint_every=100),
-            batch_size=64,
-            revival_steps=200,
+            optimizer=dict(learning_rate=5e-3, warmup_steps=20, schedule="cosine"),
+            loop=dict(num_steps=1600, log_every=100, checkpoint_every=400),
+            batch_size=16,
+            num_init_images=1024,
         ),
         retriever=dict(
             optimizer=dict(
                 learning_rate=1e-3, warmup_steps=50, schedule="cosine", weight_decay=0.05
             ),
-            loop=dict(num_steps=600, log_every=20, checkpoint_every=100),
+            loop=dict(num_steps=320, log_every=20, checkpoint_every=80),
             splits=("common", "rare_seen", "held_out"),
         ),
         memory=dict(index="scann"),
@@ -102,8 +103,8 @@ def tiny() -> dict:
         world=dict(level="easy", class_share=0.05),
         tokenizer=config["tokenizer"]
         | dict(
-            model=config["tokenizer"]["model"] | dict(codebook_size=128, width=32),
-            loop=loop,
+            model=config["tokenizer"]["model"] | dict(codebook_size=128, width=16),
+            loop=dict(num_steps=100, log_every=50, checkpoint_every=50),
             num_init_images=128,
             num_eval=128,
         ),

@@ -63,6 +63,8 @@ def _build(args: argparse.Namespace) -> dict[str, Any]:
     if not retriever.is_dir():
         raise UserError(f"There is no run {args.retriever}; name one with a trained retriever.")
     out = pathlib.Path(args.out)
+    if (out / "config.json").exists():  # A memory's leftovers and a run have names in common.
+        raise UserError(f"--out={args.out} is a run or a model; name another folder.")
     writer.check_vacant(out, ("retriever", "tokenizer"))
     documents, rejects = _open_documents(args.documents)
     encoder, tokenizer = load_encoder(retriever), None
@@ -101,6 +103,8 @@ def _search(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.k < 1:
         raise UserError(f"-k is {args.k}; ask for at least 1 hit.")
+    if args.text is not None and not args.text.strip():
+        raise UserError("--text is empty; say what to look for.")
     view = args.view or ("mixed" if args.image is None else "image")
     encoder.check_view(view)
     image = None if args.image is None else sources.load_image(args.image)

@@ -6,6 +6,7 @@ from typing import Any
 import rich.console
 
 from rag_mm.core import config as config_lib
+from rag_mm.core.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the stages; `workdir` and everything measured so far, `metrics`."""
+    if not args.workdir:
+        raise UserError("--workdir is empty; name the run's folder.")
     config = config_lib.to_dict(config_lib.load_config(args.config, args.overrides))
 
     # The config is right before jax starts.

@@ -215,7 +215,7 @@ def to_uint8(images: jax.Array) -> jax.Array:
 def turn(images: jax.Array, rng: jax.Array) -> jax.Array:
     """Each image [B, S, S, 3] in one of the eight flips and quarter turns of a square.
 
-    On emoji scenes it is worth 0.1 to 0.2 dB on unseen classes; pictures of a world with an up and
+    On emoji scenes it is worth 0.1 dB on unseen classes; pictures of a world with an up and
     a down are better left as they are.
     """
     is_moved = jax.random.bernoulli(rng, shape=(3, images.shape[0], 1, 1, 1))

@@ -26,7 +26,12 @@ def attention(
 
     Returns:
         [B, T, N, H] in q's dtype; scores and softmax are float32.
+
+    Raises:
+        ValueError: only one of the segment ids was given.
     """
+    if (query_segment_ids is None) != (key_segment_ids is None):
+        raise ValueError("give both query_segment_ids and key_segment_ids, or neither")
     mask = None
     if is_causal:
         queries = jnp.arange(q.shape[1], dtype=jnp.int32) + query_offset
@@ -34,4 +39,5 @@ def attention(
     if query_segment_ids is not None and key_segment_ids is not None:
         same = (query_segment_ids[:, :, None] == key_segment_ids[:, None, :])[:, None]
         mask = same if mask is None else mask & same
-    return jax.nn.dot_product_attention(q, k, v, mask=mask)
+    with jax.numpy_dtype_promotion("standard"):  # It mixes bfloat16 heads with float32 scores.
+        return jax.nn.dot_product_attention(q, k, v, mask=mask)

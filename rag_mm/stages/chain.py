@@ -6,8 +6,8 @@ from typing import Any
 
 from etils import epath
 
+from rag_mm.core import compilation, progress
 from rag_mm.core import config as config_lib
-from rag_mm.core import progress
 from rag_mm.core import run as run_lib
 from rag_mm.core.errors import UserError
 from rag_mm.stages import (
@@ -56,8 +56,15 @@ def stage_configs(config: Mapping[str, Any]) -> dict[str, Any]:
     """Each stage's frozen config, in the order of `config["stages"]`.
 
     Raises:
-        UserError: an unknown stage, or a value that a stage refuses.
+        UserError: no stage or an unknown one, or a value that a stage refuses.
     """
+    for key in ("stages", "seed", "world"):
+        if key not in config:
+            raise UserError(f"The config has no {key!r}, which every chain needs.")
+    if not config["stages"]:
+        raise UserError(f"The config has no stages; stages are {', '.join(STAGES)}.")
+    if config["seed"] < 0:
+        raise UserError(f"The config's seed is {config['seed']}; give 0 or more.")
     unknown = [name for name in config["stages"] if name not in STAGES]
     if unknown:
         raise UserError(f"There is no stage {unknown[0]!r}; stages are {', '.join(STAGES)}.")
@@ -82,12 +89,15 @@ def run_chain(
     Raises:
         UserError: the config or the run does not fit; nothing has been touched then.
     """
-    run = run_lib.Run(epath.Path(workdir))
+    # Orbax writes to absolute paths only.
+    run = run_lib.Run(epath.Path(workdir).resolve())
     configs = stage_configs(config)
     if only is not None and only not in configs:
         raise UserError(f"The config has no stage {only!r}; it has {', '.join(configs)}.")
-    chosen = [only] if only else list(configs)
+    chosen = list(configs) if only is None else [only]
+    _check_inputs(run, chosen)
     with run.locked():
+        compilation.keep_programs(run.workdir)
         if not overwrite:
             for name in chosen:
                 run_lib.check_stage(run, name, _slice(configs[name]), STAGES[name].inputs)
@@ -100,10 +110,21 @@ def run_chain(
     return run
 
 
+def _check_inputs(run: run_lib.Run, chosen: list[str]) -> None:
+    """Refuses where a stage reads one that neither lies there nor is made before it."""
+    for place, name in enumerate(chosen):
+        for needed in STAGES[name].inputs:
+            if needed not in chosen[:place]:
+                run.finished_stage(needed)
+
+
 def _run_stage(run: run_lib.Run, name: str, config: Any, overwrite: bool) -> None:
     stage = STAGES[name]
     before = run.manifest(name)
-    progress.say(f"{name}: {'going on' if before and not before.is_done else 'begins'}")
+    if before is None:
+        progress.say(f"{name}: begins")
+    else:
+        progress.say(f"{name}: {'done before, checking' if before.is_done else 'going on'}")
     run_lib.run_stage(
         run,
         name,
@@ -116,10 +137,10 @@ def _run_stage(run: run_lib.Run, name: str, config: Any, overwrite: bool) -> Non
 
 
 def _stage_config(config: Mapping[str, Any], name: str) -> Any:
-    shared = {key: config[key] for key in ("seed", "world", *STAGES[name].shares)}
-    if "generation" in shared:
+    shared = {key: config[key] for key in ("seed", "world")}
+    if "generation" in STAGES[name].shares:
         shared["generation"] = {
-            **shared["generation"],
+            **config.get("generation", {}),
             "seed": config["seed"],
             "world": config["world"],
         }

@@ -62,6 +62,17 @@ class Config:
                 f"docs_shares has {len(self.docs_shares)} values; give {self.max_docs + 1}, "
                 f"one for each count from 0 to max_docs={self.max_docs}."
             )
+        if min(self.docs_shares) < 0 or not sum(self.docs_shares):
+            raise ValueError(f"docs_shares are {self.docs_shares}, give positive numbers")
+        if self.caption_draws < 1:
+            raise ValueError(f"caption_draws is {self.caption_draws}, give at least 1")
+        training.check_config(self.optimizer, self.loop, self.batch_size)
+        masking.Masking(0, self.segment_probability, self.mask_probability)
+        shape = DecoderConfig(vocab_size=VOCAB_MULTIPLE, max_seq_len=1, **dict(self.model))
+        if shape.head_dim is None and shape.embed_dim % shape.num_heads:
+            raise ValueError(
+                f"model.num_heads is {shape.num_heads}, which does not divide {shape.embed_dim}"
+            )
 
     def layout(self, num_codes: int) -> rows.Layout:
         """The rows this decoder reads."""
@@ -116,6 +127,11 @@ def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
     if config.max_docs:
         memory = corpus.memory(memory_stage.open_memory(run, memory_stage.SEEN_VERSION))
         neighbors = files.read_array(run.finished_stage("neighbors") / "train.npy")
+        if neighbors.shape[:2] != (len(source), config.caption_draws + 1):
+            raise UserError(
+                f"decoder.caption_draws is {config.caption_draws}, but the neighbors were found "
+                f"for {neighbors.shape[1] - 1} draws; give both stages the same."
+            )
     row_source = RowSource(config, layout, codec.vocabulary, texts, memory, neighbors)
     batches = pipeline.make_batches(
         np.arange(len(source)), config.batch_size, config.seed, row_source.make

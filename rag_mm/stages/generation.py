@@ -40,6 +40,13 @@ class Config:
     caption_temperature: float = 0.0
     num_candidates: int = 1
 
+    def __post_init__(self):
+        Sampling(self.temperature, self.top_p)
+        Sampling(self.caption_temperature)
+        for name in ("num_held_out", "num_seen", "num_candidates"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, give at least 1")
+
     def count(self, split: str) -> int:
         """Test documents drawn of a split."""
         return {"held_out": self.num_held_out, "seen": self.num_seen}[split]

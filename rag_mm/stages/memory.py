@@ -11,6 +11,7 @@ from etils import epath
 
 from rag_mm.core import progress
 from rag_mm.core import run as run_lib
+from rag_mm.memory import index as index_lib
 from rag_mm.memory import memory as memory_lib
 from rag_mm.memory import writer
 from rag_mm.memory.exact import ExactIndex
@@ -30,6 +31,9 @@ class Config:
     world: world_lib.World
     index: str = "scann"
     num_queries: int = 500
+
+    def __post_init__(self):
+        index_lib.make_index(self.index)
 
 
 def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:

@@ -16,6 +16,7 @@ from rag_mm.stages import world as world_lib
 from rag_mm.train import loop, optimizer
 from rag_mm.worlds.emoji import facts as facts_lib
 from rag_mm.worlds.emoji import scenes as scene_lib
+from rag_mm.worlds.emoji import splits as split_lib
 
 INPUTS = ("tokenizer",)
 FOLDER = "frozen"
@@ -43,6 +44,17 @@ class Config:
     max_text: int = 24
     batch_size: int = 256
     num_eval: int = 1000
+
+    def __post_init__(self):
+        training.check_config(self.optimizer, self.loop, self.batch_size)
+        if not self.splits or not set(self.splits) <= set(split_lib.SPLITS):
+            known = ", ".join(split_lib.SPLITS)
+            raise ValueError(f"splits are {self.splits}, choose some of {known}")
+        if self.embed_dim % self.num_heads or self.world.geometry.image_size % self.patch_size:
+            raise ValueError(
+                "num_heads divides embed_dim and patch_size the pictures' side, which "
+                f"{self.num_heads} and {self.patch_size} do not"
+            )
 
     def model(self, words: vocabulary.Vocabulary) -> clip.Config:
         """The towers over a vocabulary's text ids; its `eod` closes a text."""

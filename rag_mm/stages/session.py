@@ -1,12 +1,14 @@
 """A finished run in the hand: draw, describe, fill in, search (the public face, `rag_mm.load`)."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from rag_mm.core import compilation
 from rag_mm.core import run as run_lib
 from rag_mm.core.document import Document
 from rag_mm.core.errors import UserError
@@ -224,6 +226,7 @@ def load(workdir: epath.PathLike) -> Session:
         UserError: there is no run, or a stage is missing, unfinished or edited.
     """
     run = run_lib.open_run(workdir)
+    compilation.keep_programs(run.workdir)
     codec = tokenizer.load_tokenizer(run.workdir)
     generator = decoder_stage.load_generator(run, "decoder", codec)
     encoder = retriever.load_encoder(run.workdir)
@@ -233,6 +236,8 @@ def load(workdir: epath.PathLike) -> Session:
 
 
 def _sampling(temperature: float, top_p: float) -> Sampling:
+    if not math.isfinite(temperature):
+        raise UserError(f"temperature is {temperature}; give a finite number, at least 0.")
     try:
         return Sampling(temperature, top_p)
     except ValueError as error:

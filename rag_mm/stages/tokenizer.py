@@ -15,7 +15,6 @@ from rag_mm.data import pipeline, vocabulary
 from rag_mm.eval import scenes as scene_metrics
 from rag_mm.models import spae
 from rag_mm.nn.params import Params
-from rag_mm.ops import quantize
 from rag_mm.stages import frozen, training
 from rag_mm.stages import world as world_lib
 from rag_mm.train import loop, optimizer
@@ -39,9 +38,16 @@ class Config:
     text_size: int = 1024  # entries of the text vocabulary, bytes included
     num_sentinels: int = 8
     caption_draws: int = 2
-    revival_steps: int = 400  # steps up to which codes out of use are moved to where data is
     num_init_images: int = 2048  # pictures that k-means sees
     num_eval: int = 1024
+
+    def __post_init__(self):
+        training.check_config(self.optimizer, self.loop, self.batch_size)
+        if self.model.image_size != self.world.geometry.image_size:
+            raise ValueError(
+                f"model.image_size is {self.model.image_size}, but the pictures of level "
+                f"{self.world.level} have {self.world.geometry.image_size} pixels a side"
+            )
 
 
 def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
@@ -64,7 +70,6 @@ def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
         seed=config.seed,
         mesh=mesh,
         prepare=partial(_with_codebook, config, pictures, mesh),
-        hook=_make_reviver(config, pictures),
     )
     words = _make_vocabulary(config, source)
     frozen.save_tokenizer(stage_dir / FOLDER, config.model, words, params)
@@ -105,30 +110,6 @@ def _with_codebook(config: Config, pictures: np.ndarray, mesh: Mesh, params: Par
 
     with jax.set_mesh(mesh):
         return params | {"codebook": init(params, pictures[rows])}
-
-
-def _make_reviver(config: Config, pictures: np.ndarray) -> loop.Hook:
-    """Moves codes that the last averages saw unused to where the data is poorly served."""
-    graphdef = nnx.graphdef(jax.eval_shape(partial(_make_model, config)))
-
-    @jax.jit
-    def revive(params, images, frequencies, key):
-        model = nnx.merge(graphdef, params)
-        points = model.embed(spae.to_float(images)).reshape(-1, config.model.embed_dim)
-        codebook = params["codebook"]
-        return quantize.revive_codes(codebook, frequencies, points, key, min_count=1e-9)
-
-    def hook(state, averages):
-        step = int(state.step)
-        if step > config.revival_steps:
-            return state
-        rows = np.random.default_rng((config.seed, 2, step)).integers(len(pictures), size=256)
-        key = jax.random.fold_in(jax.random.key(config.seed), step)
-        frequencies = averages["code_frequencies"].astype(np.float32)
-        codebook = revive(state.params, pictures[rows], frequencies, key)
-        return dataclasses.replace(state, params=state.params | {"codebook": codebook})
-
-    return hook
 
 
 def _evaluate(config: Config, tokenizer: frozen.Tokenizer) -> dict:

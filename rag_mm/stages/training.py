@@ -12,6 +12,21 @@ from rag_mm.nn.params import Params
 from rag_mm.train import loop, optimizer, state, step
 
 
+def check_config(
+    optimizer_config: optimizer.Config, loop_config: loop.Config, batch_size: int
+) -> None:
+    """Refuses before a run is touched what would fail, or teach nothing, in the middle of it.
+
+    Raises:
+        ValueError: an unknown schedule, or a batch size or learning rate that is not positive.
+    """
+    optimizer.make_schedule(optimizer_config, loop_config.num_steps)
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, give at least 1")
+    if optimizer_config.learning_rate <= 0:
+        raise ValueError(f"learning_rate is {optimizer_config.learning_rate}, give more than 0")
+
+
 def train(
     name: str,
     stage_dir: epath.Path,
@@ -24,7 +39,6 @@ def train(
     seed: int,
     mesh: Mesh,
     prepare: Callable[[Params], Params] | None = None,
-    hook: loop.Hook | None = None,
 ) -> tuple[Params, list[dict[str, float]]]:
     """Trains a model to its end, going on from where a killed run stood.
 
@@ -38,7 +52,6 @@ def train(
         seed: of randomness inside the loss.
         mesh: where state and batches lie.
         prepare: changes fresh parameters before step 0 (such as a codebook from data).
-        hook: see `loop.Hook`.
 
     Returns:
         The trained parameters and the log's rows.
@@ -50,7 +63,5 @@ def train(
     tx = optimizer.make_optimizer(optimizer_config, loop_config.num_steps)
     train_state = state.init_state(params, tx, mesh)
     step_fn = step.make_train_step(graphdef, loss_fn, tx, seed)
-    train_state, rows = loop.fit(
-        name, train_state, step_fn, batches, mesh, stage_dir, loop_config, hook
-    )
+    train_state, rows = loop.fit(name, train_state, step_fn, batches, mesh, stage_dir, loop_config)
     return train_state.params, rows

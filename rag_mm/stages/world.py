@@ -18,6 +18,13 @@ class World:
     level: str = "easy"
     class_share: float = 1.0
 
+    def __post_init__(self):
+        if self.level not in scene_lib.LEVELS:
+            levels = ", ".join(scene_lib.LEVELS)
+            raise ValueError(f"there is no level {self.level!r}, choose from {levels}")
+        if not 0 < self.class_share <= 1:
+            raise ValueError(f"class_share is {self.class_share}, give more than 0 and at most 1")
+
     def classes(self, *split_names: str) -> np.ndarray:
         """Class ids, int64, of the splits."""
         kept = [splits.classes(name) for name in split_names]

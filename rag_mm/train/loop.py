@@ -16,8 +16,6 @@ from rag_mm.train.state import TrainState
 from rag_mm.train.step import Metrics
 
 StepFn = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
-# Changes the state between steps on the strength of the averages since the last log (or leaves it).
-Hook = Callable[[TrainState, dict[str, np.ndarray]], TrainState]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +42,6 @@ def fit(
     mesh: Mesh,
     directory: epath.PathLike,
     config: Config,
-    hook: Hook | None = None,
 ) -> tuple[TrainState, list[dict[str, float]]]:
     """Trains to `config.num_steps`, from the newest checkpoint in `directory` if there is one.
 
@@ -77,8 +74,6 @@ def fit(
                     raise FloatingPointError(f"{name}: the loss at step {step} is not finite")
                 log.write(step, values)
                 bar.update(log.rows[-1]["step"], loss=float(values["loss"]))
-                if hook is not None:
-                    state = hook(state, values)
             if step % config.checkpoint_every == 0 or is_last:
                 checkpoints.save(state, iterator)
     checkpoints.close()

@@ -1,0 +1,191 @@
+"""CLIP: published sizes, unit features, pooling at the end of the text, and learning on any mesh."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from rag_mm.core import sharding
+from rag_mm.models import clip
+from rag_mm.nn import params as params_lib
+from rag_mm.train import state as state_lib
+from rag_mm.train import step as step_lib
+
+END = 11
+TINY = clip.Config(
+    image_size=8,
+    patch_size=4,
+    vision=clip.TowerConfig(16, 1, 2, 32),
+    text=clip.TowerConfig(8, 1, 2, 16),
+    vocab_size=12,
+    max_text=6,
+    end_of_text=END,
+    projection_dim=8,
+)
+VIT_L_14 = clip.Config(
+    image_size=224,
+    patch_size=14,
+    vision=clip.TowerConfig(1024, 24, 16, 4096),
+    text=clip.TowerConfig(768, 12, 12, 3072),
+    vocab_size=49_408,
+    max_text=77,
+    end_of_text=49_407,
+    projection_dim=768,
+)
+
+
+def make_model(config=TINY):
+    return clip.Model(config, rngs=nnx.Rngs(params=0))
+
+
+def batch_of(size, seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(END, size=(size, 6)).astype(np.int32)
+    tokens[np.arange(size), rng.integers(1, 6, size)] = END
+    return {"images": rng.random((size, 8, 8, 3)).astype(np.float32), "tokens": tokens}
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Structure and random parameters, drawn by NumPy: compiling `init_params` takes seconds."""
+    graphdef, abstract = params_lib.describe(make_model, None)
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        scale = 1 / np.sqrt(np.prod(leaf.shape[1:-1]) or 1)
+        mean = 1.0 if path[-1].key == "scale" else 0.0
+        if path[-1].key == "logit_scale":
+            return np.log(np.float32(10))
+        return rng.normal(mean, 0.3 * scale, leaf.shape).astype(np.float32)
+
+    params = jax.tree_util.tree_map_with_path(draw, abstract)
+    return graphdef, jax.tree.map(jnp.asarray, params)
+
+
+@pytest.fixture(scope="module")
+def encode(model):
+    graphdef, params = model
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def call(method, params, x):
+        return getattr(nnx.merge(graphdef, params), method)(x)
+
+    return {
+        "image": lambda x: np.asarray(call("encode_image", params, x)),
+        "text": lambda x: np.asarray(call("encode_text", params, x)),
+    }
+
+
+def test_vit_l_14_has_the_published_size():
+    graphdef, params = params_lib.describe(lambda: make_model(VIT_L_14), None)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 427_616_513
+    call = lambda method: lambda p, x: getattr(nnx.merge(graphdef, p), method)(x)
+    images = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
+    tokens = jax.ShapeDtypeStruct((2, 77), jnp.int32)
+    for method, x in {"encode_image": images, "encode_text": tokens}.items():
+        out = jax.eval_shape(call(method), params, x)
+        assert (out.shape, out.dtype) == ((2, 768), jnp.float32)
+    features = jax.eval_shape(lambda p, x: nnx.merge(graphdef, p).vision(x), params, images)
+    assert features.shape == (2, 1024)
+    assert params["vision"]["position_embedding"].shape == (257, 1024)
+
+
+def test_features_have_unit_norm_and_differ(encode):
+    batch = batch_of(8)
+    for found in (encode["image"](batch["images"]), encode["text"](batch["tokens"])):
+        assert (found.shape, found.dtype) == ((8, 8), np.float32)
+        np.testing.assert_allclose((found**2).sum(1), 1, atol=1e-5)
+        assert (found @ found.T)[~np.eye(8, dtype=bool)].max() < 1 - 1e-6
+
+
+def test_features_do_not_depend_on_the_batch(encode):
+    batch = batch_of(8)
+    for side, name in (("image", "images"), ("text", "tokens")):
+        whole, alone = encode[side](batch[name]), encode[side](batch[name][3:4])
+        np.testing.assert_allclose(whole[3:4], alone, atol=1e-6)
+
+
+def test_text_ends_at_its_first_end_of_text(encode):
+    tokens = np.array([[3, 4, END, 0, 0, 0]], np.int32)
+    found = encode["text"](tokens)
+    for after in ([1, 2, 3], [END, END, END], [5, END, 5]):
+        tokens[0, 3:] = after
+        np.testing.assert_array_equal(encode["text"](tokens), found)
+    tokens[0, 0] = 5
+    assert np.abs(encode["text"](tokens) - found).max() > 1e-3
+
+
+def test_patches_are_read_in_raster_order(model):
+    """The patch projection is the published convolution: kernel [row, column, channel]."""
+    graphdef, params = model
+    image = np.random.default_rng(1).random((1, 8, 8, 3)).astype(np.float32)
+    config, vision = TINY, params["vision"]
+    normal = (image[0] - np.array(config.image_mean)) / np.array(config.image_std)
+    expected = [
+        normal[r : r + 4, c : c + 4].reshape(-1) @ vision["patches"]["kernel"]
+        for r in (0, 4)
+        for c in (0, 4)
+    ]
+    expected = np.stack([vision["class_embedding"], *expected]) + vision["position_embedding"]
+    seen = []
+
+    class Spy:
+        def __call__(self, x):
+            seen.append(np.asarray(x))
+            return x
+
+    tower = nnx.merge(graphdef, params).vision
+    tower.pre_norm = Spy()
+    tower.stack = lambda x, positions, attend: (x, None)
+    tower.post_norm = lambda x: x
+    tower(jnp.asarray(image))
+    np.testing.assert_allclose(seen[0][0], expected, atol=1e-5)
+
+
+def train(mesh, params, batch, steps):
+    """Losses of Adam steps on one batch, and the last state."""
+    graphdef, abstract = params_lib.describe(make_model, mesh)
+    placed = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, abstract))
+    # Copied: a step deletes what it is given, and one device's share may be the caller's own.
+    placed = jax.tree.map(jnp.copy, placed)
+    optimizer = optax.adam(1e-2)
+    state = state_lib.init_state(placed, optimizer, mesh)
+    step = step_lib.make_train_step(graphdef, clip.loss_fn, optimizer, 0)
+    losses = []
+    with jax.set_mesh(mesh):
+        batch = sharding.put_batch(batch, mesh)
+        for _ in range(steps):
+            state, metrics = step(state, batch)
+            losses.append({k: float(total / weight) for k, (total, weight) in metrics.items()})
+    return losses, state
+
+
+def test_twenty_steps_learn_a_toy_and_eight_devices_learn_the_same(model):
+    _, params = model
+    batch = batch_of(8, seed=2)
+    alone, _ = train(sharding.make_mesh(), params, batch, 20)
+    assert alone[-1]["loss"] < 0.5 * alone[0]["loss"]
+    assert alone[-1]["in_batch_recall"] > alone[0]["in_batch_recall"]
+    eight, spread = train(sharding.make_mesh(2, 2, 2), params, batch, 3)
+    for one, other in zip(alone[:3], eight, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+    kernel = spread.params["vision"]["patches"]["kernel"]
+    assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp")
+
+
+def test_temperature_is_clipped_at_one_hundred():
+    class Identical:
+        """Unit features whose similarities are 1 on the diagonal and 0 beside it."""
+
+        logit_scale = nnx.Param(jnp.float32(20))
+        encode_image = encode_text = staticmethod(lambda x: x)
+
+    batch = {"images": jnp.eye(4), "tokens": jnp.eye(4)}
+    loss, metrics = clip.loss_fn(Identical(), batch, jax.random.key(0))
+    np.testing.assert_allclose(metrics["logit_scale"][0], 100, rtol=1e-5)
+    np.testing.assert_allclose(loss, 0, atol=1e-6)
+    assert metrics["in_batch_recall"][0] == metrics["in_batch_recall"][1] == 4.0

@@ -1,0 +1,119 @@
+"""RA-CM3's loss: which targets weigh how much, and by what the sum is divided."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rag_mm.core.roles import IGNORED, MAIN, RETRIEVED
+from rag_mm.data import rows
+from rag_mm.data import vocabulary as vocabulary_lib
+from rag_mm.models import cm3, ra_cm3
+from rag_mm.nn import decoder
+
+V, CODE_OFFSET = 9, 6
+ROLES = np.array([[2, 2, 2, 1, 1, 1, 0], [0, 1, 1, 2, 1, 0, 0]], np.int8)
+BATCH = {
+    "tokens": np.zeros((2, 7), np.int32),
+    "targets": np.array([[1, 7, 0, 2, 8, 6, 4], [3, 0, 7, 8, 5, 1, 1]], np.int32),
+    "positions": np.zeros((2, 7), np.int32),
+    "segment_ids": np.ones((2, 7), np.int32),
+    "roles": ROLES,
+}
+LOGITS = np.random.default_rng(0).normal(size=(2, 7, V)).astype(np.float32)
+NLL = (
+    np.log(np.exp(LOGITS.astype(float)).sum(-1))
+    - np.take_along_axis(LOGITS, BATCH["targets"][..., None], -1)[..., 0]
+)
+
+
+class Given:
+    """A model whose logits are its parameters, so that gradients show every target's weight."""
+
+    def __init__(self, logits):
+        self.given = logits
+
+    def __call__(self, tokens, positions, segment_ids):
+        return self.given
+
+    def logits(self, hidden):
+        return hidden
+
+
+def loss_fn(logits, retrieved_weight, batch=BATCH):
+    return cm3.loss_fn(
+        Given(logits), batch, retrieved_weight=retrieved_weight, code_offset=CODE_OFFSET
+    )
+
+
+GRAD = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.1, 1.0])
+def test_retrieved_targets_weigh_alpha_and_the_sum_is_divided_by_main_targets(alpha):
+    (loss, metrics), grad = GRAD(jnp.asarray(LOGITS), jnp.float32(alpha))
+    weights = np.select([ROLES == MAIN, ROLES == RETRIEVED], [1.0, alpha], 0.0)
+    num_main = (ROLES == MAIN).sum()
+    np.testing.assert_allclose(loss, (NLL * weights).sum() / num_main, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"][0] / metrics["loss"][1], loss, rtol=1e-6)
+    # d loss / d logits = weight (p - one hot) / number of main targets.
+    probs = np.exp(LOGITS) / np.exp(LOGITS).sum(-1, keepdims=True)
+    expected = (probs - np.eye(V)[BATCH["targets"]]) * weights[..., None] / num_main
+    np.testing.assert_allclose(grad, expected, atol=1e-6)
+
+
+def test_with_alpha_zero_retrieved_targets_teach_nothing():
+    _, grad = GRAD(jnp.asarray(LOGITS), jnp.float32(0))
+    assert (np.asarray(grad)[ROLES != MAIN] == 0).all()
+    assert (np.asarray(grad)[ROLES == MAIN] != 0).any(-1).all()
+
+
+def test_sentinels_and_padding_weigh_nothing_at_any_alpha():
+    _, grad = GRAD(jnp.asarray(LOGITS), jnp.float32(1))
+    assert (np.asarray(grad)[ROLES == IGNORED] == 0).all()
+
+
+def test_metrics_are_sums_with_their_weights():
+    (_, metrics), _ = GRAD(jnp.asarray(LOGITS), jnp.float32(0.1))
+    is_code, main = BATCH["targets"] >= CODE_OFFSET, ROLES == MAIN
+    for name, mask in {
+        "main_nll": main,
+        "code_nll": main & is_code,
+        "text_nll": main & ~is_code,
+        "retrieved_nll": ROLES == RETRIEVED,
+    }.items():
+        total, weight = metrics[name]
+        np.testing.assert_allclose(total, NLL[mask].sum(), rtol=1e-5, err_msg=name)
+        assert int(weight) == mask.sum(), name
+    sure = np.log(2) > NLL
+    assert int(metrics["code_majority"][0]) == (sure & main & is_code).sum()
+
+
+def test_a_batch_without_main_targets_is_finite():
+    batch = BATCH | {"roles": np.zeros_like(ROLES)}
+    loss, metrics = loss_fn(jnp.asarray(LOGITS), 0.1, batch)
+    assert loss == 0 and all(np.isfinite(total) for total, _ in metrics.values())
+
+
+def test_rows_of_the_project_give_alpha_its_meaning():
+    """Over a uniform model a row's loss is log V (main + alpha retrieved) / main targets."""
+    words = vocabulary_lib.train_vocabulary([], 256, 16, 4)
+    layout = rows.Layout(max_docs=1, max_text=3, num_codes=4, max_spans=1)
+    example = rows.Example([1, 2], np.arange(4, dtype=np.int32))
+    # The main image's middle is masked: one sentinel in place, one at the end, one eoss more.
+    row = rows.make_row(layout, words, example, [example], np.array([[13, 15]]))
+    batch = {name: jnp.asarray(value)[None] for name, value in row.items()}
+    config = ra_cm3.Config(
+        decoder.DecoderConfig(words.size, 1, 8, 1, 8, 8), words.code_offset, alpha=0.5
+    )
+    logits = jnp.zeros((1, layout.length, words.size))
+    loss, metrics = ra_cm3.loss_fn(Given(logits), batch, jax.random.key(0), config=config)
+    main, retrieved = (
+        2 + 1 + 4 + 1 + 1,
+        2 + 1 + 4 + 1,
+    )  # text BRK image EOD eoss; text BRK image BRK
+    assert (metrics["main_nll"][1], metrics["retrieved_nll"][1]) == (main, retrieved)
+    assert metrics["code_nll"][1] == 4
+    np.testing.assert_allclose(
+        loss, np.log(words.size) * (main + 0.5 * retrieved) / main, rtol=1e-5
+    )

@@ -1,0 +1,117 @@
+"""The decoder once more, in float64 NumPy without a scan, a mask or a batch: what the model must equal."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+from flax import nnx
+
+from rag_mm.nn import decoder, params
+
+_erf = np.vectorize(math.erf)
+
+
+def make_model(config):
+    return decoder.Decoder(config, rngs=nnx.Rngs(params=0))
+
+
+def random_params(config, seed=0):
+    """Structure, and parameters of which no scale is one and no bias zero."""
+    graphdef, abstract = params.describe(lambda: make_model(config), None)
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        mean = 1.0 if path[-1].key == "scale" else 0.0
+        return rng.normal(mean, 0.3, leaf.shape).astype(np.float32)
+
+    return graphdef, jax.tree_util.tree_map_with_path(draw, abstract)
+
+
+def forward(config, tree, tokens, positions, segment_ids):
+    """Logits [B, T, V] of int arrays [B, T]."""
+    tree = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
+    return np.stack(
+        [_row(config, tree, *row) for row in zip(tokens, positions, segment_ids, strict=True)]
+    )
+
+
+def _row(config, tree, tokens, positions, segment_ids):
+    x = tree["embedding"]["table"][tokens]
+    if config.positions == "learned":
+        x = x + tree["position_embedding"]["table"][positions]
+    if config.positions == "sinusoidal":
+        half = config.embed_dim // 2
+        angles = positions[:, None] / 10_000 ** (np.arange(half) / (half - 1))
+        x = x + np.concatenate([np.sin(angles), np.cos(angles)], -1)
+    for i in range(config.num_layers):
+        block = jax.tree.map(lambda leaf, i=i: leaf[i], tree["stack"]["blocks"])
+        x = apply_block(config, block, x, positions, segment_ids)
+    head = tree["embedding" if config.tie_embeddings else "head"]["table"]
+    return norm(config, tree.get("norm"), x) @ head.T
+
+
+def apply_block(config, block, x, positions, segment_ids):
+    """x: [T, D] -> [T, D]."""
+    x = x + _attention(
+        config,
+        block["attention"],
+        norm(config, block.get("attention_norm"), x),
+        positions,
+        segment_ids,
+    )
+    return x + _mlp(config, block["mlp"], norm(config, block.get("mlp_norm"), x))
+
+
+def norm(config, weights, x):
+    if config.norm != "rmsnorm":
+        x = x - x.mean(-1, keepdims=True)
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps)
+    weights = weights or {}
+    return x * weights.get("scale", 1.0) + weights.get("bias", 0.0)
+
+
+def _linear(weights, x, num_out):
+    """x: [T, *in] -> [T, *out], the last `num_out` axes of the kernel being out."""
+    kernel = weights["kernel"]
+    flat = kernel.reshape(-1, math.prod(kernel.shape[kernel.ndim - num_out :]))
+    y = x.reshape(len(x), -1) @ flat
+    return y.reshape(len(x), *kernel.shape[kernel.ndim - num_out :]) + weights.get("bias", 0.0)
+
+
+def _attention(config, weights, x, positions, segment_ids):
+    q, k, v = (_linear(weights[name], x, 2) for name in "qkv")
+    if config.qk_norm:
+        rms = dataclasses.replace(config, norm="rmsnorm")
+        q, k = norm(rms, weights["q_norm"], q), norm(rms, weights["k_norm"], k)
+    if config.positions == "rope":
+        q, k = _rotate(config, q, positions), _rotate(config, k, positions)
+    attended = np.zeros_like(q)
+    group = q.shape[1] // k.shape[1]
+    for t, n in np.ndindex(q.shape[:2]):
+        visible = [s for s in range(t + 1) if segment_ids[s] == segment_ids[t]]
+        scores = k[visible, n // group] @ q[t, n] / math.sqrt(q.shape[2])
+        probs = np.exp(scores - scores.max())
+        attended[t, n] = probs / probs.sum() @ v[visible, n // group]
+    return _linear(weights["out"], attended, 1)
+
+
+def _rotate(config, x, positions):
+    half = x.shape[-1] // 2
+    angles = positions[:, None, None] / config.rope_theta ** (np.arange(half) / half)
+    turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)
+    return np.concatenate([turned.real, turned.imag], -1)
+
+
+def _mlp(config, weights, x):
+    up = _linear(weights["up"], x, 1)
+    if config.mlp == "swiglu":
+        gate = _linear(weights["gate"], x, 1)
+        hidden = gate / (1 + np.exp(-gate)) * up
+    else:
+        hidden = {
+            "relu": lambda x: np.maximum(x, 0),
+            "gelu": lambda x: x * (1 + _erf(x / math.sqrt(2))) / 2,
+            "quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x)),
+        }[config.mlp](up)
+    return _linear(weights["down"], hidden, 1)

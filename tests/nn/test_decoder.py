@@ -1,0 +1,196 @@
+"""The decoder equals a naive one in every family, and what a token sees is its own segment's past."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import naive_decoder
+import numpy as np
+import pytest
+from flax import nnx
+
+from rag_mm.nn import block, decoder
+from rag_mm.ops import attention
+
+SIZES = dict(vocab_size=23, num_layers=2, embed_dim=16, num_heads=4, mlp_dim=24, max_seq_len=40)
+FAMILIES = {
+    "cm3": decoder.DecoderConfig(
+        **SIZES,
+        norm="layernorm",
+        positions="sinusoidal",
+        mlp="relu",
+        use_bias=True,
+        tie_embeddings=True,
+    ),
+    "cm3leon": decoder.DecoderConfig(
+        **SIZES, norm="layernorm_no_params", positions="learned", mlp="gelu"
+    ),
+    "chameleon": decoder.DecoderConfig(
+        **SIZES, num_kv_heads=2, head_dim=6, qk_norm=True, rope_theta=500.0, norm_eps=1e-3
+    ),
+    "mixed": decoder.DecoderConfig(
+        **SIZES,
+        norm="layernorm",
+        mlp="swiglu",
+        num_kv_heads=1,
+        use_bias=True,
+        qk_norm=True,
+        tie_embeddings=True,
+    ),
+}
+# Two documents and padding in one row; padding and restarted positions in the other.
+SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 0], [0, 0, 1, 1, 1, 1, 1, 1]], np.int32)
+POSITIONS = np.array([[3, 4, 9, 0, 1, 2, 30, 0], [0, 0, 0, 1, 2, 3, 4, 39]], np.int32)
+TOKENS = np.random.default_rng(0).integers(23, size=SEGMENTS.shape).astype(np.int32)
+
+
+@functools.cache
+def make(config):
+    """Random parameters, and the compiled function (params, tokens, positions, segments) -> logits."""
+    graphdef, params = naive_decoder.random_params(config)
+
+    @jax.jit
+    def logits(params, tokens, positions, segment_ids):
+        model = nnx.merge(graphdef, params)
+        return model.logits(model(tokens, positions, segment_ids))
+
+    return params, functools.partial(logits, params)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoder_equals_the_naive_one(family):
+    config = FAMILIES[family]
+    params, logits = make(config)
+    found = logits(TOKENS, POSITIONS, SEGMENTS)
+    assert (found.shape, found.dtype) == ((2, 8, 23), jnp.float32)
+    expected = naive_decoder.forward(config, params, TOKENS, POSITIONS, SEGMENTS)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_have_the_parameters_they_name(family):
+    config = FAMILIES[family]
+    params, _ = make(config)
+    names = {
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(params)
+    }
+    assert ("head/table" in names) != config.tie_embeddings
+    assert ("position_embedding/table" in names) == (config.positions == "learned")
+    assert ("stack/blocks/mlp/gate/kernel" in names) == (config.mlp == "swiglu")
+    assert ("stack/blocks/attention/q_norm/scale" in names) == config.qk_norm
+    assert ("stack/blocks/attention/q/bias" in names) == config.use_bias
+    assert ("norm/scale" in names) == (config.norm != "layernorm_no_params")
+    assert ("norm/bias" in names) == (config.norm == "layernorm")
+    kernel = params["stack"]["blocks"]["attention"]["k"]["kernel"]
+    kv_heads = config.num_kv_heads or config.num_heads
+    assert kernel.shape == (2, 16, kv_heads, config.head_dim or 4)
+
+
+@pytest.mark.parametrize("mlp", ["quick_gelu", "swiglu"])
+def test_one_block_equals_the_naive_one(mlp):
+    config = dataclasses.replace(FAMILIES["mixed"], mlp=mlp, num_layers=1)
+    _, params = naive_decoder.random_params(config, seed=1)
+    weights = jax.tree.map(lambda leaf: leaf[0], params["stack"]["blocks"])
+    x = np.random.default_rng(2).normal(size=(2, 8, 16)).astype(np.float32)
+
+    @jax.jit
+    def apply(weights, x):
+        make = lambda: block.Block(config.block, rngs=nnx.Rngs(0))
+        graphdef, _ = nnx.split(jax.eval_shape(make), nnx.Param)
+        masks = dict(query_segment_ids=SEGMENTS, key_segment_ids=SEGMENTS)
+
+        def attend(q, k, v, handed):
+            return attention.attention(q, k, v, is_causal=True, **masks), handed + 1
+
+        return nnx.merge(graphdef, weights)(x, POSITIONS, attend, 41)
+
+    found, handed_back = apply(weights, x)
+    assert handed_back == 42
+    for row in range(2):
+        expected = naive_decoder.apply_block(
+            config, weights, x[row].astype(float), POSITIONS[row], SEGMENTS[row]
+        )
+        np.testing.assert_allclose(found[row], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_future_and_other_segments_change_nothing():
+    params, logits = make(FAMILIES["chameleon"])
+    before = logits(TOKENS, POSITIONS, SEGMENTS)
+    changed = TOKENS.copy()
+    changed[0, 4] = (changed[0, 4] + 1) % 23
+    after = logits(changed, POSITIONS, SEGMENTS)
+    same = np.array(before == after).all(-1)
+    assert same[0].tolist() == [True] * 4 + [False] * 3 + [True] and same[1].all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_rows_equal_the_rows_apart(family):
+    """Two rows in one, with positions restarted, or each in a row of its own with padding behind."""
+    config = FAMILIES[family]
+    _, logits = make(config)
+    lengths = (3, 5)
+    positions = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])
+    packed = np.stack([TOKENS[0]] * 2)
+    segments = np.repeat([1, 2], lengths).astype(np.int32)
+    together = logits(packed, np.stack([positions] * 2), np.stack([segments] * 2))[0]
+    apart = np.zeros((3, 2, 8), np.int32)
+    for row, part in enumerate((slice(0, 3), slice(3, 8))):
+        n = lengths[row]
+        apart[0, row, :n], apart[1, row, :n], apart[2, row, :n] = (
+            TOKENS[0, part],
+            positions[part],
+            1,
+        )
+    found = logits(*apart)
+    expected = np.concatenate([found[0, :3], found[1, :5]])
+    np.testing.assert_allclose(together, expected, atol=2e-5, rtol=1e-5)
+
+
+def test_left_padding_changes_nothing():
+    _, logits = make(FAMILIES["cm3"])
+    plain = logits(TOKENS, POSITIONS, np.ones_like(SEGMENTS))[1, :6]
+    left = [np.roll(x, 2, axis=1) for x in (TOKENS, POSITIONS, np.ones_like(SEGMENTS))]
+    left[2][:, :2] = 0
+    np.testing.assert_allclose(logits(*left)[1, 2:], plain, atol=2e-5, rtol=1e-5)
+
+
+def test_rope_sees_only_differences_of_positions():
+    _, logits = make(FAMILIES["chameleon"])
+    here, later = logits(TOKENS, POSITIONS, SEGMENTS), logits(TOKENS, POSITIONS + 50, SEGMENTS)
+    np.testing.assert_allclose(here, later, atol=1e-4)
+
+
+def test_bfloat16_activations_stay_near_float32():
+    """Parameters, softmax and logits stay float32; strict promotion holds here too."""
+    config = FAMILIES["chameleon"]
+    _, exact = make(config)
+    _, logits = make(dataclasses.replace(config, dtype="bfloat16"))
+    found = logits(TOKENS, POSITIONS, SEGMENTS)
+    assert found.dtype == jnp.float32
+    expected = np.asarray(exact(TOKENS, POSITIONS, SEGMENTS))
+    error = np.abs(found - expected).mean() / np.abs(expected).mean()
+    assert 1e-4 < error < 0.05
+
+
+def test_prefill_is_the_forward_pass_and_hands_back_every_layer():
+    config = FAMILIES["mixed"]
+    graphdef, params = naive_decoder.random_params(config)
+
+    @jax.jit
+    def both(params):
+        model = nnx.merge(graphdef, params)
+        return model(TOKENS, POSITIONS, SEGMENTS), model.prefill(TOKENS, POSITIONS, SEGMENTS)
+
+    hidden, (prefilled, (keys, values)) = both(params)
+    np.testing.assert_allclose(hidden, prefilled, atol=1e-6)
+    assert keys.shape == values.shape == (2, 2, 8, 1, 4)
+
+
+def test_unknown_choices_are_refused():
+    with pytest.raises(ValueError, match="alibi"):
+        decoder.DecoderConfig(**SIZES, positions="alibi")
+    config = decoder.DecoderConfig(**SIZES, norm="batchnorm")
+    with pytest.raises(ValueError, match="batchnorm"):
+        jax.eval_shape(lambda: naive_decoder.make_model(config))

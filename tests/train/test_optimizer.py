@@ -1,0 +1,85 @@
+"""Learning rates step by step, and what weight decay leaves alone."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from rag_mm.models import clip
+from rag_mm.nn import decoder, params
+from rag_mm.train import optimizer
+
+
+def rates(num_steps, **config):
+    schedule = optimizer.make_schedule(optimizer.Config(learning_rate=2.0, **config), num_steps)
+    return np.array([schedule(step) for step in range(num_steps + 1)])
+
+
+def test_linear_rises_from_zero_and_falls_to_zero_at_the_last_step():
+    expected = [0.0, 0.5, 1.0, 1.5, 2.0, 1.5, 1.0, 0.5, 0.0]
+    np.testing.assert_allclose(rates(8, warmup_steps=4), expected, atol=1e-6)
+
+
+def test_cosine_falls_in_half_a_wave():
+    found = rates(8, warmup_steps=4, schedule="cosine")
+    half_wave = 1 + np.cos(np.pi * np.arange(5) / 4)
+    np.testing.assert_allclose(found[4:], half_wave, atol=1e-6)
+    np.testing.assert_allclose(found[:5], [0.0, 0.5, 1.0, 1.5, 2.0], atol=1e-6)
+
+
+def test_constant_stays():
+    assert rates(5, warmup_steps=2, schedule="constant").tolist() == [0, 1, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_without_warm_up_the_first_step_is_at_the_peak(schedule):
+    assert rates(3, warmup_steps=0, schedule=schedule)[0] == 2.0
+
+
+def test_a_run_shorter_than_the_warm_up_only_rises():
+    np.testing.assert_allclose(rates(4, warmup_steps=1500), [0.0, 0.5, 1.0, 1.5, 2.0])
+
+
+def test_unknown_schedules_are_refused():
+    with pytest.raises(ValueError, match="'square'"):
+        rates(3, schedule="square")
+
+
+def decayed(make_model):
+    """Names of the parameters that an optimizer with nothing but decay changes."""
+    _, abstract = params.describe(make_model, None)
+    ones = jax.tree.map(lambda leaf: np.ones((1,), np.float32), abstract)
+    config = optimizer.Config(warmup_steps=0, schedule="constant", weight_decay=0.5)
+    tx = optimizer.make_optimizer(config, 1)
+    zeros = jax.tree.map(np.zeros_like, ones)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = tx.update(zeros, tx.init(ones), ones)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): bool(leaf[0])
+        for path, leaf in jax.tree_util.tree_leaves_with_path(updates)
+    }
+
+
+def test_decay_shrinks_matrices_and_tables_and_leaves_norms_biases_and_temperature():
+    config = decoder.DecoderConfig(
+        8, 1, 8, 2, 8, 8, norm="layernorm", qk_norm=True, use_bias=True, positions="learned"
+    )
+    found = decayed(lambda: decoder.Decoder(config, rngs=nnx.Rngs(0)))
+    for name, is_decayed in found.items():
+        assert is_decayed == (name.rsplit("/")[-1] in ("kernel", "table")), name
+    tower = clip.TowerConfig(8, 1, 2, 8)
+    found = decayed(
+        lambda: clip.Model(clip.Config(8, 4, tower, tower, 8, 4, 7, 8), rngs=nnx.Rngs(0))
+    )
+    assert not found["logit_scale"] and not found["vision/post_norm/scale"]
+    assert found["image_projection"] and found["vision/patches/kernel"]
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    tx = optimizer.make_optimizer(optimizer.Config(clip_norm=1.0, warmup_steps=0), 2)
+    params = {"kernel": np.zeros((2, 2), np.float32)}
+    with jax.numpy_dtype_promotion("standard"):
+        _, state = tx.update({"kernel": np.full((2, 2), 50, np.float32)}, tx.init(params), params)
+    first_moment = optax.tree_utils.tree_get(state, "mu")["kernel"]
+    np.testing.assert_allclose(first_moment, 0.1 * np.full((2, 2), 0.5), rtol=1e-5)
