@@ -68,7 +68,7 @@ def quick() -> dict:
                 embed_dim=48,
                 codebook_size=1024,
                 levels=(8,),
-                commitment_weight=1.0,
+                commitment_weight=1.0,  # 0.25 costs 0.1 dB on unseen classes, 3.0 costs 0.2, 0.05 costs 0.8
                 is_turned=True,
             ),
             optimizer=dict(learning_rate=5e-3, warmup_steps=20, schedule="cosine"),

@@ -1,7 +1,10 @@
 """Tests run on eight simulated CPU devices, with strict dtypes and ranks, and share compiled programs."""
 
+import dataclasses
 import os
 import pathlib
+import subprocess
+import sys
 
 _ROOT = pathlib.Path(__file__).parent.parent
 # Before jax is imported; commands that tests start inherit them.
@@ -12,7 +15,34 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_ROOT / ".pytest_cache" /
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A command that ran to its end, and the run it left."""
+
+    workdir: pathlib.Path
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory) -> Finished:
+    """`quickstart:tiny` through the real command, once for all tests: copy it before you change it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    command = [pathlib.Path(sys.executable).with_name("rag-mm"), "quickstart", "--workdir=run"]
+    done = subprocess.run(
+        [*command, "--config=configs/quickstart.py:tiny"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return Finished(folder / "run", done.stdout, done.stderr)

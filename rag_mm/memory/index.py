@@ -9,7 +9,7 @@ import numpy as np
 from rag_mm.core.errors import UserError
 
 if TYPE_CHECKING:
-    from rag_mm.memory.scann_index import ScannConfig
+    pass
 
 MISSING = -1
 """The id of a hit that does not exist; its score is minus infinity."""
@@ -130,25 +130,3 @@ def pad_hits(ids: np.ndarray, scores: np.ndarray, k: int) -> Neighbors:
         np.pad(ids.astype(np.int32), room, constant_values=MISSING),
         np.pad(scores.astype(np.float32), room, constant_values=-np.inf),
     )
-
-
-def make_index(kind: str, scann: "ScannConfig | None" = None) -> Index:
-    """An empty index.
-
-    Args:
-        kind: `exact` or `scann`.
-        scann: how ScaNN searches, its defaults where None.
-
-    Raises:
-        UserError: there is no such kind, or ScaNN is not installed.
-    """
-    # Imported here: opening a memory must not start jax or ScaNN before a search needs one.
-    if kind == "exact":
-        from rag_mm.memory import exact
-
-        return exact.ExactIndex()
-    if kind == "scann":
-        from rag_mm.memory import scann_index
-
-        return scann_index.ScannIndex(scann)
-    raise UserError(f"There is no index {kind!r}: choose scann or exact.")

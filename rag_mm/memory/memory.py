@@ -13,7 +13,7 @@ from rag_mm.core import document as document_lib
 from rag_mm.core import files
 from rag_mm.core.errors import UserError
 from rag_mm.memory import encoder as encoder_lib
-from rag_mm.memory import images, index, manifest, record, verify, writer
+from rag_mm.memory import images, index, kinds, manifest, record, verify, writer
 from rag_mm.memory import shard as shard_lib
 
 
@@ -276,7 +276,7 @@ class Memory:
         encoder_lib.check_view(view)
         with self._lock:
             if view not in self._indexes:
-                searcher = index.make_index(self.manifest.index)
+                searcher = kinds.make_index(self.manifest.index)
                 searcher.load(
                     self.path / self.manifest.folder / f"index-{view}", self.embeddings(view)
                 )

@@ -14,7 +14,7 @@ from etils import epath
 from rag_mm.core import clock, files
 from rag_mm.core.errors import UserError
 from rag_mm.memory import encoder as encoder_lib
-from rag_mm.memory import index, manifest, record
+from rag_mm.memory import index, kinds, manifest, record
 from rag_mm.memory import shard as shard_lib
 
 _SAMPLE = 64
@@ -177,7 +177,7 @@ def _check_recall(root: Path, contents: manifest.Manifest) -> Iterator[str]:
     k = min(_RECALL_AT, contents.rows)
     for view in encoder_lib.VIEWS:
         rows = shard_lib.load_rows(root, contents, view)
-        searcher, oracle = index.make_index(contents.index), index.make_index("exact")
+        searcher, oracle = kinds.make_index(contents.index), kinds.make_index("exact")
         try:
             searcher.load(root / contents.folder / f"index-{view}", rows)
         except UserError as error:

@@ -18,7 +18,7 @@ import numpy as np
 from rag_mm.core import document as document_lib
 from rag_mm.core.errors import UserError
 from rag_mm.memory import encoder as encoder_lib
-from rag_mm.memory import images, index, manifest
+from rag_mm.memory import images, kinds, manifest
 from rag_mm.memory import shard as shard_lib
 from rag_mm.memory.scann_index import ScannConfig
 
@@ -132,7 +132,7 @@ def _write_version(
     options: Options,
 ) -> None:
     """Writes the version after `before` and switches to it."""
-    index.make_index(before.index, options.scann)  # A missing ScaNN is found before the work.
+    kinds.make_index(before.index, options.scann)  # A missing ScaNN is found before the work.
     folder = manifest.folder_of(before.version + 1)
     (root / folder).mkdir()
     shards = _write_shards(root, before, documents, encoder, tokenizer, options)
@@ -143,7 +143,7 @@ def _write_version(
         shards=(*before.shards, *shards),
     )
     for view in encoder_lib.VIEWS:
-        searcher = index.make_index(before.index, options.scann)
+        searcher = kinds.make_index(before.index, options.scann)
         rows = shard_lib.load_rows(root, after, view)
         if before.shards:
             searcher.load(root / before.folder / f"index-{view}", rows[: before.rows])

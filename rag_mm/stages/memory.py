@@ -11,9 +11,8 @@ from etils import epath
 
 from rag_mm.core import progress
 from rag_mm.core import run as run_lib
-from rag_mm.memory import index as index_lib
+from rag_mm.memory import kinds, writer
 from rag_mm.memory import memory as memory_lib
-from rag_mm.memory import writer
 from rag_mm.memory.exact import ExactIndex
 from rag_mm.stages import retriever, tokenizer
 from rag_mm.stages import world as world_lib
@@ -33,7 +32,7 @@ class Config:
     num_queries: int = 500
 
     def __post_init__(self):
-        index_lib.make_index(self.index)
+        kinds.make_index(self.index)
 
 
 def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:

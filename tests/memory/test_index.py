@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rag_mm.core.errors import UserError
-from rag_mm.memory import exact, index, scann_index
+from rag_mm.memory import exact, kinds, scann_index
 
 MAKERS = {
     "exact": exact.ExactIndex,
@@ -147,4 +147,4 @@ def test_wrong_widths_and_k_are_refused(make):
 
 def test_an_unknown_kind_is_refused():
     with pytest.raises(UserError, match="'faiss': choose scann or exact"):
-        index.make_index("faiss")
+        kinds.make_index("faiss")

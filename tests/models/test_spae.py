@@ -102,9 +102,8 @@ def test_paper_size_encodes_128_pixels_into_597_codes():
     assert 50e6 < count < 65e6  # the sheet recalls about 59M; the codebook's width is not known
 
 
-@pytest.mark.parametrize("preset", ["quick", "tiny"])
-def test_presets_give_64_codes_of_a_32_pixel_scene(preset):
-    config = getattr(spae.Config, preset)()
+def test_tiny_gives_64_codes_of_a_32_pixel_scene():
+    config = spae.Config.tiny()
     assert (config.image_size, config.num_codes, config.encoder) == (32, 64, "patch")
 
 
@@ -136,7 +135,7 @@ def test_patches_fold_into_channels_and_back():
 
 def test_art_has_the_same_codes_wherever_it_stands_on_the_patch_grid():
     """Copying a retrieved picture is copying codes only if this holds to the bit."""
-    config = dataclasses.replace(spae.Config.quick(), codebook_size=512)
+    config = dataclasses.replace(spae.Config.tiny(), codebook_size=512)
     art = np.random.default_rng(0).integers(256, size=(32, 24, 24, 3))  # a card of level `easy`
     places = [(0, 0, 30), (0, 8, 200), (8, 0, 90), (8, 8, 0)]
     scenes = np.empty((4, 32, 32, 32, 3), np.uint8)

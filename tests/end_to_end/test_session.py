@@ -1,0 +1,141 @@
+"""A finished run in Python: draw, describe, fill in, search; the commands give the same."""
+
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+
+import rag_mm
+from rag_mm.cli import main
+from rag_mm.core.document import Document, Image, Text
+from rag_mm.core.errors import UserError
+
+PROMPT = "red apple at the top left on a blue background"
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run):
+    return rag_mm.load(str(tiny_run.workdir))
+
+
+@pytest.fixture(scope="module")
+def picture(run):
+    return run.memory.document(0).image
+
+
+def by_hand(run, count: int) -> list[Document]:
+    found = [run.memory.document(row) for row in range(count)]
+    return [Document(f"mine-{i}", d.segments) for i, d in enumerate(found)]
+
+
+def same(one: np.ndarray, other: np.ndarray) -> bool:
+    return one.shape == other.shape and bool((one == other).all())
+
+
+@pytest.mark.parametrize("docs", [0, 1, 2])
+def test_it_draws_after_reading_so_many_documents(run, docs):
+    drawn = run.generate(PROMPT, docs=docs, num=2, seed=3)
+    assert drawn.images.shape == (2, 32, 32, 3) and drawn.images.dtype == np.uint8
+    assert len(drawn.neighbors) == docs
+    assert all(set(d) == {"id", "score", "text", "url", "license"} for d in drawn.neighbors)
+    assert [d["score"] for d in drawn.neighbors] == sorted(
+        (d["score"] for d in drawn.neighbors), reverse=True
+    )
+    assert not same(drawn.images[0], drawn.images[1])
+
+
+def test_the_seed_decides(run):
+    first = run.generate(PROMPT, seed=1).images
+    assert same(first, run.generate(PROMPT, seed=1).images)
+    assert not same(first, run.generate(PROMPT, seed=2).images)
+    # Temperature 0 takes the likeliest code whatever the seed.
+    greedy = [run.generate(PROMPT, seed=seed, temperature=0.0).images for seed in (1, 2)]
+    assert same(*greedy)
+
+
+def test_best_of_keeps_the_picture_nearest_to_the_prompt(run):
+    wanted = run.encoder.encode_text([PROMPT])
+
+    def score(best_of):
+        drawn = run.generate(PROMPT, num=2, best_of=best_of, seed=5)
+        return (run.encoder.encode_image(drawn.images) * wanted).sum(axis=1)
+
+    assert (score(3) >= score(1)).all()
+
+
+def test_documents_by_hand_are_read_instead(run):
+    drawn = run.generate(PROMPT, documents=by_hand(run, 2), seed=1)
+    assert [d["id"] for d in drawn.neighbors] == ["mine-0", "mine-1"]
+    assert [d["score"] for d in drawn.neighbors] == [None, None]
+    with pytest.raises(UserError, match="reads 0 to 2 documents, not 3"):
+        run.generate(PROMPT, documents=by_hand(run, 3))
+    with pytest.raises(UserError, match="'words' has no picture"):
+        run.generate(PROMPT, documents=[Document("words", (Text("an apple"),))])
+
+
+def test_a_picture_of_any_size_is_put_into_words(run, picture):
+    written = run.caption(np.kron(picture, np.ones((2, 3, 1), np.uint8)), num=2, temperature=1.0)
+    assert len(written.captions) == 2 and all(isinstance(c, str) for c in written.captions)
+    assert written.log_probs == sorted(written.log_probs, reverse=True)
+    assert len(written.neighbors) == 2
+
+
+def test_infill_leaves_the_rest_as_the_tokenizer_gives_it(run, picture):
+    drawn = run.infill(picture, PROMPT, (8, 16), docs=1, seed=2)
+    whole = run.codec.decode(run.codec.encode(picture[None]))
+    # A tokenizer with code-by-code decoding changes only the band; one with a wider view, only near it.
+    assert drawn.images.shape == (1, 32, 32, 3)
+    assert same(drawn.images[0, 24:], whole[0, 24:])
+
+
+def test_a_picture_finds_itself(run, picture):
+    found = run.memory.search(image=picture, k=3)
+    assert run.memory.document(int(found.ids[0, 0])).image.shape == picture.shape
+    assert found.scores[0, 0] == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_a_temperature_is_a_finite_number(run, value):
+    with pytest.raises(UserError, match="temperature"):
+        run.generate(PROMPT, temperature=value)
+
+
+def test_the_commands_give_the_same(run, tiny_run, picture, tmp_path, capsys):
+    def call(*words: str) -> dict:
+        assert main.main([*words, f"--workdir={tiny_run.workdir}", "--seed=4", "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    def pixels(path: str) -> np.ndarray:
+        return np.asarray(PIL.Image.open(path))
+
+    source, out = tmp_path / "in.png", f"--out={tmp_path / 'x.png'}"
+    PIL.Image.fromarray(picture).save(source)
+    drawn = run.generate(PROMPT, num=2, seed=4)
+    result = call("generate", f"--prompt={PROMPT}", "--num=2", out)
+    assert result["images"] == [str(tmp_path / f"x-{i}.png") for i in range(2)]
+    assert all(same(pixels(p), d) for p, d in zip(result["images"], drawn.images, strict=True))
+    assert result["neighbors"] == drawn.neighbors
+    filled = run.infill(picture, PROMPT, (0, 8), docs=0, seed=4)
+    words = ("infill", f"--image={source}", f"--prompt={PROMPT}", "--rows=0:8", "--docs=0", out)
+    assert call(*words) == {"images": [str(tmp_path / "x.png")], "neighbors": []}
+    assert same(pixels(tmp_path / "x.png"), filled.images[0])
+    written = run.caption(picture, seed=4)
+    told = call("caption", f"--image={source}")
+    assert told == {
+        "captions": written.captions,
+        "log_probs": written.log_probs,
+        "neighbors": written.neighbors,
+    }
+
+
+def test_documents_by_hand_on_the_command_line(run, tiny_run, tmp_path, capsys):
+    PIL.Image.fromarray(run.memory.document(0).image).save(tmp_path / "mine.png")
+    (tmp_path / "captions.jsonl").write_text('{"image": "mine.png", "caption": "an apple"}\n')
+    words = ["generate", f"--workdir={tiny_run.workdir}", "--prompt=apple", "--json"]
+    assert main.main([*words, f"--documents={tmp_path}", f"--out={tmp_path / 'x.png'}"]) == 0
+    (read,) = json.loads(capsys.readouterr().out)["neighbors"]
+    assert (read["id"], read["score"], read["text"]) == ("mine", None, "an apple")
+    mine = Document("mine", (Text("an apple"), Image(run.memory.document(0).image)))
+    drawn = run.generate("apple", documents=[mine])
+    assert same(np.asarray(PIL.Image.open(tmp_path / "x.png")), drawn.images[0])
