@@ -21,7 +21,8 @@ from rag_mm.worlds.emoji import facts as facts_lib
 
 INPUTS = (*generation.INPUTS, "generation", "evaluation")
 CURVES = (
-    ("tokenizer", "squared_error", "Image tokenizer: squared error", "train"),
+    ("tokenizer", "psnr", "Image tokenizer: PSNR (dB)", "train"),
+    ("tokenizer", "code_usage", "Image tokenizer: share of codes in use", "train"),
     ("retriever", "loss", "Retriever: contrastive loss (nats)", "train"),
     ("decoder", "code_nll", "Decoder: NLL per image code (nats)", "with retrieval"),
     ("control", "code_nll", "Decoder: NLL per image code (nats)", "vanilla"),

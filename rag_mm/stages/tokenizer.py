@@ -15,6 +15,7 @@ from rag_mm.data import pipeline, vocabulary
 from rag_mm.eval import scenes as scene_metrics
 from rag_mm.models import spae
 from rag_mm.nn.params import Params
+from rag_mm.ops import quantize
 from rag_mm.stages import frozen, training
 from rag_mm.stages import world as world_lib
 from rag_mm.train import loop, optimizer
@@ -70,6 +71,7 @@ def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
         seed=config.seed,
         mesh=mesh,
         prepare=partial(_with_codebook, config, pictures, mesh),
+        derive=_derive,
     )
     words = _make_vocabulary(config, source)
     frozen.save_tokenizer(stage_dir / FOLDER, config.model, words, params)
@@ -112,6 +114,16 @@ def _with_codebook(config: Config, pictures: np.ndarray, mesh: Mesh, params: Par
         return params | {"codebook": init(params, pictures[rows])}
 
 
+def _derive(averages: dict[str, np.ndarray]) -> dict[str, float]:
+    """Decibels, and how much of the codebook is in use."""
+    frequencies = averages["code_frequencies"]
+    return {
+        "psnr": spae.psnr(float(averages["squared_error"])),
+        "code_usage": float((frequencies > 0).mean()),
+        "perplexity": float(quantize.perplexity(frequencies)),
+    }
+
+
 def _evaluate(config: Config, tokenizer: frozen.Tokenizer) -> dict:
     held_out = config.world.scenes("test", *world_lib.HELD_OUT)
     rows = world_lib.sample_rows(held_out, config.num_eval, config.seed)
@@ -119,7 +131,6 @@ def _evaluate(config: Config, tokenizer: frozen.Tokenizer) -> dict:
     codes = tokenizer.encode(originals)
     error = np.square((tokenizer.decode(codes).astype(np.float64) - originals) / 255).mean()
     frequencies = np.bincount(codes.ravel(), minlength=config.model.codebook_size) / codes.size
-    used = frequencies[frequencies > 0]
     scorer = facts.Scorer(config.world.geometry)
     asked = [held_out.facts(int(row)) for row in rows]
 
@@ -133,7 +144,7 @@ def _evaluate(config: Config, tokenizer: frozen.Tokenizer) -> dict:
     return {
         "psnr": spae.psnr(error),
         "code_usage": float((frequencies > 0).mean()),
-        "perplexity": float(np.exp(-(used * np.log(used)).sum())),
+        "perplexity": float(quantize.perplexity(frequencies)),
         "scorer_on_originals": accuracy(originals),
         "scorer_ceiling": accuracy(tokenizer.decode(codes)),
     }

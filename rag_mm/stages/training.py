@@ -39,6 +39,7 @@ def train(
     seed: int,
     mesh: Mesh,
     prepare: Callable[[Params], Params] | None = None,
+    derive: loop.Derive | None = None,
 ) -> tuple[Params, list[dict[str, float]]]:
     """Trains a model to its end, going on from where a killed run stood.
 
@@ -51,6 +52,7 @@ def train(
         optimizer_config, loop_config: how to train.
         seed: of randomness inside the loss.
         mesh: where state and batches lie.
+        derive: figures to log beside the averages they follow from.
         prepare: changes fresh parameters before step 0 (such as a codebook from data).
 
     Returns:
@@ -63,5 +65,7 @@ def train(
     tx = optimizer.make_optimizer(optimizer_config, loop_config.num_steps)
     train_state = state.init_state(params, tx, mesh)
     step_fn = step.make_train_step(graphdef, loss_fn, tx, seed)
-    train_state, rows = loop.fit(name, train_state, step_fn, batches, mesh, stage_dir, loop_config)
+    train_state, rows = loop.fit(
+        name, train_state, step_fn, batches, mesh, stage_dir, loop_config, derive
+    )
     return train_state.params, rows

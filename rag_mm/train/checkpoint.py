@@ -17,8 +17,9 @@ class Checkpoints:
 
     def __init__(self, directory: epath.PathLike, keep: int = 1):
         policies = ocp.training.preservation_policies
+        self._directory = epath.Path(directory)
         self._checkpointer = ocp.training.Checkpointer(
-            epath.Path(directory),
+            self._directory,
             preservation_policy=policies.LatestN(keep),
             cleanup_tmp_directories=True,
         )
@@ -38,10 +39,20 @@ class Checkpoints:
         self._checkpointer.save_checkpointables(step, pieces, force=True)
 
     def restore(self, state: TrainState, iterator: grain.DatasetIterator) -> TrainState:
-        """The newest checkpoint in the layout of `state`; the iterator goes back to its place too."""
+        """The newest checkpoint in the layout of `state`; the iterator goes back to its place too.
+
+        Raises:
+            UserError: it is of another model or optimizer.
+        """
         abstract = jax.tree.map(_like, (state.params, _optimizer(state)))
         pieces = {"params": abstract[0], "optimizer": abstract[1], "data": iterator}
-        loaded = self._checkpointer.load_checkpointables(None, pieces)
+        try:
+            loaded = self._checkpointer.load_checkpointables(None, pieces)
+        except (ValueError, KeyError) as error:  # Orbax names its own classes, not what differs.
+            raise UserError(
+                f"The newest checkpoint in {self._directory} does not fit this model and optimizer; "
+                "it is another model's or damaged. Remove that folder to begin anew."
+            ) from error
         optimizer = loaded["optimizer"]
         structure = jax.tree.structure(state.opt_state)
         opt_state = jax.tree.unflatten(structure, optimizer["leaves"])

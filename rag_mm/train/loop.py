@@ -16,6 +16,8 @@ from rag_mm.train.state import TrainState
 from rag_mm.train.step import Metrics
 
 StepFn = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+# Figures that follow from a log's averages, such as decibels from a mean squared error.
+Derive = Callable[[dict[str, np.ndarray]], dict[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Config:
     checkpoint_every: int = 200
 
     def __post_init__(self):
-        if self.num_steps < 1 or self.checkpoint_every % self.log_every:
+        least = min(self.num_steps, self.log_every, self.checkpoint_every)
+        if least < 1 or self.checkpoint_every % self.log_every:
             raise ValueError(
                 "num_steps is at least 1 and checkpoint_every a multiple of log_every, not "
                 f"{self.num_steps}, {self.checkpoint_every} and {self.log_every}"
@@ -42,6 +45,7 @@ def fit(
     mesh: Mesh,
     directory: epath.PathLike,
     config: Config,
+    derive: Derive | None = None,
 ) -> tuple[TrainState, list[dict[str, float]]]:
     """Trains to `config.num_steps`, from the newest checkpoint in `directory` if there is one.
 
@@ -72,7 +76,7 @@ def fit(
                 values = averages.pop()
                 if not np.isfinite(values["loss"]):
                     raise FloatingPointError(f"{name}: the loss at step {step} is not finite")
-                log.write(step, values)
+                log.write(step, values | (derive(values) if derive else {}))
                 bar.update(log.rows[-1]["step"], loss=float(values["loss"]))
             if step % config.checkpoint_every == 0 or is_last:
                 checkpoints.save(state, iterator)

@@ -38,7 +38,7 @@ class Log:
         self._path = epath.Path(path)
         self.rows = [row for row in read_log(path) if row["step"] <= resumed_step]
 
-    def write(self, step: int, values: Mapping[str, np.ndarray]) -> None:
+    def write(self, step: int, values: Mapping[str, np.ndarray | float]) -> None:
         """Appends the scalars among `values`; the file is replaced whole, so it is never half a line."""
         scalars = {k: round(float(v), 6) for k, v in values.items() if np.ndim(v) == 0}
         self.rows.append({"step": step, **scalars})

@@ -1,0 +1,154 @@
+"""State and data come back together, in the layout that is asked for, or are refused by name."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from rag_mm.core import sharding
+from rag_mm.core.errors import UserError
+from rag_mm.data import pipeline
+from rag_mm.nn import layers
+from rag_mm.nn import params as params_lib
+from rag_mm.train import checkpoint
+from rag_mm.train import state as state_lib
+
+OPTIMIZER = optax.adam(1e-3)
+
+
+class Model(nnx.Module):
+    """One matrix over two mesh axes and a bias, `width` wide."""
+
+    def __init__(self, width=8, use_bias=True):
+        rngs = nnx.Rngs(params=0)
+        shape = ((width,), (4,), ("embed", "mlp"))
+        self.linear = layers.Linear(*shape, use_bias=use_bias, rngs=rngs)
+
+
+def make_state(mesh_shape=(1, 1, 1), value=1.0, **options):
+    mesh = sharding.make_mesh(*mesh_shape)
+    _, abstract = params_lib.describe(lambda: Model(**options), mesh)
+    filled = jax.tree.map(
+        lambda leaf: jax.device_put(
+            value * np.arange(leaf.size, dtype=np.float32).reshape(leaf.shape), leaf.sharding
+        ),
+        abstract,
+    )
+    return state_lib.init_state(filled, OPTIMIZER, mesh)
+
+
+def at_step(state, step):
+    """As if trained that far: every leaf of the optimizer tells its own number."""
+    leaves, structure = jax.tree.flatten(state.opt_state)
+    leaves = [leaf + jnp.asarray(i, leaf.dtype) for i, leaf in enumerate(leaves)]
+    opt_state = jax.tree.unflatten(structure, leaves)
+    return state_lib.TrainState(state.step + step, state.params, opt_state)
+
+
+def make_batches():
+    return pipeline.make_batches(np.arange(16), 4, 0, lambda x, rng: {"x": np.int32(x)})
+
+
+def assert_same(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A checkpoint at step 5 of a state on 4x2x1 devices, three batches read, and the next batch."""
+    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+    state, batches = at_step(make_state((4, 2, 1)), 5), make_batches()
+    for _ in range(3):
+        next(batches)
+    checkpoints = checkpoint.Checkpoints(folder)
+    assert checkpoints.latest_step is None
+    checkpoints.save(state, batches)
+    checkpoints.close()
+    return folder, state, next(batches)
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (4, 2, 1), (2, 2, 2)])
+def test_a_checkpoint_comes_back_in_the_layout_of_the_new_state(saved, mesh):
+    folder, state, next_batch = saved
+    batches, fresh = make_batches(), make_state(mesh, value=0.0)
+    checkpoints = checkpoint.Checkpoints(folder)
+    assert checkpoints.latest_step == 5
+    restored = checkpoints.restore(fresh, batches)
+    checkpoints.close()
+    assert_same(restored, state)
+    shardings = [jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (restored, fresh)]
+    assert shardings[0] == shardings[1]
+    assert_same(next(batches), next_batch)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [dict(width=16), dict(width=4), dict(use_bias=False)],
+    ids=["wider", "narrower", "fewer parameters"],
+)
+def test_a_checkpoint_of_another_model_is_refused(saved, other):
+    checkpoints = checkpoint.Checkpoints(saved[0])
+    with pytest.raises(UserError, match="checkpoints"):
+        checkpoints.restore(make_state(**other), make_batches())
+    checkpoints.close()
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(saved):
+    checkpoints = checkpoint.Checkpoints(saved[0])
+    state = make_state()
+    other = state_lib.init_state(state.params, optax.sgd(1e-3), sharding.make_mesh())
+    with pytest.raises(UserError, match="checkpoints"):
+        checkpoints.restore(other, make_batches())
+    checkpoints.close()
+
+
+def test_only_the_newest_are_kept_and_saving_twice_is_once(tmp_path):
+    state, batches = make_state(), make_batches()
+    checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints")
+    for step in (2, 2, 4):
+        checkpoints.save(at_step(state, step), batches)
+    assert checkpoints.latest_step == 4
+    checkpoints.close()
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()) == ["4"]
+
+
+def test_an_unfinished_checkpoint_does_not_count(tmp_path):
+    """What a kill during the write leaves behind is passed over."""
+    folder = tmp_path / "checkpoints"
+    checkpoints = checkpoint.Checkpoints(folder)
+    checkpoints.save(at_step(make_state(), 2), make_batches())
+    checkpoints.close()
+    (folder / "4.orbax-checkpoint-tmp").mkdir()
+    (folder / "4.orbax-checkpoint-tmp" / "params").mkdir()
+    checkpoints = checkpoint.Checkpoints(folder)
+    assert checkpoints.latest_step == 2
+    assert int(checkpoints.restore(make_state(), make_batches()).step) == 2
+    checkpoints.close()
+
+
+def test_parameters_alone_go_to_any_layout_and_replace_what_was_there(tmp_path):
+    checkpoint.save_params(tmp_path / "params", make_state(value=3.0).params)
+    params = make_state((4, 2, 1)).params
+    checkpoint.save_params(tmp_path / "params", params)
+    _, abstract = params_lib.describe(Model, sharding.make_mesh(2, 2, 2))
+    loaded = checkpoint.load_params(tmp_path / "params", abstract)
+    assert_same(loaded, params)
+    specs = [jax.tree.map(lambda leaf: leaf.sharding.spec, tree) for tree in (loaded, abstract)]
+    assert specs[0] == specs[1]
+
+
+def test_parameters_missing_or_of_another_model_are_refused(tmp_path):
+    folder = tmp_path / "params"
+    describe = lambda **options: params_lib.describe(lambda: Model(**options), None)[1]
+    with pytest.raises(UserError, match="does not exist"):
+        checkpoint.load_params(folder, describe())
+    checkpoint.save_params(folder, make_state().params)
+    for other in (dict(width=16), dict(width=4), dict(use_bias=False)):
+        with pytest.raises(UserError, match="this model's parameters"):
+            checkpoint.load_params(folder, describe(**other))
+    more = describe() | {"norm": {"scale": jax.ShapeDtypeStruct((4,), jnp.float32)}}
+    with pytest.raises(UserError, match="this model's parameters"):
+        checkpoint.load_params(folder, more)

@@ -1,0 +1,186 @@
+"""The loop's promise: killed and run again, the same bits as if it had never stopped."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from rag_mm.core import sharding
+from rag_mm.core.errors import UserError
+from rag_mm.data import pipeline
+from rag_mm.nn import params as params_lib
+from rag_mm.train import checkpoint, loop, metrics, optimizer
+from rag_mm.train import state as state_lib
+from rag_mm.train import step as step_lib
+
+SCHEDULE = loop.Config(num_steps=8, log_every=2, checkpoint_every=4)
+
+
+class Line(nnx.Module):
+    """y = kernel x + bias, fitted with noise that comes from the step's rng."""
+
+    def __init__(self, width=3):
+        self.kernel = nnx.Param(jnp.full((width,), 0.5), axes=(None,))
+        self.bias = nnx.Param(jnp.zeros(()), axes=())
+
+
+def loss_fn(model, batch, rng):
+    noise = 0.1 * jax.random.normal(rng, batch["y"].shape)
+    kernel = model.kernel[...][None]
+    error = (batch["x"] * kernel).sum(1) + model.bias[...] + noise - batch["y"]
+    loss = jnp.square(error).mean()
+    return loss, {"loss": (jnp.square(error).sum(), jnp.float32(len(error)))}
+
+
+def make_example(index, rng):
+    """Drawn anew in every epoch, so that a lost or repeated batch shows."""
+    x = rng.normal(size=3).astype(np.float32)
+    return {"x": x, "y": np.float32(x @ [1.0, 2.0, 3.0] + index)}
+
+
+def begin(make_model=Line, loss_fn=loss_fn):
+    """Everything that a new process would make: nothing is shared between two calls."""
+    mesh = sharding.make_mesh(2, 1, 1)
+    graphdef, _ = params_lib.describe(make_model, mesh)
+    params = params_lib.init_params(make_model, mesh)
+    tx = optimizer.make_optimizer(optimizer.Config(learning_rate=0.1, warmup_steps=2), 8)
+    return {
+        "state": state_lib.init_state(params, tx, mesh),
+        "step_fn": step_lib.make_train_step(graphdef, loss_fn, tx, seed=0),
+        "iterator": pipeline.make_batches(np.arange(6), 4, 1, make_example),
+        "mesh": mesh,
+    }
+
+
+def fit(directory, config=SCHEDULE, hook=None, iterator=None, **options):
+    parts = begin(**options)
+    if iterator is not None:
+        parts["iterator"] = iterator(parts["iterator"])
+    state, rows = loop.fit("line", directory=directory, config=config, hook=hook, **parts)
+    return jax.device_get(state), rows, parts["iterator"]
+
+
+def assert_same(left, right):
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+class Killed(Exception):
+    """Stands for SIGKILL: nothing in the loop catches it."""
+
+
+class Dies:
+    """An iterator that kills the run when its batch `at` is drawn."""
+
+    def __init__(self, iterator, at):
+        self._iterator, self._at = iterator, at
+
+    def __next__(self):
+        self._at -= 1
+        if not self._at:
+            raise Killed
+        return next(self._iterator)
+
+    def __getattr__(self, name):
+        return getattr(self._iterator, name)
+
+
+def dying(at):
+    """Makes an iterator's state readable, as the checkpoint wants it, up to its death."""
+    return lambda iterator: Dies(iterator, at)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("unbroken")
+    state, rows, iterator = fit(directory)
+    return state, rows, (directory / "log.jsonl").read_bytes(), next(iterator)
+
+
+def test_a_run_logs_and_learns(unbroken):
+    state, rows, _, _ = unbroken
+    assert state.step == 8
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[0].keys() == {"step", "loss", "grad_norm"}
+
+
+def test_eight_steps_are_four_and_four_more(unbroken, tmp_path):
+    """The second half is a run of its own: new iterator, new compiled step, fresh parameters."""
+    half = loop.Config(num_steps=4, log_every=2, checkpoint_every=4)
+    first, rows, _ = fit(tmp_path, half)
+    assert first.step == 4 and len(rows) == 2
+    state, rows, iterator = fit(tmp_path)
+    assert_same(state, unbroken[0])
+    assert rows == unbroken[1]
+    assert (tmp_path / "log.jsonl").read_bytes() == unbroken[2]
+    assert_same(next(iterator), unbroken[3])
+
+
+@pytest.mark.parametrize("batch", [2, 4, 5, 8])
+def test_a_run_killed_anywhere_ends_with_the_same_bits(unbroken, tmp_path, batch):
+    """Before the first checkpoint, or with a log that is ahead of it (dying at batch 8)."""
+    with pytest.raises(Killed):
+        fit(tmp_path, iterator=dying(batch))
+    state, rows, iterator = fit(tmp_path)
+    assert_same(state, unbroken[0])
+    assert rows == unbroken[1]
+    assert (tmp_path / "log.jsonl").read_bytes() == unbroken[2]
+    assert_same(next(iterator), unbroken[3])
+
+
+def test_a_finished_run_is_not_run_again(unbroken, tmp_path):
+    fit(tmp_path)
+    state, rows, _ = fit(tmp_path, iterator=dying(1))
+    assert_same(state, unbroken[0])
+    assert rows == unbroken[1]
+
+
+def test_the_last_step_is_logged_and_saved_wherever_it_falls(tmp_path):
+    _, rows, _ = fit(tmp_path, loop.Config(num_steps=3, log_every=2, checkpoint_every=4))
+    assert [row["step"] for row in rows] == [2, 3]
+    saved = checkpoint.Checkpoints(tmp_path / "checkpoints")
+    assert saved.latest_step == 3
+    saved.close()
+
+
+def test_a_hook_changes_the_state_before_it_is_saved(tmp_path):
+    seen = []
+
+    def hook(state, values):
+        seen.append((int(state.step), float(values["loss"])))
+        params = state.params | {"bias": jnp.full_like(state.params["bias"], 7)}
+        return state_lib.TrainState(state.step, params, state.opt_state)
+
+    state, rows, _ = fit(tmp_path, loop.Config(4, 2, 2), hook)
+    assert [step for step, _ in seen] == [2, 4] and state.params["bias"] == 7
+    assert seen[-1][1] == pytest.approx(rows[-1]["loss"], abs=1e-6)
+    state, _, _ = fit(tmp_path, loop.Config(4, 2, 2))
+    assert state.params["bias"] == 7
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(tmp_path):
+    def poisoned(index, rng):
+        return make_example(index, rng) | {"y": np.float32(np.nan)}
+
+    fit(tmp_path, loop.Config(num_steps=4, log_every=2, checkpoint_every=2))
+    bad = lambda _: pipeline.make_batches(np.arange(6), 4, 1, poisoned)
+    with pytest.raises(FloatingPointError, match="line: the loss at step 6 is not finite"):
+        fit(tmp_path, loop.Config(num_steps=8, log_every=2, checkpoint_every=2), iterator=bad)
+    saved = checkpoint.Checkpoints(tmp_path / "checkpoints")
+    assert saved.latest_step == 4
+    saved.close()
+    assert [row["step"] for row in metrics.read_log(tmp_path / "log.jsonl")] == [2, 4]
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    fit(tmp_path, loop.Config(4, 2, 2))
+    with pytest.raises(UserError, match="another model"):
+        fit(tmp_path, make_model=lambda: Line(width=4))
+
+
+@pytest.mark.parametrize("sizes", [(0, 2, 4), (8, 3, 4), (8, 0, 4), (8, 2, 0)])
+def test_checkpoints_fall_on_logged_steps(sizes):
+    with pytest.raises(ValueError, match="multiple"):
+        loop.Config(*sizes)
+

@@ -1,0 +1,56 @@
+"""Averages divide once, after adding; a log begins again where its run does."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+
+from rag_mm.train import metrics
+
+
+def test_averages_weigh_by_weight_not_by_step():
+    averages = metrics.Averages()
+    averages.add({"loss": (jnp.float32(10), jnp.float32(1))})
+    averages.add(
+        {"loss": (jnp.float32(2), jnp.float32(3)), "late": (jnp.float32(4), jnp.float32(8))}
+    )
+    found = averages.pop()
+    assert {name: float(value) for name, value in found.items()} == {"loss": 3.0, "late": 0.5}
+    assert averages.pop() == {}
+
+
+def test_nothing_to_average_is_zero_and_not_nan():
+    averages = metrics.Averages()
+    averages.add({"code_nll": (jnp.float32(0), jnp.float32(0))})
+    assert averages.pop()["code_nll"] == 0
+
+
+def test_not_a_number_stays_visible():
+    averages = metrics.Averages()
+    averages.add({"loss": (jnp.float32(np.nan), jnp.float32(2))})
+    averages.add({"loss": (jnp.float32(1), jnp.float32(2))})
+    assert np.isnan(averages.pop()["loss"])
+
+
+def test_sums_may_be_arrays():
+    averages = metrics.Averages()
+    for counts in ([1, 0, 3], [1, 2, 0]):
+        averages.add({"usage": (jnp.array(counts, jnp.float32), jnp.float32(2))})
+    np.testing.assert_allclose(averages.pop()["usage"], [0.5, 0.5, 0.75])
+
+
+def test_a_log_is_cut_back_to_the_step_it_resumes_from(tmp_path):
+    path = tmp_path / "log.jsonl"
+    log = metrics.Log(path, 0)
+    for step in (2, 4, 6):
+        log.write(step, {"loss": np.float32(step / 3), "usage": np.ones(3)})
+    rows = metrics.read_log(path)
+    assert rows == log.rows == [{"step": s, "loss": round(s / 3, 6)} for s in (2, 4, 6)]
+    resumed = metrics.Log(path, 4)
+    assert resumed.rows == rows[:2]
+    resumed.write(6, {"loss": np.float32(0)})
+    assert [json.loads(line)["loss"] for line in path.read_text().splitlines()][2] == 0
+
+
+def test_without_a_file_a_log_is_empty(tmp_path):
+    assert metrics.read_log(tmp_path / "log.jsonl") == []
