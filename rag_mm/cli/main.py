@@ -96,13 +96,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        0 when done, 1 when what was checked is wrong, 2 for a user's mistake, 130 when interrupted.
+        0 when done, 1 when what was checked or computed is wrong, 2 for a user's mistake, 130 when interrupted.
     """
     try:
         return _main(sys.argv[1:] if argv is None else list(argv))
     except UserError as error:
         print(f"rag-mm: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"rag-mm: {error}; a smaller learning_rate may mend it.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("rag-mm: interrupted.", file=sys.stderr)
         return 130

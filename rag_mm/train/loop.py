@@ -76,7 +76,8 @@ def fit(
                 values = averages.pop()
                 if not np.isfinite(values["loss"]):
                     raise FloatingPointError(f"{name}: the loss at step {step} is not finite")
-                log.write(step, values | (derive(values) if derive else {}))
+                derived = derive(values) if derive is not None else {}
+                log.write(step, {**values, **derived})
                 bar.update(log.rows[-1]["step"], loss=float(values["loss"]))
             if step % config.checkpoint_every == 0 or is_last:
                 checkpoints.save(state, iterator)

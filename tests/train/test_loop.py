@@ -53,11 +53,11 @@ def begin(make_model=Line, loss_fn=loss_fn):
     }
 
 
-def fit(directory, config=SCHEDULE, hook=None, iterator=None, **options):
+def fit(directory, config=SCHEDULE, iterator=None, derive=None, **options):
     parts = begin(**options)
     if iterator is not None:
         parts["iterator"] = iterator(parts["iterator"])
-    state, rows = loop.fit("line", directory=directory, config=config, hook=hook, **parts)
+    state, rows = loop.fit("line", directory=directory, config=config, derive=derive, **parts)
     return jax.device_get(state), rows, parts["iterator"]
 
 
@@ -86,7 +86,7 @@ class Dies:
 
 
 def dying(at):
-    """Makes an iterator's state readable, as the checkpoint wants it, up to its death."""
+    """What makes an iterator die when batch `at` is drawn."""
     return lambda iterator: Dies(iterator, at)
 
 
@@ -144,19 +144,11 @@ def test_the_last_step_is_logged_and_saved_wherever_it_falls(tmp_path):
     saved.close()
 
 
-def test_a_hook_changes_the_state_before_it_is_saved(tmp_path):
-    seen = []
-
-    def hook(state, values):
-        seen.append((int(state.step), float(values["loss"])))
-        params = state.params | {"bias": jnp.full_like(state.params["bias"], 7)}
-        return state_lib.TrainState(state.step, params, state.opt_state)
-
-    state, rows, _ = fit(tmp_path, loop.Config(4, 2, 2), hook)
-    assert [step for step, _ in seen] == [2, 4] and state.params["bias"] == 7
-    assert seen[-1][1] == pytest.approx(rows[-1]["loss"], abs=1e-6)
-    state, _, _ = fit(tmp_path, loop.Config(4, 2, 2))
-    assert state.params["bias"] == 7
+def test_derived_figures_stand_beside_the_averages(tmp_path):
+    root = lambda values: {"root_loss": float(np.sqrt(values["loss"]))}
+    _, rows, _ = fit(tmp_path, loop.Config(4, 2, 2), derive=root)
+    for row in rows:
+        assert row["root_loss"] == pytest.approx(np.sqrt(row["loss"]), abs=1e-5)
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(tmp_path):
@@ -175,7 +167,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(tmp_path):
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     fit(tmp_path, loop.Config(4, 2, 2))
-    with pytest.raises(UserError, match="another model"):
+    with pytest.raises(UserError, match="does not fit this model"):
         fit(tmp_path, make_model=lambda: Line(width=4))
 
 
@@ -183,4 +175,3 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 def test_checkpoints_fall_on_logged_steps(sizes):
     with pytest.raises(ValueError, match="multiple"):
         loop.Config(*sizes)
-
