@@ -1,6 +1,7 @@
 """What the commands that ask a run have in common: arguments, documents by hand, pictures written."""
 
 import argparse
+import math
 import pathlib
 from typing import Any
 
@@ -69,6 +70,16 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
     """
     if args.seed < 0:
         raise UserError(f"--seed={args.seed} is negative; give 0 or more.")
+    if args.docs < 0:
+        raise UserError(f"--docs={args.docs} is negative; give 0 to read none.")
+    if args.num < 1:
+        raise UserError(f"--num={args.num} asks for nothing; give at least 1.")
+    if not 0 <= args.temperature < math.inf:
+        raise UserError(
+            f"--temperature={args.temperature} is no number from 0 on; 0 takes the best."
+        )
+    if not 0 < args.top_p <= 1:
+        raise UserError(f"--top-p={args.top_p} is no probability; give more than 0 and at most 1.")
     return dict(
         docs=args.docs,
         documents=_open_documents(args.documents),

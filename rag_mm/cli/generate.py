@@ -7,6 +7,7 @@ import rich.console
 
 import rag_mm
 from rag_mm.cli import asking
+from rag_mm.core.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +27,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Draws; `images` are paths, `neighbors` the documents read."""
     asking.check_out(args.out)
     options = asking.options(args)
+    if args.best_of < 1:
+        raise UserError(f"--best-of={args.best_of} leaves no candidate; give at least 1.")
     drawn = rag_mm.load(args.workdir).generate(args.prompt, best_of=args.best_of, **options)
     return {"images": asking.save_pictures(args.out, drawn.images), "neighbors": drawn.neighbors}
 

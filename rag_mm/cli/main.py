@@ -96,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        0 when done, 1 when what was checked or computed is wrong, 2 for a user's mistake, 130 when interrupted.
+        0 when done, 1 when what was checked or computed is wrong, 2 for a user's mistake, 130 when
+        interrupted.
     """
     try:
         return _main(sys.argv[1:] if argv is None else list(argv))

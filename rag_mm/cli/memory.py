@@ -53,6 +53,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "verify": _verify,
         "stats": _stats,
     }
+    if args.action != "build" and (pathlib.Path(args.memory) / "config.json").exists():
+        raise UserError(f"{args.memory} is a run; name its memory, {args.memory}/memory.")
     return actions[args.action](args)
 
 

@@ -26,7 +26,7 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
+        if not (self.temperature >= 0 and 0 < self.top_p <= 1):
             raise ValueError(
                 f"temperature is at least 0 and top_p in (0, 1], not {self.temperature} and {self.top_p}"
             )

@@ -89,8 +89,7 @@ def run_chain(
     Raises:
         UserError: the config or the run does not fit; nothing has been touched then.
     """
-    # Orbax writes to absolute paths only.
-    run = run_lib.Run(epath.Path(workdir).resolve())
+    run = run_lib.Run(epath.Path(workdir))
     configs = stage_configs(config)
     if only is not None and only not in configs:
         raise UserError(f"The config has no stage {only!r}; it has {', '.join(configs)}.")

@@ -43,9 +43,10 @@ class Config:
     def __post_init__(self):
         Sampling(self.temperature, self.top_p)
         Sampling(self.caption_temperature)
-        for name in ("num_held_out", "num_seen", "num_candidates"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, give at least 1")
+        # Of one document no interval can be told.
+        for name, least in (("num_held_out", 2), ("num_seen", 2), ("num_candidates", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, give at least {least}")
 
     def count(self, split: str) -> int:
         """Test documents drawn of a split."""

@@ -46,18 +46,8 @@ def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
     whole_memory = memory_stage.open_memory(run)
     facts = memory_facts(config.world)
     bound = config.max_similarity or _calibrate(config, seen_memory, facts)
-    train = config.world.scenes("train", *world_lib.SEEN)
-    columns = []
-    with progress.track("neighbors", total=config.caption_draws + 1) as bar:
-        for draw in range(config.caption_draws):
-            texts = [_dropped_caption(config, train, row, draw) for row in range(len(train))]
-            queries = seen_memory.encode(text=texts)
-            columns.append(_find(config, seen_memory, queries, train, range(len(train)), bound))
-            bar.update(draw + 1)
-        queries = seen_memory.encode(image=world_lib.images(train))
-        columns.append(_find(config, seen_memory, queries, train, range(len(train)), bound))
-        bar.update(config.caption_draws + 1)
-    files.write_array(stage_dir / "train.npy", np.stack(columns, axis=1))
+    train = _train_neighbors(config, seen_memory, bound)
+    files.write_array(stage_dir / "train.npy", train)
     same_class = {}
     for split, names in TEST_SPLITS.items():
         source = config.world.scenes("test", *names)
@@ -73,6 +63,20 @@ def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
         "neighbors": {"max_similarity": bound, "same_class": same_class},
         "retriever": {"same_class_at_2": same_class["held_out"]},
     }
+
+
+def _train_neighbors(config: Config, memory: memory_lib.Memory, bound: float) -> np.ndarray:
+    source = config.world.scenes("train", *world_lib.SEEN)
+    rows, columns = range(len(source)), []
+    with progress.track("neighbors", total=config.caption_draws + 1) as bar:
+        for draw in range(config.caption_draws):
+            queries = memory.encode(text=[_dropped_caption(config, source, i, draw) for i in rows])
+            columns.append(_find(config, memory, queries, source, rows, bound))
+            bar.update(draw + 1)
+        queries = memory.encode(image=world_lib.images(source))
+        columns.append(_find(config, memory, queries, source, rows, bound))
+        bar.update(config.caption_draws + 1)
+    return np.stack(columns, axis=1)
 
 
 def full_caption(source: scene_lib.Scenes, row: int) -> str:

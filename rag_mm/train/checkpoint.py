@@ -19,7 +19,7 @@ class Checkpoints:
         policies = ocp.training.preservation_policies
         self._directory = epath.Path(directory)
         self._checkpointer = ocp.training.Checkpointer(
-            self._directory,
+            _absolute(self._directory),
             preservation_policy=policies.LatestN(keep),
             cleanup_tmp_directories=True,
         )
@@ -65,7 +65,7 @@ class Checkpoints:
 
 def save_params(directory: epath.PathLike, params: Params) -> None:
     """Writes parameters alone, whole or not at all; replaces what is there."""
-    ocp.save(epath.Path(directory), params, overwrite=True)
+    ocp.save(_absolute(directory), params, overwrite=True)
 
 
 def load_params(directory: epath.PathLike, abstract: Params) -> Params:
@@ -78,10 +78,15 @@ def load_params(directory: epath.PathLike, abstract: Params) -> Params:
     if not directory.exists():
         raise UserError(f"{directory} does not exist; train that stage first.")
     try:
-        return ocp.load(directory, abstract)
+        return ocp.load(_absolute(directory), abstract)
     except (ValueError, KeyError, FileNotFoundError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{directory} does not hold this model's parameters ({reason}).") from error
+
+
+def _absolute(directory: epath.PathLike) -> epath.Path:
+    # Orbax takes no relative path.
+    return epath.Path(directory).resolve()
 
 
 def _optimizer(state: TrainState) -> dict[str, Any]:

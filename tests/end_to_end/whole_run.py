@@ -78,6 +78,23 @@ def fingerprints(workdir: pathlib.Path) -> dict[str, str]:
     return {stage: manifest["fingerprint"] for stage, manifest in manifests.items()}
 
 
+def results(workdir: pathlib.Path) -> dict[str, dict[str, str]]:
+    """What every stage made, as digests by content.
+
+    A memory's lists of its files are left out: among these are Orbax's, whose names are drawn by lot.
+    """
+    manifests = {p.parent.name: files.read_json(p) for p in workdir.glob("*/manifest.json")}
+    lists = ("CURRENT", "manifest.json", "manifest.sha256")
+    return {
+        stage: {
+            name: digest
+            for name, digest in manifest["outputs"].items()
+            if stage != "memory" or pathlib.PurePath(name).name not in lists
+        }
+        for stage, manifest in manifests.items()
+    }
+
+
 def contents(workdir: pathlib.Path) -> dict[str, str]:
     """Digest of every file, by path."""
     paths = [path for path in sorted(workdir.rglob("*")) if path.is_file()]

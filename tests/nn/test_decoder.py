@@ -116,7 +116,7 @@ def test_one_block_equals_the_naive_one(mlp):
 
 
 def test_the_future_and_other_segments_change_nothing():
-    params, logits = make(FAMILIES["chameleon"])
+    _, logits = make(FAMILIES["chameleon"])
     before = logits(TOKENS, POSITIONS, SEGMENTS)
     changed = TOKENS.copy()
     changed[0, 4] = (changed[0, 4] + 1) % 23

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from rag_mm.core import sharding
 from rag_mm.ops import attention
 
 B, T, S, N, H = 2, 5, 7, 4, 6
@@ -80,6 +82,39 @@ def test_segments_do_not_see_each_other(is_causal):
     )
     found = attend(q, k, v, is_causal, segments, segments)
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_long_rows_are_cut_into_runs_of_queries_unseen():
+    """In value, in gradient, and split over batch and heads of eight devices."""
+    length = 4 * attention.MIN_CHUNK + 3  # not a multiple of the number of runs
+    rng = np.random.default_rng(length)
+    q = rng.normal(size=(4, length, 2, H)).astype(np.float32)
+    k, v = rng.normal(size=(2, 4, length, 2, H)).astype(np.float32)
+    segments = np.sort(rng.integers(3, size=(4, length))).astype(np.int32)
+
+    def whole(q, k, v):
+        """Without a causal mask nothing is cut, so causality is put into the segments' mask here."""
+        scores = jnp.einsum("btnh,bsnh->bnts", q, k) / jnp.sqrt(jnp.float32(H))
+        same = segments[:, :, None] == segments[:, None]
+        mask = (same & np.tri(length, dtype=bool))[:, None]
+        weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf))
+        return jnp.einsum("bnts,bsnh->btnh", weights, v)
+
+    def cut(q, k, v):
+        return attend(q, k, v, True, segments, segments)
+
+    np.testing.assert_allclose(cut(q, k, v), whole(q, k, v), atol=1e-5)
+    loss = lambda function: lambda *heads: jnp.square(function(*heads)).sum()
+    found, expected = (jax.jit(jax.grad(loss(f), (0, 1, 2)))(q, k, v) for f in (cut, whole))
+    for left, right in zip(found, expected, strict=True):
+        np.testing.assert_allclose(left, right, atol=1e-4)
+
+    mesh = sharding.make_mesh(2, 2, 2)
+    place = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor"))
+    with jax.set_mesh(mesh):
+        spread = cut(*jax.device_put((q, k, v), place))
+    assert spread.sharding.spec == PartitionSpec(("data", "fsdp"), None, "tensor", None)
+    np.testing.assert_allclose(spread, whole(q, k, v), atol=1e-5)
 
 
 def test_segment_ids_come_in_pairs():

@@ -15,6 +15,11 @@ from rag_mm.nn import params as params_lib
 from rag_mm.train import checkpoint
 from rag_mm.train import state as state_lib
 
+# Orbax leaves coroutines behind when it refuses to load.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*:RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
 OPTIMIZER = optax.adam(1e-3)
 
 

@@ -14,6 +14,11 @@ from rag_mm.train import checkpoint, loop, metrics, optimizer
 from rag_mm.train import state as state_lib
 from rag_mm.train import step as step_lib
 
+# Orbax leaves coroutines behind when it refuses to load.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*:RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
 SCHEDULE = loop.Config(num_steps=8, log_every=2, checkpoint_every=4)
 
 
@@ -44,7 +49,7 @@ def begin(make_model=Line, loss_fn=loss_fn):
     mesh = sharding.make_mesh(2, 1, 1)
     graphdef, _ = params_lib.describe(make_model, mesh)
     params = params_lib.init_params(make_model, mesh)
-    tx = optimizer.make_optimizer(optimizer.Config(learning_rate=0.1, warmup_steps=2), 8)
+    tx = optimizer.make_optimizer(optimizer.Config(learning_rate=1.0, warmup_steps=2), 8)
     return {
         "state": state_lib.init_state(params, tx, mesh),
         "step_fn": step_lib.make_train_step(graphdef, loss_fn, tx, seed=0),

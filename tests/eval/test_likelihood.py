@@ -1,0 +1,76 @@
+"""NLL of given pictures: read where the codes are, over the whole vocabulary, batch by batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from rag_mm.data import rows
+from rag_mm.data import vocabulary as vocabulary_lib
+from rag_mm.decode import modes
+from rag_mm.eval import likelihood
+from rag_mm.nn import decoder
+from rag_mm.nn import params as params_lib
+
+WORDS = vocabulary_lib.train_vocabulary([], 256, 16, 4)
+LAYOUT = rows.Layout(max_docs=2, max_text=3, num_codes=5, max_spans=2)
+CONFIG = decoder.DecoderConfig(WORDS.size, 1, 8, 2, 16, LAYOUT.num_positions)
+
+
+def make_example(seed):
+    rng = np.random.default_rng(seed)
+    text = rng.integers(256, size=rng.integers(0, 4)).tolist()
+    return rows.Example(text, rng.integers(16, size=5).astype(np.int32))
+
+
+MAINS = [make_example(seed) for seed in range(5)]
+DOCS = [[], [make_example(10)], [make_example(11), make_example(12)], [], [make_example(13)]]
+
+
+@pytest.fixture(scope="module")
+def generator():
+    make_model = lambda: decoder.Decoder(CONFIG, rngs=nnx.Rngs(params=0))
+    graphdef, abstract = params_lib.describe(make_model, None)
+    rng = np.random.default_rng(0)
+    draw = lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape), jnp.float32)
+    return modes.Generator(graphdef, jax.tree.map(draw, abstract), WORDS, LAYOUT)
+
+
+@pytest.fixture(scope="module")
+def found(generator):
+    """In batches of 2, the last of them half empty."""
+    return likelihood.code_nll(generator, MAINS, DOCS, batch_size=2)
+
+
+def test_each_code_costs_its_negative_log_probability_in_the_training_row(generator, found):
+    @jax.jit
+    def log_probs(tokens, positions):
+        model = nnx.merge(generator.graphdef, generator.params)
+        hidden = model(tokens[None], positions[None], jnp.ones_like(tokens)[None])
+        return jax.nn.log_softmax(model.logits(hidden)[0])
+
+    assert found.shape == (5, 5) and found.dtype == np.float32
+    for main, docs, nll in zip(MAINS, DOCS, found, strict=True):
+        row = rows.make_row(LAYOUT, WORDS, main, docs)
+        after = np.asarray(log_probs(row["tokens"], row["positions"]))
+        start, end = rows.find_segments(LAYOUT, main, docs)[-1]
+        ids = main.codes + WORDS.code_offset
+        np.testing.assert_array_equal(row["tokens"][start:end], ids)
+        expected = -after[np.arange(start - 1, end - 1), ids]
+        np.testing.assert_allclose(nll, expected, atol=1e-4)
+
+
+def test_other_rows_of_the_batch_change_nothing(generator, found):
+    backwards = likelihood.code_nll(generator, MAINS[::-1], DOCS[::-1], batch_size=2)
+    np.testing.assert_allclose(backwards[::-1], found, atol=1e-4)
+
+
+def test_documents_matter_and_later_codes_do_not(generator, found):
+    bare = likelihood.code_nll(generator, MAINS, [[]] * 5, batch_size=2)
+    np.testing.assert_allclose(bare[[0, 3]], found[[0, 3]], atol=1e-4)
+    assert (np.abs(bare[[1, 2, 4]] - found[[1, 2, 4]]).max(1) > 1e-3).all()
+    changed = [rows.Example(m.text, np.r_[m.codes[:4], (m.codes[4] + 1) % 16]) for m in MAINS]
+    other = likelihood.code_nll(generator, changed, DOCS, batch_size=2)
+    np.testing.assert_allclose(other[:, :4], found[:, :4], atol=1e-4)
+    assert (np.abs(other[:, 4] - found[:, 4]) > 1e-4).all()

@@ -1,0 +1,84 @@
+"""The chain's picture: an order in which every stage finds its inputs, and configs that are right at once."""
+
+import copy
+
+import pytest
+
+from configs import quickstart
+from rag_mm.core import config as config_lib
+from rag_mm.core.errors import UserError
+from rag_mm.stages import chain
+
+
+@pytest.fixture
+def config():
+    return config_lib.to_dict(config_lib.load_config("configs/quickstart.py:tiny"))
+
+
+def test_every_stage_reads_only_what_is_made_before_it():
+    order = list(chain.STAGES)
+    assert tuple(order) == quickstart.STAGES
+    for place, name in enumerate(order):
+        assert set(chain.STAGES[name].inputs) <= set(order[:place])
+
+
+@pytest.mark.parametrize("preset", quickstart.PRESETS)
+def test_a_presets_stages_share_seed_and_world(preset):
+    page = config_lib.load_config(f"configs/quickstart.py:{preset}")
+    made = chain.stage_configs(config_lib.to_dict(page))
+    assert list(made) == list(quickstart.STAGES)
+    assert len({config.world for config in made.values()}) == 1
+    assert {config.seed for config in made.values()} == {0}
+    assert made["evaluation"].generation == made["report"].generation == made["generation"]
+
+
+def test_the_control_differs_in_its_documents_alone(config):
+    made = chain.stage_configs(config)
+    decoder, control = made["decoder"], made["control"]
+    assert (control.max_docs, control.docs_shares) == (0, (1.0,))
+    for name in ("model", "optimizer", "loop", "batch_size", "caption_draws", "alpha", "seed"):
+        assert getattr(decoder, name) == getattr(control, name)
+
+
+@pytest.mark.parametrize("key", ["stages", "seed", "world"])
+def test_a_config_needs_what_every_stage_needs(config, key):
+    del config[key]
+    with pytest.raises(UserError, match=f"no '{key}'"):
+        chain.stage_configs(config)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("decoder.model.layers", 3, "decoder: .*'layers'"),
+        ("decoder.model.positions", "none", "decoder: positions are rope"),
+        ("decoder.mask_probability", 2.0, "mask_probability is 2.0"),
+        ("decoder.docs_shares", [0.0, 0.0, 0.0], "docs_shares are"),
+        ("decoder.caption_draws", 0, "caption_draws is 0"),
+        ("retriever.num_heads", 3, "num_heads divides embed_dim"),
+        ("retriever.patch_size", 5, "patch_size the pictures' side"),
+        ("tokenizer.model.image_size", 64, "image_size=64 does not fit"),
+        ("tokenizer.model.encoder", "vit", "encoder='vit' is unknown"),
+        ("generation.top_p", 0.0, "generation: temperature is at least 0 and top_p"),
+        ("generation.num_candidates", 0, "num_candidates is 0"),
+        ("report.rows", 3, "report has no setting 'rows'"),
+    ],
+)
+def test_a_wrong_value_is_refused_before_anything_runs(config, tmp_path, path, value, says):
+    *parents, last = path.split(".")
+    node = changed = copy.deepcopy(config)
+    for parent in parents:
+        node = node[parent]
+    node[last] = value
+    with pytest.raises(UserError, match=says):
+        chain.run_chain(changed, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stage_whose_inputs_are_missing_is_refused(config, tmp_path):
+    with pytest.raises(UserError, match="no stage 'tokenizer'"):
+        chain.run_chain(config, tmp_path / "run", only="control")
+    config["stages"].remove("decoder")
+    with pytest.raises(UserError, match="no stage 'decoder'"):
+        chain.run_chain(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,63 @@
+"""What a finished run retrieves: never the document itself or its twin, and the same for all who ask."""
+
+import numpy as np
+import pytest
+
+from rag_mm.core import config as config_lib
+from rag_mm.core import files
+from rag_mm.memory import policy
+from rag_mm.memory.memory import Memory
+from rag_mm.stages import chain, neighbors
+from rag_mm.stages import world as world_lib
+
+
+@pytest.fixture(scope="module")
+def config():
+    page = config_lib.load_config("configs/quickstart.py:tiny")
+    return chain.stage_configs(config_lib.to_dict(page))["neighbors"]
+
+
+def test_no_training_document_reads_its_own_facts_or_one_document_twice(tiny_run, config):
+    found = files.read_array(tiny_run.workdir / "neighbors" / "train.npy")
+    source = config.world.scenes("train", *world_lib.SEEN)
+    facts = neighbors.memory_facts(config.world)
+    assert found.dtype == np.int32
+    assert found.shape == (len(source), config.caption_draws + 1, config.num_neighbors)
+    for row in range(0, len(source), 7):
+        own = source.facts(row)
+        assert all(facts[i] != own for i in found[row].ravel() if i >= 0)
+        for ids in found[row]:
+            present = ids[ids >= 0]
+            assert len(set(present.tolist())) == len(present)
+
+
+def test_no_document_is_too_similar_to_another_chosen_one(tiny_run):
+    measured = files.read_json(tiny_run.workdir / "metrics.json")
+    bound = measured["neighbors"]["max_similarity"]
+    vectors = Memory.open(tiny_run.workdir / "memory").embeddings("mixed")
+    found = files.read_array(tiny_run.workdir / "neighbors" / "train.npy").reshape(-1, 2)
+    found = found[(found >= 0).all(axis=1)]
+    similarities = (vectors[found[:, 0]] * vectors[found[:, 1]]).sum(axis=1)
+    assert similarities.max() <= bound + 1e-5
+
+
+@pytest.mark.parametrize("split", neighbors.TEST_SPLITS)
+def test_the_test_sets_are_scenes_of_their_split(tiny_run, config, split):
+    folder = tiny_run.workdir / "neighbors"
+    rows = files.read_array(folder / f"{split}_rows.npy")
+    source = config.world.scenes("test", *neighbors.TEST_SPLITS[split])
+    assert len(rows) == config.num_test and rows.max() < len(source)
+    for kind in ("text", "image"):
+        found = files.read_array(folder / f"{split}_{kind}.npy")
+        assert found.shape == (config.num_test, config.num_neighbors)
+        assert found.max() < len(neighbors.memory_facts(config.world))
+
+
+def test_facts_tell_rows_of_the_memory_apart(tiny_run, config):
+    """Ids say what a row shows: LEVEL-CLASS-CONFIGURATION."""
+    memory = Memory.open(tiny_run.workdir / "memory")
+    facts = neighbors.memory_facts(config.world)
+    assert [shown.entities[0].class_id for shown in facts] == [
+        int(name.split("-")[1]) for name in memory.ids
+    ]
+    assert len({policy.twin_key(repr(shown)) for shown in facts}) == len(facts)

@@ -1,0 +1,44 @@
+"""The world of a run: which classes it shows, and which scenes are looked at."""
+
+import numpy as np
+import pytest
+
+from rag_mm.stages import world as world_lib
+from rag_mm.worlds.emoji import splits
+
+SMALL = world_lib.World(class_share=0.01)
+
+
+def test_a_share_is_taken_of_every_split():
+    whole = world_lib.World()
+    every = np.arange(len(splits.split_of()))
+    np.testing.assert_array_equal(np.sort(whole.classes(*splits.SPLITS)), every)
+    sizes = [len(SMALL.classes(name)) for name in splits.SPLITS]
+    assert sizes == [max(2, round(len(splits.classes(name)) / 100)) for name in splits.SPLITS]
+    assert set(SMALL.classes("held_out")) <= set(splits.classes("held_out"))
+
+
+def test_seen_and_held_out_share_no_class():
+    assert not set(SMALL.classes(*world_lib.SEEN)) & set(SMALL.classes(*world_lib.HELD_OUT))
+
+
+def test_pictures_are_those_of_the_documents():
+    source = SMALL.scenes("test", "held_out")
+    pictures = world_lib.images(source, np.array([1, 0]))
+    np.testing.assert_array_equal(pictures[1], source[0].image)
+    np.testing.assert_array_equal(world_lib.images(source)[[1, 0]], pictures)
+
+
+def test_a_sample_is_sorted_distinct_and_decided_by_the_seed():
+    source = SMALL.scenes("test", "common")
+    rows = world_lib.sample_rows(source, 10, 3)
+    assert len(np.unique(rows)) == 10 and (np.diff(rows) > 0).all()
+    np.testing.assert_array_equal(rows, world_lib.sample_rows(source, 10, 3))
+    assert not np.array_equal(rows, world_lib.sample_rows(source, 10, 4))
+    assert len(world_lib.sample_rows(source, 10**6, 3)) == len(source)
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0, 1.5, float("nan")])
+def test_a_share_is_a_share(share):
+    with pytest.raises(ValueError, match="class_share"):
+        world_lib.World(class_share=share)
