@@ -66,7 +66,7 @@ def _build(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"There is no run {args.retriever}; name one with a trained retriever.")
     out = pathlib.Path(args.out)
     if (out / "config.json").exists():  # A memory's leftovers and a run have names in common.
-        raise UserError(f"--out={args.out} is a run or a model; name another folder.")
+        raise UserError(f"--out={args.out} is in the way: a run or a model. Name another folder.")
     writer.check_vacant(out, ("retriever", "tokenizer"))
     documents, rejects = _open_documents(args.documents)
     encoder, tokenizer = load_encoder(retriever), None

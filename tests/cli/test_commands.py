@@ -227,7 +227,7 @@ def test_a_bad_stage(refused, words, says):
         (f"{BUILD} --index=x", "no index 'x'"),
         (f"{BUILD} --out=good.png/mem", "good.png/mem cannot be written"),
         (f"{BUILD} --out=good.png", "good.png cannot be written"),
-        (f"{BUILD} --out=RUN", "--out=RUN is a run"),
+        (f"{BUILD} --out=RUN", "--out=RUN is in the way"),
         (f"{BUILD} --out=RUN/memory", "is a memory already"),
         ("memory add no --documents=empty", "no is not a memory"),
         ("memory add RUN/memory --documents=no", "no is not a folder"),
