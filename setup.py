@@ -30,6 +30,7 @@ BASE = [
     "pillow",
     "pycocoevalcap",
     "rich",
+    "safetensors",
     "scann>=1.4.2; sys_platform == 'linux' and python_version < '3.14'",
     "tensorflow-datasets>=4.9.9",
     "tensorstore",

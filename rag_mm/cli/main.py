@@ -144,7 +144,9 @@ def _main(argv: list[str]) -> int:
     else:
         import rich.console
 
-        module.show(result, rich.console.Console(highlight=False))
+        # Where nobody looks at a screen, lines are as long as they are.
+        width = None if sys.stdout.isatty() else 200
+        module.show(result, rich.console.Console(highlight=False, width=width))
     return 1 if result.get("ok") is False else 0
 
 

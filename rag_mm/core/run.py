@@ -31,8 +31,8 @@ class Manifest:
     """What a stage was made from and what it made.
 
     `config` is its slice of the config, `inputs` the input stages' fingerprints, `outputs` the
-    digests of its files by content. `status` is "running" or "done"; `fingerprint` hashes all the
-    rest and is empty until the stage is done.
+    digests of its files by content, `metrics` what it measured, nested by the stages spoken of.
+    `status` is "running" or "done"; `fingerprint` hashes the first four and is empty until then.
     """
 
     stage: str
@@ -40,6 +40,7 @@ class Manifest:
     config: Mapping[str, Any]
     inputs: Mapping[str, str]
     outputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fingerprint: str = ""
 
     @property
@@ -215,6 +216,8 @@ def run_stage(
             if reason:
                 _delete(run, stage)
             elif old.is_done:
+                # What it says of other stages went with them where these were rebuilt since.
+                _merge_metrics(run, old.metrics, {})
                 return old
         manifest = Manifest(stage, "running", config, _fingerprints(run, inputs))
         return _execute(run, manifest, fn, reports_on_others)
@@ -235,10 +238,10 @@ def _execute(run: Run, manifest: Manifest, fn: StageFn, reports_on_others: bool)
             _delete(run, manifest.stage)
         raise
     outputs = digests.folder_digests(stage_dir, exclude=_SIDE_FILES)
-    manifest = dataclasses.replace(manifest, status="done", outputs=outputs)
+    metrics = _plain(metrics) if reports_on_others else {manifest.stage: _plain(metrics)}
+    manifest = dataclasses.replace(manifest, status="done", outputs=outputs, metrics=metrics)
     manifest = dataclasses.replace(manifest, fingerprint=_fingerprint(manifest))
     # Metrics first: killed between the two, the stage runs again and gives the same ones.
-    metrics = _plain(metrics) if reports_on_others else {manifest.stage: _plain(metrics)}
     _merge_metrics(run, metrics, {manifest.stage: clock.summary(stage_dir)})
     _write_manifest(stage_dir, manifest)
     return manifest

@@ -196,7 +196,7 @@ def best_of(
 
 
 def row_seeds(seed: int, num_rows: int, candidate: int = 0) -> np.ndarray:
-    """A seed for each row, uint32 [B], all different and the same in every run."""
+    """A seed for each row, uint32 [B], the same in every run."""
     stream = np.random.SeedSequence((seed, candidate))
     return stream.generate_state(num_rows).astype(np.uint32)
 
@@ -212,7 +212,12 @@ def _sample(
     batch_size: int,
     stop: int | None = None,
 ) -> sampler.Sampled:
-    """In batches of one size and length, so that a mode compiles once, however many documents are given."""
+    """In batches of one length, so that a mode compiles once, however many documents are given.
+
+    Fewer prompts than `batch_size` make a batch of their own size, and a program for it.
+    """
+    if not prompts:
+        raise ValueError("there is nothing to sample: give at least one prompt")
     batch_size = min(batch_size, len(prompts))
     found = []
     for first in range(0, len(prompts), batch_size):
@@ -239,4 +244,4 @@ def _sample(
 
 def _end(row: np.ndarray, stop: int) -> int:
     stops = np.flatnonzero(row == stop)
-    return int(stops[0]) if stops.size else len(row)
+    return int(stops[0]) if stops.size else len(row) - 1

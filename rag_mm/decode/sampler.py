@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from rag_mm.core import sharding
@@ -52,7 +53,6 @@ class Sampled(NamedTuple):
     log_probs: jax.Array
 
 
-@partial(jax.jit, static_argnames=("graphdef", "num_steps", "sampling", "stop"))
 def sample(
     params: Params,
     prompts: Prompts,
@@ -80,13 +80,34 @@ def sample(
     Returns:
         Tokens and log-probabilities.
     """
+    # Values, not constants of the program: another temperature compiles nothing.
+    is_greedy = sampling.temperature == 0
+    temperature = None if is_greedy else np.float32(sampling.temperature)
+    top_p = None if is_greedy or sampling.top_p == 1 else np.float32(sampling.top_p)
+    fixed = dict(graphdef=graphdef, num_steps=num_steps, stop=stop)
+    return _sample(params, prompts, seeds, allowed, temperature, top_p, **fixed)
+
+
+@partial(jax.jit, static_argnames=("graphdef", "num_steps", "stop"))
+def _sample(
+    params: Params,
+    prompts: Prompts,
+    seeds: jax.Array,
+    allowed: jax.Array,
+    temperature: jax.Array | None,
+    top_p: jax.Array | None,
+    *,
+    graphdef: nnx.GraphDef,
+    num_steps: int,
+    stop: int | None,
+) -> Sampled:
     model: Decoder = nnx.merge(graphdef, params)
     batch, length = prompts.tokens.shape
     keys = jax.vmap(jax.random.key)(seeds)
     hidden, prefilled = model.prefill(prompts.tokens, prompts.positions, prompts.segment_ids)
     blocks = model.stack.unstack()
     segment_ids = jnp.pad(prompts.segment_ids, ((0, 0), (0, num_steps)), constant_values=1)
-    draw = partial(_draw, allowed=allowed, sampling=sampling)
+    draw = partial(_draw, allowed=allowed, temperature=temperature, top_p=top_p)
 
     def body(i, carry):
         layers, token, out, finished = carry
@@ -110,24 +131,29 @@ def _fold(keys: jax.Array, i: jax.Array) -> jax.Array:
 
 
 def _draw(
-    logits: jax.Array, keys: jax.Array, *, allowed: jax.Array, sampling: Sampling
+    logits: jax.Array,
+    keys: jax.Array,
+    *,
+    allowed: jax.Array,
+    temperature: jax.Array | None,
+    top_p: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """One token a row from logits float32 [B, V]."""
     # Sorting and choosing need a row's logits on one device.
     logits = jnp.where(allowed[None], sharding.place(logits, "batch", None), -jnp.inf)
     log_probs = jax.nn.log_softmax(logits)
-    if sampling.temperature == 0:
+    if temperature is None:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     else:
-        scaled = logits / jnp.float32(sampling.temperature)
-        if sampling.top_p < 1:
-            scaled = jnp.where(_nucleus(scaled, sampling.top_p), scaled, -jnp.inf)
+        scaled = logits / temperature
+        if top_p is not None:
+            scaled = jnp.where(_nucleus(scaled, top_p), scaled, -jnp.inf)
         token = jax.vmap(jax.random.categorical)(keys, scaled).astype(jnp.int32)
     return token, jnp.take_along_axis(log_probs, token[:, None], axis=1)[:, 0]
 
 
-def _nucleus(logits: jax.Array, top_p: float) -> jax.Array:
-    """Which tokens belong to the smallest set whose probability reaches top_p: bool [B, V]."""
+def _nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
+    """The smallest set whose probability reaches top_p, with all that tie with its last: bool [B, V]."""
     probs = jax.nn.softmax(logits)
     descending = -jnp.sort(-probs, axis=-1)
     # Mass before each rank: the token that crosses the threshold still belongs.

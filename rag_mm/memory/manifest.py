@@ -24,7 +24,7 @@ from rag_mm.core import files
 from rag_mm.core.errors import UserError
 
 CURRENT = "CURRENT"
-LOCK = ".lock"
+LOCK = ".memory-lock"  # A run has a lock of its own in the folder that a memory may share.
 FORMAT = 1
 _CURRENT_LINE = re.compile(r"v(\d{6}) ([0-9a-f]{64})\n")
 

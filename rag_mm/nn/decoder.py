@@ -37,6 +37,11 @@ class DecoderConfig:
     def __post_init__(self):
         if self.positions not in ("rope", "sinusoidal", "learned"):
             raise ValueError(f"positions are rope, sinusoidal or learned, not {self.positions!r}")
+        if self.norm not in layers.NORMS:
+            raise ValueError(f"norm is one of {', '.join(layers.NORMS)}, not {self.norm!r}")
+        if self.mlp != "swiglu" and self.mlp not in layers.ACTIVATIONS:
+            known = ", ".join(layers.ACTIVATIONS)
+            raise ValueError(f"mlp is swiglu or one of {known}, not {self.mlp!r}")
 
     @property
     def block(self) -> BlockConfig:

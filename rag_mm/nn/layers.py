@@ -11,6 +11,7 @@ from flax import nnx
 from rag_mm.core import sharding
 
 Axes = tuple[str | None, ...]
+NORMS = ("layernorm", "layernorm_no_params", "rmsnorm")
 
 
 def make_param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, std: float) -> nnx.Param:
@@ -60,8 +61,8 @@ class Norm(nnx.Module):
 
     def __init__(self, kind: str, dim: int, *, rngs: nnx.Rngs, eps: float = 1e-5):
         """kind: layernorm | layernorm_no_params | rmsnorm."""
-        if kind not in ("layernorm", "layernorm_no_params", "rmsnorm"):
-            raise ValueError(f"norm is layernorm, layernorm_no_params or rmsnorm, not {kind!r}")
+        if kind not in NORMS:
+            raise ValueError(f"norm is one of {', '.join(NORMS)}, not {kind!r}")
         self.kind, self.eps = kind, eps
         has_scale, has_bias = kind != "layernorm_no_params", kind == "layernorm"
         self.scale = nnx.Param(jnp.ones(dim, jnp.float32), axes=(None,)) if has_scale else None

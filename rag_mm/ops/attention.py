@@ -1,5 +1,7 @@
 """Attention behind one function: softmax(q k^T / sqrt(H)) v with causal, segment and cache masks."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 
@@ -46,7 +48,7 @@ def attention(
     length = q.shape[1]
     bounds = [length * i // num_chunks for i in range(num_chunks + 1)]
     chunks = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         segment_ids = (
             None if query_segment_ids is None else query_segment_ids[:, start:end],
             None if key_segment_ids is None else key_segment_ids[:, :end],

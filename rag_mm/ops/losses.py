@@ -28,9 +28,11 @@ def info_nce(similarities: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     Returns:
         Per-row losses float32 [B] (mean of both directions, nats) and whether the row's own column is
-        its best, bool [B].
+        its only best, bool [B].
     """
     own = jnp.diagonal(similarities)
     rows = jax.nn.logsumexp(similarities, axis=1) - own
     columns = jax.nn.logsumexp(similarities, axis=0) - own
-    return (rows + columns) / 2, own >= similarities.max(axis=1)
+    # Ties are no hits: a collapsed retriever finds everything alike.
+    num_as_good = (similarities >= own[:, None]).sum(axis=1)
+    return (rows + columns) / 2, num_as_good == 1

@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 import numpy as np
+import safetensors
+import safetensors.numpy
 from etils import epath
 from flax import nnx
 
@@ -22,7 +24,7 @@ from rag_mm.nn import params as params_lib
 from rag_mm.nn.params import Params
 from rag_mm.train import checkpoint
 
-CONFIG, VOCABULARY, PARAMS = "config.json", "vocabulary.json", "params"
+CONFIG, VOCABULARY, PARAMS = "config.json", "vocabulary.json", "params.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Retriever:
         self.vocabulary = vocabulary.load_vocabulary(folder / VOCABULARY)
         self.fingerprint = fingerprint(folder)
         self.dim, self.image_size = self.config.projection_dim, self.config.image_size
-        model = load_params(folder / PARAMS, functools.partial(_make_clip, self.config))
+        model = _mount(folder, functools.partial(_make_clip, self.config))
         self._encode_image = model.compile("encode_image")
         self._encode_text = model.compile("encode_text")
 
@@ -83,8 +85,7 @@ class Tokenizer:
         self.vocabulary = vocabulary.load_vocabulary(folder / VOCABULARY)
         self.fingerprint = fingerprint(folder)
         self.image_size = self.config.image_size
-        make_model = functools.partial(_make_spae, self.config)
-        model = load_params(folder / PARAMS, make_model)
+        model = _mount(folder, functools.partial(_make_spae, self.config))
         self._encode, self._decode = model.compile("encode"), model.compile("decode")
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
@@ -111,7 +112,7 @@ def save_tokenizer(
 
 
 def load_params(folder: epath.Path, make_model: Callable[[], nnx.Module]) -> Mounted:
-    """A model from parameters on disk, on one device.
+    """A model from parameters that a checkpoint keeps, on one device.
 
     Raises:
         UserError: nothing is there, or it is another model.
@@ -157,9 +158,25 @@ def _make_spae(config: spae.Config) -> spae.SPAE:
 def _save(
     folder: epath.Path, config: Mapping[str, Any], words: vocabulary.Vocabulary, params: Params
 ) -> None:
-    checkpoint.save_params(folder / PARAMS, params)
+    flat = nnx.traversals.flatten_mapping(jax.device_get(params), sep="/")
+    files.write_atomic(folder / PARAMS, safetensors.numpy.save(flat))
     words.save(folder / VOCABULARY)
     files.write_json(folder / CONFIG, config)
+
+
+def _mount(folder: epath.Path, make_model: Callable[[], nnx.Module]) -> Mounted:
+    """A model from the folder's own parameters; the same bits make the same file, unlike a checkpoint."""
+    graphdef, abstract = params_lib.describe(make_model, None)
+    wanted = nnx.traversals.flatten_mapping(abstract, sep="/")
+    path = folder / PARAMS
+    try:
+        found = safetensors.numpy.load(path.read_bytes())
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}).") from error
+    shapes = {name: (leaf.shape, leaf.dtype) for name, leaf in wanted.items()}
+    if {name: (array.shape, array.dtype) for name, array in found.items()} != shapes:
+        raise UserError(f"{path} does not hold the parameters of the model beside it.")
+    return Mounted(graphdef, jax.device_put(nnx.traversals.unflatten_mapping(found, sep="/")))
 
 
 def _read_config(folder: epath.Path, family: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The loop around the step: resume, draw, step, log, save. Everything stateful stands here in plain sight."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -57,16 +58,16 @@ def fit(
         The last state and the log's rows.
     """
     directory = epath.Path(directory)
-    checkpoints = checkpoint.Checkpoints(directory / "checkpoints")
-    if checkpoints.latest_step is not None:
-        state = checkpoints.restore(state, iterator)
-    start = int(state.step)
-    log = metrics.Log(directory / "log.jsonl", start)
     averages = metrics.Averages()
-    with (
-        jax.set_mesh(mesh),
-        progress.track(name, total=config.num_steps, start=start) as bar,
-    ):
+    with contextlib.ExitStack() as stack:
+        checkpoints = checkpoint.Checkpoints(directory / "checkpoints")
+        stack.callback(checkpoints.close)
+        if checkpoints.latest_step is not None:
+            state = checkpoints.restore(state, iterator)
+        start = int(state.step)
+        log = metrics.Log(directory / "log.jsonl", start)
+        stack.enter_context(jax.set_mesh(mesh))
+        bar = stack.enter_context(progress.track(name, config.num_steps, start))
         for step in range(start + 1, config.num_steps + 1):
             batch = sharding.put_batch(next(iterator), mesh)
             state, sums = step_fn(state, batch)
@@ -81,5 +82,4 @@ def fit(
                 bar.update(log.rows[-1]["step"], loss=float(values["loss"]))
             if step % config.checkpoint_every == 0 or is_last:
                 checkpoints.save(state, iterator)
-    checkpoints.close()
     return state, log.rows

@@ -39,7 +39,7 @@ def make_schedule(config: Config, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: Config, num_steps: int) -> optax.GradientTransformation:
-    """Clip, Adam, decay of matrices only, schedule."""
+    """Clip, Adam with decay (norms, biases and temperatures aside), schedule."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
@@ -53,7 +53,6 @@ def make_optimizer(config: Config, num_steps: int) -> optax.GradientTransformati
 
 
 def _is_decayed(params: optax.Params) -> optax.Params:
-    """Norms, biases and temperatures keep their scale."""
 
     def decide(path: tuple, _: jax.Array) -> bool:
         return str(path[-1].key) not in ("scale", "bias", "logit_scale")

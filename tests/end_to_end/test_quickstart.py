@@ -152,6 +152,7 @@ def test_killed_inside_each_stage_it_gives_the_same_bits(quickstart, tiny_run):
 def test_overwrite_mends_an_edited_stage(finished, tiny_run):
     """The same seed makes the same files again, so what was made from them stands."""
     flip_a_byte(finished / "tokenizer" / "frozen" / "vocabulary.json")
+    flip_a_byte(largest_file(finished / "decoder" / "params"))
     done = Quickstart(finished).run("--overwrite")
     assert done.returncode == 0, done.stderr[-4000:]
     assert metrics(finished) == metrics(tiny_run.workdir)

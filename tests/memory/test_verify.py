@@ -45,7 +45,7 @@ def copy(original, tmp_path):
 def paths_of(root: pathlib.Path) -> list[str]:
     """Every file but the lock, which is empty, and those that belong to a run."""
     found = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
-    return sorted(set(found) - {".lock", "manifest.json", "times.json"})
+    return sorted(set(found) - {".memory-lock", "manifest.json", "times.json"})
 
 
 def test_a_flipped_byte_in_any_file_is_named_and_crashes_no_search(original, tmp_path):
