@@ -158,8 +158,7 @@ def _make_spae(config: spae.Config) -> spae.SPAE:
 def _save(
     folder: epath.Path, config: Mapping[str, Any], words: vocabulary.Vocabulary, params: Params
 ) -> None:
-    flat = nnx.traversals.flatten_mapping(jax.device_get(params), sep="/")
-    files.write_atomic(folder / PARAMS, safetensors.numpy.save(flat))
+    files.write_atomic(folder / PARAMS, safetensors.numpy.save(_named(jax.device_get(params))))
     words.save(folder / VOCABULARY)
     files.write_json(folder / CONFIG, config)
 
@@ -167,7 +166,7 @@ def _save(
 def _mount(folder: epath.Path, make_model: Callable[[], nnx.Module]) -> Mounted:
     """A model from the folder's own parameters; the same bits make the same file, unlike a checkpoint."""
     graphdef, abstract = params_lib.describe(make_model, None)
-    wanted = nnx.traversals.flatten_mapping(abstract, sep="/")
+    wanted = _named(abstract)
     path = folder / PARAMS
     try:
         found = safetensors.numpy.load(path.read_bytes())
@@ -176,7 +175,16 @@ def _mount(folder: epath.Path, make_model: Callable[[], nnx.Module]) -> Mounted:
     shapes = {name: (leaf.shape, leaf.dtype) for name, leaf in wanted.items()}
     if {name: (array.shape, array.dtype) for name, array in found.items()} != shapes:
         raise UserError(f"{path} does not hold the parameters of the model beside it.")
-    return Mounted(graphdef, jax.device_put(nnx.traversals.unflatten_mapping(found, sep="/")))
+    leaves = [found[name] for name in wanted]
+    params = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+    return Mounted(graphdef, jax.device_put(params))
+
+
+def _named(params: Params) -> dict[str, Any]:
+    """Leaves by their path, such as `decoder/blocks/0/kernel`, in the tree's order."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    join = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {join(path): leaf for path, leaf in leaves}
 
 
 def _read_config(folder: epath.Path, family: str) -> dict[str, Any]:

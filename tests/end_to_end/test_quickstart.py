@@ -101,7 +101,7 @@ def refusal(capsys, *words: str) -> str:
     ("stage", "folder"),
     [
         ("tokenizer", "tokenizer/frozen/vocabulary.json"),
-        ("tokenizer", "tokenizer/frozen/params"),
+        ("tokenizer", "tokenizer/frozen/params.safetensors"),
         ("retriever", "retriever/checkpoints"),
         ("decoder", "decoder/params"),
         ("memory", "memory/v000001"),
