@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import pathlib
 from typing import Any
 
@@ -58,6 +59,8 @@ def check_out(path: str) -> None:
         raise UserError(f"--out={path} is no PNG file; let it end in .png.")
     if not out.parent.is_dir():
         raise UserError(f"--out={path}: there is no folder {out.parent}; make it first.")
+    if not os.access(out.parent, os.W_OK):
+        raise UserError(f"--out={path}: the folder {out.parent} cannot be written.")
     if out.is_dir():
         raise UserError(f"--out={path} is a folder; name a file.")
 

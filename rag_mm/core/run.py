@@ -32,7 +32,7 @@ class Manifest:
 
     `config` is its slice of the config, `inputs` the input stages' fingerprints, `outputs` the
     digests of its files by content, `metrics` what it measured, nested by the stages spoken of.
-    `status` is "running" or "done"; `fingerprint` hashes the first four and is empty until then.
+    `status` is "running" or "done"; `fingerprint` hashes all of these and is empty until then.
     """
 
     stage: str
@@ -294,6 +294,7 @@ def _fingerprint(manifest: Manifest) -> str:
         "config": manifest.config,
         "inputs": manifest.inputs,
         "outputs": manifest.outputs,
+        "metrics": manifest.metrics,
     }
     return files.digest(files.canonical_json(content).encode())
 

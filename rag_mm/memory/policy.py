@@ -38,16 +38,13 @@ def make_query(
         if document.image is None:
             raise ValueError(f"document {document.id!r} has no image to ask with")
         return document.image
-    if not document.text.strip():
+    words = document.text.split()
+    if not words:
         raise ValueError(f"document {document.id!r} has no text to ask with")
-    return document.text if rng is None else drop_words(document.text, rng, token_dropout)
-
-
-def drop_words(text: str, rng: np.random.Generator, probability: float) -> str:
-    """`text` without a random share of its words; one is left at least (RA-CM3 section 3.1)."""
-    words = text.split()
+    if rng is None:
+        return document.text
     draws = rng.random(len(words))
-    kept = [word for word, draw in zip(words, draws, strict=True) if draw >= probability]
+    kept = [word for word, draw in zip(words, draws, strict=True) if draw >= token_dropout]
     return " ".join(kept) if kept else words[int(draws.argmax())]
 
 

@@ -39,6 +39,9 @@ class Config:
 
     def __post_init__(self):
         quantize.check_levels(self.levels)
+        for name in ("patch_size", "width", "embed_dim", "codebook_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} is no size: give at least 1.")
         shrink = self.patch_size * 2 ** (len(self.width_multipliers) - 1)
         if self.image_size != shrink * self.levels[-1]:
             raise UserError(

@@ -68,7 +68,9 @@ def stage_configs(config: Mapping[str, Any]) -> dict[str, Any]:
     unknown = [name for name in config["stages"] if name not in STAGES]
     if unknown:
         raise UserError(f"There is no stage {unknown[0]!r}; stages are {', '.join(STAGES)}.")
-    return {name: _stage_config(config, name) for name in config["stages"]}
+    configs = {name: _stage_config(config, name) for name in config["stages"]}
+    _check_agreement(configs)
+    return configs
 
 
 def run_chain(
@@ -97,13 +99,14 @@ def run_chain(
     _check_inputs(run, chosen)
     with run.locked():
         compilation.keep_programs(run.workdir)
-        if not overwrite:
-            for name in chosen:
+        for name in configs:
+            # config.json speaks of every stage, so all must fit it, or be about to be rebuilt.
+            if not overwrite:
                 run_lib.check_stage(run, name, _slice(configs[name]), STAGES[name].inputs)
         run.save_config(config)
-        for name in chosen:
-            _run_stage(run, name, configs[name], overwrite)
-        if "report" in chosen:
+        has_worked = [_run_stage(run, name, configs[name], overwrite) for name in chosen]
+        is_missing = not (run.workdir / report.PAGE).exists()
+        if "report" in chosen and (any(has_worked) or is_missing):
             run.save_costs("quickstart", chosen)
             report.write_page(configs["report"], run)
     return run
@@ -117,14 +120,15 @@ def _check_inputs(run: run_lib.Run, chosen: list[str]) -> None:
                 run.finished_stage(needed)
 
 
-def _run_stage(run: run_lib.Run, name: str, config: Any, overwrite: bool) -> None:
+def _run_stage(run: run_lib.Run, name: str, config: Any, overwrite: bool) -> bool:
+    """Whether there was anything to do."""
     stage = STAGES[name]
     before = run.manifest(name)
     if before is None:
         progress.say(f"{name}: begins")
     else:
         progress.say(f"{name}: {'done before, checking' if before.is_done else 'going on'}")
-    run_lib.run_stage(
+    after = run_lib.run_stage(
         run,
         name,
         _slice(config),
@@ -133,6 +137,7 @@ def _run_stage(run: run_lib.Run, name: str, config: Any, overwrite: bool) -> Non
         overwrite=overwrite,
         reports_on_others=stage.reports_on_others,
     )
+    return before != after
 
 
 def _stage_config(config: Mapping[str, Any], name: str) -> Any:
@@ -143,7 +148,31 @@ def _stage_config(config: Mapping[str, Any], name: str) -> Any:
             "seed": config["seed"],
             "world": config["world"],
         }
-    return config_lib.make(STAGES[name].config, {**shared, **config.get(name, {})}, name)
+    own = config.get(name, {})
+    if name == "control":  # The decoder in everything but what it reads.
+        own = {**config.get("decoder", {}), "max_docs": 0, "docs_shares": (1.0,)}
+    return config_lib.make(STAGES[name].config, {**shared, **own}, name)
+
+
+def _check_agreement(configs: Mapping[str, Any]) -> None:
+    """Refuses counts of one stage that another cannot serve."""
+    neighbors, readers = (
+        configs.get("neighbors"),
+        [
+            ("decoder", "caption_draws", "caption_draws"),
+            ("decoder", "max_docs", "num_neighbors"),
+            ("generation", "num_held_out", "num_test"),
+            ("generation", "num_seen", "num_test"),
+        ],
+    )
+    for stage, wants, has in readers:
+        if neighbors is None or stage not in configs:
+            continue
+        wanted, found = getattr(configs[stage], wants), getattr(neighbors, has)
+        if wanted > found or (wants == has and wanted != found):
+            raise UserError(
+                f"{stage}.{wants} is {wanted}, but neighbors.{has} is {found}; make them agree."
+            )
 
 
 def _slice(config: Any) -> dict[str, Any]:

@@ -25,6 +25,7 @@ PAIRS = (
     ("art_nll", "docs1", "docs0"),
     ("art_nll", "docs2", "docs1"),
     ("art_nll", "docs1", "control"),
+    ("art_nll", "docs2", "random_documents"),
     ("joint", "docs2", "docs0"),
     ("joint", "docs2", "control"),
     ("joint", "docs2", "hit_itself"),
@@ -97,6 +98,10 @@ def _measure(
     judge("hit_itself", _hits(config, run, test))
     codes = files.read_array(drawn / f"{split}_random_documents_codes.npy")
     judge("random_documents", bench.codec.decode(codes))
+    most = bench.decoder.layout.max_docs
+    nll = likelihood.code_nll(bench.decoder, test.mains, bench.docs(test.random_docs, most))
+    summary["random_documents"] |= scene_metrics.nll_summary(nll, art)
+    values["random_documents"]["art_nll"] = scene_metrics.document_nll(nll, art)
     return Measured(summary, values)
 
 

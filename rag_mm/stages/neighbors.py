@@ -13,6 +13,7 @@ from etils import epath
 
 from rag_mm.core import files, progress
 from rag_mm.core import run as run_lib
+from rag_mm.core.document import Document, Text
 from rag_mm.memory import memory as memory_lib
 from rag_mm.memory import policy
 from rag_mm.stages import memory as memory_stage
@@ -20,6 +21,7 @@ from rag_mm.stages import world as world_lib
 from rag_mm.worlds.emoji import scenes as scene_lib
 
 INPUTS = ("retriever", "memory")
+POLICY = "policy.json"  # what retrieval at inference must keep to as well
 TEST_SPLITS = {"held_out": world_lib.HELD_OUT, "seen": world_lib.SEEN}
 
 
@@ -35,6 +37,13 @@ class Config:
     max_similarity: float | None = None
     num_test: int = 256
 
+    def __post_init__(self):
+        for name in ("num_neighbors", "caption_draws", "num_test"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, give at least 1")
+        if not 0 <= self.token_dropout < 1:
+            raise ValueError(f"token_dropout is {self.token_dropout}, give 0 up to 1")
+
 
 def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
     """Writes rows of the memory, int32, -1 where there is no neighbor:
@@ -48,6 +57,7 @@ def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
     bound = config.max_similarity or _calibrate(config, seen_memory, facts)
     train = _train_neighbors(config, seen_memory, bound)
     files.write_array(stage_dir / "train.npy", train)
+    files.write_json(stage_dir / POLICY, {"max_similarity": bound})
     same_class = {}
     for split, names in TEST_SPLITS.items():
         source = config.world.scenes("test", *names)
@@ -97,7 +107,8 @@ def _keys(facts: list[scene_lib.Facts]) -> np.ndarray:
 
 def _dropped_caption(config: Config, source: scene_lib.Scenes, row: int, draw: int) -> str:
     rng = np.random.default_rng((config.seed, 3, row, draw))
-    return policy.drop_words(source.caption(row, draw), rng, config.token_dropout)
+    asked = Document(id="", segments=(Text(source.caption(row, draw)),))
+    return str(policy.make_query(asked, "text", rng, config.token_dropout))
 
 
 def _calibrate(config: Config, memory: memory_lib.Memory, facts: list[scene_lib.Facts]) -> float:

@@ -19,6 +19,7 @@ from rag_mm.stages import world as world_lib
 from rag_mm.train import metrics as train_metrics
 from rag_mm.worlds.emoji import facts as facts_lib
 
+PAGE = "report.html"
 INPUTS = (*generation.INPUTS, "generation", "evaluation")
 CURVES = (
     ("tokenizer", "psnr", "Image tokenizer: PSNR (dB)", "train"),
@@ -53,7 +54,7 @@ def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict[str, An
 def write_page(config: Config, run: run_lib.Run) -> epath.Path:
     """Writes `report.html` beside metrics.json."""
     data = gather(config, run, run.metrics)
-    page = run.workdir / "report.html"
+    page = run.workdir / PAGE
     files.write_atomic(page, report.render_report(data).encode())
     return page
 

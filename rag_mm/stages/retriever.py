@@ -47,6 +47,9 @@ class Config:
 
     def __post_init__(self):
         training.check_config(self.optimizer, self.loop, self.batch_size)
+        for name in ("embed_dim", "num_heads", "vision_layers", "text_layers", "patch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, give at least 1")
         if not self.splits or not set(self.splits) <= set(split_lib.SPLITS):
             known = ", ".join(split_lib.SPLITS)
             raise ValueError(f"splits are {self.splits}, choose some of {known}")

@@ -8,18 +8,18 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from rag_mm.core import compilation
+from rag_mm.core import compilation, files
 from rag_mm.core import run as run_lib
 from rag_mm.core.document import Document
 from rag_mm.core.errors import UserError
 from rag_mm.data import rows
 from rag_mm.decode import modes
 from rag_mm.decode.sampler import Sampling
-from rag_mm.memory import images
+from rag_mm.memory import images, policy
 from rag_mm.memory.memory import Memory
 from rag_mm.stages import corpus as corpus_lib
 from rag_mm.stages import decoder as decoder_stage
-from rag_mm.stages import frozen, retriever, tokenizer
+from rag_mm.stages import frozen, neighbors, retriever, tokenizer
 
 Found = list[dict[str, Any]]
 
@@ -52,6 +52,7 @@ class Session:
     codec: frozen.Tokenizer
     encoder: frozen.Retriever
     memory: Memory
+    max_similarity: float  # of the retrieval policy; see `stages.neighbors`
 
     def generate(
         self,
@@ -184,10 +185,7 @@ class Session:
             raise UserError(f"This model reads 0 to {most} documents, not {len(given) or count}.")
         scores: list[float | None] = [None] * len(given)
         if not given and count:
-            hits = self.memory.search(**query, view="mixed", k=min(count, len(self.memory)))
-            present = hits.ids[0][hits.ids[0] >= 0]
-            chosen = [self.memory.document(int(row)) for row in present]
-            scores = hits.scores[0].astype(float).tolist()
+            chosen, scores = self._retrieve(query, count)
         found = [
             {
                 "id": document.id,
@@ -199,6 +197,26 @@ class Session:
             for document, score in zip(chosen, scores, strict=False)
         ]
         return found, [self._example(document) for document in chosen][::-1]
+
+    def _retrieve(
+        self, query: dict[str, Any], count: int
+    ) -> tuple[list[Document], list[float | None]]:
+        """By the policy that training saw; documents without a picture are passed over."""
+        found = policy.find_neighbors(
+            self.memory.index("mixed").search,
+            self.memory.encode(**query),
+            self.memory.embeddings("mixed"),
+            num_neighbors=4 * count,
+            max_similarity=self.max_similarity,
+            own_rows=np.array([-1]),
+            own_keys=np.array([policy.NO_KEY]),
+            row_keys=np.full(len(self.memory), policy.NO_KEY),
+        )
+        present = found.ids[0] >= 0
+        documents = [self.memory.document(int(row)) for row in found.ids[0][present]]
+        pairs = zip(documents, found.scores[0][present].tolist(), strict=True)
+        with_picture = [pair for pair in pairs if pair[0].image is not None][:count]
+        return [document for document, _ in with_picture], [score for _, score in with_picture]
 
     def _example(self, document: Document) -> rows.Example:
         if document.image is None:
@@ -232,7 +250,8 @@ def load(workdir: epath.PathLike) -> Session:
     encoder = retriever.load_encoder(run.workdir)
     # Not `finished_stage`: documents may be added to a run's memory by hand, which it checks itself.
     memory = Memory.open(run.stage_dir("memory"), encoder)
-    return Session(generator, codec, encoder, memory)
+    bound = files.read_json(run.finished_stage("neighbors") / neighbors.POLICY)["max_similarity"]
+    return Session(generator, codec, encoder, memory, bound)
 
 
 def _sampling(temperature: float, top_p: float) -> Sampling:

@@ -44,6 +44,12 @@ class Config:
 
     def __post_init__(self):
         training.check_config(self.optimizer, self.loop, self.batch_size)
+        patches = self.num_init_images * self.model.levels[-1] ** 2
+        if patches < self.model.codebook_size:
+            raise ValueError(
+                f"num_init_images gives {patches} patches for a codebook of "
+                f"{self.model.codebook_size}, give more"
+            )
         if self.model.image_size != self.world.geometry.image_size:
             raise ValueError(
                 f"model.image_size is {self.model.image_size}, but the pictures of level "

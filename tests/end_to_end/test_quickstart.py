@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from whole_run import TRAINED, Quickstart, contents, fingerprints, metrics, results
+from whole_run import TRAINED, Quickstart, contents, fingerprints, metrics
 
 from configs import quickstart as page
 from rag_mm import report
@@ -130,7 +130,7 @@ def test_from_scratch_it_gives_the_same_bits(quickstart, tiny_run):
     done = quickstart.run("--json")
     assert done.returncode == 0, done.stderr[-4000:]
     assert metrics(quickstart.workdir) == metrics(tiny_run.workdir)
-    assert results(quickstart.workdir) == results(tiny_run.workdir)
+    assert fingerprints(quickstart.workdir) == fingerprints(tiny_run.workdir)
 
 
 @pytest.mark.slow
@@ -143,7 +143,7 @@ def test_killed_inside_each_stage_it_gives_the_same_bits(quickstart, tiny_run):
     done = quickstart.run()
     assert done.returncode == 0, done.stderr[-4000:]
     assert metrics(quickstart.workdir) == metrics(tiny_run.workdir)
-    assert results(quickstart.workdir) == results(tiny_run.workdir)
+    assert fingerprints(quickstart.workdir) == fingerprints(tiny_run.workdir)
     assert not list(quickstart.workdir.rglob("*tmp*"))
     assert all((quickstart.workdir / stage / "checkpoints").is_dir() for stage in TRAINED)
 

@@ -15,6 +15,14 @@ from rag_mm.core import files
 TIMEOUT = 900
 # Training stages: killed where a checkpoint lies behind them and steps before them.
 TRAINED = ("tokenizer", "retriever", "decoder", "control")
+# What shows that a stage has done some of its work, so that a kill leaves it half done.
+EVIDENCE = dict.fromkeys(TRAINED, "checkpoints/[0-9]*[0-9]") | {
+    "memory": "CURRENT",
+    "neighbors": "train.npy",
+    "generation": "*_codes.npy",
+    "evaluation": "times.json",
+    "report": "figures/*.png",
+}
 
 
 class Quickstart:
@@ -48,14 +56,10 @@ class Quickstart:
         return json.loads(path.read_text())["status"] if path.exists() else ""
 
     def _wait(self, process: subprocess.Popen, stage: str) -> None:
-        checkpoints = self.workdir / stage / "checkpoints"
         deadline = time.monotonic() + TIMEOUT
         while time.monotonic() < deadline and process.poll() is None:
             is_inside = self.status(stage) == "running"
-            if stage in TRAINED:
-                is_inside = is_inside and any(checkpoints.glob("[0-9]*[0-9]"))
-            if is_inside:
-                time.sleep(0.2)
+            if is_inside and any((self.workdir / stage).glob(EVIDENCE[stage])):
                 return
             time.sleep(0.01)
         pytest.fail(f"it never came inside {stage}")
@@ -76,23 +80,6 @@ def fingerprints(workdir: pathlib.Path) -> dict[str, str]:
     """The fingerprint of every finished stage."""
     manifests = {p.parent.name: files.read_json(p) for p in workdir.glob("*/manifest.json")}
     return {stage: manifest["fingerprint"] for stage, manifest in manifests.items()}
-
-
-def results(workdir: pathlib.Path) -> dict[str, dict[str, str]]:
-    """What every stage made, as digests by content.
-
-    A memory's lists of its files are left out: among these are Orbax's, whose names are drawn by lot.
-    """
-    manifests = {p.parent.name: files.read_json(p) for p in workdir.glob("*/manifest.json")}
-    lists = ("CURRENT", "manifest.json", "manifest.sha256")
-    return {
-        stage: {
-            name: digest
-            for name, digest in manifest["outputs"].items()
-            if stage != "memory" or pathlib.PurePath(name).name not in lists
-        }
-        for stage, manifest in manifests.items()
-    }
 
 
 def contents(workdir: pathlib.Path) -> dict[str, str]:
