@@ -191,6 +191,9 @@ def test_prefill_is_the_forward_pass_and_hands_back_every_layer():
 def test_unknown_choices_are_refused():
     with pytest.raises(ValueError, match="alibi"):
         decoder.DecoderConfig(**SIZES, positions="alibi")
-    config = decoder.DecoderConfig(**SIZES, norm="batchnorm")
     with pytest.raises(ValueError, match="batchnorm"):
-        jax.eval_shape(lambda: naive_decoder.make_model(config))
+        decoder.DecoderConfig(**SIZES, norm="batchnorm")
+    with pytest.raises(ValueError, match="maxout"):
+        decoder.DecoderConfig(**SIZES, mlp="maxout")
+    with pytest.raises(ValueError, match="num_heads is 0"):
+        decoder.DecoderConfig(**SIZES | {"num_heads": 0})

@@ -1,6 +1,7 @@
 """The chain's picture: an order in which every stage finds its inputs, and configs that are right at once."""
 
 import copy
+import dataclasses
 
 import pytest
 
@@ -82,3 +83,29 @@ def test_a_stage_whose_inputs_are_missing_is_refused(config, tmp_path):
     with pytest.raises(UserError, match="no stage 'decoder'"):
         chain.run_chain(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_control_follows_what_is_changed_of_the_decoder():
+    changed = {"decoder.loop.num_steps": "60", "decoder.batch_size": "4"}
+    config = config_lib.to_dict(config_lib.load_config("configs/quickstart.py:tiny", changed))
+    configs = chain.stage_configs(config)
+    alike = dataclasses.replace(configs["decoder"], max_docs=0, docs_shares=(1.0,))
+    assert configs["control"] == alike
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        {"neighbors.caption_draws": "2"},
+        {"neighbors.num_neighbors": "1"},
+        {"generation.num_held_out": "1000"},
+        {"neighbors.num_test": "0"},
+        {"decoder.model.num_heads": "0"},
+        {"retriever.embed_dim": "0"},
+        {"tokenizer.num_init_images": "1"},
+    ],
+)
+def test_counts_that_do_not_fit_are_refused_before_anything_runs(override):
+    config = config_lib.to_dict(config_lib.load_config("configs/quickstart.py:tiny", override))
+    with pytest.raises(UserError):
+        chain.stage_configs(config)
