@@ -82,3 +82,18 @@ def test_the_summary_quotes_accuracies_beside_the_ceiling():
     value, meaning = rows["Joint accuracy"]
     assert value == "0 docs: 2.0 % ± 2.0 · 1 doc: not measured · 2 docs: 60.0 % ± 2.0"
     assert "the ceiling is 94.0 % ± 2.0" in meaning
+
+
+def test_a_difference_paired_by_document_decides_where_it_was_measured():
+    """Documents differ more from each other than a document changes: pairing sees what intervals hide."""
+    wide = {"docs0": mean(2.84, 0.11), "docs1": mean(2.73, 0.11)}
+    paired = {"art_nll_docs1_minus_docs0": mean(-0.105, 0.009)}
+
+    def read(decoder):
+        found = verdicts.verdicts({"decoder": decoder})
+        return next(verdict.status for verdict in found if verdict.claim == "A document is read")
+
+    assert read({"art_nll": wide}) == "no"
+    assert read({"art_nll": wide, "paired": paired}) == "yes"
+    swapped = {"docs0": wide["docs1"], "docs1": wide["docs0"]}
+    assert read({"art_nll": swapped, "paired": paired}) == "no"
