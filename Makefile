@@ -11,15 +11,13 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
 PIP := $(BIN)/python -m pip --no-input --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint requirements.lock
-# jax stops at a flag that it does not know, so this is set here only, where the lock says which jax.
-QUICKSTART_FLAGS := --xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE
 PYTEST := $(BIN)/python -m pytest
 
 .PHONY: all quickstart test test-slow lint lock clean
 all: $(VENV)/.installed
 
 quickstart: $(VENV)/.installed
-	XLA_FLAGS="$(QUICKSTART_FLAGS) $$XLA_FLAGS" $(BIN)/rag-mm quickstart
+	launch/local.sh quickstart
 
 test: lint
 	$(PYTEST) -q -m "not slow and not parity"
