@@ -1,6 +1,6 @@
 """Batches of random-access records by Grain, decided by (seed, index), resumable to the item."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import grain
@@ -20,12 +20,15 @@ class Source(Protocol[T]):
     def __getitem__(self, index: int) -> T: ...
 
 
+Transform = Callable[[T, np.random.Generator], dict[str, Any]]
+
+
 def make_batches(
     source: Source[T],
     batch_size: int,
     seed: int,
-    transform: Callable[[T, np.random.Generator], dict[str, Any]],
-    *,
+    *transforms: Transform,
+    shares: Sequence[float] = (1.0,),
     num_epochs: int | None = None,
     start: int = 0,
     num_workers: int = 0,
@@ -40,9 +43,12 @@ def make_batches(
         source: the records.
         batch_size: examples in a batch.
         seed: at least 0.
-        transform: makes arrays (or numbers) of one record, always of the same shapes. It runs in
-            a thread beside the caller, or, with workers, is sent to them by pickling.
-        num_epochs: None never ends.
+        transforms: each makes arrays (or numbers) of one record, always of the same shapes. It runs
+            in a thread beside the caller, or, with workers, is sent to them by pickling. With
+            several a batch is all of one kind, since only rows of one shape can be stacked; each
+            kind shuffles the records anew.
+        shares: how often a batch is of each kind, evenly interleaved.
+        num_epochs: of each kind; None never ends.
         start: the first batch to give; an iterator's state counts from there.
         num_workers: processes that read and transform; 0 does so in this process.
 
@@ -52,6 +58,7 @@ def make_batches(
 
     Raises:
         UserError: there is not even one batch.
+        ValueError: transforms and shares do not pair.
     """
     num_records = len(source)
     if not num_records or (num_epochs is not None and num_records * num_epochs < batch_size):
@@ -59,15 +66,13 @@ def make_batches(
             f"{num_records} records do not fill one batch of {batch_size}; add records or take"
             " a smaller batch_size."
         )
-    # Grain shuffles epoch e with its seed + e: adjacent seeds must not be one epoch apart.
-    shuffle_seed, transform_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
-    dataset = (
-        grain.MapDataset.source(source)
-        .shuffle(shuffle_seed)
-        .repeat(num_epochs)
-        .random_map(transform, seed=transform_seed)
-        .batch(batch_size, drop_remainder=True)
-    )
+    seeds = np.random.SeedSequence(seed).spawn(len(transforms))
+    kinds = [
+        (_make_kind(source, batch_size, kind_seed, transform, num_epochs), float(share))
+        for transform, share, kind_seed in zip(transforms, shares, seeds, strict=True)
+        if share > 0
+    ]
+    dataset = grain.MapDataset.mix(*zip(*kinds, strict=True))
     # One thread beside the training step: more would only wait for Python's lock.
     reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     batches = dataset[start:].to_iter_dataset(reading)
@@ -76,3 +81,21 @@ def make_batches(
             flags.FLAGS.mark_as_parsed()
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
     return iter(batches)
+
+
+def _make_kind(
+    source: Source[T],
+    batch_size: int,
+    seed: np.random.SeedSequence,
+    transform: Transform,
+    num_epochs: int | None,
+) -> grain.MapDataset:
+    # Grain shuffles epoch e with its seed + e: adjacent seeds must not be one epoch apart.
+    shuffle_seed, transform_seed = seed.generate_state(2).tolist()
+    return (
+        grain.MapDataset.source(source)
+        .shuffle(shuffle_seed)
+        .repeat(num_epochs)
+        .random_map(transform, seed=transform_seed)
+        .batch(batch_size, drop_remainder=True)
+    )

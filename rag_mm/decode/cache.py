@@ -5,23 +5,30 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rag_mm.nn.block import Attend
+from rag_mm.nn.block import Attend, Heads
 from rag_mm.ops import attention
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, each [B, capacity, K, H]."""
+    """Keys and values of a layer, each [B, capacity, K, H]; `newest` as in `nn.block.Heads`."""
 
     keys: jax.Array
     values: jax.Array
+    newest: jax.Array | None = None
 
 
-def make_cache(prefilled: tuple[jax.Array, jax.Array], num_steps: int) -> tuple[LayerCache, ...]:
+def make_cache(prefilled: Heads, num_steps: int) -> tuple[LayerCache, ...]:
     """Room for `num_steps` more tokens behind what `Decoder.prefill` returned ([L, B, T, K, H])."""
     room = ((0, 0), (0, num_steps), (0, 0), (0, 0))
-    keys, values = prefilled
-    layers = range(keys.shape[0])
-    return tuple(LayerCache(jnp.pad(keys[i], room), jnp.pad(values[i], room)) for i in layers)
+    keys, values, newest = prefilled.k, prefilled.v, prefilled.newest
+    return tuple(
+        LayerCache(
+            jnp.pad(keys[i], room),
+            jnp.pad(values[i], room),
+            None if newest is None else newest[i],
+        )
+        for i in range(keys.shape[0])
+    )
 
 
 def make_attend(index: jax.Array, segment_ids: jax.Array) -> Attend:
@@ -32,20 +39,19 @@ def make_attend(index: jax.Array, segment_ids: jax.Array) -> Attend:
         segment_ids: int32 [B, capacity], 0 for padding, 1 elsewhere.
     """
 
-    def attend(
-        q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache
-    ) -> tuple[jax.Array, LayerCache]:
+    def attend(heads: Heads, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
         at = (jnp.int32(0), index, jnp.int32(0), jnp.int32(0))
         cache = LayerCache(
-            jax.lax.dynamic_update_slice(cache.keys, k, at),
-            jax.lax.dynamic_update_slice(cache.values, v, at),
+            jax.lax.dynamic_update_slice(cache.keys, heads.k, at),
+            jax.lax.dynamic_update_slice(cache.values, heads.v, at),
+            heads.newest,
         )
         attended = attention.attention(
-            q,
+            heads.q,
             cache.keys,
             cache.values,
             is_causal=True,
-            query_segment_ids=jnp.ones(q.shape[:2], jnp.int32),
+            query_segment_ids=jnp.ones(heads.q.shape[:2], jnp.int32),
             key_segment_ids=segment_ids,
             query_offset=index,
         )

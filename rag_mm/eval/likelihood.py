@@ -1,9 +1,12 @@
 """How likely a model finds given pictures: NLL per image code, documents given (RA-CM3, spec section 12)."""
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -13,26 +16,31 @@ from rag_mm.nn.params import Params
 from rag_mm.ops import losses
 
 
-def code_nll(
+class CodeScores(NamedTuple):
+    """Of every code of B pictures: NLL in nats, float32 [B, N], and whether it was likeliest, bool [B, N]."""
+
+    nll: np.ndarray
+    is_top1: np.ndarray
+
+
+def score_codes(
     generator: Generator,
     mains: Sequence[rows.Example],
     docs: Sequence[Sequence[rows.Example]],
     batch_size: int = 64,
-) -> np.ndarray:
-    """NLL of every code of the main pictures, given their texts and documents.
+) -> CodeScores:
+    """How well every code of the main pictures is foreseen, given their texts and documents.
 
     Args:
-        generator: the model.
+        generator: the model; the whole vocabulary is the alternative.
         mains: the documents to score.
         docs: for each the documents before it.
         batch_size: rows at once; the last batch is padded.
-
-    Returns:
-        float32 [B, num_codes], nats, the whole vocabulary being the alternative.
     """
     layout = generator.layout
     # Nothing is masked here, so the room for moved spans is cut off.
-    length = layout.moved_start
+    most = max((len(given) for given in docs), default=0)
+    length = dataclasses.replace(layout, max_docs=most).moved_start
     found = []
     for first in range(0, len(mains), batch_size):
         part = slice(first, first + batch_size)
@@ -47,14 +55,19 @@ def code_nll(
         missing = batch_size - len(made)
         batch = {k: np.stack([row[k] for row in made + made[-1:] * missing]) for k in made[0]}
         batch = {k: v[:, :length] for k, v in batch.items()}
-        nll = np.asarray(_token_nll(generator.params, batch, graphdef=generator.graphdef))
+        scores = _score(generator.params, batch, graphdef=generator.graphdef)
         # The target of token t is token t + 1.
-        found += [nll[i, end - 1 : end - 1 + layout.num_codes] for i, end in enumerate(ends)]
-    return np.stack(found)
+        at = np.array(ends)[:, None] - 1 + np.arange(layout.num_codes)
+        found.append([np.take_along_axis(np.asarray(s)[: len(made)], at, axis=1) for s in scores])
+    return CodeScores(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
 
 @partial(jax.jit, static_argnames="graphdef")
-def _token_nll(params: Params, batch: dict[str, jax.Array], *, graphdef: nnx.GraphDef) -> jax.Array:
+def _score(
+    params: Params, batch: dict[str, jax.Array], *, graphdef: nnx.GraphDef
+) -> tuple[jax.Array, jax.Array]:
     model = nnx.merge(graphdef, params)
     hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"])
-    return losses.token_nll(model.logits(hidden), batch["targets"])
+    logits = model.logits(hidden)
+    is_top1 = jnp.argmax(logits, axis=-1) == batch["targets"]
+    return losses.token_nll(logits, batch["targets"]), is_top1

@@ -50,28 +50,28 @@ def accuracies(right: Mapping[str, np.ndarray]) -> dict[str, dict[str, float | i
     }
 
 
-def document_nll(nll: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-    """Mean NLL per code of each document, over all its codes or those under `mask`.
+def per_document(figures: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    """Mean of a figure of every code, for each document, over all its codes or those under `mask`.
 
     Args:
-        nll: float [B, N], nats, one figure per image code.
+        figures: float or bool [B, N], one for each image code, such as its NLL.
         mask: bool [B, N], for instance the codes that show art; None means all.
 
     Returns:
-        float64 [B], nats per code. Every document weighs the same however many codes it counts,
-        so that the mean of these is what paired differences of them add up to.
+        float64 [B]. Every document weighs the same however many codes it counts, so that the mean
+        of these is what paired differences of them add up to.
 
     Raises:
         ValueError: shapes differ, or a document has no code under its mask.
     """
-    nll = np.asarray(nll, np.float64)
-    mask = np.ones(nll.shape, bool) if mask is None else np.asarray(mask, bool)
-    if nll.ndim != 2 or nll.shape != mask.shape:
-        raise ValueError(f"NLL {nll.shape} and mask {mask.shape} must both be [B, N]")
+    figures = np.asarray(figures, np.float64)
+    mask = np.ones(figures.shape, bool) if mask is None else np.asarray(mask, bool)
+    if figures.ndim != 2 or figures.shape != mask.shape:
+        raise ValueError(f"figures {figures.shape} and mask {mask.shape} must both be [B, N]")
     counts = mask.sum(axis=1)
     if not counts.all():
         raise ValueError(f"document {int(np.argmin(counts))} has no code under its mask")
-    return np.where(mask, nll, 0.0).sum(axis=1) / counts
+    return np.where(mask, figures, 0.0).sum(axis=1) / counts
 
 
 def nll_summary(nll: np.ndarray, art: np.ndarray) -> dict[str, dict[str, float | int]]:
@@ -86,9 +86,9 @@ def nll_summary(nll: np.ndarray, art: np.ndarray) -> dict[str, dict[str, float |
 
     Raises:
         UserError: fewer than two documents, or NaN among their figures.
-        ValueError: as `document_nll`.
+        ValueError: as `per_document`.
     """
     return {
-        "image_nll": statistics.mean(document_nll(nll), "image NLL"),
-        "art_nll": statistics.mean(document_nll(nll, art), "art NLL"),
+        "image_nll": statistics.mean(per_document(nll), "image NLL"),
+        "art_nll": statistics.mean(per_document(nll, art), "art NLL"),
     }

@@ -14,7 +14,7 @@ from flax import nnx
 
 from rag_mm.core import sharding
 from rag_mm.nn import layers
-from rag_mm.nn.block import BlockConfig, Stack
+from rag_mm.nn.block import BlockConfig, Heads, Stack
 from rag_mm.ops import attention, losses
 
 
@@ -188,9 +188,9 @@ def _project(features: jax.Array, projection: Any) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)
 
 
-def _attend_to_all(q, k, v, _):
-    return attention.attention(q, k, v, is_causal=False), None
+def _attend_to_all(heads: Heads, _: Any) -> tuple[jax.Array, Any]:
+    return attention.attention(heads.q, heads.k, heads.v, is_causal=False), None
 
 
-def _attend_causally(q, k, v, _):
-    return attention.attention(q, k, v, is_causal=True), None
+def _attend_causally(heads: Heads, _: Any) -> tuple[jax.Array, Any]:
+    return attention.attention(heads.q, heads.k, heads.v, is_causal=True), None

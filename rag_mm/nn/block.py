@@ -2,16 +2,35 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from rag_mm.nn import layers
 from rag_mm.ops import rope
 
-# (q, k, v, what this layer was handed) -> (attended [B, T, N, H], what this layer hands back).
-Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+class Heads(NamedTuple):
+    """q [B, T, N, H], k and v [B, T, K, H]; `newest`, [B, 1, K, H], is the last key before smearing."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    newest: jax.Array | None = None
+
+
+# (heads, what this layer was handed) -> (attended [B, T, N, H], what this layer hands back).
+Attend = Callable[[Heads, Any], tuple[jax.Array, Any]]
+
+
+class Before(NamedTuple):
+    """What smearing must know of the past: whether a token goes on from the one before it, bool [B, T],
+    and the `newest` key before the first one, None where nothing stands before it."""
+
+    is_continued: jax.Array
+    newest: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +46,7 @@ class BlockConfig:
     norm_eps: float = 1e-5
     mlp: str = "swiglu"  # swiglu, or the activation of a two-matrix MLP: relu | gelu | quick_gelu
     qk_norm: bool = False
+    smear_keys: bool = False  # each head's key is mixed with the token's before: Olsson et al. 2022
     use_bias: bool = False
     rope_theta: float | None = 10_000.0  # None: positions are added to the embeddings instead
     init_std: float | None = None  # None: 1 / sqrt(fan in)
@@ -62,19 +82,38 @@ class Attention(nnx.Module):
             layers.Norm("rmsnorm", c.head_dim, rngs=rngs, eps=c.norm_eps) if norm else None
         )
 
+        zeros = jnp.zeros(c.num_kv_heads, jnp.float32)
+        self.smear = nnx.Param(zeros, axes=("kv_heads",)) if c.smear_keys else None
+
     def heads(
-        self, x: jax.Array, positions: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x: [B, T, D], positions: int32 [B, T] -> q [B, T, N, H], k and v [B, T, K, H]."""
+        self, x: jax.Array, positions: jax.Array | None, before: Before | None = None
+    ) -> Heads:
+        """x: [B, T, D], positions: int32 [B, T]; `before` is needed where keys are smeared."""
         q, k, v = self.q(x), self.k(x), self.v(x)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        newest = None
+        if self.smear is not None:
+            if before is None:
+                raise ValueError("smeared keys need to know which token goes on from which")
+            newest = k[:, -1:]
+            k = _smear(k, jax.nn.sigmoid(self.smear[...]).astype(k.dtype), before)
         if self.rope_theta is not None:
             q, k = (
                 rope.rotate(q, positions, self.rope_theta),
                 rope.rotate(k, positions, self.rope_theta),
             )
-        return q, k, v
+        return Heads(q, k, v, newest)
+
+
+def _smear(k: jax.Array, share: jax.Array, before: Before) -> jax.Array:
+    """(1 - share) k[t] + share k[t - 1], share [K]; nothing stands before a first token."""
+    first = jnp.zeros_like(k[:, :1]) if before.newest is None else before.newest
+    previous = jnp.concatenate([first, k[:, :-1]], axis=1)
+    share = share[None, None, :, None]
+    return k * (1 - share) + previous * (
+        share * before.is_continued[:, :, None, None].astype(k.dtype)
+    )
 
 
 class MLP(nnx.Module):
@@ -108,11 +147,16 @@ class Block(nnx.Module):
         self.mlp = MLP(c, rngs=rngs)
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array | None, attend: Attend, handed: Any = None
+        self,
+        x: jax.Array,
+        positions: jax.Array | None,
+        attend: Attend,
+        handed: Any = None,
+        before: Before | None = None,
     ) -> tuple[jax.Array, Any]:
         """x: [B, T, D] -> ([B, T, D], what `attend` hands back)."""
-        q, k, v = self.attention.heads(self.attention_norm(x), positions)
-        attended, back = attend(q, k, v, handed)
+        heads = self.attention.heads(self.attention_norm(x), positions, before)
+        attended, back = attend(heads, handed)
         x = x + self.attention.out(attended)
         return x + self.mlp(self.mlp_norm(x)), back
 
@@ -126,12 +170,16 @@ class Stack(nnx.Module):
         self.blocks = jax.vmap(lambda key: Block(config, rngs=nnx.Rngs(params=key)))(keys)
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array | None, attend: Attend
+        self,
+        x: jax.Array,
+        positions: jax.Array | None,
+        attend: Attend,
+        before: Before | None = None,
     ) -> tuple[jax.Array, Any]:
         """Scans over layers; what every layer hands back comes stacked along axis 0."""
 
         def layer(x, block):
-            return block(x, positions, attend)
+            return block(x, positions, attend, before=before)
 
         return jax.lax.scan(layer, x, self.blocks)
 

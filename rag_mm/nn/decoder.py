@@ -1,13 +1,15 @@
 """One scanned decoder whose config covers every language model here: CM3, CM3Leon, Chameleon, LLaMA."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from rag_mm.nn import layers
-from rag_mm.nn.block import Attend, Block, BlockConfig, Stack
+from rag_mm.nn.block import Attend, Before, Block, BlockConfig, Heads, Stack
 from rag_mm.ops import attention, rope
 
 
@@ -29,6 +31,7 @@ class DecoderConfig:
     rope_theta: float = 10_000.0
     mlp: str = "swiglu"  # swiglu | relu | gelu
     qk_norm: bool = False
+    smear_keys: bool = False
     use_bias: bool = False
     tie_embeddings: bool = False
     init_std: float = 0.02
@@ -66,6 +69,7 @@ class DecoderConfig:
             norm_eps=self.norm_eps,
             mlp=self.mlp,
             qk_norm=self.qk_norm,
+            smear_keys=self.smear_keys,
             use_bias=self.use_bias,
             rope_theta=self.rope_theta if self.positions == "rope" else None,
             init_std=self.init_std,
@@ -104,28 +108,40 @@ class Decoder(nnx.Module):
             Hidden states [B, T, D] after the last norm, in the config's dtype.
         """
 
-        def attend(q, k, v, _):
-            masked = attention.attention(
-                q, k, v, is_causal=True, query_segment_ids=segment_ids, key_segment_ids=segment_ids
-            )
-            return masked, None
-
-        x, _ = self.stack(self.embed(tokens, positions), positions, attend)
+        x, _ = self._run(tokens, positions, segment_ids, lambda heads: None)
         return self.norm(x)
 
     def prefill(
         self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """Like a call, and also the keys and values of every layer, each [L, B, T, K, H]."""
+    ) -> tuple[jax.Array, Heads]:
+        """Like a call, and also the heads of every layer without queries, each stacked [L, ...]."""
+        x, heads = self._run(tokens, positions, segment_ids, lambda heads: heads._replace(q=None))
+        return self.norm(x), heads
 
-        def attend(q, k, v, _):
+    def _run(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        keep: Callable[[Heads], Any],
+    ) -> tuple[jax.Array, Any]:
+
+        def attend(heads, _):
             masked = attention.attention(
-                q, k, v, is_causal=True, query_segment_ids=segment_ids, key_segment_ids=segment_ids
+                heads.q,
+                heads.k,
+                heads.v,
+                is_causal=True,
+                query_segment_ids=segment_ids,
+                key_segment_ids=segment_ids,
             )
-            return masked, (k, v)
+            return masked, keep(heads)
 
-        x, keys_values = self.stack(self.embed(tokens, positions), positions, attend)
-        return self.norm(x), keys_values
+        before = None
+        if self.config.smear_keys:
+            is_same = segment_ids[:, 1:] == segment_ids[:, :-1]
+            before = Before(jnp.pad(is_same, ((0, 0), (1, 0))))
+        return self.stack(self.embed(tokens, positions), positions, attend, before)
 
     def decode_step(
         self,
@@ -137,12 +153,16 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, tuple]:
         """One token a row, int32 [B, 1], against a cache a layer that `attend` reads and updates.
 
+        Where keys are smeared a layer's cache has the `newest` key.
+
         `blocks` is `stack.unstack()`, taken once outside the decoding loop.
         """
         x = self.embed(tokens, positions)
         updated = []
+        goes_on = jnp.ones(tokens.shape, bool)
         for block, layer_cache in zip(blocks, cache, strict=True):
-            x, layer_cache = block(x, positions, attend, layer_cache)
+            before = Before(goes_on, layer_cache.newest) if self.config.smear_keys else None
+            x, layer_cache = block(x, positions, attend, layer_cache, before)
             updated.append(layer_cache)
         return self.norm(x), tuple(updated)
 

@@ -35,6 +35,18 @@ class Corpus:
             raise UserError(f"{memory.path} holds no codes; build it with a tokenizer.")
         return [self.example(memory.document(i).text, codes[i]) for i in range(len(memory))]
 
+    def test(
+        self, source: scene_lib.Scenes, chosen: np.ndarray
+    ) -> tuple[list[rows.Example], np.ndarray]:
+        """Scenes with all facts told, and which of their codes show an entity: bool [Q, N]."""
+        facts = [source.facts(int(row)) for row in chosen]
+        texts = [scene_lib.caption(shown, source.level, None, drop=False) for shown in facts]
+        codes = self.codes(source, chosen)
+        patch = source.level.image_size // self.codec.config.levels[-1]
+        masks = [scene_lib.entity_mask(shown, source.level, patch).ravel() for shown in facts]
+        mains = [self.example(text, own) for text, own in zip(texts, codes, strict=True)]
+        return mains, np.stack(masks)
+
     def codes(self, source: scene_lib.Scenes, chosen: np.ndarray | None = None) -> np.ndarray:
         """Codes of scenes, int32 [R, N]."""
         return self.codec.encode(world_lib.images(source, chosen))
@@ -52,6 +64,6 @@ def picture(memory: Memory, row: int) -> np.ndarray:
     return pixels
 
 
-def pick(examples: Sequence[rows.Example], ids: np.ndarray, count: int) -> list[rows.Example]:
-    """The first `count` present neighbors, the best one last: next to the main document."""
-    return [examples[i] for i in ids[ids >= 0][:count]][::-1]
+def pick(examples: Sequence[rows.Example], ids: np.ndarray) -> list[rows.Example]:
+    """The present neighbors, the best one last: next to the main document."""
+    return [examples[i] for i in ids[ids >= 0]][::-1]

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import grain
 import numpy as np
 from etils import epath
 from flax import nnx
@@ -16,12 +17,14 @@ from rag_mm.data import masking, pipeline, rows
 from rag_mm.data.vocabulary import Vocabulary
 from rag_mm.decode.modes import Generator
 from rag_mm.models import ra_cm3
+from rag_mm.nn import params as params_lib
 from rag_mm.nn.decoder import DecoderConfig
+from rag_mm.stages import copying, frozen, tokenizer, training
 from rag_mm.stages import corpus as corpus_lib
-from rag_mm.stages import frozen, tokenizer, training
 from rag_mm.stages import memory as memory_stage
 from rag_mm.stages import world as world_lib
 from rag_mm.train import checkpoint, loop, optimizer
+from rag_mm.worlds.emoji import scenes as scene_lib
 
 INPUTS = ("tokenizer", "memory", "neighbors")
 CONTROL_INPUTS = ("tokenizer",)
@@ -33,11 +36,15 @@ class Config:
     """`model` holds a `DecoderConfig`'s values except its vocabulary and length, which follow from the data.
 
     Attributes:
-        max_docs: most documents in a row; 0 makes the control.
-        docs_shares: how often a row holds 0, 1, .. max_docs documents (RA-CM3: uniform).
+        max_docs: most documents in a row.
+        docs_shares: how often a batch holds 0, 1, .. max_docs documents a row (RA-CM3: uniform).
+        is_vanilla: the control, which reads the same main documents in the same order and no others.
         max_text: room for a caption, in tokens.
+        docs_text: room a training row has for a document's caption, on average; a row that needs
+            more, which is rare, loses its first document.
         mask_probability: share of rows with masked spans, the others being plain causal rows.
         segment_probability: share of masked rows that mask whole captions or images.
+        num_watched: unseen scenes on which copying is watched at every checkpoint.
     """
 
     seed: int
@@ -48,12 +55,15 @@ class Config:
     caption_draws: int
     max_docs: int = 2
     docs_shares: tuple[float, ...] = (1.0, 1.0, 1.0)
+    is_vanilla: bool = False
     max_text: int = 24
+    docs_text: int = 24
     max_spans: int = 3
     mask_probability: float = 0.5
     segment_probability: float = 0.5
     alpha: float = 0.1
     batch_size: int = 32
+    num_watched: int = 48
     mesh: tuple[int, int, int] = (1, 1, 1)
 
     def __post_init__(self):
@@ -76,7 +86,8 @@ class Config:
 
     def layout(self, num_codes: int) -> rows.Layout:
         """The rows this decoder reads."""
-        return rows.Layout(self.max_docs, self.max_text, num_codes, self.max_spans)
+        max_docs = 0 if self.is_vanilla else self.max_docs
+        return rows.Layout(max_docs, self.max_text, num_codes, self.max_spans)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,67 +105,153 @@ class RowSource:
     memory: list[rows.Example]
     neighbors: np.ndarray | None
 
-    def make(self, index: np.int64, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """One row. The main document is drawn first, so that the control sees the same ones."""
+    def make(
+        self, index: np.int64, rng: np.random.Generator, num_docs: int
+    ) -> dict[str, np.ndarray]:
+        """One row of at most `num_docs` documents.
+
+        The main document is drawn first, so that the control sees the same ones.
+        """
         config, draws = self.config, self.texts[index]
         draw = int(rng.integers(len(draws)))
         main, docs = draws[draw], []
         if self.neighbors is not None:
-            shares = np.asarray(config.docs_shares) / np.sum(config.docs_shares)
-            count = int(rng.choice(config.max_docs + 1, p=shares))
             column = draw if rng.random() < 0.5 else len(draws)
             found = self.neighbors[index, column]
-            chosen = rng.permutation(found[found >= 0])[:count]
+            chosen = rng.permutation(found[found >= 0])[:num_docs]
             docs = [self.memory[i] for i in chosen]
+        length = self.row_length(num_docs)
+        while rows.find_segments(self.layout, main, docs)[-1, 1] + 1 + self.room > length:
+            docs = docs[1:]
         segments = rows.find_segments(self.layout, main, docs)
         masks = masking.Masking(0, config.segment_probability, config.mask_probability)
         spans = masking.sample_spans(masks, segments, rng, config.max_spans)
-        return rows.make_row(self.layout, self.vocabulary, main, docs, spans)
+        row = rows.make_row(self.layout, self.vocabulary, main, docs, spans)
+        return {name: values[:length] for name, values in row.items()}
+
+    @property
+    def room(self) -> int:
+        """Tokens that masking may add to a row."""
+        return self.layout.length - self.layout.moved_start
+
+    def row_length(self, num_docs: int) -> int:
+        """Tokens of a row of `num_docs` documents, so that little of it is padding."""
+        layout = self.layout
+        num_docs = min(num_docs, layout.max_docs)
+        alone = dataclasses.replace(layout, max_docs=0).length
+        return alone + num_docs * (layout.slot - layout.max_text + self.config.docs_text)
+
+    def batches(self) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+        """Every batch holds rows of one number of documents: what they lack would be padding."""
+        config = self.config
+        return pipeline.make_batches(
+            np.arange(len(self.texts)),
+            config.batch_size,
+            config.seed,
+            *(partial(self.make, num_docs=count) for count in range(config.max_docs + 1)),
+            shares=config.docs_shares,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions trained on, padding included, to within a batch."""
+        config = self.config
+        shares = np.asarray(config.docs_shares) / np.sum(config.docs_shares)
+        lengths = [self.row_length(count) for count in range(config.max_docs + 1)]
+        return round(config.loop.num_steps * config.batch_size * float(shares @ lengths))
 
 
 def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
-    """Trains; the control is the same function with `max_docs` 0."""
+    """Trains; the control is the same function with `is_vanilla`."""
     codec = tokenizer.load_tokenizer(run.workdir)
-    layout = config.layout(codec.config.num_codes)
-    corpus = corpus_lib.Corpus(layout, codec)
+    corpus = corpus_lib.Corpus(config.layout(codec.config.num_codes), codec)
     source = config.world.scenes("train", *world_lib.SEEN)
-    codes = corpus.codes(source)
-    texts = [
-        [corpus.example(source.caption(i, draw), codes[i]) for draw in range(config.caption_draws)]
-        for i in range(len(source))
-    ]
-    memory, neighbors = [], None
-    if config.max_docs:
-        memory = corpus.memory(memory_stage.open_memory(run, memory_stage.SEEN_VERSION))
+    documents: list[rows.Example] = []
+    neighbors = None
+    if not config.is_vanilla:
+        documents = corpus.memory(memory_stage.open_memory(run))
         neighbors = files.read_array(run.finished_stage("neighbors") / "train.npy")
         if neighbors.shape[:2] != (len(source), config.caption_draws + 1):
             raise UserError(
                 f"decoder.caption_draws is {config.caption_draws}, but the neighbors were found "
                 f"for {neighbors.shape[1] - 1} draws; give both stages the same."
             )
-    row_source = RowSource(config, layout, codec.vocabulary, texts, memory, neighbors)
-    batches = pipeline.make_batches(
-        np.arange(len(source)), config.batch_size, config.seed, row_source.make
-    )
+    watch = _make_watch(config, run, corpus, documents)
+    # Training reads no row of a held-out class: these lie behind those of the seen ones.
+    num_seen = len(memory_stage.open_memory(run, memory_stage.SEEN_VERSION)) if documents else 0
+    row_source = make_rows(config, corpus, source, documents[:num_seen], neighbors)
+    return fit(config, stage_dir, codec, row_source, watch)
+
+
+def make_rows(
+    config: Config,
+    corpus: corpus_lib.Corpus,
+    source: scene_lib.Scenes,
+    memory: list[rows.Example],
+    neighbors: np.ndarray | None,
+) -> RowSource:
+    """Rows of all scenes of `source`, each with `caption_draws` captions."""
+    codes = corpus.codes(source)
+    texts = [
+        [corpus.example(source.caption(i, draw), codes[i]) for draw in range(config.caption_draws)]
+        for i in range(len(source))
+    ]
+    words = corpus.codec.vocabulary
+    return RowSource(config, corpus.layout, words, texts, memory, neighbors)
+
+
+def fit(
+    config: Config,
+    stage_dir: epath.Path,
+    codec: frozen.Tokenizer,
+    row_source: RowSource,
+    watch: copying.CopyWatch,
+) -> dict:
+    """Trains on rows and writes the model; the stage's metrics."""
+    layout = row_source.layout
     model_config = make_model_config(config, codec, layout)
-    mesh = sharding.make_mesh(*config.mesh)
+    make_model = partial(_make_model, model_config, config.seed)
+    graphdef, _ = params_lib.describe(make_model, None)
     params, log = training.train(
         stage_dir.name,
         stage_dir,
-        partial(_make_model, model_config, config.seed),
+        make_model,
         partial(ra_cm3.loss_fn, config=model_config),
-        batches,
+        row_source.batches(),
         optimizer_config=config.optimizer,
         loop_config=config.loop,
         seed=config.seed,
-        mesh=mesh,
+        mesh=sharding.make_mesh(*config.mesh),
+        watch=lambda step, params: watch(
+            step, Generator(graphdef, params, codec.vocabulary, layout)
+        ),
     )
     checkpoint.save_params(stage_dir / "params", params)
     # What a loader needs to refuse another tokenizer's codes, and to lay out prompts as in training.
     record = {"tokenizer": codec.fingerprint, "layout": dataclasses.asdict(layout)}
-    files.write_json(stage_dir / "decoder.json", record | {"model": _plain(model_config)})
+    model = dataclasses.asdict(model_config)
+    files.write_json(stage_dir / "decoder.json", record | {"model": model})
     train = {k: v for k, v in log[-1].items() if k != "step"}
-    return {"train": train, "tokens": _tokens(config, layout), "cut_texts": _share_cut(texts)}
+    cut = _share_cut(row_source.texts)
+    return {"train": train, "tokens": row_source.num_tokens, "cut_texts": cut}
+
+
+def _make_watch(
+    config: Config,
+    run: run_lib.Run,
+    corpus: corpus_lib.Corpus,
+    documents: list[rows.Example],
+) -> copying.CopyWatch:
+    """Unseen scenes with the best document that each retrieves."""
+    source = config.world.scenes("test", *world_lib.HELD_OUT)
+    chosen = world_lib.sample_rows(source, config.num_watched, config.seed)
+    docs: list[list[rows.Example]] = [[] for _ in chosen]
+    if not config.is_vanilla:
+        folder = run.finished_stage("neighbors")
+        chosen = files.read_array(folder / "held_out_rows.npy")[: config.num_watched]
+        found = files.read_array(folder / "held_out_text.npy")[: config.num_watched, :1]
+        docs = [corpus_lib.pick(documents, ids) for ids in found]
+    return copying.CopyWatch(*corpus.test(source, chosen), docs, config.loop.num_steps)
 
 
 def load_generator(run: run_lib.Run, stage: str, codec: frozen.Tokenizer) -> Generator:
@@ -163,7 +260,11 @@ def load_generator(run: run_lib.Run, stage: str, codec: frozen.Tokenizer) -> Gen
     Raises:
         UserError: the stage is missing, unfinished or edited, or was trained on another tokenizer's codes.
     """
-    stage_dir = run.finished_stage(stage)
+    return load_params(run.finished_stage(stage), codec)
+
+
+def load_params(stage_dir: epath.Path, codec: frozen.Tokenizer) -> Generator:
+    """What `fit` wrote; raises as `load_generator` does."""
     record = files.read_json(stage_dir / "decoder.json")
     if record["tokenizer"] != codec.fingerprint:
         raise UserError(
@@ -191,15 +292,6 @@ def make_model_config(
 
 def _make_model(config: ra_cm3.Config, seed: int) -> ra_cm3.Model:
     return ra_cm3.Model(config.decoder, rngs=nnx.Rngs(params=seed))
-
-
-def _plain(config: ra_cm3.Config) -> dict[str, Any]:
-    return dataclasses.asdict(config)
-
-
-def _tokens(config: Config, layout: rows.Layout) -> int:
-    """Positions trained on, padding included."""
-    return config.loop.num_steps * config.batch_size * layout.length
 
 
 def _share_cut(texts: list[list[rows.Example]]) -> float:

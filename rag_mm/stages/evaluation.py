@@ -29,9 +29,14 @@ PAIRS = (
     ("joint", "docs2", "docs0"),
     ("joint", "docs2", "control"),
     ("joint", "docs2", "hit_itself"),
+    ("joint", "docs2", "random_documents"),
+    ("joint", "docs2", "held_out_removed"),
+    ("joint", "held_out_removed", "docs0"),
     ("cider", "docs2", "docs0"),
     ("cider", "docs2", "control"),
 )
+BASELINES = ("hit_itself", "oracle_paste", "random_documents", "held_out_removed")
+PER_DOCUMENT = "per_document.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +49,22 @@ class Config:
 
 
 def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict[str, Any]:
-    """Measures; figures of the decoder, the control and the baselines come under their own names."""
+    """Measures; figures of the decoder, the control and the baselines come under their own names.
+
+    Writes `per_document.json`: {split: {variant: {figure: one value a test document}}}.
+    """
     bench = generation.open_bench(config.generation, run)
-    drawn_dir = run.finished_stage("generation")
-    measured = {split: _measure(config, bench, run, drawn_dir, split) for split in bench.tests}
-    metrics = _arrange(measured["held_out"])
-    seen = _arrange(measured["seen"])
+    drawn = run.finished_stage("generation")
+    measured = {split: _measure(config, bench, run, drawn, split) for split in bench.tests}
+    values = {
+        split: {
+            name: {k: v.tolist() for k, v in figures.items()}
+            for name, figures in found.values.items()
+        }
+        for split, found in measured.items()
+    }
+    files.write_json(stage_dir / PER_DOCUMENT, values)
+    metrics, seen = (_arrange(measured[split]) for split in ("held_out", "seen"))
     for owner in metrics:
         metrics[owner]["seen"] = seen[owner]
     return metrics
@@ -57,67 +72,76 @@ def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict[str, An
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Measured:
-    """Figures of one split by variant, and per-document values [Q] for paired differences."""
+    """Figures of one split by variant, and the values [Q] by test document that they are means of."""
 
-    summary: dict[str, dict[str, Any]]
-    per_document: dict[str, dict[str, np.ndarray]]
+    summary: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    values: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
 
 
 def _measure(
     config: Config, bench: generation.Bench, run: run_lib.Run, drawn: epath.Path, split: str
 ) -> Measured:
-    test = bench.tests[split]
+    test, measured = bench.tests[split], Measured()
     level, names = config.world.geometry, neighbors.TEST_SPLITS[split]
     source = config.world.scenes("test", *names)
     asked = [source.facts(int(row)) for row in test.scene_rows]
     art = np.stack([scene_lib.entity_mask(shown, level, PATCH).ravel() for shown in asked])
     scorer = facts_lib.Scorer(level)
-    summary: dict[str, dict[str, Any]] = {}
-    values: dict[str, dict[str, np.ndarray]] = {}
 
     def judge(variant: str, pictures: np.ndarray) -> None:
         right = scene_metrics.outcomes(scorer.read(pictures), asked, level)
-        summary.setdefault(variant, {}).update(scene_metrics.accuracies(right))
-        values.setdefault(variant, {})["joint"] = right["joint"].astype(float)
+        measured.summary[variant] = scene_metrics.accuracies(right)
+        measured.values[variant] = {name: found.astype(float) for name, found in right.items()}
 
     real_features = bench.encoder.encode_image(test.pictures)
-    for variant, model, count in bench.variants():
-        pictures = bench.codec.decode(files.read_array(drawn / f"{split}_{variant}_codes.npy"))
-        judge(variant, pictures)
+    for variant in test.variants:
+        pictures = bench.codec.decode(files.read_array(drawn / f"{split}_{variant.name}_codes.npy"))
+        judge(variant.name, pictures)
+        summary, values = measured.summary[variant.name], measured.values[variant.name]
         features = bench.encoder.encode_image(pictures)
-        summary[variant]["kernel_distance"] = kernel_distance.kernel_distance(
-            features, real_features
+        summary["kernel_distance"] = kernel_distance.kernel_distance(features, real_features)
+        nll, is_top1 = likelihood.score_codes(
+            variant.model, test.mains, bench.docs(variant.by_text)
         )
-        nll = likelihood.code_nll(model, test.mains, bench.docs(test.docs_by_text, count))
-        summary[variant] |= scene_metrics.nll_summary(nll, art)
-        values[variant]["art_nll"] = scene_metrics.document_nll(nll, art)
-        written = files.read_json(drawn / f"{split}_{variant}_captions.json")["captions"]
-        scores = caption_metrics.cider(written, [[text] for text in test.captions])
-        summary[variant]["cider"] = statistics.mean(scores)
-        values[variant]["cider"] = scores
-    judge("hit_itself", _hits(config, run, test))
-    codes = files.read_array(drawn / f"{split}_random_documents_codes.npy")
-    judge("random_documents", bench.codec.decode(codes))
-    most = bench.decoder.layout.max_docs
-    nll = likelihood.code_nll(bench.decoder, test.mains, bench.docs(test.random_docs, most))
-    summary["random_documents"] |= scene_metrics.nll_summary(nll, art)
-    values["random_documents"]["art_nll"] = scene_metrics.document_nll(nll, art)
-    return Measured(summary, values)
+        summary |= scene_metrics.nll_summary(nll, art)
+        values["art_nll"] = scene_metrics.per_document(nll, art)
+        values["art_top1"] = scene_metrics.per_document(is_top1, art)
+        if variant.by_image is not None:
+            written = files.read_json(drawn / f"{split}_{variant.name}_captions.json")["captions"]
+            values["cider"] = caption_metrics.cider(written, [[text] for text in test.captions])
+            summary["cider"] = statistics.mean(values["cider"])
+    judge("hit_itself", _hits(run, test))
+    judge("oracle_paste", _pasted(config, test, asked))
+    return measured
 
 
-def _hits(config: Config, run: run_lib.Run, test: generation.TestSet) -> np.ndarray:
+def _pasted(config: Config, test: generation.TestSet, asked: list[scene_lib.Facts]) -> np.ndarray:
+    """The art of the best hits where and on what was asked: what copying without a fault would draw."""
+    shown = neighbors.memory_facts(config.world)
+
+    def paste(wanted: scene_lib.Facts, hits: np.ndarray) -> np.ndarray:
+        brought = [entity.class_id for hit in hits if hit >= 0 for entity in shown[hit].entities]
+        pasted = [
+            dataclasses.replace(entity, class_id=class_id)
+            for entity, class_id in zip(wanted.entities, brought, strict=False)
+        ]
+        facts = dataclasses.replace(wanted, entities=tuple(pasted))
+        return scene_lib.render(facts, config.world.geometry)
+
+    return np.stack([paste(wanted, hits) for wanted, hits in zip(asked, test.hits, strict=True)])
+
+
+def _hits(run: run_lib.Run, test: generation.TestSet) -> np.ndarray:
     """The best retrieved document's own picture, uint8 [Q, H, W, 3]; black where nothing was found."""
     memory = memory_stage.open_memory(run)
     black = np.zeros_like(test.pictures[0])
-    found = [
-        corpus_lib.picture(memory, int(i)) if i >= 0 else black for i in test.docs_by_text[:, 0]
-    ]
+    found = [corpus_lib.picture(memory, int(i)) if i >= 0 else black for i in test.hits[:, 0]]
     return np.stack(found)
 
 
 def _arrange(measured: Measured) -> dict[str, Any]:
     """{variant: {figure: value}} turned into decoder.FIGURE.docsK, control.FIGURE, baselines.NAME.FIGURE."""
-    summary, values = measured.summary, measured.per_document
+    summary, values = measured.summary, measured.values
     decoder: dict[str, Any] = {}
     for variant, figures in summary.items():
         if variant.startswith("docs"):
@@ -130,5 +154,5 @@ def _arrange(measured: Measured) -> dict[str, Any]:
         for figure, ours, theirs in PAIRS
         if ours in values and theirs in values
     }
-    baselines = {name: summary[name] for name in ("hit_itself", "random_documents")}
+    baselines = {name: summary[name] for name in BASELINES}
     return {"decoder": decoder, "control": summary["control"], "baselines": baselines}

@@ -1,10 +1,10 @@
-"""Stage `generation`: pictures and captions for test documents, with 0 to K documents, and the control's.
+"""Stage `generation`: pictures and captions for test documents, asked in every way that is compared.
 
 Every piece lies in a file of its own, so a killed stage goes on with the next one.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Mapping
 
 import numpy as np
 from etils import epath
@@ -54,19 +54,32 @@ class Config:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TestSet:
-    """The test documents of one split and what retrieval gives them.
+class Variant:
+    """One way to ask: a model, and rows of the memory to read first, int32 [Q, K], -1 missing.
 
-    `docs_by_text` and `docs_by_image` are int32 [Q, K], -1 missing; `random_docs` int32 [Q, K].
+    `by_text` stands before a caption to draw, `by_image` before a picture to describe; None asks
+    for no captions.
+    """
+
+    name: str
+    model: modes.Generator
+    by_text: np.ndarray
+    by_image: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TestSet:
+    """The test documents of one split, and the ways in which they are asked for.
+
+    `hits` is what their captions retrieve: rows of the memory, int32 [Q, K], best first, -1 missing.
     """
 
     scene_rows: np.ndarray
     pictures: np.ndarray
     captions: list[str]
     mains: list[rows.Example]
-    docs_by_text: np.ndarray
-    docs_by_image: np.ndarray
-    random_docs: np.ndarray
+    hits: np.ndarray
+    variants: list[Variant]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,37 +93,23 @@ class Bench:
     memory: list[rows.Example]
     tests: dict[str, TestSet]
 
-    def variants(self) -> Iterator[tuple[str, modes.Generator, int]]:
-        """Name, model and number of documents of every way to ask."""
-        for count in range(self.decoder.layout.max_docs + 1):
-            yield f"docs{count}", self.decoder, count
-        yield "control", self.control, 0
-
-    def docs(self, ids: np.ndarray, count: int) -> list[list[rows.Example]]:
-        """For each query at most `count` documents, the best next to the prompt."""
-        return [corpus_lib.pick(self.memory, found, count) for found in ids]
+    def docs(self, ids: np.ndarray) -> list[list[rows.Example]]:
+        """The documents of each query, the best next to the prompt."""
+        return [corpus_lib.pick(self.memory, found) for found in ids]
 
 
 def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
     """Writes `SPLIT_VARIANT_codes.npy` and `SPLIT_VARIANT_captions.json`."""
     bench = open_bench(config, run)
-    jobs = [(split, *variant) for split in bench.tests for variant in bench.variants()]
-    most = bench.decoder.layout.max_docs
-    with progress.track("generation", total=2 * len(jobs) + len(bench.tests)) as bar:
-        done = 0
-        for split, name, model, count in jobs:
-            test = bench.tests[split]
-            docs = bench.docs(test.docs_by_text, count)
-            _draw(config, bench, stage_dir / f"{split}_{name}_codes.npy", model, test, docs)
-            docs = bench.docs(test.docs_by_image, count)
-            _caption(config, stage_dir / f"{split}_{name}_captions.json", model, test, docs)
-            done += 2
-            bar.update(done)
-        for split, test in bench.tests.items():
-            path = stage_dir / f"{split}_random_documents_codes.npy"
-            docs = bench.docs(test.random_docs, most)
-            _draw(config, bench, path, bench.decoder, test, docs)
-            done += 1
+    jobs = [
+        (split, test, variant) for split, test in bench.tests.items() for variant in test.variants
+    ]
+    with progress.track("generation", total=len(jobs)) as bar:
+        for done, (split, test, variant) in enumerate(jobs, start=1):
+            _draw(config, bench, stage_dir / f"{split}_{variant.name}_codes.npy", test, variant)
+            _caption(
+                config, bench, stage_dir / f"{split}_{variant.name}_captions.json", test, variant
+            )
             bar.update(done)
     return {split: len(test.scene_rows) for split, test in bench.tests.items()}
 
@@ -127,46 +126,66 @@ def open_bench(config: Config, run: run_lib.Run) -> Bench:
     corpus = corpus_lib.Corpus(decoder.layout, codec)
     memory = corpus.memory(memory_stage.open_memory(run))
     folder = run.finished_stage("neighbors")
+    encoder = retriever.load_encoder(run.workdir)
     tests = {}
     for split, names in neighbors_stage.TEST_SPLITS.items():
         source, count = config.world.scenes("test", *names), config.count(split)
-        chosen = files.read_array(folder / f"{split}_rows.npy")[:count]
-        captions = [neighbors_stage.full_caption(source, row) for row in chosen]
-        pictures = world_lib.images(source, chosen)
+        found = {
+            kind: files.read_array(folder / f"{split}_{kind}.npy")[:count]
+            for kind in ("rows", *neighbors_stage.QUERIES)
+        }
+        captions = [neighbors_stage.full_caption(source, row) for row in found["rows"]]
+        pictures = world_lib.images(source, found["rows"])
         codes = codec.encode(pictures)
-        by_text, by_image = (
-            files.read_array(folder / f"{split}_{kind}.npy")[:count] for kind in ("text", "image")
-        )
-        rng = np.random.default_rng((config.seed, 4, count))
         tests[split] = TestSet(
-            chosen,
+            found["rows"],
             pictures,
             captions,
             [corpus.example(text, own) for text, own in zip(captions, codes, strict=True)],
-            by_text,
-            by_image,
-            rng.integers(len(memory), size=by_text.shape).astype(np.int32),
+            found["text"],
+            _variants(
+                found, decoder, control, np.random.default_rng((config.seed, 4, count)), len(memory)
+            ),
         )
-    encoder = retriever.load_encoder(run.workdir)
     return Bench(decoder, control, codec, encoder, memory, tests)
+
+
+def _variants(
+    found: Mapping[str, np.ndarray],
+    decoder: modes.Generator,
+    control: modes.Generator,
+    rng: np.random.Generator,
+    num_rows: int,
+) -> list[Variant]:
+    """0 to K documents; without retrieval; by lot; from the memory without held-out classes."""
+    most = decoder.layout.max_docs
+    by_text, by_image = found["text"][:, :most], found["image"][:, :most]
+    by_lot = rng.integers(num_rows, size=by_text.shape).astype(np.int32)
+    none = by_text[:, :0]
+    return [
+        *(Variant(f"docs{k}", decoder, by_text[:, :k], by_image[:, :k]) for k in range(most + 1)),
+        Variant("control", control, none, none),
+        Variant("random_documents", decoder, by_lot),
+        Variant("held_out_removed", decoder, found["text_of_seen"][:, :most]),
+    ]
 
 
 def _draw(
     config: Config,
     bench: Bench,
     path: epath.Path,
-    model: modes.Generator,
     test: TestSet,
-    docs: list[list[rows.Example]],
+    variant: Variant,
 ) -> None:
     if path.exists():
         return
     sampling = Sampling(config.temperature, config.top_p)
+    docs = bench.docs(variant.by_text)
     texts = [main.text for main in test.mains]
     wanted = bench.encoder.encode_text(test.captions)
 
     def draw(seeds: np.ndarray) -> modes.Drawn:
-        return modes.draw_codes(model, texts, docs, seeds, sampling)
+        return modes.draw_codes(variant.model, texts, docs, seeds, sampling)
 
     def score(codes: np.ndarray) -> np.ndarray:
         return (bench.encoder.encode_image(bench.codec.decode(codes)) * wanted).sum(axis=1)
@@ -176,16 +195,13 @@ def _draw(
 
 
 def _caption(
-    config: Config,
-    path: epath.Path,
-    model: modes.Generator,
-    test: TestSet,
-    docs: list[list[rows.Example]],
+    config: Config, bench: Bench, path: epath.Path, test: TestSet, variant: Variant
 ) -> None:
-    if path.exists():
+    if path.exists() or variant.by_image is None:
         return
     codes = np.stack([main.codes for main in test.mains])
+    docs = bench.docs(variant.by_image)
     seeds = modes.row_seeds(config.seed, len(codes))
     sampling = Sampling(config.caption_temperature)
-    captions, _ = modes.write_captions(model, codes, docs, seeds, sampling)
+    captions, _ = modes.write_captions(variant.model, codes, docs, seeds, sampling)
     files.write_json(path, {"captions": captions})

@@ -14,6 +14,7 @@ from etils import epath
 from rag_mm.core import files, progress
 from rag_mm.core import run as run_lib
 from rag_mm.core.document import Document, Text
+from rag_mm.core.errors import UserError
 from rag_mm.memory import memory as memory_lib
 from rag_mm.memory import policy
 from rag_mm.stages import memory as memory_stage
@@ -23,11 +24,16 @@ from rag_mm.worlds.emoji import scenes as scene_lib
 INPUTS = ("retriever", "memory")
 POLICY = "policy.json"  # what retrieval at inference must keep to as well
 TEST_SPLITS = {"held_out": world_lib.HELD_OUT, "seen": world_lib.SEEN}
+QUERIES = ("text", "image", "text_of_seen")  # the last one asks the memory without held-out classes
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """`max_similarity` None calibrates it on the memory; 0.9 is the papers' value for CLIP weights."""
+    """`max_similarity` None calibrates it on the memory; 0.9 is the papers' value for CLIP weights.
+
+    `min_same_class` is the gate before the decoder: the least share of neighbors of held-out
+    captions that show what was asked for.
+    """
 
     seed: int
     world: world_lib.World
@@ -36,6 +42,7 @@ class Config:
     token_dropout: float = 0.2
     max_similarity: float | None = None
     num_test: int = 256
+    min_same_class: float = 0.0
 
     def __post_init__(self):
         for name in ("num_neighbors", "caption_draws", "num_test"):
@@ -43,36 +50,54 @@ class Config:
                 raise ValueError(f"{name} is {getattr(self, name)}, give at least 1")
         if not 0 <= self.token_dropout < 1:
             raise ValueError(f"token_dropout is {self.token_dropout}, give 0 up to 1")
+        if not 0 <= self.min_same_class <= 1:
+            raise ValueError(f"min_same_class is {self.min_same_class}, give 0 to 1")
 
 
 def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
     """Writes rows of the memory, int32, -1 where there is no neighbor:
 
     `train.npy` [R, caption_draws + 1, K], the last column asked by image; and for each test split
-    `SPLIT_rows.npy` [Q] (which test scenes), `SPLIT_text.npy` and `SPLIT_image.npy` [Q, K].
+    `SPLIT_rows.npy` [Q] (which test scenes) and, for each of `QUERIES`, `SPLIT_QUERY.npy` [Q, K].
+
+    Raises:
+        UserError: the neighbors do not pass the gate.
     """
     seen_memory = memory_stage.open_memory(run, version=memory_stage.SEEN_VERSION)
     whole_memory = memory_stage.open_memory(run)
     facts = memory_facts(config.world)
     bound = config.max_similarity or _calibrate(config, seen_memory, facts)
-    train = _train_neighbors(config, seen_memory, bound)
-    files.write_array(stage_dir / "train.npy", train)
-    files.write_json(stage_dir / POLICY, {"max_similarity": bound})
     same_class = {}
     for split, names in TEST_SPLITS.items():
         source = config.world.scenes("test", *names)
         rows = world_lib.sample_rows(source, config.num_test, config.seed)
         by_text = whole_memory.encode(text=[full_caption(source, row) for row in rows])
         by_image = whole_memory.encode(image=world_lib.images(source, rows))
-        text = _find(config, whole_memory, by_text, source, rows, bound)
-        image = _find(config, whole_memory, by_image, source, rows, bound)
-        for name, array in (("rows", rows), ("text", text), ("image", image)):
+        asked = (whole_memory, by_text), (whole_memory, by_image), (seen_memory, by_text)
+        found = {
+            name: _find(config, memory, queries, source, rows, bound)
+            for name, (memory, queries) in zip(QUERIES, asked, strict=True)
+        }
+        for name, array in ({"rows": rows} | found).items():
             files.write_array(stage_dir / f"{split}_{name}.npy", array)
-        same_class[split] = _same_class(source, rows, text, facts)
+        same_class[split] = _same_class(source, rows, found["text"], facts)
+    _check_gate(config, same_class["held_out"])
+    files.write_array(stage_dir / "train.npy", _train_neighbors(config, seen_memory, bound))
+    files.write_json(stage_dir / POLICY, {"max_similarity": bound})
     return {
         "neighbors": {"max_similarity": bound, "same_class": same_class},
         "retriever": {"same_class_at_2": same_class["held_out"]},
     }
+
+
+def _check_gate(config: Config, same_class: float) -> None:
+    if same_class < config.min_same_class:
+        raise UserError(
+            f"The gate before the decoder is shut: {same_class:.3f} of the neighbors of held-out "
+            f"captions show what was asked for, and neighbors.min_same_class is "
+            f"{config.min_same_class}; train the retriever longer (retriever.loop.num_steps), or "
+            "lower the gate."
+        )
 
 
 def _train_neighbors(config: Config, memory: memory_lib.Memory, bound: float) -> np.ndarray:

@@ -40,6 +40,7 @@ def train(
     mesh: Mesh,
     prepare: Callable[[Params], Params] | None = None,
     derive: loop.Derive | None = None,
+    watch: loop.Watch | None = None,
 ) -> tuple[Params, list[dict[str, float]]]:
     """Trains a model to its end, going on from where a killed run stood.
 
@@ -53,6 +54,7 @@ def train(
         seed: of randomness inside the loss.
         mesh: where state and batches lie.
         derive: figures to log beside the averages they follow from.
+        watch: figures to log at every checkpoint, measured on other data; may raise to end a broken run.
         prepare: changes fresh parameters before step 0 (such as a codebook from data).
 
     Returns:
@@ -66,6 +68,6 @@ def train(
     train_state = state.init_state(params, tx, mesh)
     step_fn = step.make_train_step(graphdef, loss_fn, tx, seed)
     train_state, rows = loop.fit(
-        name, train_state, step_fn, batches, mesh, stage_dir, loop_config, derive
+        name, train_state, step_fn, batches, mesh, stage_dir, loop_config, derive, watch
     )
     return train_state.params, rows

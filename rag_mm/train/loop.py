@@ -12,6 +12,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from rag_mm.core import progress, sharding
+from rag_mm.nn.params import Params
 from rag_mm.train import checkpoint, metrics
 from rag_mm.train.state import TrainState
 from rag_mm.train.step import Metrics
@@ -19,11 +20,13 @@ from rag_mm.train.step import Metrics
 StepFn = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 # Figures that follow from a log's averages, such as decibels from a mean squared error.
 Derive = Callable[[dict[str, np.ndarray]], dict[str, float]]
+# (step, parameters) -> figures on other data than the batches; may raise to end a broken run.
+Watch = Callable[[int, Params], dict[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How long, and how often to look; a checkpoint falls on a logged step."""
+    """How long, and how often to look; a checkpoint falls on a logged step and is watched over."""
 
     num_steps: int
     log_every: int = 20
@@ -47,12 +50,15 @@ def fit(
     directory: epath.PathLike,
     config: Config,
     derive: Derive | None = None,
+    watch: Watch | None = None,
 ) -> tuple[TrainState, list[dict[str, float]]]:
     """Trains to `config.num_steps`, from the newest checkpoint in `directory` if there is one.
 
     Killed and run again it gives the same state and log, to the bit, as if it had never stopped: state
     and iterator are saved together, after the step and before the next batch is drawn, and averages are
     closed at every log, on which every checkpoint falls.
+
+    Where a checkpoint falls, `watch` is asked first and its figures stand in the same row of the log.
 
     Returns:
         The last state and the log's rows.
@@ -78,8 +84,10 @@ def fit(
                 if not np.isfinite(values["loss"]):
                     raise FloatingPointError(f"{name}: the loss at step {step} is not finite")
                 derived = derive(values) if derive is not None else {}
-                log.write(step, {**values, **derived})
-                bar.update(log.rows[-1]["step"], loss=float(values["loss"]))
-            if step % config.checkpoint_every == 0 or is_last:
-                checkpoints.save(state, iterator)
+                is_saved = step % config.checkpoint_every == 0 or is_last
+                seen = watch(step, state.params) if watch is not None and is_saved else {}
+                log.write(step, {**values, **derived, **seen})
+                bar.update(step, loss=float(values["loss"]), **seen)
+                if is_saved:
+                    checkpoints.save(state, iterator)
     return state, log.rows

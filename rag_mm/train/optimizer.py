@@ -12,7 +12,9 @@ class Config:
 
     learning_rate: float = 1e-4
     warmup_steps: int = 1500
-    schedule: str = "linear"  # after warm-up, to zero at the last step: linear | cosine | constant
+    schedule: str = (
+        "linear"  # after warm-up, to zero at the last step: linear | cosine | wsd; or constant
+    )
     b1: float = 0.9
     b2: float = 0.98
     weight_decay: float = 0.0
@@ -22,14 +24,19 @@ class Config:
 def make_schedule(config: Config, num_steps: int) -> optax.Schedule:
     """Learning rate of each step: linear warm-up from zero, then the chosen decay.
 
+    `wsd` is warm-up, stable, decay (MiniCPM, Hu et al. 2024): constant, then in the last 30 % of the
+    steps linearly to zero.
+
     Raises:
-        ValueError: the schedule is not one of linear, cosine, constant.
+        ValueError: the schedule is not one of linear, cosine, wsd, constant.
     """
     peak, warmup = config.learning_rate, min(config.warmup_steps, num_steps)
     after = max(num_steps - warmup, 1)
+    stable = max(warmup, round(0.7 * num_steps))
     decays = {
         "linear": lambda: optax.linear_schedule(peak, 0.0, after),
         "cosine": lambda: optax.cosine_decay_schedule(peak, after),
+        "wsd": lambda: optax.linear_schedule(peak, 0.0, num_steps - stable, stable - warmup),
         "constant": lambda: optax.constant_schedule(peak),
     }
     if config.schedule not in decays:
@@ -55,6 +62,6 @@ def make_optimizer(config: Config, num_steps: int) -> optax.GradientTransformati
 def _is_decayed(params: optax.Params) -> optax.Params:
 
     def decide(path: tuple, _: jax.Array) -> bool:
-        return str(path[-1].key) not in ("scale", "bias", "logit_scale")
+        return str(path[-1].key) not in ("scale", "bias", "smear", "logit_scale")
 
     return jax.tree_util.tree_map_with_path(decide, params)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rag_mm.decode import cache
+from rag_mm.nn.block import Heads
 from rag_mm.ops import attention
 
 B, T, K, H = 2, 4, 2, 3
@@ -14,12 +15,12 @@ def test_new_tokens_see_the_prompt_and_themselves_and_not_the_padding():
     rng = np.random.default_rng(0)
     keys, values = rng.normal(size=(2, 1, B, T, K, H)).astype(np.float32)
     segment_ids = np.array([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]], np.int32)
-    (layer,) = cache.make_cache((jnp.asarray(keys), jnp.asarray(values)), 2)
+    (layer,) = cache.make_cache(Heads(None, jnp.asarray(keys), jnp.asarray(values)), 2)
     assert layer.keys.shape == (B, T + 2, K, H)
     q, k, v = rng.normal(size=(3, B, 1, K, H)).astype(np.float32)
 
     attend = jax.jit(
-        lambda index, q, k, v, layer: cache.make_attend(index, segment_ids)(q, k, v, layer)
+        lambda index, q, k, v, layer: cache.make_attend(index, segment_ids)(Heads(q, k, v), layer)
     )
     attended, layer = attend(jnp.int32(T), q, k, v, layer)
     np.testing.assert_array_equal(layer.keys[:, :T], keys[0])

@@ -43,8 +43,8 @@ def test_lists_must_match_and_not_be_empty():
 def test_art_nll_counts_only_codes_that_show_art():
     nll = np.array([[1.0, 2.0, 3.0, 4.0], [5.0, 5.0, 5.0, 9.0]], np.float32)
     art = np.array([[True, True, False, False], [False, False, False, True]])
-    assert scene_eval.document_nll(nll).tolist() == [2.5, 6.0]
-    assert scene_eval.document_nll(nll, art).tolist() == [1.5, 9.0]
+    assert scene_eval.per_document(nll).tolist() == [2.5, 6.0]
+    assert scene_eval.per_document(nll, art).tolist() == [1.5, 9.0]
     summary = scene_eval.nll_summary(nll, art)
     assert summary["image_nll"]["mean"] == 4.25
     assert summary["art_nll"]["mean"] == 5.25 and summary["art_nll"]["n"] == 2
@@ -52,13 +52,13 @@ def test_art_nll_counts_only_codes_that_show_art():
 
 def test_a_nan_outside_the_mask_does_not_spread_and_inside_is_refused():
     nll = np.array([[1.0, np.nan], [2.0, 2.0]])
-    assert scene_eval.document_nll(nll, np.array([[1, 0], [1, 0]], bool)).tolist() == [1.0, 2.0]
+    assert scene_eval.per_document(nll, np.array([[1, 0], [1, 0]], bool)).tolist() == [1.0, 2.0]
     with pytest.raises(UserError, match="image NLL: 1 of 2"):
         scene_eval.nll_summary(nll, np.ones((2, 2), bool))
 
 
 def test_shapes_and_empty_masks_are_refused():
     with pytest.raises(ValueError, match=r"must both be \[B, N\]"):
-        scene_eval.document_nll(np.zeros((2, 3)), np.ones((2, 4), bool))
+        scene_eval.per_document(np.zeros((2, 3)), np.ones((2, 4), bool))
     with pytest.raises(ValueError, match="document 1 has no code"):
-        scene_eval.document_nll(np.zeros((2, 2)), np.array([[1, 0], [0, 0]], bool))
+        scene_eval.per_document(np.zeros((2, 2)), np.array([[1, 0], [0, 0]], bool))

@@ -38,20 +38,25 @@ def generator():
 
 
 @pytest.fixture(scope="module")
-def found(generator):
+def scores(generator):
     """In batches of 2, the last of them half empty."""
-    return likelihood.code_nll(generator, MAINS, DOCS, batch_size=2)
+    return likelihood.score_codes(generator, MAINS, DOCS, batch_size=2)
 
 
-def test_each_code_costs_its_negative_log_probability_in_the_training_row(generator, found):
+@pytest.fixture(scope="module")
+def found(scores):
+    return scores.nll
+
+
+def test_each_code_costs_its_negative_log_probability_in_the_training_row(generator, scores):
     @jax.jit
     def log_probs(tokens, positions):
         model = nnx.merge(generator.graphdef, generator.params)
         hidden = model(tokens[None], positions[None], jnp.ones_like(tokens)[None])
         return jax.nn.log_softmax(model.logits(hidden)[0])
 
-    assert found.shape == (5, 5) and found.dtype == np.float32
-    for main, docs, nll in zip(MAINS, DOCS, found, strict=True):
+    assert scores.nll.shape == (5, 5) and scores.nll.dtype == np.float32
+    for main, docs, nll, is_top1 in zip(MAINS, DOCS, *scores, strict=True):
         row = rows.make_row(LAYOUT, WORDS, main, docs)
         after = np.asarray(log_probs(row["tokens"], row["positions"]))
         start, end = rows.find_segments(LAYOUT, main, docs)[-1]
@@ -59,18 +64,19 @@ def test_each_code_costs_its_negative_log_probability_in_the_training_row(genera
         np.testing.assert_array_equal(row["tokens"][start:end], ids)
         expected = -after[np.arange(start - 1, end - 1), ids]
         np.testing.assert_allclose(nll, expected, atol=1e-4)
+        np.testing.assert_array_equal(is_top1, after[start - 1 : end - 1].argmax(1) == ids)
 
 
 def test_other_rows_of_the_batch_change_nothing(generator, found):
-    backwards = likelihood.code_nll(generator, MAINS[::-1], DOCS[::-1], batch_size=2)
+    backwards = likelihood.score_codes(generator, MAINS[::-1], DOCS[::-1], batch_size=2).nll
     np.testing.assert_allclose(backwards[::-1], found, atol=1e-4)
 
 
 def test_documents_matter_and_later_codes_do_not(generator, found):
-    bare = likelihood.code_nll(generator, MAINS, [[]] * 5, batch_size=2)
+    bare = likelihood.score_codes(generator, MAINS, [[]] * 5, batch_size=2).nll
     np.testing.assert_allclose(bare[[0, 3]], found[[0, 3]], atol=1e-4)
     assert (np.abs(bare[[1, 2, 4]] - found[[1, 2, 4]]).max(1) > 1e-3).all()
     changed = [rows.Example(m.text, np.r_[m.codes[:4], (m.codes[4] + 1) % 16]) for m in MAINS]
-    other = likelihood.code_nll(generator, changed, DOCS, batch_size=2)
+    other = likelihood.score_codes(generator, changed, DOCS, batch_size=2).nll
     np.testing.assert_allclose(other[:, :4], found[:, :4], atol=1e-4)
     assert (np.abs(other[:, 4] - found[:, 4]) > 1e-4).all()

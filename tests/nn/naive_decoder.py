@@ -84,6 +84,13 @@ def _attention(config, weights, x, positions, segment_ids):
     if config.qk_norm:
         rms = dataclasses.replace(config, norm="rmsnorm")
         q, k = norm(rms, weights["q_norm"], q), norm(rms, weights["k_norm"], k)
+    if config.smear_keys:
+        share = 1 / (1 + np.exp(-weights["smear"]))
+        smeared = k * (1 - share[:, None])
+        for t in range(1, len(k)):
+            if segment_ids[t] == segment_ids[t - 1]:
+                smeared[t] += share[:, None] * k[t - 1]
+        k = smeared
     if config.positions == "rope":
         q, k = _rotate(config, q, positions), _rotate(config, k, positions)
     attended = np.zeros_like(q)

@@ -38,6 +38,7 @@ FAMILIES = {
         qk_norm=True,
         tie_embeddings=True,
     ),
+    "quickstart": decoder.DecoderConfig(**SIZES, num_kv_heads=2, qk_norm=True, smear_keys=True),
 }
 # Two documents and padding in one row; padding and restarted positions in the other.
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 0], [0, 0, 1, 1, 1, 1, 1, 1]], np.int32)
@@ -81,6 +82,7 @@ def test_families_have_the_parameters_they_name(family):
     assert ("stack/blocks/mlp/gate/kernel" in names) == (config.mlp == "swiglu")
     assert ("stack/blocks/attention/q_norm/scale" in names) == config.qk_norm
     assert ("stack/blocks/attention/q/bias" in names) == config.use_bias
+    assert ("stack/blocks/attention/smear" in names) == config.smear_keys
     assert ("norm/scale" in names) == (config.norm != "layernorm_no_params")
     assert ("norm/bias" in names) == (config.norm == "layernorm")
     kernel = params["stack"]["blocks"]["attention"]["k"]["kernel"]
@@ -101,7 +103,8 @@ def test_one_block_equals_the_naive_one(mlp):
         graphdef, _ = nnx.split(jax.eval_shape(make), nnx.Param)
         masks = dict(query_segment_ids=SEGMENTS, key_segment_ids=SEGMENTS)
 
-        def attend(q, k, v, handed):
+        def attend(heads, handed):
+            q, k, v, _ = heads
             return attention.attention(q, k, v, is_causal=True, **masks), handed + 1
 
         return nnx.merge(graphdef, weights)(x, POSITIONS, attend, 41)
@@ -183,7 +186,7 @@ def test_prefill_is_the_forward_pass_and_hands_back_every_layer():
         model = nnx.merge(graphdef, params)
         return model(TOKENS, POSITIONS, SEGMENTS), model.prefill(TOKENS, POSITIONS, SEGMENTS)
 
-    hidden, (prefilled, (keys, values)) = both(params)
+    hidden, (prefilled, (_, keys, values, _)) = both(params)
     np.testing.assert_allclose(hidden, prefilled, atol=1e-6)
     assert keys.shape == values.shape == (2, 2, 8, 1, 4)
 

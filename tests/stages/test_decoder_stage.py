@@ -1,12 +1,14 @@
 """Training rows: the control sees the same main documents, the other one what was retrieved for them."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 
 from configs import quickstart
 from rag_mm.core.errors import UserError
+from rag_mm.core.roles import MAIN
 from rag_mm.data import rows, vocabulary
 from rag_mm.stages import chain
 from rag_mm.stages import decoder as decoder_stage
@@ -23,12 +25,12 @@ def example(code: int, text: int = 1) -> rows.Example:
     return rows.Example([text], np.full(NUM_CODES, code, np.int32))
 
 
-def make_source(max_docs: int, shares: tuple[float, ...], neighbors) -> decoder_stage.RowSource:
+def make_source(neighbors, **changes) -> decoder_stage.RowSource:
     """Two main documents with codes 0 and 1, whose text is the draw; memory rows have 10, 11, ..."""
-    config = dataclasses.replace(CONFIG, max_docs=max_docs, docs_shares=shares)
+    config = dataclasses.replace(CONFIG, **dict(batch_size=4, max_text=4, docs_text=1) | changes)
     texts = [[example(i, draw) for draw in range(DRAWS)] for i in range(2)]
     memory = [example(10 + i) for i in range(8)]
-    layout = rows.Layout(max_docs, 4, NUM_CODES, 2)
+    layout = config.layout(NUM_CODES)
     return decoder_stage.RowSource(config, layout, WORDS, texts, memory, neighbors)
 
 
@@ -43,16 +45,36 @@ NEIGHBORS = np.array(
 )  # [main document, draw or image, K]
 
 
-def test_the_control_sees_the_same_main_documents():
-    control = make_source(0, (1.0,), None)
-    decoder = make_source(2, (0.2, 0.4, 0.4), NEIGHBORS)
-    for index in range(2):
-        for seed in range(20):
-            one, other = (
-                source.make(index, np.random.default_rng(seed)) for source in (control, decoder)
-            )
-            assert codes_of(one) == codes_of(other)[-1:] == [index]
-            assert WORDS.decode_text(main_text(one)) == WORDS.decode_text(main_text(other))
+def take(source: decoder_stage.RowSource, count: int) -> list[dict[str, np.ndarray]]:
+    return list(itertools.islice(source.batches(), count))
+
+
+def rows_of(batches: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+    return [{k: v[i] for k, v in batch.items()} for batch in batches for i in range(4)]
+
+
+def test_the_control_sees_the_same_main_documents_in_the_same_order():
+    decoder = take(make_source(NEIGHBORS), 10)
+    control = take(make_source(None, is_vanilla=True), 10)
+    for one, other in zip(rows_of(decoder), rows_of(control), strict=True):
+        assert codes_of(one)[-1:] == codes_of(other)
+        assert main_text(one) == main_text(other)
+
+
+def test_a_batch_is_as_long_as_its_number_of_documents_wants():
+    source = make_source(NEIGHBORS, docs_shares=(0.25, 0.25, 0.5))
+    batches = take(source, 8)
+    lengths = [batch["tokens"].shape[1] for batch in batches]
+    assert sorted(lengths) == sorted(
+        [source.row_length(0)] * 2 + [source.row_length(1)] * 2 + [source.row_length(2)] * 4
+    )
+    for batch, length in zip(batches, lengths, strict=True):
+        # A short row loses nothing but padding.
+        most = {source.row_length(k): k for k in range(3)}[length]
+        assert all(len(codes_of(row)) <= most + 1 for row in rows_of([batch]))
+        assert (batch["roles"] == MAIN).sum() == 4 * (1 + 1 + NUM_CODES + 1)
+    control = take(make_source(None, is_vanilla=True), 8)
+    assert {batch["tokens"].shape[1] for batch in control} == {source.row_length(0)}
 
 
 def main_text(row: dict[str, np.ndarray]) -> list[int]:
@@ -60,10 +82,10 @@ def main_text(row: dict[str, np.ndarray]) -> list[int]:
 
 
 def test_documents_come_from_the_caption_that_is_shown_or_from_the_image():
-    source = make_source(2, (0.0, 0.0, 1.0), NEIGHBORS)
+    source = make_source(NEIGHBORS)
     seen = set()
     for seed in range(60):
-        row = source.make(0, np.random.default_rng(seed))
+        row = source.make(0, np.random.default_rng(seed), 2)
         *docs, main = codes_of(row)
         (draw,) = main_text(row)
         assert main == 0
@@ -74,15 +96,19 @@ def test_documents_come_from_the_caption_that_is_shown_or_from_the_image():
 
 
 def test_a_missing_neighbor_is_left_out():
-    source = make_source(2, (0.0, 0.0, 1.0), NEIGHBORS)
-    found = {len(codes_of(source.make(1, np.random.default_rng(seed)))) - 1 for seed in range(40)}
+    source = make_source(NEIGHBORS)
+    made = [source.make(1, np.random.default_rng(seed), 2) for seed in range(40)]
+    found = {len(codes_of(row)) - 1 for row in made}
     assert found == {0, 1, 2}
 
 
-def test_counts_of_documents_follow_their_shares():
-    source = make_source(2, (0.5, 0.5, 0.0), NEIGHBORS)
-    counts = [len(codes_of(source.make(0, np.random.default_rng(s)))) - 1 for s in range(200)]
-    assert set(counts) == {0, 1} and 0.4 < np.mean(counts) < 0.6
+def test_a_row_that_is_too_long_loses_its_first_document():
+    """There is room for four tokens of text, and one document of main document 0 has four itself."""
+    source = make_source(NEIGHBORS, docs_text=0)
+    source.memory[0] = rows.Example([1] * 4, np.full(NUM_CODES, 9, np.int32))
+    found = {tuple(codes_of(source.make(0, np.random.default_rng(s), 2))) for s in range(80)}
+    whole = {(12, 13, 0), (13, 12, 0), (14, 15, 0), (15, 14, 0)}
+    assert found == whole | {(11, 0), (9, 0)}
 
 
 def test_shares_are_one_for_each_count():

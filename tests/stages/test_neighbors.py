@@ -1,10 +1,13 @@
 """What a finished run retrieves: never the document itself or its twin, and the same for all who ask."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from rag_mm.core import config as config_lib
 from rag_mm.core import files
+from rag_mm.core.errors import UserError
 from rag_mm.memory import policy
 from rag_mm.memory.memory import Memory
 from rag_mm.stages import chain, neighbors
@@ -47,7 +50,7 @@ def test_the_test_sets_are_scenes_of_their_split(tiny_run, config, split):
     rows = files.read_array(folder / f"{split}_rows.npy")
     source = config.world.scenes("test", *neighbors.TEST_SPLITS[split])
     assert len(rows) == config.num_test and rows.max() < len(source)
-    for kind in ("text", "image"):
+    for kind in neighbors.QUERIES:
         found = files.read_array(folder / f"{split}_{kind}.npy")
         assert found.shape == (config.num_test, config.num_neighbors)
         assert found.max() < len(neighbors.memory_facts(config.world))
@@ -61,3 +64,20 @@ def test_facts_tell_rows_of_the_memory_apart(tiny_run, config):
         int(name.split("-")[1]) for name in memory.ids
     ]
     assert len({policy.twin_key(repr(shown)) for shown in facts}) == len(facts)
+
+
+def test_without_held_out_rows_only_seen_classes_are_found(tiny_run, config):
+    found = files.read_array(tiny_run.workdir / "neighbors" / "held_out_text_of_seen.npy")
+    seen = set(config.world.classes(*world_lib.SEEN).tolist())
+    facts = neighbors.memory_facts(config.world)
+    assert all(facts[i].entities[0].class_id in seen for i in found.ravel() if i >= 0)
+
+
+def test_the_gate_stops_a_chain_whose_retriever_brings_the_wrong_classes(config):
+    strict = dataclasses.replace(config, min_same_class=0.9)
+    neighbors._check_gate(strict, 0.9)
+    with pytest.raises(UserError, match=r"gate before the decoder is shut: 0.850 .* 0.9"):
+        neighbors._check_gate(strict, 0.85)
+    neighbors._check_gate(config, 0.0)
+    with pytest.raises(ValueError, match="min_same_class"):
+        dataclasses.replace(config, min_same_class=1.5)

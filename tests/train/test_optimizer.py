@@ -32,7 +32,13 @@ def test_constant_stays():
     assert rates(5, warmup_steps=2, schedule="constant").tolist() == [0, 1, 2, 2, 2, 2]
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_wsd_is_stable_and_then_decays():
+    found = rates(20, warmup_steps=4, schedule="wsd")
+    expected = np.interp(np.arange(21), [0, 4, 14, 20], [0.0, 2.0, 2.0, 0.0])
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd", "constant"])
 def test_without_warm_up_the_first_step_is_at_the_peak(schedule):
     assert rates(3, warmup_steps=0, schedule=schedule)[0] == 2.0
 
