@@ -30,8 +30,9 @@ def tiny() -> dict:
 ABLATION = dict(
     stage="copy_probe",
     variants={
-        "alpha 0.1": {},
+        "as in quick": {},
         "alpha 1.0": {"copy_probe.alpha": 1.0},
+        "keys not smeared": {"copy_probe.model.smear_keys": False},
         "no masks": {"copy_probe.mask_probability": 0.0},
     },
 )

@@ -43,10 +43,10 @@ def quick() -> dict:
         optimizer=dict(
             learning_rate=3e-3, warmup_steps=60, schedule="wsd", b2=0.98, weight_decay=0.05
         ),
-        loop=dict(num_steps=1200, log_every=20, checkpoint_every=100),
+        loop=dict(num_steps=1100, log_every=20, checkpoint_every=100),
         caption_draws=caption_draws,
         max_docs=2,
-        docs_shares=(0.2, 0.5, 0.3),
+        docs_shares=(0.2, 0.4, 0.4),
         max_text=24,
         docs_text=8,  # captions that drop facts have 7 tokens on average
         max_spans=3,
@@ -82,7 +82,9 @@ def quick() -> dict:
             optimizer=dict(
                 learning_rate=1e-3, warmup_steps=50, schedule="cosine", weight_decay=0.05
             ),
-            loop=dict(num_steps=320, log_every=20, checkpoint_every=80),
+            loop=dict(num_steps=280, log_every=20, checkpoint_every=80),
+            batch_size=256,
+            caption_draws=2,
             splits=("common", "rare_seen", "held_out"),
         ),
         memory=dict(index="scann"),

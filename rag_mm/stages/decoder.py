@@ -251,7 +251,8 @@ def _make_watch(
         chosen = files.read_array(folder / "held_out_rows.npy")[: config.num_watched]
         found = files.read_array(folder / "held_out_text.npy")[: config.num_watched, :1]
         docs = [corpus_lib.pick(documents, ids) for ids in found]
-    return copying.CopyWatch(*corpus.test(source, chosen), docs, config.loop.num_steps)
+    mains, art = corpus.test(source, chosen)
+    return copying.CopyWatch(mains, docs, art, config.loop.num_steps)
 
 
 def load_generator(run: run_lib.Run, stage: str, codec: frozen.Tokenizer) -> Generator:

@@ -26,6 +26,9 @@ FOLDER = "frozen"
 class Config:
     """Both towers have one width; `splits` says what the retriever may have seen.
 
+    A picture is shown with the shortest of `caption_draws` captions: the more, the more often with nothing but
+    names, and the more the entity outweighs place and colour in a query that tells them all.
+
     All three splits make `clip:all`, which stands for an off-the-shelf CLIP; `common` alone makes
     `clip:common`.
     """
@@ -42,12 +45,13 @@ class Config:
     patch_size: int = 8
     projection_dim: int = 64
     max_text: int = 24
+    caption_draws: int = 1
     batch_size: int = 256
     num_eval: int = 1000
 
     def __post_init__(self):
         training.check_config(self.optimizer, self.loop, self.batch_size)
-        for name in ("embed_dim", "num_heads", "vision_layers", "text_layers", "patch_size"):
+        for name in ("embed_dim", "num_heads", "vision_layers", "text_layers", "patch_size", "caption_draws"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, give at least 1")
         if not self.splits or not set(self.splits) <= set(split_lib.SPLITS):
@@ -87,7 +91,8 @@ def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
     pictures = world_lib.images(source)
 
     def make_pair(row: np.int64, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        text = source.caption(int(row), int(rng.integers(1 << 30)))
+        draws = rng.integers(1 << 30, size=config.caption_draws)
+        text = min((source.caption(int(row), int(draw)) for draw in draws), key=len)
         tokens = frozen.text_tokens(model_config, words, [text])[0]
         return {"images": pictures[row].astype(np.float32) / 255, "tokens": tokens}
 

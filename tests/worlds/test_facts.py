@@ -1,19 +1,23 @@
 """The scorer reads, from pixels alone, the facts that a scene was made from."""
 
+import functools
+import itertools
+
 import numpy as np
 import pytest
 
 from rag_mm.worlds.emoji import art, facts, scenes, splits
-from rag_mm.worlds.emoji.scenes import LEVELS, Entity, Facts, Level
+from rag_mm.worlds.emoji.scenes import LEVELS, Entity, Facts
 
 EASY, FREE = LEVELS["easy"], LEVELS["free"]
+scorer = functools.cache(facts.Scorer)  # Drawing the templates takes longer than reading.
 
 
 def accuracy(level, asked, noise=0.0):
     """Shares of facts read right from drawn scenes, with Gaussian noise of this RMS added."""
     images = np.stack([scenes.render(one, level) for one in asked])
     noisy = images + np.random.default_rng(0).normal(0, 255 * noise, images.shape)
-    read = facts.Scorer(level).read(np.clip(np.rint(noisy), 0, 255).astype(np.uint8))
+    read = scorer(level).read(np.clip(np.rint(noisy), 0, 255).astype(np.uint8))
     right = [facts.compare(got, one, level) for got, one in zip(read, asked, strict=True)]
     return {key: np.mean([one[key] for one in right]) for key in right[0]}
 
@@ -25,27 +29,62 @@ def test_originals_of_easy_are_read_right_for_all_classes():
     assert accuracy(EASY, asked)["joint"] >= 0.99  # Measured: 1.0.
 
 
-def test_readings_survive_as_much_noise_as_a_tokenizer_makes():
-    ids = range(0, art.load_art().num_classes, 8)
-    asked = [scenes.configurations(EASY, i)[i // 8 % 32] for i in ids]
-    assert accuracy(EASY, asked, noise=0.067)["joint"] >= 0.99
+@pytest.mark.parametrize("level_name", LEVELS)
+def test_originals_and_noisy_copies_are_read_right(level_name):
+    level = LEVELS[level_name]
+    ids = range(0, art.load_art().num_classes, 20)
+    asked = [scenes.configurations(level, i)[i // 20 % 32] for i in ids]  # Half are pairs.
+    assert accuracy(level, asked)["joint"] >= 0.99  # Measured on 384 held-out scenes: 1.0.
+    # As much as a tokenizer loses. Measured on the same 384 scenes: 1.0.
+    assert accuracy(level, asked, noise=0.067)["joint"] >= 0.99
 
 
-@pytest.mark.parametrize("num_entities", [1, 2])
-def test_originals_of_free_are_read_right(num_entities):
-    asked = [
-        next(f for f in scenes.configurations(FREE, i)[i % 16 :] if len(f.entities) == num_entities)
-        for i in range(0, art.load_art().num_classes, 16)
-    ]
-    assert accuracy(FREE, asked)["joint"] >= 0.99  # Measured on 7,040 scenes: 1.0.
-
-
-def test_the_reading_is_the_scene_itself():
-    source = scenes.Scenes("free", splits.classes("held_out")[:8], "test")
-    read = facts.Scorer(FREE).read(np.stack([source[i].image for i in range(len(source))]))
+@pytest.mark.parametrize("level_name", LEVELS)
+def test_the_reading_is_the_scene_itself(level_name):
+    source = scenes.Scenes(level_name, splits.classes("held_out")[:4], "test")
+    read = scorer(source.level).read(np.stack([source[i].image for i in range(len(source))]))
     for i, got in enumerate(read):
         assert got.color == source.facts(i).color
-        assert set(got.entities) == set(source.facts(i).entities)
+        assert sorted(got.entities, key=repr) == sorted(source.facts(i).entities, key=repr)
+
+
+def test_the_reading_is_that_of_a_full_search():
+    level = LEVELS["sizes"]
+    rng = np.random.default_rng(0)
+    drawn = [scenes.render(scenes.configurations(level, i)[-i], level) for i in (5, 6)]
+    grain = rng.normal(0, 60, (2, 32, 32, 3))
+    images = [*np.clip(np.stack(drawn) + grain, 0, 255).astype(np.uint8)]
+    images += [*rng.integers(0, 256, (2, 32, 32, 3), np.uint8), np.zeros((32, 32, 3), np.uint8)]
+    read = scorer(level).read(np.stack(images))
+
+    def error(image, shown):
+        return ((image / 255 - scenes.render(shown, level) / 255) ** 2).sum()
+
+    for image, got in zip(images, read, strict=True):
+        nearest = []
+        for size in level.sizes:
+            for row, column in level.corners(size):
+                held = image[row : row + size, column : column + size].astype(int)
+                distances = ((art.load_art().cards(size) - held) ** 2).sum((1, 2, 3))
+                nearest.append(Entity(int(distances.argmin()), size, row, column))
+        apart = scenes.disjoint_corners(level)
+        pairs = [
+            (one, two)
+            for one, two in itertools.combinations(nearest, 2)
+            if one.size == two.size == 16
+            and ((one.row, one.column), (two.row, two.column)) in apart
+        ]
+        best = {
+            number: min(
+                error(image, Facts(entities, color))
+                for entities in entity_sets
+                for color in scenes.COLORS
+            )
+            for number, entity_sets in ((1, [(one,) for one in nearest]), (2, pairs))
+        }
+        assert error(image, got) == pytest.approx(best[len(got.entities)], rel=1e-4)
+        # A second entity has to explain something, but little: 0.067 ** 2 / 2 of its 768 values.
+        assert len(got.entities) == (2 if best[1] - best[2] > 1.72 else 1)
 
 
 def test_a_card_of_the_backgrounds_color_does_not_fool_the_color():
@@ -53,7 +92,11 @@ def test_a_card_of_the_backgrounds_color_does_not_fool_the_color():
         i for i, names in enumerate(art.load_art().names) if "green square" in names
     )
     asked = Facts((Entity(green_square, 24, 0, 8),), "red")
-    (read,) = facts.Scorer(EASY).read(scenes.render(asked, EASY)[None])
+    (read,) = scorer(EASY).read(scenes.render(asked, EASY)[None])
+    assert read == asked
+    pairs, other = LEVELS["pairs"], Entity(7, 16, 16, 0)
+    asked = Facts((Entity(green_square, 16, 0, 16), other), "green")
+    (read,) = scorer(pairs).read(scenes.render(asked, pairs)[None])
     assert read == asked
 
 
@@ -78,8 +121,3 @@ def test_compare_knows_no_order_but_which_entity_stands_where():
         "entity": True, "place": True, "color": True, "joint": False,
     }  # fmt: skip
     assert not facts.compare(Facts((one,), "red"), asked, FREE)["entity"]
-
-
-def test_two_cards_are_refused():
-    with pytest.raises(ValueError, match="more than one card"):
-        facts.Scorer(Level("two", 32, (16,), 16, True, 2))

@@ -1,5 +1,8 @@
 """What a scene is: its facts, its picture, its captions, and who gets to see which."""
 
+import dataclasses
+import hashlib
+import itertools
 import re
 from collections import Counter
 
@@ -12,6 +15,9 @@ from rag_mm.worlds.emoji import art, scenes, splits
 from rag_mm.worlds.emoji.scenes import LEVELS, Entity, Facts, Level
 
 EASY, FREE = LEVELS["easy"], LEVELS["free"]
+WITH_PAIRS = [level for level in LEVELS.values() if level.max_entities == 2]
+ON_GRID = [level for level in LEVELS.values() if level.step % 4 == 0]
+every_level = pytest.mark.parametrize("level", LEVELS.values(), ids=lambda level: level.name)
 CORNERS = ["top left", "top right", "bottom left", "bottom right"]
 
 
@@ -36,7 +42,7 @@ def test_colors_are_far_from_each_other_and_from_a_card():
     assert distance[~np.eye(9, dtype=bool)].min() > 0.2
 
 
-@pytest.mark.parametrize("level", [EASY, FREE], ids=lambda level: level.name)
+@every_level
 def test_a_class_has_32_configurations_that_words_tell_apart(level):
     for class_id in range(0, art.load_art().num_classes, 40):
         own = scenes.configurations(level, class_id)
@@ -50,10 +56,11 @@ def test_easy_is_four_places_times_eight_colors():
     assert {facts.color for facts in own} == set(scenes.COLORS)
 
 
-def test_half_of_free_are_pairs_of_one_split_that_do_not_overlap():
+@pytest.mark.parametrize("level", WITH_PAIRS, ids=lambda level: level.name)
+def test_half_are_pairs_of_one_split_that_do_not_overlap(level):
     split = splits.split_of()
     for class_id in range(0, art.load_art().num_classes, 40):
-        pairs = [f for f in scenes.configurations(FREE, class_id) if len(f.entities) == 2]
+        pairs = [f for f in scenes.configurations(level, class_id) if len(f.entities) == 2]
         assert len(pairs) == 16
         for facts in pairs:
             one, two = facts.entities
@@ -62,14 +69,55 @@ def test_half_of_free_are_pairs_of_one_split_that_do_not_overlap():
             assert max(abs(one.row - two.row), abs(one.column - two.column)) >= 16
 
 
-@pytest.mark.parametrize("level_name", ["easy", "free"])
-def test_no_facts_are_shared_between_roles_or_classes(level_name):
-    everyone = splits.classes(*splits.SPLITS)
+@every_level
+def test_no_facts_are_shared_between_roles_or_classes(level):
     seen = Counter()
-    for role in scenes.ROLES:
-        source = scenes.Scenes(level_name, everyone, role)
-        seen.update(told(source.facts(i), source.level) for i in range(len(source)))
+    for split in ("rare_seen", "held_out"):  # No scene shows classes of two splits.
+        for role in scenes.ROLES:
+            source = scenes.Scenes(level.name, splits.classes(split), role)
+            seen.update(told(source.facts(i), level) for i in range(len(source)))
     assert max(seen.values()) == 1
+
+
+@pytest.mark.parametrize("level", WITH_PAIRS, ids=lambda level: level.name)
+def test_of_two_classes_only_one_invites_the_other(level):
+    invited = {
+        (facts.entities[0].class_id, facts.entities[1].class_id)
+        for class_id in splits.classes("held_out")
+        for facts in scenes.configurations(level, int(class_id))
+        if len(facts.entities) == 2
+    }
+    assert not invited & {(two, one) for one, two in invited}
+
+
+@pytest.mark.parametrize(
+    ("level_name", "digest"),
+    [
+        ("easy", "e4497bd5f9334704"),
+        ("pairs", "1a8b94b784cc35b6"),
+        ("sizes", "d15ce679c9a8173a"),
+        ("off_grid", "1f1f53936f33cb03"),
+        ("free", "31e616d3a02f69c8"),
+    ],
+)
+def test_configurations_never_change(level_name, digest):
+    """The id of a document stands for its facts in every memory and table ever made from it."""
+    level = LEVELS[level_name]
+    own = [scenes.configurations(level, i) for i in range(0, art.load_art().num_classes, 40)]
+    assert hashlib.sha256(repr(own).encode()).hexdigest()[:16] == digest
+
+
+def test_each_level_relaxes_one_thing_of_the_one_before():
+    assert list(scenes.RELAXES) == list(LEVELS)[1:]
+    ladder = [dataclasses.asdict(level) for level in LEVELS.values()]
+    for name, level in LEVELS.items():
+        assert level.name == name
+    relaxed = [
+        {key for key in before if key != "name" and before[key] != after[key]}
+        for before, after in itertools.pairwise(ladder)
+    ]
+    # Two cards of 24 pixels do not fit, so that pairs bring their own size.
+    assert relaxed == [{"max_entities", "sizes"}, {"sizes"}, {"step"}, {"card"}]
 
 
 def test_counts_of_roles_and_of_rare_classes():
@@ -100,7 +148,7 @@ def test_a_cut_out_lets_the_color_through():
     assert clear.any() and (image[3:19, 5:21][clear] == scenes.COLORS["cyan"]).all()
 
 
-@pytest.mark.parametrize("level", [EASY, FREE], ids=lambda level: level.name)
+@every_level
 def test_every_cut_out_and_card_is_visible(level):
     for class_id in range(0, art.load_art().num_classes, 40):
         for facts in scenes.configurations(level, class_id):
@@ -121,6 +169,16 @@ def test_the_mask_covers_every_code_that_a_box_touches():
     plain = np.array(scenes.COLORS["red"])
     drawn = (scenes.render(pair, FREE) != plain).any(-1).reshape(8, 4, 8, 4).any((1, 3))
     assert not (drawn & ~mask).any() and mask.sum() == 4 * 5 + 4 * 5
+
+
+@pytest.mark.parametrize("level", ON_GRID, ids=lambda level: level.name)
+def test_cards_on_the_grid_cover_whole_codes(level):
+    for class_id in range(0, art.load_art().num_classes, 40):
+        for facts in scenes.configurations(level, class_id):
+            mask = scenes.entity_mask(facts, level)
+            assert 16 * mask.sum() == sum(entity.size**2 for entity in facts.entities)
+            shown = scenes.render(facts, level).reshape(8, 4, 8, 4, 3).swapaxes(1, 2)
+            assert (shown[~mask] == scenes.COLORS[facts.color]).all()
 
 
 def test_a_caption_says_everything_or_drops_facts():
@@ -145,9 +203,10 @@ def test_a_caption_says_everything_or_drops_facts():
 def test_a_caption_of_a_pair_names_both():
     pair = Facts((Entity(7, 16, 0, 0), Entity(8, 16, 16, 16)), "red")
     first, second = (art.load_art().names[i][0] for i in (7, 8))
-    assert scenes.caption(pair, FREE, None, drop=False) == (
-        f"{first} at the top left and {second} at the bottom right on a red background"
-    )
+    for level in WITH_PAIRS:
+        assert scenes.caption(pair, level, None, drop=False) == (
+            f"{first} at the top left and {second} at the bottom right on a red background"
+        )
 
 
 def test_documents_depend_on_seed_and_index_alone():

@@ -1,7 +1,8 @@
 """Scenes composed from the emoji art, with their exact facts, captions and masks.
 
-A scene is a pure function of (level, class, configuration, seed). Level `easy` puts one picture as
-an opaque white card on the code grid; `free` cuts it out and puts one or two anywhere.
+A scene is a pure function of (level, class, configuration, seed). The levels are a ladder: `easy`
+puts one picture as an opaque white card on the code grid, each further one relaxes one thing of
+the one before it, and `free` cuts out one or two pictures and puts them anywhere.
 """
 
 import dataclasses
@@ -57,9 +58,21 @@ class Level:
         return tuple((row, column) for row in offsets for column in offsets)
 
 
+# The ladder: with step 8, every card of 16 or 24 pixels covers whole 4-pixel codes, wherever it
+# stands, and the offsets of each size are places with names of their own.
 LEVELS = {
     "easy": Level("easy"),
-    "free": Level("free", 32, (16, 24), 1, False, 2),
+    "pairs": Level("pairs", sizes=(16,), max_entities=2),
+    "sizes": Level("sizes", sizes=(16, 24), max_entities=2),
+    "off_grid": Level("off_grid", sizes=(16, 24), step=1, max_entities=2),
+    "free": Level("free", sizes=(16, 24), step=1, card=False, max_entities=2),
+}
+# What each level relaxes of the one before it.
+RELAXES = {
+    "pairs": "two entities, hence cards of 16 pixels",
+    "sizes": "cards of 16 or 24 pixels",
+    "off_grid": "cards off the code grid",
+    "free": "no card",
 }
 
 

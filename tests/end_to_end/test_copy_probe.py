@@ -1,0 +1,30 @@
+"""The copy probe by the command: what it writes, and how it ends where nothing is copied."""
+
+import numpy as np
+import pytest
+
+from rag_mm.cli import main
+from rag_mm.core import files
+
+COMMAND = ["train", "--config=configs/copy_probe.py:tiny"]
+
+
+@pytest.mark.slow
+def test_the_probe_measures_each_count_of_documents_and_can_end_at_half_time(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main.main([*COMMAND, f"--workdir={run}"]) == 0
+    measured = files.read_json(run / "metrics.json")["copy_probe"]
+    values = files.read_json(run / "copy_probe" / "per_document.json")["held_out"]
+    assert set(values) == set(measured["art_nll"]) == {"docs0", "docs1", "docs2"}
+    for name, figures in values.items():
+        assert len(figures["art_nll"]) == measured["art_nll"][name]["n"] == 16
+        assert np.mean(figures["art_top1"]) == pytest.approx(measured["art_top1"][name]["mean"])
+    log = (run / "copy_probe" / "log.jsonl").read_text()
+    assert log.count("art_top1_docs1") == 2  # At both checkpoints.
+
+    # No model gains 0.9 in 40 steps: it is stopped, and nothing half-made is left.
+    capsys.readouterr()
+    args = [f"--workdir={run}", "--overwrite", "--config.copy_probe.min_gain=0.9"]
+    assert main.main([*COMMAND, *args]) == 2
+    assert "Copying has not begun at step 20 of 40" in capsys.readouterr().err
+    assert not (run / "copy_probe").exists()
