@@ -1,6 +1,7 @@
 # make             .venv with rag_mm and the command .venv/bin/rag-mm
 # make quickstart  the whole chain on two CPU cores, with a report at the end
 # make test        lint and the fast tests;  make test-slow  the rest
+# make picture     the README's first picture, from the story of runs/quickstart
 # make lock        resolves requirements.lock anew for Python 3.11-3.13
 
 SHELL := /bin/bash
@@ -12,8 +13,9 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 PIP := $(BIN)/python -m pip --no-input --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint requirements.lock
 PYTEST := $(BIN)/python -m pytest
+STORY := runs/quickstart/report/figures/story.png
 
-.PHONY: all quickstart test test-slow lint lock clean
+.PHONY: all quickstart test test-slow lint picture lock clean
 all: $(VENV)/.installed
 
 quickstart: $(VENV)/.installed
@@ -29,6 +31,10 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+picture:
+	@test -f $(STORY) || { echo "There is no $(STORY); run make quickstart first." >&2; exit 2; }
+	cp $(STORY) docs/images/quickstart.png
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "rag_mm needs Python 3.11, 3.12 or 3.13; name one with PYTHON=..." >&2; exit 2; }

@@ -92,7 +92,11 @@ def quick() -> dict:
         decoder=decoder,
         generation=dict(num_held_out=256, num_seen=128),
         evaluation=dict(),
-        report=dict(title="rag_mm quickstart", command="make quickstart"),
+        report=dict(
+            title="rag_mm quickstart",
+            command="make quickstart",
+            reference="docs/results/quickstart/curves.json",
+        ),
     )
 
 
@@ -122,6 +126,7 @@ def tiny() -> dict:
         report=dict(
             title="rag_mm quickstart (tiny)",
             command="rag-mm quickstart --config=configs/quickstart.py:tiny",
+            reference="",
             num_rows=6,
             notes=(
                 "This is the tiny preset: it shows that every stage runs, and nothing more. "

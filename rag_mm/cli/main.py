@@ -47,6 +47,13 @@ COMMANDS = {
             "rag-mm train --config=configs/quickstart.py --workdir=runs/a --stage=tokenizer",
         ),
     ),
+    "ablate": Command(
+        "run a config's variants at several seeds, and compare them document by document",
+        (
+            "rag-mm ablate --config=configs/copy_probe.py:quick --workdir=runs/ablation",
+            "rag-mm ablate --config=configs/copy_probe.py:quick --workdir=runs/ablation --seeds 0 1 2",
+        ),
+    ),
     "memory": Command(
         "build, extend, search and check a retrieval memory",
         (

@@ -64,11 +64,22 @@ def read(stage_dir: epath.Path) -> dict[str, Any]:
     return files.read_json(path) if path.exists() else {"parts": []}
 
 
+def mark_borrowed(stage_dir: epath.Path) -> None:
+    """Says of all parts so far that another run spent them."""
+    parts = [{**part, "borrowed": True} for part in read(stage_dir)["parts"]]
+    files.write_json(stage_dir / FILE_NAME, {"parts": parts})
+
+
 def summary(stage_dir: epath.Path) -> dict[str, Any]:
-    """Total wall seconds, greatest peak RSS in MB, number of parts, and the last part's machine."""
+    """Total wall seconds, greatest peak RSS in MB, number of parts, and the last part's machine.
+
+    `borrowed_seconds` are those of the total that another run spent.
+    """
     parts = read(stage_dir)["parts"]
+    borrowed = [part["wall_seconds"] for part in parts if part.get("borrowed")]
     return {
         "wall_seconds": round(sum(part["wall_seconds"] for part in parts), 2),
+        "borrowed_seconds": round(sum(borrowed), 2),
         "peak_rss_mb": max(part["peak_rss_mb"] for part in parts),
         "parts": len(parts),
         "code": parts[-1]["code"],

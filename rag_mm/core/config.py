@@ -40,7 +40,10 @@ def load_config(name: str, overrides: Mapping[str, str] | None = None) -> ml_col
     presets = tuple(page.PRESETS)
     if preset and preset not in presets:
         raise UserError(f"{path_text} has no preset {preset!r}; it has {_list(presets)}.")
-    config = ml_collections.ConfigDict(page.get_config(preset or presets[0]))
+    # An ablation's page spells out overrides, whose keys are dotted.
+    config = ml_collections.ConfigDict(
+        page.get_config(preset or presets[0]), allow_dotted_keys=True
+    )
     apply_overrides(config, overrides or {})
     return config.lock()
 
@@ -112,6 +115,8 @@ def _load_page(path: pathlib.Path) -> types.ModuleType:
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     pairs: list[tuple[str, Any]] = []
     for key, value in config.items():
+        if "." in key:  # An override that the page spells out, not a setting.
+            continue
         if isinstance(value, ml_collections.ConfigDict):
             pairs += _flatten(value, f"{prefix}{key}.")
         else:

@@ -20,7 +20,8 @@ MANIFEST = "manifest.json"
 # Key of metrics.json that holds what may differ between two runs of the same bits.
 MACHINE = "machine"
 _SIDE_FILES = (MANIFEST, clock.FILE_NAME)
-_TRASH = ".deleted-"
+# Folders named so are deleted when the run is next changed.
+TRASH = ".deleted-"
 _ABSENT = object()
 
 StageFn = Callable[["Run", epath.Path], Mapping[str, Any]]
@@ -102,14 +103,19 @@ class Run:
         path = self.workdir / "metrics.json"
         return files.read_json(path) if path.exists() else {}
 
-    def save_costs(self, name: str, stages: Sequence[str]) -> None:
-        """Puts the stages' wall seconds, added up, and their peak memory under `name` in metrics.json."""
+    def save_costs(self, name: str, stages: Sequence[str], **more: float) -> None:
+        """Puts the stages' wall seconds, added up, and their peak memory under `name` in metrics.json.
+
+        Borrowed stages count as if made here; `borrowed_seconds` is what another run spent of it.
+        `more` are further costs, which like these may differ between two runs of the same bits.
+        """
         costs = [clock.summary(self.stage_dir(stage)) for stage in stages]
         total = {
             "wall_seconds": round(sum(cost["wall_seconds"] for cost in costs), 1),
+            "borrowed_seconds": round(sum(cost["borrowed_seconds"] for cost in costs), 1),
             "peak_rss_gib": round(max(cost["peak_rss_mb"] for cost in costs) / 1024, 3),
         }
-        _merge_metrics(self, {name: total}, {})
+        _merge_metrics(self, {name: total | more}, {})
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -216,8 +222,9 @@ def run_stage(
             if reason:
                 _delete(run, stage)
             elif old.is_done:
-                # What it says of other stages went with them where these were rebuilt since.
-                _merge_metrics(run, old.metrics, {})
+                # A borrowed stage says it here for the first time, and what one says of other stages
+                # went with them where these were rebuilt since.
+                _merge_metrics(run, old.metrics, {stage: clock.summary(run.stage_dir(stage))})
                 return old
         manifest = Manifest(stage, "running", config, _fingerprints(run, inputs))
         return _execute(run, manifest, fn, reports_on_others)
@@ -353,14 +360,14 @@ def _delete(run: Run, stage: str) -> None:
         metrics.get(MACHINE, {}).pop(stage, None)
         files.write_json(run.workdir / "metrics.json", metrics)
     # Moved away in one step, so that a kill never leaves half a stage under its name.
-    trash = run.workdir / f"{_TRASH}{uuid.uuid4().hex}"
+    trash = run.workdir / f"{TRASH}{uuid.uuid4().hex}"
     run.stage_dir(stage).rename(trash)
     trash.rmtree()
 
 
 def _empty_trash(run: Run) -> None:
     for entry in run.workdir.iterdir():
-        if entry.name.startswith(_TRASH):
+        if entry.name.startswith(TRASH):
             entry.rmtree()
 
 

@@ -69,8 +69,12 @@ def _figure(panels: Sequence[tuple[str, Sequence[Curve]]], ink: str) -> "figure.
     all_axes = drawing.subplots(len(panels), 1, squeeze=False)[:, 0]
     for axes, (title, lines) in zip(all_axes, panels, strict=True):
         for i, line in enumerate(lines):
-            steps, values = _thin(line)
-            axes.plot(steps, values, color=_LINES[i % len(_LINES)], linewidth=1.5)
+            color = _LINES[i % len(_LINES)]
+            if (band := line.band) is not None:
+                axes.fill_between(
+                    band.steps, band.low, band.high, color=color, alpha=0.22, linewidth=0
+                )
+            axes.plot(*_thin(line), color=color, linewidth=1.5)
         # `$` would start a formula in a label.
         labels = [line.label.replace("$", r"\$") for line in lines]
         axes.legend(axes.lines, labels, frameon=False, labelcolor=ink, fontsize=8)

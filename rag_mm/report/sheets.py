@@ -9,7 +9,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from rag_mm.core import files
 from rag_mm.report import curves
-from rag_mm.report.content import ReportData, WrittenCaption, variant_label
+from rag_mm.report.content import (
+    Generation,
+    ReportData,
+    WrittenCaption,
+    fact_verdict,
+    variant_label,
+)
 
 Cell = tuple[str, np.ndarray]  # Label, picture uint8 [H, W, 3].
 Row = tuple[Sequence[str], Sequence[Cell]]
@@ -19,6 +25,10 @@ _GAP = 12
 _LINE = 18
 _MAX_CHARACTERS = 120
 _PAPER, _INK, _FAINT = (255, 255, 255), (34, 37, 41), (122, 128, 136)
+_GOOD, _BAD, _FRAME = (60, 122, 82), (160, 97, 42), (205, 208, 210)
+# The story's sheet: two columns of 2 + 2 pictures, 832 pixels in all.
+_COLUMN, _GUTTER, _MARGIN, _SMALL_LINE = 402, 18, 5, 14
+_FOUND_AT, _DRAWN_AT = (1, _CELL + 5), (2 * _CELL + 13, 3 * _CELL + 17)
 
 
 def contact_sheet(rows: Sequence[Row]) -> Image.Image:
@@ -51,11 +61,70 @@ def contact_sheet(rows: Sequence[Row]) -> Image.Image:
     return sheet
 
 
+def story_sheet(story: Sequence[Generation]) -> Image.Image:
+    """The rows of the first screen in two columns: retrieved, ours, vanilla, and the scorer's words.
+
+    Args:
+        story: at least one row; pictures are enlarged by whole factors where they are small.
+
+    Returns:
+        An RGB picture on white, as wide as a README's column, so that no browser scales it.
+    """
+    pairs = [story[i : i + 2] for i in range(0, len(story), 2)]
+    bands = [[_scene(row, _caption_lines(pair)) for row in pair] for pair in pairs]
+    heights = [max(scene.height for scene in band) + _GAP for band in bands]
+    width = 2 * _COLUMN + _GUTTER + 2 * _MARGIN
+    sheet = Image.new("RGB", (width, _MARGIN + _LINE + sum(heights)), _PAPER)
+    draw, top = ImageDraw.Draw(sheet), _MARGIN + _LINE
+    for band, height in zip(bands, heights, strict=True):
+        for i, scene in enumerate(band):
+            sheet.paste(scene, (_MARGIN + i * (_COLUMN + _GUTTER), top))
+        top += height
+    for i, row in enumerate(story[:2]):
+        labels = ["retrieved", *(label for label, _ in row.compared())]
+        for offset, label in zip((0, *_DRAWN_AT), labels, strict=False):
+            place = (_MARGIN + i * (_COLUMN + _GUTTER) + offset, _MARGIN)
+            draw.text(place, label, fill=_FAINT, font=_font(11))
+    return sheet
+
+
+def _scene(row: Generation, num_lines: int) -> Image.Image:
+    """One row of the story, its caption given room for so many lines."""
+    font, small = _font(11), _font(10)
+    verdicts = [
+        (fact_verdict(row.right[key]) if key in row.right else "", row.right.get(key, {}))
+        for _, key in row.compared()
+    ]
+    below = num_lines * _SMALL_LINE + 3
+    scene = Image.new("RGB", (_COLUMN, below + _CELL + 2 + 2 * _SMALL_LINE), _PAPER)
+    draw = ImageDraw.Draw(scene)
+    for i, line in enumerate(_wrapped(row.caption, font, _COLUMN)):
+        draw.text((0, i * _SMALL_LINE), line, fill=_INK, font=font)
+    drawn = [row.drawn[key] for _, key in row.compared()]
+    cells = [*zip(_FOUND_AT, row.retrieved, strict=False), *zip(_DRAWN_AT, drawn, strict=False)]
+    for offset, pixels in cells:
+        picture = _zoomed(pixels)
+        # A white card at the edge would run out into the paper.
+        frame = (offset - 1, below - 1, offset + picture.width, below + picture.height)
+        draw.rectangle(frame, outline=_FRAME)
+        scene.paste(picture, (offset, below))
+    for offset, (words, right) in zip(_DRAWN_AT, verdicts, strict=False):
+        fill = _GOOD if right.get("joint") else _BAD
+        for i, line in enumerate(_wrapped(words, small, _CELL)):
+            top = below + _CELL + 2 + i * _SMALL_LINE
+            draw.text((offset, top), line, fill=fill, font=small)
+    return scene
+
+
+def _caption_lines(story: Sequence[Generation]) -> int:
+    return max(len(_wrapped(row.caption, _font(11), _COLUMN)) for row in story)
+
+
 def save_figures(data: ReportData, folder: epath.PathLike) -> list[epath.Path]:
     """Writes the panels that have content into `folder`, each file whole or not at all.
 
     Returns:
-        The paths written, among reconstructions.png, retrieval.png, generated.png,
+        The paths written, among story.png, reconstructions.png, retrieval.png, generated.png,
         captions.png and curves.png.
 
     Raises:
@@ -83,14 +152,20 @@ def save_figures(data: ReportData, folder: epath.PathLike) -> list[epath.Path]:
         "captions": [(_written_lines(row), [("", row.image)]) for row in data.captions],
     }
     written = []
+    if data.story:
+        written.append(_write_picture(folder / "story.png", story_sheet(data.story)))
     for name, rows in panels.items():
         if rows:
-            buffer = io.BytesIO()
-            contact_sheet(rows).save(buffer, format="PNG")
-            written.append(_write(folder / f"{name}.png", buffer.getvalue()))
+            written.append(_write_picture(folder / f"{name}.png", contact_sheet(rows)))
     if data.curves:
         written.append(_write(folder / "curves.png", curves.curves_png(data.curves)))
     return written
+
+
+def _write_picture(path: epath.Path, picture: Image.Image) -> epath.Path:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return _write(path, buffer.getvalue())
 
 
 def _write(path: epath.Path, content: bytes) -> epath.Path:
@@ -114,6 +189,38 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 def _one_line(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= _MAX_CHARACTERS else line[: _MAX_CHARACTERS - 1] + "…"
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Lines of whole words no longer than `width`, two at most; what is too long is cut."""
+    lines = [""]
+    for word in _one_line(text).split():
+        longer = f"{lines[-1]} {word}".strip()
+        if not lines[-1] or font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    if len(lines) > 2:
+        lines = [lines[0], " ".join(lines[1:])]
+    return [_cut(line, font, width) for line in lines]
+
+
+def _cut(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    if font.getlength(line) <= width:
+        return line
+    while line and font.getlength(line + "…") > width:
+        line = line[:-1]
+    return line + "…"
+
+
+def _zoomed(pixels: np.ndarray) -> Image.Image:
+    """By the largest whole factor that fits a cell, so that every pixel stays a square."""
+    picture = Image.fromarray(pixels)
+    factor = _CELL // max(picture.size)
+    if factor < 1:
+        return _enlarged(pixels)
+    size = (picture.width * factor, picture.height * factor)
+    return picture.resize(size, Image.Resampling.NEAREST)
 
 
 def _enlarged(pixels: np.ndarray) -> Image.Image:

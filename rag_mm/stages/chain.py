@@ -1,16 +1,17 @@
 """The chain of stages: what each is made from, and running them in order."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
-from rag_mm.core import compilation, progress
+from rag_mm.core import borrow, compilation, progress
 from rag_mm.core import config as config_lib
 from rag_mm.core import run as run_lib
 from rag_mm.core.errors import UserError
 from rag_mm.stages import (
+    copy_probe,
     decoder,
     evaluation,
     generation,
@@ -44,6 +45,7 @@ STAGES = {
     "neighbors": Stage(neighbors.Config, neighbors.INPUTS, neighbors.run, reports_on_others=True),
     "decoder": Stage(decoder.Config, decoder.INPUTS, decoder.run),
     "control": Stage(decoder.Config, decoder.CONTROL_INPUTS, decoder.run),
+    "copy_probe": Stage(copy_probe.Config, copy_probe.INPUTS, copy_probe.run),
     "generation": Stage(generation.Config, generation.INPUTS, generation.run),
     "evaluation": Stage(
         evaluation.Config, evaluation.INPUTS, evaluation.run, ("generation",), True
@@ -79,6 +81,7 @@ def run_chain(
     *,
     only: str | None = None,
     overwrite: bool = False,
+    borrow_from: Sequence[epath.PathLike] = (),
 ) -> run_lib.Run:
     """Runs the stages of a config in order, or one of them; finished ones are passed over.
 
@@ -87,6 +90,7 @@ def run_chain(
         workdir: the run; made if it does not exist.
         only: one stage's name.
         overwrite: rebuild stages that would be refused.
+        borrow_from: runs whose finished stages are copied where they are what would be made here.
 
     Raises:
         UserError: the config or the run does not fit; nothing has been touched then.
@@ -104,11 +108,12 @@ def run_chain(
             if not overwrite:
                 run_lib.check_stage(run, name, _slice(configs[name]), STAGES[name].inputs)
         run.save_config(config)
-        has_worked = [_run_stage(run, name, configs[name], overwrite) for name in chosen]
+        sources = [run_lib.Run(epath.Path(source)) for source in borrow_from]
+        has_worked = [_run_stage(run, name, configs[name], overwrite, sources) for name in chosen]
         is_missing = not (run.workdir / report.PAGE).exists()
         if "report" in chosen and (any(has_worked) or is_missing):
-            run.save_costs("quickstart", chosen)
-            report.write_page(configs["report"], run)
+            made = [name for name in configs if run.manifest(name) is not None]
+            report.finish(configs["report"], run, made)
     return run
 
 
@@ -120,14 +125,18 @@ def _check_inputs(run: run_lib.Run, chosen: list[str]) -> None:
                 run.finished_stage(needed)
 
 
-def _run_stage(run: run_lib.Run, name: str, config: Any, overwrite: bool) -> bool:
+def _run_stage(
+    run: run_lib.Run, name: str, config: Any, overwrite: bool, sources: Sequence[run_lib.Run]
+) -> bool:
     """Whether there was anything to do."""
     stage = STAGES[name]
     before = run.manifest(name)
-    if before is None:
-        progress.say(f"{name}: begins")
-    else:
+    if before is not None:
         progress.say(f"{name}: {'done before, checking' if before.is_done else 'going on'}")
+    else:
+        wanted = (run, name, _slice(config), stage.inputs)
+        lender = next((each for each in sources if borrow.borrow_stage(*wanted, each)), None)
+        progress.say(f"{name}: {f'taken over from {lender.workdir}' if lender else 'begins'}")
     after = run_lib.run_stage(
         run,
         name,
@@ -150,7 +159,7 @@ def _stage_config(config: Mapping[str, Any], name: str) -> Any:
         }
     own = config.get(name, {})
     if name == "control":  # The decoder in everything but what it reads.
-        own = {**config.get("decoder", {}), "max_docs": 0, "docs_shares": (1.0,)}
+        own = {**config.get("decoder", {}), "is_vanilla": True}
     return config_lib.make(STAGES[name].config, {**shared, **own}, name)
 
 

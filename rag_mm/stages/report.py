@@ -1,7 +1,7 @@
 """Stage `report`: one page a person looks at, and the same pictures as PNG files."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,57 +12,88 @@ from rag_mm import report
 from rag_mm.core import clock, files
 from rag_mm.core import run as run_lib
 from rag_mm.memory.memory import Memory
+from rag_mm.report import choice, logs, reference
 from rag_mm.stages import corpus as corpus_lib
-from rag_mm.stages import generation, neighbors
+from rag_mm.stages import generation, neighbors, retriever, speed
 from rag_mm.stages import memory as memory_stage
 from rag_mm.stages import world as world_lib
-from rag_mm.train import metrics as train_metrics
+from rag_mm.worlds.emoji import art
 from rag_mm.worlds.emoji import facts as facts_lib
 
 PAGE = "report.html"
+COSTS = "quickstart"  # Key of metrics.json under which a whole run's costs stand.
 INPUTS = (*generation.INPUTS, "generation", "evaluation")
-CURVES = (
-    ("tokenizer", "psnr", "Image tokenizer: PSNR (dB)", "train"),
-    ("tokenizer", "code_usage", "Image tokenizer: share of codes in use", "train"),
-    ("retriever", "loss", "Retriever: contrastive loss (nats)", "train"),
-    ("decoder", "code_nll", "Decoder: NLL per image code (nats)", "with retrieval"),
-    ("control", "code_nll", "Decoder: NLL per image code (nats)", "vanilla"),
-    ("decoder", "text_nll", "Decoder: NLL per text token (nats)", "with retrieval"),
-    ("control", "text_nll", "Decoder: NLL per text token (nats)", "vanilla"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """`num_rows` rows in every panel: the first ones, not chosen ones."""
+    """What is shown follows from the order of the test documents, see `report.choice`.
+
+    Attributes:
+        num_flags: held-out flags on the first screen, as far as there are so many.
+        num_others: other held-out entities there.
+        num_rows: rows of every other panel: those of the first screen, then further entities.
+        reference: a file that `report.reference` made, for the bands behind the training curves;
+            where there is none, there are no bands.
+    """
 
     seed: int
     world: world_lib.World
     generation: generation.Config
+    num_flags: int = 4
+    num_others: int = 6
     num_rows: int = 12
+    reference: str = ""
     title: str = "rag_mm quickstart"
     command: str = "make quickstart"
     notes: tuple[str, ...] = ()
 
+    def __post_init__(self):
+        for name, least in (("num_flags", 0), ("num_others", 0), ("num_rows", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, give at least {least}")
+        reference.load(self.reference)  # A damaged one is found before anything is trained.
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Shown:
+    """Places in the held-out test set, one a class: the story's, then further ones; int64 [R]."""
+
+    places: np.ndarray
+    num_story: int
+    num_flags: int
+
+    @property
+    def rule(self) -> str:
+        """How the story's were chosen."""
+        return choice.rule(self.num_flags, self.num_story - self.num_flags)
+
 
 def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict[str, Any]:
-    """Writes the figures into the stage; `write_page` makes the page once all costs are known."""
-    report.save_figures(gather(config, run, {}), stage_dir / "figures")
+    """Writes the figures into the stage; `finish` makes the page once all costs are known."""
+    bench = generation.open_bench(config.generation, run)
+    report.save_figures(gather(config, run, bench, {}), stage_dir / "figures")
     return {}
 
 
-def write_page(config: Config, run: run_lib.Run) -> epath.Path:
-    """Writes `report.html` beside metrics.json."""
-    data = gather(config, run, run.metrics)
+def finish(config: Config, run: run_lib.Run, stages: Sequence[str]) -> epath.Path:
+    """Adds up what the stages cost, measures speed, and writes `report.html` beside metrics.json."""
+    bench = generation.open_bench(config.generation, run)
+    run.save_costs(COSTS, stages, **speed.measure(config.generation, run, bench))
     page = run.workdir / PAGE
+    data = gather(config, run, bench, run.metrics)
     files.write_atomic(page, report.render_report(data).encode())
     return page
 
 
-def gather(config: Config, run: run_lib.Run, metrics: dict[str, Any]) -> report.ReportData:
+def gather(
+    config: Config, run: run_lib.Run, bench: generation.Bench, metrics: dict[str, Any]
+) -> report.ReportData:
     """Everything on the page."""
-    bench = generation.open_bench(config.generation, run)
     memory = memory_stage.open_memory(run)
+    shown = choose(config, bench.tests["held_out"])
+    generations = list(_generations(config, bench, run, memory, shown.places))
+    healthy = reference.load(config.reference)
     costs = metrics.get(run_lib.MACHINE, {})
     return report.ReportData(
         title=config.title,
@@ -71,16 +102,32 @@ def gather(config: Config, run: run_lib.Run, metrics: dict[str, Any]) -> report.
         version=rag_mm.__version__,
         metrics={k: v for k, v in metrics.items() if k != run_lib.MACHINE},
         config=run.config,
-        setting=_setting(config, len(memory)),
+        setting=_setting(config, len(memory), run.config),
         notes=config.notes,
         machine=_machine(),
-        stage_seconds={stage: cost["wall_seconds"] for stage, cost in costs.items()},
-        reconstructions=_reconstructions(config, bench),
-        retrievals=list(_retrievals(config, bench, memory)),
-        generations=list(_generations(config, bench, run, memory)),
-        captions=_captions(config, bench, run),
-        curves=list(_curves(run)),
+        stage_seconds={
+            stage: costs[stage]["wall_seconds"] for stage in run.config["stages"] if stage in costs
+        },
+        story=generations[: shown.num_story],
+        choice=shown.rule,
+        reconstructions=_reconstructions(bench, shown.places),
+        retrievals=list(_retrievals(bench, memory, shown.places)),
+        generations=generations,
+        captions=_captions(bench, run, shown.places),
+        curves=list(logs.read_curves(run.workdir, healthy.bands if healthy else {})),
+        band_note=healthy.note if healthy else "",
     )
+
+
+def choose(config: Config, test: generation.TestSet) -> Shown:
+    """One document of every class shown, the same in every panel."""
+    source = config.world.scenes("test", *neighbors.TEST_SPLITS["held_out"])
+    class_ids = source.class_ids[test.scene_rows]
+    is_flag = art.load_art().is_flag[class_ids]
+    story = choice.choose(class_ids, is_flag, config.num_flags, config.num_others)
+    further = np.setdiff1d(choice.first_of_each_class(class_ids), story)
+    places = np.concatenate([story, further[: max(0, config.num_rows - len(story))]])
+    return Shown(places, len(story), int(is_flag[story].sum()))
 
 
 def _machine() -> str:
@@ -90,84 +137,82 @@ def _machine() -> str:
     return f"{cores}, Python {machine['python']}, jax {versions['jax']}, flax {versions['flax']}"
 
 
-def _setting(config: Config, num_rows: int) -> list[tuple[str, str]]:
+def _setting(config: Config, num_rows: int, whole: Mapping[str, Any]) -> list[tuple[str, str]]:
     world = config.world
+    taught = whole.get("retriever", {}).get("splits", retriever.Config.splits)
     return [
         ("Level of the scenes", world.level),
         ("Classes seen in training", f"{len(world.classes(*world_lib.SEEN)):,}"),
         ("Classes never shown in training", f"{len(world.classes(*world_lib.HELD_OUT)):,}"),
+        ("Classes the retriever saw", ", ".join(taught)),
         ("Documents in the memory", f"{num_rows:,}"),
     ]
 
 
-def _reconstructions(config: Config, bench: generation.Bench) -> list[report.Reconstruction]:
-    test, n = bench.tests["held_out"], config.num_rows
-    decoded = bench.codec.decode(np.stack([main.codes for main in test.mains[:n]]))
+def _reconstructions(bench: generation.Bench, places: np.ndarray) -> list[report.Reconstruction]:
+    test = bench.tests["held_out"]
+    decoded = bench.codec.decode(np.stack([test.mains[i].codes for i in places]))
     return [
-        report.Reconstruction(caption, original, back)
-        for caption, original, back in zip(test.captions, test.pictures, decoded, strict=False)
+        report.Reconstruction(test.captions[i], test.pictures[i], back)
+        for i, back in zip(places, decoded, strict=True)
     ]
 
 
 def _retrievals(
-    config: Config, bench: generation.Bench, memory: Memory
+    bench: generation.Bench, memory: Memory, places: np.ndarray
 ) -> Iterator[report.Retrieval]:
     test = bench.tests["held_out"]
-    queries = bench.encoder.encode_text(test.captions[: config.num_rows])
+    queries = bench.encoder.encode_text([test.captions[i] for i in places])
     vectors = memory.embeddings("mixed")
-    for caption, query, found in zip(test.captions, queries, test.docs_by_text, strict=False):
+    for i, query in zip(places, queries, strict=True):
         hits = []
-        for row in found[found >= 0]:
+        for row in test.hits[i][test.hits[i] >= 0]:
             document = memory.document(int(row))
-            score = float(query @ vectors[row])
             pixels = corpus_lib.picture(memory, int(row))
-            hits.append(report.Hit(document.text, pixels, score))
-        yield report.Retrieval(caption, hits)
+            hits.append(report.Hit(document.text, pixels, float(query @ vectors[row])))
+        yield report.Retrieval(test.captions[i], hits)
 
 
 def _generations(
-    config: Config, bench: generation.Bench, run: run_lib.Run, memory: Memory
+    config: Config,
+    bench: generation.Bench,
+    run: run_lib.Run,
+    memory: Memory,
+    places: np.ndarray,
 ) -> Iterator[report.Generation]:
-    test, n, level = bench.tests["held_out"], config.num_rows, config.world.geometry
+    test, level = bench.tests["held_out"], config.world.geometry
     source = config.world.scenes("test", *neighbors.TEST_SPLITS["held_out"])
-    asked = [source.facts(int(row)) for row in test.scene_rows[:n]]
+    asked = [source.facts(int(row)) for row in test.scene_rows[places]]
     scorer, folder = facts_lib.Scorer(level), run.finished_stage("generation")
     drawn, right = {}, {}
-    for name, _, _ in bench.variants():
-        codes = files.read_array(folder / f"held_out_{name}_codes.npy")[:n]
+    for name in (v.name for v in test.variants):
+        codes = files.read_array(folder / f"held_out_{name}_codes.npy")[places]
         drawn[name] = bench.codec.decode(codes)
         read = scorer.read(drawn[name])
         right[name] = [
             facts_lib.compare(got, wanted, level) for got, wanted in zip(read, asked, strict=True)
         ]
-    for i, caption in enumerate(test.captions[:n]):
-        found = [row for row in test.docs_by_text[i] if row >= 0]
+    for n, i in enumerate(places):
         yield report.Generation(
-            caption,
+            test.captions[i],
             test.pictures[i],
-            [corpus_lib.picture(memory, int(row)) for row in found],
-            {name: pictures[i] for name, pictures in drawn.items()},
-            {name: verdicts[i] for name, verdicts in right.items()},
+            [corpus_lib.picture(memory, int(row)) for row in test.hits[i] if row >= 0],
+            {name: pictures[n] for name, pictures in drawn.items()},
+            {name: verdicts[n] for name, verdicts in right.items()},
         )
 
 
 def _captions(
-    config: Config, bench: generation.Bench, run: run_lib.Run
+    bench: generation.Bench, run: run_lib.Run, places: np.ndarray
 ) -> list[report.WrittenCaption]:
     test, folder = bench.tests["held_out"], run.finished_stage("generation")
     written = {
         name: files.read_json(folder / f"held_out_{name}_captions.json")["captions"]
-        for name, _, _ in bench.variants()
+        for name in (v.name for v in test.variants if v.by_image is not None)
     }
     return [
         report.WrittenCaption(
             test.pictures[i], test.captions[i], {name: texts[i] for name, texts in written.items()}
         )
-        for i in range(min(config.num_rows, len(test.scene_rows)))
+        for i in places
     ]
-
-
-def _curves(run: run_lib.Run) -> Iterator[report.Curve]:
-    for stage, key, chart, label in CURVES:
-        rows = train_metrics.read_log(run.stage_dir(stage) / "log.jsonl")
-        yield report.Curve(chart, label, [r["step"] for r in rows], [r[key] for r in rows])

@@ -26,8 +26,8 @@ FOLDER = "frozen"
 class Config:
     """Both towers have one width; `splits` says what the retriever may have seen.
 
-    A picture is shown with the shortest of `caption_draws` captions: the more, the more often with nothing but
-    names, and the more the entity outweighs place and colour in a query that tells them all.
+    A picture is shown with the shortest of `caption_draws` captions: the more, the more often with
+    nothing but names, and the more the entity outweighs place and colour in a query that tells them all.
 
     All three splits make `clip:all`, which stands for an off-the-shelf CLIP; `common` alone makes
     `clip:common`.
@@ -51,7 +51,14 @@ class Config:
 
     def __post_init__(self):
         training.check_config(self.optimizer, self.loop, self.batch_size)
-        for name in ("embed_dim", "num_heads", "vision_layers", "text_layers", "patch_size", "caption_draws"):
+        for name in (
+            "embed_dim",
+            "num_heads",
+            "vision_layers",
+            "text_layers",
+            "patch_size",
+            "caption_draws",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, give at least 1")
         if not self.splits or not set(self.splits) <= set(split_lib.SPLITS):

@@ -23,7 +23,8 @@ tokenizer.psnr tokenizer.scorer_ceiling.joint retriever.recall_at_1.text_to_imag
 retriever.same_class_at_2 memory.recall_at_10 decoder.art_nll.docs0 decoder.art_nll.docs1
 decoder.art_nll.docs2 decoder.joint_accuracy.docs2 control.joint_accuracy
 baselines.hit_itself.joint_accuracy decoder.cider.docs2 quickstart.wall_seconds
-quickstart.peak_rss_gib
+quickstart.peak_rss_gib quickstart.retrieval_ms quickstart.generation_ms
+quickstart.retrieval_share
 """.split()
 
 
@@ -53,6 +54,18 @@ def test_the_page_stands_alone(tiny_run):
     assert all(label in text for label, _, _ in report.summary_table({}))
     assert not re.search(r"<script|(src|href)\s*=\s*[\"']?(https?:)?//", text)
     assert list((tiny_run.workdir / "report" / "figures").glob("*.png"))
+
+
+def test_the_first_screen_has_a_row_an_entity(tiny_run):
+    """As many held-out entities as the small world has, each once; retrieval is a part of the time."""
+    text = (tiny_run.workdir / "report.html").read_text()
+    first_screen = text[: text.index("<nav>")]
+    captions = re.findall(r'<div class="scene">\s*<p dir="auto">(.+?) at the ', first_screen)
+    assert len(captions) == len(set(captions)) >= 4
+    assert first_screen.count("flag of ") >= 4
+    assert (tiny_run.workdir / "report" / "figures" / "story.png").exists()
+    costs = files.read_json(tiny_run.workdir / "metrics.json")["quickstart"]
+    assert 0 < costs["retrieval_share"] < 1 < costs["generation_ms"] / costs["retrieval_ms"]
 
 
 def test_every_stage_is_done(tiny_run):

@@ -1,6 +1,7 @@
 """The page is one file without network or scripts, whatever strangers wrote in their captions."""
 
 import base64
+import dataclasses
 import html.parser
 import io
 import re
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from rag_mm import report
-from rag_mm.report import curves, page
+from rag_mm.report import content, curves, page, sheets
 
 HOSTILE = "<script>alert(1)</script> \"double\" 'single' & <img src=x onerror=alert(1)> $x^2$"
 
@@ -21,6 +22,9 @@ def picture(seed, size=32):
 
 def sample(text="a rocket", **changes):
     facts = {"entity": False, "place": True, "color": False, "joint": False}
+    row = report.Generation(
+        text, picture(3), [picture(4)], {"docs2": picture(5), text: picture(6)}, {"docs2": facts}
+    )
     parts = {
         "title": f"Title {text}",
         "command": f"rag-mm quickstart {text}",
@@ -34,15 +38,13 @@ def sample(text="a rocket", **changes):
         "stage_seconds": {text: 61.0, "decoder": 5.0},
         "reconstructions": [report.Reconstruction(text, picture(0), picture(1))],
         "retrievals": [report.Retrieval(text, [report.Hit(text, picture(2), 0.871)])],
-        "generations": [
-            report.Generation(
-                text, picture(3), [picture(4)], {"docs2": picture(5), text: picture(6)},
-                {"docs2": facts},
-            )
-        ],
+        "story": [row],
+        "choice": f"Chosen by lot: {text}",
+        "generations": [row],
         "captions": [report.WrittenCaption(picture(7), text, {"docs2": text, "control": ""})],
         "curves": [report.Curve(text, text, [0, 1, 2], [3.0, 2.0, 1.0])],
-    }  # fmt: skip
+        "band_note": text,
+    }
     return report.ReportData(**(parts | changes))
 
 
@@ -81,9 +83,9 @@ def test_hostile_captions_are_shown_as_written_and_do_nothing():
     for tag, attributes in tags.tags:
         assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
     images = [attributes for tag, attributes in tags.tags if tag == "img"]
-    assert len(images) == 2 + 1 + 4 + 1
+    assert len(images) == 2 + 2 + 1 + 4 + 1
     assert all(image["src"].startswith("data:image/png;base64,") for image in images)
-    assert tags.text.count(HOSTILE) >= 12  # Every panel, the config and the chart show it.
+    assert tags.text.count(HOSTILE) >= 15  # Every panel, the config and the chart show it.
 
 
 def test_nothing_is_fetched():
@@ -99,7 +101,12 @@ def test_nothing_is_fetched():
 
 
 def test_ids_are_unique():
-    two = [report.Curve(name, "loss", [0, 1], [1.0, 0.5]) for name in ("tokenizer", "decoder")]
+    band = content.Band([0, 1], [0.9, 0.4], [1.1, 0.6], [1.0, 0.5])
+    two = [
+        report.Curve(name, label, [0, 1], [1.0, 0.5], band)
+        for name in ("tokenizer", "decoder")
+        for label in ("one", "other")
+    ]
     ids = [a["id"] for _, a in parse(sample(curves=two)).tags if "id" in a]
     assert len(ids) == len(set(ids))
 
@@ -127,11 +134,13 @@ def test_the_scorer_speaks_below_each_picture():
 
 def test_an_empty_run_says_what_is_missing():
     empty = dict.fromkeys(
-        ("reconstructions", "retrievals", "generations", "captions", "curves", "setting", "notes"),
+        ("story", "reconstructions", "retrievals", "generations", "captions", "curves", "setting",
+         "notes"),
         (),
-    )
+    )  # fmt: skip
     text = parse(sample(metrics={}, stage_seconds={}, **empty)).text
-    for part in ("Generated pictures", "Accuracies", "Reconstructions", "Retrieval", "Captions"):
+    parts = ("Generated pictures", "Accuracies", "Reconstructions", "Retrieval", "Captions")
+    for part in ("Pictures of held-out entities", *parts):
         assert f"{part}: not measured in this run." in text
     assert "nothing claimed" in text
 
@@ -163,12 +172,67 @@ def test_long_curves_are_thinned_and_unequal_ones_refused():
         curves.chart_svg("loss", [report.Curve("loss", "train", [0, 1], [1.0])])
 
 
+def test_the_first_screen_sets_ours_beside_vanilla():
+    right = dict.fromkeys(("entity", "place", "color", "joint"), True)
+    drawn = {key: picture(i) for i, key in enumerate(("docs0", "docs2", "docs10", "control"))}
+    row = report.Generation("flag of aruba", picture(7), [picture(8)], drawn, {"docs10": right})
+    assert row.compared() == [("ours", "docs10"), ("vanilla", "control")]
+    text = report.render_report(sample(story=[row], choice="Chosen by a rule."))
+    first_screen = text[: text.index("<nav>")]
+    for words in ("flag of aruba", "✓ right", "Chosen by a rule."):
+        assert words in first_screen
+    assert first_screen.index("flag of aruba") < first_screen.index("Chosen by a rule.")
+    alone = report.Generation("flag", picture(1), [], {"docs1": picture(2)})
+    assert alone.compared() == [("ours", "docs1")]
+
+
+def test_the_scorers_words():
+    facts = dict.fromkeys(("entity", "place", "color", "joint"), False)
+    assert content.fact_verdict(facts) == "✗ all wrong"
+    assert content.fact_verdict(facts | {"place": True}) == "✗ wrong: entity, colour"
+    assert content.fact_verdict(dict.fromkeys(facts, True)) == "✓ right"
+
+
+def test_the_story_sheet_keeps_every_pixel_a_square():
+    """832 pixels are a README's column; each pixel of a 32-pixel picture becomes 3 x 3."""
+    row = report.Generation(
+        "closed mailbox with raised flag at the bottom left on a yellow background, by day",
+        picture(0), [picture(1), picture(2)], {"docs2": picture(3), "control": picture(4)},
+    )  # fmt: skip
+    sheet = np.asarray(sheets.story_sheet([row, row, row]))
+    assert sheet.shape[1] == 832
+    for seed in (1, 2, 3, 4):
+        large = np.kron(picture(seed), np.ones((3, 3, 1), np.uint8))
+        rows, columns = np.where((sheet[:-95, :-95] == large[0, 0]).all(axis=-1))
+        found = [
+            np.array_equal(sheet[r : r + 96, c : c + 96], large)
+            for r, c in zip(rows, columns, strict=True)
+        ]
+        assert sum(found) == 3
+
+
+def test_a_band_is_drawn_behind_its_line():
+    line = report.Curve("loss", "train", [0, 1], [2.0, 1.0])
+    band = content.Band([0, 1], [1.5, 0.5], [2.5, 1.5], [2.0, 1.0])
+    bare = curves.chart_svg("loss", [line])
+    banded = curves.chart_svg("loss", [dataclasses.replace(line, band=band)])
+    assert "fill-opacity" in banded and "fill-opacity" not in bare
+
+
+def test_speed_is_told_where_it_was_measured():
+    speed = {"retrieval_ms": 0.83, "generation_ms": 41.2, "retrieval_share": 0.0197}
+    text = parse(sample(metrics={"quickstart": speed})).text
+    assert "0.83 ms" in text and "41.2 ms" in text
+    assert "2.0\N{NO-BREAK SPACE}% of both" in text
+    assert "of both" not in parse(sample()).text
+
+
 def test_figures_are_written_as_png(tmp_path):
     line = [report.Curve("loss", "train", [0, 1], [2.0, 1.0])]
     data = sample("Côte d’Ivoire\n" + 50 * HOSTILE, curves=line)
     paths = report.save_figures(data, tmp_path / "figures")
     assert [path.name for path in paths] == [
-        "reconstructions.png", "retrieval.png", "generated.png", "captions.png", "curves.png",
+        "story.png", "reconstructions.png", "retrieval.png", "generated.png", "captions.png", "curves.png",
     ]  # fmt: skip
     assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == sorted(
         path.name for path in paths
@@ -177,5 +241,6 @@ def test_figures_are_written_as_png(tmp_path):
         with Image.open(str(path)) as opened:
             opened.load()
             assert opened.format == "PNG" and opened.width < 2000
-    empty = sample(reconstructions=(), retrievals=(), generations=(), captions=(), curves=())
+    parts = ("story", "reconstructions", "retrievals", "generations", "captions", "curves")
+    empty = sample(**dict.fromkeys(parts, ()))
     assert report.save_figures(empty, tmp_path / "none") == []

@@ -14,19 +14,25 @@ def mean(value, ci95=0.1):
     return {"mean": value, "ci95": ci95, "n": 256}
 
 
-def metrics(joint=0.6, vanilla=0.02, hit=0.02, random=0.02, ceiling=0.94, art=(5.4, 0.6)):
+def metrics(
+    joint=0.6, vanilla=0.02, hit=0.02, random=0.02, removed=0.02, ceiling=0.94, art=(5.4, 0.6, 0.5),
+    seen_moves=0.004, cider_vanilla=1.9,
+):  # fmt: skip
     return {
         "tokenizer": {"scorer_ceiling": {"joint": accuracy(ceiling)}, "psnr": 24.1},
         "retriever": {"same_class_at_2": accuracy(0.95)},
         "decoder": {
             "joint_accuracy": {"docs0": accuracy(0.02), "docs2": accuracy(joint)},
-            "art_nll": {"docs0": mean(art[0]), "docs1": mean(art[1])},
+            "art_nll": {f"docs{k}": mean(nll) for k, nll in enumerate(art)},
             "cider": {"docs0": mean(2.0), "docs2": mean(5.0)},
+            "paired": {"joint_held_out_removed_minus_docs0": mean(removed - 0.02, 0.02)},
+            "seen": {"paired": {"joint_docs2_minus_held_out_removed": mean(seen_moves, 0.01)}},
         },
-        "control": {"joint_accuracy": accuracy(vanilla)},
+        "control": {"joint_accuracy": accuracy(vanilla), "cider": mean(cider_vanilla)},
         "baselines": {
             "hit_itself": {"joint_accuracy": accuracy(hit)},
             "random_documents": {"joint_accuracy": accuracy(random)},
+            "held_out_removed": {"joint_accuracy": accuracy(removed)},
         },
     }
 
@@ -38,6 +44,7 @@ def status(figures):
 def test_a_good_run_shows_every_claim():
     assert set(status(metrics()).values()) == {"yes"}
     assert "60.0 % ± 2.0" in verdicts.headline(metrics()).sentence
+    assert len(status(metrics())) == 12
 
 
 def test_a_gain_within_two_standard_errors_is_no_gain():
@@ -52,17 +59,37 @@ def test_a_gain_within_two_standard_errors_is_no_gain():
     ("claim", "change"),
     [
         ("The codes keep the facts", {"ceiling": 0.7}),
-        ("A document is read", {"art": (5.4, 5.39)}),
+        ("A document is read", {"art": (5.4, 5.39, 5.3)}),
+        ("Two documents are no worse than one", {"art": (5.4, 0.6, 0.9)}),
         ("Retrieval helps", {"vanilla": 0.6}),
         ("It is the content of the documents that helps", {"random": 0.6}),
         ("It composes rather than hands back", {"hit": 0.6}),
         ("It reaches half of what is possible", {"joint": 0.46}),
+        ("What the memory lacks is not drawn", {"removed": 0.10}),
+        ("Other entities stay as they were", {"seen_moves": -0.03}),
+        ("Captions profit from documents", {"cider_vanilla": 5.0}),
     ],
 )
 def test_each_failure_turns_its_claim(claim, change):
     found = status(metrics(**change))
     assert found.pop(claim) == "no"
     assert set(found.values()) == {"yes"}
+
+
+def test_without_a_skill_the_rows_bring_nothing_back():
+    """Removing rows from a model that cannot draw harms nothing, and so adding them shows nothing."""
+    found = status(metrics(joint=0.02))
+    assert found["What the memory lacks is not drawn"] == "yes"
+    assert found["Rows added to the memory bring it back"] == "no"
+
+
+def test_one_claim_of_two_that_fails_is_enough():
+    """Captions must beat both no documents and the vanilla model; one comparison may be missing."""
+    figures = metrics()
+    del figures["control"]["cider"]
+    assert status(figures)["Captions profit from documents"] == "unknown"
+    figures["decoder"]["cider"]["docs2"] = mean(1.0)
+    assert status(figures)["Captions profit from documents"] == "no"
 
 
 def test_nothing_measured_nothing_claimed():
@@ -82,6 +109,16 @@ def test_the_summary_quotes_accuracies_beside_the_ceiling():
     value, meaning = rows["Joint accuracy"]
     assert value == "0 docs: 2.0 % ± 2.0 · 1 doc: not measured · 2 docs: 60.0 % ± 2.0"
     assert "the ceiling is 94.0 % ± 2.0" in meaning
+    assert "rows removed: 2.0 % ± 2.0" in rows["Joint accuracy without us"][0]
+
+
+def test_the_summary_tells_what_retrieval_costs_where_it_was_measured():
+    costs = {"wall_seconds": 1180.0, "peak_rss_gib": 3.12}
+    rows = {label: value for label, value, _ in summary.summary_table({"quickstart": costs})}
+    assert rows["Time and memory"] == "19 min 40 s · 3.1 GiB"
+    costs["retrieval_share"] = 0.0197
+    rows = {label: value for label, value, _ in summary.summary_table({"quickstart": costs})}
+    assert rows["Time and memory"] == "19 min 40 s · 3.1 GiB · retrieval 2.0 %"
 
 
 def test_a_difference_paired_by_document_decides_where_it_was_measured():

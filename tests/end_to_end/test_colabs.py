@@ -1,0 +1,87 @@
+"""The notebooks of colabs/: clean as committed, and they run from their first cell to their last."""
+
+import os
+import pathlib
+import re
+import sys
+
+import nbclient
+import nbformat
+import pytest
+
+from rag_mm import report
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+NOTEBOOKS = sorted((ROOT / "colabs").glob("*.ipynb"))
+CELL_SECONDS = 900
+# Where somebody's files lie: nothing of that kind belongs in a notebook for everybody.
+HOMES = r"(?<![\w.])/(home|root|tmp|work|mnt|opt|var|Users|content|usr)\b|[A-Z]:\\"
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def notebook(request) -> nbformat.NotebookNode:
+    return nbformat.read(request.param, as_version=4)
+
+
+def tagged(notebook: nbformat.NotebookNode, tag: str) -> list[nbformat.NotebookNode]:
+    return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
+
+
+def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_there_is_a_notebook():
+    assert NOTEBOOKS
+
+
+def test_it_is_a_valid_notebook(notebook):
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"  # Every Colab and Jupyter has it.
+
+
+def test_it_is_committed_as_nobody_ran_it(notebook):
+    for cell in code_cells(notebook):
+        assert cell.outputs == [] and cell.execution_count is None
+        assert set(cell.metadata) <= {"tags"}
+
+
+def test_it_installs_first_and_then_says_what_may_be_changed(notebook):
+    first, second = code_cells(notebook)[:2]
+    assert [first] == tagged(notebook, "install") and "%pip install" in first.source
+    assert [second] == tagged(notebook, "parameters") and "WORKDIR = " in second.source
+
+
+def test_it_names_no_folder_of_a_machine(notebook):
+    for cell in notebook.cells:
+        assert not re.search(HOMES, cell.source), cell.source
+
+
+def execute(notebook: nbformat.NotebookNode, workdir: pathlib.Path) -> None:
+    """Runs all but the install cell beside `workdir`, which takes the place of the notebook's."""
+    (parameters,) = tagged(notebook, "parameters")
+    notebook.cells.insert(
+        notebook.cells.index(parameters) + 1,
+        nbformat.v4.new_code_cell(f"WORKDIR = {str(workdir)!r}"),
+    )
+    notebook.cells = [cell for cell in notebook.cells if cell not in tagged(notebook, "install")]
+    resources = {"metadata": {"path": str(workdir.parent)}}
+    nbclient.NotebookClient(notebook, timeout=CELL_SECONDS, resources=resources).execute()
+
+
+@pytest.mark.slow
+def test_it_runs_and_shows(notebook, finished, monkeypatch):
+    """On a finished run, which its command goes over quickly; a cell's error would be raised."""
+    commands = pathlib.Path(sys.executable).parent
+    monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("IPYTHONDIR", str(finished.parent / "ipython"))
+    execute(notebook, finished)
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    shown = [output.data for output in outputs if output.output_type == "display_data"]
+    assert sum("image/png" in data for data in shown) >= 4
+    (table,) = [data["text/markdown"] for data in shown if "text/markdown" in data]
+    assert all(f"| {label} |" in table for label, _, _ in report.summary_table({}))
+    said = "".join(output.text for output in outputs if output.output_type == "stream")
+    assert "Report: " in said and "Traceback" not in said and "Warning" not in said
+    assert "16 of the memory's" in said
