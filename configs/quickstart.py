@@ -30,7 +30,7 @@ def quick() -> dict:
     caption_draws = 4
     decoder = dict(
         model=dict(
-            num_layers=2,
+            num_layers=4,
             embed_dim=128,
             num_heads=4,
             mlp_dim=384,
@@ -43,7 +43,7 @@ def quick() -> dict:
         optimizer=dict(
             learning_rate=3e-3, warmup_steps=60, schedule="wsd", b2=0.98, weight_decay=0.05
         ),
-        loop=dict(num_steps=2000, log_every=20, checkpoint_every=200),
+        loop=dict(num_steps=1100, log_every=20, checkpoint_every=100),
         caption_draws=caption_draws,
         max_docs=2,
         docs_shares=(0.2, 0.4, 0.4),
@@ -95,7 +95,7 @@ def quick() -> dict:
         report=dict(
             title="rag_mm quickstart",
             command="make quickstart",
-            reference="docs/results/quickstart/curves.json",
+            reference="",
         ),
     )
 

@@ -52,10 +52,10 @@ def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
     mains, art = corpus.test(tests, chosen)
     found = _draw(config, tests.class_ids[chosen], held_out, 1)[:, 0]
     docs = [[held_out.examples[i] for i in ids] for ids in found]
-    few = slice(config.num_watched)
+    few = world_lib.spread(np.arange(len(mains)), config.num_watched)
     watch = copying.CopyWatch(
-        mains[few],
-        [given[:1] for given in docs[few]],
+        [mains[i] for i in few],
+        [docs[i][:1] for i in few],
         art[few],
         config.loop.num_steps,
         config.min_gain,

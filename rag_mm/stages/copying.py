@@ -45,7 +45,7 @@ class CopyWatch:
         figures = {}
         for count in sorted({0, most}):
             given = [docs[-count:] if count else [] for docs in self.docs]
-            scores = likelihood.score_codes(generator, self.mains, given, len(self.mains))
+            scores = likelihood.score_codes(generator, self.mains, given)
             for name, values in (("nll", scores.nll), ("top1", scores.is_top1)):
                 mean = scene_metrics.per_document(values, self.art).mean()
                 figures[f"art_{name}_docs{count}"] = float(mean)
@@ -53,7 +53,7 @@ class CopyWatch:
         if self.min_gain and 2 * step >= self.num_steps and gain < self.min_gain:
             raise UserError(
                 f"Copying has not begun at step {step} of {self.num_steps}: documents raise the top-1 "
-                f"share of unseen art by {gain:.3f} only (least: {self.min_gain}); see "
-                "docs/results/quickstart.md for what makes it begin."
+                f"share of unseen art by {gain:.3f} only (least: {self.min_gain}); smeared keys, more "
+                "steps and smaller batches make it begin."
             )
         return figures

@@ -63,7 +63,7 @@ class Config:
     segment_probability: float = 0.5
     alpha: float = 0.1
     batch_size: int = 32
-    num_watched: int = 48
+    num_watched: int = 64
     mesh: tuple[int, int, int] = (1, 1, 1)
 
     def __post_init__(self):
@@ -74,6 +74,8 @@ class Config:
             )
         if min(self.docs_shares) < 0 or not sum(self.docs_shares):
             raise ValueError(f"docs_shares are {self.docs_shares}, give positive numbers")
+        if not 0 <= self.docs_text <= self.max_text:
+            raise ValueError(f"docs_text is {self.docs_text}, give 0 to max_text={self.max_text}")
         if self.caption_draws < 1:
             raise ValueError(f"caption_draws is {self.caption_draws}, give at least 1")
         training.check_config(self.optimizer, self.loop, self.batch_size)
@@ -244,13 +246,16 @@ def _make_watch(
 ) -> copying.CopyWatch:
     """Unseen scenes with the best document that each retrieves."""
     source = config.world.scenes("test", *world_lib.HELD_OUT)
-    chosen = world_lib.sample_rows(source, config.num_watched, config.seed)
-    docs: list[list[rows.Example]] = [[] for _ in chosen]
-    if not config.is_vanilla:
+    docs: list[list[rows.Example]]
+    if config.is_vanilla:
+        chosen = world_lib.sample_rows(source, config.num_watched, config.seed)
+        docs = [[] for _ in chosen]
+    else:
         folder = run.finished_stage("neighbors")
-        chosen = files.read_array(folder / "held_out_rows.npy")[: config.num_watched]
-        found = files.read_array(folder / "held_out_text.npy")[: config.num_watched, :1]
-        docs = [corpus_lib.pick(documents, ids) for ids in found]
+        chosen = files.read_array(folder / "held_out_rows.npy")
+        found = files.read_array(folder / "held_out_text.npy")[:, :1]
+        few = world_lib.spread(np.arange(len(chosen)), config.num_watched)
+        chosen, docs = chosen[few], [corpus_lib.pick(documents, ids) for ids in found[few]]
     mains, art = corpus.test(source, chosen)
     return copying.CopyWatch(mains, docs, art, config.loop.num_steps)
 

@@ -106,6 +106,7 @@ def _measure(
         summary |= scene_metrics.nll_summary(nll, art)
         values["art_nll"] = scene_metrics.per_document(nll, art)
         values["art_top1"] = scene_metrics.per_document(is_top1, art)
+        summary["art_top1"] = statistics.mean(values["art_top1"])
         if variant.by_image is not None:
             written = files.read_json(drawn / f"{split}_{variant.name}_captions.json")["captions"]
             values["cider"] = caption_metrics.cider(written, [[text] for text in test.captions])

@@ -131,9 +131,11 @@ def open_bench(config: Config, run: run_lib.Run) -> Bench:
     for split, names in neighbors_stage.TEST_SPLITS.items():
         source, count = config.world.scenes("test", *names), config.count(split)
         found = {
-            kind: files.read_array(folder / f"{split}_{kind}.npy")[:count]
+            kind: files.read_array(folder / f"{split}_{kind}.npy")
             for kind in ("rows", *neighbors_stage.QUERIES)
         }
+        few = world_lib.spread(np.arange(len(found["rows"])), count)
+        found = {kind: array[few] for kind, array in found.items()}
         captions = [neighbors_stage.full_caption(source, row) for row in found["rows"]]
         pictures = world_lib.images(source, found["rows"])
         codes = codec.encode(pictures)

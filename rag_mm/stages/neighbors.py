@@ -95,8 +95,8 @@ def _check_gate(config: Config, same_class: float) -> None:
         raise UserError(
             f"The gate before the decoder is shut: {same_class:.3f} of the neighbors of held-out "
             f"captions show what was asked for, and neighbors.min_same_class is "
-            f"{config.min_same_class}; train the retriever longer (retriever.loop.num_steps), or "
-            "lower the gate."
+            f"{config.min_same_class}; show the retriever more captions that only name "
+            "(retriever.caption_draws), train it longer (retriever.loop.num_steps), or lower the gate."
         )
 
 
@@ -167,7 +167,7 @@ def _find(
 def _same_class(
     source: scene_lib.Scenes, rows: np.ndarray, ids: np.ndarray, facts: list[scene_lib.Facts]
 ) -> float:
-    """Share of given neighbors that show an entity that was asked for."""
+    """Share of neighbors that show an entity that was asked for; a missing one does not."""
 
     def classes(shown: scene_lib.Facts) -> set[int]:
         return {entity.class_id for entity in shown.entities}
@@ -178,4 +178,4 @@ def _same_class(
         for i in found
         if i >= 0
     ]
-    return float(np.mean(right)) if right else 0.0
+    return sum(right) / ids.size

@@ -46,6 +46,12 @@ def images(source: scene_lib.Scenes, rows: np.ndarray | None = None) -> np.ndarr
     return np.stack([scene_lib.render(source.facts(int(row)), source.level) for row in rows])
 
 
+def spread(rows: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of sorted rows, evenly spaced: a share of every split and kind of class."""
+    count = min(count, len(rows))
+    return rows[np.linspace(0, len(rows) - 1, count).round().astype(np.int64)]
+
+
 def sample_rows(source: scene_lib.Scenes, count: int, seed: int) -> np.ndarray:
     """At most `count` distinct rows, the same for the same seed, sorted."""
     order = np.random.default_rng((seed, len(source))).permutation(len(source))

@@ -116,7 +116,8 @@ def test_hidden_states_layer_by_layer_and_logits(torch, llama, ours):
         model = nnx.merge(ours[0], params)
         positions = jnp.tile(jnp.arange(17, dtype=jnp.int32), (2, 1))
 
-        def attend(q, k, v, handed):
+        def attend(heads, handed):
+            q, k, v, _ = heads
             return attention.attention(q, k, v, is_causal=True), handed
 
         x = model.embed(jnp.asarray(tokens), positions)

@@ -15,7 +15,7 @@ def scored(monkeypatch):
     """Without documents no code is foreseen, with one those of the first document's art are."""
     asked = []
 
-    def score_codes(generator, mains, docs, batch_size):
+    def score_codes(generator, mains, docs):
         asked.append([len(given) for given in docs])
         is_top1 = np.zeros(ART.shape, bool)
         is_top1[0] = len(docs[0]) > 0
