@@ -2,7 +2,7 @@
 
     rag-mm train --config=configs/copy_probe.py:quick --workdir=runs/copy_probe
 
-`quick` takes less than ten minutes on two cores and gives up at half time where nothing is copied:
+`quick` takes 10 to 12 minutes on two cores and gives up at half time where nothing is copied:
 the decoder of `configs/quickstart.py` is tuned here. Codes are those of k-means; no tokenizer is trained.
 """
 
@@ -17,7 +17,7 @@ def get_config(preset: str) -> dict:
 
 
 def quick() -> dict:
-    """Ten minutes on two cores."""
+    """10 to 12 minutes on two cores."""
     return _probe(quickstart.quick()) | {"ablation": ABLATION}
 
 

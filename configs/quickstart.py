@@ -2,7 +2,7 @@
 
     rag-mm quickstart --workdir=runs/quickstart --config=configs/quickstart.py:quick
 
-`quick` takes about 20 minutes on two cores; `tiny` runs every stage in about a minute and learns nothing
+`quick` takes 20 to 25 minutes on two cores; `tiny` runs every stage in about a minute and learns nothing
 worth looking at: it is for tests and for a first look at the files.
 """
 
@@ -26,7 +26,7 @@ def get_config(preset: str) -> dict:
 
 
 def quick() -> dict:
-    """Twenty minutes on two cores."""
+    """20 to 25 minutes on two cores."""
     caption_draws = 4
     decoder = dict(
         model=dict(
