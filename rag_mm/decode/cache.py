@@ -5,27 +5,27 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rag_mm.nn.block import Attend, Heads
+from rag_mm.nn.block import Attend, Heads, Recent
 from rag_mm.ops import attention
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of a layer, each [B, capacity, K, H]; `newest` as in `nn.block.Heads`."""
+    """Keys and values of a layer, each [B, capacity, K, H]; `recent` as in `nn.block.Heads`."""
 
     keys: jax.Array
     values: jax.Array
-    newest: jax.Array | None = None
+    recent: Recent | None = None
 
 
 def make_cache(prefilled: Heads, num_steps: int) -> tuple[LayerCache, ...]:
     """Room for `num_steps` more tokens behind what `Decoder.prefill` returned ([L, B, T, K, H])."""
     room = ((0, 0), (0, num_steps), (0, 0), (0, 0))
-    keys, values, newest = prefilled.k, prefilled.v, prefilled.newest
+    keys, values, recent = prefilled.k, prefilled.v, prefilled.recent
     return tuple(
         LayerCache(
             jnp.pad(keys[i], room),
             jnp.pad(values[i], room),
-            None if newest is None else newest[i],
+            None if recent is None else Recent(recent.q[i], recent.k[i]),
         )
         for i in range(keys.shape[0])
     )
@@ -44,7 +44,7 @@ def make_attend(index: jax.Array, segment_ids: jax.Array) -> Attend:
         cache = LayerCache(
             jax.lax.dynamic_update_slice(cache.keys, heads.k, at),
             jax.lax.dynamic_update_slice(cache.values, heads.v, at),
-            heads.newest,
+            heads.recent,
         )
         attended = attention.attention(
             heads.q,

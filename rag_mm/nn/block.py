@@ -12,25 +12,37 @@ from rag_mm.nn import layers
 from rag_mm.ops import rope
 
 
+class Recent(NamedTuple):
+    """The last queries and keys before smearing, each [B, W, N, H] with W the longest lag."""
+
+    q: jax.Array
+    k: jax.Array
+
+
 class Heads(NamedTuple):
-    """q [B, T, N, H], k and v [B, T, K, H]; `newest`, [B, 1, K, H], is the last key before smearing."""
+    """q [B, T, N, H], k and v [B, T, K, H]; `recent` where heads are smeared."""
 
     q: jax.Array
     k: jax.Array
     v: jax.Array
-    newest: jax.Array | None = None
+    recent: Recent | None = None
 
+
+# Where `begin_with_induction` starts: sigmoid(2) = 0.88 of a smeared head is the lagged one's;
+# unit queries and keys of a normed head are stretched until the best match outweighs a row of others.
+INDUCTION_SMEAR = 2.0
+INDUCTION_SCALE = 1.7
 
 # (heads, what this layer was handed) -> (attended [B, T, N, H], what this layer hands back).
 Attend = Callable[[Heads, Any], tuple[jax.Array, Any]]
 
 
 class Before(NamedTuple):
-    """What smearing must know of the past: whether a token goes on from the one before it, bool [B, T],
-    and the `newest` key before the first one, None where nothing stands before it."""
+    """What smearing must know of the past: each token's segment, int32 [B, T], and what stands right before
+    the first token in the last one's segment; None where nothing does."""
 
-    is_continued: jax.Array
-    newest: jax.Array | None = None
+    segment_ids: jax.Array
+    recent: Recent | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +58,23 @@ class BlockConfig:
     norm_eps: float = 1e-5
     mlp: str = "swiglu"  # swiglu, or the activation of a two-matrix MLP: relu | gelu | quick_gelu
     qk_norm: bool = False
-    smear_keys: bool = False  # each head's key is mixed with the token's before: Olsson et al. 2022
+    smear_lags: tuple[int, ...] = ()  # see `smear`; heads share the lags evenly
+    induction_init: bool = False  # see `Attention.begin_with_induction`
     use_bias: bool = False
     rope_theta: float | None = 10_000.0  # None: positions are added to the embeddings instead
     init_std: float | None = None  # None: 1 / sqrt(fan in)
     output_init_std: float | None = None  # of the projections that end in the residual stream
+
+    def __post_init__(self):
+        lags = self.smear_lags
+        if lags and (min(lags) < 1 or self.num_kv_heads % len(lags)):
+            raise ValueError(
+                f"smear_lags are {lags}, give lags of at least 1 that share {self.num_kv_heads} key heads evenly"
+            )
+        if self.induction_init and self.num_kv_heads != self.num_heads:
+            raise ValueError(
+                f"induction_init needs as many keys as queries, not {self.num_kv_heads} for {self.num_heads}"
+            )
 
 
 class Attention(nnx.Module):
@@ -82,38 +106,97 @@ class Attention(nnx.Module):
             layers.Norm("rmsnorm", c.head_dim, rngs=rngs, eps=c.norm_eps) if norm else None
         )
 
-        zeros = jnp.zeros(c.num_kv_heads, jnp.float32)
-        self.smear = nnx.Param(zeros, axes=("kv_heads",)) if c.smear_keys else None
+        self.smear_lags = c.smear_lags
+        # Arguments of a sigmoid: half of a head at the start.
+        sizes = {"heads": c.num_heads, "kv_heads": c.num_kv_heads} if c.smear_lags else {}
+        shares = [nnx.Param(jnp.zeros(n, jnp.float32), axes=(axis,)) for axis, n in sizes.items()]
+        self.q_smear, self.k_smear = shares or (None, None)
+        if c.induction_init:
+            self.begin_with_induction()
+
+    def begin_with_induction(self) -> None:
+        """Lets a fresh layer attend to what resembles the query, sharply, and pass it on as it is.
+
+        Keys start as queries and the output as the transpose of the values (mimetic initialisation, Trockman
+        & Kolter 2023). With smeared heads that is the induction of Olsson et al. 2022 before the first step,
+        where training would have to find its parts together.
+        """
+        self.k.kernel[...] = self.q.kernel[...]
+        self.out.kernel[...] = jnp.transpose(self.v.kernel[...], (1, 2, 0))
+        for smeared in (self.q_smear, self.k_smear):
+            if smeared is not None:
+                smeared[...] = smeared[...] + INDUCTION_SMEAR
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None and norm.scale is not None:
+                norm.scale[...] = norm.scale[...] * INDUCTION_SCALE
 
     def heads(
         self, x: jax.Array, positions: jax.Array | None, before: Before | None = None
     ) -> Heads:
-        """x: [B, T, D], positions: int32 [B, T]; `before` is needed where keys are smeared."""
+        """x: [B, T, D], positions: int32 [B, T]; `before` is needed where heads are smeared."""
         q, k, v = self.q(x), self.k(x), self.v(x)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        newest = None
-        if self.smear is not None:
+        recent = None
+        if self.q_smear is not None and self.k_smear is not None:
             if before is None:
-                raise ValueError("smeared keys need to know which token goes on from which")
-            newest = k[:, -1:]
-            k = _smear(k, jax.nn.sigmoid(self.smear[...]).astype(k.dtype), before)
+                raise ValueError("smeared heads need to know which token goes on from which")
+            past = before.recent or (None, None)
+            lags, width = self.smear_lags, max(self.smear_lags)
+            ahead = tuple(lag - 1 for lag in lags)
+            q, *last = smear(q, past[0], before.segment_ids, self.q_smear[...], ahead, width)
+            k, *last[1:] = smear(k, past[1], before.segment_ids, self.k_smear[...], lags, width)
+            recent = Recent(*last)
         if self.rope_theta is not None:
             q, k = (
                 rope.rotate(q, positions, self.rope_theta),
                 rope.rotate(k, positions, self.rope_theta),
             )
-        return Heads(q, k, v, newest)
+        return Heads(q, k, v, recent)
 
 
-def _smear(k: jax.Array, share: jax.Array, before: Before) -> jax.Array:
-    """(1 - share) k[t] + share k[t - 1], share [K]; nothing stands before a first token."""
-    first = jnp.zeros_like(k[:, :1]) if before.newest is None else before.newest
-    previous = jnp.concatenate([first, k[:, :-1]], axis=1)
-    share = share[None, None, :, None]
-    return k * (1 - share) + previous * (
-        share * before.is_continued[:, :, None, None].astype(k.dtype)
-    )
+def smear(
+    x: jax.Array,
+    recent: jax.Array | None,
+    segment_ids: jax.Array,
+    logit_share: jax.Array,
+    lags: tuple[int, ...],
+    width: int,
+) -> tuple[jax.Array, jax.Array]:
+    """(1 - share) x[t] + share x[t - lag], where t - lag is of the same segment.
+
+    A head with lag L compares the token L - 1 before the query with those L before each key: what it finds
+    stands where the query's next token is wanted. L = 1 finds what followed the same token (Olsson et al.
+    2022), L an image's width in codes what stood below the same code.
+
+    Args:
+        x: [B, T, N, H], queries or keys.
+        recent: [B, width, N, H], what stood before x; None is nothing.
+        segment_ids: int32 [B, T].
+        logit_share: float32 [N], share = sigmoid(logit_share).
+        lags: at least 0; the first of n lags belongs to the first N / n heads, and so on.
+        width: at least the longest lag.
+
+    Returns:
+        The smeared x, and the `recent` of what comes after it.
+    """
+    num_tokens, num_heads = x.shape[1:3]
+    if recent is None:
+        whole = jnp.pad(x, ((0, 0), (width, 0), (0, 0), (0, 0)))
+    else:
+        whole = jnp.concatenate([recent, x], axis=1)
+    segments = jnp.pad(segment_ids, ((0, 0), (width, 0)), constant_values=1)
+    group = jnp.arange(num_heads) * len(lags) // num_heads
+    lagged = jnp.zeros_like(x)
+    for i, lag in enumerate(lags):
+        at = slice(width - lag, width - lag + num_tokens)
+        is_same = (segments[:, at] == segment_ids)[:, :, None, None]
+        lagged = lagged + whole[:, at] * (is_same & (group == i)[None, None, :, None]).astype(
+            x.dtype
+        )
+    share = jax.nn.sigmoid(logit_share).astype(x.dtype)[None, None, :, None]
+    is_last = (segments[:, -width:] == segment_ids[:, -1:])[:, :, None, None]
+    return x * (1 - share) + lagged * share, whole[:, -width:] * is_last.astype(x.dtype)
 
 
 class MLP(nnx.Module):

@@ -31,7 +31,8 @@ class DecoderConfig:
     rope_theta: float = 10_000.0
     mlp: str = "swiglu"  # swiglu | relu | gelu
     qk_norm: bool = False
-    smear_keys: bool = False
+    smear_lags: tuple[int, ...] = ()  # heads look back: 1 for induction, an image's width for the code above
+    induction_init: bool = False  # a fresh layer finds what resembles the query and passes it on
     use_bias: bool = False
     tie_embeddings: bool = False
     init_std: float = 0.02
@@ -69,7 +70,8 @@ class DecoderConfig:
             norm_eps=self.norm_eps,
             mlp=self.mlp,
             qk_norm=self.qk_norm,
-            smear_keys=self.smear_keys,
+            smear_lags=tuple(self.smear_lags),
+            induction_init=self.induction_init,
             use_bias=self.use_bias,
             rope_theta=self.rope_theta if self.positions == "rope" else None,
             init_std=self.init_std,
@@ -137,10 +139,7 @@ class Decoder(nnx.Module):
             )
             return masked, keep(heads)
 
-        before = None
-        if self.config.smear_keys:
-            is_same = segment_ids[:, 1:] == segment_ids[:, :-1]
-            before = Before(jnp.pad(is_same, ((0, 0), (1, 0))))
+        before = Before(segment_ids) if self.config.smear_lags else None
         return self.stack(self.embed(tokens, positions), positions, attend, before)
 
     def decode_step(
@@ -153,15 +152,15 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, tuple]:
         """One token a row, int32 [B, 1], against a cache a layer that `attend` reads and updates.
 
-        Where keys are smeared a layer's cache has the `newest` key.
+        Where heads are smeared a layer's cache has the `recent` ones.
 
         `blocks` is `stack.unstack()`, taken once outside the decoding loop.
         """
         x = self.embed(tokens, positions)
         updated = []
-        goes_on = jnp.ones(tokens.shape, bool)
+        same = jnp.ones_like(tokens)
         for block, layer_cache in zip(blocks, cache, strict=True):
-            before = Before(goes_on, layer_cache.newest) if self.config.smear_keys else None
+            before = Before(same, layer_cache.recent) if self.config.smear_lags else None
             x, layer_cache = block(x, positions, attend, layer_cache, before)
             updated.append(layer_cache)
         return self.norm(x), tuple(updated)

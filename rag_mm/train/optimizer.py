@@ -62,6 +62,6 @@ def make_optimizer(config: Config, num_steps: int) -> optax.GradientTransformati
 def _is_decayed(params: optax.Params) -> optax.Params:
 
     def decide(path: tuple, _: jax.Array) -> bool:
-        return str(path[-1].key) not in ("scale", "bias", "smear", "logit_scale")
+        return str(path[-1].key) not in ("scale", "bias", "q_smear", "k_smear", "logit_scale")
 
     return jax.tree_util.tree_map_with_path(decide, params)

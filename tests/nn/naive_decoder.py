@@ -84,13 +84,9 @@ def _attention(config, weights, x, positions, segment_ids):
     if config.qk_norm:
         rms = dataclasses.replace(config, norm="rmsnorm")
         q, k = norm(rms, weights["q_norm"], q), norm(rms, weights["k_norm"], k)
-    if config.smear_keys:
-        share = 1 / (1 + np.exp(-weights["smear"]))
-        smeared = k * (1 - share[:, None])
-        for t in range(1, len(k)):
-            if segment_ids[t] == segment_ids[t - 1]:
-                smeared[t] += share[:, None] * k[t - 1]
-        k = smeared
+    if config.smear_lags:
+        q = _smear(config, q, segment_ids, weights["q_smear"], ahead=1)
+        k = _smear(config, k, segment_ids, weights["k_smear"], ahead=0)
     if config.positions == "rope":
         q, k = _rotate(config, q, positions), _rotate(config, k, positions)
     attended = np.zeros_like(q)
@@ -101,6 +97,16 @@ def _attention(config, weights, x, positions, segment_ids):
         probs = np.exp(scores - scores.max())
         attended[t, n] = probs / probs.sum() @ v[visible, n // group]
     return _linear(weights["out"], attended, 1)
+
+
+def _smear(config, x, segment_ids, logit_share, ahead):
+    share, (num_tokens, num_heads) = 1 / (1 + np.exp(-logit_share)), x.shape[:2]
+    smeared = x * (1 - share[:, None])
+    for t, n in np.ndindex(num_tokens, num_heads):
+        lag = config.smear_lags[n * len(config.smear_lags) // num_heads] - ahead
+        if t >= lag and segment_ids[t] == segment_ids[t - lag]:
+            smeared[t, n] += share[n] * x[t - lag, n]
+    return smeared
 
 
 def _rotate(config, x, positions):

@@ -38,7 +38,7 @@ FAMILIES = {
         qk_norm=True,
         tie_embeddings=True,
     ),
-    "quickstart": decoder.DecoderConfig(**SIZES, num_kv_heads=2, qk_norm=True, smear_keys=True),
+    "quickstart": decoder.DecoderConfig(**SIZES, num_kv_heads=2, qk_norm=True, smear_lags=(1, 3)),
 }
 # Two documents and padding in one row; padding and restarted positions in the other.
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 0], [0, 0, 1, 1, 1, 1, 1, 1]], np.int32)
@@ -82,7 +82,7 @@ def test_families_have_the_parameters_they_name(family):
     assert ("stack/blocks/mlp/gate/kernel" in names) == (config.mlp == "swiglu")
     assert ("stack/blocks/attention/q_norm/scale" in names) == config.qk_norm
     assert ("stack/blocks/attention/q/bias" in names) == config.use_bias
-    assert ("stack/blocks/attention/smear" in names) == config.smear_keys
+    assert ("stack/blocks/attention/k_smear" in names) == bool(config.smear_lags)
     assert ("norm/scale" in names) == (config.norm != "layernorm_no_params")
     assert ("norm/bias" in names) == (config.norm == "layernorm")
     kernel = params["stack"]["blocks"]["attention"]["k"]["kernel"]

@@ -30,7 +30,7 @@ CONFIG = ra_cm3.Config(
         mlp_dim=512,
         max_seq_len=256,
         qk_norm=True,
-        smear_keys=True,
+        smear_lags=(1, 8),
         dtype="bfloat16",
     ),
     code_offset=512,

@@ -34,7 +34,7 @@ CONFIG = ra_cm3.Config(
         mlp_dim=32,
         max_seq_len=10,
         qk_norm=True,
-        smear_keys=True,
+        smear_lags=(1, 8),
         init_std=0.2,
     ),
     code_offset=16,
