@@ -31,7 +31,9 @@ class DecoderConfig:
     rope_theta: float = 10_000.0
     mlp: str = "swiglu"  # swiglu | relu | gelu
     qk_norm: bool = False
-    smear_lags: tuple[int, ...] = ()  # heads look back: 1 for induction, an image's width for the code above
+    smear_lags: tuple[
+        int, ...
+    ] = ()  # heads look back: 1 for induction, an image's width for the code above
     induction_init: bool = False  # a fresh layer finds what resembles the query and passes it on
     use_bias: bool = False
     tie_embeddings: bool = False
@@ -39,6 +41,8 @@ class DecoderConfig:
     dtype: str = "float32"  # of activations; parameters, softmax and loss stay float32
 
     def __post_init__(self):
+        # A config read from JSON holds a list, and a static argument must be hashable.
+        object.__setattr__(self, "smear_lags", tuple(self.smear_lags))
         if self.positions not in ("rope", "sinusoidal", "learned"):
             raise ValueError(f"positions are rope, sinusoidal or learned, not {self.positions!r}")
         for name in (
@@ -70,7 +74,7 @@ class DecoderConfig:
             norm_eps=self.norm_eps,
             mlp=self.mlp,
             qk_norm=self.qk_norm,
-            smear_lags=tuple(self.smear_lags),
+            smear_lags=self.smear_lags,
             induction_init=self.induction_init,
             use_bias=self.use_bias,
             rope_theta=self.rope_theta if self.positions == "rope" else None,

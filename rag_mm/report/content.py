@@ -20,6 +20,10 @@ VARIANTS = {
     "oracle_paste": "the hit's art, pasted",
     "random_documents": "random documents",
     "held_out_removed": "held-out rows removed",
+    "oracle_documents": "documents of the right entity",
+    "counterfactual_documents": "pictures of another entity",
+    "image_only_documents": "documents without text",
+    "text_only_documents": "documents without pictures",
 }
 FACTS = {"entity": "entity", "place": "place", "color": "colour"}
 

@@ -30,6 +30,10 @@ _ROWS = {
     "random_documents": "baselines.random_documents.{}",
     "hit_itself": "baselines.hit_itself.{}",
     "oracle_paste": "baselines.oracle_paste.{}",
+    "oracle_documents": "baselines.oracle_documents.{}",
+    "counterfactual_documents": "baselines.counterfactual_documents.{}",
+    "image_only_documents": "baselines.image_only_documents.{}",
+    "text_only_documents": "baselines.text_only_documents.{}",
 }
 
 

@@ -39,12 +39,13 @@ class Corpus:
         self, source: scene_lib.Scenes, chosen: np.ndarray
     ) -> tuple[list[rows.Example], np.ndarray]:
         """Scenes with all facts told, and which of their codes show an entity: bool [Q, N]."""
-        facts = [source.facts(int(row)) for row in chosen]
-        texts = [scene_lib.caption(shown, source.level, None, drop=False) for shown in facts]
-        codes = self.codes(source, chosen)
-        patch = source.level.image_size // self.codec.config.levels[-1]
-        masks = [scene_lib.entity_mask(shown, source.level, patch).ravel() for shown in facts]
-        mains = [self.example(text, own) for text, own in zip(texts, codes, strict=True)]
+        model, codes = self.codec.config, self.codes(source, chosen)
+        patch = model.image_size // model.levels[-1]
+        masks = [source.entity_mask(int(row), patch).ravel() for row in chosen]
+        mains = [
+            self.example(source.full_caption(int(row)), own)
+            for row, own in zip(chosen, codes, strict=True)
+        ]
         return mains, np.stack(masks)
 
     def codes(self, source: scene_lib.Scenes, chosen: np.ndarray | None = None) -> np.ndarray:

@@ -9,7 +9,7 @@ from etils import epath
 from rag_mm.core import files
 from rag_mm.core import run as run_lib
 from rag_mm.eval import caption as caption_metrics
-from rag_mm.eval import kernel_distance, likelihood, statistics
+from rag_mm.eval import breakdown, kernel_distance, likelihood, statistics
 from rag_mm.eval import scenes as scene_metrics
 from rag_mm.stages import corpus as corpus_lib
 from rag_mm.stages import generation, neighbors
@@ -35,7 +35,6 @@ PAIRS = (
     ("cider", "docs2", "docs0"),
     ("cider", "docs2", "control"),
 )
-BASELINES = ("hit_itself", "oracle_paste", "random_documents", "held_out_removed")
 PER_DOCUMENT = "per_document.json"
 
 
@@ -72,37 +71,40 @@ def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict[str, An
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Measured:
-    """Figures of one split by variant, and the values [Q] by test document that they are means of."""
+    """Figures of one split by variant, and the values [Q] by test document that they are means of.
+
+    `groups` names, for each way of dividing the test documents, the group of each.
+    """
 
     summary: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     values: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
+    groups: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
 
 def _measure(
     config: Config, bench: generation.Bench, run: run_lib.Run, drawn: epath.Path, split: str
 ) -> Measured:
-    test, measured = bench.tests[split], Measured()
-    level, names = config.world.geometry, neighbors.TEST_SPLITS[split]
-    source = config.world.scenes("test", *names)
-    asked = [source.facts(int(row)) for row in test.scene_rows]
-    art = np.stack([scene_lib.entity_mask(shown, level, PATCH).ravel() for shown in asked])
-    scorer = facts_lib.Scorer(level)
+    test = bench.tests[split]
+    measured = Measured(groups=_groups(config, test))
+    scenes = list(zip(test.facts, test.levels, strict=True))
+    art = np.stack([scene_lib.entity_mask(*scene, PATCH).ravel() for scene in scenes])
 
-    def judge(variant: str, pictures: np.ndarray) -> None:
-        right = scene_metrics.outcomes(scorer.read(pictures), asked, level)
+    def judge(
+        variant: str, pictures: np.ndarray, wanted: list[scene_lib.Facts] | None = None
+    ) -> None:
+        read = facts_lib.read(pictures, test.levels)
+        right = scene_metrics.outcomes(read, wanted or test.facts, test.levels[0])
         measured.summary[variant] = scene_metrics.accuracies(right)
         measured.values[variant] = {name: found.astype(float) for name, found in right.items()}
 
     real_features = bench.encoder.encode_image(test.pictures)
     for variant in test.variants:
         pictures = bench.codec.decode(files.read_array(drawn / f"{split}_{variant.name}_codes.npy"))
-        judge(variant.name, pictures)
+        judge(variant.name, pictures, variant.wanted)
         summary, values = measured.summary[variant.name], measured.values[variant.name]
         features = bench.encoder.encode_image(pictures)
         summary["kernel_distance"] = kernel_distance.kernel_distance(features, real_features)
-        nll, is_top1 = likelihood.score_codes(
-            variant.model, test.mains, bench.docs(variant.by_text)
-        )
+        nll, is_top1 = likelihood.score_codes(variant.model, test.mains, variant.by_text)
         summary |= scene_metrics.nll_summary(nll, art)
         values["art_nll"] = scene_metrics.per_document(nll, art)
         values["art_top1"] = scene_metrics.per_document(is_top1, art)
@@ -112,24 +114,36 @@ def _measure(
             values["cider"] = caption_metrics.cider(written, [[text] for text in test.captions])
             summary["cider"] = statistics.mean(values["cider"])
     judge("hit_itself", _hits(run, test))
-    judge("oracle_paste", _pasted(config, test, asked))
+    judge("oracle_paste", _pasted(config, test))
     return measured
 
 
-def _pasted(config: Config, test: generation.TestSet, asked: list[scene_lib.Facts]) -> np.ndarray:
+def _groups(config: Config, test: generation.TestSet) -> dict[str, list[str]]:
+    """By level, by how many entities are asked for, by how many training scenes show the class."""
+    trained = config.world.scenes("train", *world_lib.SEEN).class_ids
+    groups = {
+        "level": [level.name for level in test.levels],
+        "num_entities": [str(len(facts.entities)) for facts in test.facts],
+        "training_scenes": [str(int((trained == class_id).sum())) for class_id in test.class_ids],
+    }
+    return {name: each for name, each in groups.items() if len(set(each)) > 1}
+
+
+def _pasted(config: Config, test: generation.TestSet) -> np.ndarray:
     """The art of the best hits where and on what was asked: what copying without a fault would draw."""
     shown = neighbors.memory_facts(config.world)
 
-    def paste(wanted: scene_lib.Facts, hits: np.ndarray) -> np.ndarray:
+    def paste(wanted: scene_lib.Facts, level: scene_lib.Level, hits: np.ndarray) -> np.ndarray:
         brought = [entity.class_id for hit in hits if hit >= 0 for entity in shown[hit].entities]
         pasted = [
             dataclasses.replace(entity, class_id=class_id)
             for entity, class_id in zip(wanted.entities, brought, strict=False)
         ]
         facts = dataclasses.replace(wanted, entities=tuple(pasted))
-        return scene_lib.render(facts, config.world.geometry)
+        return scene_lib.render(facts, level)
 
-    return np.stack([paste(wanted, hits) for wanted, hits in zip(asked, test.hits, strict=True)])
+    each = zip(test.facts, test.levels, test.hits, strict=True)
+    return np.stack([paste(*one) for one in each])
 
 
 def _hits(run: run_lib.Run, test: generation.TestSet) -> np.ndarray:
@@ -148,12 +162,9 @@ def _arrange(measured: Measured) -> dict[str, Any]:
         if variant.startswith("docs"):
             for figure, value in figures.items():
                 decoder.setdefault(figure, {})[variant] = value
-    decoder["paired"] = {
-        f"{figure}_{ours}_minus_{theirs}": statistics.paired_difference(
-            values[ours][figure], values[theirs][figure]
-        )
-        for figure, ours, theirs in PAIRS
-        if ours in values and theirs in values
-    }
-    baselines = {name: summary[name] for name in BASELINES}
+    decoder["paired"] = breakdown.paired(values, PAIRS)
+    for division, names in measured.groups.items():
+        decoder[f"by_{division}"] = breakdown.by_group(values, names, PAIRS)
+    owned = ("control", *decoder["joint_accuracy"])
+    baselines = {name: figures for name, figures in summary.items() if name not in owned}
     return {"decoder": decoder, "control": summary["control"], "baselines": baselines}

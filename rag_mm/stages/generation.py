@@ -14,12 +14,14 @@ from rag_mm.core import run as run_lib
 from rag_mm.data import rows
 from rag_mm.decode import modes
 from rag_mm.decode.sampler import Sampling
+from rag_mm.stages import controls
 from rag_mm.stages import corpus as corpus_lib
 from rag_mm.stages import decoder as decoder_stage
 from rag_mm.stages import frozen, retriever, tokenizer
 from rag_mm.stages import memory as memory_stage
 from rag_mm.stages import neighbors as neighbors_stage
 from rag_mm.stages import world as world_lib
+from rag_mm.worlds.emoji import scenes as scene_lib
 
 INPUTS = ("tokenizer", "retriever", "memory", "neighbors", "decoder", "control")
 
@@ -29,6 +31,7 @@ class Config:
     """How many test documents of each split are drawn, and how.
 
     `num_candidates` above 1 keeps the picture that the retriever finds nearest to its caption.
+    `controls` names further documents to draw from, see `stages.controls`.
     """
 
     seed: int
@@ -39,8 +42,13 @@ class Config:
     top_p: float = 0.95
     caption_temperature: float = 0.0
     num_candidates: int = 1
+    controls: tuple[str, ...] = ()
 
     def __post_init__(self):
+        for name in self.controls:
+            if name not in controls.CONTROLS:
+                known = ", ".join(controls.CONTROLS)
+                raise ValueError(f"there is no control {name!r}, choose from {known}")
         Sampling(self.temperature, self.top_p)
         Sampling(self.caption_temperature)
         # Of one document no interval can be told.
@@ -55,26 +63,30 @@ class Config:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Variant:
-    """One way to ask: a model, and rows of the memory to read first, int32 [Q, K], -1 missing.
+    """One way to ask: a model, and for each of Q test documents what to read first.
 
     `by_text` stands before a caption to draw, `by_image` before a picture to describe; None asks
-    for no captions.
+    for no captions. `wanted` is what a picture should show, where that is not what its caption says.
     """
 
     name: str
     model: modes.Generator
-    by_text: np.ndarray
-    by_image: np.ndarray | None = None
+    by_text: list[modes.Docs]
+    by_image: list[modes.Docs] | None = None
+    wanted: list[scene_lib.Facts] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TestSet:
     """The test documents of one split, and the ways in which they are asked for.
 
-    `hits` is what their captions retrieve: rows of the memory, int32 [Q, K], best first, -1 missing.
+    `facts` and `levels` are those of the scenes; `hits` is what their captions retrieve: rows of the
+    memory, int32 [Q, K], best first, -1 missing.
     """
 
-    scene_rows: np.ndarray
+    class_ids: np.ndarray
+    facts: list[scene_lib.Facts]
+    levels: list[scene_lib.Level]
     pictures: np.ndarray
     captions: list[str]
     mains: list[rows.Example]
@@ -93,9 +105,9 @@ class Bench:
     memory: list[rows.Example]
     tests: dict[str, TestSet]
 
-    def docs(self, ids: np.ndarray) -> list[list[rows.Example]]:
+    def docs(self, ids: np.ndarray) -> list[modes.Docs]:
         """The documents of each query, the best next to the prompt."""
-        return [corpus_lib.pick(self.memory, found) for found in ids]
+        return _docs(self.memory, ids)
 
 
 def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
@@ -111,7 +123,7 @@ def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
                 config, bench, stage_dir / f"{split}_{variant.name}_captions.json", test, variant
             )
             bar.update(done)
-    return {split: len(test.scene_rows) for split, test in bench.tests.items()}
+    return {split: len(test.facts) for split, test in bench.tests.items()}
 
 
 def open_bench(config: Config, run: run_lib.Run) -> Bench:
@@ -136,20 +148,40 @@ def open_bench(config: Config, run: run_lib.Run) -> Bench:
         }
         few = world_lib.spread(np.arange(len(found["rows"])), count)
         found = {kind: array[few] for kind, array in found.items()}
-        captions = [neighbors_stage.full_caption(source, row) for row in found["rows"]]
+        chosen = [int(row) for row in found["rows"]]
+        captions = [source.full_caption(row) for row in chosen]
         pictures = world_lib.images(source, found["rows"])
         codes = codec.encode(pictures)
+        facts = [source.facts(row) for row in chosen]
+        rng = np.random.default_rng((config.seed, 4, count))
+        variants = _variants(found, decoder, control, rng, memory)
+        if config.controls:
+            asked = controls.Asked(
+                facts,
+                captions,
+                _docs(memory, found["text"][:, : decoder.layout.max_docs]),
+                memory,
+                neighbors_stage.memory_facts(config.world),
+                codec,
+            )
+            for name in config.controls:
+                docs, wanted = controls.CONTROLS[name](asked, rng)
+                variants.append(Variant(name, decoder, docs, wanted=wanted))
         tests[split] = TestSet(
-            found["rows"],
+            source.class_ids[chosen],
+            facts,
+            [source.levels[row] for row in chosen],
             pictures,
             captions,
             [corpus.example(text, own) for text, own in zip(captions, codes, strict=True)],
             found["text"],
-            _variants(
-                found, decoder, control, np.random.default_rng((config.seed, 4, count)), len(memory)
-            ),
+            variants,
         )
     return Bench(decoder, control, codec, encoder, memory, tests)
+
+
+def _docs(memory: list[rows.Example], ids: np.ndarray) -> list[modes.Docs]:
+    return [corpus_lib.pick(memory, found) for found in ids]
 
 
 def _variants(
@@ -157,18 +189,20 @@ def _variants(
     decoder: modes.Generator,
     control: modes.Generator,
     rng: np.random.Generator,
-    num_rows: int,
+    memory: list[rows.Example],
 ) -> list[Variant]:
     """0 to K documents; without retrieval; by lot; from the memory without held-out classes."""
     most = decoder.layout.max_docs
-    by_text, by_image = found["text"][:, :most], found["image"][:, :most]
-    by_lot = rng.integers(num_rows, size=by_text.shape).astype(np.int32)
-    none = by_text[:, :0]
+    by_text, by_image = (
+        [_docs(memory, found[kind][:, :count]) for count in range(most + 1)]
+        for kind in ("text", "image")
+    )
+    by_lot = rng.integers(len(memory), size=(len(found["rows"]), most))
     return [
-        *(Variant(f"docs{k}", decoder, by_text[:, :k], by_image[:, :k]) for k in range(most + 1)),
-        Variant("control", control, none, none),
-        Variant("random_documents", decoder, by_lot),
-        Variant("held_out_removed", decoder, found["text_of_seen"][:, :most]),
+        *(Variant(f"docs{k}", decoder, by_text[k], by_image[k]) for k in range(most + 1)),
+        Variant("control", control, by_text[0], by_image[0]),
+        Variant("random_documents", decoder, _docs(memory, by_lot)),
+        Variant("held_out_removed", decoder, _docs(memory, found["text_of_seen"][:, :most])),
     ]
 
 
@@ -182,7 +216,7 @@ def _draw(
     if path.exists():
         return
     sampling = Sampling(config.temperature, config.top_p)
-    docs = bench.docs(variant.by_text)
+    docs = variant.by_text
     texts = [main.text for main in test.mains]
     wanted = bench.encoder.encode_text(test.captions)
 
@@ -202,7 +236,7 @@ def _caption(
     if path.exists() or variant.by_image is None:
         return
     codes = np.stack([main.codes for main in test.mains])
-    docs = bench.docs(variant.by_image)
+    docs = variant.by_image
     seeds = modes.row_seeds(config.seed, len(codes))
     sampling = Sampling(config.caption_temperature)
     captions, _ = modes.write_captions(variant.model, codes, docs, seeds, sampling)

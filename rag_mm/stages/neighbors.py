@@ -71,7 +71,7 @@ def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
     for split, names in TEST_SPLITS.items():
         source = config.world.scenes("test", *names)
         rows = world_lib.sample_rows(source, config.num_test, config.seed)
-        by_text = whole_memory.encode(text=[full_caption(source, row) for row in rows])
+        by_text = whole_memory.encode(text=[source.full_caption(int(row)) for row in rows])
         by_image = whole_memory.encode(image=world_lib.images(source, rows))
         asked = (whole_memory, by_text), (whole_memory, by_image), (seen_memory, by_text)
         found = {
@@ -114,11 +114,6 @@ def _train_neighbors(config: Config, memory: memory_lib.Memory, bound: float) ->
     return np.stack(columns, axis=1)
 
 
-def full_caption(source: scene_lib.Scenes, row: int) -> str:
-    """All facts of a scene in words."""
-    return scene_lib.caption(source.facts(int(row)), source.level, None, drop=False)
-
-
 def memory_facts(world: world_lib.World) -> list[scene_lib.Facts]:
     """What each row of the memory shows."""
     return [
@@ -126,8 +121,14 @@ def memory_facts(world: world_lib.World) -> list[scene_lib.Facts]:
     ]
 
 
-def _keys(facts: list[scene_lib.Facts]) -> np.ndarray:
-    return np.array([policy.twin_key(repr(shown)) for shown in facts], np.int64)
+def _keys(source: scene_lib.Scenes, rows: Iterable[int]) -> np.ndarray:
+    """Scenes of which all captions say the same are twins: one must not be the other's answer."""
+    return np.array([policy.twin_key(source.full_caption(int(row))) for row in rows], np.int64)
+
+
+def _memory_keys(world: world_lib.World) -> np.ndarray:
+    parts = [_keys(source, range(len(source))) for source in memory_stage.sources(world)]
+    return np.concatenate(parts)
 
 
 def _dropped_caption(config: Config, source: scene_lib.Scenes, row: int, draw: int) -> str:
@@ -139,7 +140,8 @@ def _dropped_caption(config: Config, source: scene_lib.Scenes, row: int, draw: i
 def _calibrate(config: Config, memory: memory_lib.Memory, facts: list[scene_lib.Facts]) -> float:
     seen = facts[: len(memory)]
     classes = np.array([shown.entities[0].class_id for shown in seen])
-    return policy.calibrate_max_similarity(memory.embeddings("mixed"), classes, _keys(seen))
+    keys = _memory_keys(config.world)[: len(memory)]
+    return policy.calibrate_max_similarity(memory.embeddings("mixed"), classes, keys)
 
 
 def _find(
@@ -150,16 +152,16 @@ def _find(
     rows: Iterable[int],
     bound: float,
 ) -> np.ndarray:
-    own = [source.facts(int(row)) for row in rows]
+    own_keys = _keys(source, rows)
     found = policy.find_neighbors(
         memory.index("mixed").search,
         queries,
         memory.embeddings("mixed"),
         num_neighbors=config.num_neighbors,
         max_similarity=bound,
-        own_rows=np.full(len(own), -1),
-        own_keys=_keys(own),
-        row_keys=_keys(memory_facts(config.world)[: len(memory)]),
+        own_rows=np.full(len(own_keys), -1),
+        own_keys=own_keys,
+        row_keys=_memory_keys(config.world)[: len(memory)],
     )
     return found.ids
 

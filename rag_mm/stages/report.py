@@ -121,8 +121,7 @@ def gather(
 
 def choose(config: Config, test: generation.TestSet) -> Shown:
     """One document of every class shown, the same in every panel."""
-    source = config.world.scenes("test", *neighbors.TEST_SPLITS["held_out"])
-    class_ids = source.class_ids[test.scene_rows]
+    class_ids = test.class_ids
     is_flag = art.load_art().is_flag[class_ids]
     story = choice.choose(class_ids, is_flag, config.num_flags, config.num_others)
     further = np.setdiff1d(choice.first_of_each_class(class_ids), story)
@@ -141,7 +140,7 @@ def _setting(config: Config, num_rows: int, whole: Mapping[str, Any]) -> list[tu
     world = config.world
     taught = whole.get("retriever", {}).get("splits", retriever.Config.splits)
     return [
-        ("Level of the scenes", world.level),
+        ("Level of the scenes", ", ".join(world.levels)),
         ("Classes seen in training", f"{len(world.classes(*world_lib.SEEN)):,}"),
         ("Classes never shown in training", f"{len(world.classes(*world_lib.HELD_OUT)):,}"),
         ("Classes the retriever saw", ", ".join(taught)),
@@ -180,17 +179,17 @@ def _generations(
     memory: Memory,
     places: np.ndarray,
 ) -> Iterator[report.Generation]:
-    test, level = bench.tests["held_out"], config.world.geometry
-    source = config.world.scenes("test", *neighbors.TEST_SPLITS["held_out"])
-    asked = [source.facts(int(row)) for row in test.scene_rows[places]]
-    scorer, folder = facts_lib.Scorer(level), run.finished_stage("generation")
+    test, folder = bench.tests["held_out"], run.finished_stage("generation")
+    asked, levels = [test.facts[i] for i in places], [test.levels[i] for i in places]
     drawn, right = {}, {}
     for name in (v.name for v in test.variants):
         codes = files.read_array(folder / f"held_out_{name}_codes.npy")[places]
         drawn[name] = bench.codec.decode(codes)
-        read = scorer.read(drawn[name])
         right[name] = [
-            facts_lib.compare(got, wanted, level) for got, wanted in zip(read, asked, strict=True)
+            facts_lib.compare(got, wanted, level)
+            for got, wanted, level in zip(
+                facts_lib.read(drawn[name], levels), asked, levels, strict=True
+            )
         ]
     for n, i in enumerate(places):
         yield report.Generation(

@@ -139,14 +139,14 @@ def _recall(config: Config, retriever: frozen.Retriever) -> dict[str, float]:
     source = config.world.scenes("test", *world_lib.SEEN, *world_lib.HELD_OUT)
     rows = world_lib.sample_rows(source, config.num_eval, config.seed)
     facts = [source.facts(int(row)) for row in rows]
-    texts = [scene_lib.caption(f, source.level, None, drop=False) for f in facts]
+    texts = [source.full_caption(int(row)) for row in rows]
     images = retriever.encode_image(world_lib.images(source, rows))
     similarities = retriever.encode_text(texts) @ images.T
     best = {"text_to_image": similarities.argmax(1), "image_to_text": similarities.argmax(0)}
 
     def share_right(hits: np.ndarray) -> float:
         right = [
-            facts_lib.compare(facts[hit], wanted, source.level)["joint"]
+            facts_lib.compare(facts[hit], wanted, config.world.geometry)["joint"]
             for hit, wanted in zip(hits, facts, strict=True)
         ]
         return float(np.mean(right))

@@ -52,8 +52,8 @@ class Config:
             )
         if self.model.image_size != self.world.geometry.image_size:
             raise ValueError(
-                f"model.image_size is {self.model.image_size}, but the pictures of level "
-                f"{self.world.level} have {self.world.geometry.image_size} pixels a side"
+                f"model.image_size is {self.model.image_size}, but the world's pictures have "
+                f"{self.world.geometry.image_size} pixels a side"
             )
 
 
@@ -137,11 +137,11 @@ def _evaluate(config: Config, tokenizer: frozen.Tokenizer) -> dict:
     codes = tokenizer.encode(originals)
     error = np.square((tokenizer.decode(codes).astype(np.float64) - originals) / 255).mean()
     frequencies = np.bincount(codes.ravel(), minlength=config.model.codebook_size) / codes.size
-    scorer = facts.Scorer(config.world.geometry)
+    levels = [held_out.levels[row] for row in rows]
     asked = [held_out.facts(int(row)) for row in rows]
 
     def accuracy(pictures: np.ndarray) -> dict:
-        found = scene_metrics.outcomes(scorer.read(pictures), asked, config.world.geometry)
+        found = scene_metrics.outcomes(facts.read(pictures, levels), asked, levels[0])
         return {
             name.removesuffix("_accuracy"): value
             for name, value in scene_metrics.accuracies(found).items()

@@ -13,15 +13,21 @@ HELD_OUT = ("held_out",)
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """Emoji scenes. `class_share` keeps that share of every split's classes (a smaller world)."""
+    """Emoji scenes. `class_share` keeps that share of every split's classes (a smaller world).
 
-    level: str = "easy"
+    With several `levels` each class shows scenes of all of them.
+    """
+
+    levels: tuple[str, ...] = ("easy",)
     class_share: float = 1.0
 
     def __post_init__(self):
-        if self.level not in scene_lib.LEVELS:
-            levels = ", ".join(scene_lib.LEVELS)
-            raise ValueError(f"there is no level {self.level!r}, choose from {levels}")
+        known = ", ".join(scene_lib.LEVELS)
+        if not self.levels:
+            raise ValueError(f"there are no levels, choose from {known}")
+        for name in self.levels:
+            if name not in scene_lib.LEVELS:
+                raise ValueError(f"there is no level {name!r}, choose from {known}")
         if not 0 < self.class_share <= 1:
             raise ValueError(f"class_share is {self.class_share}, give more than 0 and at most 1")
 
@@ -32,18 +38,18 @@ class World:
 
     def scenes(self, role: str, *split_names: str) -> scene_lib.Scenes:
         """Documents of the splits in one role: memory, train or test."""
-        return scene_lib.Scenes(self.level, self.classes(*split_names), role)
+        return scene_lib.Scenes(self.levels, self.classes(*split_names), role)
 
     @property
     def geometry(self) -> scene_lib.Level:
-        """The level's sizes and places."""
-        return scene_lib.LEVELS[self.level]
+        """A level for what all of them share, the size of a picture and the names of places."""
+        return scene_lib.LEVELS[self.levels[0]]
 
 
 def images(source: scene_lib.Scenes, rows: np.ndarray | None = None) -> np.ndarray:
     """Pictures of the given rows (all if None): uint8 [R, H, W, 3]."""
     rows = np.arange(len(source)) if rows is None else rows
-    return np.stack([scene_lib.render(source.facts(int(row)), source.level) for row in rows])
+    return np.stack([source.picture(int(row)) for row in rows])
 
 
 def spread(rows: np.ndarray, count: int) -> np.ndarray:

@@ -177,7 +177,7 @@ def test_a_prompt_longer_than_the_model_reads(refused):
         (f"{CONFIG} --config.seed=-1", "seed is -1"),
         (f"{CONFIG} --config.world.class_share=nan", "does not fit"),
         (f"{CONFIG} --config.world.class_share=0", "class_share is 0.0"),
-        (f"{CONFIG} --config.world.level=hard", "no level 'hard'"),
+        (f"{CONFIG} --config.world.levels=('hard',)", "no level 'hard'"),
         (f"{CONFIG} --config.stages=", "no stages"),
         (f"{CONFIG} --config.stages=tokenizer,paint", "no stage 'paint'"),
         (f"{CONFIG} --config.stages=tokenizer,memory", "no stage 'retriever'"),

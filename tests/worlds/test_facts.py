@@ -42,10 +42,20 @@ def test_originals_and_noisy_copies_are_read_right(level_name):
 @pytest.mark.parametrize("level_name", LEVELS)
 def test_the_reading_is_the_scene_itself(level_name):
     source = scenes.Scenes(level_name, splits.classes("held_out")[:4], "test")
-    read = scorer(source.level).read(np.stack([source[i].image for i in range(len(source))]))
+    read = scorer(source.levels[0]).read(np.stack([source[i].image for i in range(len(source))]))
     for i, got in enumerate(read):
         assert got.color == source.facts(i).color
         assert sorted(got.entities, key=repr) == sorted(source.facts(i).entities, key=repr)
+
+
+def test_pictures_of_several_levels_are_each_read_by_their_own():
+    levels = [LEVELS[name] for name in ("pairs", "easy", "pairs", "sizes")]
+    asked = [scenes.configurations(level, 3)[20] for level in levels]
+    pictures = np.stack([scenes.render(*one) for one in zip(asked, levels, strict=True)])
+    read = facts.read(pictures, levels)
+    assert all(
+        facts.compare(got, want, EASY)["joint"] for got, want in zip(read, asked, strict=True)
+    )
 
 
 def test_the_reading_is_that_of_a_full_search():

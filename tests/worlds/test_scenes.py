@@ -229,6 +229,26 @@ def test_scenes_are_a_grain_source_with_unique_ids():
     assert len(set(loaded)) == len(source) == 60
 
 
+def test_several_levels_take_turns_in_every_class_and_share_nothing_between_roles():
+    ids = splits.classes("held_out")[:10]
+    sources = [scenes.Scenes(tuple(scenes.LEVELS), ids, role) for role in scenes.ROLES]
+    told = [source.full_caption(i) for source in sources for i in range(len(source))]
+    assert {level.name for level in sources[2].levels} == set(scenes.LEVELS)
+    for source in sources:
+        assert len(source.levels) == len(source)
+        alone = {name: scenes.Scenes(name, ids, "test") for name in scenes.LEVELS}
+        for i in (0, len(source) // 2, len(source) - 1):
+            level = source.levels[i]
+            assert source[i].id.startswith(f"{level.name}-")
+            assert source.facts(i) in scenes.configurations(level, int(source.class_ids[i]))
+            np.testing.assert_array_equal(
+                source.picture(i), scenes.render(source.facts(i), alone[level.name].levels[0])
+            )
+    assert len(told) == 10 * scenes.NUM_CONFIGURATIONS
+    with pytest.raises(UserError, match="no level 'hard'"):
+        scenes.Scenes(("easy", "hard"), ids, "test")
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

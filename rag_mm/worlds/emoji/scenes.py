@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -248,36 +249,48 @@ def _rng(purpose: str, *key: int) -> np.random.Generator:
 class Scenes:
     """Random access to the scenes of some classes in one role, as documents (a Grain source).
 
-    Item i is a function of i and the arguments alone. Memory, train and test share no facts.
+    Item i is a function of i and the arguments alone. Within a level memory, train and test share no facts.
 
     Attributes:
         class_ids: int64 [len], the class each item was made for.
+        levels: the level of each item, as long as `class_ids`.
     """
 
-    def __init__(self, level_name: str, class_ids: np.ndarray, role: str, seed: int = 0):
-        """Takes `level_name` from `LEVELS`, `role` from `ROLES`.
+    def __init__(
+        self,
+        level_names: str | Sequence[str],
+        class_ids: np.ndarray,
+        role: str,
+        seed: int = 0,
+    ):
+        """Takes `level_names` from `LEVELS`, `role` from `ROLES`.
 
-        A class has 16 scenes in the memory, 12 to train on (3 if it is a rare one) and 4 to test.
+        A class has 16 scenes in the memory, 12 to train on (3 if it is a rare one) and 4 to test. Several
+        levels take turns at them, each class beginning with another one.
 
         Raises:
             UserError: no such level or role.
         """
-        if level_name not in LEVELS:
-            raise UserError(f"There is no level {level_name!r}; choose from {', '.join(LEVELS)}.")
+        level_names = [level_names] if isinstance(level_names, str) else list(level_names)
+        for name in level_names:
+            if name not in LEVELS:
+                raise UserError(f"There is no level {name!r}; choose from {', '.join(LEVELS)}.")
         if role not in ROLES:
             raise UserError(f"There is no role {role!r}; choose from {', '.join(ROLES)}.")
-        self.level = LEVELS[level_name]
-        self._name = f"{level_name}, {len(class_ids)} classes, {role}, seed {seed}"
+        self._name = f"{'+'.join(level_names)}, {len(class_ids)} classes, {role}, seed {seed}"
         self._seed = seed
         rare = splits.split_of(seed) == splits.SPLITS.index("rare_seen")
-        numbers = []
+        numbers, levels = [], []
         for class_id in class_ids:
             order = _rng("roles", seed, class_id).permutation(NUM_CONFIGURATIONS)
             chosen = order[ROLES[role]]
             if role == "train" and rare[class_id]:
                 chosen = chosen[:NUM_RARE_TRAIN]
             numbers.append(chosen)
+            turns = (int(class_id) + np.arange(len(chosen))) % len(level_names)
+            levels += [LEVELS[level_names[turn]] for turn in turns]
         self.class_ids = np.repeat(class_ids, [len(chosen) for chosen in numbers])
+        self.levels = tuple(levels)
         self._numbers = np.concatenate([np.zeros(0, np.int64), *numbers])
 
     def __repr__(self) -> str:
@@ -290,20 +303,32 @@ class Scenes:
         """The scene with its caption's draw 0; its id is `level-class-configuration`."""
         class_id, number = self.class_ids[index], self._numbers[index]
         return Document(
-            id=f"{self.level.name}-{class_id:04d}-{number:02d}",
-            segments=(Text(self.caption(index, 0)), Image(render(self.facts(index), self.level))),
+            id=f"{self.levels[index].name}-{class_id:04d}-{number:02d}",
+            segments=(Text(self.caption(index, 0)), Image(self.picture(index))),
             license=LICENSE,
         )
 
     def facts(self, index: int) -> Facts:
         """What item `index` shows."""
-        own = configurations(self.level, int(self.class_ids[index]), self._seed)
+        own = configurations(self.levels[index], int(self.class_ids[index]), self._seed)
         return own[self._numbers[index]]
+
+    def picture(self, index: int) -> np.ndarray:
+        """Item `index` drawn: uint8 [S, S, 3]."""
+        return render(self.facts(index), self.levels[index])
 
     def caption(self, index: int, draw: int) -> str:
         """A caption of item `index` with facts dropped at random; `draw` is any count."""
         rng = _rng("caption", self._seed, self.class_ids[index], self._numbers[index], draw)
-        return caption(self.facts(index), self.level, rng)
+        return caption(self.facts(index), self.levels[index], rng)
+
+    def full_caption(self, index: int) -> str:
+        """All facts of item `index` in words."""
+        return caption(self.facts(index), self.levels[index], None, drop=False)
+
+    def entity_mask(self, index: int, patch: int = 4) -> np.ndarray:
+        """Codes of item `index` that any entity's box overlaps: bool [S / patch, S / patch]."""
+        return entity_mask(self.facts(index), self.levels[index], patch)
 
 
 def open_documents(spec: str) -> Scenes:
