@@ -17,12 +17,35 @@ STAGES = (
     "evaluation",
     "report",
 )
-PRESETS = ("quick", "tiny")
+PRESETS = ("quick", "full", "tiny")
+
+LEVELS = ("easy", "pairs", "sizes", "off_grid", "free")
+CONTROLS = (
+    "oracle_documents",
+    "counterfactual_documents",
+    "image_only_documents",
+    "text_only_documents",
+)
+# What a table over seeds shows, document by document: see `rag-mm ablate --help`.
+COMPARED = tuple(
+    (f"held_out.{ours}.{figure}", f"held_out.{theirs}.{figure}")
+    for figure, ours, theirs in (
+        ("art_nll", "docs1", "docs0"),
+        ("art_nll", "docs2", "docs1"),
+        ("art_nll", "docs1", "control"),
+        ("joint", "docs2", "docs0"),
+        ("joint", "docs2", "control"),
+        ("joint", "docs2", "hit_itself"),
+        ("joint", "held_out_removed", "docs0"),
+        ("cider", "docs2", "docs0"),
+        ("cider", "docs2", "control"),
+    )
+)
 
 
 def get_config(preset: str) -> dict:
     """The config of a preset: nested plain values."""
-    return {"quick": quick, "tiny": tiny}[preset]()
+    return {"quick": quick, "full": full, "tiny": tiny}[preset]()
 
 
 def quick() -> dict:
@@ -91,14 +114,54 @@ def quick() -> dict:
             splits=("common", "rare_seen", "held_out"),
         ),
         memory=dict(index="scann"),
-        neighbors=dict(num_neighbors=2, caption_draws=caption_draws, min_same_class=0.9),
+        neighbors=dict(
+            num_neighbors=2,
+            caption_draws=caption_draws,
+            max_similarity=None,
+            num_test=256,
+            min_same_class=0.9,
+        ),
         decoder=decoder,
-        generation=dict(num_held_out=256, num_seen=128),
+        control=dict(num_steps=None),  # as many as the decoder's
+        generation=dict(num_held_out=256, num_seen=128, controls=()),
         evaluation=dict(),
         report=dict(
             title="rag_mm quickstart",
             command="make quickstart",
             reference="",
+        ),
+        ablation=dict(baseline="quick", pairs=COMPARED, variants={"quick": {}}),
+    )
+
+
+def full() -> dict:
+    """All levels in one world, more controls; half an hour on two cores."""
+    config = quick()
+    loop = dict(num_steps=2000, log_every=20, checkpoint_every=200)
+    decoder = config["decoder"] | dict(max_text=40, docs_text=14, loop=loop)
+    return config | dict(
+        world=dict(levels=LEVELS, class_share=1.0),
+        neighbors=config["neighbors"] | dict(num_test=500),
+        decoder=decoder,
+        generation=dict(num_held_out=500, num_seen=256, controls=CONTROLS),
+        report=dict(
+            title="rag_mm quickstart (full)",
+            command="rag-mm quickstart --config=configs/quickstart.py:full",
+            reference="",
+        ),
+        ablation=dict(
+            baseline="full",
+            pairs=COMPARED,
+            variants={
+                "full": {},
+                "no redundancy rule": {"neighbors.max_similarity": 2.0},
+                "retriever of seen classes": {
+                    "retriever.splits": ("common", "rare_seen"),
+                    "neighbors.min_same_class": 0.0,
+                },
+                # A row without documents has half of the tokens.
+                "vanilla of equal FLOPs": {"control.num_steps": 3800},
+            },
         ),
     )
 
@@ -125,7 +188,7 @@ def tiny() -> dict:
         memory=dict(index="exact", num_queries=64),
         neighbors=config["neighbors"] | dict(num_test=16, min_same_class=0.0),
         decoder=decoder,
-        generation=dict(num_held_out=16, num_seen=16),
+        generation=dict(num_held_out=16, num_seen=16, controls=()),
         report=dict(
             title="rag_mm quickstart (tiny)",
             command="rag-mm quickstart --config=configs/quickstart.py:tiny",

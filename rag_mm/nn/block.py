@@ -69,7 +69,8 @@ class BlockConfig:
         lags = self.smear_lags
         if lags and (min(lags) < 1 or self.num_kv_heads % len(lags)):
             raise ValueError(
-                f"smear_lags are {lags}, give lags of at least 1 that share {self.num_kv_heads} key heads evenly"
+                f"smear_lags are {lags}, give lags of at least 1, as many as divide the "
+                f"{self.num_kv_heads} key heads"
             )
         if self.induction_init and self.num_kv_heads != self.num_heads:
             raise ValueError(
@@ -107,10 +108,14 @@ class Attention(nnx.Module):
         )
 
         self.smear_lags = c.smear_lags
-        # Arguments of a sigmoid: half of a head at the start.
-        sizes = {"heads": c.num_heads, "kv_heads": c.num_kv_heads} if c.smear_lags else {}
-        shares = [nnx.Param(jnp.zeros(n, jnp.float32), axes=(axis,)) for axis, n in sizes.items()]
-        self.q_smear, self.k_smear = shares or (None, None)
+
+        # Arguments of a sigmoid: half of a head is the lagged one's at the start.
+        def share(size: int, axis: str) -> nnx.Param | None:
+            zeros = jnp.zeros(size, jnp.float32)
+            return nnx.Param(zeros, axes=(axis,)) if c.smear_lags else None
+
+        self.q_smear = share(c.num_heads, "heads")
+        self.k_smear = share(c.num_kv_heads, "kv_heads")
         if c.induction_init:
             self.begin_with_induction()
 

@@ -158,8 +158,11 @@ def _stage_config(config: Mapping[str, Any], name: str) -> Any:
             "world": config["world"],
         }
     own = config.get(name, {})
-    if name == "control":  # The decoder in everything but what it reads.
+    if name == "control":  # The decoder in everything but what it reads, and for how long.
+        num_steps = own.get("num_steps")
         own = {**config.get("decoder", {}), "is_vanilla": True}
+        if num_steps is not None:
+            own["loop"] = {**own["loop"], "num_steps": num_steps}
     return config_lib.make(STAGES[name].config, {**shared, **own}, name)
 
 

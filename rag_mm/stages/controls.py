@@ -1,4 +1,4 @@
-"""Documents that a generator is given to see what it takes from them (RA-CM3, section 5 and figures 4 to 6)."""
+"""Documents that a generator is given to see what it takes from them (RA-CM3, section 5)."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -13,10 +13,9 @@ from rag_mm.worlds.emoji.scenes import Facts
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Asked:
-    """Q test documents: their facts, captions and retrieved documents; and R rows of the memory with facts."""
+    """Q test documents, their facts and retrieved documents; R rows of the memory and their facts."""
 
     facts: Sequence[Facts]
-    captions: Sequence[str]
     docs: Sequence[Docs]
     memory: Sequence[rows.Example]
     memory_facts: Sequence[Facts]

@@ -53,7 +53,7 @@ class CopyWatch:
         if self.min_gain and 2 * step >= self.num_steps and gain < self.min_gain:
             raise UserError(
                 f"Copying has not begun at step {step} of {self.num_steps}: documents raise the top-1 "
-                f"share of unseen art by {gain:.3f} only (least: {self.min_gain}); smeared keys, more "
-                "steps and smaller batches make it begin."
+                f"share of unseen art by {gain:.3f} only (least: {self.min_gain}); smear_lags, "
+                "induction_init, more steps and smaller batches make it begin."
             )
         return figures

@@ -8,8 +8,8 @@ from etils import epath
 
 from rag_mm.core import files
 from rag_mm.core import run as run_lib
-from rag_mm.eval import caption as caption_metrics
 from rag_mm.eval import breakdown, kernel_distance, likelihood, statistics
+from rag_mm.eval import caption as caption_metrics
 from rag_mm.eval import scenes as scene_metrics
 from rag_mm.stages import corpus as corpus_lib
 from rag_mm.stages import generation, neighbors

@@ -14,10 +14,9 @@ from rag_mm.core import run as run_lib
 from rag_mm.data import rows
 from rag_mm.decode import modes
 from rag_mm.decode.sampler import Sampling
-from rag_mm.stages import controls
+from rag_mm.stages import controls, frozen, retriever, tokenizer
 from rag_mm.stages import corpus as corpus_lib
 from rag_mm.stages import decoder as decoder_stage
-from rag_mm.stages import frozen, retriever, tokenizer
 from rag_mm.stages import memory as memory_stage
 from rag_mm.stages import neighbors as neighbors_stage
 from rag_mm.stages import world as world_lib
@@ -158,7 +157,6 @@ def open_bench(config: Config, run: run_lib.Run) -> Bench:
         if config.controls:
             asked = controls.Asked(
                 facts,
-                captions,
                 _docs(memory, found["text"][:, : decoder.layout.max_docs]),
                 memory,
                 neighbors_stage.memory_facts(config.world),

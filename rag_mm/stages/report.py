@@ -14,7 +14,7 @@ from rag_mm.core import run as run_lib
 from rag_mm.memory.memory import Memory
 from rag_mm.report import choice, logs, reference
 from rag_mm.stages import corpus as corpus_lib
-from rag_mm.stages import generation, neighbors, retriever, speed
+from rag_mm.stages import generation, retriever, speed
 from rag_mm.stages import memory as memory_stage
 from rag_mm.stages import world as world_lib
 from rag_mm.worlds.emoji import art

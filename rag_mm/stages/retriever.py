@@ -15,7 +15,6 @@ from rag_mm.stages import frozen, tokenizer, training
 from rag_mm.stages import world as world_lib
 from rag_mm.train import loop, optimizer
 from rag_mm.worlds.emoji import facts as facts_lib
-from rag_mm.worlds.emoji import scenes as scene_lib
 from rag_mm.worlds.emoji import splits as split_lib
 
 INPUTS = ("tokenizer",)

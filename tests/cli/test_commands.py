@@ -171,7 +171,7 @@ def test_a_prompt_longer_than_the_model_reads(refused):
     [
         ("--config=configs/no.py", "no config 'configs/no.py'"),
         ("--config=good.png", "is not a Python file"),
-        ("--config=configs/quickstart.py:no", "no preset 'no'; it has quick, tiny"),
+        ("--config=configs/quickstart.py:no", "no preset 'no'; it has quick, full, tiny"),
         (f"{CONFIG} --config.decoder.lop=1", "no key 'decoder.lop'"),
         (f"{CONFIG} --config.seed=a", "--config.seed=a does not fit"),
         (f"{CONFIG} --config.seed=-1", "seed is -1"),

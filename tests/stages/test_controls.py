@@ -28,7 +28,7 @@ def asked():
         Facts((Entity(4, 16, 0, 0), Entity(5, 16, 16, 0)), "pink"),
     ]
     docs = [[MEMORY[0], MEMORY[1]], [MEMORY[2]], [MEMORY[5], MEMORY[5]]]
-    return controls.Asked(facts, ["a", "b", "c"], docs, MEMORY, SHOWN, CODEC)
+    return controls.Asked(facts, docs, MEMORY, SHOWN, CODEC)
 
 
 def run(name, asked):

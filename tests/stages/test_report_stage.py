@@ -8,14 +8,15 @@ from rag_mm.stages import chain, generation, report
 from rag_mm.stages import world as world_lib
 from rag_mm.worlds.emoji import art
 
-WORLD = world_lib.World("easy", class_share=0.2)
+WORLD = world_lib.World(("easy",), class_share=0.2)
 
 
 def shown(**changes):
     config = report.Config(0, WORLD, generation.Config(0, WORLD), **changes)
     source = WORLD.scenes("test", *world_lib.HELD_OUT)
     rows = world_lib.sample_rows(source, 100, 0)
-    test = generation.TestSet(rows, *[None] * 5)  # Only which scenes these are matters.
+    # Only which classes these are matters.
+    test = generation.TestSet(source.class_ids[rows], *[None] * 7)
     return report.choose(config, test), source.class_ids[rows]
 
 
