@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from rag_mm.nn import layers
@@ -28,10 +29,7 @@ class Heads(NamedTuple):
     recent: Recent | None = None
 
 
-# Where `begin_with_induction` starts: sigmoid(2) = 0.88 of a smeared head is the lagged one's;
-# unit queries and keys of a normed head are stretched until the best match outweighs a row of others.
-INDUCTION_SMEAR = 2.0
-INDUCTION_SCALE = 1.7
+INDUCTION_SMEAR = 2.0  # where `begin_with_induction` starts: sigmoid(2) = 0.88 is the lagged head's
 
 # (heads, what this layer was handed) -> (attended [B, T, N, H], what this layer hands back).
 Attend = Callable[[Heads, Any], tuple[jax.Array, Any]]
@@ -67,9 +65,9 @@ class BlockConfig:
 
     def __post_init__(self):
         lags = self.smear_lags
-        if lags and (min(lags) < 1 or self.num_kv_heads % len(lags)):
+        if lags and (min(lags) < 0 or not any(lags) or self.num_kv_heads % len(lags)):
             raise ValueError(
-                f"smear_lags are {lags}, give lags of at least 1, as many as divide the "
+                f"smear_lags are {lags}, give lags of at least 0, not all 0, as many as divide the "
                 f"{self.num_kv_heads} key heads"
             )
         if self.induction_init and self.num_kv_heads != self.num_heads:
@@ -120,20 +118,21 @@ class Attention(nnx.Module):
             self.begin_with_induction()
 
     def begin_with_induction(self) -> None:
-        """Lets a fresh layer attend to what resembles the query, sharply, and pass it on as it is.
+        """Lets heads that look back attend to what resembles the query, and pass it on as it is.
 
-        Keys start as queries and the output as the transpose of the values (mimetic initialisation, Trockman
-        & Kolter 2023). With smeared heads that is the induction of Olsson et al. 2022 before the first step,
-        where training would have to find its parts together.
+        Their keys start as queries and the output as the transpose of the values (mimetic initialisation,
+        Trockman & Kolter 2023). With smeared heads that is the induction of Olsson et al. 2022 before the
+        first step, where training would have to find its parts together.
         """
-        self.k.kernel[...] = self.q.kernel[...]
-        self.out.kernel[...] = jnp.transpose(self.v.kernel[...], (1, 2, 0))
+        looks_back = jnp.array(lag_of_head(self.smear_lags or (1,), self.q.kernel.shape[1])) > 0
+        q, k, v, out = (part.kernel[...] for part in (self.q, self.k, self.v, self.out))
+        self.k.kernel[...] = jnp.where(looks_back[None, :, None], q, k)
+        self.out.kernel[...] = jnp.where(
+            looks_back[:, None, None], jnp.transpose(v, (1, 2, 0)), out
+        )
         for smeared in (self.q_smear, self.k_smear):
             if smeared is not None:
                 smeared[...] = smeared[...] + INDUCTION_SMEAR
-        for norm in (self.q_norm, self.k_norm):
-            if norm is not None and norm.scale is not None:
-                norm.scale[...] = norm.scale[...] * INDUCTION_SCALE
 
     def heads(
         self, x: jax.Array, positions: jax.Array | None, before: Before | None = None
@@ -148,7 +147,7 @@ class Attention(nnx.Module):
                 raise ValueError("smeared heads need to know which token goes on from which")
             past = before.recent or (None, None)
             lags, width = self.smear_lags, max(self.smear_lags)
-            ahead = tuple(lag - 1 for lag in lags)
+            ahead = tuple(max(lag - 1, 0) for lag in lags)
             q, *last = smear(q, past[0], before.segment_ids, self.q_smear[...], ahead, width)
             k, *last[1:] = smear(k, past[1], before.segment_ids, self.k_smear[...], lags, width)
             recent = Recent(*last)
@@ -158,6 +157,11 @@ class Attention(nnx.Module):
                 rope.rotate(k, positions, self.rope_theta),
             )
         return Heads(q, k, v, recent)
+
+
+def lag_of_head(lags: tuple[int, ...], num_heads: int) -> list[int]:
+    """The first of n lags belongs to the first num_heads / n heads, and so on."""
+    return [lags[head * len(lags) // num_heads] for head in range(num_heads)]
 
 
 def smear(
@@ -172,14 +176,14 @@ def smear(
 
     A head with lag L compares the token L - 1 before the query with those L before each key: what it finds
     stands where the query's next token is wanted. L = 1 finds what followed the same token (Olsson et al.
-    2022), L an image's width in codes what stood below the same code.
+    2022), L an image's width in codes what stood below the same code; a head with lag 0 stays as it is.
 
     Args:
         x: [B, T, N, H], queries or keys.
         recent: [B, width, N, H], what stood before x; None is nothing.
         segment_ids: int32 [B, T].
         logit_share: float32 [N], share = sigmoid(logit_share).
-        lags: at least 0; the first of n lags belongs to the first N / n heads, and so on.
+        lags: at least 0; see `lag_of_head`.
         width: at least the longest lag.
 
     Returns:
@@ -191,14 +195,13 @@ def smear(
     else:
         whole = jnp.concatenate([recent, x], axis=1)
     segments = jnp.pad(segment_ids, ((0, 0), (width, 0)), constant_values=1)
-    group = jnp.arange(num_heads) * len(lags) // num_heads
+    own_lag = np.array(lag_of_head(lags, num_heads))
     lagged = jnp.zeros_like(x)
-    for i, lag in enumerate(lags):
+    for lag in sorted(set(lags)):
         at = slice(width - lag, width - lag + num_tokens)
         is_same = (segments[:, at] == segment_ids)[:, :, None, None]
-        lagged = lagged + whole[:, at] * (is_same & (group == i)[None, None, :, None]).astype(
-            x.dtype
-        )
+        is_own = jnp.array(own_lag == lag)[None, None, :, None]
+        lagged = lagged + whole[:, at] * (is_same & is_own).astype(x.dtype)
     share = jax.nn.sigmoid(logit_share).astype(x.dtype)[None, None, :, None]
     is_last = (segments[:, -width:] == segment_ids[:, -1:])[:, :, None, None]
     return x * (1 - share) + lagged * share, whole[:, -width:] * is_last.astype(x.dtype)

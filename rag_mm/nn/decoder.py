@@ -33,7 +33,7 @@ class DecoderConfig:
     qk_norm: bool = False
     smear_lags: tuple[
         int, ...
-    ] = ()  # heads look back: 1 for induction, an image's width for the code above
+    ] = ()  # of heads that look back: 1 the token before, an image's width the code above
     induction_init: bool = False  # a fresh layer finds what resembles the query and passes it on
     use_bias: bool = False
     tie_embeddings: bool = False

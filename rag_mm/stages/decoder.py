@@ -40,6 +40,8 @@ class Config:
         docs_shares: how often a batch holds 0, 1, .. max_docs documents a row (RA-CM3: uniform).
         is_vanilla: the control, which reads the same main documents in the same order and no others.
         max_text: room for a caption, in tokens.
+        full_captions: share of rows whose main caption tells all facts, as at inference, whatever was told
+            to the retriever.
         docs_text: room a training row has for a document's caption, on average; a row that needs
             more, which is rare, loses its first document.
         mask_probability: share of rows with masked spans, the others being plain causal rows.
@@ -57,6 +59,7 @@ class Config:
     docs_shares: tuple[float, ...] = (1.0, 1.0, 1.0)
     is_vanilla: bool = False
     max_text: int = 24
+    full_captions: float = 0.0
     docs_text: int = 24
     max_spans: int = 3
     mask_probability: float = 0.5
@@ -96,8 +99,8 @@ class Config:
 class RowSource:
     """Makes training rows: transform(index, rng) of `data.pipeline`.
 
-    `texts[i][d]` is draw d of main document i's caption; `neighbors` is int32 [R, draws + 1, K] into
-    `memory`, or None for the control.
+    `texts[i][d]` is draw d of main document i's caption, the last one with all facts; `neighbors` is int32
+    [R, draws + 1, K] into `memory`, or None for the control.
     """
 
     config: Config
@@ -115,10 +118,10 @@ class RowSource:
         The main document is drawn first, so that the control sees the same ones.
         """
         config, draws = self.config, self.texts[index]
-        draw = int(rng.integers(len(draws)))
-        main, docs = draws[draw], []
+        draw = int(rng.integers(config.caption_draws))
+        main, docs = draws[-1 if rng.random() < config.full_captions else draw], []
         if self.neighbors is not None:
-            column = draw if rng.random() < 0.5 else len(draws)
+            column = draw if rng.random() < 0.5 else config.caption_draws
             found = self.neighbors[index, column]
             chosen = rng.permutation(found[found >= 0])[:num_docs]
             docs = [self.memory[i] for i in chosen]
@@ -192,12 +195,13 @@ def make_rows(
     memory: list[rows.Example],
     neighbors: np.ndarray | None,
 ) -> RowSource:
-    """Rows of all scenes of `source`, each with `caption_draws` captions."""
+    """Rows of all scenes of `source`, each with `caption_draws` captions and a full one."""
     codes = corpus.codes(source)
-    texts = [
-        [corpus.example(source.caption(i, draw), codes[i]) for draw in range(config.caption_draws)]
+    told = [
+        [*(source.caption(i, draw) for draw in range(config.caption_draws)), source.full_caption(i)]
         for i in range(len(source))
     ]
+    texts = [[corpus.example(text, codes[i]) for text in each] for i, each in enumerate(told)]
     words = corpus.codec.vocabulary
     return RowSource(config, corpus.layout, words, texts, memory, neighbors)
 

@@ -103,7 +103,7 @@ def _smear(config, x, segment_ids, logit_share, ahead):
     share, (num_tokens, num_heads) = 1 / (1 + np.exp(-logit_share)), x.shape[:2]
     smeared = x * (1 - share[:, None])
     for t, n in np.ndindex(num_tokens, num_heads):
-        lag = config.smear_lags[n * len(config.smear_lags) // num_heads] - ahead
+        lag = max(config.smear_lags[n * len(config.smear_lags) // num_heads] - ahead, 0)
         if t >= lag and segment_ids[t] == segment_ids[t - lag]:
             smeared[t, n] += share[n] * x[t - lag, n]
     return smeared
