@@ -70,12 +70,13 @@ def quick() -> dict:
         optimizer=dict(
             learning_rate=3e-3, warmup_steps=60, schedule="wsd", b2=0.98, weight_decay=0.05
         ),
-        loop=dict(num_steps=1000, log_every=20, checkpoint_every=100),
+        loop=dict(num_steps=1200, log_every=20, checkpoint_every=100),
         caption_draws=caption_draws,
         max_docs=2,
         docs_shares=(0.2, 0.4, 0.4),
         max_text=24,
         full_captions=0.5,
+        code_noise=0.1,
         docs_text=8,  # captions that drop facts have 7 tokens on average
         max_spans=3,
         mask_probability=0.5,
@@ -125,7 +126,7 @@ def quick() -> dict:
         ),
         decoder=decoder,
         control=dict(num_steps=None),  # as many as the decoder's
-        generation=dict(num_held_out=256, num_seen=128, controls=()),
+        generation=dict(num_held_out=256, num_seen=128, temperature=0.4, controls=()),
         evaluation=dict(),
         report=dict(
             title="rag_mm quickstart",
@@ -145,7 +146,7 @@ def full() -> dict:
         world=dict(levels=LEVELS, class_share=1.0),
         neighbors=config["neighbors"] | dict(num_test=500),
         decoder=decoder,
-        generation=dict(num_held_out=500, num_seen=256, controls=CONTROLS),
+        generation=dict(num_held_out=500, num_seen=256, temperature=0.4, controls=CONTROLS),
         report=dict(
             title="rag_mm quickstart (full)",
             command="rag-mm quickstart --config=configs/quickstart.py:full",
