@@ -52,12 +52,25 @@ def activation_spec(*axes: str | None) -> PartitionSpec | None:
     return PartitionSpec(*(ACTIVATION_AXES[axis] for axis in axes))
 
 
+def resting_spec(*axes: str | None) -> PartitionSpec | None:
+    """`parameter_spec` of the axes, or None where no mesh is in context."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return None
+    return parameter_spec(axes)
+
+
 def gather(parameter: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """The parameter as a layer uses it: whole over `fsdp`, still split over `tensor`."""
     if jax.sharding.get_abstract_mesh().empty:
         return parameter
     spec = (None if axis == "embed" else PARAMETER_AXES[axis] for axis in axes)
     return jax.sharding.reshard(parameter, PartitionSpec(*spec))
+
+
+def platform() -> str:
+    """What the program being traced is for: the context mesh's devices, which need not be here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def put_batch(batch: dict, mesh: Mesh) -> dict:
