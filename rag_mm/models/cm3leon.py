@@ -71,9 +71,7 @@ def make_config(
         ValueError: zero_outputs is neither blocks nor head.
     """
     if zero_outputs not in ZERO_OUTPUTS:
-        raise ValueError(
-            f"zero_outputs is one of {', '.join(ZERO_OUTPUTS)}, not {zero_outputs!r}"
-        )
+        raise ValueError(f"zero_outputs is one of {', '.join(ZERO_OUTPUTS)}, not {zero_outputs!r}")
     outputs: dict[str, Any] = ZERO_OUTPUTS[zero_outputs]
     decoder = DecoderConfig(
         vocab_size=vocab_size,

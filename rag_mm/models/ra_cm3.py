@@ -33,7 +33,7 @@ class Config:
     def b2_7(cls) -> "Config":
         """The paper's 2.7 B; its shape is CM3-Medium's (CM3 appendix A.1), which the paper builds on.
 
-        8,192 image codes, 256 sentinels and specials behind a text vocabulary of 50 thousand.
+        Our vocabulary: GPT-2's 50,257 words, which CM3 reads, room for specials, and 8,192 codes.
         """
         return cls(_family(58_880, 32, 2560, 32, 4096, "bfloat16"), 58_880 - 8_192)
 

@@ -51,7 +51,9 @@ class BlockConfig:
     rope_theta: float | None = 10_000.0  # None: positions are added to the embeddings instead
     init_std: float | None = None  # None: 1 / sqrt(fan in)
     output_init_std: float | None = None  # of the projections that end in the residual stream
-    init_cut: float | None = None  # draws are cut at this many standard deviations; None: not at all
+    init_cut: float | None = (
+        None  # draws are cut at this many standard deviations; None: not at all
+    )
 
 
 # What the backward pass finds stored instead of computing it again, by `Stack`'s remat: everything;

@@ -35,7 +35,9 @@ class DecoderConfig:
     use_bias: bool = False
     tie_embeddings: bool = False
     init_std: float = 0.02
-    init_cut: float | None = None  # draws are cut at this many standard deviations; None: not at all
+    init_cut: float | None = (
+        None  # draws are cut at this many standard deviations; None: not at all
+    )
     output_init_std: float | None = None  # None: init_std / sqrt(2 num_layers)
     position_init_std: float | None = None  # None: init_std
     head_init_std: float | None = None  # of an untied head; None: init_std
@@ -58,7 +60,9 @@ class DecoderConfig:
         if self.remat not in REMAT:
             raise ValueError(f"remat is one of {', '.join(REMAT)}, not {self.remat!r}")
         if self.tie_embeddings and self.head_init_std is not None:
-            raise ValueError("a tied head has no head_init_std of its own; untie it or leave it out")
+            raise ValueError(
+                "a tied head has no head_init_std of its own; untie it or leave it out"
+            )
         if self.norm not in layers.NORMS:
             raise ValueError(f"norm is one of {', '.join(layers.NORMS)}, not {self.norm!r}")
         if self.mlp != "swiglu" and self.mlp not in layers.ACTIVATIONS:

@@ -5,6 +5,7 @@ float32 and leaves in the parameter's own layout, so that it is reduce-scattered
 """
 
 import string
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -73,14 +74,11 @@ def _project_bwd(
         sharding.gather(kernel.astype(x.dtype), axes),
         out_sharding=sharding.activation_spec("batch", None, *axes[:num_in]),
     )
-    kernel_grad = jnp.einsum(
-        f"YZ{into},YZ{out}->{into}{out}",
-        x,
-        grad,
-        preferred_element_type=kernel.dtype,
-        out_sharding=sharding.resting_spec(*axes),
+    multiply = partial(
+        jnp.einsum, f"YZ{into},YZ{out}->{into}{out}", preferred_element_type=kernel.dtype
     )
-    return x_grad, kernel_grad
+    layouts = [("batch", None, *axes[:num_in]), ("batch", None, *axes[num_in:])]
+    return x_grad, sharding.sum_over_batch(multiply, (x, grad), layouts, axes)
 
 
 _project.defvjp(_project_fwd, _project_bwd)
@@ -107,12 +105,16 @@ def _look_up_bwd(
 ) -> tuple[None, jax.Array]:
     del dtype
     ids, table = kept
-    spec = sharding.resting_spec(None, "embed")
-    zeros = jnp.zeros(table.shape, table.dtype)
-    added = zeros.at[ids].add(grad.astype(table.dtype), out_sharding=spec)
-    # Rows may be split over `tensor` besides, which a scatter cannot do at once.
-    resting = jax.typeof(table).sharding.spec
-    return None, added if spec is None else jax.sharding.reshard(added, resting)
+
+    def add(ids: jax.Array, grad: jax.Array) -> jax.Array:
+        return jnp.zeros(table.shape, table.dtype).at[ids].add(grad.astype(table.dtype))
+
+    layouts = [("batch", None), ("batch", None, None)]
+    added = sharding.sum_over_batch(add, (ids, grad), layouts, (None, "embed"))
+    if jax.sharding.get_abstract_mesh().empty:
+        return None, added
+    # Rows may be split over `tensor` besides.
+    return None, jax.sharding.reshard(added, jax.typeof(table).sharding.spec)
 
 
 _look_up.defvjp(_look_up_fwd, _look_up_bwd)
