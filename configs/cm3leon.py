@@ -35,6 +35,6 @@ def get_config(preset: str) -> dict:
             clip_norm=1.0,
         ),
         num_steps=num_steps,
-        batch_size=64 if is_tiny else 2048,  # rows of max_seq_len tokens: 8 M tokens
+        batch_size=256 if is_tiny else 2048,  # rows of max_seq_len tokens: 8 M tokens
         accumulate=1,
     )

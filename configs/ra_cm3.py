@@ -28,6 +28,6 @@ def get_config(preset: str) -> dict:
             clip_norm=1.0,
         ),
         num_steps=100 if is_tiny else 30_000,
-        batch_size=64 if is_tiny else 1024,
+        batch_size=256 if is_tiny else 1024,
         accumulate=1,
     )

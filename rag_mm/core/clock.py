@@ -19,6 +19,8 @@ from etils import epath
 from rag_mm.core import files
 
 FILE_NAME = "times.json"
+# Step times and the like, beside a training log.
+SPEED_NAME = "speed.jsonl"
 # A killed part is charged up to its last beat.
 _BEAT_SECONDS = 5.0
 

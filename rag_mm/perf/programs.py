@@ -174,7 +174,10 @@ def hbm_bytes(topology: chips.Topology) -> int:
 
 def read_refusal(message: str) -> tuple[int, int] | None:
     """Bytes that were wanted and bytes that there are, from the compiler's own words; None: not about memory."""
-    found = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", message)
+    size = r"([\d.]+)([KMGT])"
+    found = re.search(rf"Used {size} of {size} hbm", message) or re.search(
+        rf"temporaries \({size}\) exceeds available HBM \({size}\)", message
+    )
     if found is None:
         return None
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}

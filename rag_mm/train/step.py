@@ -10,6 +10,7 @@ from flax import nnx
 
 from rag_mm.core import sharding
 from rag_mm.nn.params import Params
+from rag_mm.train import guard
 from rag_mm.train.state import TrainState
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
@@ -34,7 +35,7 @@ def train_step(
         batch: arrays [B, ...], split over the mesh's batch axes.
         graphdef: the model's structure, beside `state.params`.
         loss_fn: the objective.
-        optimizer: an Optax transformation.
+        optimizer: an Optax transformation; one that takes `value` is given the loss.
         seed: of dropout and sampling inside the loss.
         num_parts: the batch goes through in so many parts, one after the other, to the same gradient.
             This holds for a loss that is its own `loss` metric, sum over weight, row by row.
@@ -53,9 +54,12 @@ def train_step(
     else:
         grads, metrics = _accumulate(compute_grads, state.params, batch, rng, num_parts)
     with jax.numpy_dtype_promotion("standard"):  # Optax raises Python floats to int32 powers.
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        total, weight = metrics["loss"]
+        update = optax.with_extra_args_support(optimizer).update
+        updates, opt_state = update(grads, state.opt_state, state.params, value=total / weight)
     params = optax.apply_updates(state.params, updates)
     metrics["grad_norm"] = (optax.global_norm(grads), jnp.float32(1))
+    metrics = guard.blank_skipped(state.opt_state, opt_state, metrics)
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
