@@ -50,8 +50,8 @@ def guard(
 ) -> optax.GradientTransformationExtraArgs:
     """`inner`, whose update and state stay as they were wherever a step is skipped.
 
-    Its `update` wants the step's loss as `value`. The check reads what the update reads anyway, and so
-    joins it in one pass over memory.
+    Its `update` wants the step's loss as `value`. Chosen is leaf by leaf where the update is made, so
+    no second copy of the state exists.
     """
 
     def init(params: optax.Params) -> State:
