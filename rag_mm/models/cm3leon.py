@@ -2,7 +2,7 @@
 
 Section 4 of the paper drops RA-CM3's weighting: retrieved documents count like the query (alpha = 1).
 Section 5's decoder has no bias, no LayerNorm parameters and learned absolute positions; its weights start
-as N(0, 0.006) cut at three sigma, positions at sigma 0.0002, and "output layers" at zero, which reads two ways:
+as N(0, 0.006) cut at three sigma, positions at sigma 0.0002, "output layers" at zero, which reads two ways:
 
     blocks  the last matrix of every attention and MLP is zero, the head is the embedding
     head    the head is a table of its own, and zero

@@ -31,13 +31,13 @@ class Chip:
 
 _DOCS = "https://cloud.google.com/tpu/docs"
 CHIPS = {
-    # The page gives no link speed; 6 links of 50 GB/s are those of Jouppi et al. 2023, arXiv 2304.01433, table 4.
+    # The page gives no link speed; 6 links of 50 GB/s: Jouppi et al. 2023, arXiv 2304.01433.
     "v4": Chip(275e12, 1200e9, 300e9, 3, f"{_DOCS}/v4", (("chip_config_name", "megacore"),)),
     "v5e": Chip(197e12, 819e9, 200e9, 2, f"{_DOCS}/v5e"),
     "v5p": Chip(459e12, 2765e9, 600e9, 3, f"{_DOCS}/v5p"),
     "v6e": Chip(918e12, 1638e9, 400e9, 2, f"{_DOCS}/v6e"),
 }
-# Between slices, bytes a second a chip sends: v5e's page gives 6.4 Tbit/s a pod of 256 chips for all generations' planning.
+# Between slices, bytes a second that a chip sends: v5e's page gives 6.4 Tbit/s for 256 chips; taken for all.
 DCN_BANDWIDTH = 6.4e12 / 8 / 256
 
 

@@ -1,4 +1,4 @@
-"""Collectives of a compiled program, read from its text: how many stand there, how often each runs, what it moves."""
+"""Collectives of a compiled program, read from its text: how many, how often they run, what moves."""
 
 import dataclasses
 import math

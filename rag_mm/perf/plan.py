@@ -51,10 +51,10 @@ def search(case: programs.Case, topology: chips.Topology) -> dict[str, Any]:
     """
     tried: list[dict[str, Any]] = []
     shards = case.mesh_shape[0] * case.mesh_shape[1]
-    num_fitting, parts = 0, case.num_parts
-    # A leaner remat in more parts may win once; beyond that parts only add exchanges.
-    while case.batch_size % (parts * shards) == 0 and num_fitting < 2:
-        for remat in REMAT:
+    parts, leaner = case.num_parts, list(REMAT)
+    # More parts cost more exchanges: they are worth it for a leaner remat than what fits already.
+    while case.batch_size % (parts * shards) == 0 and leaner:
+        for remat in leaner:
             model = dataclasses.replace(
                 case.model, decoder=dataclasses.replace(case.model.decoder, remat=remat)
             )
@@ -64,10 +64,8 @@ def search(case: programs.Case, topology: chips.Topology) -> dict[str, Any]:
             progress.say(f"plan: {remat} remat, {case.batch_size // parts} rows at once")
             tried.append(make_plan(candidate, topology))
             if tried[-1]["fits"]:
-                num_fitting += 1
+                leaner = leaner[: leaner.index(remat)]
                 break
-        if tried and tried[-1]["fits"] and tried[-1]["remat"] == next(iter(REMAT)):
-            break
         parts *= 2
     if not tried:
         return make_plan(case, topology)

@@ -173,7 +173,7 @@ def hbm_bytes(topology: chips.Topology) -> int:
 
 
 def read_refusal(message: str) -> tuple[int, int] | None:
-    """Bytes that were wanted and bytes that there are, from the compiler's own words; None: not about memory."""
+    """Bytes wanted and bytes there are, in the compiler's own words; None: not about memory."""
     size = r"([\d.]+)([KMGT])"
     found = re.search(rf"Used {size} of {size} hbm", message) or re.search(
         rf"temporaries \({size}\) exceeds available HBM \({size}\)", message

@@ -71,9 +71,7 @@ class Checkpoints:
             "it is another model's or damaged. Remove that folder to begin anew."
         ) from newest_error
 
-    def _restore(
-        self, step: int, state: TrainState, iterator: grain.DatasetIterator
-    ) -> TrainState:
+    def _restore(self, step: int, state: TrainState, iterator: grain.DatasetIterator) -> TrainState:
         abstract = jax.tree.map(_like, (state.params, _optimizer(state)))
         pieces = {"params": abstract[0], "optimizer": abstract[1], "data": iterator}
         loaded = self._checkpointer.load_checkpointables(step, pieces)

@@ -18,7 +18,7 @@ class Config:
     """When an update is skipped, and when a run gives up.
 
     Attributes:
-        window: accepted losses that are remembered; until there are as many only numbers that are none are skipped.
+        window: accepted losses that are remembered; until there are as many, nothing is a spike.
         sigmas: a loss further above their mean than so many of their standard deviations is a spike.
         max_in_a_row: so many skipped updates one after the other end the run.
     """
@@ -60,7 +60,12 @@ def guard(
         return State(losses, count, count, count, inner.init(params))
 
     def update(
-        grads: optax.Updates, state: State, params: optax.Params | None = None, *, value: jax.Array, **_: Any
+        grads: optax.Updates,
+        state: State,
+        params: optax.Params | None = None,
+        *,
+        value: jax.Array,
+        **_: Any,
     ) -> tuple[optax.Updates, State]:
         is_good = jnp.isfinite(value) & jnp.isfinite(optax.global_norm(grads))
         is_good &= ~_is_spike(value, state, config)

@@ -206,9 +206,7 @@ class _Run:
             self._is_traced = False
 
     def save_partial(self, step: int) -> None:
-        files.write_json(
-            self.directory / PARTIAL, {"step": step, "sums": self.averages.to_json()}
-        )
+        files.write_json(self.directory / PARTIAL, {"step": step, "sums": self.averages.to_json()})
 
     def finish(self) -> None:
         self._end_trace()

@@ -50,7 +50,7 @@ def make_schedule(config: Config, num_steps: int) -> optax.Schedule:
 def make_optimizer(
     config: Config, num_steps: int, guard: guard_lib.Config | None = None
 ) -> optax.GradientTransformation:
-    """Clip, Adam with decay (norms, biases and temperatures aside), schedule; bad updates left out by `guard`."""
+    """Clip, Adam with decay (norms, biases, temperatures aside), schedule; `guard` leaves out bad updates."""
     chained = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(

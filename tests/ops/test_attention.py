@@ -155,14 +155,18 @@ def test_splash_equals_the_reference_in_value_and_gradient(num_kv_heads, shape):
 
     def both(function, *operands):
         loss = lambda *heads: jnp.square(function(*heads, operands[3])).sum()
-        return jax.jit(lambda *heads: (function(*heads, operands[3]), jax.grad(loss, (0, 1, 2))(*heads)))(*operands[:3])
+        return jax.jit(
+            lambda *heads: (function(*heads, operands[3]), jax.grad(loss, (0, 1, 2))(*heads))
+        )(*operands[:3])
 
     expected = both(reference, *heads, segments)
     if shape is None:
         found = both(run, *heads, segments)
     else:
         mesh = sharding.make_mesh(*shape)
-        place = lambda x, *axes: jax.device_put(x, NamedSharding(mesh, PartitionSpec(("data", "fsdp"), *axes)))
+        place = lambda x, *axes: jax.device_put(
+            x, NamedSharding(mesh, PartitionSpec(("data", "fsdp"), *axes))
+        )
         spread = [place(x, None, "tensor") for x in heads]
         with jax.set_mesh(mesh):
             found = both(run, *spread, place(segments))

@@ -67,9 +67,7 @@ def test_chunked_nll_has_the_value_and_the_gradient_of_the_whole(num_chunks):
         nll = losses.chunked_token_nll(logits_fn, hidden, targets, num_chunks)
         return (nll * weights).sum(), nll
 
-    compute = jax.jit(
-        jax.grad(loss, (0, 1), has_aux=True), static_argnums=2
-    )
+    compute = jax.jit(jax.grad(loss, (0, 1), has_aux=True), static_argnums=2)
     expected, found = compute(hidden, table, 1), compute(hidden, table, num_chunks)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), expected, found)
 

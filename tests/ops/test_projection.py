@@ -1,4 +1,6 @@
-"""Products with float32 parameters of narrower activations: float32 gradients in the parameter's own layout."""
+"""Narrow activations times float32 parameters: gradients are float32, in the parameter's own layout."""
+
+import re
 
 import jax
 import jax.numpy as jnp
@@ -48,14 +50,14 @@ def test_gradients_are_float32_sums_in_the_parameters_layout(case, shape):
         parameter = jax.device_put(parameter, NamedSharding(mesh, spec))
         with jax.set_mesh(mesh):
             x = jax.device_put(x, NamedSharding(mesh, sharding.activation_spec(*layout)))
-            program = grad.lower(parameter, x, jnp.bfloat16).compile()
+            lowered = grad.lower(parameter, x, jnp.bfloat16)
+            program = lowered.compile()
             found = program(parameter, x)
         assert found.sharding.spec == spec
-        text = program.as_text()
-        assert "reduce-scatter" in text
-        # No part of the parameter is gathered in float32, and none of its gradient summed in bfloat16.
-        assert not any("f32" in line.split("all-gather(")[0] for line in text.splitlines() if "all-gather(" in line)
-        assert not any("bf16" in line.split("reduce-scatter(")[0] for line in text.splitlines() if "reduce-scatter(" in line)
+        assert "reduce-scatter" in program.as_text()
+        # Before XLA widens what a CPU cannot add: the sums themselves are float32.
+        types = re.findall(r"tensor<[\dx]*x(\w+)>", lowered.as_text().split("reduce_scatter")[1])
+        assert next(kind for kind in types if kind != "i64") == "f32"  # i64 are lists of devices.
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
     assert np.abs(np.asarray(found) - np.asarray(expected)).max() > 0  # It was bfloat16.

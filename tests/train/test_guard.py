@@ -104,7 +104,7 @@ def test_windows_and_sigmas_that_mean_nothing_are_refused():
 
 
 def test_no_second_copy_of_the_state_is_made():
-    """The choice between old and new stores at most one more array of a parameter's size; a copy takes three."""
+    """Choosing stores at most one more array of a parameter's size; a copy takes three."""
     big = {"kernel": jax.ShapeDtypeStruct((256, 1024), jnp.float32)}
     sizes = []
     for tx in (optax.adam(0.1), guard.guard(optax.adam(0.1), CONFIG)):

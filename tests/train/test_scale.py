@@ -1,4 +1,4 @@
-"""What a pod needs of the step: every spec, remat and chunks that change nothing, parts that add up, bfloat16."""
+"""What a pod needs of the step: every spec, remat and chunks that change nothing, parts that add up."""
 
 import dataclasses
 import functools
@@ -152,7 +152,9 @@ def test_the_state_is_updated_in_place():
     table = header.split("input_output_alias={ ", 1)[1].split(" }, entry")[0]
     pairs = re.findall(r"\{(\d*)\}: \((\d+), \{\}, (?:may|must)-alias\)", table)
     num_leaves = len(jax.tree.leaves(after))
-    assert [(int(out or 0), int(into)) for out, into in pairs] == [(i, i) for i in range(num_leaves)]
+    assert [(int(out or 0), int(into)) for out, into in pairs] == [
+        (i, i) for i in range(num_leaves)
+    ]
     local = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(after))
     assert program.memory_analysis().alias_size_in_bytes == local
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
