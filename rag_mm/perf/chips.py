@@ -41,6 +41,19 @@ CHIPS = {
 DCN_BANDWIDTH = 6.4e12 / 8 / 256
 
 
+# Dense bfloat16 FLOP/s by jax's name of the device, for a run's MFU; GPUs from NVIDIA's H100 and H200 data
+# sheets (SXM, without sparsity).
+DEVICE_FLOPS = {
+    "TPU v4": CHIPS["v4"].flops,
+    "TPU v5 lite": CHIPS["v5e"].flops,
+    "TPU v5": CHIPS["v5p"].flops,
+    "TPU v5p": CHIPS["v5p"].flops,
+    "TPU v6 lite": CHIPS["v6e"].flops,
+    "NVIDIA H100 80GB HBM3": 989.4e12,
+    "NVIDIA H200": 989.4e12,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """Slices of chips: `name` is what the compiler is asked for, such as v5e:16x16."""

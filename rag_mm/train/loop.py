@@ -1,9 +1,10 @@
 """The loop around the step: resume, draw, step, log, save. Everything stateful stands here in plain sight."""
 
 import contextlib
+import contextvars
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
@@ -54,13 +55,28 @@ class Extras:
         keep_every: checkpoints at multiples of it stay for good.
         max_skipped: so many updates in a row that the optimizer's guard left out end the run.
         cost: FLOPs of a step, for MFU.
-        profile: first and last step of a trace for TensorBoard, written to `profile/`.
+        profile: first and last step of a trace for TensorBoard, written to `profile/`; None: `profiled`'s.
     """
 
     keep_every: int | None = None
     max_skipped: int = guard.Config.max_in_a_row
     cost: speed.Cost | None = None
     profile: tuple[int, int] | None = None
+
+
+_PROFILE: contextvars.ContextVar[tuple[int, int] | None] = contextvars.ContextVar(
+    "profile", default=None
+)
+
+
+@contextlib.contextmanager
+def profiled(steps: tuple[int, int] | None) -> Iterator[None]:
+    """Every `fit` of the body traces these steps, the first and the last; None traces none."""
+    token = _PROFILE.set(steps)
+    try:
+        yield
+    finally:
+        _PROFILE.reset(token)
 
 
 def fit(
@@ -192,9 +208,9 @@ class _Run:
 
     def trace(self, step: int) -> None:
         """Starts and ends the profile where it falls on this step."""
-        first, last = self.extras.profile or (0, 0)
+        first, last = self.extras.profile or _PROFILE.get() or (0, 0)
         if step == first:
-            jax.profiler.start_trace(str(self.directory / "profile"))
+            jax.profiler.start_trace(str(self.directory / clock.PROFILE_NAME))
             self._is_traced = True
         if step == last + 1:
             self._end_trace()

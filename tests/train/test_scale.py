@@ -114,7 +114,8 @@ def take_step(config, mesh_shape=(1, 1, 1), num_parts=1, batch=None):
     loss_fn = functools.partial(ra_cm3.loss_fn, config=config)
     step = step_lib.make_train_step(graphdef, loss_fn, OPTIMIZER, 0, num_parts)
     before = state_lib.init_state(params, OPTIMIZER, mesh)
-    with jax.set_mesh(mesh):
+    # Lowering the bfloat16 gradient of jax's own attention mixes it with float32.
+    with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):
         placed = sharding.put_batch(make_batch() if batch is None else batch, mesh)
         program = step.lower(before, placed).compile()
         after, metrics = program(before, placed)
