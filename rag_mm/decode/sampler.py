@@ -183,6 +183,6 @@ def lower(
     graphdef: nnx.GraphDef,
     num_steps: int,
     stop: int | None = None,
-):
+) -> jax.stages.Lowered:
     """`sample`'s program lowered on abstract arguments, for a plan; those of `_sample` in its order."""
     return _sample.lower(*args, graphdef=graphdef, num_steps=num_steps, stop=stop)

@@ -194,7 +194,9 @@ class _Run:
         fast = self.speed.write(step)
         seen = self.watch(step, state.params) if self.watch is not None and is_saved else {}
         self.log.write(step, {**values, **derived, **seen, **skipped})
-        shown = {key: fast[key] for key in ("tokens_per_second", "mfu") if key in fast}
+        shown: dict[str, float] = {
+            key: fast[key] for key in ("tokens_per_second", "mfu") if key in fast
+        }
         return {"loss": float(values["loss"]), **seen, **skipped, **shown}
 
     def _check(self, step: int, values: dict, num_skipped: int, num_in_a_row: int) -> None:

@@ -91,7 +91,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     seed: int,
     num_parts: int = 1,
-) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
+) -> jax.stages.Wrapped:
     """`train_step` compiled, its state donated."""
     fixed = dict(graphdef=graphdef, loss_fn=loss_fn, optimizer=optimizer, seed=seed)
     bound = partial(train_step, **fixed, num_parts=num_parts)
