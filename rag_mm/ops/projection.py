@@ -77,8 +77,12 @@ def _project_bwd(
     multiply = partial(
         jnp.einsum, f"YZ{into},YZ{out}->{into}{out}", preferred_element_type=kernel.dtype
     )
+    operands = (x, grad)
+    if sharding.platform() == "cpu":
+        # XLA's CPU has no product of two bfloat16 arrays that adds up in float32.
+        operands = (x.astype(kernel.dtype), grad.astype(kernel.dtype))
     layouts = [("batch", None, *axes[:num_in]), ("batch", None, *axes[num_in:])]
-    return x_grad, sharding.sum_over_batch(multiply, (x, grad), layouts, axes)
+    return x_grad, sharding.sum_over_batch(multiply, operands, layouts, axes)
 
 
 _project.defvjp(_project_fwd, _project_bwd)

@@ -36,8 +36,8 @@ def make_case(
         batch_size: rows of a step.
         num_parts: parts of a step's batch.
         remat: none | dots | full; full where neither says.
-        mesh: `data,fsdp,tensor`; all chips of a slice under fsdp, or to decode as many as divide the
-            heads, at most 8, under tensor.
+        mesh: `data,fsdp,tensor`; as many chips of a slice under fsdp as divide the width, or to decode
+            as many as divide the heads, at most 8, under tensor.
         num_new: tokens to decode, -1 for 1,024 or half a row; None plans the training step.
 
     Raises:
@@ -62,7 +62,7 @@ def make_case(
         num_parts=parts,
         num_new=num_new or 0,
     )
-    programs.check_batch(case)
+    programs.check_case(case)
     return case
 
 
@@ -95,7 +95,9 @@ def _mesh_shape(
         data, fsdp, tensor = map(int, sides)
         return data, fsdp, tensor
     if not is_decoding:
-        return topology.num_slices, chips_a_slice, 1
+        width = model.decoder.embed_dim
+        fsdp = max(n for n in range(1, chips_a_slice + 1) if not (chips_a_slice % n or width % n))
+        return topology.num_chips // fsdp, fsdp, 1
     # Gathering weights for every token would cost more than the token.
     heads = (model.decoder.block.num_heads, model.decoder.block.num_kv_heads)
     fits = lambda n: not any(size % n for size in (*heads, chips_a_slice))

@@ -49,9 +49,10 @@ Every preset's training step, compiled on a CPU by the TPU's own compiler (`rag-
 {jax}): nothing here was run on a TPU. `make plans` makes the page; a plan takes minutes on two cores.
 
 *Peak* is what the compiler says the program needs of one chip, *HBM* what it may use, both in GiB. *MFU
-bound* is model FLOPs (six a multiplied weight and token, causal attention) over the published peak in the time that
-the slowest of arithmetic, memory and links needs at its own published peak: what no run can exceed, not what
-one reaches. Full remat alone caps it at 75 %. *Collectives* count instructions in the program's text.
+bound* is model FLOPs (six a multiplied weight and token, causal attention) over the published peak in the
+time that the slowest of arithmetic, memory and links needs at its own published peak: what no run can
+exceed, not what one reaches. Full remat alone caps it at 75 %. *Collectives* count instructions in the
+program's text.
 
 """
 SEARCH_HEAD = """

@@ -85,7 +85,7 @@ def lower_train(case: Case, mesh: Mesh) -> jax.stages.Lowered:
     Raises:
         UserError: the batch does not split over the mesh and the parts.
     """
-    check_batch(case)
+    check_case(case)
     config = case.model
     graphdef, params = params_lib.describe(partial(_make_model, config), mesh)
     tx = optimizer.make_optimizer(case.optimizer, num_steps=1_000)
@@ -111,7 +111,7 @@ def lower_decode(case: Case, mesh: Mesh) -> jax.stages.Lowered:
     Raises:
         UserError: the batch does not split over the mesh, or no room is left for a prompt.
     """
-    check_batch(case)
+    check_case(case)
     config = case.model.decoder
     length = config.max_seq_len - case.num_new
     if length < 1:
@@ -141,13 +141,23 @@ def lower_decode(case: Case, mesh: Mesh) -> jax.stages.Lowered:
         )
 
 
-def check_batch(case: Case) -> None:
-    """Refuses a batch of which some chip would get no whole row.
+def check_case(case: Case) -> None:
+    """Refuses what some chip would get no whole share of.
 
     Raises:
         UserError: it says which numbers would do.
     """
-    shards = case.mesh_shape[0] * case.mesh_shape[1] * case.num_parts
+    config, (data, fsdp, tensor) = case.model.decoder, case.mesh_shape
+    for side, axis, names in (
+        (fsdp, "fsdp", ("embed_dim",)),
+        (tensor, "tensor", ("num_heads", "mlp_dim", "vocab_size")),
+    ):
+        for name in names:
+            if getattr(config, name) % side:
+                raise UserError(
+                    f"{name} is {getattr(config, name)}, which {axis}={side} of the mesh does not divide."
+                )
+    shards = data * fsdp * case.num_parts
     if case.batch_size < 1 or case.batch_size % shards:
         raise UserError(
             f"A batch of {case.batch_size} rows does not split over data x fsdp x parts = {shards}; "

@@ -32,6 +32,7 @@ def test_topologies_are_read():
         (["--topology=v5e:4x4x4"], "has 3 sides; a torus of v5e has 2."),
         (["--topology=big"], "write v5e:16x16"),
         (["--topology=v5e:16x16", "--batch=100"], "give a multiple of 256"),
+        (["--topology=v5e:16x16", "--mesh=1,4,64"], "num_heads is 32, which tensor=64"),
         (["--topology=v5e:16x16", "--mesh=1,2"], "write 1,256,1"),
         (["--topology=v5e:16x16", "--decode=0"], "at least 1 token"),
         (["--topology=v5e:16x16", "--slices=0"], "--slices is 0"),
@@ -60,6 +61,7 @@ def test_the_page_decides_what_the_command_does_not():
     assert case.mesh_shape == (2, 64, 2) and case.model.decoder.remat == "dots"
     # Fewer rows a chip need fewer chunks, and a split vocabulary fewer still.
     assert case.model.loss_chunks == 2
+    assert make_case("configs/ra_cm3.py:tiny").mesh_shape == (4, 64, 1)  # its width is 64
     case = make_case(num_new=-1, topology=chips.parse_topology("v5e:2x4"))
     assert case.num_new == 1024 and case.mesh_shape == (1, 1, 8) and case.batch_size == 1
 
