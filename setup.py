@@ -48,7 +48,17 @@ EXTRAS = {
     "gpu": ["jax[cuda13]>=0.10,<0.13"],
     "beam": ["apache-beam>=2.60"],
     "parity": ["torch==2.13.0", "transformers>=5,<6"],
-    "test": ["emoji", "hypothesis", "ipykernel", "mypy", "nbclient", "nbformat", "pytest", "ruff"],
+    "test": [
+        "emoji",
+        "hypothesis",
+        "ipykernel",
+        "mypy",
+        "nbclient",
+        "nbformat",
+        "pytest",
+        "pyyaml",
+        "ruff",
+    ],
 }
 
 setuptools.setup(

@@ -80,6 +80,14 @@ COMMANDS = {
             "--rows=8:24 --out=b.png",
         ),
     ),
+    "plan": Command(
+        "compile a training or decoding step for TPUs that are not here: does it fit, what bounds it",
+        (
+            "rag-mm plan --config=configs/cm3leon.py:7b --topology=v5e:16x16",
+            "rag-mm plan --config=configs/cm3leon.py:7b --topology=v5p:4x4x4 --search",
+            "rag-mm plan --config=configs/cm3leon.py:760m --topology=v5e:2x4 --decode",
+        ),
+    ),
     "doctor": Command(
         "versions, devices, flags, disk: what this machine has and what does not fit",
         ("rag-mm doctor", "rag-mm doctor --json"),

@@ -176,3 +176,13 @@ def _record(
         finished = finished | (token == stop)
     out = Sampled(out.tokens.at[:, i].set(token), out.log_probs.at[:, i].set(log_prob))
     return token, out, finished
+
+
+def lower(
+    *args: jax.ShapeDtypeStruct | Prompts,
+    graphdef: nnx.GraphDef,
+    num_steps: int,
+    stop: int | None = None,
+) -> jax.stages.Lowered:
+    """`sample`'s program lowered on abstract arguments, for a plan; those of `_sample` in its order."""
+    return _sample.lower(*args, graphdef=graphdef, num_steps=num_steps, stop=stop)

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from rag_mm.nn import layers
-from rag_mm.ops import rope
+from rag_mm.ops import rope, splash
 
 
 class Recent(NamedTuple):
@@ -62,6 +62,23 @@ class BlockConfig:
     rope_theta: float | None = 10_000.0  # None: positions are added to the embeddings instead
     init_std: float | None = None  # None: 1 / sqrt(fan in)
     output_init_std: float | None = None  # of the projections that end in the residual stream
+    init_cut: float | None = (
+        None  # draws are cut at this many standard deviations; None: not at all
+    )
+
+
+# What the backward pass finds stored instead of computing it again, by `Stack`'s remat: everything;
+# products with parameters and what attention gave; nothing but each layer's input.
+ATTENDED = "attended"
+_dots = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(ATTENDED, *splash.RESIDUALS),
+)
+REMAT: dict[str, Callable[[Callable], Callable]] = {
+    "none": lambda layer: layer,
+    "dots": lambda layer: jax.checkpoint(layer, policy=_dots),
+    "full": jax.checkpoint,
+}
 
     def __post_init__(self):
         lags = self.smear_lags
@@ -82,7 +99,7 @@ class Attention(nnx.Module):
     def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
         c = config
         self.rope_theta = c.rope_theta
-        kinds = dict(use_bias=c.use_bias, rngs=rngs, std=c.init_std)
+        kinds = dict(use_bias=c.use_bias, rngs=rngs, std=c.init_std, cut=c.init_cut)
         self.q = layers.Linear(
             (c.embed_dim,), (c.num_heads, c.head_dim), ("embed", "heads", None), **kinds
         )
@@ -96,6 +113,7 @@ class Attention(nnx.Module):
             use_bias=c.use_bias,
             rngs=rngs,
             std=c.output_init_std,
+            cut=c.init_cut,
         )
         norm = c.qk_norm
         self.q_norm = (
@@ -213,7 +231,7 @@ class MLP(nnx.Module):
     def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
         c = config
         self.activation = "silu" if c.mlp == "swiglu" else c.mlp
-        kinds = dict(use_bias=c.use_bias, rngs=rngs)
+        kinds = dict(use_bias=c.use_bias, rngs=rngs, cut=c.init_cut)
         into = ((c.embed_dim,), (c.mlp_dim,), ("embed", "mlp"))
         self.gate = layers.Linear(*into, std=c.init_std, **kinds) if c.mlp == "swiglu" else None
         self.up = layers.Linear(*into, std=c.init_std, **kinds)
@@ -248,6 +266,7 @@ class Block(nnx.Module):
         """x: [B, T, D] -> ([B, T, D], what `attend` hands back)."""
         heads = self.attention.heads(self.attention_norm(x), positions, before)
         attended, back = attend(heads, handed)
+        attended = jax.ad_checkpoint.checkpoint_name(attended, ATTENDED)
         x = x + self.attention.out(attended)
         return x + self.mlp(self.mlp_norm(x)), back
 
@@ -255,8 +274,12 @@ class Block(nnx.Module):
 class Stack(nnx.Module):
     """`num_layers` blocks whose parameters lie stacked along a leading `layers` axis."""
 
-    def __init__(self, config: BlockConfig, num_layers: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self, config: BlockConfig, num_layers: int, *, rngs: nnx.Rngs, remat: str = "none"
+    ):
+        """`remat` is a key of REMAT."""
         self.num_layers = num_layers
+        self.remat = remat
         keys = jax.random.split(rngs.params(), num_layers)
         self.blocks = jax.vmap(lambda key: Block(config, rngs=nnx.Rngs(params=key)))(keys)
 
@@ -272,7 +295,7 @@ class Stack(nnx.Module):
         def layer(x, block):
             return block(x, positions, attend, before=before)
 
-        return jax.lax.scan(layer, x, self.blocks)
+        return jax.lax.scan(REMAT[self.remat](layer), x, self.blocks)
 
     def unstack(self) -> tuple[Block, ...]:
         """The blocks one by one: decoding unrolls them so that each layer's cache stays in place."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rag_mm.nn import layers
-from rag_mm.nn.block import Attend, Before, Block, BlockConfig, Heads, Stack
+from rag_mm.nn.block import REMAT, Attend, Before, Block, BlockConfig, Heads, Stack
 from rag_mm.ops import attention, rope
 
 
@@ -38,7 +38,14 @@ class DecoderConfig:
     use_bias: bool = False
     tie_embeddings: bool = False
     init_std: float = 0.02
+    init_cut: float | None = (
+        None  # draws are cut at this many standard deviations; None: not at all
+    )
+    output_init_std: float | None = None  # None: init_std / sqrt(2 num_layers)
+    position_init_std: float | None = None  # None: init_std
+    head_init_std: float | None = None  # of an untied head; None: init_std
     dtype: str = "float32"  # of activations; parameters, softmax and loss stay float32
+    remat: str = "none"  # none | dots | full: what a layer's backward pass computes again
 
     def __post_init__(self):
         # A config read from JSON holds a list, and a static argument must be hashable.
@@ -55,6 +62,12 @@ class DecoderConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, give at least 1")
+        if self.remat not in REMAT:
+            raise ValueError(f"remat is one of {', '.join(REMAT)}, not {self.remat!r}")
+        if self.tie_embeddings and self.head_init_std is not None:
+            raise ValueError(
+                "a tied head has no head_init_std of its own; untie it or leave it out"
+            )
         if self.norm not in layers.NORMS:
             raise ValueError(f"norm is one of {', '.join(layers.NORMS)}, not {self.norm!r}")
         if self.mlp != "swiglu" and self.mlp not in layers.ACTIVATIONS:
@@ -79,7 +92,10 @@ class DecoderConfig:
             use_bias=self.use_bias,
             rope_theta=self.rope_theta if self.positions == "rope" else None,
             init_std=self.init_std,
-            output_init_std=self.init_std / (2 * self.num_layers) ** 0.5,
+            output_init_std=self.init_std / (2 * self.num_layers) ** 0.5
+            if self.output_init_std is None
+            else self.output_init_std,
+            init_cut=self.init_cut,
         )
 
 
@@ -89,16 +105,20 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         c = self.config = config
 
-        def table(size: int, rows: str | None) -> layers.Embedding:
-            axes = (rows, "embed")
-            return layers.Embedding(size, c.embed_dim, axes=axes, std=c.init_std, rngs=rngs)
+        def table(size: int, rows: str | None, std: float | None) -> layers.Embedding:
+            kinds = dict(axes=(rows, "embed"), cut=c.init_cut, rngs=rngs)
+            return layers.Embedding(
+                size, c.embed_dim, std=c.init_std if std is None else std, **kinds
+            )
 
         learned = c.positions == "learned"
-        self.embedding = table(c.vocab_size, "vocab")
-        self.position_embedding = table(c.max_seq_len, None) if learned else None
-        self.stack = Stack(c.block, c.num_layers, rngs=rngs)
+        self.embedding = table(c.vocab_size, "vocab", None)
+        self.position_embedding = (
+            table(c.max_seq_len, None, c.position_init_std) if learned else None
+        )
+        self.stack = Stack(c.block, c.num_layers, rngs=rngs, remat=c.remat)
         self.norm = layers.Norm(c.norm, c.embed_dim, rngs=rngs, eps=c.norm_eps)
-        self.head = None if c.tie_embeddings else table(c.vocab_size, "vocab")
+        self.head = None if c.tie_embeddings else table(c.vocab_size, "vocab", c.head_init_std)
 
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
