@@ -1,6 +1,6 @@
 """The command `rag-mm`: picks one command's module, and turns a user's mistake into exit code 2.
 
-A command NAME is the module `rag_mm.cli.NAME`, imported when it is chosen:
+A command NAME is the module `rag_mm.cli.NAME` (`import` is `import_`), imported when it is chosen:
     add_arguments(parser)   declares its arguments
     run(args) -> dict       does the work, and --json prints what it returns; `"ok": False` exits 1
     show(result, console)   the same for people, on a rich Console on stdout
@@ -15,6 +15,7 @@ import errno
 import glob
 import importlib
 import json
+import keyword
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -80,6 +81,21 @@ COMMANDS = {
             "--rows=8:24 --out=b.png",
         ),
     ),
+    "import": Command(
+        "make a run of a public CLIP, LLaMA or Chameleon checkpoint (safetensors)",
+        (
+            "rag-mm import clip clip-vit-base-patch32 --out=runs/clip",
+            "rag-mm import llama TinyLlama-1.1B --out=runs/llama --dtype=float32",
+            "rag-mm import chameleon chameleon-7b --out=runs/chameleon",
+        ),
+    ),
+    "export": Command(
+        "write a run's model as safetensors that from_pretrained loads",
+        (
+            "rag-mm export llama runs/llama out",
+            "rag-mm export cm3 runs/quickstart out --dtype=bfloat16 --shard-size=2GB",
+        ),
+    ),
     "doctor": Command(
         "versions, devices, flags, disk: what this machine has and what does not fit",
         ("rag-mm doctor", "rag-mm doctor --json"),
@@ -142,7 +158,7 @@ def _main(argv: list[str]) -> int:
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}."
         raise UserError(f"There is no command {name!r}; {hint}")
     choose_platform()
-    module = importlib.import_module(f"rag_mm.cli.{name}")
+    module = importlib.import_module(f"rag_mm.cli.{name}{'_' * keyword.iskeyword(name)}")
     args = _parse(name, module, argv[1:])
     with _stdout_for_result(args.json):
         result = module.run(args)

@@ -46,9 +46,13 @@ class BlockConfig:
     norm_eps: float = 1e-5
     mlp: str = "swiglu"  # swiglu, or the activation of a two-matrix MLP: relu | gelu | quick_gelu
     qk_norm: bool = False
+    # The norm of q and k: rmsnorm, one for all heads, or layernorm_per_head (Chameleon).
+    qk_norm_kind: str = "rmsnorm"
+    post_norm: bool = False  # the branch's output is normed, not its input (Swin V2, Chameleon 34B)
     smear_keys: bool = False  # each head's key is mixed with the token's before: Olsson et al. 2022
     use_bias: bool = False
     rope_theta: float | None = 10_000.0  # None: positions are added to the embeddings instead
+    rope_scaling: rope.Llama3Scaling | None = None
     init_std: float | None = None  # None: 1 / sqrt(fan in)
     output_init_std: float | None = None  # of the projections that end in the residual stream
 
@@ -58,7 +62,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
         c = config
-        self.rope_theta = c.rope_theta
+        self.rope_theta, self.rope_scaling = c.rope_theta, c.rope_scaling
         kinds = dict(use_bias=c.use_bias, rngs=rngs, std=c.init_std)
         self.q = layers.Linear(
             (c.embed_dim,), (c.num_heads, c.head_dim), ("embed", "heads", None), **kinds
@@ -74,13 +78,8 @@ class Attention(nnx.Module):
             rngs=rngs,
             std=c.output_init_std,
         )
-        norm = c.qk_norm
-        self.q_norm = (
-            layers.Norm("rmsnorm", c.head_dim, rngs=rngs, eps=c.norm_eps) if norm else None
-        )
-        self.k_norm = (
-            layers.Norm("rmsnorm", c.head_dim, rngs=rngs, eps=c.norm_eps) if norm else None
-        )
+        self.q_norm = _qk_norm(c, (c.num_heads, "heads"), rngs=rngs) if c.qk_norm else None
+        self.k_norm = _qk_norm(c, (c.num_kv_heads, "kv_heads"), rngs=rngs) if c.qk_norm else None
 
         zeros = jnp.zeros(c.num_kv_heads, jnp.float32)
         self.smear = nnx.Param(zeros, axes=("kv_heads",)) if c.smear_keys else None
@@ -100,10 +99,17 @@ class Attention(nnx.Module):
             k = _smear(k, jax.nn.sigmoid(self.smear[...]).astype(k.dtype), before)
         if self.rope_theta is not None:
             q, k = (
-                rope.rotate(q, positions, self.rope_theta),
-                rope.rotate(k, positions, self.rope_theta),
+                rope.rotate(q, positions, self.rope_theta, self.rope_scaling),
+                rope.rotate(k, positions, self.rope_theta, self.rope_scaling),
             )
         return Heads(q, k, v, newest)
+
+
+def _qk_norm(config: BlockConfig, heads: tuple[int, str], *, rngs: nnx.Rngs) -> layers.Norm:
+    if config.qk_norm_kind == "layernorm_per_head":
+        # Chameleon's epsilon here is fixed, whatever its other norms have.
+        return layers.Norm("layernorm", config.head_dim, rngs=rngs, eps=1e-5, heads=heads)
+    return layers.Norm("rmsnorm", config.head_dim, rngs=rngs, eps=config.norm_eps)
 
 
 def _smear(k: jax.Array, share: jax.Array, before: Before) -> jax.Array:
@@ -137,10 +143,11 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); norm(attention(x)), norm(mlp(x)) by `post_norm`."""
 
     def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
         c = config
+        self.post_norm = c.post_norm
         self.attention_norm = layers.Norm(c.norm, c.embed_dim, rngs=rngs, eps=c.norm_eps)
         self.attention = Attention(c, rngs=rngs)
         self.mlp_norm = layers.Norm(c.norm, c.embed_dim, rngs=rngs, eps=c.norm_eps)
@@ -155,9 +162,13 @@ class Block(nnx.Module):
         before: Before | None = None,
     ) -> tuple[jax.Array, Any]:
         """x: [B, T, D] -> ([B, T, D], what `attend` hands back)."""
-        heads = self.attention.heads(self.attention_norm(x), positions, before)
-        attended, back = attend(heads, handed)
-        x = x + self.attention.out(attended)
+        asks = x if self.post_norm else self.attention_norm(x)
+        attended, back = attend(self.attention.heads(asks, positions, before), handed)
+        added = self.attention.out(attended)
+        if self.post_norm:
+            x = x + self.attention_norm(added)
+            return x + self.mlp_norm(self.mlp(x)), back
+        x = x + added
         return x + self.mlp(self.mlp_norm(x)), back
 
 

@@ -1,7 +1,7 @@
 """One scanned decoder whose config covers every language model here: CM3, CM3Leon, Chameleon, LLaMA."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -29,15 +29,22 @@ class DecoderConfig:
     norm_eps: float = 1e-5
     positions: str = "rope"  # rope | sinusoidal | learned
     rope_theta: float = 10_000.0
+    rope_scaling: rope.Llama3Scaling | None = None
     mlp: str = "swiglu"  # swiglu | relu | gelu
     qk_norm: bool = False
+    qk_norm_kind: str = "rmsnorm"  # rmsnorm, or layernorm_per_head as in Chameleon
+    post_norm: bool = False  # norm a branch's output instead of its input
     smear_keys: bool = False
     use_bias: bool = False
     tie_embeddings: bool = False
     init_std: float = 0.02
-    dtype: str = "float32"  # of activations; parameters, softmax and loss stay float32
+    dtype: str = (
+        "float32"  # of activations; softmax and loss stay float32, as do parameters trained here
+    )
 
     def __post_init__(self):
+        if isinstance(self.rope_scaling, Mapping):  # read from a file
+            object.__setattr__(self, "rope_scaling", rope.Llama3Scaling(**self.rope_scaling))
         if self.positions not in ("rope", "sinusoidal", "learned"):
             raise ValueError(f"positions are rope, sinusoidal or learned, not {self.positions!r}")
         for name in (
@@ -52,6 +59,10 @@ class DecoderConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, give at least 1")
         if self.norm not in layers.NORMS:
             raise ValueError(f"norm is one of {', '.join(layers.NORMS)}, not {self.norm!r}")
+        if self.qk_norm_kind not in ("rmsnorm", "layernorm_per_head"):
+            raise ValueError(
+                f"qk_norm_kind is rmsnorm or layernorm_per_head, not {self.qk_norm_kind!r}"
+            )
         if self.mlp != "swiglu" and self.mlp not in layers.ACTIVATIONS:
             known = ", ".join(layers.ACTIVATIONS)
             raise ValueError(f"mlp is swiglu or one of {known}, not {self.mlp!r}")
@@ -69,9 +80,12 @@ class DecoderConfig:
             norm_eps=self.norm_eps,
             mlp=self.mlp,
             qk_norm=self.qk_norm,
+            qk_norm_kind=self.qk_norm_kind,
+            post_norm=self.post_norm,
             smear_keys=self.smear_keys,
             use_bias=self.use_bias,
             rope_theta=self.rope_theta if self.positions == "rope" else None,
+            rope_scaling=self.rope_scaling,
             init_std=self.init_std,
             output_init_std=self.init_std / (2 * self.num_layers) ** 0.5,
         )

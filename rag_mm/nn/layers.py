@@ -59,14 +59,24 @@ class Linear(nnx.Module):
 class Norm(nnx.Module):
     """LayerNorm, LayerNorm without parameters (CM3Leon) or RMSNorm (LLaMA), in float32."""
 
-    def __init__(self, kind: str, dim: int, *, rngs: nnx.Rngs, eps: float = 1e-5):
-        """kind: layernorm | layernorm_no_params | rmsnorm."""
+    def __init__(
+        self,
+        kind: str,
+        dim: int,
+        *,
+        rngs: nnx.Rngs,
+        eps: float = 1e-5,
+        heads: tuple[int, str] | None = None,
+    ):
+        """kind: layernorm | layernorm_no_params | rmsnorm; `heads`, a number and its logical axis,
+        gives each head parameters of its own."""
         if kind not in NORMS:
             raise ValueError(f"norm is one of {', '.join(NORMS)}, not {kind!r}")
         self.kind, self.eps = kind, eps
         has_scale, has_bias = kind != "layernorm_no_params", kind == "layernorm"
-        self.scale = nnx.Param(jnp.ones(dim, jnp.float32), axes=(None,)) if has_scale else None
-        self.bias = nnx.Param(jnp.zeros(dim, jnp.float32), axes=(None,)) if has_bias else None
+        shape, axes = ((dim,), (None,)) if heads is None else ((heads[0], dim), (heads[1], None))
+        self.scale = nnx.Param(jnp.ones(shape, jnp.float32), axes=axes) if has_scale else None
+        self.bias = nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes) if has_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises the last axis; returns x's dtype."""
@@ -74,12 +84,17 @@ class Norm(nnx.Module):
         if self.kind != "rmsnorm":
             y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        lead = (1,) * (x.ndim - 1)
         if self.scale is not None:
-            y = y * self.scale[...].reshape(*lead, -1)
+            y = y * _under(self.scale[...], y)
         if self.bias is not None:
-            y = y + self.bias[...].reshape(*lead, -1)
+            y = y + _under(self.bias[...], y)
         return y.astype(x.dtype)
+
+
+def _under(parameter: jax.Array, y: jax.Array) -> jax.Array:
+    """A norm's parameter as it meets the last axes of `y`; weights may rest in fewer bits."""
+    lead = (1,) * (y.ndim - parameter.ndim)
+    return parameter.astype(y.dtype).reshape(*lead, *parameter.shape)
 
 
 class Embedding(nnx.Module):
