@@ -68,7 +68,9 @@ def read_config(outside: Outside) -> clip.Config:
 
 def _tower(values: Mapping[str, Any], side: str) -> Any:
     # Old files repeat the settings in `text_config_dict`, which then win.
-    return {**(values.get(f"{side}_config") or {}), **(values.get(f"{side}_config_dict") or {})}
+    tables = [values.get(f"{side}_config") or {}, values.get(f"{side}_config_dict") or {}]
+    wrong = [table for table in tables if not isinstance(table, Mapping)]
+    return wrong[0] if wrong else {**tables[0], **tables[1]}
 
 
 def _read_tower(r: Reader, width: int, layers: int, heads: int, mlp_dim: int) -> clip.TowerConfig:
