@@ -1,7 +1,8 @@
 """Chameleon checkpoints of Hugging Face (`model_type` chameleon): decoder, vocabulary map, image tokenizer.
 
-The public ones hold the image tokenizer's encoder and codebook only. Where a decoder's tensors are present, under the
-names of the VQGAN that it is (`model.vqmodel.decoder.up.0...`, up 0 being the finest grid), they are read too.
+The public ones hold the image tokenizer's encoder and codebook only. Where a decoder's tensors are present,
+under the names of the VQGAN that it is (`model.vqmodel.decoder.up.0...`, up 0 being the finest grid), they
+are read too.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
-"""Decoders trained here (CM3, RA-CM3) as safetensors under their own names, with the table of names beside them.
+"""Decoders trained here (CM3, RA-CM3) as safetensors under their own names, and the table of these.
 
-Names are paths in the model. A stack's parameter is written layer by layer, `{}` counting layers; every array has the
-shape that it has here, whose axes the table names.
+Names are paths in the model. A stack's parameter is written layer by layer, `{}` counting layers; every array
+has the shape that it has here, whose axes the table names.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ def rules(config: DecoderConfig) -> list[Rule]:
 def name_table(config: DecoderConfig) -> dict[str, Any]:
     """What a reader of the file needs: name, shape and axes of every parameter, {} counting layers.
 
-    A kernel maps its first axes to its last ones: heads [embed, heads, head_dim], out [heads, head_dim, embed].
+    A kernel maps its first axes to its last ones: q [embed, heads, head_dim], out [heads, head_dim, embed].
     """
     rows = {}
     for path, (shape, axes) in _axes(config).items():

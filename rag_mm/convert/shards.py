@@ -159,7 +159,7 @@ def read(spec: Spec) -> np.ndarray:
     array = np.empty(spec.shape, DTYPES[spec.dtype])
     with spec.path.open("rb") as file:
         file.seek(spec.offset)
-        view, done = memoryview(array.reshape(-1).view(np.uint8)), 0
+        view, done = array.reshape(-1).view(np.uint8).data, 0
         while done < spec.nbytes and (count := file.readinto(view[done:])):
             done += count
     if done != spec.nbytes:
@@ -196,7 +196,7 @@ def reserve(path: epath.Path, header: bytes, nbytes: int) -> None:
 
 def write_at(descriptor: int, array: np.ndarray, offset: int) -> None:
     """Writes an array's bytes at a place of an open file."""
-    view = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    view = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     while view:
         count = os.pwrite(descriptor, view, offset)
         view, offset = view[count:], offset + count
@@ -224,7 +224,7 @@ def write_folder(
             file.write(make_header({name: shapes[name] for name in group}))
             for name in group:
                 array = np.ascontiguousarray(read_tensor(name))
-                file.write(memoryview(array.reshape(-1).view(np.uint8)))
+                file.write(array.reshape(-1).view(np.uint8).data)
                 places[name] = file_name
                 done += array.nbytes
                 on_progress(done)

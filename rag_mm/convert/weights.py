@@ -1,7 +1,7 @@
 """Weights on their way: from shards into one file or onto a mesh, and back, a tensor at a time.
 
-Our file holds a model's parameters by path, layers stacked (`stack/blocks/mlp/up/kernel` [L, D, F]), in whatever of
-float32, float16 and bfloat16 they came. So a layer is one range of bytes on either side.
+Our file holds a model's parameters by path, layers stacked (`stack/blocks/mlp/up/kernel` [L, D, F]), in
+whatever of float32, float16 and bfloat16 they came. So a layer is one range of bytes on either side.
 """
 
 import collections

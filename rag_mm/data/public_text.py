@@ -70,7 +70,8 @@ def load_text(folder: epath.PathLike) -> PublicText | None:
         if not all(present):
             raise UserError(f"{folder} has only one of {VOCABULARY} and {MERGES}.")
         merges = (folder / MERGES).read_text().splitlines()
-        pairs = [tuple(line.split()) for line in merges if line and not line.startswith("#version")]
+        lines = [line.split() for line in merges if line and not line.startswith("#version")]
+        pairs = [(first, second) for first, second in lines]
         return PublicText(make_clip_bpe(json.loads((folder / VOCABULARY).read_text()), pairs))
     except UserError:
         raise
@@ -79,7 +80,7 @@ def load_text(folder: epath.PathLike) -> PublicText | None:
 
 
 def make_clip_bpe(
-    vocabulary: dict[str, int], merges: Sequence[tuple[str, ...]]
+    vocabulary: dict[str, int], merges: Sequence[tuple[str, str]]
 ) -> tokenizers.Tokenizer:
     """CLIP's tokenizer (Radford et al. 2021, section 2.4): lower case, words ended by `</w>`."""
     model = models.BPE(
@@ -105,8 +106,8 @@ def make_clip_bpe(
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens([_START, _END])
     made.post_processor = processors.RobertaProcessing(
-        sep=(_END, made.token_to_id(_END)),
-        cls=(_START, made.token_to_id(_START)),
+        (_END, vocabulary[_END]),
+        (_START, vocabulary[_START]),
         trim_offsets=False,
         add_prefix_space=False,
     )

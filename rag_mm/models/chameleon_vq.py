@@ -1,10 +1,11 @@
 """Chameleon's image tokenizer: the VQGAN of Make-A-Scene (Gafni et al. 2022; Esser et al. 2021, section 3).
 
-It shares neither blocks nor downsampling with the pyramid tokenizer of `spae`: convolutions with biases, strided
-downsampling that pads below and to the right, one attention at the smallest grid.
+It shares neither blocks nor downsampling with the pyramid tokenizer of `spae`: convolutions with biases,
+strided downsampling that pads below and to the right, one attention at the smallest grid.
 """
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -209,6 +210,6 @@ def _blocks(
     config: Config, in_dim: int, out_dim: int, count: int, side: int, *, rngs: nnx.Rngs
 ) -> tuple[list[ResBlock], list[Attention]]:
     dims = [in_dim] + [out_dim] * count
-    blocks = [ResBlock(config, a, b, rngs=rngs) for a, b in zip(dims, dims[1:], strict=False)]
+    blocks = [ResBlock(config, a, b, rngs=rngs) for a, b in itertools.pairwise(dims)]
     attends = side in config.attention_sizes
     return blocks, [Attention(config, out_dim, rngs=rngs) for _ in range(count if attends else 0)]

@@ -6,7 +6,7 @@ end-of-text token), so the quickstart's small towers and the public checkpoints 
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,17 +75,17 @@ class Config:
         return (self.image_size // self.patch_size) ** 2
 
     @classmethod
-    def b32(cls) -> Self:
+    def b32(cls) -> "Config":
         """ViT-B/32 at 224 pixels (table 20 of the paper)."""
         return _published(TowerConfig(768, 12, 12, 3072), 512, 224, 32)
 
     @classmethod
-    def l14(cls) -> Self:
+    def l14(cls) -> "Config":
         """ViT-L/14 at 224 pixels."""
         return _published(TowerConfig(1024, 24, 16, 4096), 768, 224, 14)
 
     @classmethod
-    def l14_336(cls) -> Self:
+    def l14_336(cls) -> "Config":
         """ViT-L/14 at 336 pixels."""
         return _published(TowerConfig(1024, 24, 16, 4096), 768, 336, 14)
 

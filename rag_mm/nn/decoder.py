@@ -43,8 +43,9 @@ class DecoderConfig:
     )
 
     def __post_init__(self):
-        if isinstance(self.rope_scaling, Mapping):  # read from a file
-            object.__setattr__(self, "rope_scaling", rope.Llama3Scaling(**self.rope_scaling))
+        scaling: Any = self.rope_scaling
+        if isinstance(scaling, Mapping):  # read from a file
+            object.__setattr__(self, "rope_scaling", rope.Llama3Scaling(**scaling))
         if self.positions not in ("rope", "sinusoidal", "learned"):
             raise ValueError(f"positions are rope, sinusoidal or learned, not {self.positions!r}")
         for name in (

@@ -237,7 +237,7 @@ def load(workdir: epath.PathLike, dtype: str | None = None) -> Imported:
         UserError: there is no such run, or its stage is unfinished or edited.
     """
     run = run_lib.open_run(workdir)
-    family = interchange.find_family(run.config.get(interchange.IMPORTED))
+    family = interchange.find_family(str(run.config.get(interchange.IMPORTED)))
     compilation.keep_programs(run.workdir)
     stage_dir = run.finished_stage(interchange.STAGES[family.name])
     folder = stage_dir / interchange.FOLDER
