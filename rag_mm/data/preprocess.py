@@ -1,7 +1,7 @@
 """Pictures as public checkpoints want them: the shorter side scaled, the middle cut out, in whole pixels.
 
-`memory.images.fit` crops first and scales once, between pixels. Here the order, the rounding and the filter are
-those that the checkpoints were trained with, which on pictures that are not square is not the same.
+`memory.images.fit` crops first and scales once, between pixels. Here the order, the rounding and the filter
+are those that the checkpoints were trained with, which on pictures that are not square is not the same.
 """
 
 from typing import Literal

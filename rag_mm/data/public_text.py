@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Sequence
 
 import tokenizers
@@ -14,9 +15,8 @@ from rag_mm.core.errors import UserError
 TOKENIZER, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 FILES = (TOKENIZER, VOCABULARY, MERGES)
 _START, _END = "<|startoftext|>", "<|endoftext|>"
-_CLIP_WORDS = (
-    rf"""{_START}|{_END}|'s|'t|'re|'ve|'m|'ll|'d|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}]+"""
-)
+_SPECIALS = f"{re.escape(_START)}|{re.escape(_END)}"
+_CLIP_WORDS = _SPECIALS + r"|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

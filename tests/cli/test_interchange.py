@@ -1,21 +1,21 @@
 """`rag-mm import` and `rag-mm export` as a user types them."""
 
 import json
+import pathlib
 import shutil
 import sys
-import pathlib
 
 import numpy as np
 import pytest
 from etils import epath
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "parity"))
-import tiny
-
 import rag_mm
 from rag_mm.cli import export, main
 from rag_mm.convert import shards
 from rag_mm.core.errors import UserError
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "parity"))
+import tiny
 
 
 def command(capsys, *words):

@@ -143,3 +143,11 @@ def test_whole_numbers_are_no_weights(tmp_path):
     path.write_bytes(data.replace(b'"F32"', b'"I32"', 1))
     with pytest.raises(UserError, match="has dtype I32"):
         opened(folder, "llama")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (16, 3), (33, 40), (0, 5), (5, 0)], ids=str)
+def test_transposing_in_bands_is_transposing(shape, dtype):
+    matrix = np.arange(shape[0] * shape[1]).reshape(shape).astype(DTYPES[dtype])
+    np.testing.assert_array_equal(table.transpose(matrix), matrix.T)
+    assert table.transpose(matrix).flags.c_contiguous

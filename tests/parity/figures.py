@@ -1,6 +1,6 @@
 """The figures of docs/results/interchange.md, each in a process of its own; needs the extra [parity].
 
-    python tests/parity/figures.py convert     a 1.1B LLaMA of random bfloat16 in and out: seconds, peak memory
+    python tests/parity/figures.py convert     a 1.1B LLaMA of random bfloat16: seconds, peak memory
     python tests/parity/figures.py clip        ViT-B/32 embeddings against transformers, interleaved
     python tests/parity/figures.py decode 100M greedy decoding against generate; or 1.1B
 
@@ -75,7 +75,8 @@ def timed(command: list[str]) -> dict:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     assert status == 0, command
-    return {"seconds": time.monotonic() - began, "rss": usage.ru_maxrss * 1024}
+    cpu = usage.ru_utime + usage.ru_stime
+    return {"seconds": time.monotonic() - began, "cpu": cpu, "rss": usage.ru_maxrss * 1024}
 
 
 def convert() -> None:
@@ -94,7 +95,7 @@ def convert() -> None:
             found = timed(command)
             rate, share = size / 1e6 / found["seconds"], found["rss"] / size
             print(
-                f"{name}: {found['seconds']:.1f} s, {rate:.0f} MB/s, peak {share:.2f} x {size:,} bytes"
+                f"{name}: {found['seconds']:.1f} s, {found['cpu']:.1f} of CPU, {rate:.0f} MB/s, peak {share:.2f} x {size:,} bytes"
             )
 
 

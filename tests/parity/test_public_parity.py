@@ -98,7 +98,8 @@ def test_gradients_of_a_batch(torch, both, name):
     theirs.zero_grad()
     theirs(torch.tensor(tokens).long(), labels=torch.tensor(tokens).long()).loss.backward()
     ours = imported.load(run)
-    barred = jnp.asarray(getattr(ours, "model", None) and ours.model.code_tokens or [], jnp.int32)
+    is_chameleon = name in tiny.CHAMELEONS
+    barred = jnp.asarray(ours.model.code_tokens if is_chameleon else [], jnp.int32)
 
     @jax.jit
     @jax.grad
@@ -110,7 +111,7 @@ def test_gradients_of_a_batch(torch, both, name):
         return losses.token_nll(logits, jnp.asarray(tokens[:, 1:])).mean()
 
     found = table.named(gradients(ours.params))
-    prefix = "decoder/" if name in tiny.CHAMELEONS else ""
+    prefix = "decoder/" if is_chameleon else ""
     model = export.open_model(tiny.CHECKPOINTS[name][0], run)
     pieces = interchange.FAMILIES[tiny.CHECKPOINTS[name][0]].pieces(model.config)
     source = export.TreeSource({prefix + path: value for path, value in found.items()})

@@ -1,7 +1,7 @@
 """Tiny checkpoints as Hugging Face lays them out, from NumPy alone: the same bits on every machine.
 
-Names and shapes come from our own tables, which the tests with torch hold against `from_pretrained`; values from each
-tensor's name.
+Names and shapes come from our own tables, which the tests with torch hold against `from_pretrained`; values
+from each tensor's name.
 """
 
 import json
