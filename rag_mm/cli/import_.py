@@ -7,6 +7,8 @@ from typing import Any
 
 import rich.console
 
+from rag_mm.core.errors import UserError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
@@ -26,6 +28,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Imports; family, run, tensors, bytes, dtypes, has_tokenizer and seconds."""
     from rag_mm.stages import interchange
 
+    if "://" in args.out:
+        raise UserError(f"--out={args.out} is not a local folder; import there, then copy it.")
     began = time.monotonic()
     dtype = interchange.find_dtype(args.dtype)
     made = interchange.import_checkpoint(

@@ -40,15 +40,18 @@ def read_decoder(values: Mapping[str, Any], default_eps: float, **more: Any) -> 
     v.require("hidden_act", "silu", "silu")
     use_bias = v.require("attention_bias", False, False, True, None) or False
     v.require("mlp_bias", False, use_bias, None)
-    theta, scaling = _read_rope(values, v)
     num_heads = v.get("num_attention_heads", int)
+    num_kv_heads = v.get("num_key_value_heads", int, num_heads)
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise UserError(f"config.json: {num_kv_heads} key heads do not divide {num_heads} heads.")
     try:
+        theta, scaling = _read_rope(values, v)
         return DecoderConfig(
             vocab_size=v.get("vocab_size", int),
             num_layers=v.get("num_hidden_layers", int),
             embed_dim=v.get("hidden_size", int),
             num_heads=num_heads,
-            num_kv_heads=v.get("num_key_value_heads", int, num_heads),
+            num_kv_heads=num_kv_heads,
             head_dim=v.get("head_dim", int, v.get("hidden_size", int) // max(num_heads, 1)),
             mlp_dim=v.get("intermediate_size", int),
             max_seq_len=v.get("max_position_embeddings", int, 2048),

@@ -27,8 +27,8 @@ class PublicText:
 
     @functools.cached_property
     def size(self) -> int:
-        """One more than the highest id."""
-        return 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        """One more than the highest id of text; specials that were added later do not count."""
+        return 1 + max(self.tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
 
     def encode_text(self, text: str) -> list[int]:
         """Ids with the specials that the tokenizer puts around a text.

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -123,8 +124,13 @@ def import_checkpoint(
     files.check_room(out, total)
 
     def write(run: run_lib.Run, stage_dir: epath.Path) -> dict[str, Any]:
-        _copy_side_files(folder, pathlib.Path(stage_dir) / SOURCE, _SIDE_FILES)
-        target = pathlib.Path(stage_dir) / FOLDER
+        source, target = (pathlib.Path(stage_dir) / name for name in (SOURCE, FOLDER))
+        for left in (
+            source,
+            target,
+        ):  # by an import that was cut off, perhaps of another checkpoint
+            shutil.rmtree(left, ignore_errors=True)
+        _copy_side_files(folder, source, _SIDE_FILES)
         _copy_side_files(folder, target, public_text.FILES)
         described = {"family": name, **dataclasses.asdict(found.config)}
         files.write_json(target / frozen.CONFIG, described)

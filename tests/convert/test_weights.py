@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 from etils import epath
+from flax import nnx
 
 from rag_mm.convert import shards, table, weights
 from rag_mm.core import sharding
@@ -151,3 +152,34 @@ def test_transposing_in_bands_is_transposing(shape, dtype):
     matrix = np.arange(shape[0] * shape[1]).reshape(shape).astype(DTYPES[dtype])
     np.testing.assert_array_equal(table.transpose(matrix), matrix.T)
     assert table.transpose(matrix).flags.c_contiguous
+
+
+@pytest.mark.parametrize("name", ["chameleon_swin", "llama_bias"])
+def test_four_devices_compute_what_one_does(tmp_path, name):
+    """Norms of q and k head by head are split with the heads."""
+    found = opened(tiny.write(tmp_path / "a", name), name)
+    tokens = tiny.tokens((4, 9))
+    positions, segment_ids = (
+        np.tile(np.arange(9, dtype=np.int32), (4, 1)),
+        np.ones((4, 9), np.int32),
+    )
+
+    def logits(mesh):
+        graphdef, abstract = found.family.describe(found.config, mesh)
+        params = weights.load_shards(found.pieces, found.specs, abstract)
+        batch = tokens, positions, segment_ids
+        if mesh is not None:
+            batch = tuple(sharding.put_batch(dict(enumerate(batch)), mesh).values())
+
+        @jax.jit
+        def forward(params, batch):
+            model = nnx.merge(graphdef, params)
+            model = model.decoder if name.startswith("chameleon") else model
+            return model.logits(model(*batch))
+
+        return np.asarray(forward(params, batch))
+
+    mesh = sharding.make_mesh(1, 2, 2)
+    with jax.set_mesh(mesh):
+        split = logits(mesh)
+    np.testing.assert_allclose(split, logits(None), atol=1e-5)

@@ -95,7 +95,8 @@ def convert() -> None:
             found = timed(command)
             rate, share = size / 1e6 / found["seconds"], found["rss"] / size
             print(
-                f"{name}: {found['seconds']:.1f} s, {found['cpu']:.1f} of CPU, {rate:.0f} MB/s, peak {share:.2f} x {size:,} bytes"
+                f"{name}: {found['seconds']:.1f} s, {found['cpu']:.1f} of CPU, {rate:.0f} MB/s, "
+                f"peak {share:.2f} x {size:,} bytes"
             )
 
 

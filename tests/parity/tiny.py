@@ -33,7 +33,7 @@ _LLAMA = dict(
     eos_token_id=None,
     pad_token_id=0,
 )
-_LLAMA3 = {
+LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10_000.0,
     "factor": 8.0,
@@ -111,7 +111,7 @@ CHECKPOINTS = {
     "llama": ("llama", _LLAMA),
     "llama_gqa": ("llama", _LLAMA | dict(num_key_value_heads=2, head_dim=6)),
     "llama_tied": ("llama", _LLAMA | dict(tie_word_embeddings=True)),
-    "llama_3": ("llama", _LLAMA | dict(num_key_value_heads=1, rope_parameters=_LLAMA3)),
+    "llama_3": ("llama", _LLAMA | dict(num_key_value_heads=1, rope_parameters=LLAMA3)),
     "llama_bias": ("llama", _LLAMA | dict(attention_bias=True, mlp_bias=True)),
     "chameleon": ("chameleon", _CHAMELEON),
     "chameleon_swin": ("chameleon", _CHAMELEON | dict(swin_norm=True, num_key_value_heads=2)),
