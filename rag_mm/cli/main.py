@@ -18,6 +18,7 @@ import json
 import keyword
 import os
 import sys
+import types
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -158,7 +159,7 @@ def _main(argv: list[str]) -> int:
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}."
         raise UserError(f"There is no command {name!r}; {hint}")
     choose_platform()
-    module = importlib.import_module(f"rag_mm.cli.{name}{'_' * keyword.iskeyword(name)}")
+    module = load_command(name)
     args = _parse(name, module, argv[1:])
     with _stdout_for_result(args.json):
         result = module.run(args)
@@ -171,6 +172,11 @@ def _main(argv: list[str]) -> int:
         width = None if sys.stdout.isatty() else 200
         module.show(result, rich.console.Console(highlight=False, width=width))
     return 1 if result.get("ok") is False else 0
+
+
+def load_command(name: str) -> types.ModuleType:
+    """The module of a command; one that is a word of Python has an underscore behind it."""
+    return importlib.import_module(f"rag_mm.cli.{name}{'_' * keyword.iskeyword(name)}")
 
 
 def choose_platform() -> None:
