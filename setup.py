@@ -23,6 +23,7 @@ BASE = [
     "markupsafe",
     "matplotlib",
     "ml_collections>=1.1",
+    "ml_dtypes",
     "msgpack",
     "numpy>=2",
     "optax>=0.2.5,<0.3",

@@ -32,7 +32,7 @@ FLOORS = {
     "report": _BELOW_STAGES - {"report"},
     "convert": _BELOW_DECODE,
     "perf": _BELOW_DECODE | {"decode", "train", "data"},
-    "stages": _BELOW_STAGES | {"perf"},
+    "stages": _BELOW_STAGES | {"convert", "perf"},
     "cli": _BELOW_STAGES | {"stages", "convert", "perf"},
 }
 # Heavy, or absent from the base install; where each may be imported, inside a function.

@@ -19,11 +19,12 @@ CAPTIONS = "captions.jsonl"
 _FORMATS = ("JPEG", "PNG", "WEBP")
 
 
-def load_image(path: epath.PathLike) -> np.ndarray:
+def load_image(path: epath.PathLike, is_whitened: bool = True) -> np.ndarray:
     """Reads a JPEG, PNG or WebP picture as uint8 [H, W, 3], turned as its EXIF data says.
 
-    The content decides, not the ending. Transparent parts become white, CMYK, grey, palette, 1-bit
-    and 16-bit pictures RGB; of an animation comes the first frame.
+    The content decides, not the ending. Transparent parts become white, or with `is_whitened` False show
+    whatever colour lies below, as to public CLIPs; CMYK, grey, palette, 1-bit and 16-bit pictures become
+    RGB; of an animation comes the first frame.
 
     Raises:
         UserError: there is no such file, it is no such picture or a damaged one, or it has more
@@ -34,12 +35,12 @@ def load_image(path: epath.PathLike) -> np.ndarray:
     except OSError as error:
         raise UserError(f"Picture {path} cannot be read: {error.strerror or error}.") from error
     try:
-        return _decode(data)
+        return _decode(data, is_whitened)
     except UserError as error:
         raise UserError(f"Picture {path} {error}") from None
 
 
-def _decode(data: bytes) -> np.ndarray:
+def _decode(data: bytes, is_whitened: bool = True) -> np.ndarray:
     """`load_image` of a file's content; errors lack the subject of their sentence."""
     too_large = f"has more than {images.MAX_PIXELS:,} pixels; scale it down."
     try:
@@ -47,7 +48,7 @@ def _decode(data: bytes) -> np.ndarray:
             if image.width * image.height > images.MAX_PIXELS:
                 raise UserError(too_large)
             image.load()
-            return _to_rgb(PIL.ImageOps.exif_transpose(image))
+            return _to_rgb(PIL.ImageOps.exif_transpose(image), is_whitened)
     except UserError:
         raise
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
@@ -58,11 +59,11 @@ def _decode(data: bytes) -> np.ndarray:
         raise UserError(f"is damaged ({error}).") from error
 
 
-def _to_rgb(image: PIL.Image.Image) -> np.ndarray:
+def _to_rgb(image: PIL.Image.Image, is_whitened: bool) -> np.ndarray:
     if image.mode.startswith("I"):  # 16 bits; Pillow would clip at 255 instead of scaling.
         gray = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
         return np.repeat(gray[:, :, None], 3, axis=2)
-    if image.has_transparency_data:
+    if is_whitened and image.has_transparency_data:
         image = image.convert("RGBA")
         white = PIL.Image.new("RGBA", image.size, "white")
         image = PIL.Image.alpha_composite(white, image)

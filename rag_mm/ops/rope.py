@@ -20,6 +20,13 @@ class Llama3Scaling:
     high_freq_factor: float
     original_length: int  # tokens in the context of pretraining
 
+    def __post_init__(self):
+        if not (self.factor > 0 and 0 < self.low_freq_factor < self.high_freq_factor):
+            raise ValueError(
+                "rope scaling needs factor > 0 and 0 < low_freq_factor < high_freq_factor, not "
+                f"{self.factor}, {self.low_freq_factor} and {self.high_freq_factor}"
+            )
+
     def __call__(self, frequencies: jax.Array) -> jax.Array:
         """float32 [H/2] in radians a position -> the same shape."""
         turns = self.original_length * frequencies / (2 * math.pi)
