@@ -31,7 +31,7 @@ FLOORS = {
     "eval": _BELOW_DECODE | {"decode", "train", "memory", "data", "worlds"},
     "report": _BELOW_STAGES - {"report"},
     "convert": _BELOW_DECODE,
-    "perf": _BELOW_DECODE | {"decode", "train", "data"},
+    "perf": _BELOW_DECODE | {"decode", "train", "data", "memory"},
     "stages": _BELOW_STAGES,
     "cli": _BELOW_STAGES | {"stages", "convert", "perf"},
 }
@@ -40,7 +40,7 @@ LAZY = {
     "tensorflow": set(),
     "torch": set(),
     "transformers": set(),
-    "scann": {"memory/scann_index.py"},
+    "scann": {"memory/scann_searcher.py"},
 }
 
 
