@@ -1,15 +1,14 @@
 """Changes to a memory that embed nothing: rows taken out, taken over, and written anew."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
-from array_record.python import array_record_data_source
 
 from rag_mm.core import files
 from rag_mm.core.errors import UserError
-from rag_mm.memory import manifest, record, staging, writer
+from rag_mm.memory import manifest, staging, writer
 from rag_mm.memory import shard as shard_lib
 
 Progress = Callable[[int, int], None]
@@ -135,27 +134,14 @@ def _copy(
 ) -> None:
     """Writes the rows that are left of a memory's version as shards, from the last commit on."""
     places = shard_lib.load_live(source, contents).stored
+    records = shard_lib.Records(source, contents.shards)
     for start in range(stage.position, len(places), shard_size):
         chosen = places[start : start + shard_size]
         shard = shard_lib.ShardWriter(root, stage.folder, len(stage.commits))
-        shard.write(_read(source, contents, chosen))
+        shard.write(records[place] for place in chosen)
         stage.commit(staging.Commit(*shard.close(), position=start + len(chosen)))
         if on_progress is not None:
             on_progress(start + len(chosen), len(places))
-
-
-def _read(root: Path, contents: manifest.Manifest, places: np.ndarray) -> Iterator[record.Record]:
-    """Records at stored places; raises UserError where one is damaged."""
-    paths = [
-        f"{root / shard.file('records', 'arrayrecord')}[0:{shard.rows}]"
-        for shard in contents.shards
-    ]
-    with array_record_data_source.ArrayRecordDataSource(paths) as records:
-        for place in places:
-            try:
-                yield record.from_bytes(records[int(place)])
-            except RuntimeError as error:
-                raise UserError(f"Row {place} of {root} cannot be read: {error}") from error
 
 
 def _prune(root: Path, newest: int) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from array_record.python import array_record_data_source
 from etils import epath
 
 from rag_mm.core import document as document_lib
@@ -49,12 +48,7 @@ class Memory:
         self._encoder = encoder
         self._indexes: dict[str, index.Index] = {}
         self._lock = threading.Lock()
-        self._records = array_record_data_source.ArrayRecordDataSource(
-            [
-                f"{path / shard.file('records', 'arrayrecord')}[0:{shard.rows}]"
-                for shard in contents.shards
-            ]
-        )
+        self._records = shard_lib.Records(path, contents.shards)
 
     @classmethod
     def open(
@@ -256,10 +250,7 @@ class Memory:
         """The document of a row with its embeddings and codes; raises as `document`."""
         if not 0 <= row < len(self):
             raise UserError(f"Row {row} is not in a memory of {len(self)} rows.")
-        try:
-            found = record.from_bytes(self._records[int(self._live.stored[row])])
-        except (UserError, RuntimeError) as error:  # RuntimeError: ArrayRecord's own checksum.
-            raise UserError(f"Row {row} of {self.path} cannot be read: {error}") from error
+        found = self._records[self._live.stored[row]]
         if found.document.id != self.ids[row]:
             raise UserError(f"Row {row} of {self.path} is not {self.ids[row]!r} as listed.")
         return found

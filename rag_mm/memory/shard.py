@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -129,7 +129,8 @@ def load_origins(root: Path, contents: manifest.Manifest, shard: manifest.Shard)
     """
     path = root / shard.file("origins", "json")
     if path.relative_to(root).as_posix() not in contents.files:
-        return _origins_of([r.document for r in read_records(root, contents, shard)])
+        records = Records(root, [shard])
+        return _origins_of([records[place].document for place in range(shard.rows)])
     try:
         found = Origins(**files.read_json(path))
         lengths = {len(values) for values in vars(found).values()}
@@ -140,22 +141,28 @@ def load_origins(root: Path, contents: manifest.Manifest, shard: manifest.Shard)
     return found
 
 
-def read_records(
-    root: Path, contents: manifest.Manifest, shard: manifest.Shard
-) -> Iterator[record.Record]:
-    """All records of a shard in row order.
+class Records:
+    """The stored records of some shards, read by place from as many threads as there are."""
 
-    Raises:
-        UserError: one is damaged.
-    """
-    path = root / shard.file("records", "arrayrecord")
-    try:
-        source = array_record_data_source.ArrayRecordDataSource(f"{path}[0:{shard.rows}]")
-        with source:
-            for row in range(shard.rows):
-                yield record.from_bytes(source[row])
-    except RuntimeError as error:  # ArrayRecord's own checksum.
-        raise UserError(f"{path} cannot be read ({error}).") from error
+    def __init__(self, root: Path, shards: Sequence[manifest.Shard]):
+        """Opens nothing yet."""
+        self._root = root
+        paths = [
+            f"{root / shard.file('records', 'arrayrecord')}[0:{shard.rows}]" for shard in shards
+        ]
+        # Of no files the library makes no source; then nobody asks for a record.
+        self._source = array_record_data_source.ArrayRecordDataSource(paths) if paths else None
+
+    def __getitem__(self, place: int) -> record.Record:
+        """The record at a stored place.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        try:
+            return record.from_bytes(self._source[int(place)])
+        except (UserError, RuntimeError) as error:  # RuntimeError: ArrayRecord's own checksum.
+            raise UserError(f"Record {place} of {self._root} cannot be read: {error}") from error
 
 
 class ShardWriter:
