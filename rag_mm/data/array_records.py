@@ -123,9 +123,8 @@ def _open(paths: Sequence[str]) -> array_record_data_source.ArrayRecordDataSourc
         len(source)
         return source
     except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"{paths[0]} or one beside it is no ArrayRecord file ({reason})."
+            f"{paths[0]} or one beside it is no ArrayRecord file ({_reason(error)})."
         ) from error
 
 
@@ -143,10 +142,14 @@ def _open_tfds(name: str, split: str) -> tuple[Any, Any]:
     except UserError:
         raise
     except Exception as error:  # Every builder fails in its own way.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(
-            f"TFDS cannot read {name!r}, split {split!r}, in ArrayRecord form: {reason}"
+            f"TFDS cannot read {name!r}, split {split!r}, in ArrayRecord form: {_reason(error)}"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an error says, which may be nothing."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def _only_image(features: Any) -> str:

@@ -1,12 +1,15 @@
 """What a command's `--documents` may name, and the source that it means."""
 
 import pathlib
+import re
 
 from rag_mm.core.errors import UserError
 from rag_mm.data import array_records, sources, webdataset
 from rag_mm.memory import stream
 
 TFDS = "tfds:"
+# A slice has a colon too, as in train[:100].
+_TFDS_SPEC = re.compile(r"(.+?):(\w+(?:\[[^\]]*\])?)")
 
 
 def open_documents(spec: str) -> stream.Source:
@@ -21,10 +24,10 @@ def open_documents(spec: str) -> stream.Source:
         UserError: it names nothing that can be read.
     """
     if spec.startswith(TFDS):
-        name, _, split = spec.removeprefix(TFDS).rpartition(":")
-        if not name or not split:
+        match = _TFDS_SPEC.fullmatch(spec.removeprefix(TFDS))
+        if match is None:
             raise UserError(f"{spec} names no split: write tfds:NAME:SPLIT.")
-        return array_records.TfdsSource(name, split)
+        return array_records.TfdsSource(match[1], match[2])
     path = pathlib.Path(spec)
     if path.is_file() and path.suffix == ".tar":
         return webdataset.TarSource([path])

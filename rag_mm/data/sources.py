@@ -1,5 +1,7 @@
 """Documents from a folder of pictures and their captions, which a stranger may have made."""
 
+import os
+import stat
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,8 +39,11 @@ def read_file(path: epath.Path) -> bytes:
         BadRecord: it cannot be read.
     """
     try:
-        if not path.is_dir() and path.exists() and not path.is_file():
-            raise captions.BadRecord("device", "cannot be read: it is a device, pipe or socket.")
+        # The path library takes a pipe for a file; a remote store has no pipes.
+        if "://" not in os.fspath(path):
+            mode = os.stat(path).st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise captions.BadRecord("device", "cannot be read: it is a device or a pipe.")
         if path.is_file() and path.stat().length > pictures.MAX_BYTES:
             raise pictures.BadPicture(
                 "too-many-bytes", f"has more than {pictures.MAX_BYTES:,} bytes; scale it down."

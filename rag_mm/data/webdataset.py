@@ -99,8 +99,7 @@ def _samples(path: pathlib.Path) -> Iterator[_Sample]:
                     sample = _Sample(key)
                 _put(sample, ending, content)
         except captions.BadRecord as error:
-            if sample is not None and error.reason != "truncated-tar":
-                yield sample
+            # The sample before may lack what came next, such as its licence: it is lost too.
             yield _Sample(path.name, bad=error)
             return
     if sample is not None:
@@ -125,6 +124,8 @@ def _members(file: IO[bytes]) -> Iterator[tuple[str, str, bytes | captions.BadRe
         raise
     except (tarfile.TarError, EOFError, OSError, ValueError, RecursionError) as error:
         raise _explain(file, error) from error
+    if ending == "TruncatedHeaderError":
+        raise captions.BadRecord("truncated-tar", "ends inside a header.")
     if ending not in ("EOFHeaderError", "EmptyHeaderError"):
         raise captions.BadRecord("damaged-tar", f"has a header that is none ({ending}).")
 
@@ -132,17 +133,19 @@ def _members(file: IO[bytes]) -> Iterator[tuple[str, str, bytes | captions.BadRe
 def _explain(file: IO[bytes], error: Exception) -> captions.BadRecord:
     file.seek(0)
     head = file.read(512)
-    if head[257:262] != b"ustar" and not tarfile.is_tarfile(file):
+    if head[257:262] != b"ustar":
         return captions.BadRecord("not-a-tar", "is not a tar file, or a packed one: unpack it.")
-    return captions.BadRecord("truncated-tar", f"ends too early ({error}).")
+    if "unexpected end" in str(error):
+        return captions.BadRecord("truncated-tar", f"ends too early ({error}).")
+    return captions.BadRecord("damaged-tar", f"cannot be read on ({error}).")
 
 
 def _member(
     tar: tarfile.TarFile, member: tarfile.TarInfo
 ) -> tuple[str, str, bytes | captions.BadRecord]:
-    folder, _, name = member.name.rpartition("/")
+    folder, slash, name = member.name.rpartition("/")
     stem, _, ending = name.partition(".")
-    key, ending = (f"{folder}/{stem}" if folder else stem), ending.lower()
+    key, ending = f"{folder}{slash}{stem}", ending.lower()
     try:
         _check_member(member, ending)
         data = b""

@@ -9,7 +9,8 @@ _KINDS = {
     "reorder": ("auto", "float32", "bfloat16", "int8"),
 }
 _MIN_TREE_ROWS = 32  # ScaNN trains sixteen centres on what the leaves leave over.
-_COUNTS = ("min_hashed_rows", "min_tree_rows", "num_reordered", "dims_per_block", "max_rows")
+_COUNTS = ("min_hashed_rows", "min_tree_rows", "dims_per_block", "max_rows")
+_OPEN_COUNTS = ("num_reordered", "num_leaves", "leaves_to_search")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,8 @@ class ScannConfig:
             within the nearest leaves of a partition), or `auto`: brute force below
             `min_hashed_rows`, hashed below `min_tree_rows`, a tree from there on.
         min_hashed_rows: the size from which hashing is worth its error.
-        num_reordered: how many hashed hits are scored exactly; raised where k asks for more.
+        num_reordered: how many hashed hits are scored exactly, 60 in a tree and else 200 if open;
+            raised where k asks for more.
         dims_per_block: dimensions that share one 4-bit code.
         anisotropic_threshold: of score-aware quantisation, ScaNN's `T` (arXiv 1908.10396).
         min_tree_rows: the size from which a partition is worth its error.
@@ -35,7 +37,7 @@ class ScannConfig:
 
     scoring: Literal["auto", "brute_force", "hashed", "tree"] = "auto"
     min_hashed_rows: int = 20_000
-    num_reordered: int = 200
+    num_reordered: int = 0
     dims_per_block: int = 2
     anisotropic_threshold: float = 0.2
     min_tree_rows: int = 100_000
@@ -55,9 +57,9 @@ class ScannConfig:
         counts = [getattr(self, name) for name in _COUNTS]
         if any(not isinstance(count, int) or count < 1 for count in counts):
             raise ValueError(f"the counts of a ScannConfig are whole and positive: {counts}")
-        leaves = (self.num_leaves, self.leaves_to_search)
-        if any(not isinstance(count, int) or count < 0 for count in leaves):
-            raise ValueError(f"numbers of leaves are whole, 0 for as many as it takes: {leaves}")
+        open_counts = [getattr(self, name) for name in _OPEN_COUNTS]
+        if any(not isinstance(count, int) or count < 0 for count in open_counts):
+            raise ValueError(f"{_OPEN_COUNTS} are whole, 0 where they are open: {open_counts}")
         reals = (self.anisotropic_threshold, self.soar_lambda)
         if any(not isinstance(value, float) or not 0 <= value < 100 for value in reals):
             raise ValueError(f"threshold and lambda are floats from 0 on, not {reals}")
@@ -71,15 +73,18 @@ class ScannConfig:
         if scoring == "tree" and num_rows < _MIN_TREE_ROWS:
             scoring = "hashed"
         if scoring != "tree":
-            reorder = "float32" if self.reorder == "auto" else self.reorder
-            return dataclasses.replace(self, scoring=scoring, reorder=reorder)
-        leaves = self.num_leaves or max(1, round(2 * math.sqrt(num_rows)))
-        leaves = min(leaves, max(1, num_rows))
-        searched = self.leaves_to_search or max(1, round(leaves * 0.04))
+            return dataclasses.replace(
+                self,
+                scoring=scoring,
+                reorder="float32" if self.reorder == "auto" else self.reorder,
+                num_reordered=self.num_reordered or 200,
+            )
+        leaves = self.num_leaves or round(2 * math.sqrt(num_rows))
         return dataclasses.replace(
             self,
             scoring=scoring,
             reorder="bfloat16" if self.reorder == "auto" else self.reorder,
+            num_reordered=self.num_reordered or 60,
             num_leaves=leaves,
-            leaves_to_search=min(searched, leaves),
+            leaves_to_search=min(self.leaves_to_search or max(1, round(leaves / 40)), leaves),
         )
