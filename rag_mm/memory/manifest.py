@@ -191,13 +191,18 @@ def read(root: Path, version: int, sha256: str | None = None) -> Manifest:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}).") from error
+        named = "" if sha256 is None else f"{root / CURRENT} names version {version}, but "
+        raise UserError(f"{named}{path} cannot be read ({error.strerror}).") from error
     try:
         line = path.with_suffix(".sha256").read_bytes().decode("utf-8", "replace")
     except OSError as error:
         raise UserError(f"{path.with_suffix('.sha256')} cannot be read.") from error
     actual = files.digest(data)
-    if line != _digest_line(actual) or sha256 not in (None, actual):
+    if line == _digest_line(actual) and sha256 not in (None, actual):
+        raise UserError(
+            f"{root / CURRENT} or {path} was changed: the one does not hold the other's digest."
+        )
+    if line != _digest_line(actual):
         raise UserError(
             f"{path} or the digest beside it, manifest.sha256, was changed: build the memory again."
         )

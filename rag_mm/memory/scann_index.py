@@ -1,7 +1,7 @@
 """Approximate search in host RAM: ScaNN's searchers behind the protocol of every index."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,16 @@ class ScannIndex:
         ids, scores = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         return np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
+
+    def native(self) -> Callable[[np.ndarray, int], Any]:
+        """ScaNN's own search, (queries, k) -> (ids, distances), with nothing guarded: for measuring.
+
+        Raises:
+            UserError: there are several searchers, or none.
+        """
+        if len(self._searchers) != 1:
+            raise UserError(f"The index has {len(self._searchers)} searchers, not one.")
+        return self._searchers[0].native
 
     def save(self, directory: Path) -> None:
         """Writes what `load` needs beside the rows that are left."""

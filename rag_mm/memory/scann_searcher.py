@@ -110,22 +110,25 @@ class Searcher:
             k: at most the number of rows.
             thorough: looks into every leaf, so that none is missing.
         """
-        config = self._config
-        # Twice k leaves the reordering something to reorder when k is near its size.
-        reordered = max(config.num_reordered, 2 * k) if config.scoring != "brute_force" else None
-        leaves = config.num_leaves if thorough and config.scoring == "tree" else None
-        if self._num_threads > 1 and len(queries) > _QUERIES_PER_TASK:
-            found = self._native.search_batched_parallel(
-                queries, k, reordered, leaves, _QUERIES_PER_TASK
-            )
-        else:
-            found = self._native.search_batched(queries, k, reordered, leaves)
+        found = self.native(queries, k, thorough)
         ids, scores = np.asarray(found[0]).astype(np.int32), np.asarray(found[1])
         missing = np.isnan(scores)
         if missing.any():
             ids = np.where(missing, index.MISSING, ids)
             scores = np.where(missing, np.float32(-np.inf), scores)
         return ids, scores
+
+    def native(self, queries: np.ndarray, k: int, thorough: bool = False) -> Any:
+        """ScaNN's own ids and distances, without guards."""
+        config = self._config
+        # Twice k leaves the reordering something to reorder when k is near its size.
+        reordered = max(config.num_reordered, 2 * k) if config.scoring != "brute_force" else None
+        leaves = config.num_leaves if thorough and config.scoring == "tree" else None
+        if self._num_threads > 1 and len(queries) > _QUERIES_PER_TASK:
+            return self._native.search_batched_parallel(
+                queries, k, reordered, leaves, _QUERIES_PER_TASK
+            )
+        return self._native.search_batched(queries, k, reordered, leaves)
 
 
 def _check_files(directory: Path, digests: Mapping[str, str]) -> None:

@@ -151,7 +151,9 @@ class Records:
             f"{root / shard.file('records', 'arrayrecord')}[0:{shard.rows}]" for shard in shards
         ]
         # Of no files the library makes no source; then nobody asks for a record.
-        self._source = array_record_data_source.ArrayRecordDataSource(paths) if paths else None
+        self._source: Sequence[bytes] = ()
+        if paths:
+            self._source = array_record_data_source.ArrayRecordDataSource(paths)
 
     def __getitem__(self, place: int) -> record.Record:
         """The record at a stored place.
