@@ -6,9 +6,8 @@ answer, so that a search moves k hits a device and never a row.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,6 @@ from rag_mm.memory import rows as rows_lib
 _MAX_QUERIES = 256
 _MIN_QUERIES = 8
 _AXIS = "rows"
-Search = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +153,7 @@ class DeviceIndex:
 
 
 @functools.lru_cache(maxsize=64)
-def make_search(mesh: Mesh, k: int, recall_target: float) -> Search:
+def make_search(mesh: Mesh, k: int, recall_target: float) -> Any:
     """A compiled search over a mesh of one axis.
 
     Args:

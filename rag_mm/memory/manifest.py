@@ -233,6 +233,17 @@ def check_sizes(root: Path, manifest: Manifest) -> None:
             raise UserError(problem)
 
 
+def check_folder(root: Path, manifest: Manifest, folder: str) -> None:
+    """Raises UserError where a version has no such folder, or a file in it was changed."""
+    entries = {n: e for n, e in manifest.files.items() if n.startswith(f"{folder}/")}
+    if not entries:
+        raise UserError(f"{root} carries no {folder}: it was built without one.")
+    for name, entry in entries.items():
+        problem = check_file(root, name, entry, deep=True)
+        if problem is not None:
+            raise UserError(problem)
+
+
 def _digest_line(sha256: str) -> str:
     return f"{sha256}  manifest.json\n"
 

@@ -1,6 +1,5 @@
 """The memory: documents, their embeddings and codes, and an index over each view of them."""
 
-import threading
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,13 @@ from rag_mm.core import document as document_lib
 from rag_mm.core.errors import UserError
 from rag_mm.memory import (
     changes,
-    images,
     index,
-    kinds,
     manifest,
     record,
     stats,
     stream,
     verify,
+    views,
     writer,
 )
 from rag_mm.memory import encoder as encoder_lib
@@ -46,8 +44,7 @@ class Memory:
         stored = shard_lib.load_ids(path, contents)
         self.ids = tuple(stored[place] for place in self._live.stored)
         self._encoder = encoder
-        self._indexes: dict[str, index.Index] = {}
-        self._lock = threading.Lock()
+        self._views = views.Views(path, contents, self._live)
         self._records = shard_lib.Records(path, contents.shards)
 
     @classmethod
@@ -201,13 +198,7 @@ class Memory:
         Raises:
             UserError: the memory carries none of that name, or a file of it was changed.
         """
-        entries = {n: e for n, e in self.manifest.files.items() if n.startswith(f"{name}/")}
-        if not entries:
-            raise UserError(f"{self.path} carries no {name}: it was built without one.")
-        for file, entry in entries.items():
-            problem = manifest.check_file(self.path, file, entry, deep=True)
-            if problem is not None:
-                raise UserError(problem)
+        manifest.check_folder(self.path, self.manifest, name)
         return self.path / name
 
     def __len__(self) -> int:
@@ -221,12 +212,7 @@ class Memory:
     @property
     def codes(self) -> np.ndarray | None:
         """Codes of each row's first image, int32 [R, N], -1 where it has none; None without any."""
-        if self.manifest.num_codes is None:
-            return None
-        shards = [shard_lib.load_codes(self.path, self.manifest, s) for s in self.manifest.shards]
-        stored = [np.zeros((0, self.manifest.num_codes), np.int32)]
-        stored += [codes for codes in shards if codes is not None]
-        return np.concatenate(stored)[self._live.stored]
+        return self._views.codes()
 
     def embeddings(self, view: str) -> np.ndarray:
         """Unit rows of a view, float32 [R, D], read-only.
@@ -234,9 +220,7 @@ class Memory:
         Raises:
             UserError: there is no such view, or the file is damaged.
         """
-        encoder_lib.check_view(view)
-        rows = shard_lib.load_rows(self.path, self.manifest, view)
-        return rows[self._live.stored] if self._live.num_removed else rows
+        return self._views.embeddings(view)
 
     def document(self, row: int) -> document_lib.Document:
         """The document of a row.
@@ -274,18 +258,9 @@ class Memory:
         Raises:
             UserError: no encoder is attached.
         """
-        encoder = self._need_encoder()
-        if text is not None:
-            texts = [text] if isinstance(text, str) else list(text)
-            return encoder_lib.unit_rows(encoder.encode_text(texts), texts)
-        if document is not None:
-            return encoder_lib.embed([document], encoder, batch_size=1)[view]
-        if image is None:
-            raise UserError("A search needs a text, an image, a document or vectors.")
-        stack = image[None] if image.ndim == 3 else image
-        pixels = np.stack([images.fit(picture, encoder.image_size) for picture in stack])
-        names = [f"picture {i}" for i in range(len(pixels))]
-        return encoder_lib.unit_rows(encoder.encode_image(pixels), names)
+        return encoder_lib.encode_query(
+            self._need_encoder(), text=text, image=image, document=document, view=view
+        )
 
     def search(
         self,
@@ -327,16 +302,7 @@ class Memory:
 
     def index(self, view: str) -> index.Index:
         """The index of a view, loaded on first use; raises UserError where it is damaged."""
-        encoder_lib.check_view(view)
-        with self._lock:
-            if view not in self._indexes:
-                searcher = kinds.make_index(self.manifest.index)
-                rows = shard_lib.load_rows(self.path, self.manifest, view)
-                searcher.load(self.path / self.manifest.index_folder(view), rows)
-                if self._live.num_removed:
-                    searcher.remove(self._live.removed)
-                self._indexes[view] = searcher
-            return self._indexes[view]
+        return self._views.index(view)
 
     def verify(self) -> list[str]:
         """Everything that is wrong with the folder; see `verify.verify`."""
