@@ -74,6 +74,10 @@ def compact(
     on_progress: Progress | None = None,
 ) -> None:
     """Makes the next version, with nothing but the rows that are left; see `Memory.compact`."""
+    if prune and (root / "manifest.json").exists():
+        raise UserError(
+            f"{root} is a run's own memory, whose stages read earlier versions: compact it unpruned."
+        )
     with writer.next_version(root) as (before, sha256):
         plan = {"what": "compact", "before": sha256, "shard_size": shard_size}
         stage = staging.Staging(root, before, plan)

@@ -155,7 +155,8 @@ class Ingest:
             draft.batch_notes.append(item.notes)
         elif reject is not None:
             if self._options.max_bad == 0:
-                raise UserError(reject.detail)
+                is_named = reject is not item.reject  # Sources leave out their sentence's subject.
+                raise UserError(reject.detail if is_named else f"{reject.name}: {reject.detail}")
             draft.rejects.append(reject)
 
     def _check(self, document: document_lib.Document, draft: _Draft) -> stream.Reject | None:

@@ -172,6 +172,9 @@ class Memory:
             prune: deletes every earlier version, with what was removed from them; who has one of
                 these open then reads no further.
             on_progress: called with (rows written, all rows).
+
+        Raises:
+            UserError: `prune` of a run's own memory, whose later stages read its first version.
         """
         changes.compact(self.path, prune, on_progress=on_progress)
         return Memory.open(self.path, self._encoder)

@@ -60,7 +60,7 @@ class Searcher:
             builder = builder.tree(
                 config.num_leaves,
                 config.leaves_to_search,
-                min_partition_size=1,
+                min_partition_size=min(50, max(1, len(rows) // (2 * config.num_leaves))),
                 soar_lambda=config.soar_lambda or None,
             )
         if config.scoring == "brute_force":

@@ -87,6 +87,7 @@ def add(
                 f"{root} holds codes of tokenizer {before.tokenizer}, but {given} is given: "
                 "add with the tokenizer of its build."
             )
+        kinds.make_index(before.index, options.scann)  # A missing ScaNN is found before the work.
         _write_documents(root, before, sha256, source, encoder, tokenizer, options)
 
 

@@ -28,6 +28,7 @@ class Life(RuleBasedStateMachine):
         self.options = writer.Options(
             "scann" if kind == "hashed" else kind, scann, batch_size=4, shard_size=6
         )
+        # Hashing trains sixteen centres on the rows.
         documents = self.new(20 if kind == "hashed" else 5)
         self.live = list(documents)
         self.memory = memory.Memory.build(
@@ -162,6 +163,10 @@ def test_compact_leaves_behind_what_was_removed(built, encoder):
     np.testing.assert_array_equal(small.codes, after.codes)
     assert small.stats()["bytes"] < after.stats()["bytes"]
     assert after.document(0).id == small.document(0).id == "doc-001"
+    (built.path / "manifest.json").write_text("{}")  # As where a run's stage made it.
+    with pytest.raises(UserError, match="a run's own memory"):
+        small.compact(prune=True)
+    (built.path / "manifest.json").unlink()
     pruned = small.compact(prune=True)
     assert sorted(path.name for path in built.path.iterdir() if path.is_dir()) == ["v000004"]
     assert pruned.verify() == []
