@@ -47,6 +47,7 @@ EXTRAS = {
     ],
     "tpu": ["jax[tpu]>=0.10,<0.13"],
     "gpu": ["jax[cuda13]>=0.10,<0.13"],
+    "bench": ["faiss-cpu>=1.12"],  # the peer of `rag-mm bench memory`
     "beam": ["apache-beam>=2.60"],
     "parity": ["torch==2.13.0", "transformers>=5,<6"],
     "test": [

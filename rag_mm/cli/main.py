@@ -64,6 +64,10 @@ COMMANDS = {
             "rag-mm memory verify mem",
         ),
     ),
+    "bench": Command(
+        "measure beside a peer in the same process",
+        ("rag-mm bench memory --rows=300000 --json",),
+    ),
     "generate": Command(
         "draw a picture from a caption, with the documents that were retrieved for it",
         (
