@@ -13,6 +13,7 @@ from flax import nnx
 from rag_mm.core import files, sharding
 from rag_mm.core import run as run_lib
 from rag_mm.core.errors import UserError
+from rag_mm.core.roles import MAIN
 from rag_mm.data import masking, pipeline, rows
 from rag_mm.data.vocabulary import Vocabulary
 from rag_mm.decode.modes import Generator
@@ -42,6 +43,8 @@ class Config:
         max_text: room for a caption, in tokens.
         full_captions: share of rows whose main caption tells all facts, as at inference, whatever was told
             to the retriever.
+        code_noise: share of the main image's codes that are read as another code of the row, so that a copy
+            goes on behind a mistake of its own; what is to be foreseen stays true.
         docs_text: room a training row has for a document's caption, on average; a row that needs
             more, which is rare, loses its first document.
         mask_probability: share of rows with masked spans, the others being plain causal rows.
@@ -60,6 +63,7 @@ class Config:
     is_vanilla: bool = False
     max_text: int = 24
     full_captions: float = 0.0
+    code_noise: float = 0.0
     docs_text: int = 24
     max_spans: int = 3
     mask_probability: float = 0.5
@@ -132,7 +136,15 @@ class RowSource:
         masks = masking.Masking(0, config.segment_probability, config.mask_probability)
         spans = masking.sample_spans(masks, segments, rng, config.max_spans)
         row = rows.make_row(self.layout, self.vocabulary, main, docs, spans)
+        self._disturb(row, rng)
         return {name: values[:length] for name, values in row.items()}
+
+    def _disturb(self, row: dict[str, np.ndarray], rng: np.random.Generator) -> None:
+        """Puts codes from elsewhere in the row for some of the main image, as read, not as foreseen."""
+        tokens, is_code = row["tokens"], row["tokens"] >= self.vocabulary.code_offset
+        is_main = is_code & (np.roll(row["roles"], 1) == MAIN)
+        wrong = np.flatnonzero(is_main & (rng.random(len(tokens)) < self.config.code_noise))
+        tokens[wrong] = rng.choice(tokens[is_code], len(wrong))
 
     @property
     def room(self) -> int:

@@ -16,7 +16,11 @@ from rag_mm.stages import decoder as decoder_stage
 WORDS = vocabulary.train_vocabulary([], 256, 64, 4)
 NUM_CODES, DRAWS = 4, 2
 CONFIG = dataclasses.replace(
-    chain.stage_configs(quickstart.tiny())["decoder"], caption_draws=DRAWS, mask_probability=0.0
+    chain.stage_configs(quickstart.tiny())["decoder"],
+    caption_draws=DRAWS,
+    mask_probability=0.0,
+    full_captions=0.0,
+    code_noise=0.0,
 )
 
 
@@ -93,6 +97,31 @@ def test_documents_come_from_the_caption_that_is_shown_or_from_the_image():
         seen.add(tuple(docs))
     # Either order, of the two texts' documents and of the image's.
     assert len(seen) == 6
+
+
+def test_a_full_caption_stands_before_what_a_shorter_one_retrieved():
+    source = make_source(NEIGHBORS, full_captions=1.0)
+    for draws in source.texts:
+        draws.append(example(int(draws[0].codes[0]), text=9))
+    made = [source.make(0, np.random.default_rng(seed), 2) for seed in range(40)]
+    assert all(main_text(row) == [9] for row in made)
+    found = {tuple(sorted(codes_of(row)[:-1])) for row in made}
+    assert found == {(10, 11), (12, 13), (14, 15)}
+
+
+def test_noise_is_read_in_the_main_image_and_never_foreseen():
+    plain, noisy = make_source(NEIGHBORS), make_source(NEIGHBORS, code_noise=0.5)
+    num_wrong = 0
+    for seed in range(50):
+        one, other = (each.make(0, np.random.default_rng(seed), 2) for each in (plain, noisy))
+        for name in ("targets", "positions", "roles", "segment_ids"):
+            np.testing.assert_array_equal(one[name], other[name])
+        changed = np.flatnonzero(one["tokens"] != other["tokens"])
+        assert (one["tokens"][changed] == WORDS.code_offset).all()  # The main document's only code.
+        assert set(other["tokens"][changed]) <= set(one["tokens"])
+        num_wrong += len(changed)
+    # Half of 4 codes, of which a third is replaced by itself.
+    assert 0.2 < num_wrong / (50 * NUM_CODES) < 0.5
 
 
 def test_a_missing_neighbor_is_left_out():
