@@ -75,7 +75,10 @@ def make_mesh(topology: chips.Topology, mesh_shape: tuple[int, int, int]) -> Mes
     devices = sorted(found.devices, key=lambda d: (getattr(d, "slice_index", 0) or 0, d.id))
     per_slice = (mesh_shape[0] // topology.num_slices, *mesh_shape[1:])
     slices = np.array(devices).reshape(topology.num_slices, -1)
-    grids = [mesh_utils.create_device_mesh(per_slice, list(each)) for each in slices]
+    grids = [
+        mesh_utils.create_device_mesh(per_slice, list(each), allow_split_physical_axes=True)
+        for each in slices
+    ]
     return Mesh(np.concatenate(grids), sharding.MESH_AXES, axis_types=(AxisType.Explicit,) * 3)
 
 
