@@ -36,8 +36,10 @@ def oracle_documents(
             showing.setdefault(entity.class_id, []).append(row)
 
     def draw(facts: Facts, count: int) -> list[rows.Example]:
-        classes = [facts.entities[i % len(facts.entities)].class_id for i in range(count)]
-        return [asked.memory[int(rng.choice(showing[class_id]))] for class_id in classes]
+        # In a small world a pair's partner may be one that no document shows.
+        known = [e.class_id for e in facts.entities if e.class_id in showing]
+        turns = [known[i % len(known)] for i in range(count if known else 0)]
+        return [asked.memory[int(rng.choice(showing[class_id]))] for class_id in turns]
 
     pairs = zip(asked.facts, asked.docs, strict=True)
     return [draw(facts, len(docs)) for facts, docs in pairs], None

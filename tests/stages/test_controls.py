@@ -42,6 +42,13 @@ def test_oracle_documents_show_each_entity_in_turn(asked):
     assert set(rows[0]) <= {0, 1} and set(rows[1]) <= {2, 3} and rows[2] == [5, 5]
 
 
+def test_an_entity_that_no_document_shows_has_no_oracle(asked):
+    unknown = Facts((Entity(77, 16, 0, 0), Entity(2, 16, 16, 16)), "red")
+    asked = dataclasses.replace(asked, facts=[unknown], docs=[[MEMORY[0], MEMORY[1]]])
+    docs, _ = run("oracle_documents", asked)
+    assert {int(doc.codes[0]) for doc in docs[0]} <= {2, 3} and len(docs[0]) == 2
+
+
 def test_counterfactual_documents_keep_the_words_and_change_the_picture_and_what_is_wanted(asked):
     docs, wanted = run("counterfactual_documents", asked)
     assert docs[0][0].text == MEMORY[0].text and docs[0][0].codes[0] == 2
