@@ -2,6 +2,7 @@
 # make quickstart  the whole chain on two CPU cores, with a report at the end
 # make test        lint and the fast tests;  make test-slow  the rest
 # make picture     the README's first picture, from the story of runs/quickstart
+# make plans       docs/results/plans.md, by the TPU's compiler; an hour, resumable
 # make lock        resolves requirements.lock anew for Python 3.11-3.13
 
 SHELL := /bin/bash
@@ -15,7 +16,7 @@ INSTALL := $(PIP) install --quiet --constraint requirements.lock
 PYTEST := $(BIN)/python -m pytest
 STORY := runs/quickstart/report/figures/story.png
 
-.PHONY: all quickstart test test-slow lint picture lock clean
+.PHONY: all quickstart test test-slow lint plans picture lock clean
 all: $(VENV)/.installed
 
 quickstart: $(VENV)/.installed
@@ -31,6 +32,9 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+plans: $(VENV)/.installed-slow
+	$(BIN)/python -m rag_mm.perf.plans_page
 
 picture:
 	@test -f $(STORY) || { echo "There is no $(STORY); run make quickstart first." >&2; exit 2; }

@@ -23,6 +23,7 @@ BASE = [
     "markupsafe",
     "matplotlib",
     "ml_collections>=1.1",
+    "ml_dtypes",
     "msgpack",
     "numpy>=2",
     "optax>=0.2.5,<0.3",
@@ -46,9 +47,20 @@ EXTRAS = {
     ],
     "tpu": ["jax[tpu]>=0.10,<0.13"],
     "gpu": ["jax[cuda13]>=0.10,<0.13"],
+    "bench": ["faiss-cpu>=1.12"],  # the peer of `rag-mm bench memory`
     "beam": ["apache-beam>=2.60"],
     "parity": ["torch==2.13.0", "transformers>=5,<6"],
-    "test": ["emoji", "hypothesis", "ipykernel", "mypy", "nbclient", "nbformat", "pytest", "ruff"],
+    "test": [
+        "emoji",
+        "hypothesis",
+        "ipykernel",
+        "mypy",
+        "nbclient",
+        "nbformat",
+        "pytest",
+        "pyyaml",
+        "ruff",
+    ],
 }
 
 setuptools.setup(

@@ -10,19 +10,23 @@ run.memory.search(text="red apple")
 import typing
 
 if typing.TYPE_CHECKING:
+    from rag_mm.stages.imported import Imported
     from rag_mm.stages.session import Session
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 
-def load(workdir: str) -> "Session":
-    """Loads a finished run; see `rag_mm.stages.session.Session` for what it can do.
+def load(workdir: str) -> "Session | Imported":
+    """Loads a finished run, or an imported one.
+
+    A finished run is a `rag_mm.stages.session.Session`; what a CLIP, a LLaMA or a Chameleon can do stands
+    in `rag_mm.stages.imported`.
 
     Raises:
         rag_mm.core.errors.UserError: there is no such run, or it is not finished.
     """
     # Here, not above: importing the package loads no framework.
-    from rag_mm.stages import session
+    from rag_mm.stages import imported, session
 
-    return session.load(workdir)
+    return imported.load(workdir) if imported.is_imported(workdir) else session.load(workdir)

@@ -1,26 +1,129 @@
-"""Launch scripts set an environment and hand over to the command."""
+"""Launch scripts set an environment and hand over to the command; `--dry-run` prints it exactly."""
 
 import json
+import os
 import pathlib
+import shlex
+import shutil
 import subprocess
 
 import pytest
+import yaml
+
+from rag_mm.cli import main
 
 ROOT = pathlib.Path(__file__).parent.parent
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted(path.name for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch"))
+POD = {"NAME": "pod", "ZONE": "us-west4-a", "TYPE": "v5litepod-256"}
+# Words that a shell would take apart once more if they were not quoted.
+TRAIN = ["train", "--config=configs/quickstart.py:quick", "--workdir=runs/a b"]
+
+
+def run(script, *words, **environment):
+    for name in ("XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION", "SLURM_SUBMIT_DIR", *POD):
+        environment.setdefault(name, "")
+    command = ["bash", str(LAUNCH / script), *words]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, **environment}
+    )
+
+
+def printed(script, *words, **environment):
+    """The words of the command that a dry run prints."""
+    done = run(script, "--dry-run", *words, **environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    return shlex.split(done.stdout)
 
 
 def test_local_hands_over_with_the_flag_that_the_locked_jax_knows():
     if not (ROOT / ".venv" / "bin" / "rag-mm").exists():
         pytest.skip("the project is not installed in .venv")
-    command = [ROOT / "launch" / "local.sh", "doctor", "--json"]
+    command = [LAUNCH / "local.sh", "doctor", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "xla_cpu_experimental_ynn_fusion_type" in json.dumps(json.loads(done.stdout))
 
 
-def test_local_refuses_a_checkout_without_an_environment(tmp_path):
-    script = tmp_path / "launch" / "local.sh"
-    script.parent.mkdir()
-    script.write_text((ROOT / "launch" / "local.sh").read_text())
-    done = subprocess.run(["bash", script, "doctor"], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("script", ["local.sh", "gpu.sh"])
+def test_a_checkout_without_an_environment_is_refused(tmp_path, script):
+    copy = tmp_path / "launch" / script
+    copy.parent.mkdir()
+    copy.write_text((LAUNCH / script).read_text())
+    done = subprocess.run(["bash", copy, "doctor"], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "run make first" in done.stderr
+
+
+def test_local_and_gpu_print_the_environment_and_the_command():
+    local, gpu = printed("local.sh", *TRAIN), printed("gpu.sh", *TRAIN)
+    for words in (local, gpu):
+        assert words[0] == "env" and words[-3:] == TRAIN
+        assert words[-4].endswith(".venv/bin/rag-mm")
+    assert any(word.startswith("XLA_FLAGS=--xla_cpu") for word in local)
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92" in gpu
+    # What the user sets wins.
+    words = printed("gpu.sh", *TRAIN, XLA_PYTHON_CLIENT_MEM_FRACTION="0.5", XLA_FLAGS="--a")
+    assert words[1:3] == ["XLA_PYTHON_CLIENT_MEM_FRACTION=0.5", "XLA_FLAGS=--a"]
+
+
+def test_slurm_runs_the_gpu_script_once_a_node():
+    words = printed("slurm.sbatch", *TRAIN, SLURM_SUBMIT_DIR="/shared/rag_mm")
+    assert words[0] == "srun" and words[-4:] == ["/shared/rag_mm/launch/gpu.sh", *TRAIN]
+    text = (LAUNCH / "slurm.sbatch").read_text()
+    assert "#SBATCH --ntasks-per-node=1\n" in text and "#SBATCH --signal=TERM@" in text
+
+
+def test_a_pod_is_asked_for_installed_used_and_given_back():
+    create = printed("tpu_pod.sh", "create", **POD, SPOT="1")
+    assert create[:6] == ["gcloud", "compute", "tpus", "queued-resources", "create", "pod"]
+    assert {"--zone=us-west4-a", "--accelerator-type=v5litepod-256", "--spot"} <= set(create)
+    assert "--spot" not in printed("tpu_pod.sh", "create", **POD)
+    install = printed("tpu_pod.sh", "install", "https://example.org/a b.git", **POD)
+    remote = install[-1].removeprefix("--command=")
+    assert shlex.split(remote)[:4] == ["git", "clone", "https://example.org/a b.git", "rag_mm"]
+    train = printed("tpu_pod.sh", "run", *TRAIN, **POD)
+    assert "--worker=all" in train
+    remote = train[-1].removeprefix("--command=")
+    assert shlex.split(remote) == ["cd", "rag_mm", "&&", ".venv/bin/rag-mm", *TRAIN]
+    delete = printed("tpu_pod.sh", "delete", **POD)
+    assert delete[3:6] == ["queued-resources", "delete", "pod"]
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "says"),
+    [
+        (["run", "train"], {"NAME": "pod"}, "set ZONE first"),
+        (["create"], {"NAME": "pod", "ZONE": "z"}, "set TYPE first"),
+        (["grow"], {"NAME": "pod", "ZONE": "z"}, "launch/tpu_pod.sh create"),
+        (["run"], {"NAME": "pod", "ZONE": "z"}, "launch/tpu_pod.sh create"),
+        ([], {}, "launch/tpu_pod.sh create"),
+    ],
+)
+def test_a_mistake_is_said_and_runs_nothing(words, environment, says):
+    done = run("tpu_pod.sh", *words, **environment, PATH=os.environ["PATH"])
+    assert done.returncode == 2 and says in done.stderr and done.stdout == ""
+
+
+def test_gke_runs_a_command_that_exists_on_every_host_of_a_slice():
+    job = yaml.safe_load((LAUNCH / "gke.yaml").read_text())
+    assert job["kind"] == "JobSet"
+    spec = job["spec"]["replicatedJobs"][0]["template"]["spec"]
+    pod = spec["template"]["spec"]
+    sides = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
+    a_host = pod["containers"][0]["resources"]["limits"]["google.com/tpu"]
+    assert spec["parallelism"] == spec["completions"] == int(sides[0]) * int(sides[1]) // a_host
+    command = pod["containers"][0]["command"]
+    assert command[0] == "rag-mm" and command[1] in main.COMMANDS
+    # Longer than the half minute that a last checkpoint may take.
+    assert pod["terminationGracePeriodSeconds"] > 30
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_are_clean(script):
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed (apt-get install shellcheck)")
+    done = subprocess.run(
+        ["shellcheck", LAUNCH / script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout

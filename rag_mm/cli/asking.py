@@ -4,7 +4,7 @@ import argparse
 import math
 import os
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import rich.console
@@ -14,6 +14,9 @@ import rich.text
 from rag_mm.core import files
 from rag_mm.core.document import Document
 from rag_mm.core.errors import UserError
+
+if TYPE_CHECKING:
+    from rag_mm.stages.session import Session
 
 
 def add_arguments(parser: argparse.ArgumentParser, temperature: float, top_p: float) -> None:
@@ -91,6 +94,22 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
         temperature=args.temperature,
         top_p=args.top_p,
     )
+
+
+def load_session(workdir: str) -> "Session":
+    """A finished run, as these commands ask it.
+
+    Raises:
+        UserError: there is none, or it is an imported checkpoint.
+    """
+    from rag_mm.stages import imported, session
+
+    if imported.is_imported(workdir):
+        raise UserError(
+            f"{workdir} is an imported checkpoint, which this command cannot ask; "
+            f'in Python, rag_mm.load("{workdir}") can.'
+        )
+    return session.load(workdir)
 
 
 def save_pictures(out: str, images: np.ndarray) -> list[str]:

@@ -5,7 +5,6 @@ from typing import Any
 
 import rich.console
 
-import rag_mm
 from rag_mm.cli import asking
 
 
@@ -21,7 +20,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     image = sources.load_image(args.image)
     options = asking.options(args)
-    written = rag_mm.load(args.workdir).caption(image, **options)
+    written = asking.load_session(args.workdir).caption(image, **options)
     return {
         "captions": written.captions,
         "log_probs": written.log_probs,

@@ -5,7 +5,6 @@ from typing import Any
 
 import rich.console
 
-import rag_mm
 from rag_mm.cli import asking
 from rag_mm.core.errors import UserError
 
@@ -29,7 +28,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     options = asking.options(args)
     if args.best_of < 1:
         raise UserError(f"--best-of={args.best_of} leaves no candidate; give at least 1.")
-    drawn = rag_mm.load(args.workdir).generate(args.prompt, best_of=args.best_of, **options)
+    drawn = asking.load_session(args.workdir).generate(args.prompt, best_of=args.best_of, **options)
     return {"images": asking.save_pictures(args.out, drawn.images), "neighbors": drawn.neighbors}
 
 

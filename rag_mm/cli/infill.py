@@ -4,7 +4,6 @@ import argparse
 import re
 from typing import Any
 
-import rag_mm
 from rag_mm.cli import asking, generate
 from rag_mm.core.errors import UserError
 
@@ -34,7 +33,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     band = int(match[1]), int(match[2])
     image = sources.load_image(args.image)
     options = asking.options(args)
-    drawn = rag_mm.load(args.workdir).infill(image, args.prompt, band, **options)
+    drawn = asking.load_session(args.workdir).infill(image, args.prompt, band, **options)
     return {"images": asking.save_pictures(args.out, drawn.images), "neighbors": drawn.neighbors}
 
 

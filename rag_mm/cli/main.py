@@ -1,6 +1,6 @@
 """The command `rag-mm`: picks one command's module, and turns a user's mistake into exit code 2.
 
-A command NAME is the module `rag_mm.cli.NAME`, imported when it is chosen:
+A command NAME is the module `rag_mm.cli.NAME` (`import` is `import_`), imported when it is chosen:
     add_arguments(parser)   declares its arguments
     run(args) -> dict       does the work, and --json prints what it returns; `"ok": False` exits 1
     show(result, console)   the same for people, on a rich Console on stdout
@@ -15,8 +15,10 @@ import errno
 import glob
 import importlib
 import json
+import keyword
 import os
 import sys
+import types
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -62,6 +64,10 @@ COMMANDS = {
             "rag-mm memory verify mem",
         ),
     ),
+    "bench": Command(
+        "measure beside a peer in the same process",
+        ("rag-mm bench memory --rows=300000 --json",),
+    ),
     "generate": Command(
         "draw a picture from a caption, with the documents that were retrieved for it",
         (
@@ -78,6 +84,29 @@ COMMANDS = {
         (
             'rag-mm infill --workdir=runs/quickstart --image=a.png --prompt="red apple" '
             "--rows=8:24 --out=b.png",
+        ),
+    ),
+    "plan": Command(
+        "compile a training or decoding step for TPUs that are not here: does it fit, what bounds it",
+        (
+            "rag-mm plan --config=configs/cm3leon.py:7b --topology=v5e:16x16",
+            "rag-mm plan --config=configs/cm3leon.py:7b --topology=v5p:4x4x4 --search",
+            "rag-mm plan --config=configs/cm3leon.py:760m --topology=v5e:2x4 --decode",
+        ),
+    ),
+    "import": Command(
+        "make a run of a public CLIP, LLaMA or Chameleon checkpoint (safetensors)",
+        (
+            "rag-mm import clip clip-vit-base-patch32 --out=runs/clip",
+            "rag-mm import llama TinyLlama-1.1B --out=runs/llama --dtype=float32",
+            "rag-mm import chameleon chameleon-7b --out=runs/chameleon",
+        ),
+    ),
+    "export": Command(
+        "write a run's model as safetensors that from_pretrained loads",
+        (
+            "rag-mm export llama runs/llama out",
+            "rag-mm export cm3 runs/quickstart out --dtype=bfloat16 --shard-size=2GB",
         ),
     ),
     "doctor": Command(
@@ -142,7 +171,7 @@ def _main(argv: list[str]) -> int:
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}."
         raise UserError(f"There is no command {name!r}; {hint}")
     choose_platform()
-    module = importlib.import_module(f"rag_mm.cli.{name}")
+    module = load_command(name)
     args = _parse(name, module, argv[1:])
     with _stdout_for_result(args.json):
         result = module.run(args)
@@ -155,6 +184,11 @@ def _main(argv: list[str]) -> int:
         width = None if sys.stdout.isatty() else 200
         module.show(result, rich.console.Console(highlight=False, width=width))
     return 1 if result.get("ok") is False else 0
+
+
+def load_command(name: str) -> types.ModuleType:
+    """The module of a command; one that is a word of Python has an underscore behind it."""
+    return importlib.import_module(f"rag_mm.cli.{name}{'_' * keyword.iskeyword(name)}")
 
 
 def choose_platform() -> None:

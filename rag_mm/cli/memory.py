@@ -1,22 +1,28 @@
 """`rag-mm memory`: build, extend, search and check a retrieval memory by hand."""
 
 import argparse
-import base64
+import contextlib
+import dataclasses
 import pathlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import rich.console
-import rich.markup
-import rich.table
 
+from rag_mm.cli import memory_show
 from rag_mm.core import progress
 from rag_mm.core.errors import UserError
 
 if TYPE_CHECKING:
     from rag_mm.memory.encoder import Encoder, Tokenizer
-    from rag_mm.memory.writer import Documents
+    from rag_mm.memory.memory import Memory
+    from rag_mm.memory.stream import Documents, Source
+    from rag_mm.memory.writer import Options
 
-_DOCUMENTS = "a folder with captions.jsonl, or scenes:LEVEL/SPLIT[+SPLIT]/ROLE"
+_DOCUMENTS = (
+    "a folder with captions.jsonl, .tar or .arrayrecord files, one such file, tfds:NAME:SPLIT, "
+    "or scenes:LEVEL/SPLIT[+SPLIT]/ROLE"
+)
 _SCENES = "scenes:"
 
 
@@ -24,24 +30,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the actions and their arguments."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     build = actions.add_parser("build", help="make a memory of documents")
-    build.add_argument("--documents", required=True, help=_DOCUMENTS)
     build.add_argument("--retriever", required=True, metavar="RUN", help="a run with a retriever")
     build.add_argument("--out", required=True, metavar="MEM", help="the memory's folder")
-    build.add_argument("--index", default="scann", help="scann (default) or exact")
+    build.add_argument("--index", default="scann", help="scann (default), exact or device")
+    _add_ingestion(build)
     add = actions.add_parser("add", help="add documents, as a new version")
     add.add_argument("memory", metavar="MEM")
-    add.add_argument("--documents", required=True, help=_DOCUMENTS)
+    _add_ingestion(add)
+    remove = actions.add_parser("remove", help="take documents out, as a new version")
+    remove.add_argument("memory", metavar="MEM")
+    for name in ("id", "url", "license"):
+        remove.add_argument(f"--{name}", action="append", default=[], help="may be given again")
+    merge = actions.add_parser("merge", help="take over another memory's documents")
+    merge.add_argument("memory", metavar="MEM")
+    merge.add_argument("other", metavar="OTHER")
+    compact = actions.add_parser("compact", help="leave behind what was removed, as a new version")
+    compact.add_argument("memory", metavar="MEM")
+    compact.add_argument("--prune", action="store_true", help="delete all earlier versions")
     search = actions.add_parser("search", help="find documents")
     search.add_argument("memory", metavar="MEM")
     query = search.add_mutually_exclusive_group(required=True)
     query.add_argument("--text", help="what to look for; searches the view mixed")
     query.add_argument("--image", help="a picture to look for; searches the view image")
+    query.add_argument("--document", metavar="ID", help="a document of the memory to look for")
     search.add_argument("--view", help="image, text or mixed")
     search.add_argument("-k", type=int, default=5, help="how many hits (default: 5)")
+    search.add_argument("--html", metavar="FILE", help="writes the hits as a contact sheet")
     verify = actions.add_parser("verify", help="check every file; exit code 1 if one is wrong")
     verify.add_argument("memory", metavar="MEM")
     stats = actions.add_parser("stats", help="say what a memory holds")
     stats.add_argument("memory", metavar="MEM")
+
+
+def _add_ingestion(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--documents", required=True, help=_DOCUMENTS)
+    parser.add_argument(
+        "--max-bad",
+        type=float,
+        default=0.01,
+        help="share of bad records that passes (0.01), one aside; 0: none",
+    )
+    parser.add_argument("--rejects", metavar="FILE", help="lists the bad records, also on failure")
+    parser.add_argument(
+        "--exclude", metavar="DIR", help="documents to keep out, with what is nearly the same"
+    )
+    parser.add_argument(
+        "--dedup", action="store_true", help="leave out repeats of a caption and its picture"
+    )
+    parser.add_argument(
+        "--similarity", type=float, default=0.98, help="cosine of pictures nearly the same (0.98)"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -49,6 +87,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     actions = {
         "build": _build,
         "add": _add,
+        "remove": _remove,
+        "merge": _merge,
+        "compact": _compact,
         "search": _search,
         "verify": _verify,
         "stats": _stats,
@@ -68,7 +109,7 @@ def _build(args: argparse.Namespace) -> dict[str, Any]:
     if (out / "config.json").exists():  # A memory's leftovers and a run have names in common.
         raise UserError(f"--out={args.out} is in the way: a run or a model. Name another folder.")
     writer.check_vacant(out, ("retriever", "tokenizer"))
-    documents, rejects = _open_documents(args.documents)
+    documents = _open_documents(args.documents)
     encoder, tokenizer = load_encoder(retriever), None
     # A run keeps its models deeper than a folder that is nothing but a model.
     weights = {name: retriever / name / "frozen" for name in ("retriever", "tokenizer")}
@@ -76,32 +117,104 @@ def _build(args: argparse.Namespace) -> dict[str, Any]:
     carried |= {name: folder for name, folder in weights.items() if folder.is_dir()}
     if "tokenizer" in carried:
         tokenizer = load_tokenizer(retriever)
-    with progress.track("documents", len(documents)) as bar:
-        options = writer.Options(index=args.index, on_progress=lambda done, _: bar.update(done))
+    with _ingestion(args, documents, encoder) as options:
         built = memory.Memory.build(
             out, documents, encoder, tokenizer, carried=carried, options=options
         )
-    return {**built.stats(), "added": len(documents), "rejected": rejects}
+    return _ingested(built, args.rejects)
 
 
 def _add(args: argparse.Namespace) -> dict[str, Any]:
-    from rag_mm.memory import memory, writer
+    from rag_mm.memory import memory
 
     before = memory.Memory.open(args.memory)
-    documents, rejects = _open_documents(args.documents)
+    documents = _open_documents(args.documents)
     before.attach(load_encoder(before.carried("retriever")))
     tokenizer = None
     if before.manifest.tokenizer is not None:
         tokenizer = load_tokenizer(before.carried("tokenizer"))
-    with progress.track("documents", len(documents)) as bar:
-        options = writer.Options(on_progress=lambda done, _: bar.update(done))
+    with _ingestion(args, documents, before.encoder) as options:
         after = before.add(documents, tokenizer, options=options)
-    return {**after.stats(), "added": len(documents), "rejected": rejects}
+    return _ingested(after, args.rejects)
+
+
+@contextlib.contextmanager
+def _ingestion(
+    args: argparse.Namespace, documents: "Documents | Source", encoder: "Encoder"
+) -> "Iterator[Options]":
+    """The options that the arguments ask for, with a bar; lists rejects of a failure too."""
+    from rag_mm.memory import near_duplicates, summary, writer
+
+    for name in ("max_bad", "similarity"):
+        if not 0 <= getattr(args, name) <= 1:
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} is {getattr(args, name)}; give a share from 0 to 1.")
+    excluded = None
+    if args.exclude is not None:
+        excluded = near_duplicates.Excluded.of(
+            _open_documents(args.exclude), encoder, args.similarity
+        )
+    size = getattr(documents, "size", None) or 0
+    with progress.track("documents", size) as bar:
+        try:
+            yield writer.Options(
+                index=getattr(args, "index", "scann"),
+                on_progress=lambda done, _: bar.update(done),
+                max_bad=args.max_bad,
+                exclude=excluded,
+                dedup=args.similarity if args.dedup else None,
+            )
+        except summary.TooManyRejects as error:
+            if args.rejects is not None:
+                summary.write_rejects(pathlib.Path(args.rejects), error.rejects)
+            raise
+
+
+def _ingested(memory: "Memory", rejects_file: str | None) -> dict[str, Any]:
+    from rag_mm.memory import summary
+
+    counts, rejects = summary.read(memory.path, memory.manifest)
+    if rejects_file is not None:
+        summary.write_rejects(pathlib.Path(rejects_file), rejects)
+    return {
+        **memory.stats(),
+        "added": counts["added"],
+        "rejected": [dataclasses.asdict(reject) for reject in rejects],
+        "rejected_by_reason": counts["rejected"],
+        "excluded": counts["excluded"],
+        "notes": counts["notes"],
+    }
+
+
+def _remove(args: argparse.Namespace) -> dict[str, Any]:
+    from rag_mm.memory import memory
+
+    before = memory.Memory.open(args.memory)
+    after = before.remove(args.id, args.url, args.license)
+    return {**after.stats(), "taken_out": len(before) - len(after)}
+
+
+def _merge(args: argparse.Namespace) -> dict[str, Any]:
+    from rag_mm.memory import memory
+
+    mine, other = memory.Memory.open(args.memory), memory.Memory.open(args.other)
+    with progress.track("documents", len(other)) as bar:
+        after = mine.merge(other, on_progress=lambda done, _: bar.update(done))
+    return {**after.stats(), "added": len(other)}
+
+
+def _compact(args: argparse.Namespace) -> dict[str, Any]:
+    from rag_mm.memory import memory
+
+    before = memory.Memory.open(args.memory)
+    with progress.track("documents", len(before)) as bar:
+        after = before.compact(args.prune, on_progress=lambda done, _: bar.update(done))
+    return after.stats()
 
 
 def _search(args: argparse.Namespace) -> dict[str, Any]:
     from rag_mm.data import sources
-    from rag_mm.memory import encoder, images, memory
+    from rag_mm.memory import encoder, memory
 
     if args.k < 1:
         raise UserError(f"-k is {args.k}; ask for at least 1 hit.")
@@ -111,26 +224,21 @@ def _search(args: argparse.Namespace) -> dict[str, Any]:
     encoder.check_view(view)
     image = None if args.image is None else sources.load_image(args.image)
     opened = memory.Memory.open(args.memory)
-    opened.attach(load_encoder(opened.carried("retriever")))
-    found = opened.search(text=args.text, image=image, view=view, k=args.k)
-    hits = []
-    for row, score in zip(found.ids[0].tolist(), found.scores[0].tolist(), strict=True):
-        if row < 0:
-            continue
-        document = opened.document(row)
-        picture = None if document.image is None else images.encode_png(document.image)
-        hits.append(
-            {
-                "id": document.id,
-                "score": score,
-                "text": document.text,
-                "image": None if picture is None else _data_url(picture),
-                "url": document.url,
-                "license": document.license,
-                "row": row,
-            }
-        )
-    return {"memory": str(args.memory), "view": view, "hits": hits}
+    if args.document is not None:
+        if args.document not in opened.ids:
+            raise UserError(f"{args.memory} has no document with the id {args.document!r}.")
+        row = opened.ids.index(args.document)
+        found = opened.search(vectors=opened.embeddings(view)[row][None], view=view, k=args.k)
+    else:
+        opened.attach(load_encoder(opened.carried("retriever")))
+        found = opened.search(text=args.text, image=image, view=view, k=args.k)
+    hits = memory_show.hits(opened, found)
+    result = {"memory": str(args.memory), "view": view, "hits": hits}
+    if args.html is not None:
+        asked = args.text or args.image or f"document {args.document}"
+        memory_show.write_sheet(pathlib.Path(args.html), asked, result)
+        result["html"] = str(args.html)
+    return result
 
 
 def _verify(args: argparse.Namespace) -> dict[str, Any]:
@@ -146,56 +254,19 @@ def _stats(args: argparse.Namespace) -> dict[str, Any]:
     return memory.Memory.open(args.memory).stats()
 
 
-def show(result: dict[str, Any], console: rich.console.Console) -> None:
+def show(result: dict[str, Any], console: "rich.console.Console") -> None:
     """Prints hits, problems, or what the memory holds."""
-    if "hits" in result:
-        _show_hits(result, console)
-    elif "problems" in result:
-        for problem in result["problems"]:
-            console.print(problem, markup=False)
-        if result["ok"]:
-            console.print(f"{result['memory']}: nothing is wrong.", markup=False)
-    else:
-        table = rich.table.Table(show_header=False, box=None)
-        table.add_column(no_wrap=True)
-        table.add_column(overflow="fold")
-        for key, value in result.items():
-            if key != "rejected":
-                table.add_row(key, rich.markup.escape(_text(value)))
-        console.print(table)
-        for reject in result.get("rejected", ()):
-            console.print(f"skipped {reject['name']}: it {reject['reason']}", markup=False)
+    memory_show.show(result, console)
 
 
-def _show_hits(result: dict[str, Any], console: rich.console.Console) -> None:
-    table = rich.table.Table(box=None)
-    for name in ("id", "score", "text", "url", "license"):
-        table.add_column(name)
-    for hit in result["hits"]:
-        cells = [hit["id"], f"{hit['score']:.3f}", hit["text"], hit["url"], hit["license"]]
-        table.add_row(*(rich.markup.escape(cell or "-") for cell in cells))
-    console.print(table)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return "-" if value is None else str(value)
-
-
-def _data_url(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
-
-
-def _open_documents(spec: str) -> "tuple[Documents, list[dict[str, str]]]":
+def _open_documents(spec: str) -> "Documents | Source":
     if spec.startswith(_SCENES):
         from rag_mm.worlds.emoji import scenes
 
-        return scenes.open_documents(spec.removeprefix(_SCENES)), []
-    from rag_mm.data import sources
+        return scenes.open_documents(spec.removeprefix(_SCENES))
+    from rag_mm.data import opening
 
-    documents = sources.FolderDocuments(spec)
-    return documents, [{"name": name, "reason": reason} for name, reason in documents.rejects]
+    return opening.open_documents(spec)
 
 
 def load_encoder(folder: pathlib.Path) -> "Encoder":

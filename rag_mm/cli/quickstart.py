@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the chain; `report`, `metrics` and the headline `table`."""
-    result = train.run(argparse.Namespace(**vars(args), stage=None))
+    result = train.run(argparse.Namespace(**vars(args), stage=None, profile=None))
 
     from rag_mm import report
 

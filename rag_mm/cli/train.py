@@ -20,6 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, metavar="RUN", help="the run's folder")
     parser.add_argument("--stage", help="run this stage alone")
     parser.add_argument(
+        "--profile",
+        metavar="A:B",
+        help="trace steps A to B of each stage that trains, for TensorBoard, into its folder profile/",
+    )
+    parser.add_argument(
         "--overwrite", action="store_true", help="rebuild stages whose config or inputs changed"
     )
 
@@ -30,11 +35,24 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError("--workdir is empty; name the run's folder.")
     config = config_lib.to_dict(config_lib.load_config(args.config, args.overrides))
 
+    steps = _read_steps(args.profile)
+
     # The config is right before jax starts.
     from rag_mm.stages import chain
+    from rag_mm.train import loop
 
-    finished = chain.run_chain(config, args.workdir, only=args.stage, overwrite=args.overwrite)
+    with loop.profiled(steps):
+        finished = chain.run_chain(config, args.workdir, only=args.stage, overwrite=args.overwrite)
     return {"workdir": args.workdir, "metrics": finished.metrics}
+
+
+def _read_steps(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdigit() and last.isdigit() and 0 < int(first) <= int(last)):
+        raise UserError(f"--profile={text} does not read as first:last step; write 10:12.")
+    return int(first), int(last)
 
 
 def show(result: dict[str, Any], console: rich.console.Console) -> None:

@@ -19,6 +19,9 @@ from etils import epath
 from rag_mm.core import files
 
 FILE_NAME = "times.json"
+# Step times beside a training log, and a trace.
+SPEED_NAME = "speed.jsonl"
+PROFILE_NAME = "profile"
 # A killed part is charged up to its last beat.
 _BEAT_SECONDS = 5.0
 

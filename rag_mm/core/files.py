@@ -1,11 +1,14 @@
 """Files that are either whole or absent: atomic writes, JSON in one canonical form, digests."""
 
+import contextlib
 import hashlib
 import io
 import json
 import os
+import pathlib
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -39,6 +42,43 @@ def write_atomic(path: epath.PathLike, data: bytes) -> None:
             raise
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+@contextlib.contextmanager
+def whole_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder to fill, which gets its name when the block ends and is gone if it raises.
+
+    Raises:
+        UserError: something is there, or the folder around it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path} is in the way; remove it or name another folder.")
+        temporary = pathlib.Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    except OSError as error:
+        raise UserError(f"{path} cannot be made: {error.strerror or error}.") from error
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        temporary.replace(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def check_room(path: pathlib.Path, num_bytes: int) -> None:
+    """Refuses to begin what would fill the disk that `path`, which need not exist, lies on.
+
+    Raises:
+        UserError: less than `num_bytes` are free.
+    """
+    around = next(p for p in (path, *path.absolute().parents) if p.exists())
+    free = shutil.disk_usage(around).free
+    if free < num_bytes:
+        raise UserError(
+            f"{path} needs {num_bytes / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free."
+        )
 
 
 def canonical_json(value: Any) -> str:

@@ -19,7 +19,7 @@ from rag_mm.core.errors import UserError
 MANIFEST = "manifest.json"
 # Key of metrics.json that holds what may differ between two runs of the same bits.
 MACHINE = "machine"
-_SIDE_FILES = (MANIFEST, clock.FILE_NAME)
+_SIDE_FILES = (MANIFEST, clock.FILE_NAME, clock.SPEED_NAME, clock.PROFILE_NAME)
 # Folders named so are deleted when the run is next changed.
 TRASH = ".deleted-"
 _ABSENT = object()

@@ -5,7 +5,12 @@ a layer a parameter is gathered over `fsdp` (FSDP's all-gather) and stays split 
 in context every function here is the identity, so a model also runs in a plain notebook cell.
 """
 
+import math
+from collections.abc import Callable, Sequence
+
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -52,6 +57,58 @@ def activation_spec(*axes: str | None) -> PartitionSpec | None:
     return PartitionSpec(*(ACTIVATION_AXES[axis] for axis in axes))
 
 
+def sum_over_batch(
+    function: Callable[..., jax.Array],
+    activations: Sequence[jax.Array],
+    layouts: Sequence[tuple[str | None, ...]],
+    axes: tuple[str | None, ...],
+) -> jax.Array:
+    """function(*activations), a sum over rows, in the layout of a parameter with these logical axes.
+
+    Each device applies `function` to its own rows; the sums are then reduce-scattered over `fsdp`. Asked for
+    a product in that layout, the partitioner would all-reduce it, or go round the ring device by device.
+
+    Args:
+        function: of one device's activations; linear in their rows.
+        activations: arrays whose first axis is `batch`.
+        layouts: the logical axes of each.
+        axes: those of the result.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return function(*activations)
+
+    def add(*parts: jax.Array) -> jax.Array:
+        total = function(*parts)
+        if "embed" not in axes:
+            return jax.lax.psum(total, ("data", "fsdp"))
+        return jax.lax.psum(_scatter(total, axes.index("embed")), "data")
+
+    in_specs = tuple(activation_spec(*layout) for layout in layouts)
+    summed = jax.shard_map(add, in_specs=in_specs, out_specs=parameter_spec(axes), check_vma=False)
+    return summed(*activations)
+
+
+def _scatter(total: jax.Array, at: int) -> jax.Array:
+    """The sum of all `fsdp` devices' arrays, axis `at` split over them.
+
+    The TPU compiler (libtpu 0.0.42) makes an all-reduce of a reduce-scatter over a whole torus, or over any
+    axis but the last; one side of the torus after the other, along the last axis, it takes as it stands.
+    """
+    size = jax.lax.axis_size("fsdp")
+    inner = max(k for k in range(1, math.isqrt(size) + 1) if size % k == 0)
+    devices = np.arange(size).reshape(-1, inner)
+    total = jnp.moveaxis(total, at, -1)
+    for groups in (devices.T, devices) if inner > 1 else (devices.reshape(1, -1),):
+        total = jax.lax.psum_scatter(
+            total,
+            "fsdp",
+            scatter_dimension=total.ndim - 1,
+            tiled=True,
+            axis_index_groups=groups.tolist(),
+        )
+    return jnp.moveaxis(total, -1, at)
+
+
 def gather(parameter: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """The parameter as a layer uses it: whole over `fsdp`, still split over `tensor`."""
     if jax.sharding.get_abstract_mesh().empty:
@@ -60,10 +117,36 @@ def gather(parameter: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     return jax.sharding.reshard(parameter, PartitionSpec(*spec))
 
 
+def platform() -> str:
+    """What the program being traced is for: the context mesh's devices, which need not be here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def put_batch(batch: dict, mesh: Mesh) -> dict:
     """A host batch (arrays [B, ...]) split over the batch axes of the mesh."""
     sharding = NamedSharding(mesh, PartitionSpec(ACTIVATION_AXES["batch"]))
     return jax.device_put(batch, sharding)
+
+
+def split_batch(batch: dict, num_parts: int) -> dict:
+    """Arrays [B, ...] as [num_parts, B / num_parts, ...]; every device splits the rows that it has.
+
+    Raises:
+        ValueError: B is not a multiple of num_parts.
+    """
+
+    def split(x: jax.Array) -> jax.Array:
+        rows, rest = divmod(x.shape[0], num_parts)
+        if rest:
+            raise ValueError(f"a batch of {x.shape[0]} rows does not split into {num_parts} parts")
+        tail = (None,) * (x.ndim - 1)
+        parts = jax.lax.reshape(
+            x, (rows, num_parts, *x.shape[1:]), out_sharding=activation_spec("batch", None, *tail)
+        )
+        return jnp.moveaxis(parts, 1, 0)
+
+    return jax.tree.map(split, batch)
 
 
 def place(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -1,80 +1,111 @@
 """Documents from a folder of pictures and their captions, which a stranger may have made."""
 
-import io
-import json
-import pathlib
-from collections.abc import Callable
+import os
+import stat
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import PIL.Image
-import PIL.ImageOps
 from etils import epath
 
-from rag_mm.core import document
+from rag_mm.core import document, files
 from rag_mm.core.errors import UserError
-from rag_mm.memory import images
+from rag_mm.data import captions, pictures
+from rag_mm.memory import stream
 
 CAPTIONS = "captions.jsonl"
-_FORMATS = ("JPEG", "PNG", "WEBP")
 
 
-def load_image(path: epath.PathLike) -> np.ndarray:
+def load_image(path: epath.PathLike, is_whitened: bool = True) -> np.ndarray:
     """Reads a JPEG, PNG or WebP picture as uint8 [H, W, 3], turned as its EXIF data says.
 
-    The content decides, not the ending. Transparent parts become white, CMYK, grey, palette, 1-bit
-    and 16-bit pictures RGB; of an animation comes the first frame.
+    The content decides, not the ending. Transparent parts become white, or with `is_whitened` False show
+    whatever colour lies below, as to public CLIPs; CMYK, grey, palette, 1-bit and 16-bit pictures become
+    RGB; of an animation comes the first frame.
 
     Raises:
         UserError: there is no such file, it is no such picture or a damaged one, or it has more
             than `images.MAX_PIXELS`, which its header tells before anything is decoded.
     """
     try:
-        data = epath.Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"Picture {path} cannot be read: {error.strerror or error}.") from error
-    try:
-        return _decode(data)
+        return pictures.decode(read_file(epath.Path(path)), is_whitened=is_whitened).pixels
     except UserError as error:
         raise UserError(f"Picture {path} {error}") from None
 
 
-def _decode(data: bytes) -> np.ndarray:
-    """`load_image` of a file's content; errors lack the subject of their sentence."""
-    too_large = f"has more than {images.MAX_PIXELS:,} pixels; scale it down."
+def read_file(path: epath.Path) -> bytes:
+    """The bytes of a regular file; a device or a pipe would never end.
+
+    Raises:
+        BadRecord: it cannot be read.
+    """
     try:
-        with PIL.Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            if image.width * image.height > images.MAX_PIXELS:
-                raise UserError(too_large)
-            image.load()
-            return _to_rgb(PIL.ImageOps.exif_transpose(image))
-    except UserError:
-        raise
-    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
-        raise UserError(too_large) from None
-    except PIL.UnidentifiedImageError:
-        raise UserError("is not a JPEG, PNG or WebP picture.") from None
-    except Exception as error:  # Damaged bytes raise whatever the decoder stumbled over.
-        raise UserError(f"is damaged ({error}).") from error
+        # The path library takes a pipe for a file; a remote store has no pipes.
+        if "://" not in os.fspath(path):
+            mode = os.stat(path).st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise captions.BadRecord("device", "cannot be read: it is a device or a pipe.")
+        if path.is_file() and path.stat().length > pictures.MAX_BYTES:
+            raise pictures.BadPicture(
+                "too-many-bytes", f"has more than {pictures.MAX_BYTES:,} bytes; scale it down."
+            )
+        return path.read_bytes()
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror or error}."
+        raise captions.BadRecord("missing-picture", reason) from error
 
 
-def _to_rgb(image: PIL.Image.Image) -> np.ndarray:
-    if image.mode.startswith("I"):  # 16 bits; Pillow would clip at 255 instead of scaling.
-        gray = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
-        return np.repeat(gray[:, :, None], 3, axis=2)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = PIL.Image.new("RGBA", image.size, "white")
-        image = PIL.Image.alpha_composite(white, image)
-    return np.array(image.convert("RGB"))
+class FolderSource:
+    """The records of a folder in the order of captions.jsonl, each a caption and a picture.
+
+    A line is `{"image": "file.png", "caption": "...", "url": "...", "license": "..."}`, the last
+    two optional; the document's id is the picture's file name without its ending.
+    """
+
+    def __init__(self, directory: epath.PathLike):
+        """Reads the captions alone.
+
+        Raises:
+            UserError: no folder, or no captions.jsonl in it.
+        """
+        self._directory = epath.Path(directory)
+        self._lines = _read_lines(self._directory)
+        self.size: int | None = len(self._lines)
+        self.fingerprint = files.digest(b"\n".join(self._lines))
+
+    def read(self, start: int) -> Iterator[stream.Item]:
+        """Items from a line on, counted without empty ones."""
+        for place in range(start, len(self._lines)):
+            name = f"line {place + 1}"
+            try:
+                fields, beside = _parse(self._lines[place])
+                name = fields["image"]
+                yield self._item(place + 1, fields["image"], beside)
+            except (captions.BadRecord, pictures.BadPicture) as error:
+                bad = captions.BadRecord(error.reason, str(error))
+                yield stream.Item(place + 1, reject=bad.as_reject(name))
+
+    def image_name(self, place: int) -> str:
+        """The picture that a good line names."""
+        return _parse(self._lines[place])[0]["image"]
+
+    def _item(self, position: int, name: str, beside: captions.Beside) -> stream.Item:
+        path = self._directory / name
+        ending = path.suffix.removeprefix(".")
+        picture = pictures.decode(read_file(path), ending, min_pixels=2)
+        segments = (document.Text(beside.caption), document.Image(picture.pixels))
+        found = document.Document(path.stem, segments, beside.url, beside.license)
+        return stream.Item(position, found, notes=picture.notes)
+
+    def __repr__(self) -> str:
+        return f"FolderSource({str(self._directory)!r}, {self.size} lines)"
 
 
 class FolderDocuments:
-    """The good records of a folder, each a caption and a picture, in the order of captions.jsonl.
+    """The good records of a folder, which can be read at any time; see `FolderSource`.
 
-    A line is `{"image": "file.png", "caption": "...", "url": "...", "license": "..."}`, the last
-    two optional; the document's id is the picture's file name without its ending. Every picture is
-    decoded once when the folder is opened, so that a record which is listed can be read.
+    Every picture is decoded once when the folder is opened, so that a record which is listed can be
+    read.
 
     Attributes:
         rejects: (name, reason) of each bad record; the name is the picture's, or `line 3`.
@@ -92,57 +123,41 @@ class FolderDocuments:
         Raises:
             UserError: no folder, no captions.jsonl, or no good record in it.
         """
-        self._directory = epath.Path(directory)
-        self._records: list[dict[str, Any]] = []
+        self._source = FolderSource(directory)
+        self._positions: list[int] = []
         self.rejects: list[tuple[str, str]] = []
-        lines = _read_lines(self._directory)
         seen: set[str] = set()
-        for number, line in enumerate(lines, start=1):
-            name = f"line {number}"
-            try:
-                record = _parse(line)
-                name = record["image"]
-                self._check(record, seen)
-                seen.add(record["id"])
-                self._records.append(record)
-            except UserError as error:
-                self.rejects.append((name, str(error)))
+        for item in self._source.read(0):
+            if item.reject is not None:
+                self.rejects.append((item.reject.name, item.reject.detail))
+            elif item.document is not None and item.document.id in seen:
+                name = self._source.image_name(item.position - 1)
+                reason = f"has the id {item.document.id!r} of an earlier one."
+                self.rejects.append((name, reason))
+            elif item.document is not None:
+                seen.add(item.document.id)
+                self._positions.append(item.position - 1)
             if on_progress is not None:
-                on_progress(number, len(lines))
-        if not self._records:
+                on_progress(item.position, self._source.size or 0)
+        if not self._positions:
             name, reason = self.rejects[0] if self.rejects else (CAPTIONS, "is empty.")
             raise UserError(
                 f"{directory} has no good record; of {len(self.rejects)} bad ones the first is "
                 f"{name}, which {reason}"
             )
 
-    def _check(self, record: dict[str, Any], seen: set[str]) -> None:
-        if record["id"] in seen:
-            raise UserError(f"has the id {record['id']!r} of an earlier one.")
-        try:
-            data = (self._directory / record["image"]).read_bytes()
-        except OSError as error:
-            raise UserError(f"cannot be read: {error.strerror or error}.") from error
-        _decode(data)
-
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._positions)
 
     def __getitem__(self, i: int) -> document.Document:
         """The i-th good record; its picture has its own size."""
-        record = self._records[i]
-        return document.Document(
-            id=record["id"],
-            segments=(
-                document.Text(record["caption"]),
-                document.Image(load_image(self._directory / record["image"])),
-            ),
-            url=record.get("url"),
-            license=record.get("license"),
-        )
+        item = next(self._source.read(self._positions[i]))
+        if item.document is None:
+            raise UserError(f"Record {i} of {self._source} was changed: {item.reject}.")
+        return item.document
 
     def __repr__(self) -> str:
-        return f"FolderDocuments({str(self._directory)!r}, {len(self)} good)"
+        return f"FolderDocuments({self._source}, {len(self)} good)"
 
 
 def _read_lines(directory: epath.Path) -> list[bytes]:
@@ -157,31 +172,10 @@ def _read_lines(directory: epath.Path) -> list[bytes]:
     return [line for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()]
 
 
-def _parse(line: bytes) -> dict[str, Any]:
-    """A line's fields and its id; errors lack the subject of their sentence."""
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise UserError("is not UTF-8.") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"is not JSON ({error}).") from None
-    if not isinstance(record, dict) or not isinstance(record.get("image"), str):
-        raise UserError('is not {"image": "file.png", "caption": "..."}.')
-    path = pathlib.PurePosixPath(record["image"])
-    # Backslashes and drives lead outside on Windows alone, but a folder may travel.
-    outside = path.is_absolute() or pathlib.PureWindowsPath(record["image"]).drive
-    if outside or ".." in record["image"].replace("\\", "/").split("/") or "\0" in path.name:
-        raise UserError(f"names {record['image']!r}, which leads outside the folder.")
-    if not path.stem:
-        raise UserError("names no file.")
-    caption = record.get("caption")
-    if not isinstance(caption, str) or not caption.strip():
-        raise UserError(f"gives {record['image']} no caption.")
-    try:
-        "".join([caption, path.stem, str(record.get("url")), str(record.get("license"))]).encode()
-    except UnicodeEncodeError:
-        raise UserError("holds half of a surrogate pair, which is no text.") from None
-    for key in ("url", "license"):
-        if not isinstance(record.get(key), str | None):
-            raise UserError(f"gives {record['image']} a {key} that is not text.")
-    return {**record, "id": path.stem}
+def _parse(line: bytes) -> tuple[dict[str, Any], captions.Beside]:
+    """A line's fields; errors lack the subject of their sentence."""
+    fields = captions.parse_json(line)
+    if not isinstance(fields, dict) or not isinstance(fields.get("image"), str):
+        raise captions.BadRecord("not-json", 'is not {"image": "file.png", "caption": "..."}.')
+    captions.check_path(fields["image"])
+    return fields, captions.check(fields, fields["image"])

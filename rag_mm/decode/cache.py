@@ -5,7 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rag_mm.nn.block import Attend, Heads, Recent
+from rag_mm.nn.block import Attend, Heads
+from rag_mm.nn.smear import Recent
 from rag_mm.ops import attention
 
 

@@ -149,7 +149,9 @@ def _draw(
         if top_p is not None:
             scaled = jnp.where(_nucleus(scaled, top_p), scaled, -jnp.inf)
         token = jax.vmap(jax.random.categorical)(keys, scaled).astype(jnp.int32)
-    return token, jnp.take_along_axis(log_probs, token[:, None], axis=1)[:, 0]
+    # A comparison, not a gather: rows may be split over devices.
+    is_drawn = jnp.arange(logits.shape[1], dtype=jnp.int32)[None] == token[:, None]
+    return token, jnp.where(is_drawn, log_probs, 0).sum(axis=1)
 
 
 def _nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
@@ -176,3 +178,13 @@ def _record(
         finished = finished | (token == stop)
     out = Sampled(out.tokens.at[:, i].set(token), out.log_probs.at[:, i].set(log_prob))
     return token, out, finished
+
+
+def lower(
+    *args: jax.ShapeDtypeStruct | Prompts,
+    graphdef: nnx.GraphDef,
+    num_steps: int,
+    stop: int | None = None,
+) -> jax.stages.Lowered:
+    """`sample`'s program lowered on abstract arguments, for a plan; those of `_sample` in its order."""
+    return _sample.lower(*args, graphdef=graphdef, num_steps=num_steps, stop=stop)

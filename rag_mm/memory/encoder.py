@@ -87,6 +87,28 @@ def embed(
     return {"image": image, "text": text, "mixed": mixed}
 
 
+def encode_query(
+    encoder: Encoder,
+    *,
+    text: str | Sequence[str] | None,
+    image: np.ndarray | None,
+    document: document_lib.Document | None,
+    view: str,
+) -> np.ndarray:
+    """Unit rows, float32 [Q, D], of what is not None; see `Memory.encode`."""
+    if text is not None:
+        texts = [text] if isinstance(text, str) else list(text)
+        return unit_rows(encoder.encode_text(texts), texts)
+    if document is not None:
+        check_view(view)
+        return embed([document], encoder, batch_size=1)[view]
+    if image is None:
+        raise UserError("A search needs a text, an image, a document or vectors.")
+    stack = image[None] if image.ndim == 3 else image
+    pixels = np.stack([images.fit(picture, encoder.image_size) for picture in stack])
+    return unit_rows(encoder.encode_image(pixels), [f"picture {i}" for i in range(len(pixels))])
+
+
 def unit_rows(rows: np.ndarray, names: Sequence[str]) -> np.ndarray:
     """Rows [B, D] rescaled to length 1, float32.
 

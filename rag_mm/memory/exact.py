@@ -10,6 +10,7 @@ import numpy as np
 from rag_mm.core import files
 from rag_mm.core.errors import UserError
 from rag_mm.memory import index
+from rag_mm.memory import rows as rows_lib
 
 _ROWS_PER_CHUNK = 32_768  # Scores of one chunk for 256 queries are 32 MiB.
 _ROWS_PER_BLOCK = 1_024  # Small memories are padded to this, so that sizes share a program.
@@ -24,12 +25,14 @@ class ExactIndex:
 
     def __init__(self):
         self._rows: np.ndarray | None = None
+        self._live: rows_lib.LiveRows | None = None
         self._chunks: jax.Array | None = None
+        self._masks: jax.Array | None = None
 
     @property
     def num_rows(self) -> int:
         """How many rows can be found."""
-        return 0 if self._rows is None else len(self._rows)
+        return 0 if self._live is None else len(self._live)
 
     def build(self, embeddings: np.ndarray) -> None:
         """Replaces the rows, as the protocol says."""
@@ -39,14 +42,25 @@ class ExactIndex:
         padded[: len(rows)] = rows
         self._rows = rows
         self._chunks = jnp.asarray(padded.reshape(-1, chunk, rows.shape[1]))
+        self._set_live(rows_lib.LiveRows(len(rows)))
 
     def add(self, embeddings: np.ndarray) -> None:
         """Appends rows, as the protocol says."""
-        if self._rows is None:
+        if self._rows is None or self._live is None:
             self.build(embeddings)
             return
         embeddings = index.check_rows(embeddings, self._rows.shape[1])
-        self.build(np.concatenate([self._rows, embeddings]))
+        self.build(np.concatenate([self._rows[self._live.stored], embeddings]))
+
+    def remove(self, ids: np.ndarray) -> None:
+        """Takes rows out, as the protocol says; what is left is not copied."""
+        self._set_live(index.need_rows(self._live).without(ids))
+
+    def _set_live(self, live: rows_lib.LiveRows) -> None:
+        assert self._chunks is not None
+        masks = np.zeros(self._chunks.shape[:2], bool)
+        masks.reshape(-1)[: live.num_stored] = live.mask
+        self._live, self._masks = live, jnp.asarray(masks)
 
     def search(self, queries: np.ndarray, k: int) -> index.Neighbors:
         """The best k rows of each query, as the protocol says."""
@@ -61,13 +75,13 @@ class ExactIndex:
             for start in range(0, len(queries), _MAX_QUERIES)
         ]
         ids, scores = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        return index.pad_hits(ids, scores, k)
+        return index.pad_hits(index.need_rows(self._live).numbers(ids), scores, k)
 
     def _search_batch(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         bucket = max(_MIN_QUERIES, 1 << (len(queries) - 1).bit_length())
         padded = np.zeros((bucket, queries.shape[1]), np.float32)
         padded[: len(queries)] = queries
-        ids, scores = _top_k(self._chunks, jnp.asarray(padded), jnp.int32(self.num_rows), k)
+        ids, scores = _top_k(self._chunks, self._masks, jnp.asarray(padded), k)
         return np.asarray(ids)[: len(queries)], np.asarray(scores)[: len(queries)]
 
     def save(self, directory: Path) -> None:
@@ -91,13 +105,13 @@ def _round_up(value: int, multiple: int) -> int:
 
 @functools.partial(jax.jit, static_argnames="k")
 def _top_k(
-    chunks_crd: jax.Array, queries_qd: jax.Array, num_rows: jax.Array, k: int
+    chunks_crd: jax.Array, masks_cr: jax.Array, queries_qd: jax.Array, k: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The best k of rows below `num_rows`: ids int32 [Q, k] and scores float32 [Q, k]."""
+    """The best k of the rows that the mask leaves: ids int32 [Q, k] and scores float32 [Q, k]."""
     num_queries, chunk = queries_qd.shape[0], chunks_crd.shape[1]
 
-    def visit(best, chunk_and_start):
-        rows_rd, start = chunk_and_start
+    def visit(best, chunk_mask_start):
+        rows_rd, mask_r, start = chunk_mask_start
         scores_qr = jnp.einsum(
             "qd,rd->qr",
             queries_qd,
@@ -106,7 +120,7 @@ def _top_k(
             preferred_element_type=jnp.float32,
         )
         ids_r = start + jnp.arange(chunk, dtype=jnp.int32)
-        scores_qr = jnp.where((ids_r < num_rows)[None, :], scores_qr, -jnp.inf)
+        scores_qr = jnp.where(mask_r[None, :], scores_qr, -jnp.inf)
         scores, places = jax.lax.top_k(scores_qr, min(k, chunk))
         # What was found before stands first: top_k prefers it among equals, as it has smaller ids.
         scores = jnp.concatenate([best[1], scores], axis=1)
@@ -119,5 +133,5 @@ def _top_k(
         jnp.full((num_queries, k), -jnp.inf, jnp.float32),
     )
     starts = chunk * jnp.arange(chunks_crd.shape[0], dtype=jnp.int32)
-    (ids, scores), _ = jax.lax.scan(visit, nothing, (chunks_crd, starts))
+    (ids, scores), _ = jax.lax.scan(visit, nothing, (chunks_crd, masks_cr, starts))
     return ids, scores

@@ -2,16 +2,14 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from rag_mm.core.errors import UserError
+from rag_mm.memory import rows as rows_lib
 
-if TYPE_CHECKING:
-    pass
-
-MISSING = -1
+MISSING = rows_lib.MISSING
 """The id of a hit that does not exist; its score is minus infinity."""
 
 
@@ -57,6 +55,14 @@ class Index(Protocol):
         """
         ...
 
+    def remove(self, ids: np.ndarray) -> None:
+        """Takes rows out, int [M]; as in a list, the ids of those after them close up.
+
+        Raises:
+            UserError: an id is no row's, or the index was never built.
+        """
+        ...
+
     def search(self, queries: np.ndarray, k: int) -> Neighbors:
         """The k rows with the largest inner product for each of float32 [Q, D], best first.
 
@@ -66,7 +72,7 @@ class Index(Protocol):
         ...
 
     def save(self, directory: Path) -> None:
-        """Writes what `load` needs beside the rows into a folder that it makes."""
+        """Writes what `load` needs beside the rows that are left into a folder that it makes."""
         ...
 
     def load(self, directory: Path, embeddings: np.ndarray) -> None:
@@ -121,6 +127,13 @@ def _check(values: np.ndarray, dim: int | None, what: str, one: str) -> np.ndarr
             "the encoder that made them is broken."
         )
     return values
+
+
+def need_rows(live: rows_lib.LiveRows | None) -> rows_lib.LiveRows:
+    """The rows; raises UserError where an index was never built."""
+    if live is None:
+        raise UserError("The index has no rows yet: build or load it before a removal.")
+    return live
 
 
 def pad_hits(ids: np.ndarray, scores: np.ndarray, k: int) -> Neighbors:

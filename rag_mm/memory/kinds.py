@@ -1,19 +1,21 @@
 """The kinds of index by name, as manifests and configs write them."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rag_mm.core import files
 from rag_mm.core.errors import UserError
 from rag_mm.memory.index import Index
 
 if TYPE_CHECKING:
-    from rag_mm.memory.scann_index import ScannConfig
+    from rag_mm.memory.scann_config import ScannConfig
 
 
 def make_index(kind: str, scann: "ScannConfig | None" = None) -> Index:
     """An empty index.
 
     Args:
-        kind: `exact` or `scann`.
+        kind: `exact`, `scann` or `device`.
         scann: how ScaNN searches, its defaults where None.
 
     Raises:
@@ -28,4 +30,24 @@ def make_index(kind: str, scann: "ScannConfig | None" = None) -> Index:
         from rag_mm.memory import scann_index
 
         return scann_index.ScannIndex(scann)
-    raise UserError(f"There is no index {kind!r}: choose scann or exact.")
+    if kind == "device":
+        from rag_mm.memory import device_index
+
+        return device_index.DeviceIndex()
+    raise UserError(f"There is no index {kind!r}: choose scann, exact or device.")
+
+
+def saved_scann(kind: str, directory: Path) -> "ScannConfig | None":
+    """How a saved index of ScaNN searches, so that the next one does as it does; None for others.
+
+    Raises:
+        UserError: its description is damaged.
+    """
+    if kind != "scann":
+        return None
+    from rag_mm.memory.scann_config import ScannConfig
+
+    try:
+        return ScannConfig(**files.read_json(directory / "index.json")["config"])
+    except (TypeError, KeyError, ValueError) as error:
+        raise UserError(f"{directory / 'index.json'} is damaged ({error}).") from error

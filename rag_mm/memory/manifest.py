@@ -3,8 +3,11 @@
     MEM/CURRENT                     the current version and its manifest's digest
     MEM/v000001/manifest.json       what the version is, and size and digest of its files
     MEM/v000001/manifest.sha256     the manifest's own digest
-    MEM/v000001/{records,ids,codes,embeddings-VIEW}-00000.*     one shard
-    MEM/v000001/index-VIEW/         the index of a view
+    MEM/v000001/{records,ids,origins,codes,embeddings-VIEW}-00000.*     one shard
+    MEM/v000001/index-VIEW/         the index of a view, over all stored rows
+    MEM/v000001/begun.json commit-00000.json        what is being made, and the shards that are done
+    MEM/v000001/removed.npy         places of the stored rows that are no longer there (tombstones)
+    MEM/v000001/{ingest.json,rejects.jsonl}         what was left out, and why
     MEM/retriever/ MEM/tokenizer/   what search and add need beside the memory
 
 A version names files of its own folder and of earlier ones, which are never changed.
@@ -14,7 +17,7 @@ import dataclasses
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,8 @@ from rag_mm.core import files
 from rag_mm.core.errors import UserError
 
 CURRENT = "CURRENT"
+REMOVED = "removed.npy"
+PRUNED = ".pruned-"  # A version on its way out; readers and `verify` pass it over.
 LOCK = ".memory-lock"  # A run has a lock of its own in the folder that a memory may share.
 FORMAT = 1
 _CURRENT_LINE = re.compile(r"v(\d{6}) ([0-9a-f]{64})\n")
@@ -66,6 +71,8 @@ class Manifest:
         num_codes: codes of one image, or None.
         shards: in row order.
         files: everything that the version needs, by path relative to the memory.
+        removed: how many of the shards' rows are no longer there.
+        indexed_by: folder of the version whose indexes serve this one; its own if empty.
     """
 
     version: int
@@ -77,16 +84,27 @@ class Manifest:
     num_codes: int | None
     shards: tuple[Shard, ...]
     files: Mapping[str, FileEntry]
+    removed: int = 0
+    indexed_by: str = ""
+
+    @property
+    def stored(self) -> int:
+        """Rows of all shards, removed ones included."""
+        return sum(shard.rows for shard in self.shards)
 
     @property
     def rows(self) -> int:
-        """Rows of all shards."""
-        return sum(shard.rows for shard in self.shards)
+        """Rows that can be found."""
+        return self.stored - self.removed
 
     @property
     def folder(self) -> str:
         """The version's own folder."""
         return folder_of(self.version)
+
+    def index_folder(self, view: str) -> str:
+        """Where the index of a view lies, relative to the memory."""
+        return f"{self.indexed_by or self.folder}/index-{view}"
 
 
 def local_folder(path: epath.PathLike) -> Path:
@@ -115,6 +133,11 @@ def seal(path: Path) -> FileEntry:
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return FileEntry(path.stat().st_size, files.file_digest(path))
+
+
+def seal_all(root: Path, paths: Iterable[Path]) -> dict[str, FileEntry]:
+    """Seals files, by path relative to the memory."""
+    return {path.relative_to(root).as_posix(): seal(path) for path in paths}
 
 
 def write(root: Path, manifest: Manifest) -> str:
@@ -168,13 +191,18 @@ def read(root: Path, version: int, sha256: str | None = None) -> Manifest:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}).") from error
+        named = "" if sha256 is None else f"{root / CURRENT} names version {version}, but "
+        raise UserError(f"{named}{path} cannot be read ({error.strerror}).") from error
     try:
         line = path.with_suffix(".sha256").read_bytes().decode("utf-8", "replace")
     except OSError as error:
         raise UserError(f"{path.with_suffix('.sha256')} cannot be read.") from error
     actual = files.digest(data)
-    if line != _digest_line(actual) or sha256 not in (None, actual):
+    if line == _digest_line(actual) and sha256 not in (None, actual):
+        raise UserError(
+            f"{root / CURRENT} or {path} was changed: the one does not hold the other's digest."
+        )
+    if line != _digest_line(actual):
         raise UserError(
             f"{path} or the digest beside it, manifest.sha256, was changed: build the memory again."
         )
@@ -197,6 +225,25 @@ def check_file(root: Path, name: str, entry: FileEntry, deep: bool) -> str | Non
     return None
 
 
+def check_sizes(root: Path, manifest: Manifest) -> None:
+    """Raises UserError where a file of a version is missing or of another size."""
+    for name, entry in manifest.files.items():
+        problem = check_file(root, name, entry, deep=False)
+        if problem is not None:
+            raise UserError(problem)
+
+
+def check_folder(root: Path, manifest: Manifest, folder: str) -> None:
+    """Raises UserError where a version has no such folder, or a file in it was changed."""
+    entries = {n: e for n, e in manifest.files.items() if n.startswith(f"{folder}/")}
+    if not entries:
+        raise UserError(f"{root} carries no {folder}: it was built without one.")
+    for name, entry in entries.items():
+        problem = check_file(root, name, entry, deep=True)
+        if problem is not None:
+            raise UserError(problem)
+
+
 def _digest_line(sha256: str) -> str:
     return f"{sha256}  manifest.json\n"
 
@@ -208,6 +255,7 @@ def _parse(fields: Any) -> Manifest:
     fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
     fields["files"] = {name: FileEntry(**entry) for name, entry in fields["files"].items()}
     names = [*fields["files"], *(shard.folder for shard in fields["shards"])]
+    names.append(fields.get("indexed_by", ""))
     for name in names:  # A stranger's manifest must not lead out of its folder.
         parts = pathlib.PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts:

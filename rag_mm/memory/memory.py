@@ -1,26 +1,34 @@
 """The memory: documents, their embeddings and codes, and an index over each view of them."""
 
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from array_record.python import array_record_data_source
 from etils import epath
 
 from rag_mm.core import document as document_lib
-from rag_mm.core import files
 from rag_mm.core.errors import UserError
+from rag_mm.memory import (
+    changes,
+    index,
+    manifest,
+    record,
+    stats,
+    stream,
+    verify,
+    views,
+    writer,
+)
 from rag_mm.memory import encoder as encoder_lib
-from rag_mm.memory import images, index, kinds, manifest, record, verify, writer
 from rag_mm.memory import shard as shard_lib
 
 
 class Memory:
     """One version of a memory, opened for reading; later versions do not disturb it.
 
-    Safe to search and read from several threads. Attributes:
+    A row is a document's place among those that are there; when one is removed, the rows of the later
+    ones close up in the version without it. Safe to search and read from several threads. Attributes:
         path: the folder.
         manifest: what this version is.
         ids: the documents' ids in row order.
@@ -32,16 +40,12 @@ class Memory:
         """For `Memory.open`."""
         self.path = path
         self.manifest = contents
-        self.ids = tuple(shard_lib.load_ids(path, contents))
+        self._live = shard_lib.load_live(path, contents)
+        stored = shard_lib.load_ids(path, contents)
+        self.ids = tuple(stored[place] for place in self._live.stored)
         self._encoder = encoder
-        self._indexes: dict[str, index.Index] = {}
-        self._lock = threading.Lock()
-        self._records = array_record_data_source.ArrayRecordDataSource(
-            [
-                f"{path / shard.file('records', 'arrayrecord')}[0:{shard.rows}]"
-                for shard in contents.shards
-            ]
-        )
+        self._views = views.Views(path, contents, self._live)
+        self._records = shard_lib.Records(path, contents.shards)
 
     @classmethod
     def open(
@@ -63,16 +67,20 @@ class Memory:
                 retriever than the one that built it.
         """
         root = manifest.local_folder(path)
-        current, sha256 = manifest.read_current(root)
-        version = version or current
-        if not 1 <= version <= current:  # A later one may lie there, but was never finished.
-            raise UserError(f"{path} has no version {version}; its newest is {current}.")
-        contents = manifest.read(root, version, sha256 if version == current else None)
-        for name, entry in contents.files.items():
-            problem = manifest.check_file(root, name, entry, deep=False)
-            if problem is not None:
-                raise UserError(problem)
-        memory = cls(root, contents, None)
+        while True:
+            current, sha256 = manifest.read_current(root)
+            wanted = current if version is None else version
+            if not 1 <= wanted <= current:  # A later one may lie there, but was never finished.
+                raise UserError(f"{path} has no version {wanted}; its newest is {current}.")
+            try:
+                contents = manifest.read(root, wanted, sha256 if wanted == current else None)
+                manifest.check_sizes(root, contents)
+                memory = cls(root, contents, None)
+                break
+            except UserError:
+                # A writer may have made the next version and pruned this one meanwhile.
+                if version is not None or manifest.read_current(root)[0] == current:
+                    raise
         if encoder is not None:
             memory.attach(encoder)
         return memory
@@ -81,7 +89,7 @@ class Memory:
     def build(
         cls,
         path: epath.PathLike,
-        documents: writer.Documents,
+        documents: stream.Documents | stream.Source,
         encoder: encoder_lib.Encoder,
         tokenizer: encoder_lib.Tokenizer | None = None,
         *,
@@ -90,10 +98,13 @@ class Memory:
     ) -> "Memory":
         """Makes a memory; a failure or a kill leaves none.
 
+        Started again after a kill, with the same documents and options, it goes on behind the last
+        shard that was finished.
+
         Args:
             path: a folder that is not a memory yet.
-            documents: with unique ids; their pictures are fitted to the tokenizer's image size,
-                or the encoder's without one.
+            documents: with unique ids, read one after the other; their pictures are fitted to the
+                tokenizer's image size, or the encoder's without one.
             encoder: the retriever.
             tokenizer: gives codes to each document with an image.
             carried: folders to copy into the memory by name, `retriever` and `tokenizer`, so that
@@ -101,8 +112,8 @@ class Memory:
             options: index, batch and shard sizes, progress.
 
         Raises:
-            UserError: no documents, a document that cannot be embedded, a duplicate id, a folder
-                that is in use or cannot be written.
+            UserError: no documents, more bad ones than the options allow, a folder that is in use
+                or cannot be written.
         """
         folders = {name: Path(folder) for name, folder in (carried or {}).items()}
         root = manifest.local_folder(path)
@@ -111,7 +122,7 @@ class Memory:
 
     def add(
         self,
-        documents: writer.Documents,
+        documents: stream.Documents | stream.Source,
         tokenizer: encoder_lib.Tokenizer | None = None,
         *,
         options: writer.Options | None = None,
@@ -126,6 +137,47 @@ class Memory:
         encoder = self._need_encoder()
         writer.add(self.path, documents, encoder, tokenizer, options or writer.Options())
         return Memory.open(self.path, encoder)
+
+    def remove(
+        self,
+        ids: Collection[str] = (),
+        urls: Collection[str] = (),
+        licenses: Collection[str] = (),
+    ) -> "Memory":
+        """Writes the next version, opened, without every document that one of these names.
+
+        Nothing is moved: the rows are marked, and `compact` leaves them behind.
+
+        Raises:
+            UserError: a name that no document has; nothing is removed then.
+        """
+        changes.remove(self.path, ids, urls, licenses)
+        return Memory.open(self.path, self._encoder)
+
+    def merge(self, other: "Memory", *, on_progress: changes.Progress | None = None) -> "Memory":
+        """Writes the next version, opened, with the documents of another memory's newest version.
+
+        Raises:
+            UserError: another retriever, tokenizer or picture size, or an id that both have.
+        """
+        changes.merge(self.path, other.path, on_progress=on_progress)
+        return Memory.open(self.path, self._encoder)
+
+    def compact(
+        self, prune: bool = False, *, on_progress: changes.Progress | None = None
+    ) -> "Memory":
+        """Writes the next version, opened, in files that hold nothing but its own rows.
+
+        Args:
+            prune: deletes every earlier version, with what was removed from them; who has one of
+                these open then reads no further.
+            on_progress: called with (rows written, all rows).
+
+        Raises:
+            UserError: `prune` of a run's own memory, whose later stages read its first version.
+        """
+        changes.compact(self.path, prune, on_progress=on_progress)
+        return Memory.open(self.path, self._encoder)
 
     def attach(self, encoder: encoder_lib.Encoder) -> None:
         """Gives the memory its retriever.
@@ -149,13 +201,7 @@ class Memory:
         Raises:
             UserError: the memory carries none of that name, or a file of it was changed.
         """
-        entries = {n: e for n, e in self.manifest.files.items() if n.startswith(f"{name}/")}
-        if not entries:
-            raise UserError(f"{self.path} carries no {name}: it was built without one.")
-        for file, entry in entries.items():
-            problem = manifest.check_file(self.path, file, entry, deep=True)
-            if problem is not None:
-                raise UserError(problem)
+        manifest.check_folder(self.path, self.manifest, name)
         return self.path / name
 
     def __len__(self) -> int:
@@ -164,28 +210,12 @@ class Memory:
     @property
     def fingerprint(self) -> str:
         """Digest of the rows and what made them; indexes, which may differ by machine, aside."""
-        shards = {
-            shard.file(what, ending)
-            for shard in self.manifest.shards
-            for what, ending in (
-                ("records", "arrayrecord"),
-                ("ids", "json"),
-                ("codes", "npy"),
-                *((f"embeddings-{view}", "npy") for view in encoder_lib.VIEWS),
-            )
-        }
-        rows = {n: e.sha256 for n, e in self.manifest.files.items() if n in shards}
-        contents = self.manifest
-        made = [contents.encoder, contents.tokenizer, contents.index, contents.image_size, rows]
-        return files.digest(files.canonical_json(made).encode())
+        return stats.fingerprint(self.manifest, self._live)
 
     @property
     def codes(self) -> np.ndarray | None:
         """Codes of each row's first image, int32 [R, N], -1 where it has none; None without any."""
-        if self.manifest.num_codes is None:
-            return None
-        shards = [shard_lib.load_codes(self.path, self.manifest, s) for s in self.manifest.shards]
-        return np.concatenate([codes for codes in shards if codes is not None])
+        return self._views.codes()
 
     def embeddings(self, view: str) -> np.ndarray:
         """Unit rows of a view, float32 [R, D], read-only.
@@ -193,8 +223,7 @@ class Memory:
         Raises:
             UserError: there is no such view, or the file is damaged.
         """
-        encoder_lib.check_view(view)
-        return shard_lib.load_rows(self.path, self.manifest, view)
+        return self._views.embeddings(view)
 
     def document(self, row: int) -> document_lib.Document:
         """The document of a row.
@@ -208,10 +237,7 @@ class Memory:
         """The document of a row with its embeddings and codes; raises as `document`."""
         if not 0 <= row < len(self):
             raise UserError(f"Row {row} is not in a memory of {len(self)} rows.")
-        try:
-            found = record.from_bytes(self._records[int(row)])
-        except (UserError, RuntimeError) as error:  # RuntimeError: ArrayRecord's own checksum.
-            raise UserError(f"Row {row} of {self.path} cannot be read: {error}") from error
+        found = self._records[self._live.stored[row]]
         if found.document.id != self.ids[row]:
             raise UserError(f"Row {row} of {self.path} is not {self.ids[row]!r} as listed.")
         return found
@@ -221,22 +247,23 @@ class Memory:
         *,
         text: str | Sequence[str] | None = None,
         image: np.ndarray | None = None,
+        document: document_lib.Document | None = None,
+        view: str = "mixed",
     ) -> np.ndarray:
-        """Queries as unit rows, float32 [Q, D]: of one or more texts or of uint8 [(Q,) H, W, 3].
+        """Queries as unit rows, float32 [Q, D].
+
+        Args:
+            text: one or more texts.
+            image: uint8 [(Q,) H, W, 3].
+            document: embedded as the memory's own are, in `view`.
+            view: for a document only.
 
         Raises:
             UserError: no encoder is attached.
         """
-        encoder = self._need_encoder()
-        if text is not None:
-            texts = [text] if isinstance(text, str) else list(text)
-            return encoder_lib.unit_rows(encoder.encode_text(texts), texts)
-        if image is None:
-            raise UserError("A search needs a text, an image or vectors.")
-        stack = image[None] if image.ndim == 3 else image
-        pixels = np.stack([images.fit(picture, encoder.image_size) for picture in stack])
-        names = [f"picture {i}" for i in range(len(pixels))]
-        return encoder_lib.unit_rows(encoder.encode_image(pixels), names)
+        return encoder_lib.encode_query(
+            self._need_encoder(), text=text, image=image, document=document, view=view
+        )
 
     def search(
         self,
@@ -244,6 +271,7 @@ class Memory:
         text: str | Sequence[str] | None = None,
         image: np.ndarray | None = None,
         vectors: np.ndarray | None = None,
+        document: document_lib.Document | None = None,
         view: str | None = None,
         k: int = 5,
     ) -> index.Neighbors:
@@ -252,7 +280,8 @@ class Memory:
         Args:
             text: one text or several.
             image: uint8 [H, W, 3] or [Q, H, W, 3], of any size.
-            vectors: float32 [Q, D] unit rows. Exactly one of the three is given.
+            vectors: float32 [Q, D] unit rows.
+            document: one, of the memory or not. Exactly one of the four is given.
             view: which embedding is searched; `image` for an image, else `mixed`.
             k: hits of each query, >= 1.
 
@@ -262,26 +291,21 @@ class Memory:
         Raises:
             UserError: not exactly one query, no such view, k < 1, or a damaged index.
         """
-        if sum(query is not None for query in (text, image, vectors)) != 1:
-            raise UserError("A search takes exactly one of a text, an image or vectors.")
+        if sum(query is not None for query in (text, image, vectors, document)) != 1:
+            raise UserError(
+                "A search takes exactly one of a text, an image, a document or vectors."
+            )
         view = view or ("image" if image is not None else "mixed")
         encoder_lib.check_view(view)
         if k < 1:
             raise UserError(f"A search for k = {k} finds nothing; ask for at least 1 neighbor.")
-        queries = self.encode(text=text, image=image) if vectors is None else vectors
-        return self.index(view).search(queries, k)
+        if vectors is None:
+            vectors = self.encode(text=text, image=image, document=document, view=view)
+        return self.index(view).search(vectors, k)
 
     def index(self, view: str) -> index.Index:
         """The index of a view, loaded on first use; raises UserError where it is damaged."""
-        encoder_lib.check_view(view)
-        with self._lock:
-            if view not in self._indexes:
-                searcher = kinds.make_index(self.manifest.index)
-                searcher.load(
-                    self.path / self.manifest.folder / f"index-{view}", self.embeddings(view)
-                )
-                self._indexes[view] = searcher
-            return self._indexes[view]
+        return self._views.index(view)
 
     def verify(self) -> list[str]:
         """Everything that is wrong with the folder; see `verify.verify`."""
@@ -289,24 +313,12 @@ class Memory:
 
     def stats(self) -> dict[str, Any]:
         """What the memory holds, ready for JSON."""
-        contents = self.manifest
-        return {
-            "path": str(self.path),
-            "version": contents.version,
-            "rows": contents.rows,
-            "with_text": sum(shard.with_text for shard in contents.shards),
-            "with_image": sum(shard.with_image for shard in contents.shards),
-            "shards": len(contents.shards),
-            "bytes": sum(entry.size for entry in contents.files.values()),
-            "index": contents.index,
-            "views": list(encoder_lib.VIEWS),
-            "dim": contents.dim,
-            "image_size": contents.image_size,
-            "codes_per_image": contents.num_codes,
-            "encoder": contents.encoder,
-            "tokenizer": contents.tokenizer,
-            "fingerprint": self.fingerprint,
-        }
+        return stats.summarize(self.path, self.manifest, self._live)
+
+    @property
+    def encoder(self) -> encoder_lib.Encoder:
+        """The retriever; raises UserError where none is attached."""
+        return self._need_encoder()
 
     def _need_encoder(self) -> encoder_lib.Encoder:
         if self._encoder is None:

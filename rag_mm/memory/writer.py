@@ -1,7 +1,8 @@
-"""Writes memories: `build` makes version 1 and `add` the next one, each whole or not at all.
+"""Writes memories: each call makes the next version, whole or not at all.
 
 A version counts once CURRENT names it, and that is written last, atomically. What a killed writer
-leaves behind is invisible to readers and removed by the next writer.
+leaves behind is invisible to readers. The next writer goes on from it if it makes the same thing from
+the same documents, and removes it otherwise.
 """
 
 import contextlib
@@ -9,71 +10,46 @@ import dataclasses
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
-from rag_mm.core import document as document_lib
+from rag_mm.core import files
 from rag_mm.core.errors import UserError
 from rag_mm.memory import encoder as encoder_lib
-from rag_mm.memory import images, kinds, manifest
+from rag_mm.memory import ingest, kinds, manifest, staging, stream, summary
 from rag_mm.memory import shard as shard_lib
-from rag_mm.memory.scann_index import ScannConfig
+from rag_mm.memory.ingest import Options
+from rag_mm.memory.scann_config import ScannConfig
+from rag_mm.memory.stream import Documents
 
-
-class Documents(Protocol):
-    """Documents in an order, read one at a time."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, i: int, /) -> document_lib.Document: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How to write.
-
-    Attributes:
-        index: `scann` or `exact`; a memory keeps its kind.
-        scann: how ScaNN searches, where it does.
-        batch_size: documents encoded at once.
-        shard_size: rows of one file; what is held in RAM beside the index's rows.
-        on_progress: called with (documents done, all documents).
-    """
-
-    index: str = "scann"
-    scann: ScannConfig | None = None
-    batch_size: int = 256
-    shard_size: int = 8192
-    on_progress: Callable[[int, int], None] | None = None
+__all__ = ["Documents", "Options", "add", "build", "check_vacant"]
 
 
 def build(
     root: Path,
-    documents: Documents,
+    documents: Documents | stream.Source,
     encoder: encoder_lib.Encoder,
     tokenizer: encoder_lib.Tokenizer | None,
     carried: Mapping[str, Path],
     options: Options,
 ) -> None:
     """Makes a memory in a folder that is not one yet; see `Memory.build`."""
-    if len(documents) == 0:
-        raise UserError("There are no documents: a memory needs at least one.")
+    kinds.make_index(options.index, options.scann)  # A missing ScaNN is found before the work.
+    source = _open_source(documents)
     check_vacant(root, tuple(carried))
     is_new = not root.exists()
     with _lock(root):
-        _clear(root, [manifest.folder_of(1), *carried])
+        clear(root, carried)
         try:
             entries: dict[str, manifest.FileEntry] = {}
             for name, folder in carried.items():
                 entries |= _copy_folder(folder, root, name)
-            image_size = tokenizer.image_size if tokenizer is not None else encoder.image_size
             start = manifest.Manifest(
                 version=0,
                 dim=encoder.dim,
-                image_size=image_size,
+                image_size=(encoder if tokenizer is None else tokenizer).image_size,
                 index=options.index,
                 encoder=encoder.fingerprint,
                 tokenizer=None if tokenizer is None else tokenizer.fingerprint,
@@ -81,10 +57,10 @@ def build(
                 shards=(),
                 files=entries,
             )
-            _write_version(root, start, documents, encoder, tokenizer, options)
-        except BaseException:
+            _write_documents(root, start, "", source, encoder, tokenizer, options)
+        except UserError:
             if not (root / manifest.CURRENT).exists():
-                _clear(root, [manifest.folder_of(1), *carried, manifest.LOCK])
+                clear(root, [manifest.folder_of(1), *carried, manifest.LOCK])
                 if is_new:
                     root.rmdir()
             raise
@@ -92,17 +68,14 @@ def build(
 
 def add(
     root: Path,
-    documents: Documents,
+    documents: Documents | stream.Source,
     encoder: encoder_lib.Encoder,
     tokenizer: encoder_lib.Tokenizer | None,
     options: Options,
 ) -> None:
     """Makes the next version of a memory; see `Memory.add`."""
-    if len(documents) == 0:
-        raise UserError("There are no documents to add.")
-    with _lock(root):
-        version, sha256 = manifest.read_current(root)
-        before = manifest.read(root, version, sha256)
+    source = _open_source(documents)
+    with next_version(root) as (before, sha256):
         if encoder.fingerprint != before.encoder:
             raise UserError(
                 f"{root} was built by another retriever ({before.encoder[:12]}, not "
@@ -114,84 +87,105 @@ def add(
                 f"{root} holds codes of tokenizer {before.tokenizer}, but {given} is given: "
                 "add with the tokenizer of its build."
             )
-        _clear(root, _unfinished(root, version))
+        kinds.make_index(before.index, options.scann)  # A missing ScaNN is found before the work.
+        _write_documents(root, before, sha256, source, encoder, tokenizer, options)
+
+
+@contextlib.contextmanager
+def next_version(root: Path) -> Iterator[tuple[manifest.Manifest, str]]:
+    """The one writer's turn: the current manifest and its digest.
+
+    A mistake of the user removes what was begun; an interruption leaves it, to go on from.
+    """
+    with _lock(root):
+        version, sha256 = manifest.read_current(root)
+        before = manifest.read(root, version, sha256)
+        begun = manifest.folder_of(version + 1)
+        clear(root, [name for name in _unfinished(root, version) if name != begun])
         try:
-            _write_version(root, before, documents, encoder, tokenizer, options)
-        except BaseException:
+            yield before, sha256
+        except UserError:
             if manifest.read_current(root)[0] == version:
-                _clear(root, [manifest.folder_of(version + 1)])
+                clear(root, [begun])
             raise
 
 
-def _write_version(
+def finish(
     root: Path,
     before: manifest.Manifest,
-    documents: Documents,
+    stage: staging.Staging,
+    scann: ScannConfig | None,
+    removed: np.ndarray,
+) -> None:
+    """Indexes the shards of `before` and of the stage, and switches to the version they make.
+
+    Args:
+        root: the memory.
+        before: the manifest before, with the shards and files that are kept.
+        stage: what was written.
+        scann: how ScaNN searches; None as before.
+        removed: places of the stored rows that are no longer there, int64 [M].
+    """
+    shards = [commit.shard for commit in stage.commits if commit.shard.rows]
+    dropped = (f"{before.index_folder('')}", f"{before.folder}/{manifest.REMOVED}")
+    kept = {n: e for n, e in before.files.items() if not n.startswith(dropped)}
+    after = dataclasses.replace(
+        before,
+        version=before.version + 1,
+        num_codes=_num_codes(root, before.num_codes, shards),
+        shards=(*before.shards, *shards),
+        files=kept | stage.files(),
+        removed=len(removed),
+        indexed_by="",
+    )
+    if scann is None and before.version:
+        scann = kinds.saved_scann(before.index, root / before.index_folder("image"))
+    for view in encoder_lib.VIEWS:
+        searcher = kinds.make_index(before.index, scann)
+        searcher.build(shard_lib.load_rows(root, after, view))
+        searcher.save(root / after.folder / f"index-{view}")
+    if len(removed):
+        files.write_array(root / after.folder / manifest.REMOVED, removed.astype(np.int64))
+    publish(root, after)
+
+
+def publish(root: Path, after: manifest.Manifest) -> None:
+    """Seals what lies in a version's folder and is not listed yet, and switches to the version."""
+    folder = root / after.folder
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    new = [p for p in paths if p.relative_to(root).as_posix() not in after.files]
+    sealed = manifest.seal_all(root, (p for p in new if not p.name.startswith("manifest.")))
+    after = dataclasses.replace(after, files={**after.files, **sealed})
+    manifest.switch(root, after.version, manifest.write(root, after))
+
+
+def _open_source(documents: Documents | stream.Source) -> stream.Source:
+    if not isinstance(documents, stream.Source) and len(documents) == 0:
+        raise UserError("There are no documents: a memory needs at least one.")
+    return stream.as_source(documents)
+
+
+def _write_documents(
+    root: Path,
+    before: manifest.Manifest,
+    sha256: str,
+    source: stream.Source,
     encoder: encoder_lib.Encoder,
     tokenizer: encoder_lib.Tokenizer | None,
     options: Options,
 ) -> None:
     """Writes the version after `before` and switches to it."""
-    kinds.make_index(before.index, options.scann)  # A missing ScaNN is found before the work.
-    folder = manifest.folder_of(before.version + 1)
-    (root / folder).mkdir()
-    shards = _write_shards(root, before, documents, encoder, tokenizer, options)
-    after = dataclasses.replace(
-        before,
-        version=before.version + 1,
-        num_codes=_num_codes(root, before, shards),
-        shards=(*before.shards, *shards),
-    )
-    for view in encoder_lib.VIEWS:
-        searcher = kinds.make_index(before.index, options.scann)
-        rows = shard_lib.load_rows(root, after, view)
-        if before.shards:
-            searcher.load(root / before.folder / f"index-{view}", rows[: before.rows])
-            searcher.add(rows[before.rows :])
-        else:
-            searcher.build(rows)
-        searcher.save(root / folder / f"index-{view}")
-    kept = {n: e for n, e in before.files.items() if not n.startswith(f"{before.folder}/index-")}
-    paths = sorted(path for path in (root / folder).rglob("*") if path.is_file())
-    written = {path.relative_to(root).as_posix(): manifest.seal(path) for path in paths}
-    after = dataclasses.replace(after, files={**kept, **written})
-    manifest.switch(root, after.version, manifest.write(root, after))
+    ingestion = ingest.Ingest(root, before, encoder, tokenizer, options)
+    stage = staging.Staging(root, before, ingestion.plan(source, sha256))
+    ingestion.write(stage, source)
+    summary.write(root / stage.folder, stage.commits, options.max_bad)
+    removed = shard_lib.load_live(root, before).removed
+    finish(root, before, stage, options.scann, removed)
 
 
-def _write_shards(
-    root: Path,
-    before: manifest.Manifest,
-    documents: Documents,
-    encoder: encoder_lib.Encoder,
-    tokenizer: encoder_lib.Tokenizer | None,
-    options: Options,
-) -> list[manifest.Shard]:
-    """Encodes the documents and writes them in shards of the version after `before`."""
-    folder = manifest.folder_of(before.version + 1)
-    known = set(shard_lib.load_ids(root, before))
-    shards: list[manifest.Shard] = []
-    for start in range(0, len(documents), options.shard_size):
-        stop = min(start + options.shard_size, len(documents))
-        writer = shard_lib.ShardWriter(root, folder, len(shards))
-        for first in range(start, stop, options.batch_size):
-            last = min(first + options.batch_size, stop)
-            batch = [_prepare(documents[i], before.image_size, known) for i in range(first, last)]
-            embeddings = encoder_lib.embed(batch, encoder, options.batch_size)
-            codes: Sequence[np.ndarray | None] = [None] * len(batch)
-            if tokenizer is not None:
-                codes = encoder_lib.encode_codes(batch, tokenizer, options.batch_size)
-            writer.write(batch, embeddings, codes, before.tokenizer)
-            if options.on_progress is not None:
-                options.on_progress(last, len(documents))
-        shards.append(writer.close())
-    return shards
-
-
-def _num_codes(
-    root: Path, before: manifest.Manifest, shards: Sequence[manifest.Shard]
-) -> int | None:
+def _num_codes(root: Path, before: int | None, shards: Sequence[manifest.Shard]) -> int | None:
     """Codes of one image, which every shard agrees on; None where no image has any."""
-    lengths = {before.num_codes} if before.num_codes is not None else set()
+    lengths = {before} if before is not None else set()
     for shard in shards:
         path = root / shard.file("codes", "npy")
         if path.exists():
@@ -199,24 +193,6 @@ def _num_codes(
     if len(lengths) > 1:
         raise ValueError(f"the tokenizer gave images of {sorted(lengths)} codes")
     return lengths.pop() if lengths else None
-
-
-def _prepare(
-    document: document_lib.Document, image_size: int, known: set[str]
-) -> document_lib.Document:
-    """The document with its pictures at the memory's size; `known` gains its id."""
-    if not document.id:
-        raise UserError("A document has an empty id: give every document one.")
-    if document.id in known:
-        raise UserError(f"Two documents have the id {document.id!r}: ids are unique in a memory.")
-    known.add(document.id)
-    segments = tuple(
-        document_lib.Image(images.fit(segment.pixels, image_size))
-        if isinstance(segment, document_lib.Image)
-        else segment
-        for segment in document.segments
-    )
-    return dataclasses.replace(document, segments=segments)
 
 
 @contextlib.contextmanager
@@ -253,15 +229,17 @@ def check_vacant(root: Path, carried: Sequence[str]) -> None:
 
 
 def _unfinished(root: Path, version: int) -> list[str]:
-    """Versions after the current one, and a switch that was cut short: a killed writer's."""
+    """Versions after the current one, cut-short switches, half-deleted versions: a killed writer's."""
+    starts = (f".{manifest.CURRENT}.", manifest.PRUNED)
     return [
         name
         for name in os.listdir(root)
-        if (manifest.version_of(name) or 0) > version or name.startswith(f".{manifest.CURRENT}.")
+        if (manifest.version_of(name) or 0) > version or name.startswith(starts)
     ]
 
 
-def _clear(root: Path, names: Sequence[str]) -> None:
+def clear(root: Path, names: Sequence[str] | Mapping[str, Path]) -> None:
+    """Deletes files and folders of a memory."""
     for name in names:
         path = root / name
         if path.is_dir():

@@ -27,7 +27,7 @@ class TowerConfig:
     num_heads: int
     mlp_dim: int
 
-    def block(self, mlp: str) -> BlockConfig:
+    def block(self, mlp: str, norm_eps: float = 1e-5) -> BlockConfig:
         """CLIP's block: LayerNorm, biases everywhere, absolute positions."""
         return BlockConfig(
             embed_dim=self.embed_dim,
@@ -36,6 +36,7 @@ class TowerConfig:
             head_dim=self.embed_dim // self.num_heads,
             mlp_dim=self.mlp_dim,
             norm="layernorm",
+            norm_eps=norm_eps,
             mlp=mlp,
             use_bias=True,
             rope_theta=None,
@@ -53,17 +54,59 @@ class Config:
     text: TowerConfig
     vocab_size: int
     max_text: int
-    end_of_text: int  # id at whose first place the text is pooled
+    end_of_text: int
     projection_dim: int
     mlp: str = "quick_gelu"  # quick_gelu | gelu
     image_mean: tuple[float, float, float] = (0.4815, 0.4578, 0.4082)
     image_std: tuple[float, float, float] = (0.2686, 0.2613, 0.2758)
     initial_logit_scale: float = 14.3  # 1 / 0.07
+    # Where a text's features are read: first_end, the first end_of_text, or highest_id, the first place
+    # of the row's highest id, which is how the checkpoints of 2021 say the same.
+    pooling: str = "first_end"
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        if self.pooling not in ("first_end", "highest_id"):
+            raise ValueError(f"pooling is first_end or highest_id, not {self.pooling!r}")
 
     @property
     def num_patches(self) -> int:
         """Patches an image, class token aside."""
         return (self.image_size // self.patch_size) ** 2
+
+    @classmethod
+    def b32(cls) -> "Config":
+        """ViT-B/32 at 224 pixels (table 20 of the paper)."""
+        return _published(TowerConfig(768, 12, 12, 3072), 512, 224, 32)
+
+    @classmethod
+    def l14(cls) -> "Config":
+        """ViT-L/14 at 224 pixels."""
+        return _published(TowerConfig(1024, 24, 16, 4096), 768, 224, 14)
+
+    @classmethod
+    def l14_336(cls) -> "Config":
+        """ViT-L/14 at 336 pixels."""
+        return _published(TowerConfig(1024, 24, 16, 4096), 768, 336, 14)
+
+
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def _published(vision: TowerConfig, width: int, image_size: int, patch_size: int) -> Config:
+    return Config(
+        image_size=image_size,
+        patch_size=patch_size,
+        vision=vision,
+        text=TowerConfig(width, 12, width // 64, 4 * width),
+        vocab_size=49_408,
+        max_text=77,
+        end_of_text=49_407,
+        projection_dim=width,
+        image_mean=IMAGE_MEAN,
+        image_std=IMAGE_STD,
+    )
 
 
 class VisionTower(nnx.Module):
@@ -79,9 +122,9 @@ class VisionTower(nnx.Module):
         self.position_embedding = layers.make_param(
             rngs, (c.num_patches + 1, width), (None, "embed"), 0.02
         )
-        self.pre_norm = layers.Norm("layernorm", width, rngs=rngs)
-        self.stack = Stack(c.vision.block(c.mlp), c.vision.num_layers, rngs=rngs)
-        self.post_norm = layers.Norm("layernorm", width, rngs=rngs)
+        self.pre_norm = layers.Norm("layernorm", width, rngs=rngs, eps=c.norm_eps)
+        self.stack = Stack(c.vision.block(c.mlp, c.norm_eps), c.vision.num_layers, rngs=rngs)
+        self.post_norm = layers.Norm("layernorm", width, rngs=rngs, eps=c.norm_eps)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """images: float32 [B, H, W, 3] in [0, 1] -> [B, D] of the class token."""
@@ -114,15 +157,17 @@ class TextTower(nnx.Module):
         self.position_embedding = layers.make_param(
             rngs, (c.max_text, width), (None, "embed"), 0.01
         )
-        self.stack = Stack(c.text.block(c.mlp), c.text.num_layers, rngs=rngs)
-        self.norm = layers.Norm("layernorm", width, rngs=rngs)
+        self.stack = Stack(c.text.block(c.mlp, c.norm_eps), c.text.num_layers, rngs=rngs)
+        self.norm = layers.Norm("layernorm", width, rngs=rngs, eps=c.norm_eps)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """tokens: int32 [B, T], each row holding `end_of_text` -> [B, D] at its first place."""
+        """tokens: int32 [B, T], each row holding `end_of_text` -> [B, D] as `pooling` says."""
         added = sharding.gather(self.position_embedding[...], (None, None))[: tokens.shape[1]]
         x = self.embedding(tokens, jnp.dtype(jnp.float32)) + added[None]
         x, _ = self.stack(x, None, _attend_causally)
-        ends = tokens == self.config.end_of_text
+        is_highest = self.config.pooling == "highest_id"
+        end = tokens.max(axis=1, keepdims=True) if is_highest else self.config.end_of_text
+        ends = tokens == end
         first = (ends & (jnp.cumsum(ends, axis=1) == 1)).astype(x.dtype)
         return jnp.einsum("bt,btd->bd", first, self.norm(x))
 

@@ -17,7 +17,12 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 
 def loss_fn(
-    model: Decoder, batch: Mapping[str, jax.Array], *, retrieved_weight: float, code_offset: int
+    model: Decoder,
+    batch: Mapping[str, jax.Array],
+    *,
+    retrieved_weight: float,
+    code_offset: int,
+    num_chunks: int = 1,
 ) -> tuple[jax.Array, Metrics]:
     """Weighted next-token loss, divided by the number of main-document targets.
 
@@ -29,6 +34,7 @@ def loss_fn(
         batch: tokens, targets, positions, segment_ids int32 [B, T] and roles int8 [B, T].
         retrieved_weight: weight of targets inside retrieved documents, >= 0.
         code_offset: targets at or above it are image codes.
+        num_chunks: logits are made for one of so many runs of positions at a time.
 
     Returns:
         The loss, float32 [], and sums with their weights: loss, main_nll, code_nll, text_nll,
@@ -36,8 +42,7 @@ def loss_fn(
         half of the probability, a lower bound of top-1 that needs no second pass over the logits).
     """
     hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"])
-    logits = model.logits(hidden)
-    nll = losses.token_nll(logits, batch["targets"])
+    nll = losses.chunked_token_nll(model.logits, hidden, batch["targets"], num_chunks)
     roles = batch["roles"]
     main = (roles == MAIN).astype(jnp.float32)
     retrieved = (roles == RETRIEVED).astype(jnp.float32)

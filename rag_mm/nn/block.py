@@ -6,18 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from rag_mm.nn import layers
-from rag_mm.ops import rope
-
-
-class Recent(NamedTuple):
-    """The last queries and keys before smearing, each [B, W, N, H] with W the longest lag."""
-
-    q: jax.Array
-    k: jax.Array
+from rag_mm.nn.smear import Before, Recent, lag_of_head, smear
+from rag_mm.ops import rope, splash
 
 
 class Heads(NamedTuple):
@@ -35,14 +28,6 @@ INDUCTION_SMEAR = 2.0  # where `begin_with_induction` starts: sigmoid(2) = 0.88 
 Attend = Callable[[Heads, Any], tuple[jax.Array, Any]]
 
 
-class Before(NamedTuple):
-    """What smearing must know of the past: each token's segment, int32 [B, T], and what stands right before
-    the first token in the last one's segment; None where nothing does."""
-
-    segment_ids: jax.Array
-    recent: Recent | None = None
-
-
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
     """Shape and family of one block (design: one decoder, many families)."""
@@ -58,10 +43,15 @@ class BlockConfig:
     qk_norm: bool = False
     smear_lags: tuple[int, ...] = ()  # see `smear`; heads share the lags evenly
     induction_init: bool = False  # see `Attention.begin_with_induction`
+    # The norm of q and k: rmsnorm, one for all heads, or layernorm_per_head (Chameleon).
+    qk_norm_kind: str = "rmsnorm"
+    post_norm: bool = False  # the branch's output is normed, not its input (Swin V2, Chameleon 34B)
     use_bias: bool = False
     rope_theta: float | None = 10_000.0  # None: positions are added to the embeddings instead
+    rope_scaling: rope.Llama3Scaling | None = None
     init_std: float | None = None  # None: 1 / sqrt(fan in)
     output_init_std: float | None = None  # of the projections that end in the residual stream
+    init_cut: float | None = None  # draws are cut at this many standard deviations
 
     def __post_init__(self):
         lags = self.smear_lags
@@ -76,13 +66,27 @@ class BlockConfig:
             )
 
 
+# What the backward pass finds stored instead of computing it again, by `Stack`'s remat: everything;
+# products with parameters and what attention gave; nothing but each layer's input.
+ATTENDED = "attended"
+_dots = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(ATTENDED, *splash.RESIDUALS),
+)
+REMAT: dict[str, Callable[[Callable], Callable]] = {
+    "none": lambda layer: layer,
+    "dots": lambda layer: jax.checkpoint(layer, policy=_dots),
+    "full": jax.checkpoint,
+}
+
+
 class Attention(nnx.Module):
     """q, k, v = heads(x); what is done with them is the caller's `attend` (training, prefill, decode)."""
 
     def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
         c = config
-        self.rope_theta = c.rope_theta
-        kinds = dict(use_bias=c.use_bias, rngs=rngs, std=c.init_std)
+        self.rope_theta, self.rope_scaling = c.rope_theta, c.rope_scaling
+        kinds = dict(use_bias=c.use_bias, rngs=rngs, std=c.init_std, cut=c.init_cut)
         self.q = layers.Linear(
             (c.embed_dim,), (c.num_heads, c.head_dim), ("embed", "heads", None), **kinds
         )
@@ -96,14 +100,10 @@ class Attention(nnx.Module):
             use_bias=c.use_bias,
             rngs=rngs,
             std=c.output_init_std,
+            cut=c.init_cut,
         )
-        norm = c.qk_norm
-        self.q_norm = (
-            layers.Norm("rmsnorm", c.head_dim, rngs=rngs, eps=c.norm_eps) if norm else None
-        )
-        self.k_norm = (
-            layers.Norm("rmsnorm", c.head_dim, rngs=rngs, eps=c.norm_eps) if norm else None
-        )
+        self.q_norm = _qk_norm(c, (c.num_heads, "heads"), rngs=rngs) if c.qk_norm else None
+        self.k_norm = _qk_norm(c, (c.num_kv_heads, "kv_heads"), rngs=rngs) if c.qk_norm else None
 
         self.smear_lags = c.smear_lags
 
@@ -153,58 +153,17 @@ class Attention(nnx.Module):
             recent = Recent(*last)
         if self.rope_theta is not None:
             q, k = (
-                rope.rotate(q, positions, self.rope_theta),
-                rope.rotate(k, positions, self.rope_theta),
+                rope.rotate(q, positions, self.rope_theta, self.rope_scaling),
+                rope.rotate(k, positions, self.rope_theta, self.rope_scaling),
             )
         return Heads(q, k, v, recent)
 
 
-def lag_of_head(lags: tuple[int, ...], num_heads: int) -> list[int]:
-    """The first of n lags belongs to the first num_heads / n heads, and so on."""
-    return [lags[head * len(lags) // num_heads] for head in range(num_heads)]
-
-
-def smear(
-    x: jax.Array,
-    recent: jax.Array | None,
-    segment_ids: jax.Array,
-    logit_share: jax.Array,
-    lags: tuple[int, ...],
-    width: int,
-) -> tuple[jax.Array, jax.Array]:
-    """(1 - share) x[t] + share x[t - lag], where t - lag is of the same segment.
-
-    A head with lag L compares the token L - 1 before the query with those L before each key: what it finds
-    stands where the query's next token is wanted. L = 1 finds what followed the same token (Olsson et al.
-    2022), L an image's width in codes what stood below the same code; a head with lag 0 stays as it is.
-
-    Args:
-        x: [B, T, N, H], queries or keys.
-        recent: [B, width, N, H], what stood before x; None is nothing.
-        segment_ids: int32 [B, T].
-        logit_share: float32 [N], share = sigmoid(logit_share).
-        lags: at least 0; see `lag_of_head`.
-        width: at least the longest lag.
-
-    Returns:
-        The smeared x, and the `recent` of what comes after it.
-    """
-    num_tokens, num_heads = x.shape[1:3]
-    if recent is None:
-        whole = jnp.pad(x, ((0, 0), (width, 0), (0, 0), (0, 0)))
-    else:
-        whole = jnp.concatenate([recent, x], axis=1)
-    segments = jnp.pad(segment_ids, ((0, 0), (width, 0)), constant_values=1)
-    own_lag = np.array(lag_of_head(lags, num_heads))
-    lagged = jnp.zeros_like(x)
-    for lag in sorted(set(lags)):
-        at = slice(width - lag, width - lag + num_tokens)
-        is_same = (segments[:, at] == segment_ids)[:, :, None, None]
-        is_own = jnp.array(own_lag == lag)[None, None, :, None]
-        lagged = lagged + whole[:, at] * (is_same & is_own).astype(x.dtype)
-    share = jax.nn.sigmoid(logit_share).astype(x.dtype)[None, None, :, None]
-    is_last = (segments[:, -width:] == segment_ids[:, -1:])[:, :, None, None]
-    return x * (1 - share) + lagged * share, whole[:, -width:] * is_last.astype(x.dtype)
+def _qk_norm(config: BlockConfig, heads: tuple[int, str], *, rngs: nnx.Rngs) -> layers.Norm:
+    if config.qk_norm_kind == "layernorm_per_head":
+        # Chameleon's epsilon here is fixed, whatever its other norms have.
+        return layers.Norm("layernorm", config.head_dim, rngs=rngs, eps=1e-5, heads=heads)
+    return layers.Norm("rmsnorm", config.head_dim, rngs=rngs, eps=config.norm_eps)
 
 
 class MLP(nnx.Module):
@@ -213,7 +172,7 @@ class MLP(nnx.Module):
     def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
         c = config
         self.activation = "silu" if c.mlp == "swiglu" else c.mlp
-        kinds = dict(use_bias=c.use_bias, rngs=rngs)
+        kinds = dict(use_bias=c.use_bias, rngs=rngs, cut=c.init_cut)
         into = ((c.embed_dim,), (c.mlp_dim,), ("embed", "mlp"))
         self.gate = layers.Linear(*into, std=c.init_std, **kinds) if c.mlp == "swiglu" else None
         self.up = layers.Linear(*into, std=c.init_std, **kinds)
@@ -228,10 +187,11 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); norm(attention(x)), norm(mlp(x)) by `post_norm`."""
 
     def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
         c = config
+        self.post_norm = c.post_norm
         self.attention_norm = layers.Norm(c.norm, c.embed_dim, rngs=rngs, eps=c.norm_eps)
         self.attention = Attention(c, rngs=rngs)
         self.mlp_norm = layers.Norm(c.norm, c.embed_dim, rngs=rngs, eps=c.norm_eps)
@@ -246,17 +206,26 @@ class Block(nnx.Module):
         before: Before | None = None,
     ) -> tuple[jax.Array, Any]:
         """x: [B, T, D] -> ([B, T, D], what `attend` hands back)."""
-        heads = self.attention.heads(self.attention_norm(x), positions, before)
-        attended, back = attend(heads, handed)
-        x = x + self.attention.out(attended)
+        asks = x if self.post_norm else self.attention_norm(x)
+        attended, back = attend(self.attention.heads(asks, positions, before), handed)
+        attended = jax.ad_checkpoint.checkpoint_name(attended, ATTENDED)
+        added = self.attention.out(attended)
+        if self.post_norm:
+            x = x + self.attention_norm(added)
+            return x + self.mlp_norm(self.mlp(x)), back
+        x = x + added
         return x + self.mlp(self.mlp_norm(x)), back
 
 
 class Stack(nnx.Module):
     """`num_layers` blocks whose parameters lie stacked along a leading `layers` axis."""
 
-    def __init__(self, config: BlockConfig, num_layers: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self, config: BlockConfig, num_layers: int, *, rngs: nnx.Rngs, remat: str = "none"
+    ):
+        """`remat` is a key of REMAT."""
         self.num_layers = num_layers
+        self.remat = remat
         keys = jax.random.split(rngs.params(), num_layers)
         self.blocks = jax.vmap(lambda key: Block(config, rngs=nnx.Rngs(params=key)))(keys)
 
@@ -272,7 +241,7 @@ class Stack(nnx.Module):
         def layer(x, block):
             return block(x, positions, attend, before=before)
 
-        return jax.lax.scan(layer, x, self.blocks)
+        return jax.lax.scan(REMAT[self.remat](layer), x, self.blocks)
 
     def unstack(self) -> tuple[Block, ...]:
         """The blocks one by one: decoding unrolls them so that each layer's cache stays in place."""

@@ -1,7 +1,7 @@
 """One scanned decoder whose config covers every language model here: CM3, CM3Leon, Chameleon, LLaMA."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rag_mm.nn import layers
-from rag_mm.nn.block import Attend, Before, Block, BlockConfig, Heads, Stack
+from rag_mm.nn.block import REMAT, Attend, Block, BlockConfig, Heads, Stack
+from rag_mm.nn.smear import Before
 from rag_mm.ops import attention, rope
 
 
@@ -29,20 +30,31 @@ class DecoderConfig:
     norm_eps: float = 1e-5
     positions: str = "rope"  # rope | sinusoidal | learned
     rope_theta: float = 10_000.0
+    rope_scaling: rope.Llama3Scaling | None = None
     mlp: str = "swiglu"  # swiglu | relu | gelu
     qk_norm: bool = False
-    smear_lags: tuple[
-        int, ...
-    ] = ()  # of heads that look back: 1 the token before, an image's width the code above
+    # Lags of heads that look back: 1 for the token before, an image's width for the code above.
+    smear_lags: tuple[int, ...] = ()
     induction_init: bool = False  # a fresh layer finds what resembles the query and passes it on
+    qk_norm_kind: str = "rmsnorm"  # rmsnorm, or layernorm_per_head as in Chameleon
+    post_norm: bool = False  # norm a branch's output instead of its input
     use_bias: bool = False
     tie_embeddings: bool = False
     init_std: float = 0.02
-    dtype: str = "float32"  # of activations; parameters, softmax and loss stay float32
+    init_cut: float | None = None  # draws are cut at this many standard deviations
+    output_init_std: float | None = None  # None: init_std / sqrt(2 num_layers)
+    position_init_std: float | None = None  # None: init_std
+    head_init_std: float | None = None  # of an untied head; None: init_std
+    # Of activations; softmax and loss stay float32, as do parameters trained here.
+    dtype: str = "float32"
+    remat: str = "none"  # none | dots | full: what a layer's backward pass computes again
 
     def __post_init__(self):
         # A config read from JSON holds a list, and a static argument must be hashable.
         object.__setattr__(self, "smear_lags", tuple(self.smear_lags))
+        scaling: Any = self.rope_scaling
+        if isinstance(scaling, Mapping):  # read from a file
+            object.__setattr__(self, "rope_scaling", rope.Llama3Scaling(**scaling))
         if self.positions not in ("rope", "sinusoidal", "learned"):
             raise ValueError(f"positions are rope, sinusoidal or learned, not {self.positions!r}")
         for name in (
@@ -55,8 +67,18 @@ class DecoderConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, give at least 1")
+        if self.remat not in REMAT:
+            raise ValueError(f"remat is one of {', '.join(REMAT)}, not {self.remat!r}")
+        if self.tie_embeddings and self.head_init_std is not None:
+            raise ValueError(
+                "a tied head has no head_init_std of its own; untie it or leave it out"
+            )
         if self.norm not in layers.NORMS:
             raise ValueError(f"norm is one of {', '.join(layers.NORMS)}, not {self.norm!r}")
+        if self.qk_norm_kind not in ("rmsnorm", "layernorm_per_head"):
+            raise ValueError(
+                f"qk_norm_kind is rmsnorm or layernorm_per_head, not {self.qk_norm_kind!r}"
+            )
         if self.mlp != "swiglu" and self.mlp not in layers.ACTIVATIONS:
             known = ", ".join(layers.ACTIVATIONS)
             raise ValueError(f"mlp is swiglu or one of {known}, not {self.mlp!r}")
@@ -76,10 +98,16 @@ class DecoderConfig:
             qk_norm=self.qk_norm,
             smear_lags=self.smear_lags,
             induction_init=self.induction_init,
+            qk_norm_kind=self.qk_norm_kind,
+            post_norm=self.post_norm,
             use_bias=self.use_bias,
             rope_theta=self.rope_theta if self.positions == "rope" else None,
+            rope_scaling=self.rope_scaling,
             init_std=self.init_std,
-            output_init_std=self.init_std / (2 * self.num_layers) ** 0.5,
+            output_init_std=self.init_std / (2 * self.num_layers) ** 0.5
+            if self.output_init_std is None
+            else self.output_init_std,
+            init_cut=self.init_cut,
         )
 
 
@@ -89,16 +117,20 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         c = self.config = config
 
-        def table(size: int, rows: str | None) -> layers.Embedding:
-            axes = (rows, "embed")
-            return layers.Embedding(size, c.embed_dim, axes=axes, std=c.init_std, rngs=rngs)
+        def table(size: int, rows: str | None, std: float | None) -> layers.Embedding:
+            kinds = dict(axes=(rows, "embed"), cut=c.init_cut, rngs=rngs)
+            return layers.Embedding(
+                size, c.embed_dim, std=c.init_std if std is None else std, **kinds
+            )
 
         learned = c.positions == "learned"
-        self.embedding = table(c.vocab_size, "vocab")
-        self.position_embedding = table(c.max_seq_len, None) if learned else None
-        self.stack = Stack(c.block, c.num_layers, rngs=rngs)
+        self.embedding = table(c.vocab_size, "vocab", None)
+        self.position_embedding = (
+            table(c.max_seq_len, None, c.position_init_std) if learned else None
+        )
+        self.stack = Stack(c.block, c.num_layers, rngs=rngs, remat=c.remat)
         self.norm = layers.Norm(c.norm, c.embed_dim, rngs=rngs, eps=c.norm_eps)
-        self.head = None if c.tie_embeddings else table(c.vocab_size, "vocab")
+        self.head = None if c.tie_embeddings else table(c.vocab_size, "vocab", c.head_init_std)
 
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array

@@ -1,7 +1,6 @@
 """The smallest modules: linear maps over named axes, norms, embeddings. Parameters carry logical axes."""
 
 import math
-import string
 from collections.abc import Callable
 
 import jax
@@ -9,14 +8,22 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rag_mm.core import sharding
+from rag_mm.ops import projection
 
 Axes = tuple[str | None, ...]
 NORMS = ("layernorm", "layernorm_no_params", "rmsnorm")
 
 
-def make_param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, std: float) -> nnx.Param:
-    """A float32 parameter drawn from N(0, std^2), its logical axes beside it."""
-    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+def make_param(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, std: float, cut: float | None = None
+) -> nnx.Param:
+    """A float32 parameter drawn from N(0, std^2), cut at `cut` std, its logical axes beside it."""
+    key = rngs.params()
+    if cut is None:
+        drawn = jax.random.normal(key, shape, jnp.float32)
+    else:
+        drawn = jax.random.truncated_normal(key, -cut, cut, shape, jnp.float32)
+    return nnx.Param(std * drawn, axes=axes)
 
 
 class Linear(nnx.Module):
@@ -31,25 +38,18 @@ class Linear(nnx.Module):
         use_bias: bool,
         rngs: nnx.Rngs,
         std: float | None = None,
+        cut: float | None = None,
     ):
         """`axes` names in then out dimensions; `std` defaults to 1 / sqrt(fan in)."""
         self.num_in = len(in_shape)
         std = 1 / math.sqrt(math.prod(in_shape)) if std is None else std
-        self.kernel = make_param(rngs, (*in_shape, *out_shape), axes, std)
+        self.kernel = make_param(rngs, (*in_shape, *out_shape), axes, std, cut)
         zeros = jnp.zeros(out_shape, jnp.float32)
         self.bias = nnx.Param(zeros, axes=axes[self.num_in :]) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: [B, T, *in] -> [B, T, *out] in x's dtype."""
-        axes = self.kernel.axes
-        letters = string.ascii_lowercase[: len(axes)]
-        into, out = letters[: self.num_in], letters[self.num_in :]
-        y = jnp.einsum(
-            f"YZ{into},{letters}->YZ{out}",
-            x,
-            sharding.gather(self.kernel[...].astype(x.dtype), axes),
-            out_sharding=sharding.activation_spec("batch", None, *axes[self.num_in :]),
-        )
+        y = projection.project(x, self.kernel[...], self.kernel.axes, self.num_in)
         if self.bias is not None:
             bias = sharding.gather(self.bias[...].astype(x.dtype), self.bias.axes)
             y = y + bias[None, None]
@@ -59,14 +59,24 @@ class Linear(nnx.Module):
 class Norm(nnx.Module):
     """LayerNorm, LayerNorm without parameters (CM3Leon) or RMSNorm (LLaMA), in float32."""
 
-    def __init__(self, kind: str, dim: int, *, rngs: nnx.Rngs, eps: float = 1e-5):
-        """kind: layernorm | layernorm_no_params | rmsnorm."""
+    def __init__(
+        self,
+        kind: str,
+        dim: int,
+        *,
+        rngs: nnx.Rngs,
+        eps: float = 1e-5,
+        heads: tuple[int, str] | None = None,
+    ):
+        """kind: layernorm | layernorm_no_params | rmsnorm; `heads`, a number and its logical axis,
+        gives each head parameters of its own."""
         if kind not in NORMS:
             raise ValueError(f"norm is one of {', '.join(NORMS)}, not {kind!r}")
         self.kind, self.eps = kind, eps
         has_scale, has_bias = kind != "layernorm_no_params", kind == "layernorm"
-        self.scale = nnx.Param(jnp.ones(dim, jnp.float32), axes=(None,)) if has_scale else None
-        self.bias = nnx.Param(jnp.zeros(dim, jnp.float32), axes=(None,)) if has_bias else None
+        shape, axes = ((dim,), (None,)) if heads is None else ((heads[0], dim), (heads[1], None))
+        self.scale = nnx.Param(jnp.ones(shape, jnp.float32), axes=axes) if has_scale else None
+        self.bias = nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes) if has_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises the last axis; returns x's dtype."""
@@ -74,33 +84,42 @@ class Norm(nnx.Module):
         if self.kind != "rmsnorm":
             y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        lead = (1,) * (x.ndim - 1)
         if self.scale is not None:
-            y = y * self.scale[...].reshape(*lead, -1)
+            y = y * _under(self.scale[...], y)
         if self.bias is not None:
-            y = y + self.bias[...].reshape(*lead, -1)
+            y = y + _under(self.bias[...], y)
         return y.astype(x.dtype)
+
+
+def _under(parameter: jax.Array, y: jax.Array) -> jax.Array:
+    """A norm's parameter as it meets the last axes of `y`; weights may rest in fewer bits."""
+    lead = (1,) * (y.ndim - parameter.ndim)
+    return parameter.astype(y.dtype).reshape(*lead, *parameter.shape)
 
 
 class Embedding(nnx.Module):
     """A table of vectors, read by id and, where the head is tied, multiplied for logits."""
 
-    def __init__(self, size: int, dim: int, *, std: float, rngs: nnx.Rngs, axes: Axes):
-        self.table = make_param(rngs, (size, dim), axes, std)
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        *,
+        std: float,
+        rngs: nnx.Rngs,
+        axes: Axes,
+        cut: float | None = None,
+    ):
+        self.table = make_param(rngs, (size, dim), axes, std, cut)
 
     def __call__(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """ids: int32 [B, T] -> [B, T, D]."""
-        # A lookup by id needs every row: the table is gathered over `tensor` too.
-        table = sharding.gather(self.table[...].astype(dtype), (None, None))
-        spec = sharding.activation_spec("batch", None, None)
-        return table.at[ids].get(out_sharding=spec) if spec else table[ids]
+        return projection.look_up(ids, self.table[...], dtype)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """x: [B, T, D] -> logits [B, T, V] in x's dtype."""
-        table = sharding.gather(self.table[...].astype(x.dtype), self.table.axes)
-        return jnp.einsum(
-            "btd,vd->btv", x, table, out_sharding=sharding.activation_spec("batch", None, "vocab")
-        )
+        table, (rows, width) = self.table[...], self.table.axes
+        return projection.project(x, table.T, (width, rows), 1)
 
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {

@@ -1,9 +1,15 @@
-"""Attention behind one function: softmax(q k^T / sqrt(H)) v with causal, segment and cache masks."""
+"""Attention behind one function: softmax(q k^T / sqrt(H)) v with causal, segment and cache masks.
+
+Splash on a TPU and cuDNN on a GPU where their kernels fit, XLA everywhere else; one reference for all.
+"""
 
 import itertools
 
 import jax
 import jax.numpy as jnp
+
+from rag_mm.core import sharding
+from rag_mm.ops import splash
 
 # Self-attention is cut into at most this many runs of queries, each of at least this length.
 MAX_CHUNKS, MIN_CHUNK = 4, 32
@@ -18,6 +24,7 @@ def attention(
     query_segment_ids: jax.Array | None = None,
     key_segment_ids: jax.Array | None = None,
     query_offset: jax.Array | int = 0,
+    implementation: str | None = None,
 ) -> jax.Array:
     """Multi-head, grouped or multi-query attention.
 
@@ -28,6 +35,7 @@ def attention(
         query_segment_ids, key_segment_ids: int32 [B, T] and [B, S]; a query sees keys of its own segment
             only. Give both or neither. Padding is a segment of its own.
         query_offset: index of the first query among the keys (a KV cache holds more keys than queries).
+        implementation: splash | cudnn | xla | reference; None lets `choose` decide.
 
     Returns:
         [B, T, N, H] in q's dtype; scores and softmax are float32.
@@ -37,12 +45,16 @@ def attention(
     """
     if (query_segment_ids is None) != (key_segment_ids is None):
         raise ValueError("give both query_segment_ids and key_segment_ids, or neither")
-    num_chunks = min(MAX_CHUNKS, q.shape[1] // MIN_CHUNK)
     starts_at_0 = isinstance(query_offset, int) and query_offset == 0
     is_self = is_causal and starts_at_0 and q.shape[1] == k.shape[1]
-    if not is_self or num_chunks < 2:
-        segments = (query_segment_ids, key_segment_ids)
-        return _attend(q, k, v, is_causal, *segments, query_offset)
+    kind = implementation or choose(sharding.platform(), q, k, is_self)
+    segments = (query_segment_ids, key_segment_ids)
+    if kind == "splash":
+        return splash.splash_attention(q, k, v, query_segment_ids)
+    num_chunks = min(MAX_CHUNKS, q.shape[1] // MIN_CHUNK)
+    if kind != "xla" or not is_self or num_chunks < 2:
+        backend = "cudnn" if kind == "cudnn" else "xla"
+        return _attend(q, k, v, is_causal, *segments, query_offset, backend)
     # A run of queries needs the keys up to its own end only: with four runs 3/8 of the scores, which are
     # what costs on a CPU, are never made (a step of the quickstart's decoder: 3.2 -> 1.9 s).
     length = q.shape[1]
@@ -58,6 +70,21 @@ def attention(
     return jnp.concatenate(chunks, axis=1)
 
 
+def choose(platform: str, q: jax.Array, k: jax.Array, is_self: bool) -> str:
+    """splash | cudnn | xla for heads as in `attention`; `is_self`: causal, no key is older than query 0.
+
+    Splash reads whole blocks of 128 positions; cuDNN's fused kernels take 16-bit heads of at most 128
+    whose length is a multiple of 8.
+    """
+    if platform == "tpu" and is_self and q.shape[1] % splash.LANES == 0:
+        return "splash"
+    is_narrow = q.dtype in (jnp.bfloat16, jnp.float16)
+    fits = q.shape[3] % 8 == 0 and q.shape[3] <= 128
+    if platform in ("gpu", "cuda") and is_self and is_narrow and fits:
+        return "cudnn"
+    return "xla"
+
+
 def _attend(
     q: jax.Array,
     k: jax.Array,
@@ -66,7 +93,11 @@ def _attend(
     query_segment_ids: jax.Array | None,
     key_segment_ids: jax.Array | None,
     query_offset: jax.Array | int,
+    backend: str = "xla",
 ) -> jax.Array:
+    if backend == "cudnn" and query_segment_ids is None:
+        # Without segments the kernel needs no stored mask.
+        return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation=backend)
     mask = None
     if is_causal:
         queries = jnp.arange(q.shape[1], dtype=jnp.int32) + query_offset
@@ -75,4 +106,4 @@ def _attend(
         same = (query_segment_ids[:, :, None] == key_segment_ids[:, None, :])[:, None]
         mask = same if mask is None else mask & same
     with jax.numpy_dtype_promotion("standard"):  # It mixes bfloat16 heads with float32 scores.
-        return jax.nn.dot_product_attention(q, k, v, mask=mask)
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=backend)

@@ -1,5 +1,7 @@
 """Losses as pure functions of logits: token cross-entropy and symmetric InfoNCE, in float32."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -18,6 +20,45 @@ def token_nll(logits: jax.Array, targets: jax.Array) -> jax.Array:
     ids = jax.lax.broadcasted_iota(jnp.int32, (1, 1, logits.shape[-1]), 2)
     chosen = jnp.where(ids == targets[:, :, None], logits, 0.0).sum(-1)
     return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def chunked_token_nll(
+    logits_fn: Callable[[jax.Array], jax.Array],
+    hidden: jax.Array,
+    targets: jax.Array,
+    num_chunks: int,
+) -> jax.Array:
+    """`token_nll` of `logits_fn(hidden)` whose logits exist for one run of positions at a time.
+
+    The backward pass makes each run's logits again, so neither pass ever holds [B, T, V].
+
+    Args:
+        logits_fn: [B, t, D] -> float32 [B, t, V]; may close over parameters.
+        hidden: [B, T, D].
+        targets: int32 [B, T].
+        num_chunks: runs of ceil(T / num_chunks) positions; 1 makes all logits at once.
+
+    Returns:
+        float32 [B, T].
+
+    Raises:
+        ValueError: num_chunks is below 1.
+    """
+    if num_chunks < 1:
+        raise ValueError(f"num_chunks is {num_chunks}, give at least 1")
+    if num_chunks == 1:
+        return token_nll(logits_fn(hidden), targets)
+    batch, length = targets.shape
+    room = -length % num_chunks
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, room), *((0, 0),) * (x.ndim - 2)))
+    split = lambda x: jnp.moveaxis(pad(x).reshape(batch, num_chunks, -1, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def chunk(_, inputs):
+        return None, token_nll(logits_fn(inputs[0]), inputs[1])
+
+    _, nll = jax.lax.scan(chunk, None, (split(hidden), split(targets)))
+    return jnp.moveaxis(nll, 0, 1).reshape(batch, -1)[:, :length]
 
 
 def info_nce(similarities: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,22 +1,61 @@
 """Positions: rotary (Su et al. 2021, LLaMA's half-split form) and fixed sinusoids (Vaswani et al. 2017)."""
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 
 
-def rotate(x: jax.Array, positions: jax.Array, theta: float = 10_000.0) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class Llama3Scaling:
+    """LLaMA 3.1's longer context: slow rotations become `factor` times slower, fast ones stay.
+
+    A wavelength above original_length / low_freq_factor is slow, one below original_length /
+    high_freq_factor is fast, and between the two the frequency is blended.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_length: int  # tokens in the context of pretraining
+
+    def __post_init__(self):
+        if not (self.factor > 0 and 0 < self.low_freq_factor < self.high_freq_factor):
+            raise ValueError(
+                "rope scaling needs factor > 0 and 0 < low_freq_factor < high_freq_factor, not "
+                f"{self.factor}, {self.low_freq_factor} and {self.high_freq_factor}"
+            )
+
+    def __call__(self, frequencies: jax.Array) -> jax.Array:
+        """float32 [H/2] in radians a position -> the same shape."""
+        turns = self.original_length * frequencies / (2 * math.pi)
+        span = self.high_freq_factor - self.low_freq_factor
+        share = jnp.clip((turns - self.low_freq_factor) / span, 0, 1)
+        return (1 - share) * frequencies / self.factor + share * frequencies
+
+
+def rotate(
+    x: jax.Array,
+    positions: jax.Array,
+    theta: float = 10_000.0,
+    scaling: Llama3Scaling | None = None,
+) -> jax.Array:
     """Rotates each head's pairs (i, i + H/2) by positions / theta^(2i/H).
 
     Args:
         x: [B, T, N, H], H even.
         positions: int32 [B, T].
         theta: base of the wavelengths.
+        scaling: what is done to the frequencies, or None.
 
     Returns:
         Array of x's shape and dtype; angles are computed in float32.
     """
     half = x.shape[-1] // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if scaling is not None:
+        frequencies = scaling(frequencies)
     angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
     sin, cos = jnp.sin(angles), jnp.cos(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -11,19 +11,20 @@ from typing import Any
 
 import jax
 import numpy as np
-import safetensors
 import safetensors.numpy
 from etils import epath
 from flax import nnx
 
+from rag_mm.convert import table, weights
 from rag_mm.core import digests, files
 from rag_mm.core.errors import UserError
-from rag_mm.data import vocabulary
+from rag_mm.data import public_text, vocabulary
 from rag_mm.models import clip, spae
 from rag_mm.nn import params as params_lib
 from rag_mm.nn.params import Params
 from rag_mm.train import checkpoint
 
+Words = vocabulary.Vocabulary | public_text.PublicText
 CONFIG, VOCABULARY, PARAMS = "config.json", "vocabulary.json", "params.safetensors"
 
 
@@ -48,16 +49,16 @@ class Retriever:
     """A frozen CLIP and its text tokenizer: what a memory embeds and searches with."""
 
     def __init__(self, folder: epath.PathLike):
-        """Loads what `save_retriever` wrote.
+        """Loads what `save_retriever` or an import wrote.
 
         Raises:
             UserError: the folder is missing, incomplete or another family's.
         """
-        folder = epath.Path(folder)
+        self.folder = folder = epath.Path(folder)
         config = _read_config(folder, "clip")
         towers = {side: clip.TowerConfig(**config[side]) for side in ("vision", "text")}
         self.config = clip.Config(**{k: _tuples(v) for k, v in config.items()} | towers)
-        self.vocabulary = vocabulary.load_vocabulary(folder / VOCABULARY)
+        self.vocabulary = _load_words(folder)
         self.fingerprint = fingerprint(folder)
         self.dim, self.image_size = self.config.projection_dim, self.config.image_size
         model = _mount(folder, functools.partial(_make_clip, self.config))
@@ -69,7 +70,16 @@ class Retriever:
         return in_batches(lambda batch: self._encode_image(spae.to_float(batch)), pixels)
 
     def encode_text(self, texts: list[str]) -> np.ndarray:
-        """Unit rows, float32 [B, D]; a longer text than the tower's is cut."""
+        """Unit rows, float32 [B, D]; a longer text than the tower's is cut.
+
+        Raises:
+            UserError: this CLIP was imported without its tokenizer.
+        """
+        if self.vocabulary is None:
+            raise UserError(
+                f"{self.folder} has no tokenizer, so it takes no text: import it from a folder with "
+                f"{public_text.TOKENIZER}, or {public_text.VOCABULARY} and {public_text.MERGES}."
+            )
         return in_batches(self._encode_text, text_tokens(self.config, self.vocabulary, texts))
 
 
@@ -126,7 +136,7 @@ def fingerprint(folder: epath.Path) -> str:
     return files.digest(files.canonical_json(digests.folder_digests(folder)).encode())
 
 
-def text_tokens(config: clip.Config, words: vocabulary.Vocabulary, texts: list[str]) -> np.ndarray:
+def text_tokens(config: clip.Config, words: Words, texts: list[str]) -> np.ndarray:
     """Rows of token ids closed and filled up by end-of-text: int32 [B, max_text]."""
     tokens = np.full((len(texts), config.max_text), config.end_of_text, np.int32)
     for row, text in enumerate(texts):
@@ -158,7 +168,7 @@ def _make_spae(config: spae.Config) -> spae.SPAE:
 def _save(
     folder: epath.Path, config: Mapping[str, Any], words: vocabulary.Vocabulary, params: Params
 ) -> None:
-    files.write_atomic(folder / PARAMS, safetensors.numpy.save(_named(jax.device_get(params))))
+    files.write_atomic(folder / PARAMS, safetensors.numpy.save(table.named(jax.device_get(params))))
     words.save(folder / VOCABULARY)
     files.write_json(folder / CONFIG, config)
 
@@ -166,25 +176,15 @@ def _save(
 def _mount(folder: epath.Path, make_model: Callable[[], nnx.Module]) -> Mounted:
     """A model from the folder's own parameters; the same bits make the same file, unlike a checkpoint."""
     graphdef, abstract = params_lib.describe(make_model, None)
-    wanted = _named(abstract)
-    path = folder / PARAMS
-    try:
-        found = safetensors.numpy.load(path.read_bytes())
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({error}).") from error
-    shapes = {name: (leaf.shape, leaf.dtype) for name, leaf in wanted.items()}
-    if {name: (array.shape, array.dtype) for name, array in found.items()} != shapes:
-        raise UserError(f"{path} does not hold the parameters of the model beside it.")
-    leaves = [found[name] for name in wanted]
-    params = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
-    return Mounted(graphdef, jax.device_put(params))
+    # Imported weights may rest in fewer bits; an encoder computes in float32.
+    params = weights.load_file(folder / PARAMS, abstract, np.dtype(np.float32))
+    return Mounted(graphdef, params)
 
 
-def _named(params: Params) -> dict[str, Any]:
-    """Leaves by their path, such as `decoder/blocks/0/kernel`, in the tree's order."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    join = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-    return {join(path): leaf for path, leaf in leaves}
+def _load_words(folder: epath.Path) -> Words | None:
+    if (folder / VOCABULARY).exists():
+        return vocabulary.load_vocabulary(folder / VOCABULARY)
+    return public_text.load_text(folder)
 
 
 def _read_config(folder: epath.Path, family: str) -> dict[str, Any]:

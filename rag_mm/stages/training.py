@@ -1,15 +1,18 @@
 """What the training stages share: a model made or resumed, an optimizer, the loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import grain
 from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
+from rag_mm.nn import decoder
 from rag_mm.nn import params as params_lib
 from rag_mm.nn.params import Params
-from rag_mm.train import loop, optimizer, state, step
+from rag_mm.perf import chips, flops
+from rag_mm.train import loop, optimizer, speed, state, step
 
 
 def check_config(
@@ -25,6 +28,20 @@ def check_config(
         raise ValueError(f"batch_size is {batch_size}, give at least 1")
     if optimizer_config.learning_rate <= 0:
         raise ValueError(f"learning_rate is {optimizer_config.learning_rate}, give more than 0")
+
+
+def cost_of(model: nnx.Module, mesh: Mesh) -> speed.Cost | None:
+    """FLOPs of a step of a decoder, and the mesh's peak where its devices have a published one."""
+    if not isinstance(model, decoder.Decoder):
+        return None
+    config = model.config
+
+    def step_flops(batch: Mapping[str, Any]) -> float:
+        rows, length = batch["tokens"].shape
+        return rows * length * flops.train_flops(config, length)
+
+    peak = chips.DEVICE_FLOPS.get(mesh.devices.flat[0].device_kind)
+    return speed.Cost(step_flops, None if peak is None else peak * mesh.size)
 
 
 def train(
@@ -68,6 +85,15 @@ def train(
     train_state = state.init_state(params, tx, mesh)
     step_fn = step.make_train_step(graphdef, loss_fn, tx, seed)
     train_state, rows = loop.fit(
-        name, train_state, step_fn, batches, mesh, stage_dir, loop_config, derive, watch
+        name,
+        train_state,
+        step_fn,
+        batches,
+        mesh,
+        stage_dir,
+        loop_config,
+        derive,
+        watch,
+        loop.Extras(cost=cost_of(nnx.eval_shape(make_model), mesh)),
     )
     return train_state.params, rows

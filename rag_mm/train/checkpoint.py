@@ -7,6 +7,7 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from rag_mm.core import progress
 from rag_mm.core.errors import UserError
 from rag_mm.nn.params import Params
 from rag_mm.train.state import TrainState
@@ -15,12 +16,16 @@ from rag_mm.train.state import TrainState
 class Checkpoints:
     """The checkpoints of one stage; a kill at any instant leaves the last whole one in force."""
 
-    def __init__(self, directory: epath.PathLike, keep: int = 1):
+    def __init__(self, directory: epath.PathLike, keep: int = 1, keep_every: int | None = None):
+        """Keeps the `keep` newest, and for good those whose step is a multiple of `keep_every`."""
         policies = ocp.training.preservation_policies
         self._directory = epath.Path(directory)
+        kept = [policies.LatestN(keep)]
+        if keep_every is not None:
+            kept.append(policies.EveryNSteps(keep_every))
         self._checkpointer = ocp.training.Checkpointer(
             _absolute(self._directory),
-            preservation_policy=policies.LatestN(keep),
+            preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
         )
 
@@ -39,20 +44,37 @@ class Checkpoints:
         self._checkpointer.save_checkpointables(step, pieces, force=True)
 
     def restore(self, state: TrainState, iterator: grain.DatasetIterator) -> TrainState:
-        """The newest checkpoint in the layout of `state`; the iterator goes back to its place too.
+        """The newest checkpoint that can be read, in the layout of `state`, whatever mesh wrote it.
+
+        The iterator goes back to its place too. One that cannot be read is put aside as `damaged-STEP`
+        when one before it can.
 
         Raises:
-            UserError: it is of another model or optimizer.
+            UserError: none is of this model and optimizer, or all are damaged.
         """
+        steps = [found.step for found in self._checkpointer.checkpoints]
+        newest_error: Exception | None = None
+        for step in sorted(steps, reverse=True):
+            try:
+                restored = self._restore(step, state, iterator)
+            except Exception as error:  # A damaged file makes Orbax raise whatever read it.
+                newest_error = newest_error or error
+                continue
+            for damaged in (later for later in steps if later > step):
+                progress.say(f"checkpoint {damaged} cannot be read; going on from {step}")
+                (self._directory / str(damaged)).rename(self._directory / f"damaged-{damaged}")
+            if step != max(steps):
+                self._checkpointer.reload()
+            return restored
+        raise UserError(
+            f"The newest checkpoint in {self._directory} does not fit this model and optimizer; "
+            "it is another model's or damaged. Remove that folder to begin anew."
+        ) from newest_error
+
+    def _restore(self, step: int, state: TrainState, iterator: grain.DatasetIterator) -> TrainState:
         abstract = jax.tree.map(_like, (state.params, _optimizer(state)))
         pieces = {"params": abstract[0], "optimizer": abstract[1], "data": iterator}
-        try:
-            loaded = self._checkpointer.load_checkpointables(None, pieces)
-        except (ValueError, KeyError) as error:  # Orbax names its own classes, not what differs.
-            raise UserError(
-                f"The newest checkpoint in {self._directory} does not fit this model and optimizer; "
-                "it is another model's or damaged. Remove that folder to begin anew."
-            ) from error
+        loaded = self._checkpointer.load_checkpointables(step, pieces)
         optimizer = loaded["optimizer"]
         structure = jax.tree.structure(state.opt_state)
         opt_state = jax.tree.unflatten(structure, optimizer["leaves"])

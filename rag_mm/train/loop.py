@@ -1,8 +1,10 @@
 """The loop around the step: resume, draw, step, log, save. Everything stateful stands here in plain sight."""
 
 import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
@@ -11,9 +13,9 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from rag_mm.core import progress, sharding
+from rag_mm.core import clock, files, progress, sharding
 from rag_mm.nn.params import Params
-from rag_mm.train import checkpoint, metrics
+from rag_mm.train import checkpoint, guard, metrics, preemption, speed
 from rag_mm.train.state import TrainState
 from rag_mm.train.step import Metrics
 
@@ -22,6 +24,10 @@ StepFn = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 Derive = Callable[[dict[str, np.ndarray]], dict[str, float]]
 # (step, parameters) -> figures on other data than the batches; may raise to end a broken run.
 Watch = Callable[[int, Params], dict[str, float]]
+# A checkpoint that cannot be read must have one before it.
+KEEP_LAST = 2
+# Sums since the last log, where a run was told to end between two logs.
+PARTIAL = "partial.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +47,38 @@ class Config:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class Extras:
+    """What a long run wants besides.
+
+    Attributes:
+        keep_every: checkpoints at multiples of it stay for good.
+        max_skipped: so many updates in a row that the optimizer's guard left out end the run.
+        cost: FLOPs of a step, for MFU.
+        profile: first and last step of a trace for TensorBoard, written to `profile/`; None: `profiled`'s.
+    """
+
+    keep_every: int | None = None
+    max_skipped: int = guard.Config.max_in_a_row
+    cost: speed.Cost | None = None
+    profile: tuple[int, int] | None = None
+
+
+_PROFILE: contextvars.ContextVar[tuple[int, int] | None] = contextvars.ContextVar(
+    "profile", default=None
+)
+
+
+@contextlib.contextmanager
+def profiled(steps: tuple[int, int] | None) -> Iterator[None]:
+    """Every `fit` of the body traces these steps, the first and the last; None traces none."""
+    token = _PROFILE.set(steps)
+    try:
+        yield
+    finally:
+        _PROFILE.reset(token)
+
+
 def fit(
     name: str,
     state: TrainState,
@@ -51,43 +89,143 @@ def fit(
     config: Config,
     derive: Derive | None = None,
     watch: Watch | None = None,
+    extras: Extras | None = None,
 ) -> tuple[TrainState, list[dict[str, float]]]:
     """Trains to `config.num_steps`, from the newest checkpoint in `directory` if there is one.
 
     Killed and run again it gives the same state and log, to the bit, as if it had never stopped: state
     and iterator are saved together, after the step and before the next batch is drawn, and averages are
-    closed at every log, on which every checkpoint falls.
+    closed at every log, on which every checkpoint falls. SIGTERM saves after the step under way, averages
+    so far included, and ends the process with exit code 143.
 
-    Where a checkpoint falls, `watch` is asked first and its figures stand in the same row of the log.
+    Where a checkpoint falls, `watch` is asked first and its figures stand in the same row of the log. How
+    fast it went stands in `speed.jsonl` (`train.speed`).
 
     Returns:
         The last state and the log's rows.
+
+    Raises:
+        FloatingPointError: the loss is no number, or too many updates in a row were skipped.
     """
-    directory = epath.Path(directory)
-    averages = metrics.Averages()
+    run = _Run(name, mesh, epath.Path(directory), config, derive, watch, extras or Extras())
     with contextlib.ExitStack() as stack:
-        checkpoints = checkpoint.Checkpoints(directory / "checkpoints")
+        stop = stack.enter_context(preemption.listen())
+        checkpoints = checkpoint.Checkpoints(
+            run.directory / "checkpoints", KEEP_LAST, run.extras.keep_every
+        )
         stack.callback(checkpoints.close)
         if checkpoints.latest_step is not None:
             state = checkpoints.restore(state, iterator)
         start = int(state.step)
-        log = metrics.Log(directory / "log.jsonl", start)
+        run.open(start)
         stack.enter_context(jax.set_mesh(mesh))
         bar = stack.enter_context(progress.track(name, config.num_steps, start))
         for step in range(start + 1, config.num_steps + 1):
-            batch = sharding.put_batch(next(iterator), mesh)
+            run.trace(step)
+            batch = run.draw(iterator)
             state, sums = step_fn(state, batch)
-            averages.add(sums)
+            stop.is_clean = False
+            run.count(batch, sums)
             is_last = step == config.num_steps
             if step % config.log_every == 0 or is_last:
-                values = averages.pop()
-                if not np.isfinite(values["loss"]):
-                    raise FloatingPointError(f"{name}: the loss at step {step} is not finite")
-                derived = derive(values) if derive is not None else {}
                 is_saved = step % config.checkpoint_every == 0 or is_last
-                seen = watch(step, state.params) if watch is not None and is_saved else {}
-                log.write(step, {**values, **derived, **seen})
-                bar.update(step, loss=float(values["loss"]), **seen)
+                bar.update(step, **run.log_step(step, state, is_saved))
                 if is_saved:
                     checkpoints.save(state, iterator)
-    return state, log.rows
+                    stop.is_clean = True
+                run.speed.restart()
+            if stop.is_asked:
+                run.save_partial(step)
+                checkpoints.save(state, iterator)
+                checkpoints.close()
+                raise SystemExit(preemption.EXIT_CODE)
+        run.finish()
+    return state, run.log.rows
+
+
+class _Run:
+    """One run's averages, log and stop watch."""
+
+    def __init__(
+        self,
+        name: str,
+        mesh: Mesh,
+        directory: epath.Path,
+        config: Config,
+        derive: Derive | None,
+        watch: Watch | None,
+        extras: Extras,
+    ):
+        self.name, self.mesh, self.directory, self.config = name, mesh, directory, config
+        self.derive, self.watch, self.extras = derive, watch, extras
+        self._before: Metrics | None = None
+        self._is_traced = False
+
+    def open(self, start: int) -> None:
+        """Takes up log and averages at step `start`."""
+        self.averages = metrics.Averages()
+        self.log = metrics.Log(self.directory / "log.jsonl", start)
+        self.speed = speed.Speed(self.directory / clock.SPEED_NAME, start, self.extras.cost)
+        partial = self.directory / PARTIAL
+        if partial.exists() and (kept := files.read_json(partial))["step"] == start:
+            self.averages.from_json(kept["sums"])
+
+    def draw(self, iterator: grain.DatasetIterator) -> dict:
+        began = time.monotonic()
+        batch = sharding.put_batch(next(iterator), self.mesh)
+        self.speed.wait(time.monotonic() - began)
+        return batch
+
+    def count(self, batch: dict, sums: Metrics) -> None:
+        """Adds up, and lets one step be under way while the host goes on: a time is then a step's own."""
+        self.averages.add(sums)
+        if self._before is not None:
+            jax.block_until_ready(self._before)
+        self._before = sums
+        self.speed.step(batch)
+
+    def log_step(self, step: int, state: TrainState, is_saved: bool) -> dict[str, float]:
+        """Writes a row of the log; what is worth showing."""
+        values = self.averages.pop()
+        num_skipped, num_in_a_row = guard.counts(state.opt_state)
+        self._check(step, values, num_skipped, num_in_a_row)
+        skipped = {"skipped": float(num_skipped)} if num_skipped else {}
+        derived = self.derive(values) if self.derive is not None else {}
+        fast = self.speed.write(step)
+        seen = self.watch(step, state.params) if self.watch is not None and is_saved else {}
+        self.log.write(step, {**values, **derived, **seen, **skipped})
+        shown: dict[str, float] = {
+            key: fast[key] for key in ("tokens_per_second", "mfu") if key in fast
+        }
+        return {"loss": float(values["loss"]), **seen, **skipped, **shown}
+
+    def _check(self, step: int, values: dict, num_skipped: int, num_in_a_row: int) -> None:
+        if num_in_a_row >= self.extras.max_skipped:
+            raise FloatingPointError(
+                f"{self.name}: {num_in_a_row} updates in a row were skipped, those of batches "
+                f"{step - num_in_a_row + 1} to {step}; their losses are no numbers or too high"
+            )
+        if not np.isfinite(values["loss"]) and not num_skipped:
+            raise FloatingPointError(f"{self.name}: the loss at step {step} is not finite")
+
+    def trace(self, step: int) -> None:
+        """Starts and ends the profile where it falls on this step."""
+        first, last = self.extras.profile or _PROFILE.get() or (0, 0)
+        if step == first:
+            jax.profiler.start_trace(str(self.directory / clock.PROFILE_NAME))
+            self._is_traced = True
+        if step == last + 1:
+            self._end_trace()
+
+    def _end_trace(self) -> None:
+        if self._is_traced:
+            jax.block_until_ready(self._before)
+            jax.profiler.stop_trace()
+            self._is_traced = False
+
+    def save_partial(self, step: int) -> None:
+        files.write_json(self.directory / PARTIAL, {"step": step, "sums": self.averages.to_json()})
+
+    def finish(self) -> None:
+        self._end_trace()
+        (self.directory / PARTIAL).unlink(missing_ok=True)

@@ -24,6 +24,17 @@ class Averages:
             old = self._totals.get(name)
             self._totals[name] = new if old is None else old.merge(new)
 
+    def to_json(self) -> dict[str, list]:
+        """The sums so far, exactly, for `from_json` of a process that goes on."""
+        totals = jax.device_get({k: (m.total, m.count) for k, m in self._totals.items()})
+        return {k: [np.asarray(x, np.float32).tolist() for x in pair] for k, pair in totals.items()}
+
+    def from_json(self, values: Mapping[str, list]) -> None:
+        """Takes up sums where another process left them."""
+        for name, pair in values.items():
+            total, weight = (np.asarray(x, np.float32) for x in pair)
+            self._totals[name] = clu_metrics.Average(total=total, count=weight)
+
     def pop(self) -> dict[str, np.ndarray]:
         """sum / weight of everything added since the last call; 0 where the weight is 0."""
         totals = jax.device_get({k: (m.total, m.count) for k, m in self._totals.items()})

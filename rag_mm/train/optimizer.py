@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import optax
 
+from rag_mm.train import guard as guard_lib
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -45,9 +47,11 @@ def make_schedule(config: Config, num_steps: int) -> optax.Schedule:
     return optax.join_schedules([ramp, decays[config.schedule]()], [warmup])
 
 
-def make_optimizer(config: Config, num_steps: int) -> optax.GradientTransformation:
-    """Clip, Adam with decay (norms, biases and temperatures aside), schedule."""
-    return optax.chain(
+def make_optimizer(
+    config: Config, num_steps: int, guard: guard_lib.Config | None = None
+) -> optax.GradientTransformation:
+    """Clip, Adam with decay (norms, biases, temperatures aside), schedule; `guard` leaves out bad updates."""
+    chained = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
             make_schedule(config, num_steps),
@@ -57,6 +61,7 @@ def make_optimizer(config: Config, num_steps: int) -> optax.GradientTransformati
             mask=_is_decayed,
         ),
     )
+    return chained if guard is None else guard_lib.guard(chained, guard)
 
 
 def _is_decayed(params: optax.Params) -> optax.Params:

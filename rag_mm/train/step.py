@@ -4,9 +4,13 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from rag_mm.core import sharding
+from rag_mm.nn.params import Params
+from rag_mm.train import guard
 from rag_mm.train.state import TrainState
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
@@ -22,6 +26,7 @@ def train_step(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
     seed: int,
+    num_parts: int = 1,
 ) -> tuple[TrainState, Metrics]:
     """Takes one step; randomness depends on `seed` and `state.step` alone.
 
@@ -30,28 +35,64 @@ def train_step(
         batch: arrays [B, ...], split over the mesh's batch axes.
         graphdef: the model's structure, beside `state.params`.
         loss_fn: the objective.
-        optimizer: an Optax transformation.
+        optimizer: an Optax transformation; one that takes `value` is given the loss.
         seed: of dropout and sampling inside the loss.
+        num_parts: the batch goes through in so many parts, one after the other, to the same gradient.
+            This holds for a loss that is its own `loss` metric, sum over weight, row by row.
 
     Returns:
         The next state, and a plain dict name -> (sum, weight): divide outside, after adding up.
     """
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
 
-    def compute_loss(params):
-        return loss_fn(nnx.merge(graphdef, params), batch, rng)
+    def compute_loss(params, part, rng):
+        return loss_fn(nnx.merge(graphdef, params), part, rng)
 
-    grads, metrics = jax.grad(compute_loss, has_aux=True)(state.params)
+    compute_grads = partial(jax.grad(compute_loss, has_aux=True), state.params)
+    if num_parts == 1:
+        grads, metrics = compute_grads(batch, rng)
+    else:
+        grads, metrics = _accumulate(compute_grads, state.params, batch, rng, num_parts)
     with jax.numpy_dtype_promotion("standard"):  # Optax raises Python floats to int32 powers.
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        total, weight = metrics["loss"]
+        update = optax.with_extra_args_support(optimizer).update
+        updates, opt_state = update(grads, state.opt_state, state.params, value=total / weight)
     params = optax.apply_updates(state.params, updates)
-    metrics["grad_norm"] = (optax.global_norm(grads), jax.numpy.float32(1))
+    metrics["grad_norm"] = (optax.global_norm(grads), jnp.float32(1))
+    metrics = guard.blank_skipped(state.opt_state, opt_state, metrics)
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
+def _accumulate(
+    compute_grads: Callable[[Mapping[str, jax.Array], jax.Array], tuple[Params, Metrics]],
+    params: Params,
+    batch: Mapping[str, jax.Array],
+    rng: jax.Array,
+    num_parts: int,
+) -> tuple[Params, Metrics]:
+    """Gradient and metrics of the whole batch: a part's mean counts as its weight does."""
+    parts = sharding.split_batch(dict(batch), num_parts)
+
+    def add(total, inputs):
+        grads, metrics = compute_grads(*inputs)
+        weight = metrics["loss"][1].astype(jnp.float32)
+        return jax.tree.map(lambda sum_, grad: sum_ + weight * grad, total, grads), metrics
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    grads, metrics = jax.lax.scan(add, zeros, (parts, jax.random.split(rng, num_parts)))
+    metrics = jax.tree.map(lambda x: x.sum(0), metrics)
+    weight = metrics["loss"][1].astype(jnp.float32)
+    return jax.tree.map(lambda grad: grad / weight, grads), metrics
+
+
 def make_train_step(
-    graphdef: nnx.GraphDef, loss_fn: LossFn, optimizer: optax.GradientTransformation, seed: int
-) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
+    graphdef: nnx.GraphDef,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    num_parts: int = 1,
+) -> jax.stages.Wrapped:
     """`train_step` compiled, its state donated."""
-    bound = partial(train_step, graphdef=graphdef, loss_fn=loss_fn, optimizer=optimizer, seed=seed)
+    fixed = dict(graphdef=graphdef, loss_fn=loss_fn, optimizer=optimizer, seed=seed)
+    bound = partial(train_step, **fixed, num_parts=num_parts)
     return jax.jit(bound, donate_argnums=0)

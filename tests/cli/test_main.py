@@ -1,6 +1,5 @@
 """The shell around every command: help at once, one sentence for a mistake, JSON alone on stdout."""
 
-import importlib
 import json
 import os
 import pathlib
@@ -81,7 +80,7 @@ def test_every_command_has_help_with_examples(name, capsys):
 
 @pytest.mark.parametrize("name", sorted(main.COMMANDS))
 def test_every_example_parses(name):
-    module = importlib.import_module(f"rag_mm.cli.{name}")
+    module = main.load_command(name)
     for example in main.COMMANDS[name].examples:
         main._parse(name, module, shlex.split(example)[2:])
 

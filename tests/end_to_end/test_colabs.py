@@ -69,9 +69,35 @@ def execute(notebook: nbformat.NotebookNode, workdir: pathlib.Path) -> None:
     nbclient.NotebookClient(notebook, timeout=CELL_SECONDS, resources=resources).execute()
 
 
+@pytest.fixture
+def quickstart_notebook() -> nbformat.NotebookNode:
+    return nbformat.read(ROOT / "colabs" / "quickstart.ipynb", as_version=4)
+
+
+@pytest.fixture
+def import_notebook() -> nbformat.NotebookNode:
+    return nbformat.read(ROOT / "colabs" / "import_and_retrieve.ipynb", as_version=4)
+
+
 @pytest.mark.slow
-def test_it_runs_and_shows(notebook, finished, monkeypatch):
+def test_public_weights_are_imported_searched_and_exported(import_notebook, tmp_path, monkeypatch):
+    commands = pathlib.Path(sys.executable).parent
+    monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    execute(import_notebook, tmp_path / "interchange")
+    outputs = [output for cell in code_cells(import_notebook) for output in cell.outputs]
+    said = "".join(output.text for output in outputs if output.output_type == "stream")
+    assert "a picture finds itself first: True" in said
+    assert "bit for bit the same: True" in said
+    assert "[1, 2, 3] -> [" in said and "Traceback" not in said
+    shown = [output.data for output in outputs if output.output_type == "display_data"]
+    assert sum("image/png" in data for data in shown) == 1
+
+
+@pytest.mark.slow
+def test_it_runs_and_shows(quickstart_notebook, finished, monkeypatch):
     """On a finished run, which its command goes over quickly; a cell's error would be raised."""
+    notebook = quickstart_notebook
     commands = pathlib.Path(sys.executable).parent
     monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("IPYTHONDIR", str(finished.parent / "ipython"))

@@ -6,12 +6,20 @@ import numpy as np
 import pytest
 
 from rag_mm.core.errors import UserError
-from rag_mm.memory import exact, kinds, scann_index
+from rag_mm.memory import device_index, exact, kinds, scann_index
 
 MAKERS = {
     "exact": exact.ExactIndex,
     "scann brute force": scann_index.ScannIndex,
     "scann hashed": lambda: scann_index.ScannIndex(scann_index.ScannConfig(scoring="hashed")),
+    # Few rows in few leaves, all of them searched, so that nothing is approximate but the path.
+    "scann tree": lambda: scann_index.ScannIndex(
+        scann_index.ScannConfig(scoring="tree", num_leaves=5, leaves_to_search=5, reorder="float32")
+    ),
+    "scann in three parts": lambda: scann_index.ScannIndex(
+        scann_index.ScannConfig(scoring="hashed", max_rows=100)
+    ),
+    "device": device_index.DeviceIndex,
 }
 
 
@@ -77,6 +85,59 @@ def test_added_rows_are_found_with_the_ids_after_the_last(make):
     found, expected = grown.search(rows[50:], 3), whole.search(rows[50:], 3)
     np.testing.assert_array_equal(found.ids, expected.ids)
     np.testing.assert_array_equal(found.ids[:, 0], np.arange(50, 60))
+
+
+def test_removed_rows_are_not_found_and_the_ids_after_them_close_up(make):
+    rng = np.random.default_rng(8)
+    rows, queries = unit(rng, 120), unit(rng, 9)
+    searcher = make()
+    with pytest.raises(UserError, match="no rows yet"):
+        searcher.remove(np.array([0]))
+    searcher.build(rows)
+    first = rng.permutation(120)[:50]
+    searcher.remove(first)
+    left = np.delete(rows, first, axis=0)
+    searcher.remove(np.array([3, 3, 69]))
+    left = np.delete(left, [3, 69], axis=0)
+    for k in (1, 10, 68, 100):
+        found = searcher.search(queries, k)
+        ids, scores = naive(queries, left, k)
+        np.testing.assert_array_equal(found.ids[:, :68], ids)
+        np.testing.assert_allclose(found.scores[:, :68], scores, atol=1e-5)
+        assert (found.ids[:, 68:] == -1).all()
+    assert searcher.num_rows == 68
+    with pytest.raises(UserError, match="Row 68 cannot be removed"):
+        searcher.remove(np.array([68]))
+
+
+def test_the_nearest_of_all_may_be_removed(make):
+    """What is left is found even if every first hit of a search is gone."""
+    rng = np.random.default_rng(9)
+    rows, query = unit(rng, 250), unit(rng, 1)
+    order = np.argsort(-(rows @ query[0]))
+    searcher = make()
+    searcher.build(rows)
+    searcher.remove(order[:240])
+    found = searcher.search(query, 4)
+    expected = np.searchsorted(np.sort(order[240:]), order[240:244])
+    np.testing.assert_array_equal(found.ids[0], expected)
+    searcher.remove(np.arange(10))
+    assert (searcher.search(query, 4).ids == -1).all()
+
+
+def test_a_changed_index_adds_saves_and_loads_what_is_left(make, tmp_path):
+    rng = np.random.default_rng(10)
+    rows, queries = unit(rng, 90), unit(rng, 5)
+    searcher, loaded = make(), make()
+    searcher.build(rows[:60])
+    searcher.remove(np.arange(0, 60, 2))
+    searcher.add(rows[60:])
+    left = np.concatenate([rows[1:60:2], rows[60:]])
+    searcher.remove(np.array([0]))
+    searcher.save(tmp_path / "index")
+    loaded.load(tmp_path / "index", left[1:])
+    for one in (searcher, loaded):
+        np.testing.assert_array_equal(one.search(queries, 6).ids, naive(queries, left[1:], 6)[0])
 
 
 def test_load_finds_what_the_saved_one_found(make, tmp_path):
@@ -146,5 +207,5 @@ def test_wrong_widths_and_k_are_refused(make):
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(UserError, match="'faiss': choose scann or exact"):
+    with pytest.raises(UserError, match="'faiss': choose scann, exact or device"):
         kinds.make_index("faiss")

@@ -82,6 +82,67 @@ def test_build_search_add_verify_stats(world, capsys):
     assert "CURRENT is damaged" in json.loads(capsys.readouterr().out)["problems"][0]
 
 
+def test_remove_merge_compact(world, capsys):
+    call(capsys, "build", "--documents=some", "--retriever=run", "--out=mem")
+    removed = call(capsys, "remove", "mem", "--id=doc-001", "--id=doc-003")
+    assert (removed["rows"], removed["taken_out"], removed["version"]) == (3, 2, 2)
+    hits = call(capsys, "search", "mem", "--text=thing number3", "-k", "9")["hits"]
+    assert {hit["id"] for hit in hits} == {"doc-000", "doc-002", "doc-004"}
+    call(capsys, "build", "--documents=more", "--retriever=run", "--out=other")
+    assert call(capsys, "merge", "mem", "other")["rows"] == 5
+    compacted = call(capsys, "compact", "mem", "--prune")
+    assert (compacted["rows"], compacted["removed"], compacted["version"]) == (5, 0, 4)
+    assert not (world / "mem" / "v000001").exists()
+    assert call(capsys, "verify", "mem")["ok"]
+
+
+def test_search_by_document_and_a_contact_sheet(world, capsys):
+    lines = (world / "some" / "captions.jsonl").read_text().splitlines()
+    evil = {"caption": "<script>alert(1)</script>", "url": "javascript:alert(1)"}
+    lines[2] = json.dumps(json.loads(lines[2]) | evil)
+    (world / "some" / "captions.jsonl").write_text("\n".join(lines))
+    call(capsys, "build", "--documents=some", "--retriever=run", "--out=mem", "--index=device")
+    for view in ("image", "text", "mixed"):
+        found = call(capsys, "search", "mem", "--document=doc-002", f"--view={view}", "-k", "1")
+        assert found["hits"][0]["id"] == "doc-002"
+    found = call(capsys, "search", "mem", "--image=some/doc-001.png", "--html=hits.html")
+    assert found["html"] == "hits.html"
+    page = (world / "hits.html").read_text()
+    assert page.count('<img src="data:image/png;base64,') == 5
+    assert "<script" not in page and "&lt;script&gt;" in page
+    assert 'href="javascript' not in page
+
+
+def test_what_is_left_out_is_counted_and_listed(world, capsys):
+    lines = (world / "some" / "captions.jsonl").read_text().splitlines()
+    (world / "some" / "captions.jsonl").write_text("\n".join([*lines, "{"]))
+    argv = ["memory", "build", "--documents=some", "--retriever=run", "--out=mem"]
+    assert main.main([*argv, "--rejects=bad.jsonl"]) == 2
+    complaint = capsys.readouterr().err
+    assert "2 of 7 records are bad, more than --max-bad=0.01 allows" in complaint
+    assert "1 missing-picture, 1 not-json" in complaint
+    assert not (world / "mem").exists()
+    listed = [json.loads(line) for line in (world / "bad.jsonl").read_text().splitlines()]
+    assert [(r["name"], r["reason"]) for r in listed] == [
+        ("missing.png", "missing-picture"),
+        ("line 7", "not-json"),
+    ]
+    built = call(capsys, *argv[1:], "--max-bad=0.5", "--exclude=more")
+    assert built["rejected_by_reason"] == {"missing-picture": 1, "not-json": 1}
+    assert (built["rows"], built["excluded"]) == (5, {})
+    rejects = world / "mem" / "v000001" / "rejects.jsonl"
+    assert rejects.read_text() == (world / "bad.jsonl").read_text()
+    call(capsys, "add", "mem", "--documents=more")
+    some = call(capsys, *argv[1:-1], "--out=few", "--max-bad=0.5", "--exclude=some/../more")
+    assert some["rows"] == 5
+    PIL.Image.fromarray(make_documents(1, 6)[0].image).save(world / "some" / "copy.png")
+    lines[4] = json.dumps({"image": "copy.png", "caption": "another name"})
+    (world / "some" / "captions.jsonl").write_text("\n".join(lines))
+    kept = call(capsys, *argv[1:-1], "--out=kept", "--exclude=more")
+    assert (kept["rows"], kept["excluded"]) == (4, {"excluded-picture": 1})
+    assert main.main(["memory", "verify", "mem"]) == 0
+
+
 def test_a_memory_needs_the_run_no_more(world, capsys):
     call(capsys, "build", "--documents=some", "--retriever=run", "--out=mem", "--index=exact")
     for path in sorted((world / "run").rglob("*"), reverse=True):
@@ -101,9 +162,8 @@ def test_scenes_are_documents(world, capsys):
     spec = "--documents=scenes:easy/nothing/memory"
     assert main.main(["memory", "build", spec, "--retriever=run", "--out=mem"]) == 2
     assert "nothing" in capsys.readouterr().err
-    documents, rejects = command._open_documents("scenes:easy/held_out/test")
+    documents = command._open_documents("scenes:easy/held_out/test")
     assert documents[0].id.startswith("easy-")
-    assert rejects == []
 
 
 @pytest.mark.parametrize(
@@ -135,6 +195,13 @@ def test_scenes_are_documents(world, capsys):
         (["search", "mem", "--image=no.png"], "no.png cannot be read"),
         (["search", "mem", "--image=some/captions.jsonl"], "is not a JPEG"),
         (["search", "no", "--text=a"], "no is not a memory"),
+        (["search", "mem", "--document=no"], "no document with the id 'no'"),
+        (["remove", "mem"], "Nothing to remove"),
+        (["remove", "mem", "--license=MIT"], "no document with the license 'MIT'"),
+        (["merge", "mem", "no"], "no is not a memory"),
+        (["merge", "mem", "mem"], "Both memories have the id"),
+        (["add", "mem", "--documents=more", "--max-bad=2"], "--max-bad is 2.0"),
+        (["add", "mem", "--documents=more", "--exclude=no"], "no is not a folder"),
         (["verify", "no"], "no is not a folder"),
         (["stats", "some"], "some is not a memory"),
     ],
@@ -158,7 +225,7 @@ def test_what_people_see(world, capsys):
         return console.file.getvalue()
 
     built = shown("build", "--documents=some", "--retriever=run", "--out=mem")
-    assert "skipped missing.png: it cannot be read" in built
+    assert "skipped missing.png (missing-picture): cannot be read" in built
     assert "doc-003" in shown("search", "mem", "--text=thing number3")
     assert "nothing is wrong" in shown("verify", "mem")
     assert "codes_per_image" in shown("stats", "mem")

@@ -45,9 +45,9 @@ def test_hashing_begins_at_the_stated_size(large):
     rows, _, _ = large
     searcher = scann_index.ScannIndex()
     searcher.build(rows[:19_999])
-    assert not searcher._is_hashed
+    assert searcher.scoring() == "brute_force"
     searcher.build(rows)
-    assert searcher._is_hashed
+    assert searcher.scoring() == "hashed"
 
 
 def test_k_above_the_reorder_size_is_not_cut(large):
@@ -104,7 +104,7 @@ def test_a_strange_configuration_is_refused(tmp_path):
     searcher.build(rows)
     searcher.save(tmp_path)
     saved = json.loads((tmp_path / "index.json").read_text())
-    for key, value in (("num_reordered", "9 } evil {"), ("scoring", "tree"), ("unknown", 1)):
+    for key, value in (("num_reordered", "9 } evil {"), ("scoring", "forest"), ("unknown", 1)):
         changed = saved | {"config": saved["config"] | {key: value}}
         (tmp_path / "index.json").write_text(json.dumps(changed))
         with pytest.raises(UserError, match="does not describe"):

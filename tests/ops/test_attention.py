@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rag_mm.core import sharding
-from rag_mm.ops import attention
+from rag_mm.ops import attention, splash
 
 B, T, S, N, H = 2, 5, 7, 4, 6
 
@@ -131,3 +131,98 @@ def test_softmax_is_float32_for_bfloat16_heads():
     assert found.dtype == jnp.bfloat16
     expected = naive(*(np.asarray(x, np.float32) for x in (q, k, v)), lambda b, t, s: True)
     np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=2e-2)
+
+
+def make_long_heads(num_kv_heads, length=256):
+    rng = np.random.default_rng(num_kv_heads)
+    q = rng.normal(size=(4, length, N, 16)).astype(np.float32)
+    k, v = rng.normal(size=(2, 4, length, num_kv_heads, 16)).astype(np.float32)
+    segments = np.sort(rng.integers(3, size=(4, length)), axis=1).astype(np.int32)
+    return (q, k, v), segments
+
+
+@pytest.mark.parametrize("num_kv_heads", [N, 2], ids=["multi-head", "grouped"])
+@pytest.mark.parametrize("shape", [None, (2, 2, 2)], ids=["no mesh", "2x2x2"])
+def test_splash_equals_the_reference_in_value_and_gradient(num_kv_heads, shape):
+    """The TPU kernel's own steps, interpreted; segments as packing makes them."""
+    heads, segments = make_long_heads(num_kv_heads)
+
+    def reference(q, k, v, segments):
+        ids = dict(query_segment_ids=segments, key_segment_ids=segments)
+        return attention.attention(q, k, v, is_causal=True, **ids, implementation="reference")
+
+    run = functools.partial(splash.splash_attention, is_interpreted=True)
+
+    def both(function, *operands):
+        loss = lambda *heads: jnp.square(function(*heads, operands[3])).sum()
+        return jax.jit(
+            lambda *heads: (function(*heads, operands[3]), jax.grad(loss, (0, 1, 2))(*heads))
+        )(*operands[:3])
+
+    expected = both(reference, *heads, segments)
+    if shape is None:
+        found = both(run, *heads, segments)
+    else:
+        mesh = sharding.make_mesh(*shape)
+        place = lambda x, *axes: jax.device_put(
+            x, NamedSharding(mesh, PartitionSpec(("data", "fsdp"), *axes))
+        )
+        spread = [place(x, None, "tensor") for x in heads]
+        with jax.set_mesh(mesh):
+            found = both(run, *spread, place(segments))
+        assert found[0].sharding.spec == PartitionSpec(("data", "fsdp"), None, "tensor", None)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), found, expected)
+
+
+def test_splash_without_segments_is_causal():
+    heads, _ = make_long_heads(N, 128)
+    found = splash.splash_attention(*heads, None, is_interpreted=True)
+    expected = attention.attention(*heads, is_causal=True, implementation="reference")
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "length", "head_dim", "is_self", "chosen"),
+    [
+        ("tpu", "bfloat16", 4096, 128, True, "splash"),
+        ("tpu", "float32", 256, 96, True, "splash"),
+        ("tpu", "bfloat16", 152, 128, True, "xla"),  # not whole blocks
+        ("tpu", "bfloat16", 1, 128, False, "xla"),  # decoding
+        ("gpu", "bfloat16", 4096, 128, True, "cudnn"),
+        ("cuda", "float16", 152, 64, True, "cudnn"),
+        ("gpu", "float32", 4096, 128, True, "xla"),
+        ("gpu", "bfloat16", 4096, 256, True, "xla"),
+        ("gpu", "bfloat16", 1, 128, False, "xla"),
+        ("cpu", "bfloat16", 4096, 128, True, "xla"),
+    ],
+)
+def test_the_kernel_follows_from_the_platform_and_the_shapes(
+    platform, dtype, length, head_dim, is_self, chosen
+):
+    heads = jax.ShapeDtypeStruct((2, length, 4, head_dim), jnp.dtype(dtype))
+    assert attention.choose(platform, heads, heads, is_self) == chosen
+
+
+def test_what_is_chosen_is_what_runs(monkeypatch):
+    """The platform is the context mesh's, the kernel the chosen one, the masks handed on."""
+    seen = []
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+    monkeypatch.setattr(splash, "splash_attention", lambda q, k, v, ids: seen.append(ids) or q)
+    (q, k, v), segments = make_long_heads(2)
+    ids = dict(query_segment_ids=segments, key_segment_ids=segments)
+    attention.attention(q, k, v, is_causal=True, **ids)
+    assert len(seen) == 1 and seen[0] is segments
+
+    calls = []
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda q, k, v, **kinds: calls.append(kinds) or q
+    )
+    narrow = [x.astype(jnp.bfloat16) for x in (q, k, v)]
+    attention.attention(*narrow, is_causal=True, **ids)
+    attention.attention(*narrow, is_causal=True)
+    assert [call["implementation"] for call in calls] == ["cudnn", "cudnn"]
+    row, at = np.arange(256), np.arange(256)
+    visible = (segments[:, :, None] == segments[:, None]) & (at[None, None] <= row[None, :, None])
+    np.testing.assert_array_equal(calls[0]["mask"][:, 0], visible)
+    assert calls[1]["is_causal"] and "mask" not in calls[1]

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from rag_mm.ops import losses
 
@@ -50,3 +51,44 @@ def test_info_nce_of_matched_pairs_is_zero_and_of_chance_log_batch():
     assert hits.all()
     chance, _ = losses.info_nce(np.zeros((8, 8), np.float32))
     np.testing.assert_allclose(chance, np.log(8), rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2, 3, 16])
+def test_chunked_nll_has_the_value_and_the_gradient_of_the_whole(num_chunks):
+    """Also where the chunks do not divide the row, or are more than it has positions."""
+    rng = np.random.default_rng(3)
+    hidden = rng.normal(size=(2, 11, 8)).astype(np.float32)
+    table = rng.normal(size=(23, 8)).astype(np.float32)
+    targets = rng.integers(23, size=(2, 11)).astype(np.int32)
+    weights = rng.normal(size=(2, 11)).astype(np.float32)
+
+    def loss(hidden, table, num_chunks):
+        logits_fn = lambda x: jnp.einsum("btd,vd->btv", x, table)
+        nll = losses.chunked_token_nll(logits_fn, hidden, targets, num_chunks)
+        return (nll * weights).sum(), nll
+
+    compute = jax.jit(jax.grad(loss, (0, 1), has_aux=True), static_argnums=2)
+    expected, found = compute(hidden, table, 1), compute(hidden, table, num_chunks)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), expected, found)
+
+
+def test_chunked_logits_are_never_stored_whole():
+    """In neither pass does the program hold an array of all logits."""
+    hidden, table = jnp.ones((2, 64, 8)), jnp.ones((1000, 8))
+    targets = jnp.zeros((2, 64), jnp.int32)
+
+    def loss(hidden, table, num_chunks):
+        logits_fn = lambda x: jnp.einsum("btd,vd->btv", x, table)
+        return losses.chunked_token_nll(logits_fn, hidden, targets, num_chunks).sum()
+
+    grad = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)
+    whole, chunked = (grad.lower(hidden, table, n).compile() for n in (1, 8))
+    assert "[2,64,1000]" in whole.as_text() and "[2,64,1000]" not in chunked.as_text()
+    assert "[2,8,1000]" in chunked.as_text()
+    used = [program.memory_analysis().temp_size_in_bytes for program in (whole, chunked)]
+    assert used[1] < used[0] / 3
+
+
+def test_chunks_below_one_are_refused():
+    with pytest.raises(ValueError, match="num_chunks is 0"):
+        losses.chunked_token_nll(lambda x: x, jnp.ones((1, 2, 3)), jnp.zeros((1, 2), jnp.int32), 0)

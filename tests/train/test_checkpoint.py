@@ -157,3 +157,75 @@ def test_parameters_missing_or_of_another_model_are_refused(tmp_path):
     more = describe() | {"norm": {"scale": jax.ShapeDtypeStruct((4,), jnp.float32)}}
     with pytest.raises(UserError, match="this model's parameters"):
         checkpoint.load_params(folder, more)
+
+
+def steps_of(folder):
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
+def test_the_newest_and_every_nth_are_kept(tmp_path):
+    state, batches = make_state(), make_batches()
+    checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints", keep=2, keep_every=4)
+    for step in range(1, 8):
+        checkpoints.save(at_step(state, step), batches)
+    checkpoints.close()
+    assert steps_of(tmp_path / "checkpoints") == ["4", "6", "7"]
+
+
+def damage(folder):
+    """Cuts every data file of a checkpoint short, as a full disk or a broken one may."""
+    for path in sorted((folder / "params").rglob("*")):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_damaged_newest_checkpoint_is_put_aside_with_a_warning(tmp_path, capfd):
+    folder = tmp_path / "checkpoints"
+    state, batches = make_state(value=2.0), make_batches()
+    checkpoints = checkpoint.Checkpoints(folder, keep=2)
+    next(batches)
+    checkpoints.save(at_step(state, 2), batches)
+    expected = next(batches)
+    checkpoints.save(at_step(state, 4), batches)
+    checkpoints.close()
+    damage(folder / "4")
+
+    checkpoints, batches = checkpoint.Checkpoints(folder, keep=2), make_batches()
+    restored = checkpoints.restore(make_state(value=0.0), batches)
+    assert_same(restored, at_step(state, 2))
+    assert_same(next(batches), expected)
+    assert "checkpoint 4 cannot be read; going on from 2" in capfd.readouterr().err
+    # The run comes by that step again, and saves it.
+    assert checkpoints.latest_step == 2
+    checkpoints.save(at_step(state, 4), batches)
+    checkpoints.close()
+    again = checkpoint.Checkpoints(folder, keep=2)
+    assert again.latest_step == 4
+    assert int(again.restore(make_state(), make_batches()).step) == 4
+    again.close()
+
+
+def test_damaged_checkpoints_alone_are_refused(tmp_path):
+    folder = tmp_path / "checkpoints"
+    checkpoints = checkpoint.Checkpoints(folder)
+    checkpoints.save(at_step(make_state(), 2), make_batches())
+    checkpoints.close()
+    damage(folder / "2")
+    checkpoints = checkpoint.Checkpoints(folder)
+    with pytest.raises(UserError, match="damaged"):
+        checkpoints.restore(make_state(), make_batches())
+    checkpoints.close()
+    assert steps_of(folder) == ["2"]
+
+
+@pytest.mark.parametrize("mesh", [(1, 4, 1), (2, 4, 1), (1, 8, 1), (1, 1, 1)], ids=str)
+def test_what_eight_devices_saved_four_and_one_go_on_from(saved, mesh):
+    """8 -> 4 -> 1 and 4x2 -> 2x4, moments and counts included."""
+    folder, state, _ = saved
+    checkpoints = checkpoint.Checkpoints(folder)
+    restored = checkpoints.restore(make_state(mesh, value=0.0), make_batches())
+    checkpoints.close()
+    assert_same(restored, state)
+    kernel = restored.params["linear"]["kernel"]
+    assert kernel.sharding.mesh.shape == dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
+    assert kernel.addressable_shards[0].data.shape[0] == 8 // mesh[1]

@@ -1,5 +1,7 @@
 """The loop's promise: killed and run again, the same bits as if it had never stopped."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from rag_mm.core import sharding
 from rag_mm.core.errors import UserError
 from rag_mm.data import pipeline
 from rag_mm.nn import params as params_lib
-from rag_mm.train import checkpoint, loop, metrics, optimizer
+from rag_mm.train import checkpoint, guard, loop, metrics, optimizer, speed
 from rag_mm.train import state as state_lib
 from rag_mm.train import step as step_lib
 
@@ -180,3 +182,98 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 def test_checkpoints_fall_on_logged_steps(sizes):
     with pytest.raises(ValueError, match="multiple"):
         loop.Config(*sizes)
+
+
+def poisoned_from(first, last):
+    """Batches whose targets are no numbers from batch `first` to `last`."""
+
+    def make(iterator):
+        class Poisoned:
+            count = 0
+
+            def __next__(self):
+                self.count += 1
+                batch = next(iterator)
+                bad = first <= self.count <= last
+                return batch | {"y": batch["y"] * np.float32(np.nan if bad else 1)}
+
+            def __getattr__(self, name):
+                return getattr(iterator, name)
+
+        return Poisoned()
+
+    return make
+
+
+def fit_guarded(directory, first, last, max_skipped=3, config=SCHEDULE):
+    mesh = sharding.make_mesh(2, 1, 1)
+    graphdef, _ = params_lib.describe(Line, mesh)
+    tx = optimizer.make_optimizer(
+        optimizer.Config(learning_rate=1.0, warmup_steps=2), 8, guard.Config(window=4)
+    )
+    parts = begin()
+    parts["state"] = state_lib.init_state(params_lib.init_params(Line, mesh), tx, mesh)
+    parts["step_fn"] = step_lib.make_train_step(graphdef, loss_fn, tx, seed=0)
+    parts["iterator"] = poisoned_from(first, last)(parts["iterator"])
+    extras = loop.Extras(max_skipped=max_skipped)
+    return loop.fit("line", directory=directory, config=config, extras=extras, **parts)
+
+
+def test_skipped_updates_are_counted_in_the_log_and_spoil_no_average(tmp_path):
+    state, rows = fit_guarded(tmp_path, 3, 4)
+    assert int(state.step) == 8
+    assert ["skipped" in row for row in rows] == [False, True, True, True]
+    assert rows[-1]["skipped"] == 2 and rows[1]["loss"] == 0  # nothing was averaged
+    assert all(np.isfinite(list(row.values())).all() for row in rows)
+    assert np.isfinite(np.asarray(state.params["kernel"])).all()
+
+
+def test_too_many_skipped_in_a_row_end_the_run_and_name_the_batches(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"line: 4 updates in a row .* batches 3 to 6"):
+        fit_guarded(tmp_path, 3, 8)
+    saved = checkpoint.Checkpoints(tmp_path / "checkpoints")
+    assert saved.latest_step == 4
+    saved.close()
+
+
+def test_speed_stands_beside_the_log(unbroken, tmp_path):
+    cost = speed.Cost(lambda batch: 100.0, peak=1e6)
+    parts = begin()
+    extras = loop.Extras(cost=cost)
+    loop.fit("line", directory=tmp_path, config=SCHEDULE, extras=extras, **parts)
+    rows = [json.loads(line) for line in (tmp_path / "speed.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
+    for row in rows:
+        assert 0 < row["step_seconds_p50"] <= row["step_seconds_p99"]
+        assert 0 <= row["input_wait"] <= 1
+        assert row["mfu"] == pytest.approx(row["model_flops_per_second"] / 1e6)
+    assert (tmp_path / "log.jsonl").read_bytes() == unbroken[2]
+
+
+def test_a_profile_traces_the_steps_that_were_asked_for(tmp_path):
+    with loop.profiled((3, 4)):
+        fit(tmp_path)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    fit(tmp_path / "without")
+    assert not (tmp_path / "without" / "profile").exists()
+
+
+def test_averages_go_on_from_where_a_process_left_them():
+    """Exactly, though on disk they are text."""
+    rng = np.random.default_rng(0)
+    sums = [
+        {
+            "a": (jnp.float32(rng.normal()), jnp.float32(3)),
+            "b": (jnp.asarray(rng.normal(size=4), jnp.float32), jnp.float32(1)),
+        }
+        for _ in range(5)
+    ]
+    whole, first, second = metrics.Averages(), metrics.Averages(), metrics.Averages()
+    for each in sums:
+        whole.add(each)
+    for each in sums[:3]:
+        first.add(each)
+    second.from_json(json.loads(json.dumps(first.to_json())))
+    for each in sums[3:]:
+        second.add(each)
+    assert_same(second.pop(), whole.pop())

@@ -1,0 +1,40 @@
+"""CM3Leon at the paper's sizes (Yu et al. 2023, Table 3): planned for a pod, or compiled small.
+
+    rag-mm plan --config=configs/cm3leon.py:7b --topology=v5e:16x16
+
+says what one training step of 8 M tokens needs on each of 256 chips: see docs/results/plans.md. Learning
+rate, warm-up and batch are the paper's; betas, clipping and decay are OPT's, which the paper builds on.
+`--config.model.decoder.dtype=float32` and the like change single values.
+"""
+
+import dataclasses
+
+from rag_mm.models import cm3leon
+
+PRESETS = ("tiny", "350m", "760m", "7b")
+
+
+def get_config(preset: str) -> dict:
+    """The config of a preset: nested plain values."""
+    model, learning_rate, num_steps = {
+        "tiny": (cm3leon.Config.tiny(), 1e-3, 100),
+        "350m": (cm3leon.Config.m350(), 6e-4, 175_000),
+        "760m": (cm3leon.Config.m760(), 5e-4, 238_000),
+        "7b": (cm3leon.Config.b7(), 1.2e-4, 300_000),
+    }[preset]
+    is_tiny = preset == "tiny"
+    return dict(
+        family="cm3leon",
+        model=dataclasses.asdict(model),
+        optimizer=dict(
+            learning_rate=learning_rate,
+            warmup_steps=10 if is_tiny else 1500,
+            b1=0.9,
+            b2=0.95,
+            weight_decay=0.1,
+            clip_norm=1.0,
+        ),
+        num_steps=num_steps,
+        batch_size=256 if is_tiny else 2048,  # rows of max_seq_len tokens: 8 M tokens
+        accumulate=1,
+    )

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# One machine with NVIDIA GPUs: `launch/gpu.sh [--dry-run] COMMAND ...` is rag-mm with what a GPU wants set.
+#   launch/gpu.sh train --config=configs/quickstart.py:quick --workdir=runs/quickstart
+set -euo pipefail
+dry=
+[ "${1:-}" != --dry-run ] || { dry=1; shift; }
+[ $# -gt 0 ] || { sed -n '2,3s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+# Nearly all of the card for jax, and gathers that run beside arithmetic. A variable that is set wins.
+environment=(
+  "XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}"
+  "XLA_FLAGS=${XLA_FLAGS:---xla_gpu_enable_latency_hiding_scheduler=true}"
+)
+command=(env "${environment[@]}" "$(dirname "$0")/../.venv/bin/rag-mm" "$@")
+if [ -n "$dry" ]; then
+  printf '%q ' "${command[@]}"
+  echo
+  exit 0
+fi
+[ -x "$(dirname "$0")/../.venv/bin/rag-mm" ] || { echo "launch/gpu.sh: there is no .venv yet; run make first, then pip install '.[gpu]' in it." >&2; exit 2; }
+exec "${command[@]}"

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# A TPU slice of Cloud TPU VMs: ask for it, install on every worker, run one command on all, give it back.
+#   export NAME=pod ZONE=us-west4-a TYPE=v5litepod-256
+#   launch/tpu_pod.sh create
+#   launch/tpu_pod.sh install https://example.org/rag_mm.git
+#   launch/tpu_pod.sh run train --config=configs/quickstart.py:quick --workdir=gs://bucket/run --stage=decoder
+#   launch/tpu_pod.sh delete
+# --dry-run before the verb prints the exact command instead. SPOT=1 asks for preemptible chips.
+set -euo pipefail
+
+usage() { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+need() { [ -n "${!1:-}" ] || { echo "launch/tpu_pod.sh: set $1 first, as in NAME=pod ZONE=us-west4-a TYPE=v5litepod-256." >&2; exit 2; }; }
+
+dry=
+[ "${1:-}" != --dry-run ] || { dry=1; shift; }
+verb=${1:-}
+[ -n "$verb" ] || usage
+shift
+need NAME
+need ZONE
+
+on_all=(gcloud compute tpus tpu-vm ssh "$NAME" "--zone=$ZONE" --worker=all)
+case $verb in
+  create)
+    need TYPE
+    command=(gcloud compute tpus queued-resources create "$NAME" "--node-id=$NAME" "--zone=$ZONE"
+      "--accelerator-type=$TYPE" "--runtime-version=${VERSION:-v2-alpha-tpuv5-lite}")
+    [ -z "${SPOT:-}" ] || command+=(--spot)
+    ;;
+  install)
+    [ $# -eq 1 ] || usage
+    printf -v remote 'git clone %q rag_mm && cd rag_mm && make && .venv/bin/python -m pip install --constraint requirements.lock --editable ".[tpu]"' "$1"
+    command=("${on_all[@]}" "--command=$remote")
+    ;;
+  run)
+    [ $# -gt 0 ] || usage
+    printf -v words '%q ' "$@"
+    command=("${on_all[@]}" "--command=cd rag_mm && .venv/bin/rag-mm ${words% }")
+    ;;
+  delete)
+    command=(gcloud compute tpus queued-resources delete "$NAME" "--zone=$ZONE" --force --quiet)
+    ;;
+  *) usage ;;
+esac
+
+if [ -n "$dry" ]; then
+  printf '%q ' "${command[@]}"
+  echo
+  exit 0
+fi
+exec "${command[@]}"

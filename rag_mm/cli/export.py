@@ -1,0 +1,63 @@
+"""`rag-mm export`: a run's model as a public checkpoint."""
+
+import argparse
+import pathlib
+import re
+import time
+from typing import Any
+
+import rich.console
+
+from rag_mm.core.errors import UserError
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments."""
+    parser.add_argument(
+        "family", metavar="FAMILY", help="clip, llama, chameleon; cm3 for a decoder trained here"
+    )
+    parser.add_argument("workdir", metavar="RUN", help="an imported or a finished run")
+    parser.add_argument("out", metavar="OUT", help="a new folder")
+    parser.add_argument(
+        "--dtype", help="float32, float16 or bfloat16 (default: as the run has it, bit for bit)"
+    )
+    parser.add_argument(
+        "--shard-size", default="5GB", help="most bytes of one file, as 500MB (default: 5GB)"
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Exports; family, out, files, tensors, bytes, dtypes and seconds."""
+    from rag_mm.stages import export, interchange
+
+    began = time.monotonic()
+    dtype, max_bytes = interchange.find_dtype(args.dtype), parse_size(args.shard_size)
+    made = export.export_checkpoint(
+        args.family, pathlib.Path(args.workdir), pathlib.Path(args.out), max_bytes, dtype
+    )
+    return made | {"seconds": round(time.monotonic() - began, 3)}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a text such as 5GB, 1.5GB or 800MB.
+
+    Raises:
+        UserError: it is no size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(KB|MB|GB)", text.strip().upper())
+    size = float(match[1]) * _UNITS[match[2]] if match else 0
+    if size < 1:
+        raise UserError(f"--shard-size={text} is no size; write 500MB or 5GB.")
+    return round(size)
+
+
+def show(result: dict[str, Any], console: rich.console.Console) -> None:
+    """Says what was written."""
+    size, dtypes = result["bytes"] / 1e6, ", ".join(result["dtypes"])
+    console.print(
+        f"{result['out']}: {result['family']}, {result['tensors']} tensors in {len(result['files'])} "
+        f"file(s), {size:,.1f} MB of {dtypes}, {result['seconds']:.1f} s",
+        markup=False,
+    )

@@ -1,0 +1,103 @@
+"""What `rag-mm memory` found, for people: tables, and a contact sheet of pictures."""
+
+import base64
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+import rich.console
+import rich.markup
+import rich.table
+
+if TYPE_CHECKING:
+    from rag_mm.memory.index import Neighbors
+    from rag_mm.memory.memory import Memory
+
+_LISTS = ("rejected", "rejected_by_reason", "excluded", "notes", "last_ingest")
+_MOST_REJECTS = 20
+
+
+def hits(opened: "Memory", found: "Neighbors") -> list[dict[str, Any]]:
+    """The documents found by the first query, best first, ready for JSON."""
+    from rag_mm.memory import images
+
+    result = []
+    for row, score in zip(found.ids[0].tolist(), found.scores[0].tolist(), strict=True):
+        if row < 0:
+            continue
+        document = opened.document(row)
+        picture = None if document.image is None else images.encode_png(document.image)
+        result.append(
+            {
+                "id": document.id,
+                "score": score,
+                "text": document.text,
+                "image": None if picture is None else _data_url(picture),
+                "url": document.url,
+                "license": document.license,
+                "row": row,
+            }
+        )
+    return result
+
+
+def write_sheet(path: pathlib.Path, asked: str, result: dict[str, Any]) -> None:
+    """Writes the hits as one page that needs nothing else."""
+    from rag_mm.core import files
+    from rag_mm.report import contact_sheet
+
+    page = contact_sheet.render(asked, result["view"], result["hits"])
+    files.write_atomic(path, page.encode())
+
+
+def show(result: dict[str, Any], console: rich.console.Console) -> None:
+    """Prints hits, problems, or what the memory holds."""
+    if "hits" in result:
+        _show_hits(result, console)
+    elif "problems" in result:
+        for problem in result["problems"]:
+            console.print(problem, markup=False)
+        if result["ok"]:
+            console.print(f"{result['memory']}: nothing is wrong.", markup=False)
+    else:
+        table = rich.table.Table(show_header=False, box=None)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for key, value in result.items():
+            if key not in _LISTS:
+                table.add_row(key, rich.markup.escape(_text(value)))
+        console.print(table)
+        _show_left_out(result, console)
+
+
+def _show_left_out(result: dict[str, Any], console: rich.console.Console) -> None:
+    rejects = result.get("rejected", ())
+    for reject in rejects[:_MOST_REJECTS]:
+        line = f"skipped {reject['name']} ({reject['reason']}): {reject['detail']}"
+        console.print(line, markup=False)
+    if len(rejects) > _MOST_REJECTS:
+        more = ", ".join(f"{n} {reason}" for reason, n in result["rejected_by_reason"].items())
+        console.print(f"skipped {len(rejects)} in all: {more}", markup=False)
+    for reason, count in result.get("excluded", {}).items():
+        console.print(f"kept out {count}: {reason}", markup=False)
+
+
+def _show_hits(result: dict[str, Any], console: rich.console.Console) -> None:
+    table = rich.table.Table(box=None)
+    for name in ("id", "score", "text", "url", "license"):
+        table.add_column(name)
+    for hit in result["hits"]:
+        cells = [hit["id"], f"{hit['score']:.3f}", hit["text"], hit["url"], hit["license"]]
+        table.add_row(*(rich.markup.escape(cell or "-") for cell in cells))
+    console.print(table)
+    if "html" in result:
+        console.print(f"contact sheet: {result['html']}", markup=False)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "-" if value is None else str(value)
+
+
+def _data_url(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")

@@ -1,0 +1,174 @@
+"""CLIP checkpoints of Hugging Face (`model_type` clip): config and table of names."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import nnx
+
+from rag_mm.convert.table import Family, Matrix, Outside, Patches, Reader, Rule, Same
+from rag_mm.core.errors import UserError
+from rag_mm.models import clip
+
+_LAYER = "encoder.layers.{}."
+_MODULES = {
+    "attention/q": ("self_attn.q_proj", 1),
+    "attention/k": ("self_attn.k_proj", 1),
+    "attention/v": ("self_attn.v_proj", 1),
+    "attention/out": ("self_attn.out_proj", 2),
+    "mlp/up": ("mlp.fc1", 1),
+    "mlp/down": ("mlp.fc2", 1),
+}
+_NORMS = {"attention_norm": "layer_norm1", "mlp_norm": "layer_norm2"}
+_BUFFERS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
+# Configs before 2023 name this end-of-text id whatever the vocabulary; there the highest id is read.
+_LEGACY_END = 2
+
+
+def read_config(outside: Outside) -> clip.Config:
+    """The towers that a config.json, and a preprocessor_config.json, describe.
+
+    Raises:
+        UserError: a setting is missing, or asks for something that the model does not compute.
+    """
+    values = outside.config
+    top = Reader(values, "config.json")
+    vision, text = (
+        Reader(_tower(values, side), f"config.json: {side}") for side in ("vision", "text")
+    )
+    mlp = vision.require("hidden_act", "quick_gelu", "quick_gelu", "gelu")
+    text.require("hidden_act", "quick_gelu", mlp)
+    eps = vision.get("layer_norm_eps", float, 1e-5)
+    text.require("layer_norm_eps", 1e-5, eps)
+    vision.require("num_channels", 3, 3)
+    end = text.get("eos_token_id", int, 49_407)
+    vocab_size = text.get("vocab_size", int, 49_408)
+    is_legacy = end == _LEGACY_END
+    p = Reader(outside.preprocessor, "preprocessor_config.json")
+    mean = p.get("image_mean", list, list(clip.IMAGE_MEAN))
+    std = p.get("image_std", list, list(clip.IMAGE_STD))
+    try:
+        return clip.Config(
+            image_size=vision.get("image_size", int, 224),
+            patch_size=vision.get("patch_size", int, 32),
+            vision=_read_tower(vision, 768, 12, 12, 3072),
+            text=_read_tower(text, 512, 12, 8, 2048),
+            vocab_size=vocab_size,
+            max_text=text.get("max_position_embeddings", int, 77),
+            end_of_text=vocab_size - 1 if is_legacy else end,
+            projection_dim=top.get("projection_dim", int, 512),
+            mlp=mlp,
+            image_mean=(mean[0], mean[1], mean[2]),
+            image_std=(std[0], std[1], std[2]),
+            pooling="highest_id" if is_legacy else "first_end",
+            norm_eps=eps,
+        )
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise UserError(f"config.json: {error}.") from None
+
+
+def _tower(values: Mapping[str, Any], side: str) -> Any:
+    # Old files repeat the settings in `text_config_dict`, which then win.
+    tables = [values.get(f"{side}_config") or {}, values.get(f"{side}_config_dict") or {}]
+    wrong = [table for table in tables if not isinstance(table, Mapping)]
+    return wrong[0] if wrong else {**tables[0], **tables[1]}
+
+
+def _read_tower(r: Reader, width: int, layers: int, heads: int, mlp_dim: int) -> clip.TowerConfig:
+    return clip.TowerConfig(
+        embed_dim=r.get("hidden_size", int, width),
+        num_layers=r.get("num_hidden_layers", int, layers),
+        num_heads=r.get("num_attention_heads", int, heads),
+        mlp_dim=r.get("intermediate_size", int, mlp_dim),
+    )
+
+
+def write_config(config: clip.Config) -> dict[str, Any]:
+    """The config.json of a CLIP."""
+    c = config
+    shared = {
+        "hidden_act": c.mlp,
+        "layer_norm_eps": c.norm_eps,
+        "projection_dim": c.projection_dim,
+    }
+    # Theirs reads the highest id exactly where the config names the id 2.
+    end = _LEGACY_END if c.pooling == "highest_id" else c.end_of_text
+    if c.pooling != "highest_id" and end == _LEGACY_END:
+        raise UserError(
+            "A CLIP whose end-of-text id is 2 cannot be told from one that reads the highest id."
+        )
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": c.projection_dim,
+        "vision_config": _write_tower(c.vision)
+        | shared
+        | {
+            "image_size": c.image_size,
+            "patch_size": c.patch_size,
+            "model_type": "clip_vision_model",
+        },
+        "text_config": _write_tower(c.text)
+        | shared
+        | {
+            "vocab_size": c.vocab_size,
+            "max_position_embeddings": c.max_text,
+            "eos_token_id": end,
+            "model_type": "clip_text_model",
+        },
+    }
+
+
+def _write_tower(tower: clip.TowerConfig) -> dict[str, Any]:
+    return {
+        "hidden_size": tower.embed_dim,
+        "num_hidden_layers": tower.num_layers,
+        "num_attention_heads": tower.num_heads,
+        "intermediate_size": tower.mlp_dim,
+    }
+
+
+def rules(config: clip.Config) -> list[Rule]:
+    """The table of names."""
+    vision, text = "vision_model.", "text_model."
+    found = [
+        Rule(
+            "vision/patches/kernel",
+            f"{vision}embeddings.patch_embedding.weight",
+            Patches(config.patch_size),
+        ),
+        Rule("vision/class_embedding", f"{vision}embeddings.class_embedding"),
+        Rule("vision/position_embedding", f"{vision}embeddings.position_embedding.weight"),
+        *_norm("vision/pre_norm", f"{vision}pre_layrnorm"),  # spelt so in every checkpoint
+        *_norm("vision/post_norm", f"{vision}post_layernorm"),
+        Rule("text/embedding/table", f"{text}embeddings.token_embedding.weight"),
+        Rule("text/position_embedding", f"{text}embeddings.position_embedding.weight"),
+        *_norm("text/norm", f"{text}final_layer_norm"),
+        Rule("image_projection", "visual_projection.weight", Matrix()),
+        Rule("text_projection", "text_projection.weight", Matrix()),
+        Rule("logit_scale", "logit_scale"),
+    ]
+    for side, theirs in (("vision", vision), ("text", text)):
+        blocks = f"{side}/stack/blocks/"
+        for ours, name in _NORMS.items():
+            found += _norm(f"{blocks}{ours}", f"{theirs}{_LAYER}{name}")
+        for ours, (name, num_in) in _MODULES.items():
+            outside = f"{theirs}{_LAYER}{name}"
+            found.append(Rule(f"{blocks}{ours}/kernel", f"{outside}.weight", Matrix(num_in)))
+            found.append(Rule(f"{blocks}{ours}/bias", f"{outside}.bias", Same(1)))
+    return found
+
+
+def _norm(ours: str, theirs: str) -> list[Rule]:
+    return [Rule(f"{ours}/scale", f"{theirs}.weight"), Rule(f"{ours}/bias", f"{theirs}.bias")]
+
+
+def _make_model(config: clip.Config) -> nnx.Module:
+    return clip.Model(config, rngs=nnx.Rngs(0))
+
+
+def _is_ignored(config: clip.Config, name: str) -> bool:
+    del config
+    return name in _BUFFERS
+
+
+FAMILY = Family("clip", clip.Config, read_config, write_config, _make_model, rules, _is_ignored)

@@ -1,0 +1,160 @@
+"""LLaMA checkpoints of Hugging Face (`model_type` llama): config and table of names."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from flax import nnx
+
+from rag_mm.convert.table import Family, Matrix, Outside, Reader, Rule, Same
+from rag_mm.core.errors import UserError
+from rag_mm.nn.decoder import Decoder, DecoderConfig
+from rag_mm.ops import rope
+
+_LAYER = "model.layers.{}."
+MODULES = {
+    "attention/q": ("self_attn.q_proj", 1),
+    "attention/k": ("self_attn.k_proj", 1),
+    "attention/v": ("self_attn.v_proj", 1),
+    "attention/out": ("self_attn.o_proj", 2),
+    "mlp/gate": ("mlp.gate_proj", 1),
+    "mlp/up": ("mlp.up_proj", 1),
+    "mlp/down": ("mlp.down_proj", 1),
+}
+FLAT = Same(1)  # a bias [N, H] is [N * H] outside
+NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+
+
+def read_config(outside: Outside) -> DecoderConfig:
+    """The decoder that a config.json describes.
+
+    Raises:
+        UserError: a setting is missing, or asks for something that the decoder does not compute.
+    """
+    return read_decoder(outside.config, default_eps=1e-6)
+
+
+def read_decoder(values: Mapping[str, Any], default_eps: float, **more: Any) -> DecoderConfig:
+    """What LLaMA and Chameleon say in common; `more` are further fields of the decoder."""
+    v = Reader(values, "config.json")
+    v.require("hidden_act", "silu", "silu")
+    use_bias = v.require("attention_bias", False, False, True, None) or False
+    v.require("mlp_bias", False, use_bias, None)
+    num_heads = v.get("num_attention_heads", int)
+    num_kv_heads = v.get("num_key_value_heads", int, num_heads)
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise UserError(f"config.json: {num_kv_heads} key heads do not divide {num_heads} heads.")
+    try:
+        theta, scaling = _read_rope(values, v)
+        return DecoderConfig(
+            vocab_size=v.get("vocab_size", int),
+            num_layers=v.get("num_hidden_layers", int),
+            embed_dim=v.get("hidden_size", int),
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=v.get("head_dim", int, v.get("hidden_size", int) // max(num_heads, 1)),
+            mlp_dim=v.get("intermediate_size", int),
+            max_seq_len=v.get("max_position_embeddings", int, 2048),
+            norm_eps=v.get("rms_norm_eps", float, default_eps),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            use_bias=use_bias,
+            tie_embeddings=v.get("tie_word_embeddings", bool, False),
+            **more,
+        )
+    except ValueError as error:
+        raise UserError(f"config.json: {error}.") from None
+
+
+def _read_rope(values: Mapping[str, Any], v: Reader) -> tuple[float, rope.Llama3Scaling | None]:
+    # transformers 5 has one table; before it the base stood beside `rope_scaling`.
+    table = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    r = Reader(table, "config.json: rope_parameters")
+    theta = r.get("rope_theta", float, v.get("rope_theta", float, 10_000.0))
+    kind = "rope_type" if "rope_type" in table else "type"
+    if r.require(kind, "default", "default", "llama3") == "default":
+        return theta, None
+    return theta, rope.Llama3Scaling(
+        r.get("factor", float),
+        r.get("low_freq_factor", float),
+        r.get("high_freq_factor", float),
+        r.get("original_max_position_embeddings", int),
+    )
+
+
+def write_config(config: DecoderConfig) -> dict[str, Any]:
+    """The config.json of a decoder of this family.
+
+    Raises:
+        UserError: it has something that LLaMA does not.
+    """
+    check_family(config, "LLaMA", qk_norm=False, post_norm=False)
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | write_decoder(config)
+
+
+def check_family(config: DecoderConfig, family: str, **more: Any) -> None:
+    """Refuses a decoder that computes something else; `more` are settings the family also fixes."""
+    fixed = {"norm": "rmsnorm", "positions": "rope", "mlp": "swiglu", "smear_lags": ()} | more
+    for name, value in fixed.items():
+        if (found := getattr(config, name)) != value:
+            raise UserError(
+                f"This decoder is no {family}: its {name} is {found!r}, {family}'s is {value!r}."
+            )
+
+
+def write_decoder(config: DecoderConfig) -> dict[str, Any]:
+    """What LLaMA and Chameleon say in common."""
+    c, table = config, {"rope_type": "default", "rope_theta": config.rope_theta}
+    if c.rope_scaling is not None:
+        table |= {
+            "rope_type": "llama3",
+            "factor": c.rope_scaling.factor,
+            "low_freq_factor": c.rope_scaling.low_freq_factor,
+            "high_freq_factor": c.rope_scaling.high_freq_factor,
+            "original_max_position_embeddings": c.rope_scaling.original_length,
+        }
+    return {
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.embed_dim,
+        "intermediate_size": c.mlp_dim,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.block.num_kv_heads,
+        "head_dim": c.block.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": c.max_seq_len,
+        "rms_norm_eps": c.norm_eps,
+        "rope_parameters": table,
+        "attention_bias": c.use_bias,
+        "mlp_bias": c.use_bias,
+        "tie_word_embeddings": c.tie_embeddings,
+    }
+
+
+def rules(config: DecoderConfig, prefix: str = "") -> list[Rule]:
+    """The table of names; `prefix` stands before every path of ours."""
+    blocks = f"{prefix}stack/blocks/"
+    found = [
+        Rule(f"{prefix}embedding/table", "model.embed_tokens.weight"),
+        Rule(f"{prefix}norm/scale", "model.norm.weight"),
+        Rule(f"{prefix}head/table", "lm_head.weight"),
+        *(Rule(f"{blocks}{a}/scale", f"{_LAYER}{b}.weight") for a, b in NORMS.items()),
+    ]
+    for ours, (theirs, num_in) in MODULES.items():
+        weight = Rule(f"{blocks}{ours}/kernel", f"{_LAYER}{theirs}.weight", Matrix(num_in))
+        found += [weight, Rule(f"{blocks}{ours}/bias", f"{_LAYER}{theirs}.bias", FLAT)]
+    return found
+
+
+def is_ignored(config: DecoderConfig, name: str) -> bool:
+    """The frequencies of old checkpoints, and a head that is the embedding once more."""
+    if config.tie_embeddings and name == "lm_head.weight":
+        return True
+    return re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", name) is not None
+
+
+def _make_model(config: DecoderConfig) -> nnx.Module:
+    return Decoder(config, rngs=nnx.Rngs(params=0))
+
+
+FAMILY = Family("llama", DecoderConfig, read_config, write_config, _make_model, rules, is_ignored)

@@ -1,0 +1,90 @@
+"""How ScaNN searches, and what it is tuned to at each size (docs/results/memory.md)."""
+
+import dataclasses
+import math
+from typing import Literal
+
+_KINDS = {
+    "scoring": ("auto", "brute_force", "hashed", "tree"),
+    "reorder": ("auto", "float32", "bfloat16", "int8"),
+}
+_MIN_TREE_ROWS = 32  # ScaNN trains sixteen centres on what the leaves leave over.
+_COUNTS = ("min_hashed_rows", "min_tree_rows", "dims_per_block", "max_rows")
+_OPEN_COUNTS = ("num_reordered", "num_leaves", "leaves_to_search")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScannConfig:
+    """How to search; what is `auto` or 0 follows the number of rows.
+
+    Attributes:
+        scoring: `brute_force`, `hashed` (asymmetric hashing, then exact reordering), `tree` (both
+            within the nearest leaves of a partition), or `auto`: brute force below
+            `min_hashed_rows`, hashed below `min_tree_rows`, a tree from there on.
+        min_hashed_rows: the size from which hashing is worth its error.
+        num_reordered: how many hashed hits are scored exactly, 60 in a tree and else 200 if open;
+            raised where k asks for more.
+        dims_per_block: dimensions that share one 4-bit code.
+        anisotropic_threshold: of score-aware quantisation, ScaNN's `T` (arXiv 1908.10396).
+        min_tree_rows: the size from which a partition is worth its error.
+        num_leaves: of the partition.
+        leaves_to_search: for each query.
+        soar_lambda: writes each row into a second leaf that errs otherwise (SOAR, arXiv 2404.00774);
+            0 for none. Safe here, as an index is never changed in place.
+        reorder: what exact scores are computed from; `auto` is bfloat16 in a tree, else float32.
+        max_rows: the rows of one searcher; a larger index is several, searched one after the other.
+    """
+
+    scoring: Literal["auto", "brute_force", "hashed", "tree"] = "auto"
+    min_hashed_rows: int = 20_000
+    num_reordered: int = 0
+    dims_per_block: int = 2
+    anisotropic_threshold: float = 0.2
+    min_tree_rows: int = 100_000
+    num_leaves: int = 0
+    leaves_to_search: int = 0
+    soar_lambda: float = 1.5
+    reorder: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    max_rows: int = 50_000_000
+
+    def __post_init__(self):
+        for name, choices in _KINDS.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} is {', '.join(choices[:-1])} or {choices[-1]}, "
+                    f"not {getattr(self, name)!r}"
+                )
+        counts = [getattr(self, name) for name in _COUNTS]
+        if any(not isinstance(count, int) or count < 1 for count in counts):
+            raise ValueError(f"the counts of a ScannConfig are whole and positive: {counts}")
+        open_counts = [getattr(self, name) for name in _OPEN_COUNTS]
+        if any(not isinstance(count, int) or count < 0 for count in open_counts):
+            raise ValueError(f"{_OPEN_COUNTS} are whole, 0 where they are open: {open_counts}")
+        reals = (self.anisotropic_threshold, self.soar_lambda)
+        if any(not isinstance(value, float) or not 0 <= value < 100 for value in reals):
+            raise ValueError(f"threshold and lambda are floats from 0 on, not {reals}")
+
+    def resolve(self, num_rows: int) -> "ScannConfig":
+        """The same with nothing left open, for one searcher of so many rows."""
+        scoring = self.scoring
+        if scoring == "auto":
+            scoring = "tree" if num_rows >= self.min_tree_rows else "hashed"
+            scoring = scoring if num_rows >= self.min_hashed_rows else "brute_force"
+        if scoring == "tree" and num_rows < _MIN_TREE_ROWS:
+            scoring = "hashed"
+        if scoring != "tree":
+            return dataclasses.replace(
+                self,
+                scoring=scoring,
+                reorder="float32" if self.reorder == "auto" else self.reorder,
+                num_reordered=self.num_reordered or 200,
+            )
+        leaves = self.num_leaves or round(2 * math.sqrt(num_rows))
+        return dataclasses.replace(
+            self,
+            scoring=scoring,
+            reorder="bfloat16" if self.reorder == "auto" else self.reorder,
+            num_reordered=self.num_reordered or 60,
+            num_leaves=leaves,
+            leaves_to_search=min(self.leaves_to_search or max(1, round(leaves / 40)), leaves),
+        )

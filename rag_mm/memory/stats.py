@@ -1,0 +1,70 @@
+"""What a version of a memory holds, and the digest of it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rag_mm.core import files
+from rag_mm.memory import encoder as encoder_lib
+from rag_mm.memory import manifest, summary
+from rag_mm.memory import rows as rows_lib
+from rag_mm.memory import shard as shard_lib
+
+
+def fingerprint(contents: manifest.Manifest, live: rows_lib.LiveRows) -> str:
+    """Digest of the rows and what made them; indexes, which may differ by machine, aside."""
+    shards = {
+        shard.file(what, ending)
+        for shard in contents.shards
+        for what, ending in (
+            ("records", "arrayrecord"),
+            ("ids", "json"),
+            ("codes", "npy"),
+            *((f"embeddings-{view}", "npy") for view in encoder_lib.VIEWS),
+        )
+    }
+    rows = {n: e.sha256 for n, e in contents.files.items() if n in shards}
+    made: list[Any] = [contents.encoder, contents.tokenizer, contents.index, contents.image_size]
+    made.append(rows)
+    if live.num_removed:
+        made.append(live.removed.tolist())
+    return files.digest(files.canonical_json(made).encode())
+
+
+def summarize(root: Path, contents: manifest.Manifest, live: rows_lib.LiveRows) -> dict[str, Any]:
+    """What `Memory.stats` says, ready for JSON."""
+    with_text, with_image = _parts(root, contents, live)
+    counts, _ = summary.read(root, contents)
+    return {
+        "path": str(root),
+        "version": contents.version,
+        "rows": contents.rows,
+        "removed": contents.removed,
+        "with_text": with_text,
+        "with_image": with_image,
+        "shards": len(contents.shards),
+        "bytes": sum(entry.size for entry in contents.files.values()),
+        "index": contents.index,
+        "views": list(encoder_lib.VIEWS),
+        "dim": contents.dim,
+        "image_size": contents.image_size,
+        "codes_per_image": contents.num_codes,
+        "encoder": contents.encoder,
+        "tokenizer": contents.tokenizer,
+        "fingerprint": fingerprint(contents, live),
+        "last_ingest": counts or None,
+    }
+
+
+def _parts(root: Path, contents: manifest.Manifest, live: rows_lib.LiveRows) -> tuple[int, int]:
+    """How many rows have text, and how many an image."""
+    if not live.num_removed:
+        return (
+            sum(shard.with_text for shard in contents.shards),
+            sum(shard.with_image for shard in contents.shards),
+        )
+    origins = [shard_lib.load_origins(root, contents, shard) for shard in contents.shards]
+    has_text = np.array([caption != "" for one in origins for caption in one.caption], bool)
+    has_image = np.array([image for one in origins for image in one.image], bool)
+    return int(has_text[live.mask].sum()), int(has_image[live.mask].sum())

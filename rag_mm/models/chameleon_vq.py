@@ -1,0 +1,215 @@
+"""Chameleon's image tokenizer: the VQGAN of Make-A-Scene (Gafni et al. 2022; Esser et al. 2021, section 3).
+
+It shares neither blocks nor downsampling with the pyramid tokenizer of `spae`: convolutions with biases,
+strided downsampling that pads below and to the right, one attention at the smallest grid.
+"""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rag_mm.nn import conv
+from rag_mm.ops import quantize
+
+_EPS = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes; the defaults are Chameleon's, 512 pixels to 32x32 codes."""
+
+    image_size: int = 512
+    width: int = 128
+    width_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2
+    attention_sizes: tuple[
+        int, ...
+    ] = ()  # grids, by their side, whose blocks are followed by attention
+    latent_dim: int = 256
+    embed_dim: int = 256
+    codebook_size: int = 8192
+    num_groups: int = 32
+    # Pixels in 0..1 are fed as gain * x - 1. The public preprocessing has 255 * 0.0078, not 2.
+    gain: float = 1.989
+    has_decoder: bool = False  # the public checkpoints have none
+
+    @property
+    def num_codes(self) -> int:
+        """Codes of one image."""
+        return (self.image_size // 2 ** (len(self.width_multipliers) - 1)) ** 2
+
+
+class ResBlock(nnx.Module):
+    """Norm, swish, 3x3 convolution, twice, around a skip that is 1x1 where the width changes."""
+
+    def __init__(self, config: Config, in_dim: int, out_dim: int, *, rngs: nnx.Rngs):
+        self.norm1 = _norm(config, in_dim, rngs=rngs)
+        self.conv1 = conv.conv3x3(in_dim, out_dim, rngs=rngs)
+        self.norm2 = _norm(config, out_dim, rngs=rngs)
+        self.conv2 = conv.conv3x3(out_dim, out_dim, rngs=rngs)
+        self.skip = None if in_dim == out_dim else nnx.Linear(in_dim, out_dim, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """float32 [B, H, W, in_dim] -> [B, H, W, out_dim]."""
+        h = self.conv1(nnx.silu(self.norm1(x)))
+        h = self.conv2(nnx.silu(self.norm2(h)))
+        return h + (x if self.skip is None else self.skip(x))
+
+
+class Attention(nnx.Module):
+    """One head over all positions of a grid, added to its input."""
+
+    def __init__(self, config: Config, width: int, *, rngs: nnx.Rngs):
+        self.norm = _norm(config, width, rngs=rngs)
+        self.q, self.k, self.v, self.out = (nnx.Linear(width, width, rngs=rngs) for _ in range(4))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """float32 [B, H, W, D] -> the same shape."""
+        h = self.norm(x).reshape(x.shape[0], -1, 1, x.shape[-1])
+        attended = jax.nn.dot_product_attention(self.q(h), self.k(h), self.v(h))
+        return x + self.out(attended.reshape(x.shape))
+
+
+class Scale(nnx.Module):
+    """The blocks of one grid, and the convolution that leads to the next one."""
+
+    def __init__(
+        self, blocks: list[ResBlock], attentions: list[Attention], change: nnx.Conv | None
+    ):
+        self.blocks, self.attentions = nnx.List(blocks), nnx.List(attentions)
+        self.change = change
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """float32 [B, H, W, D] -> [B, H, W, D'], still without the change of the grid."""
+        for index, block in enumerate(self.blocks):
+            x = block(x)
+            if self.attentions:
+                x = self.attentions[index](x)
+        return x
+
+
+class Middle(nnx.Module):
+    """Block, attention, block on the grid of codes."""
+
+    def __init__(self, config: Config, width: int, *, rngs: nnx.Rngs):
+        self.block1 = ResBlock(config, width, width, rngs=rngs)
+        self.attention = Attention(config, width, rngs=rngs)
+        self.block2 = ResBlock(config, width, width, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """float32 [B, S, S, D] -> the same shape."""
+        return self.block2(self.attention(self.block1(x)))
+
+
+class Encoder(nnx.Module):
+    """Pictures to latents."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        c, widths = config, [config.width * m for m in config.width_multipliers]
+        self.stem = conv.conv3x3(3, c.width, rngs=rngs)
+        scales, previous = [], c.width
+        for index, width in enumerate(widths):
+            is_last = index == len(widths) - 1
+            side = c.image_size // 2**index
+            blocks, attentions = _blocks(c, previous, width, c.num_res_blocks, side, rngs=rngs)
+            # Padded by hand: one row below and one column to the right.
+            change = (
+                None
+                if is_last
+                else nnx.Conv(width, width, (3, 3), strides=2, padding=((0, 1), (0, 1)), rngs=rngs)
+            )
+            scales.append(Scale(blocks, attentions, change))
+            previous = width
+        self.scales = nnx.List(scales)
+        self.middle = Middle(c, previous, rngs=rngs)
+        self.norm = _norm(c, previous, rngs=rngs)
+        self.to_latent = conv.conv3x3(previous, c.latent_dim, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """float32 [B, H, W, 3] -> [B, S, S, latent_dim]."""
+        x = self.stem(x)
+        for scale in self.scales:
+            x = scale(x)
+            if scale.change is not None:
+                x = scale.change(x)
+        return self.to_latent(nnx.silu(self.norm(self.middle(x))))
+
+
+class Decoder(nnx.Module):
+    """Latents to pictures: the mirror, with one block more a grid; `scales` run from the smallest grid up."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        c = config
+        widths = [c.width * m for m in reversed(c.width_multipliers)]
+        previous = widths[0]
+        self.stem = conv.conv3x3(c.latent_dim, previous, rngs=rngs)
+        self.middle = Middle(c, previous, rngs=rngs)
+        scales = []
+        for index, width in enumerate(widths):
+            is_last = index == len(widths) - 1
+            side = c.image_size // 2 ** (len(widths) - 1 - index)
+            blocks, attentions = _blocks(c, previous, width, c.num_res_blocks + 1, side, rngs=rngs)
+            change = None if is_last else conv.conv3x3(width, width, rngs=rngs)
+            scales.append(Scale(blocks, attentions, change))
+            previous = width
+        self.scales = nnx.List(scales)
+        self.norm = _norm(c, previous, rngs=rngs)
+        self.to_pixels = conv.conv3x3(previous, 3, rngs=rngs)
+
+    def __call__(self, z: jax.Array) -> jax.Array:
+        """float32 [B, S, S, latent_dim] -> [B, H, W, 3]."""
+        x = self.middle(self.stem(z))
+        for scale in self.scales:
+            x = scale(x)
+            if scale.change is not None:
+                x = scale.change(conv.upsample_nearest(x))
+        return self.to_pixels(nnx.silu(self.norm(x)))
+
+
+class Model(nnx.Module):
+    """Pictures, float32 [B, H, W, 3] in 0..1, to codes and, with a decoder, back."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        c = self.config = config
+        self.encoder = Encoder(c, rngs=rngs)
+        self.to_embedding = nnx.Linear(c.latent_dim, c.embed_dim, rngs=rngs)
+        self.codebook = nnx.Embed(c.codebook_size, c.embed_dim, rngs=rngs)
+        self.from_embedding = nnx.Linear(c.embed_dim, c.latent_dim, rngs=rngs)
+        self.decoder = Decoder(c, rngs=rngs) if c.has_decoder else None
+
+    def embed(self, images: jax.Array) -> jax.Array:
+        """What is quantised: float32 [B, S, S, embed_dim]."""
+        return self.to_embedding(self.encoder(self.config.gain * images - 1))
+
+    def encode(self, images: jax.Array) -> jax.Array:
+        """Codes int32 [B, N] in raster order."""
+        z = self.embed(images)
+        return quantize.quantize(z, self.codebook.embedding[...], (z.shape[1],))
+
+    def decode(self, codes: jax.Array) -> jax.Array:
+        """Pictures in 0..1 from codes int32 [B, N].
+
+        Raises:
+            ValueError: this model has no decoder.
+        """
+        if self.decoder is None:
+            raise ValueError("this image tokenizer has no decoder")
+        side = round(codes.shape[1] ** 0.5)
+        z = self.codebook.embedding[...][codes].reshape(len(codes), side, side, -1)
+        return jnp.clip((self.decoder(self.from_embedding(z)) + 1) / self.config.gain, 0, 1)
+
+
+def _norm(config: Config, width: int, *, rngs: nnx.Rngs) -> nnx.GroupNorm:
+    return nnx.GroupNorm(width, num_groups=config.num_groups, epsilon=_EPS, rngs=rngs)
+
+
+def _blocks(
+    config: Config, in_dim: int, out_dim: int, count: int, side: int, *, rngs: nnx.Rngs
+) -> tuple[list[ResBlock], list[Attention]]:
+    dims = [in_dim] + [out_dim] * count
+    blocks = [ResBlock(config, a, b, rngs=rngs) for a, b in itertools.pairwise(dims)]
+    attends = side in config.attention_sizes
+    return blocks, [Attention(config, out_dim, rngs=rngs) for _ in range(count if attends else 0)]

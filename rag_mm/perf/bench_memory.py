@@ -1,0 +1,279 @@
+"""The memory's indexes beside FAISS: queries a second at one recall, build time, bytes, resident memory."""
+
+import dataclasses
+import functools
+import importlib.metadata
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rag_mm.core import clock
+from rag_mm.memory import device_index, exact, scann_index
+from rag_mm.memory.index import Index
+from rag_mm.perf import faiss_peer, timing
+from rag_mm.perf.vectors import Cones
+
+_K = 10
+_BATCH = 256
+_SINGLES = 64  # queries timed one by one
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is measured.
+
+    Attributes:
+        rows, dim: of the memory.
+        recall: at 10, that both sides reach.
+        num_queries: for the recall; the times use some of them.
+        num_threads: of both sides.
+        num_rounds: of which the median counts.
+        device_rows: of the comparison of `device` with a bare program.
+        with_hnsw: FAISS's graph too, which takes several times longer to build.
+        num_small: rows whose build is timed beside the whole, 0 for none.
+    """
+
+    rows: int = 300_000
+    dim: int = 512
+    recall: float = 0.95
+    num_queries: int = 1_024
+    num_threads: int = 2
+    num_rounds: int = 5
+    device_rows: int = 100_000
+    with_hnsw: bool = False
+    num_small: int = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Data:
+    rows: np.ndarray
+    queries: np.ndarray
+    right: np.ndarray  # ids of the exact neighbors
+
+
+def run(
+    config: Config, say: Callable[[str], None] = lambda line: None
+) -> dict[str, Mapping[str, Any]]:
+    """All cases, each `{"ours", "peer", "ratio", "unit", ...}` with machine and versions.
+
+    The ratio is ours over the peer's where more is better, and the peer's over ours elsewhere; so it is
+    above 1 where ours is better.
+    """
+    used = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, used[: config.num_threads])
+    try:
+        cases = _run(config, say)
+    finally:
+        os.sched_setaffinity(0, used)
+    made_on = clock.machine()
+    common = {
+        "machine": f"{made_on['processor']}, {config.num_threads} of {made_on['cores']} cores",
+        "versions": {
+            "faiss": faiss_peer.version(),
+            **{name: importlib.metadata.version(name) for name in ("scann", "jax", "numpy")},
+        },
+    }
+    return {name: {**case, **common} for name, case in cases.items()}
+
+
+def _run(config: Config, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+    say(f"{config.rows} x {config.dim} rows and {config.num_queries} queries")
+    cones = Cones(dim=config.dim)
+    rows, queries = cones.rows(config.rows), cones.queries(config.num_queries)
+    oracle = exact.ExactIndex()
+    oracle.build(rows)
+    data = _Data(rows, queries, oracle.search(queries, _K).ids)
+    cases = {"exact": _exact(config, oracle, data)}
+    del oracle
+    ours, build = _timed(lambda: _build(data.rows), rows)
+    cases |= {"wrapper": _wrapper(config, ours, data)}
+    for name, make in _peers(config).items():
+        say(f"building {name}")
+        (index, candidates), peer_build = _timed(
+            functools.partial(make, rows, config.num_threads), rows
+        )
+        cases |= _beside(config, ours, (name, index, candidates), data, build, peer_build)
+        del index, candidates
+    if config.num_small:
+        say("building of fewer rows")
+        cases["scaling"] = _scaling(config, rows)
+    say("device")
+    cases["device"] = _device(config, data)
+    return cases
+
+
+def _peers(config: Config) -> dict[str, Callable]:
+    peers: dict[str, Callable] = {"ivf": faiss_peer.build_ivf}
+    return peers | ({"hnsw": faiss_peer.build_hnsw} if config.with_hnsw else {})
+
+
+def _build(rows: np.ndarray) -> scann_index.ScannIndex:
+    built = scann_index.ScannIndex()
+    built.build(rows)
+    return built
+
+
+def _timed(make: Callable[[], Any], rows: np.ndarray) -> tuple[Any, dict[str, float]]:
+    """What `make` makes; its seconds, and resident memory at most over that of the rows alone."""
+    timing.reset_peak_memory()
+    before = timing.resident_memory(peak=False)
+    began = time.perf_counter()
+    made = make()
+    seconds = time.perf_counter() - began
+    extra = timing.resident_memory(peak=True) - before
+    return made, {"seconds": seconds, "memory": (rows.nbytes + extra) / rows.nbytes}
+
+
+def _recall(ids: np.ndarray, right: np.ndarray) -> float:
+    return float(np.mean([np.isin(a, b).mean() for a, b in zip(right, ids, strict=True)]))
+
+
+def _ratio(ours: float, peer: float, unit: str, more_is_better: bool, **more: Any) -> dict:
+    ratio = ours / peer if more_is_better else peer / ours
+    return {"ours": ours, "peer": peer, "ratio": ratio, "unit": unit, **more}
+
+
+def _beside(
+    config: Config,
+    ours: scann_index.ScannIndex,
+    peer: tuple[str, object, list[faiss_peer.Candidate]],
+    data: _Data,
+    build: Mapping[str, float],
+    peer_build: Mapping[str, float],
+) -> dict[str, dict[str, Any]]:
+    """Search, build, bytes and memory beside one peer."""
+    name, index, candidates = peer
+    best, peer_recall = _tune(config, candidates, data)
+    recalls = {
+        "our_recall": _recall(ours.search(data.queries, _K).ids, data.right),
+        "peer_recall": peer_recall,
+        "peer_setting": best.name,
+    }
+    cases = {}
+    for batch, count in ((_BATCH, len(data.queries)), (1, min(_SINGLES, len(data.queries)))):
+        batches = [data.queries[i : i + batch] for i in range(0, count, batch)]
+        seconds = timing.alternate(
+            [
+                functools.partial(_search_all, ours.search, batches),
+                functools.partial(_search_all, best.search, batches),
+            ],
+            config.num_rounds,
+        )
+        cases[f"{name}_batch_{batch}"] = _ratio(
+            count / seconds[0], count / seconds[1], "queries/s", True, **recalls
+        )
+    cases[f"{name}_build"] = _ratio(build["seconds"], peer_build["seconds"], "s", False)
+    cases[f"{name}_bytes"] = _ratio(
+        _num_bytes(ours) / config.rows,
+        faiss_peer.num_bytes(index) / config.rows,
+        "bytes/row",
+        False,
+    )
+    cases[f"{name}_memory"] = _ratio(
+        build["memory"], peer_build["memory"], "resident at build / raw rows", False
+    )
+    return cases
+
+
+def _tune(
+    config: Config, candidates: list[faiss_peer.Candidate], data: _Data
+) -> tuple[faiss_peer.Candidate, float]:
+    """The fastest setting that reaches the recall, or the most accurate where none does."""
+    recalls, seconds = [], []
+    for candidate in candidates:
+        began = time.perf_counter()
+        batches = range(0, len(data.queries), _BATCH)
+        ids = [candidate.search(data.queries[start : start + _BATCH], _K) for start in batches]
+        seconds.append(time.perf_counter() - began)
+        recalls.append(_recall(np.concatenate(ids), data.right))
+    good = [place for place, recall in enumerate(recalls) if recall >= config.recall]
+    best = min(good, key=seconds.__getitem__) if good else int(np.argmax(recalls))
+    return candidates[best], recalls[best]
+
+
+def _search_all(search: Callable[[np.ndarray, int], Any], batches: Sequence[np.ndarray]) -> None:
+    for batch in batches:
+        search(batch, _K)
+
+
+def _num_bytes(index: Index) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        index.save(Path(folder) / "index")
+        return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+
+
+def _exact(config: Config, oracle: exact.ExactIndex, data: _Data) -> dict[str, Any]:
+    """Beside FAISS's flat index."""
+    faiss = faiss_peer.load()
+    faiss.omp_set_num_threads(config.num_threads)
+    flat = faiss.IndexFlatIP(config.dim)
+    flat.add(data.rows)
+    queries = data.queries[:_BATCH]
+    seconds = timing.alternate(
+        [lambda: oracle.search(queries, _K), lambda: flat.search(queries, _K)], config.num_rounds
+    )
+    return _ratio(len(queries) / seconds[0], len(queries) / seconds[1], "queries/s", True)
+
+
+def _wrapper(config: Config, ours: scann_index.ScannIndex, data: _Data) -> dict[str, Any]:
+    """Our search beside ScaNN's own call with the same settings."""
+    bare = ours.native()
+    batches = [data.queries[i : i + _BATCH] for i in range(0, len(data.queries), _BATCH)]
+    seconds = timing.alternate(
+        [
+            functools.partial(_search_all, ours.search, batches),
+            functools.partial(_search_all, bare, batches),
+        ],
+        2 * config.num_rounds,
+    )
+    count = len(data.queries)
+    return _ratio(count / seconds[0], count / seconds[1], "queries/s", True)
+
+
+def _scaling(config: Config, rows: np.ndarray) -> dict[str, Any]:
+    """Seconds a row of all rows over those of fewer: ours, and FAISS's."""
+    growth = []
+    for make in (_build, lambda part: faiss_peer.build_ivf(part, config.num_threads)):
+        seconds = []
+        for count in (config.num_small, len(rows)):
+            part = rows[:count]
+            _, cost = _timed(functools.partial(make, part), part)
+            seconds.append(cost["seconds"] / count)
+        growth.append(seconds[1] / seconds[0])
+    return _ratio(growth[0], growth[1], "s/row at full size over s/row at num_small", False)
+
+
+def _device(config: Config, data: _Data) -> dict[str, Any]:
+    """The index beside the bare program on one device: scores, then the best k."""
+    rows = data.rows[: config.device_rows]
+    index = device_index.DeviceIndex()
+    index.build(rows)
+    queries = data.queries[:_BATCH]
+
+    @jax.jit
+    def bare(rows: jax.Array, queries: jax.Array) -> tuple[jax.Array, jax.Array]:
+        scores = jnp.matmul(queries, rows.T, precision=jax.lax.Precision.HIGHEST)
+        values, ids = jax.lax.top_k(scores, _K)
+        return values, ids
+
+    placed = jnp.asarray(rows)
+    seconds = timing.alternate(
+        [
+            lambda: index.search(queries, _K),
+            lambda: jax.block_until_ready(bare(placed, jnp.asarray(queries))),
+        ],
+        2 * config.num_rounds,
+    )
+    _, ids = bare(placed, jnp.asarray(queries))
+    recall = _recall(index.search(queries, _K).ids, np.asarray(ids))
+    count = len(queries)
+    return _ratio(
+        count / seconds[0], count / seconds[1], "queries/s", True, our_recall=recall, rows=len(rows)
+    )

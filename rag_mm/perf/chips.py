@@ -1,0 +1,91 @@
+"""Published peaks of the chips that a plan is made for, each with the page it stands on."""
+
+import dataclasses
+import math
+import re
+
+from rag_mm.core.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Peaks of one chip.
+
+    Attributes:
+        flops: bfloat16 multiply-adds counted as two, a second.
+        hbm_bandwidth: bytes a second.
+        ici_bandwidth: bytes a second that it sends over all of its links together; pages that give
+            both directions together are halved.
+        num_dims: of the torus.
+        options: what the compiler's topology wants to hear besides the name.
+        source: where the figures stand.
+    """
+
+    flops: float
+    hbm_bandwidth: float
+    ici_bandwidth: float
+    num_dims: int
+    source: str
+    options: tuple[tuple[str, str], ...] = ()
+
+
+_DOCS = "https://cloud.google.com/tpu/docs"
+CHIPS = {
+    # The page gives no link speed; 6 links of 50 GB/s: Jouppi et al. 2023, arXiv 2304.01433.
+    "v4": Chip(275e12, 1200e9, 300e9, 3, f"{_DOCS}/v4", (("chip_config_name", "megacore"),)),
+    "v5e": Chip(197e12, 819e9, 200e9, 2, f"{_DOCS}/v5e"),
+    "v5p": Chip(459e12, 2765e9, 600e9, 3, f"{_DOCS}/v5p"),
+    "v6e": Chip(918e12, 1638e9, 400e9, 2, f"{_DOCS}/v6e"),
+}
+# Between slices, bytes a second that a chip sends: v5e's page gives 6.4 Tbit/s for 256 chips; taken for all.
+DCN_BANDWIDTH = 6.4e12 / 8 / 256
+
+
+# Dense bfloat16 FLOP/s by jax's name of the device, for a run's MFU; GPUs from NVIDIA's H100 and H200 data
+# sheets (SXM, without sparsity).
+DEVICE_FLOPS = {
+    "TPU v4": CHIPS["v4"].flops,
+    "TPU v5 lite": CHIPS["v5e"].flops,
+    "TPU v5": CHIPS["v5p"].flops,
+    "TPU v5p": CHIPS["v5p"].flops,
+    "TPU v6 lite": CHIPS["v6e"].flops,
+    "NVIDIA H100 80GB HBM3": 989.4e12,
+    "NVIDIA H200": 989.4e12,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Slices of chips: `name` is what the compiler is asked for, such as v5e:16x16."""
+
+    name: str
+    chip: Chip
+    shape: tuple[int, ...]
+    num_slices: int = 1
+
+    @property
+    def num_chips(self) -> int:
+        """Of all slices."""
+        return math.prod(self.shape) * self.num_slices
+
+
+def parse_topology(name: str, num_slices: int = 1) -> Topology:
+    """`v5e:16x16` and the like.
+
+    Raises:
+        UserError: an unknown chip, or not as many sides as its torus has.
+    """
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+    if found is None:
+        raise UserError(f"--topology={name} does not read as chip:sides; write v5e:16x16.")
+    kind, sides = found.groups()
+    if kind not in CHIPS:
+        raise UserError(f"There is no chip {kind!r}; there are {', '.join(CHIPS)}.")
+    shape = tuple(int(side) for side in sides.split("x"))
+    if len(shape) != CHIPS[kind].num_dims or min(shape) < 1:
+        raise UserError(
+            f"--topology={name} has {len(shape)} sides; a torus of {kind} has {CHIPS[kind].num_dims}."
+        )
+    if num_slices < 1:
+        raise UserError(f"--slices is {num_slices}; give at least 1.")
+    return Topology(name, CHIPS[kind], shape, num_slices)

@@ -1,0 +1,142 @@
+"""Records that a stranger might send, each with what should become of it."""
+
+import io
+import json
+import struct
+import tarfile
+import zlib
+
+import numpy as np
+import PIL.Image
+
+
+def pixels(seed: int = 0, height: int = 6, width: int = 9) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def encoded(image: PIL.Image.Image | np.ndarray, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    if isinstance(image, np.ndarray):
+        image = PIL.Image.fromarray(image)
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def png_claiming(width: int, height: int) -> bytes:
+    """A PNG whose header promises more than follows."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = chunk(b"IDAT", zlib.compress(bytes(100)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body + chunk(b"IEND", b"")
+
+
+def _rotated() -> bytes:
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    return encoded(pixels(), exif=exif)
+
+
+def _animated(kind: str) -> bytes:
+    frames = [PIL.Image.new("RGB", (3, 3), color) for color in ("red", "blue")]
+    return encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+
+
+def _flipped() -> bytes:
+    data = bytearray(encoded(pixels()))
+    data[data.index(b"IDAT") + 12] ^= 0xFF
+    return bytes(data)
+
+
+def _palette_with_hole() -> bytes:
+    image = PIL.Image.fromarray(pixels()).convert("P")
+    return encoded(image, transparency=0)
+
+
+_IMAGE = PIL.Image.fromarray(pixels())
+# File name, content, and the notes that it is read with.
+READ = {
+    "plain.png": (encoded(_IMAGE), set()),
+    "plain.jpg": (encoded(_IMAGE, "JPEG"), set()),
+    "plain.webp": (encoded(_IMAGE, "WEBP"), set()),
+    "cmyk.jpg": (encoded(_IMAGE.convert("CMYK"), "JPEG"), {"cmyk"}),
+    "alpha.png": (encoded(_IMAGE.convert("RGBA")), {"alpha"}),
+    "grey_alpha.png": (encoded(_IMAGE.convert("LA")), {"alpha", "grey"}),
+    "deep.png": (
+        encoded(PIL.Image.fromarray(pixels()[:, :, 0].astype(np.uint16) << 8)),
+        {"16-bit"},
+    ),
+    "bits.png": (encoded(_IMAGE.convert("1")), {"1-bit"}),
+    "palette.png": (encoded(_IMAGE.convert("P")), {"palette"}),
+    "hole.png": (_palette_with_hole(), {"palette", "alpha"}),
+    "grey.png": (encoded(_IMAGE.convert("L")), {"grey"}),
+    "grey.jpg": (encoded(_IMAGE.convert("L"), "JPEG"), {"grey"}),
+    "moving.png": (_animated("PNG"), {"animated"}),
+    "moving.webp": (_animated("WEBP"), {"animated"}),
+    "turned.png": (_rotated(), {"rotated"}),
+    "really_a_png.jpg": (encoded(_IMAGE), {"wrong-ending"}),
+    "really_a_jpeg.webp": (encoded(_IMAGE, "JPEG"), {"wrong-ending"}),
+}
+# File name, content, and the reason for which it is refused.
+REFUSED = {
+    "nothing.png": (b"", "empty-file"),
+    "dot.png": (encoded(pixels(0, 1, 1)), "one-pixel"),
+    "half.jpg": (encoded(pixels(0, 40, 40), "JPEG")[:400], "truncated"),
+    "half.png": (encoded(pixels())[:-40], "truncated"),
+    "half.webp": (encoded(pixels(0, 40, 40), "WEBP")[:-40], "truncated"),
+    "head.png": (encoded(pixels())[:20], "truncated"),
+    "flipped.png": (_flipped(), "damaged"),
+    "huge.png": (png_claiming(60_000, 60_000), "too-many-pixels"),
+    "large.png": (png_claiming(9_000, 9_000), "too-many-pixels"),
+    "moving.gif": (encoded(_IMAGE, "GIF"), "not-a-picture"),
+    "gif.png": (encoded(_IMAGE, "GIF"), "not-a-picture"),
+    "tiff.jpg": (encoded(_IMAGE, "TIFF"), "not-a-picture"),
+    "text.png": (b"<svg onload=alert(1)>", "not-a-picture"),
+    "page.jpg": (b"<!doctype html>" * 20, "not-a-picture"),
+}
+# A line of captions.jsonl, and the reason for which it is refused; `good.png` is a good picture.
+LINES = {
+    b"{": "not-json",
+    b"[" * 100_000: "not-json",
+    b'["good.png", "a"]': "not-json",
+    b'{"caption": "a"}': "not-json",
+    b'{"image": "", "caption": "a"}': "not-json",
+    b'{"image": "good.png", "caption": "\xff"}': "not-utf8",
+    b'{"image": "good.png", "caption": "\\ud800"}': "not-utf8",
+    b'{"image": "/etc/passwd", "caption": "a"}': "leads-outside",
+    b'{"image": "../good.png", "caption": "a"}': "leads-outside",
+    b'{"image": "..\\\\good.png", "caption": "a"}': "leads-outside",
+    b'{"image": "good.png"}': "empty-caption",
+    b'{"image": "good.png", "caption": " "}': "empty-caption",
+    b'{"image": "good.png", "caption": 3}': "empty-caption",
+    b'{"image": "good.png", "caption": "a", "url": 3}': "bad-field",
+    b'{"image": "missing.png", "caption": "a"}': "missing-picture",
+    b'{"image": "sub", "caption": "a"}': "missing-picture",
+    b'{"image": "pipe.png", "caption": "a"}': "device",
+    b'{"image": "sub/plain.png", "caption": "a twin"}': "duplicate-id",
+}
+
+
+def line(name: str, caption: str = "a caption") -> bytes:
+    return json.dumps({"image": name, "caption": caption}).encode()
+
+
+def member(tar: tarfile.TarFile, name: str, data: bytes = b"", **changes) -> None:
+    """Adds a member with any header."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    for key, value in changes.items():
+        setattr(info, key, value)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def sample(
+    tar: tarfile.TarFile, key: str, picture: bytes, caption: bytes | None, **changes
+) -> None:
+    member(tar, f"{key}.png", picture, **changes)
+    if caption is not None:
+        member(tar, f"{key}.txt", caption)

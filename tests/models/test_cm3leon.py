@@ -1,0 +1,132 @@
+"""CM3Leon's sizes and initialisation, both readings of "output layers zero" (section 11, item 11)."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from rag_mm.core import config as config_lib
+from rag_mm.core import sharding
+from rag_mm.models import cm3leon, ra_cm3
+from rag_mm.nn import params as params_lib
+
+SIZES = {
+    "configs/cm3leon.py:350m": (24, 1024, 16, 350e6),
+    "configs/cm3leon.py:760m": (24, 1536, 16, 760e6),
+    "configs/cm3leon.py:7b": (32, 4096, 32, 7e9),
+    "configs/ra_cm3.py:2.7b": (32, 2560, 32, 2.7e9),
+}
+
+
+def make_model(config):
+    return cm3leon.Model(config.decoder, rngs=nnx.Rngs(params=0))
+
+
+def from_page(name):
+    values = config_lib.to_dict(config_lib.load_config(name))
+    family = {"cm3leon": cm3leon.Config, "ra_cm3": ra_cm3.Config}[values["family"]]
+    return config_lib.make(family, values["model"], "model")
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_real_sizes_by_abstract_evaluation(name):
+    config = from_page(name)
+    layers, width, heads, num_params = SIZES[name]
+    _, abstract = params_lib.describe(functools.partial(make_model, config), None)
+    blocks = abstract["stack"]["blocks"]
+    assert blocks["attention"]["q"]["kernel"].shape == (layers, width, heads, width // heads)
+    assert blocks["mlp"]["up"]["kernel"].shape == (layers, width, 4 * width)
+    found = sum(leaf.size for leaf in jax.tree.leaves(abstract))
+    assert found == pytest.approx(num_params, rel=0.17)  # The papers round; 350 M is 373 M.
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(abstract))
+    names = {str(path[-1].key) for path, _ in jax.tree_util.tree_leaves_with_path(abstract)}
+    if name.startswith("configs/cm3leon"):
+        # No bias and no LayerNorm parameters anywhere, the final norm included.
+        assert names == {"kernel", "table"}
+        assert abstract["position_embedding"]["table"].shape == (4096, width)
+    else:
+        assert names == {"kernel", "table", "bias", "scale"}
+        assert "position_embedding" not in abstract
+
+
+def test_the_page_says_what_the_config_says():
+    for preset, config in {
+        "tiny": cm3leon.Config.tiny(),
+        "350m": cm3leon.Config.m350(),
+        "760m": cm3leon.Config.m760(),
+        "7b": cm3leon.Config.b7(),
+    }.items():
+        assert from_page(f"configs/cm3leon.py:{preset}") == config
+    assert from_page("configs/ra_cm3.py:tiny") == ra_cm3.Config.tiny()
+    assert config.alpha == 1.0 and ra_cm3.Config.b2_7().alpha == 0.1
+
+
+@pytest.mark.parametrize("reading", ["blocks", "head"])
+def test_weights_are_cut_at_three_sigma_and_positions_are_small(reading):
+    config = cm3leon.Config.tiny(reading)
+    make = functools.partial(make_model, config)
+    params = params_lib.init_params(make, sharding.make_mesh())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        sigma = 0.0002 if name.startswith("position_embedding") else 0.006
+        is_output = name.endswith(("attention/out/kernel", "mlp/down/kernel"))
+        if (reading == "blocks" and is_output) or (reading == "head" and name == "head/table"):
+            assert (np.asarray(leaf) == 0).all(), name
+            continue
+        largest = float(np.abs(leaf).max())
+        assert 2.7 * sigma < largest <= 3 * sigma * (1 + 1e-6), name
+        # A normal cut at 3 sigma has standard deviation 0.9866 sigma.
+        np.testing.assert_allclose(np.std(leaf), 0.9866 * sigma, rtol=0.02, err_msg=name)
+    assert ("head" in params) == (reading == "head")
+
+
+def loss_at_start(config, num_rows=4):
+    rng = np.random.default_rng(0)
+    length = config.decoder.max_seq_len
+    tokens = rng.integers(config.decoder.vocab_size, size=(num_rows, length + 1)).astype(np.int32)
+    batch = {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "positions": np.tile(np.arange(length, dtype=np.int32), (num_rows, 1)),
+        "segment_ids": np.ones((num_rows, length), np.int32),
+        "roles": np.ones((num_rows, length), np.int8),
+    }
+
+    @jax.jit
+    def compute(batch):
+        model = make_model(config)
+        loss, _ = cm3leon.loss_fn(model, batch, jax.random.key(0), config=config)
+        hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"])
+        embedded = model.norm(model.embed(batch["tokens"], batch["positions"]))
+        return loss, hidden, embedded
+
+    loss, hidden, embedded = compute(batch)
+    return float(loss), np.asarray(hidden), np.asarray(embedded)
+
+
+def test_reading_a_blocks_give_zero_and_a_token_predicts_itself():
+    config = cm3leon.make_config(2, 512, 4, vocab_size=512, max_seq_len=64, dtype="float32")
+    loss, hidden, embedded = loss_at_start(config)
+    np.testing.assert_array_equal(hidden, embedded)
+    # The token's own logit is |e|^2 / std(e), about sigma d; the others spread by sigma sqrt(d).
+    sigma_d = 0.9866 * cm3leon.SIGMA * 512
+    expected = np.log(512 + np.exp(sigma_d))
+    assert loss == pytest.approx(expected, abs=0.05)
+    assert loss > np.log(512) + 0.02
+
+
+def test_reading_b_starts_at_exactly_log_v():
+    loss, hidden, embedded = loss_at_start(cm3leon.Config.tiny("head"))
+    assert loss == pytest.approx(np.log(512), abs=1e-5)
+    assert np.abs(hidden - embedded).max() > 0
+
+
+def test_unknown_readings_and_a_tied_head_of_its_own_are_refused():
+    with pytest.raises(ValueError, match="zero_outputs"):
+        cm3leon.Config.tiny("both")
+    with pytest.raises(ValueError, match="tied"):
+        dataclasses.replace(cm3leon.Config.tiny().decoder, head_init_std=0.0)

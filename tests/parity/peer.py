@@ -1,0 +1,102 @@
+"""What transformers computes from the tiny checkpoints; run as a script it writes the golden files.
+
+    python tests/parity/peer.py
+
+Needs the extra [parity].
+"""
+
+import pathlib
+import sys
+import tempfile
+
+import numpy as np
+import tiny
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+def load(folder: pathlib.Path, **kwargs):
+    """The model of a folder; whatever from_pretrained misses or cannot place is an error."""
+    import transformers
+
+    classes = {
+        "llama": transformers.LlamaForCausalLM,
+        "chameleon": transformers.ChameleonForConditionalGeneration,
+        "clip": transformers.CLIPModel,
+    }
+    family = transformers.AutoConfig.from_pretrained(folder).model_type
+    model, report = classes[family].from_pretrained(
+        folder, output_loading_info=True, attn_implementation="eager", **kwargs
+    )
+    wrong = {k: v for k, v in report.items() if v and k != "error_msgs"}
+    assert not wrong and not report.get("error_msgs"), report
+    return model.eval()
+
+
+def language(model) -> dict[str, np.ndarray]:
+    """Logits of two rows, and greedy continuations of three prompts padded on the left."""
+    import torch
+
+    width = max(map(len, tiny.PROMPTS))
+    ids = torch.zeros((len(tiny.PROMPTS), width), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(tiny.PROMPTS):
+        ids[row, -len(prompt) :] = torch.tensor(prompt)
+        mask[row, -len(prompt) :] = 1
+    with torch.no_grad():
+        logits = model(torch.tensor(tiny.tokens((2, 17))).long()).logits
+        written = model.generate(
+            ids, attention_mask=mask, max_new_tokens=tiny.NUM_TOKENS, do_sample=False
+        )
+    return {"logits": logits.numpy(), "written": written[:, width:].numpy().astype(np.int32)}
+
+
+def image_tokens(model) -> dict[str, np.ndarray]:
+    """Tokens of two pictures by Chameleon's encoder, and the latents that were quantised."""
+    import torch
+
+    size = model.config.vq_config.resolution
+    pixels = tiny.pictures(2, size).astype(np.float32) * np.float32(0.0078) - 1
+    with torch.no_grad():
+        found = model.model.get_image_tokens(torch.tensor(pixels.transpose(0, 3, 1, 2)))
+        vq = model.model.vqmodel
+        latents = vq.quant_conv(vq.encoder(torch.tensor(pixels.transpose(0, 3, 1, 2))))
+    return {
+        "image_tokens": found.numpy().astype(np.int32),
+        "latents": latents.permute(0, 2, 3, 1).numpy(),
+    }
+
+
+def features(name: str, model) -> dict[str, np.ndarray]:
+    """CLIP's unit features of pictures and texts."""
+    import torch
+
+    from rag_mm.models import clip
+
+    size = model.config.vision_config.image_size
+    pixels = tiny.pictures(4, size).astype(np.float32) / 255
+    pixels = (pixels - np.array(clip.IMAGE_MEAN)) / np.array(clip.IMAGE_STD)
+    with torch.no_grad():
+        out = model(
+            input_ids=torch.tensor(tiny.clip_tokens(name)).long(),
+            pixel_values=torch.tensor(pixels.transpose(0, 3, 1, 2)).float(),
+        )
+    return {"images": out.image_embeds.numpy(), "texts": out.text_embeds.numpy()}
+
+
+def compute(name: str, folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """Everything that is compared for a checkpoint."""
+    model = load(folder)
+    if name in tiny.CLIPS:
+        return features(name, model)
+    found = language(model)
+    return found | image_tokens(model) if name in tiny.CHAMELEONS else found
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(exist_ok=True)
+    for name in sys.argv[1:] or tiny.CHECKPOINTS:
+        with tempfile.TemporaryDirectory() as place:
+            found = compute(name, tiny.write(pathlib.Path(place), name))
+        np.savez_compressed(GOLDEN / f"{name}.npz", **found)
+        print(name, {key: value.shape for key, value in found.items()})

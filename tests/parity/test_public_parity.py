@@ -1,0 +1,205 @@
+"""Public families against transformers itself: the golden files, gradients, every layer, and the way back."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peer
+import pytest
+import tiny
+from flax import nnx
+
+from rag_mm.convert import table
+from rag_mm.models import chameleon_vq
+from rag_mm.nn.decoder import Decoder
+from rag_mm.ops import attention, losses
+from rag_mm.stages import export, imported, interchange
+
+pytestmark = pytest.mark.parity
+
+
+@pytest.fixture(scope="module")
+def torch():
+    pytest.importorskip("transformers")
+    return pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module")
+def both(torch, tmp_path_factory):
+    """name -> (transformers' model, the imported run's folder)."""
+
+    @functools.cache
+    def open_both(name):
+        place = tmp_path_factory.mktemp(name)
+        folder = tiny.write(place / "theirs", name, max_bytes=20_000)
+        interchange.import_checkpoint(tiny.CHECKPOINTS[name][0], folder, place / "run")
+        return peer.load(folder), place / "run"
+
+    return open_both
+
+
+@pytest.mark.parametrize("name", tiny.CHECKPOINTS)
+def test_golden_files_are_what_transformers_says_today(torch, tmp_path, name):
+    found = peer.compute(name, tiny.write(tmp_path, name))
+    with np.load(peer.GOLDEN / f"{name}.npz", allow_pickle=False) as golden:
+        assert set(golden) == set(found)
+        for key, value in golden.items():
+            np.testing.assert_allclose(found[key], value, atol=1e-5, err_msg=key)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in tiny.LANGUAGE if n not in ("llama_3", "chameleon_swin")]
+)
+def test_greedy_generation_token_for_token(both, name):
+    """The two families that test_golden.py leaves to this file."""
+    theirs, run = both(name)
+    found = imported.load(run).generate(tiny.PROMPTS, num_tokens=tiny.NUM_TOKENS)
+    assert found.tokens == peer.language(theirs)["written"].tolist()
+
+
+@pytest.mark.parametrize("name", ["llama_3", "llama_gqa", "chameleon", "chameleon_swin"])
+def test_every_layer(torch, both, name):
+    theirs, run = both(name)
+    tokens = tiny.tokens((2, 17))
+    with torch.no_grad():
+        wanted = theirs.model(torch.tensor(tokens).long(), output_hidden_states=True).hidden_states
+    ours = imported.load(run)
+
+    @jax.jit
+    def forward(params):
+        model = nnx.merge(ours.graphdef, params)
+        positions = jnp.tile(jnp.arange(17, dtype=jnp.int32), (2, 1))
+        attend = lambda heads, handed: (
+            attention.attention(heads.q, heads.k, heads.v, is_causal=True),
+            handed,
+        )
+        states = [model.embed(jnp.asarray(tokens), positions)]
+        for block in model.stack.unstack():
+            states.append(block(states[-1], positions, attend)[0])
+        states[-1] = model.norm(states[-1])  # Theirs shows the last one behind the norm.
+        return states
+
+    states = forward(ours.params)
+    assert len(states) == len(wanted) == 4
+    for layer, (found, other) in enumerate(zip(states, wanted, strict=True)):
+        np.testing.assert_allclose(found, other.numpy(), atol=1e-4, err_msg=f"layer {layer}")
+
+
+@pytest.mark.parametrize(
+    "name", ["llama_tied", "llama_3", "llama_bias", "chameleon", "chameleon_swin"]
+)
+def test_gradients_of_a_batch(torch, both, name):
+    """Of every tensor, by the name it has outside."""
+    theirs, run = both(name)
+    tokens = tiny.tokens((3, 18), seed=5)
+    if name in tiny.CHAMELEONS:  # Theirs gives image tokens no probability at all.
+        tokens[np.isin(tokens, imported.load(run).model.code_tokens)] = 2
+    theirs.zero_grad()
+    theirs(torch.tensor(tokens).long(), labels=torch.tensor(tokens).long()).loss.backward()
+    ours = imported.load(run)
+    is_chameleon = name in tiny.CHAMELEONS
+    barred = jnp.asarray(ours.model.code_tokens if is_chameleon else [], jnp.int32)
+
+    @jax.jit
+    @jax.grad
+    def gradients(params):
+        model: Decoder = nnx.merge(ours.graphdef, params)
+        positions = jnp.tile(jnp.arange(17, dtype=jnp.int32), (3, 1))
+        hidden = model(jnp.asarray(tokens[:, :-1]), positions, jnp.ones((3, 17), jnp.int32))
+        logits = model.logits(hidden).at[:, :, barred].set(-1e30)
+        return losses.token_nll(logits, jnp.asarray(tokens[:, 1:])).mean()
+
+    found = table.named(gradients(ours.params))
+    prefix = "decoder/" if is_chameleon else ""
+    model = export.open_model(tiny.CHECKPOINTS[name][0], run)
+    pieces = interchange.FAMILIES[tiny.CHECKPOINTS[name][0]].pieces(model.config)
+    source = export.TreeSource({prefix + path: value for path, value in found.items()})
+    wanted = dict(theirs.named_parameters())
+    compared = [piece for piece in pieces if piece.ours in source.arrays]
+    assert len(compared) >= 29
+    for piece in compared:
+        np.testing.assert_allclose(
+            source.read(piece), wanted[piece.theirs].grad.numpy(), atol=1e-4, err_msg=piece.theirs
+        )
+        assert np.abs(source.read(piece)).max() > 1e-5, piece.theirs
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["llama_3", "chameleon", "clip_legacy"])
+def test_from_pretrained_loads_what_is_exported(torch, both, tmp_path, name, dtype):
+    theirs, run = both(name)
+    family = tiny.CHECKPOINTS[name][0]
+    export.export_checkpoint(family, run, tmp_path / "b", 20_000, interchange.find_dtype(dtype))
+    again = peer.load(tmp_path / "b")
+    assert again.dtype == getattr(torch, dtype)
+    wanted = theirs.state_dict()
+    for key, value in again.state_dict().items():
+        assert torch.equal(value, wanted[key].to(value.dtype)), key
+
+
+def test_a_decoder_of_pictures_is_the_vqgan_that_janus_has(torch, tmp_path):
+    """Chameleon's published checkpoints lack it; the same architecture is in transformers' Janus."""
+    from transformers.models.janus import configuration_janus, modeling_janus
+
+    torch.manual_seed(0)
+    sizes = dict(latent_channels=10, base_channels=32, channel_multiplier=[1, 2], num_res_blocks=1)
+    theirs = modeling_janus.JanusVQVAEDecoder(
+        configuration_janus.JanusVQVAEConfig(embed_dim=6, num_embeddings=16, **sizes)
+    ).eval()
+    config = chameleon_vq.Config(
+        image_size=16,
+        width=32,
+        width_multipliers=(1, 2),
+        num_res_blocks=1,
+        attention_sizes=(8,),  # Janus attends on the smallest grid going up.
+        latent_dim=10,
+        embed_dim=6,
+        codebook_size=16,
+        has_decoder=True,
+    )
+    graphdef, abstract = table.Family.describe(_vq_family(), config)
+    weights = {f"model.vqmodel.decoder.{k}": v.numpy() for k, v in theirs.state_dict().items()}
+    # There up.0 is the smallest grid, elsewhere the largest.
+    swapped = {_swap(name): value for name, value in weights.items()}
+    leaves, used = {}, set()
+    for piece in table.make_pieces(abstract, _vq_rules()):
+        if piece.theirs in swapped:
+            leaves[piece.ours] = piece.form.load(swapped[piece.theirs], piece.ours_shape)
+            used.add(piece.theirs)
+        else:
+            leaves[piece.ours] = np.zeros(piece.ours_shape, np.float32)
+    assert used == set(swapped)
+    params = jax.tree.unflatten(
+        jax.tree.structure(abstract), [jnp.asarray(leaves[p]) for p in table.named(abstract)]
+    )
+    z = np.random.default_rng(0).standard_normal((2, 8, 8, 10)).astype(np.float32)
+    with torch.no_grad():
+        wanted = theirs(torch.tensor(z.transpose(0, 3, 1, 2))).permute(0, 2, 3, 1).numpy()
+    found = nnx.merge(graphdef, params).decoder(jnp.asarray(z))
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+def _swap(name: str) -> str:
+    parts = name.split(".")
+    if parts[3] == "up":
+        parts[4] = str(1 - int(parts[4]))
+    return ".".join(parts)
+
+
+def _vq_family() -> table.Family:
+    from rag_mm.convert import chameleon
+
+    make = lambda config: chameleon_vq.Model(config, rngs=nnx.Rngs(0))
+    return table.Family("vq", chameleon_vq.Config, *[chameleon.read_config] * 2, make, lambda c: [])
+
+
+def _vq_rules() -> list[table.Rule]:
+    import dataclasses
+
+    from rag_mm.convert import chameleon
+
+    family = interchange.FAMILIES["chameleon"]
+    config = family.read_config(table.Outside(tiny.CHECKPOINTS["chameleon"][1]))
+    found = [r for r in chameleon.rules(config) if r.ours.startswith("vq/")]
+    return [dataclasses.replace(r, ours=r.ours.removeprefix("vq/")) for r in found]
