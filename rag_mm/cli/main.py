@@ -92,6 +92,7 @@ COMMANDS = {
             "rag-mm plan --config=configs/cm3leon.py:7b --topology=v5e:16x16",
             "rag-mm plan --config=configs/cm3leon.py:7b --topology=v5p:4x4x4 --search",
             "rag-mm plan --config=configs/cm3leon.py:760m --topology=v5e:2x4 --decode",
+            "rag-mm plan --memory=1000000000x512 --topology=v5e:16x16",
         ),
     ),
     "import": Command(

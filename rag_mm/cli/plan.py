@@ -1,7 +1,8 @@
-"""`rag-mm plan`: a config's step compiled for TPUs that are not here: does it fit, and what bounds it."""
+"""`rag-mm plan`: a step or a search compiled for TPUs that are not here: does it fit, and what bounds it."""
 
 import argparse
 import os
+import re
 from typing import Any
 
 import rich.console
@@ -13,11 +14,16 @@ from rag_mm.core.errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
         "--config",
-        required=True,
         metavar="PAGE[:PRESET]",
         help="such as configs/cm3leon.py:7b; single values by --config.key=value",
+    )
+    what.add_argument(
+        "--memory",
+        metavar="ROWSxDIM",
+        help="the search of a memory over all chips instead, such as 1000000000x512",
     )
     parser.add_argument(
         "--topology", required=True, metavar="CHIP:SIDES", help="such as v5e:16x16 or v5p:4x4x4"
@@ -44,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The plan as plain values; it is done, exit code 0, also where the program does not fit."""
+    if args.memory:
+        return _run_memory(args)
     config = config_lib.to_dict(config_lib.load_config(args.config, args.overrides))
     missing = [key for key in ("family", "model", "batch_size") if key not in config]
     if missing:
@@ -51,8 +59,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"{args.config} has no {missing[0]!r}: a plan is made of a page of one model's sizes, "
             "such as configs/cm3leon.py:7b."
         )
-    # The compiler alone is wanted, beside other processes that may hold it.
-    os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    _set_environment()
 
     from rag_mm.perf import chips, page, plan
 
@@ -72,18 +79,40 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"config": args.config, **result}
 
 
+def _run_memory(args: argparse.Namespace) -> dict[str, Any]:
+    found = re.fullmatch(r"(\d{1,15})x(\d{1,6})", args.memory)
+    if found is None or not all(int(size) for size in found.groups()):
+        raise UserError(f"--memory={args.memory} does not read as ROWSxDIM; write 1000000000x512.")
+    _set_environment()
+
+    from rag_mm.perf import chips, plan_memory
+
+    topology = chips.parse_topology(args.topology, args.slices)
+    return plan_memory.make_plan(*map(int, found.groups()), topology)
+
+
+def _set_environment() -> None:
+    """The compiler alone is wanted, beside other processes that may hold it."""
+    os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+
+
 def show(result: dict[str, Any], console: rich.console.Console) -> None:
     """Prints a table and one sentence."""
     table = rich.table.Table(show_header=False, box=None)
     gib = lambda value: "-" if value is None else f"{value / (1 << 30):.2f} GiB"
-    for key in ("program", "topology", "num_chips", "mesh", "batch_size", "num_parts", "remat"):
-        table.add_row(key, str(result[key]))
-    table.add_row("parameters", f"{result['num_params'] / 1e9:.2f} B")
+    plain = ("program", "topology", "num_chips", "mesh", "batch_size", "num_parts", "remat")
+    for key in (*plain, "rows_per_chip", "num_queries"):
+        if key in result:
+            table.add_row(key, str(result[key]))
+    if "num_params" in result:
+        table.add_row("parameters", f"{result['num_params'] / 1e9:.2f} B")
     for key in ("argument_bytes", "temp_bytes", "peak_bytes", "hbm_bytes"):
-        table.add_row(key.removesuffix("_bytes"), gib(result[key]))
+        if key in result:
+            table.add_row(key.removesuffix("_bytes"), gib(result[key]))
     table.add_row("collectives", str({k: v for k, v in result["collectives"].items() if v}))
-    table.add_row("seconds", str({k: round(v, 4) for k, v in result["seconds"].items()}))
-    table.add_row("MFU bound", f"{100 * result['mfu_bound']:.0f} %")
+    if "seconds" in result:
+        table.add_row("seconds", str({k: round(v, 4) for k, v in result["seconds"].items()}))
+        table.add_row("MFU bound", f"{100 * result['mfu_bound']:.0f} %")
     console.print(table)
     verdict = "It fits." if result["fits"] else f"It does not fit, by {gib(result['over_bytes'])}."
     console.print(verdict)

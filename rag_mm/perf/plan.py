@@ -35,7 +35,7 @@ def make_plan(case: programs.Case, topology: chips.Topology) -> dict[str, Any]:
     """
     mesh = programs.make_mesh(topology, case.mesh_shape)
     lower = programs.lower_decode if case.num_new else programs.lower_train
-    compiled = _compile(lower(case, mesh), topology)
+    compiled = compile_program(lower(case, mesh), topology)
     return report(case, topology, compiled)
 
 
@@ -132,7 +132,8 @@ def _bytes_by_kind(compiled: Compiled) -> dict[str, float]:
     }
 
 
-def _compile(lowered: jax.stages.Lowered, topology: chips.Topology) -> Compiled:
+def compile_program(lowered: jax.stages.Lowered, topology: chips.Topology) -> Compiled:
+    """What the compiler says of a program; one that it refuses for memory does not fit."""
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:

@@ -1,28 +1,21 @@
 """Compiles the search of a `device` memory for TPUs that are not here: does it fit, what does it move."""
 
-import os
-import re
 from typing import Any
 
-from rag_mm.core.errors import UserError
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-# HBM of one chip in GiB, from the makers' pages (cloud.google.com/tpu/docs/system-architecture-tpu-vm).
-_HBM_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
-_COLLECTIVES = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+from rag_mm.memory import device_index
+from rag_mm.perf import chips, hlo, plan, programs
+
 _K = 10
 
 
-def set_environment() -> None:
-    """Lets libtpu compile on a machine without a TPU; to be called before jax is imported."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-
-
-def plan(
+def make_plan(
     num_rows: int,
     dim: int,
-    topology: str,
+    topology: chips.Topology,
     num_queries: int = 256,
     recall_target: float = 0.95,
 ) -> dict[str, Any]:
@@ -30,70 +23,40 @@ def plan(
 
     Args:
         num_rows, dim: of the memory.
-        topology: kind and shape, such as `v5e:16x16`.
+        topology: where.
         num_queries: of one batch.
         recall_target: see `DeviceConfig`.
 
     Returns:
-        `fits`, `peak_bytes` and `hbm_bytes` of one chip, `collectives` (count by kind),
-        `flops_per_query` on all chips, `num_chips`, `rows_per_chip`; where it does not fit, `reason`.
+        `fits`, `over_bytes`, `peak_bytes` and `hbm_bytes` of one chip, `collectives` (count by kind),
+        `flops_per_query` on all chips, `num_chips`, `rows_per_chip`, `num_queries`.
 
     Raises:
-        UserError: no such topology, or libtpu is not installed.
+        UserError: libtpu is not installed or knows no such topology.
     """
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-
-    from rag_mm.memory import device_index
-
-    devices = np.array(_describe(topology).devices).reshape(-1)
+    num_chips = topology.num_chips
+    along = (topology.num_slices, num_chips // topology.num_slices, 1)
+    devices = programs.make_mesh(topology, along).devices.reshape(-1)
     mesh = Mesh(devices, ("rows",), axis_types=(AxisType.Auto,))
-    padded = -(-num_rows // mesh.size) * mesh.size
+    padded = -(-num_rows // num_chips) * num_chips
     split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("rows",), ()))
     shapes = (
         jax.ShapeDtypeStruct((padded, dim), jnp.bfloat16, sharding=split),
         jax.ShapeDtypeStruct((padded,), jnp.bool_, sharding=split),
         jax.ShapeDtypeStruct((num_queries, dim), jnp.bfloat16, sharding=whole),
     )
-    result = {
-        "hbm_bytes": _HBM_GIB[topology.partition(":")[0]] << 30,
-        "num_chips": mesh.size,
-        "rows_per_chip": padded // mesh.size,
+    search = device_index.make_search(mesh, _K, recall_target)
+    compiled = plan.compile_program(search.lower(*shapes), topology)
+    return {
+        "program": f"search of {num_rows:,} x {dim}",
+        "topology": topology.name,
+        "num_chips": num_chips,
+        "fits": compiled.fits,
+        "over_bytes": max(0, compiled.peak_bytes - compiled.hbm_bytes),
+        "peak_bytes": compiled.peak_bytes,
+        "hbm_bytes": compiled.hbm_bytes,
+        "collectives": hlo.count(list(compiled.collectives)),
+        "rows_per_chip": padded // num_chips,
         "num_queries": num_queries,
         "flops_per_query": 2 * num_rows * dim,
     }
-    try:
-        compiled = device_index.make_search(mesh, _K, recall_target).lower(*shapes).compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        reason = str(error).splitlines()[0]
-        return {"fits": False, "peak_bytes": None, "collectives": {}, "reason": reason, **result}
-    memory = compiled.memory_analysis()
-    found = re.findall(rf"\b({_COLLECTIVES})(?:-start)?\(", compiled.as_text())
-    return {
-        "fits": memory.peak_memory_in_bytes <= result["hbm_bytes"],
-        "peak_bytes": memory.peak_memory_in_bytes,
-        "collectives": {kind: found.count(kind) for kind in sorted(set(found))},
-        **result,
-    }
-
-
-def _describe(topology: str) -> Any:
-    from jax.experimental import topologies
-
-    kind, _, shape = topology.partition(":")
-    if kind not in _HBM_GIB or not re.fullmatch(r"\d+x\d+(x\d+)?", shape):
-        kinds = ", ".join(_HBM_GIB)
-        raise UserError(f"There is no topology {topology!r}: write KIND:AxB, of {kinds}.")
-    more = {"chip_config_name": "megacore"} if kind == "v4" else {}
-    try:
-        return topologies.get_topology_desc(topology, platform="tpu", **more)
-    except Exception as error:  # Without libtpu, or for a shape that no pod has.
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{topology} cannot be compiled for ({reason}): pip install '.[tpu]', and name a shape "
-            "that exists."
-        ) from error
