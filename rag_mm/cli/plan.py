@@ -88,7 +88,7 @@ def _run_memory(args: argparse.Namespace) -> dict[str, Any]:
     from rag_mm.perf import chips, plan_memory
 
     topology = chips.parse_topology(args.topology, args.slices)
-    return plan_memory.make_plan(*map(int, found.groups()), topology)
+    return plan_memory.make_plan(int(found[1]), int(found[2]), topology)
 
 
 def _set_environment() -> None:
