@@ -133,7 +133,7 @@ def quick() -> dict:
             command="make quickstart",
             reference="",
         ),
-        ablation=dict(baseline="quick", pairs=COMPARED, variants={"quick": {}}),
+        ablation=dict(baseline="as it is", pairs=COMPARED, variants={"as it is": {}}),
     )
 
 
@@ -153,10 +153,10 @@ def full() -> dict:
             reference="",
         ),
         ablation=dict(
-            baseline="full",
+            baseline="as it is",
             pairs=COMPARED,
             variants={
-                "full": {},
+                "as it is": {},
                 "no redundancy rule": {"neighbors.max_similarity": 2.0},
                 "retriever of seen classes": {
                     "retriever.splits": ("common", "rare_seen"),

@@ -25,6 +25,7 @@ def get_config(preset):
     config = quickstart.tiny()
     config["stages"] = quickstart.STAGES[:-1]
     if preset == "plain":
+        del config["ablation"]
         return config
     return config | {
         "ablation": {

@@ -63,7 +63,7 @@ def test_gradients_are_reduce_scattered_and_the_state_is_donated():
 
 
 def test_a_program_that_is_too_large_is_reported_and_no_error():
-    found = plan("--topology=v5e:2x2", "--batch=64", "--config.model.decoder.num_layers=2")
+    found = plan("--topology=v5e:2x2", "--batch=512", "--config.model.decoder.num_layers=2")
     assert not found["fits"]
     assert found["over_bytes"] == found["peak_bytes"] - found["hbm_bytes"] > 0
     assert found["hbm_bytes"] == int(15.75 * (1 << 30))
