@@ -51,7 +51,7 @@ def loss_fn(
     weighted = (nll * (main + retrieved_weight * retrieved)).sum()
     hits = (jax.lax.stop_gradient(nll) < jnp.log(2.0)).astype(jnp.float32)
     metrics = {
-        "loss": (weighted, num_main),
+        "loss": (weighted, main.sum()),
         "main_nll": ((nll * main).sum(), main.sum()),
         "code_nll": ((nll * codes).sum(), codes.sum()),
         "text_nll": ((nll * (main - codes)).sum(), (main - codes).sum()),

@@ -38,7 +38,8 @@ def train_step(
         optimizer: an Optax transformation; one that takes `value` is given the loss.
         seed: of dropout and sampling inside the loss.
         num_parts: the batch goes through in so many parts, one after the other, to the same gradient.
-            This holds for a loss that is its own `loss` metric, sum over weight, row by row.
+            This holds for a loss that is its own `loss` metric, sum over weight (or over one, if that is
+            more), row by row.
 
     Returns:
         The next state, and a plain dict name -> (sum, weight): divide outside, after adding up.
@@ -56,7 +57,8 @@ def train_step(
     with jax.numpy_dtype_promotion("standard"):  # Optax raises Python floats to int32 powers.
         total, weight = metrics["loss"]
         update = optax.with_extra_args_support(optimizer).update
-        updates, opt_state = update(grads, state.opt_state, state.params, value=total / weight)
+        value = total / jnp.maximum(weight, 1)
+        updates, opt_state = update(grads, state.opt_state, state.params, value=value)
     params = optax.apply_updates(state.params, updates)
     metrics["grad_norm"] = (optax.global_norm(grads), jnp.float32(1))
     metrics = guard.blank_skipped(state.opt_state, opt_state, metrics)
@@ -75,14 +77,19 @@ def _accumulate(
 
     def add(total, inputs):
         grads, metrics = compute_grads(*inputs)
-        weight = metrics["loss"][1].astype(jnp.float32)
+        weight = _count(metrics)
         return jax.tree.map(lambda sum_, grad: sum_ + weight * grad, total, grads), metrics
 
     zeros = jax.tree.map(jnp.zeros_like, params)
     grads, metrics = jax.lax.scan(add, zeros, (parts, jax.random.split(rng, num_parts)))
     metrics = jax.tree.map(lambda x: x.sum(0), metrics)
-    weight = metrics["loss"][1].astype(jnp.float32)
+    weight = _count(metrics)
     return jax.tree.map(lambda grad: grad / weight, grads), metrics
+
+
+def _count(metrics: Metrics) -> jax.Array:
+    """What a loss was divided by; a part without targets must not count as one."""
+    return jnp.maximum(metrics["loss"][1].astype(jnp.float32), 1)
 
 
 def make_train_step(
