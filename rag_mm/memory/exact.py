@@ -66,16 +66,7 @@ class ExactIndex:
         """The best k rows of each query, as the protocol says."""
         dim = None if self._rows is None else self._rows.shape[1]
         queries = index.check_queries(queries, k, dim)
-        num_hits = min(k, self.num_rows)
-        if num_hits == 0 or len(queries) == 0:
-            empty = np.zeros((len(queries), 0), np.float32)
-            return index.pad_hits(empty, empty, k)
-        found = [
-            self._search_batch(queries[start : start + _MAX_QUERIES], num_hits)
-            for start in range(0, len(queries), _MAX_QUERIES)
-        ]
-        ids, scores = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        return index.pad_hits(index.need_rows(self._live).numbers(ids), scores, k)
+        return index.search_batches(self._search_batch, self._live, queries, k, _MAX_QUERIES)
 
     def _search_batch(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         bucket = max(_MIN_QUERIES, 1 << (len(queries) - 1).bit_length())

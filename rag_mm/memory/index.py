@@ -1,6 +1,7 @@
 """What every index over embeddings promises, and the checks at its boundary (design.md section 7)."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -134,6 +135,34 @@ def need_rows(live: rows_lib.LiveRows | None) -> rows_lib.LiveRows:
     if live is None:
         raise UserError("The index has no rows yet: build or load it before a removal.")
     return live
+
+
+def search_batches(
+    search_batch: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]],
+    live: rows_lib.LiveRows | None,
+    queries: np.ndarray,
+    k: int,
+    batch_size: int,
+) -> Neighbors:
+    """Searches so many queries at a time.
+
+    Args:
+        search_batch: (queries [q, D], hits wanted) -> stored ids int32 and scores float32 [q, hits].
+        live: the rows that are left; None before anything was built.
+        queries: [Q, D], checked.
+        k: neighbors to give; what there is not is missing.
+        batch_size: most queries at once.
+    """
+    num_hits = 0 if live is None else min(k, len(live))
+    if live is None or num_hits == 0 or len(queries) == 0:
+        empty = np.zeros((len(queries), 0), np.float32)
+        return pad_hits(empty, empty, k)
+    found = [
+        search_batch(queries[start : start + batch_size], num_hits)
+        for start in range(0, len(queries), batch_size)
+    ]
+    ids, scores = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return pad_hits(live.numbers(ids), scores, k)
 
 
 def pad_hits(ids: np.ndarray, scores: np.ndarray, k: int) -> Neighbors:
