@@ -2,8 +2,8 @@
 
     rag-mm quickstart --workdir=runs/quickstart --config=configs/quickstart.py:quick
 
-`quick` takes 20 to 25 minutes on two cores; `tiny` runs every stage in about a minute and learns nothing
-worth looking at: it is for tests and for a first look at the files.
+`quick` takes 15 to 18 minutes on two cores; `full` has all levels in one world and more controls; `tiny` runs
+every stage in about a minute and learns nothing worth looking at: it is for tests and for a first look at the files.
 """
 
 STAGES = (
@@ -49,7 +49,7 @@ def get_config(preset: str) -> dict:
 
 
 def quick() -> dict:
-    """20 to 25 minutes on two cores."""
+    """15 to 18 minutes on two cores."""
     caption_draws = 4
     decoder = dict(
         model=dict(
@@ -138,7 +138,7 @@ def quick() -> dict:
 
 
 def full() -> dict:
-    """All levels in one world, more controls; half an hour on two cores."""
+    """All levels in one world, more controls; meant for half an hour on two cores, not run whole yet."""
     config = quick()
     loop = dict(num_steps=2000, log_every=20, checkpoint_every=200)
     decoder = config["decoder"] | dict(max_text=40, docs_text=14, loop=loop)
