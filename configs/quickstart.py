@@ -3,7 +3,7 @@
     rag-mm quickstart --workdir=runs/quickstart --config=configs/quickstart.py:quick
 
 `quick` takes 15 to 18 minutes on two cores; `full` has all levels in one world and more controls; `tiny` runs
-every stage in about a minute and learns nothing worth looking at: it is for tests and for a first look at the files.
+every stage in about a minute and learns nothing worth looking at: it is for tests and a first look.
 """
 
 STAGES = (
