@@ -37,7 +37,7 @@ ABLATION = dict(
         "as in quick": WHOLE,
         "alpha 1.0": WHOLE | {"copy_probe.alpha": 1.0},
         "no lag": WHOLE | {"copy_probe.model.smear_lags": ()},
-        "lag 1": WHOLE | {"copy_probe.model.smear_lags": (1,)},
+        "lag 1": WHOLE | {"copy_probe.model.smear_lags": ((1,),)},
         "no induction at the start": WHOLE | {"copy_probe.model.induction_init": False},
         "no masks": WHOLE | {"copy_probe.mask_probability": 0.0},
     },

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from rag_mm.nn import layers
-from rag_mm.nn.smear import Before, Recent, lag_of_head, smear
+from rag_mm.nn.smear import Before, Recent, lags_of_dims, smear
 from rag_mm.ops import rope, splash
 
 
@@ -41,7 +42,7 @@ class BlockConfig:
     norm_eps: float = 1e-5
     mlp: str = "swiglu"  # swiglu, or the activation of a two-matrix MLP: relu | gelu | quick_gelu
     qk_norm: bool = False
-    smear_lags: tuple[int, ...] = ()  # see `smear`; heads share the lags evenly
+    smear_lags: tuple[tuple[int, ...], ...] = ()  # see `smear`; heads share the entries evenly
     induction_init: bool = False  # see `Attention.begin_with_induction`
     # The norm of q and k: rmsnorm, one for all heads, or layernorm_per_head (Chameleon).
     qk_norm_kind: str = "rmsnorm"
@@ -55,10 +56,11 @@ class BlockConfig:
 
     def __post_init__(self):
         lags = self.smear_lags
-        if lags and (min(lags) < 0 or not any(lags) or self.num_kv_heads % len(lags)):
+        each = [lag for entry in lags for lag in entry]
+        if lags and (min(each, default=0) < 1 or self.num_kv_heads % len(lags)):
             raise ValueError(
-                f"smear_lags are {lags}, give lags of at least 0, not all 0, as many as divide the "
-                f"{self.num_kv_heads} key heads"
+                f"smear_lags are {lags}; give tuples of lags of at least 1, not all empty, as many tuples as "
+                f"divide the {self.num_kv_heads} key heads"
             )
         if self.induction_init and self.num_kv_heads != self.num_heads:
             raise ValueError(
@@ -124,7 +126,8 @@ class Attention(nnx.Module):
         Trockman & Kolter 2023). With smeared heads that is the induction of Olsson et al. 2022 before the
         first step, where training would have to find its parts together.
         """
-        looks_back = jnp.array(lag_of_head(self.smear_lags or (1,), self.q.kernel.shape[1])) > 0
+        num_heads = self.q.kernel.shape[1]
+        looks_back = jnp.array(lags_of_dims(self.smear_lags or ((1,),), num_heads, 1))[:, 0] > 0
         q, k, v, out = (part.kernel[...] for part in (self.q, self.k, self.v, self.out))
         self.k.kernel[...] = jnp.where(looks_back[None, :, None], q, k)
         self.out.kernel[...] = jnp.where(
@@ -146,10 +149,10 @@ class Attention(nnx.Module):
             if before is None:
                 raise ValueError("smeared heads need to know which token goes on from which")
             past = before.recent or (None, None)
-            lags, width = self.smear_lags, max(self.smear_lags)
-            ahead = tuple(max(lag - 1, 0) for lag in lags)
+            of_q, of_k = (lags_of_dims(self.smear_lags, *x.shape[2:]) for x in (q, k))
+            ahead, width = np.maximum(of_q - 1, 0), max(map(max, filter(None, self.smear_lags)))
             q, *last = smear(q, past[0], before.segment_ids, self.q_smear[...], ahead, width)
-            k, *last[1:] = smear(k, past[1], before.segment_ids, self.k_smear[...], lags, width)
+            k, *last[1:] = smear(k, past[1], before.segment_ids, self.k_smear[...], of_k, width)
             recent = Recent(*last)
         if self.rope_theta is not None:
             q, k = (

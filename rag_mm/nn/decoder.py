@@ -33,8 +33,8 @@ class DecoderConfig:
     rope_scaling: rope.Llama3Scaling | None = None
     mlp: str = "swiglu"  # swiglu | relu | gelu
     qk_norm: bool = False
-    # Lags of heads that look back: 1 for the token before, an image's width for the code above.
-    smear_lags: tuple[int, ...] = ()
+    # What heads look back by, () for plain heads: 1 is the token before, an image's width the code above.
+    smear_lags: tuple[tuple[int, ...], ...] = ()
     induction_init: bool = False  # a fresh layer finds what resembles the query and passes it on
     qk_norm_kind: str = "rmsnorm"  # rmsnorm, or layernorm_per_head as in Chameleon
     post_norm: bool = False  # norm a branch's output instead of its input
@@ -51,7 +51,7 @@ class DecoderConfig:
 
     def __post_init__(self):
         # A config read from JSON holds a list, and a static argument must be hashable.
-        object.__setattr__(self, "smear_lags", tuple(self.smear_lags))
+        object.__setattr__(self, "smear_lags", tuple(map(tuple, self.smear_lags)))
         scaling: Any = self.rope_scaling
         if isinstance(scaling, Mapping):  # read from a file
             object.__setattr__(self, "rope_scaling", rope.Llama3Scaling(**scaling))

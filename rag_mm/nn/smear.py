@@ -22,9 +22,15 @@ class Before(NamedTuple):
     recent: Recent | None = None
 
 
-def lag_of_head(lags: tuple[int, ...], num_heads: int) -> list[int]:
-    """The first of n lags belongs to the first num_heads / n heads, and so on."""
-    return [lags[head * len(lags) // num_heads] for head in range(num_heads)]
+def lags_of_dims(lags: tuple[tuple[int, ...], ...], num_heads: int, head_dim: int) -> np.ndarray:
+    """The lag of every dimension of every head, int [N, H]; 0 where a head has none.
+
+    The first of n entries belongs to the first num_heads / n heads, and so on. The lags of one entry share
+    a head's dimensions in turn, and the two that RoPE turns together (d and d + H / 2) have the same one.
+    """
+    pair = np.arange(head_dim) % max(head_dim // 2, 1)
+    own = [lags[head * len(lags) // num_heads] or (0,) for head in range(num_heads)]
+    return np.array([[each[d % len(each)] for d in pair] for each in own])
 
 
 def smear(
@@ -32,39 +38,41 @@ def smear(
     recent: jax.Array | None,
     segment_ids: jax.Array,
     logit_share: jax.Array,
-    lags: tuple[int, ...],
+    lags: np.ndarray,
     width: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """(1 - share) x[t] + share x[t - lag], where t - lag is of the same segment.
+    """(1 - share) x[t] + share x[t - lag], dimension by dimension, where t - lag is of the same segment.
 
-    A head with lag L compares the token L - 1 before the query with those L before each key: what it finds
-    stands where the query's next token is wanted. L = 1 finds what followed the same token (Olsson et al.
-    2022), L an image's width in codes what stood below the same code; a head with lag 0 stays as it is.
+    Where keys look back by L and queries by L - 1, a head compares the token L - 1 before the query with
+    those L before each key: what it finds stands where the query's next token is wanted. L = 1 finds what
+    followed the same token (Olsson et al. 2022), L an image's width in codes what stood below the same
+    code. With several lags a head finds the place where most of them agree, which one code of a plain
+    area cannot tell.
 
     Args:
         x: [B, T, N, H], queries or keys.
         recent: [B, width, N, H], what stood before x; None is nothing.
         segment_ids: int32 [B, T].
         logit_share: float32 [N], share = sigmoid(logit_share).
-        lags: at least 0; see `lag_of_head`.
+        lags: int [N, H], at least 0; see `lags_of_dims`.
         width: at least the longest lag.
 
     Returns:
         The smeared x, and the `recent` of what comes after it.
     """
-    num_tokens, num_heads = x.shape[1:3]
+    num_tokens = x.shape[1]
     if recent is None:
         whole = jnp.pad(x, ((0, 0), (width, 0), (0, 0), (0, 0)))
     else:
         whole = jnp.concatenate([recent, x], axis=1)
     segments = jnp.pad(segment_ids, ((0, 0), (width, 0)), constant_values=1)
-    own_lag = np.array(lag_of_head(lags, num_heads))
     lagged = jnp.zeros_like(x)
-    for lag in sorted(set(lags)):
+    for lag in np.unique(lags):
         at = slice(width - lag, width - lag + num_tokens)
         is_same = (segments[:, at] == segment_ids)[:, :, None, None]
-        is_own = jnp.array(own_lag == lag)[None, None, :, None]
-        lagged = lagged + whole[:, at] * (is_same & is_own).astype(x.dtype)
+        lagged = lagged + whole[:, at] * (is_same & jnp.array(lags == lag)[None, None]).astype(
+            x.dtype
+        )
     share = jax.nn.sigmoid(logit_share).astype(x.dtype)[None, None, :, None]
     is_last = (segments[:, -width:] == segment_ids[:, -1:])[:, :, None, None]
     return x * (1 - share) + lagged * share, whole[:, -width:] * is_last.astype(x.dtype)

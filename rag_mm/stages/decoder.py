@@ -49,6 +49,8 @@ class Config:
             more, which is rare, loses its first document.
         mask_probability: share of rows with masked spans, the others being plain causal rows.
         segment_probability: share of masked rows that mask whole captions or images.
+        caption_probability: share of rows that mask the main caption and nothing else, as captioning does;
+            by `segment_probability` alone a caption of the main document is masked in few rows.
         num_watched: unseen scenes on which copying is watched at every checkpoint.
     """
 
@@ -68,6 +70,7 @@ class Config:
     max_spans: int = 3
     mask_probability: float = 0.5
     segment_probability: float = 0.5
+    caption_probability: float = 0.0
     alpha: float = 0.1
     batch_size: int = 32
     num_watched: int = 64
@@ -133,8 +136,11 @@ class RowSource:
         while rows.find_segments(self.layout, main, docs)[-1, 1] + 1 + self.room > length:
             docs = docs[1:]
         segments = rows.find_segments(self.layout, main, docs)
-        masks = masking.Masking(0, config.segment_probability, config.mask_probability)
-        spans = masking.sample_spans(masks, segments, rng, config.max_spans)
+        if rng.random() < config.caption_probability:
+            spans = segments[-2:-1]
+        else:
+            masks = masking.Masking(0, config.segment_probability, config.mask_probability)
+            spans = masking.sample_spans(masks, segments, rng, config.max_spans)
         row = rows.make_row(self.layout, self.vocabulary, main, docs, spans)
         self._disturb(row, rng)
         return {name: values[:length] for name, values in row.items()}

@@ -71,7 +71,7 @@ def test_what_is_not_computed_here_is_refused_by_name(name, change, reason):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (dict(smear_lags=(1,)), "smear_lags"),
+        (dict(smear_lags=((1,),)), "smear_lags"),
         (dict(qk_norm=True), "qk_norm"),
         (dict(post_norm=True), "post_norm"),
         (dict(norm="layernorm"), "norm"),

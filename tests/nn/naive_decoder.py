@@ -100,12 +100,13 @@ def _attention(config, weights, x, positions, segment_ids):
 
 
 def _smear(config, x, segment_ids, logit_share, ahead):
-    share, (num_tokens, num_heads) = 1 / (1 + np.exp(-logit_share)), x.shape[:2]
+    share, (num_tokens, num_heads, head_dim) = 1 / (1 + np.exp(-logit_share)), x.shape
     smeared = x * (1 - share[:, None])
-    for t, n in np.ndindex(num_tokens, num_heads):
-        lag = max(config.smear_lags[n * len(config.smear_lags) // num_heads] - ahead, 0)
+    for t, n, d in np.ndindex(num_tokens, num_heads, head_dim):
+        lags = config.smear_lags[n * len(config.smear_lags) // num_heads] or (0,)
+        lag = max(lags[d % (head_dim // 2) % len(lags)] - ahead, 0)
         if t >= lag and segment_ids[t] == segment_ids[t - lag]:
-            smeared[t, n] += share[n] * x[t - lag, n]
+            smeared[t, n, d] += share[n] * x[t - lag, n, d]
     return smeared
 
 

@@ -38,7 +38,9 @@ FAMILIES = {
         qk_norm=True,
         tie_embeddings=True,
     ),
-    "quickstart": decoder.DecoderConfig(**SIZES, qk_norm=True, smear_lags=(1, 3, 0, 1)),
+    "quickstart": decoder.DecoderConfig(
+        **SIZES, qk_norm=True, smear_lags=((1,), (3, 1), (), (2, 4, 1))
+    ),
 }
 # Two documents and padding in one row; padding and restarted positions in the other.
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 0], [0, 0, 1, 1, 1, 1, 1, 1]], np.int32)
@@ -202,7 +204,7 @@ def test_a_decoder_that_begins_with_induction_leans_to_copying_before_its_first_
         max_seq_len=64,
         qk_norm=True,
         tie_embeddings=True,
-        smear_lags=(1, 8),
+        smear_lags=((1, 2), (8,)),
         induction_init=has_induction,
     )
     tokens = np.tile(np.random.default_rng(0).permutation(256)[:32], 2)[None].astype(np.int32)
@@ -216,9 +218,9 @@ def test_a_decoder_that_begins_with_induction_leans_to_copying_before_its_first_
 
 def test_lags_share_the_heads_evenly():
     with pytest.raises(ValueError, match="smear_lags"):
-        decoder.DecoderConfig(**SIZES, smear_lags=(1, 2, 3)).block  # noqa: B018
+        decoder.DecoderConfig(**SIZES, smear_lags=((1,), (2,), (3,))).block  # noqa: B018
     with pytest.raises(ValueError, match="smear_lags"):
-        decoder.DecoderConfig(**SIZES, smear_lags=(0, 0)).block  # noqa: B018
+        decoder.DecoderConfig(**SIZES, smear_lags=((), ())).block  # noqa: B018
     with pytest.raises(ValueError, match="as many keys as queries"):
         decoder.DecoderConfig(**SIZES, num_kv_heads=2, induction_init=True).block  # noqa: B018
 

@@ -30,7 +30,7 @@ CONFIG = ra_cm3.Config(
         mlp_dim=512,
         max_seq_len=256,
         qk_norm=True,
-        smear_lags=(1, 8),
+        smear_lags=((1, 2), (1, 7, 8, 9)),
         dtype="bfloat16",
     ),
     code_offset=512,

@@ -80,7 +80,7 @@ def make_run(folder, config):
 
 
 def test_a_decoder_under_its_own_names_with_their_table(tmp_path):
-    config = dataclasses.replace(DECODER, smear_lags=(1,), qk_norm=True)
+    config = dataclasses.replace(DECODER, smear_lags=((1,),), qk_norm=True)
     run = make_run(tmp_path / "run", config)
     made = export.export_checkpoint("cm3", run, tmp_path / "out", 1 << 30)
     tensors = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
@@ -99,7 +99,7 @@ def test_a_decoder_under_its_own_names_with_their_table(tmp_path):
     assert seen == set(tensors) and "stack.1.attention.k_smear" in seen
     assert names["stack.{}.attention.q.kernel"]["axes"] == ["embed", "heads", "head_dim"]
     values = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert values["model_type"] == "rag_mm_decoder" and values["smear_lags"] == [1]
+    assert values["model_type"] == "rag_mm_decoder" and values["smear_lags"] == [[1]]
     kept = vocabulary.load_vocabulary(epath.Path(tmp_path / "out" / "vocabulary.json"))
     assert kept.fingerprint == WORDS.fingerprint
 
@@ -121,7 +121,7 @@ def test_a_decoder_that_is_a_llama_goes_out_as_one_and_comes_back(tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "chameleon"])
 def test_one_that_is_none_is_refused_by_name(tmp_path, family):
-    run = make_run(tmp_path / "run", dataclasses.replace(DECODER, smear_lags=(1,)))
+    run = make_run(tmp_path / "run", dataclasses.replace(DECODER, smear_lags=((1,),)))
     reason = {"llama": "its smear_lags is", "chameleon": "has an image tokenizer inside"}
     with pytest.raises(UserError, match=reason[family]):
         export.export_checkpoint(family, run, tmp_path / "out", 1 << 30)

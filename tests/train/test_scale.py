@@ -32,7 +32,7 @@ CONFIG = ra_cm3.Config(
         norm="layernorm",
         positions="learned",
         qk_norm=True,
-        smear_lags=(1,),
+        smear_lags=((1,),),
         use_bias=True,
         init_std=0.2,
     ),
