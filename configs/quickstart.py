@@ -141,7 +141,7 @@ def quick() -> dict:
 def full() -> dict:
     """All levels in one world, more controls; meant for half an hour on two cores, not run whole yet."""
     config = quick()
-    loop = dict(num_steps=2000, log_every=20, checkpoint_every=200)
+    loop = dict(num_steps=1600, log_every=20, checkpoint_every=200)
     decoder = config["decoder"] | dict(max_text=40, docs_text=14, loop=loop)
     return config | dict(
         world=dict(levels=LEVELS, class_share=1.0),
@@ -164,7 +164,7 @@ def full() -> dict:
                     "neighbors.min_same_class": 0.0,
                 },
                 # A row without documents has half of the tokens.
-                "vanilla of equal FLOPs": {"control.num_steps": 3800},
+                "vanilla of equal FLOPs": {"control.num_steps": 3000},
             },
         ),
     )

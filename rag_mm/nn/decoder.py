@@ -50,7 +50,9 @@ class DecoderConfig:
     remat: str = "none"  # none | dots | full: what a layer's backward pass computes again
 
     def __post_init__(self):
-        # A config read from JSON holds a list, and a static argument must be hashable.
+        if not all(isinstance(entry, list | tuple) for entry in self.smear_lags):
+            raise ValueError(f"smear_lags are {self.smear_lags}, give tuples of lags: ((1, 8), ())")
+        # A config read from JSON holds lists, and a static argument must be hashable.
         object.__setattr__(self, "smear_lags", tuple(map(tuple, self.smear_lags)))
         scaling: Any = self.rope_scaling
         if isinstance(scaling, Mapping):  # read from a file

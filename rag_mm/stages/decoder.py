@@ -89,6 +89,9 @@ class Config:
         if self.caption_draws < 1:
             raise ValueError(f"caption_draws is {self.caption_draws}, give at least 1")
         training.check_config(self.optimizer, self.loop, self.batch_size)
+        for name in ("full_captions", "code_noise", "caption_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, give a number in [0, 1]")
         masking.Masking(0, self.segment_probability, self.mask_probability)
         shape = DecoderConfig(vocab_size=VOCAB_MULTIPLE, max_seq_len=1, **dict(self.model))
         if shape.head_dim is None and shape.embed_dim % shape.num_heads:

@@ -221,6 +221,8 @@ def test_lags_share_the_heads_evenly():
         decoder.DecoderConfig(**SIZES, smear_lags=((1,), (2,), (3,))).block  # noqa: B018
     with pytest.raises(ValueError, match="smear_lags"):
         decoder.DecoderConfig(**SIZES, smear_lags=((), ())).block  # noqa: B018
+    with pytest.raises(ValueError, match="give tuples of lags"):
+        decoder.DecoderConfig(**SIZES, smear_lags=(1, 8))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="as many keys as queries"):
         decoder.DecoderConfig(**SIZES, num_kv_heads=2, induction_init=True).block  # noqa: B018
 

@@ -21,6 +21,7 @@ CONFIG = dataclasses.replace(
     mask_probability=0.0,
     full_captions=0.0,
     code_noise=0.0,
+    caption_probability=0.0,
 )
 
 
@@ -124,6 +125,17 @@ def test_noise_is_read_in_the_main_image_and_never_foreseen():
     assert 0.2 < num_wrong / (50 * NUM_CODES) < 0.5
 
 
+def test_the_main_caption_alone_is_masked_where_describing_is_practised():
+    source = make_source(NEIGHBORS, caption_probability=1.0)
+    for seed in range(20):
+        row = source.make(0, np.random.default_rng(seed), 2)
+        tokens = row["tokens"][row["segment_ids"] > 0].tolist()
+        hole, moved = (i for i, token in enumerate(tokens) if token == WORDS.sentinel(0))
+        assert tokens[hole + 1] == WORDS.brk and tokens[moved - 1] == WORDS.eod
+        assert tokens[moved + 1] in range(DRAWS) and tokens[moved + 2 :] == [WORDS.eoss]
+        assert WORDS.sentinel(1) not in tokens
+
+
 def test_a_missing_neighbor_is_left_out():
     source = make_source(NEIGHBORS)
     made = [source.make(1, np.random.default_rng(seed), 2) for seed in range(40)]
@@ -138,6 +150,12 @@ def test_a_row_that_is_too_long_loses_its_first_document():
     found = {tuple(codes_of(source.make(0, np.random.default_rng(s), 2))) for s in range(80)}
     whole = {(12, 13, 0), (13, 12, 0), (14, 15, 0), (15, 14, 0)}
     assert found == whole | {(11, 0), (9, 0)}
+
+
+@pytest.mark.parametrize("name", ["full_captions", "code_noise", "caption_probability"])
+def test_a_share_of_rows_is_a_share(name):
+    with pytest.raises(ValueError, match=name):
+        dataclasses.replace(CONFIG, **{name: 1.5})
 
 
 def test_shares_are_one_for_each_count():
