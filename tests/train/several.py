@@ -69,7 +69,7 @@ def main(folder: pathlib.Path, me: int, num_steps: int, what: str) -> None:
 
     if what == "stuck" and me == 1:
         told = Stuck(make_batches(sharding.local_rows(BATCH, mesh)))
-    state, rows = loop.fit(
+    _, rows = loop.fit(
         "wide",
         make_state(mesh),
         slow_step,

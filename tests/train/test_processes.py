@@ -135,7 +135,7 @@ def test_the_count_of_processes_changes_on_resume(alone, tmp_path, counts):
     for each in seen:
         assert_same_losses(each["rows"], alone[1]["rows"])
     for step in ("5", "6", "7", "8"):
-        joined = sum((each["order"][step] for each in seen), [])
+        joined = [record for each in seen for record in each["order"][step]]
         assert joined == alone[1]["order"][step]
 
 
