@@ -19,6 +19,7 @@ from rag_mm.models import ra_cm3
 from rag_mm.nn import params as params_lib
 from rag_mm.nn.decoder import DecoderConfig
 from rag_mm.perf import timing, torch_peer
+from rag_mm.train import guard
 from rag_mm.train import state as state_lib
 from rag_mm.train import step as step_lib
 
@@ -66,7 +67,11 @@ class Config:
 
 
 def train(config: Config, say: Say = lambda line: None) -> dict[str, Mapping[str, Any]]:
-    """Tokens a second of a step of Adam, prepared batch to new parameters; a case a width and peer."""
+    """Tokens a second of a step of Adam, prepared batch to new parameters; a case a width and peer.
+
+    The peer of `WIDTH_guard` is our own step without `train.guard`, in the same rounds: its ratio says what
+    the guard costs.
+    """
     with _threads(config.num_threads):
         return _with_machine(config, _train(config, say))
 
@@ -94,13 +99,14 @@ def _train(config: Config, say: Say) -> dict[str, dict[str, Any]]:
             torch_peer.make_train_step(decoder, _LEARNING_RATE, config.num_threads, is_compiled)
             for is_compiled in kinds.values()
         ]
-        calls = [_make_train_step(decoder), *peers]
+        calls = [_make_train_step(decoder, None), _make_train_step(decoder, guard.Config()), *peers]
         losses = [call(ids) for call in calls]
         seconds = timing.alternate(
             [functools.partial(call, ids) for call in calls], config.num_rounds
         )
         rates = [ids.size / each for each in seconds]
-        for kind, rate, loss in zip(kinds, rates[1:], losses[1:], strict=True):
+        cases[f"{width}_guard"] = _ratio(rates[1], rates[0], "tokens/s")
+        for kind, rate, loss in zip(kinds, rates[2:], losses[2:], strict=True):
             cases[f"{width}_{kind}"] = {
                 **_ratio(rates[0], rate, "tokens/s"),
                 "our_loss": losses[0],
@@ -109,12 +115,16 @@ def _train(config: Config, say: Say) -> dict[str, dict[str, Any]]:
     return cases
 
 
-def _make_train_step(decoder: DecoderConfig) -> Callable[[np.ndarray], float]:
+def _make_train_step(
+    decoder: DecoderConfig, guarded: guard.Config | None
+) -> Callable[[np.ndarray], float]:
     """The house's own step on a mesh of one device: ids -> the loss before it."""
     mesh = sharding.make_mesh()
     make_model = functools.partial(_make_model, decoder)
     graphdef, _ = params_lib.describe(make_model, mesh)
-    adam = optax.adam(_LEARNING_RATE)
+    adam: optax.GradientTransformation = optax.adam(_LEARNING_RATE)
+    if guarded is not None:
+        adam = guard.guard(adam, guarded)
     loss_fn = functools.partial(
         ra_cm3.loss_fn, config=ra_cm3.Config(decoder, code_offset=decoder.vocab_size)
     )
