@@ -24,8 +24,9 @@ from rag_mm.train.state import TrainState
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a log record tells what no exception does: a failed save is raised to us, and said once."""
-    return record.exc_info is None and "raised an exception" not in record.getMessage()
+    """Whether a log record tells what no exception of Orbax's does: those reach us, and are said once."""
+    is_orbax = "orbax" in record.pathname
+    return not is_orbax or (record.exc_info is None and record.levelno < logging.ERROR)
 
 
 class Checkpoints:
@@ -92,12 +93,12 @@ class Checkpoints:
         """Says plainly what became of the newest checkpoint."""
         self._checkpointer.reload()
         is_full = "No space left" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
-        reason = "the disk is full" if is_full else str(error).strip().splitlines()[0]
+        reason = "the disk is full" if is_full else f"{error}".strip().partition("\n")[0]
         last = self.latest_step
         kept = "there is none before it" if last is None else f"the one of step {last} is kept"
         raise UserError(
             f"A checkpoint cannot be written to {self._directory} ({reason}); {kept}. "
-            "Make room and run the same command again."
+            f"{'Make room and run' if is_full else 'Run'} the same command again."
         ) from OSError(errno.ENOSPC if is_full else errno.EIO, str(error))
 
     def restore(self, state: TrainState, iterator: grain.DatasetIterator) -> TrainState:

@@ -10,6 +10,7 @@ import time
 import faults
 import numpy as np
 import pytest
+import test_loop
 
 import rag_mm
 
@@ -56,21 +57,25 @@ def assert_continues(again, unbroken):
 
 
 @pytest.fixture(scope="module")
-def long_run(tmp_path_factory):
-    return result(start("run", tmp_path_factory.mktemp("long")))
+def step_fn():
+    return test_loop.begin()["step_fn"]
+
+
+@pytest.fixture(scope="module")
+def long_run(step_fn, tmp_path_factory):
+    return faults.run(tmp_path_factory.mktemp("long"), faults.LONG, step_fn)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
-def test_killed_at_a_random_instant(long_run, tmp_path, seed):
-    rng = np.random.default_rng(seed)
+def test_killed_at_a_random_instant(long_run, step_fn, tmp_path, seed):
+    """From its first log on; now and then it dies before anything is committed, or ends just before."""
     process = start("run", tmp_path)
-    # From its first log on, time and again: now and then it dies before anything is committed.
     wait_for(tmp_path / "log.jsonl", process)
-    time.sleep(rng.uniform(0.0, 1.5))
+    time.sleep(np.random.default_rng(seed).uniform(0.0, 1.5))
     process.kill()
     process.communicate()
-    again = result(start("run", tmp_path))
+    again = faults.run(tmp_path, faults.LONG, step_fn)
     assert again["log"] == long_run["log"] and again["state"] == long_run["state"]
     assert again["order"].items() <= long_run["order"].items()
 
