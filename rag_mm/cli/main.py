@@ -66,7 +66,11 @@ COMMANDS = {
     ),
     "bench": Command(
         "measure beside a peer in the same process",
-        ("rag-mm bench memory --rows=300000 --json",),
+        (
+            "rag-mm bench memory --rows=300000 --json",
+            "rag-mm bench train --against=transformers --json",
+            "rag-mm bench decode --against=transformers --json",
+        ),
     ),
     "generate": Command(
         "draw a picture from a caption, with the documents that were retrieved for it",

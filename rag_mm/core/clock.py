@@ -19,9 +19,10 @@ from etils import epath
 from rag_mm.core import files
 
 FILE_NAME = "times.json"
-# Step times beside a training log, and a trace.
+# Step times beside a training log, a trace, and TensorBoard's events, which carry times too.
 SPEED_NAME = "speed.jsonl"
 PROFILE_NAME = "profile"
+BOARD_NAME = "tensorboard"
 # A killed part is charged up to its last beat.
 _BEAT_SECONDS = 5.0
 

@@ -19,7 +19,13 @@ from rag_mm.core.errors import UserError
 MANIFEST = "manifest.json"
 # Key of metrics.json that holds what may differ between two runs of the same bits.
 MACHINE = "machine"
-_SIDE_FILES = (MANIFEST, clock.FILE_NAME, clock.SPEED_NAME, clock.PROFILE_NAME)
+_SIDE_FILES = (
+    MANIFEST,
+    clock.FILE_NAME,
+    clock.SPEED_NAME,
+    clock.PROFILE_NAME,
+    clock.BOARD_NAME,
+)
 # Folders named so are deleted when the run is next changed.
 TRASH = ".deleted-"
 _ABSENT = object()
@@ -239,9 +245,10 @@ def _execute(run: Run, manifest: Manifest, fn: StageFn, reports_on_others: bool)
     try:
         with clock.timed(stage_dir):
             metrics = fn(run, stage_dir)
-    except UserError:
-        # The remedy is often another config, which a half-made stage would refuse.
-        if is_new:
+    except UserError as error:
+        # The remedy is often another config, which a half-made stage would refuse; where a disk is full
+        # it is the same config again, which goes on from what lies there.
+        if is_new and not isinstance(error.__cause__, OSError):
             _delete(run, manifest.stage)
         raise
     outputs = digests.folder_digests(stage_dir, exclude=_SIDE_FILES)

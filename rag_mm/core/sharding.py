@@ -5,6 +5,8 @@ a layer a parameter is gathered over `fsdp` (FSDP's all-gather) and stays split 
 in context every function here is the identity, so a model also runs in a plain notebook cell.
 """
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -123,10 +125,42 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def local_rows(num_rows: int, mesh: Mesh) -> range:
+    """The rows of a batch that this process has devices for: all of them where it is the only one.
+
+    Raises:
+        ValueError: the batch axes do not divide the rows, or the process's rows do not follow one another.
+    """
+    placed = NamedSharding(mesh, PartitionSpec(ACTIVATION_AXES["batch"]))
+    parts = placed.addressable_devices_indices_map((num_rows,)).values()
+    bounds = sorted({part.indices(num_rows)[:2] for (part,) in parts})
+    if any(end != start for (_, end), (start, _) in itertools.pairwise(bounds)):
+        raise ValueError(f"the devices of process {jax.process_index()} do not lie side by side")
+    return range(bounds[0][0], bounds[-1][1])
+
+
 def put_batch(batch: dict, mesh: Mesh) -> dict:
-    """A host batch (arrays [B, ...]) split over the batch axes of the mesh."""
+    """A host batch (arrays [B, ...]) split over the batch axes of the mesh.
+
+    Each of several processes has its own `local_rows`, which together are the batch.
+    """
     sharding = NamedSharding(mesh, PartitionSpec(ACTIVATION_AXES["batch"]))
-    return jax.device_put(batch, sharding)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    return jax.tree.map(functools.partial(_put_rows, sharding=sharding, mesh=mesh), batch)
+
+
+def _put_rows(x: np.ndarray, sharding: NamedSharding, mesh: Mesh) -> jax.Array:
+    num_parts = math.prod(mesh.shape[axis] for axis in ACTIVATION_AXES["batch"] or ())
+    num_local = len(local_rows(num_parts, mesh))
+    num_rows = len(x) // num_local * num_parts
+    first = local_rows(num_rows, mesh).start
+
+    def take(index: tuple[slice, ...]) -> np.ndarray:
+        start, end, _ = index[0].indices(num_rows)
+        return x[start - first : end - first]
+
+    return jax.make_array_from_callback((num_rows, *x.shape[1:]), sharding, take)
 
 
 def split_batch(batch: dict, num_parts: int) -> dict:

@@ -1,5 +1,7 @@
 """Batches of random-access records by Grain, decided by (seed, index), resumable to the item."""
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -10,6 +12,9 @@ from absl import flags
 from rag_mm.core.errors import UserError
 
 T = TypeVar("T", covariant=True)
+
+# Key of a batch under which it says which records, int64 [B], it was made of.
+RECORDS = "records"
 
 
 class Source(Protocol[T]):
@@ -32,6 +37,7 @@ def make_batches(
     num_epochs: int | None = None,
     start: int = 0,
     num_workers: int = 0,
+    rows: range | None = None,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Shuffles, transforms and stacks records, for ever or for some epochs.
 
@@ -51,10 +57,12 @@ def make_batches(
         num_epochs: of each kind; None never ends.
         start: the first batch to give; an iterator's state counts from there.
         num_workers: processes that read and transform; 0 does so in this process.
+        rows: which of a batch's rows to make, where other processes make the others
+            (`sharding.local_rows`); None makes all. The state does not depend on it.
 
     Returns:
-        An iterator over dicts of arrays [batch_size, ...]. `get_state()` is a JSON value that
-        `set_state` of an iterator made with the same arguments accepts.
+        An iterator over dicts of arrays [batch_size, ...], `RECORDS` among them. `get_state()` is a JSON
+        value that `set_state` of an iterator made with the same arguments accepts.
 
     Raises:
         UserError: there is not even one batch.
@@ -67,8 +75,9 @@ def make_batches(
             " a smaller batch_size."
         )
     seeds = np.random.SeedSequence(seed).spawn(len(transforms))
+    chosen = _Chosen(source, batch_size, rows or range(batch_size), num_epochs)
     kinds = [
-        (_make_kind(source, batch_size, kind_seed, transform, num_epochs), float(share))
+        (chosen.make_kind(transform, kind_seed), float(share))
         for transform, share, kind_seed in zip(transforms, shares, seeds, strict=True)
         if share > 0
     ]
@@ -83,19 +92,49 @@ def make_batches(
     return iter(batches)
 
 
-def _make_kind(
-    source: Source[T],
-    batch_size: int,
-    seed: np.random.SeedSequence,
-    transform: Transform,
-    num_epochs: int | None,
-) -> grain.MapDataset:
-    # Grain shuffles epoch e with its seed + e: adjacent seeds must not be one epoch apart.
-    shuffle_seed, transform_seed = seed.generate_state(2).tolist()
-    return (
-        grain.MapDataset.source(source)
-        .shuffle(shuffle_seed)
-        .repeat(num_epochs)
-        .random_map(transform, seed=transform_seed)
-        .batch(batch_size, drop_remainder=True)
-    )
+@dataclasses.dataclass(frozen=True)
+class _Chosen:
+    """Records in batches, of each the rows that one process makes."""
+
+    source: Source
+    batch_size: int
+    rows: range
+    num_epochs: int | None
+
+    def make_kind(self, transform: Transform, seed: np.random.SeedSequence) -> grain.MapDataset:
+        """All batches of one kind."""
+        # Grain shuffles epoch e with its seed + e: adjacent seeds must not be one epoch apart.
+        shuffle_seed, transform_seed = seed.generate_state(2).tolist()
+        examples = (
+            grain.MapDataset.range(len(self.source))
+            .shuffle(shuffle_seed)
+            .repeat(self.num_epochs)
+            .random_map(
+                functools.partial(_make_example, self.source, transform), seed=transform_seed
+            )
+        )
+        batches = _RowsOfBatches(examples, self.batch_size, self.rows)
+        return batches.batch(len(self.rows), drop_remainder=True)
+
+
+def _make_example(
+    source: Source, transform: Transform, index: int, rng: np.random.Generator
+) -> dict[str, Any]:
+    return {RECORDS: np.int64(index), **transform(source[index], rng)}
+
+
+class _RowsOfBatches(grain.MapDataset):
+    """Of every `batch_size` elements in a row those at `rows`; nothing is made of the others."""
+
+    def __init__(self, parent: grain.MapDataset, batch_size: int, rows: range):
+        super().__init__(parent)
+        self._batch_size, self._rows = batch_size, rows
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index: int) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, row = divmod(index, len(self._rows))
+        return self._parent[batch * self._batch_size + self._rows[row]]

@@ -1,8 +1,10 @@
 """The loop around the step: resume, draw, step, log, save. Everything stateful stands here in plain sight."""
 
+import collections
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,8 +16,9 @@ from etils import epath
 from jax.sharding import Mesh
 
 from rag_mm.core import clock, files, progress, sharding
+from rag_mm.data import pipeline
 from rag_mm.nn.params import Params
-from rag_mm.train import checkpoint, guard, metrics, preemption, speed
+from rag_mm.train import checkpoint, guard, metrics, preemption, speed, watchdog
 from rag_mm.train.state import TrainState
 from rag_mm.train.step import Metrics
 
@@ -28,6 +31,10 @@ Watch = Callable[[int, Params], dict[str, float]]
 KEEP_LAST = 2
 # Sums since the last log, where a run was told to end between two logs.
 PARTIAL = "partial.json"
+# The records of batches whose updates were skipped until the run gave up, by batch.
+SKIPPED = "skipped.json"
+# A message names at most so many records; the file has all.
+_NUM_NAMED = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +63,14 @@ class Extras:
         max_skipped: so many updates in a row that the optimizer's guard left out end the run.
         cost: FLOPs of a step, for MFU.
         profile: first and last step of a trace for TensorBoard, written to `profile/`; None: `profiled`'s.
+        stall_seconds: a process that waits longer for a batch, or for a step on it, is ended (`watchdog`).
     """
 
     keep_every: int | None = None
     max_skipped: int = guard.Config.max_in_a_row
     cost: speed.Cost | None = None
     profile: tuple[int, int] | None = None
+    stall_seconds: float = 900.0
 
 
 _PROFILE: contextvars.ContextVar[tuple[int, int] | None] = contextvars.ContextVar(
@@ -96,7 +105,9 @@ def fit(
     Killed and run again it gives the same state and log, to the bit, as if it had never stopped: state
     and iterator are saved together, after the step and before the next batch is drawn, and averages are
     closed at every log, on which every checkpoint falls. SIGTERM saves after the step under way, averages
-    so far included, and ends the process with exit code 143.
+    so far included, and ends the process with exit code 143. Checkpoints are written while training goes on.
+
+    Several processes call this alike, each with its own rows of the same batches; files are written once.
 
     Where a checkpoint falls, `watch` is asked first and its figures stand in the same row of the log. How
     fast it went stands in `speed.jsonl` (`train.speed`).
@@ -106,10 +117,12 @@ def fit(
 
     Raises:
         FloatingPointError: the loss is no number, or too many updates in a row were skipped.
+        UserError: a checkpoint cannot be written or read.
     """
     run = _Run(name, mesh, epath.Path(directory), config, derive, watch, extras or Extras())
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(preemption.listen())
+        agreement = preemption.Agreement(stop, mesh)
         checkpoints = checkpoint.Checkpoints(
             run.directory / "checkpoints", KEEP_LAST, run.extras.keep_every
         )
@@ -124,21 +137,21 @@ def fit(
             run.trace(step)
             batch = run.draw(iterator)
             state, sums = step_fn(state, batch)
-            stop.is_clean = False
+            stop.reach(step)
             run.count(batch, sums)
             is_last = step == config.num_steps
             if step % config.log_every == 0 or is_last:
                 is_saved = step % config.checkpoint_every == 0 or is_last
                 bar.update(step, **run.log_step(step, state, is_saved))
                 if is_saved:
-                    checkpoints.save(state, iterator)
-                    stop.is_clean = True
+                    checkpoints.save(state, iterator, functools.partial(stop.commit, step))
                 run.speed.restart()
-            if stop.is_asked:
+            if agreement.is_due():
                 run.save_partial(step)
                 checkpoints.save(state, iterator)
                 checkpoints.close()
                 raise SystemExit(preemption.EXIT_CODE)
+        checkpoints.wait()
         run.finish()
     return state, run.log.rows
 
@@ -159,6 +172,9 @@ class _Run:
         self.name, self.mesh, self.directory, self.config = name, mesh, directory, config
         self.derive, self.watch, self.extras = derive, watch, extras
         self._before: Metrics | None = None
+        # As many as may be skipped until the next log notices.
+        length = self.extras.max_skipped + config.log_every
+        self._records: collections.deque[list[int]] = collections.deque(maxlen=length)
         self._is_traced = False
 
     def open(self, start: int) -> None:
@@ -166,13 +182,18 @@ class _Run:
         self.averages = metrics.Averages()
         self.log = metrics.Log(self.directory / "log.jsonl", start)
         self.speed = speed.Speed(self.directory / clock.SPEED_NAME, start, self.extras.cost)
+        self.board = metrics.Board(self.directory / clock.BOARD_NAME)
         partial = self.directory / PARTIAL
         if partial.exists() and (kept := files.read_json(partial))["step"] == start:
             self.averages.from_json(kept["sums"])
 
     def draw(self, iterator: grain.DatasetIterator) -> dict:
+        """The next batch on its devices, without the records' numbers, which are kept for a message."""
         began = time.monotonic()
-        batch = sharding.put_batch(next(iterator), self.mesh)
+        with watchdog.within(self.extras.stall_seconds):
+            rows = dict(next(iterator))
+        self._records.append(np.asarray(rows.pop(pipeline.RECORDS, ())).tolist())
+        batch = sharding.put_batch(rows, self.mesh)
         self.speed.wait(time.monotonic() - began)
         return batch
 
@@ -180,7 +201,8 @@ class _Run:
         """Adds up, and lets one step be under way while the host goes on: a time is then a step's own."""
         self.averages.add(sums)
         if self._before is not None:
-            jax.block_until_ready(self._before)
+            with watchdog.within(self.extras.stall_seconds):
+                jax.block_until_ready(self._before)
         self._before = sums
         self.speed.step(batch)
 
@@ -193,7 +215,9 @@ class _Run:
         derived = self.derive(values) if self.derive is not None else {}
         fast = self.speed.write(step)
         seen = self.watch(step, state.params) if self.watch is not None and is_saved else {}
-        self.log.write(step, {**values, **derived, **seen, **skipped})
+        figures = {**values, **derived, **seen, **skipped}
+        self.log.write(step, figures)
+        self.board.write(step, train=figures, speed=fast)
         shown: dict[str, float] = {
             key: fast[key] for key in ("tokens_per_second", "mfu") if key in fast
         }
@@ -204,9 +228,22 @@ class _Run:
             raise FloatingPointError(
                 f"{self.name}: {num_in_a_row} updates in a row were skipped, those of batches "
                 f"{step - num_in_a_row + 1} to {step}; their losses are no numbers or too high"
+                + self._name_records(step, num_in_a_row)
             )
         if not np.isfinite(values["loss"]) and not num_skipped:
             raise FloatingPointError(f"{self.name}: the loss at step {step} is not finite")
+
+    def _name_records(self, step: int, num_batches: int) -> str:
+        """Of the last batches as far as this process drew them; all of them stand in a file."""
+        drawn = list(self._records)[-num_batches:]
+        by_batch = {str(step - len(drawn) + 1 + i): ids for i, ids in enumerate(drawn)}
+        found = list(dict.fromkeys(record for ids in drawn for record in ids))
+        if not found:
+            return ""
+        if jax.process_index() == 0:
+            files.write_json(self.directory / SKIPPED, by_batch)
+        more = f" and {len(found) - _NUM_NAMED} more" if len(found) > _NUM_NAMED else ""
+        return f" (records {', '.join(map(str, found[:_NUM_NAMED]))}{more}; {self.directory / SKIPPED})"
 
     def trace(self, step: int) -> None:
         """Starts and ends the profile where it falls on this step."""
@@ -224,8 +261,13 @@ class _Run:
             self._is_traced = False
 
     def save_partial(self, step: int) -> None:
-        files.write_json(self.directory / PARTIAL, {"step": step, "sums": self.averages.to_json()})
+        sums = self.averages.to_json()
+        if jax.process_index() == 0:
+            files.write_json(self.directory / PARTIAL, {"step": step, "sums": sums})
 
     def finish(self) -> None:
         self._end_trace()
-        (self.directory / PARTIAL).unlink(missing_ok=True)
+        self.board.close()
+        if jax.process_index() == 0:
+            for name in (PARTIAL, SKIPPED):
+                (self.directory / name).unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Sums and weights from training steps, folded into averages and a log of JSON lines."""
 
+import importlib.util
 import json
 from collections.abc import Mapping
 
@@ -43,18 +44,22 @@ class Averages:
 
 
 class Log:
-    """`log.jsonl` of a stage: one object per logged step, cut back to the step a run resumes from."""
+    """JSON lines of a stage, one object a logged step, cut back to the step a run resumes from.
 
-    def __init__(self, path: epath.PathLike, resumed_step: int):
-        self._path = epath.Path(path)
+    Of several processes the first writes; all have the rows.
+    """
+
+    def __init__(self, path: epath.PathLike, resumed_step: int, digits: int = 6):
+        self._path, self._digits = epath.Path(path), digits
         self.rows = [row for row in read_log(path) if row["step"] <= resumed_step]
 
     def write(self, step: int, values: Mapping[str, np.ndarray | float]) -> None:
         """Appends the scalars among `values`; the file is replaced whole, so it is never half a line."""
-        scalars = {k: round(float(v), 6) for k, v in values.items() if np.ndim(v) == 0}
+        scalars = {k: round(float(v), self._digits) for k, v in values.items() if np.ndim(v) == 0}
         self.rows.append({"step": step, **scalars})
-        text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in self.rows)
-        files.write_atomic(self._path, text.encode())
+        if jax.process_index() == 0:
+            text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in self.rows)
+            files.write_atomic(self._path, text.encode())
 
 
 def read_log(path: epath.PathLike) -> list[dict[str, float]]:
@@ -63,3 +68,33 @@ def read_log(path: epath.PathLike) -> list[dict[str, float]]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class Board:
+    """The same figures for TensorBoard, where the extra [tf] is installed; nothing elsewhere."""
+
+    def __init__(self, folder: epath.PathLike):
+        self._writer = None
+        has_all = all(map(importlib.util.find_spec, ("tensorflow", "tensorboard")))
+        if has_all and jax.process_index() == 0:
+            from clu.metric_writers import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder))
+
+    def write(self, step: int, **groups: Mapping[str, np.ndarray | float]) -> None:
+        """Writes the scalars of each group as `group/name`, and sees to it that they can be looked at."""
+        if self._writer is None:
+            return
+        scalars = {
+            f"{group}/{name}": float(value)
+            for group, values in groups.items()
+            for name, value in values.items()
+            if np.ndim(value) == 0 and name != "step"
+        }
+        self._writer.write_scalars(step, scalars)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Writes what is left."""
+        if self._writer is not None:
+            self._writer.close()

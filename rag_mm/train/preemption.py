@@ -2,6 +2,8 @@
 
 Python's own handlers wait for the interpreter, which a compile in C++ does not return to for minutes. So a
 thread reads the signal from a pipe; where nothing is newer than the last commit it ends the process at once.
+
+Several processes end after the same step, even if one of them alone is told to: all write a checkpoint.
 """
 
 import contextlib
@@ -10,22 +12,59 @@ import signal
 import threading
 from collections.abc import Iterator
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
 EXIT_CODE = 128 + signal.SIGTERM
 
 
 class Stop:
-    """Whether an end was asked for; the loop says in `is_clean` whether all it has is on disk."""
+    """Whether an end was asked for; the loop says what it has `reach`ed, checkpoints what they `commit`."""
 
     def __init__(self) -> None:
         self.is_asked = False
-        self.is_clean = True
+        self._reached = self._committed = 0
 
     def ask(self) -> None:
         """What the signal does."""
         self.is_asked = True
-        if self.is_clean:
-            # The main thread may sit in a compile, and has nothing that could be lost.
+        self._end_if_clean()
+
+    def reach(self, step: int) -> None:
+        """From now on there is something to lose."""
+        self._reached = step
+
+    def commit(self, step: int) -> None:
+        """All that was reached up to `step` is on disk; called by the thread that wrote it."""
+        self._committed = step
+        if self.is_asked:
+            self._end_if_clean()
+
+    def _end_if_clean(self) -> None:
+        # The main thread may sit in a compile. One of several processes would leave the others waiting.
+        if self._committed >= self._reached and jax.process_count() == 1:
             os._exit(EXIT_CODE)
+
+
+class Agreement:
+    """`is_due` after each step: whether to end after it, the same answer in every process."""
+
+    def __init__(self, stop: Stop, mesh: Mesh):
+        self._stop = stop
+        self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._any = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._asked: jax.Array | None = None
+
+    def is_due(self) -> bool:
+        """In several processes what any had heard one step ago, so that nobody waits for the answer."""
+        if jax.process_count() == 1:
+            return self._stop.is_asked
+        before, flag = self._asked, np.asarray([self._stop.is_asked], np.int32)
+        shape = (self._sharding.num_devices,)
+        self._asked = self._any(jax.make_array_from_callback(shape, self._sharding, lambda _: flag))
+        return before is not None and bool(before)
 
 
 @contextlib.contextmanager

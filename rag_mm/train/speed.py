@@ -6,7 +6,6 @@ bits, so they have a file of their own.
 """
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from rag_mm.core import files
+from rag_mm.train import metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +29,9 @@ class Speed:
     """A stop watch around the loop; `path` gets one JSON object per log."""
 
     def __init__(self, path: epath.PathLike, resumed_step: int, cost: Cost | None = None):
-        self._path = epath.Path(path)
+        self._log = metrics.Log(path, resumed_step, digits=15)
         self._cost = cost
-        self.rows = [row for row in _read(self._path) if row["step"] <= resumed_step]
+        self.rows = self._log.rows
         self._last = time.monotonic()
         self._clear()
 
@@ -58,7 +57,6 @@ class Speed:
         """Figures since the last call, as they are appended to the file."""
         total = max(sum(self._seconds), 1e-9)
         row = {
-            "step": step,
             "step_seconds_p50": float(np.percentile(self._seconds, 50)),
             "step_seconds_p99": float(np.percentile(self._seconds, 99)),
             "input_wait": self._waited / total,
@@ -69,16 +67,10 @@ class Speed:
             row["model_flops_per_second"] = self._flops / total
             if self._cost.peak is not None:
                 row["mfu"] = self._flops / total / self._cost.peak
-        self.rows.append(row)
-        text = "".join(json.dumps(each, sort_keys=True) + "\n" for each in self.rows)
-        files.write_atomic(self._path, text.encode())
+        self._log.write(step, row)
         self._clear()
-        return row
+        return {"step": step, **row}
 
     def restart(self) -> None:
         """Leaves out what was done since the last step, such as saving."""
         self._last = time.monotonic()
-
-
-def _read(path: epath.Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -168,6 +168,18 @@ def test_a_mistake_found_inside_leaves_no_stage(run):
     assert not run.stage_dir("words").exists()
 
 
+def test_a_full_disk_leaves_what_a_stage_has_made(run):
+    """The same command, run again, goes on from there."""
+
+    def fill(run, stage_dir):
+        (stage_dir / "half").write_text("made")
+        raise UserError("The disk is full.") from OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="full"):
+        runs.run_stage(run, "words", {"n": 3}, (), fill)
+    assert (run.stage_dir("words") / "half").exists()
+
+
 def test_a_failed_stage_goes_on_in_its_folder(run):
     """The second call finds what the first left, except what an atomic write had not finished."""
     seen = []

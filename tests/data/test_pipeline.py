@@ -46,6 +46,11 @@ def test_batches_are_stacked_dicts():
     assert batch["noise"].shape == (4, 2)
 
 
+def test_a_batch_says_which_records_it_was_made_of():
+    for batch in take(make_batches(), 5):
+        np.testing.assert_array_equal(batch[pipeline.RECORDS], batch["number"])
+
+
 def test_each_epoch_holds_every_record_in_its_own_order():
     numbers = np.concatenate([b["number"] for b in take(make_batches(), 10)]).reshape(4, 10)
     assert (np.sort(numbers, axis=1) == np.arange(10)).all()

@@ -1,5 +1,7 @@
 """State and data come back together, in the layout that is asked for, or are refused by name."""
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -229,3 +231,25 @@ def test_what_eight_devices_saved_four_and_one_go_on_from(saved, mesh):
     kernel = restored.params["linear"]["kernel"]
     assert kernel.sharding.mesh.shape == dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
     assert kernel.addressable_shards[0].data.shape[0] == 8 // mesh[1]
+
+
+def test_what_training_does_next_is_not_in_the_checkpoint(tmp_path):
+    """`save` comes back before the file is whole, and the next steps overwrite the state in place."""
+    mesh = sharding.make_mesh(2, 1, 1)
+    sheet = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    params = {"kernel": jax.device_put(np.ones((512, 512), np.float32), sheet)}
+    state, batches = state_lib.init_state(params, OPTIMIZER, mesh), make_batches()
+    grow = jax.jit(lambda tree: jax.tree.map(lambda x: x + x, tree), donate_argnums=0)
+    checkpoints, committed = checkpoint.Checkpoints(tmp_path / "checkpoints"), threading.Event()
+    expected = jax.tree.map(np.array, at_step(state, 3))
+    state = at_step(state, 3)
+    checkpoints.save(state, batches, committed.set)
+    for _ in range(20):
+        state = grow(state)
+        next(batches)
+    assert committed.wait(60)
+    again = make_batches()
+    restored = checkpoints.restore(jax.tree.map(jnp.copy, state), again)
+    checkpoints.close()
+    assert_same(restored, expected)
+    assert again.get_state() == make_batches().get_state()

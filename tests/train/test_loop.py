@@ -1,5 +1,6 @@
 """The loop's promise: killed and run again, the same bits as if it had never stopped."""
 
+import errno
 import json
 
 import jax
@@ -277,3 +278,38 @@ def test_averages_go_on_from_where_a_process_left_them():
     for each in sums[3:]:
         second.add(each)
     assert_same(second.pop(), whole.pop())
+
+
+def test_records_of_skipped_batches_are_named(tmp_path):
+    """In the message as many as can be read, in a file beside the log all of them, batch by batch."""
+    batches = begin()["iterator"]
+    drawn = [next(batches)["records"].tolist() for _ in range(6)][2:]
+    with pytest.raises(FloatingPointError) as caught:
+        fit_guarded(tmp_path, 3, 8)
+    named = dict.fromkeys(record for records in drawn for record in records)
+    assert f"(records {', '.join(map(str, named))}; " in str(caught.value)
+    found = json.loads((tmp_path / "skipped.json").read_text())
+    assert found == {str(3 + i): records for i, records in enumerate(drawn)}
+
+
+def test_a_full_disk_is_said_and_costs_no_checkpoint(tmp_path, monkeypatch):
+    """The write fails beside the training, so the next save, or the end, says so."""
+
+    async def fail():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    class Full(checkpoint._Place):
+        async def save(self, directory):
+            write = await super().save(directory)
+            if self._iterator.get_state()["next_index"] < 8:
+                return write
+            write.close()
+            return fail()
+
+    monkeypatch.setattr(checkpoint, "_Place", Full)
+    with pytest.raises(UserError, match=r"the disk is full\); the one of step 4 is kept") as caught:
+        fit(tmp_path)
+    assert isinstance(caught.value.__cause__, OSError)
+    monkeypatch.undo()
+    state, rows, _ = fit(tmp_path)
+    assert state.step == 8 and len(rows) == 4

@@ -1,9 +1,13 @@
 """Averages divide once, after adding; a log begins again where its run does."""
 
+import importlib.util
 import json
+import sys
+import types
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from rag_mm.train import metrics
 
@@ -54,3 +58,43 @@ def test_a_log_is_cut_back_to_the_step_it_resumes_from(tmp_path):
 
 def test_without_a_file_a_log_is_empty(tmp_path):
     assert metrics.read_log(tmp_path / "log.jsonl") == []
+
+
+def test_without_tensorflow_there_is_no_board(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    board = metrics.Board(tmp_path / "tensorboard")
+    board.write(2, train={"loss": 1.0})
+    board.close()
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_the_board_gets_the_scalars_of_the_log(tmp_path, monkeypatch):
+    """CLU's writer wants TensorFlow, so here another one stands for it."""
+    written = []
+    writer = types.SimpleNamespace(
+        write_scalars=lambda step, scalars: written.append((step, scalars)),
+        flush=lambda: None,
+        close=lambda: None,
+    )
+    module = types.SimpleNamespace(SummaryWriter=lambda folder: writer)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "clu.metric_writers", module)
+    monkeypatch.setattr(sys.modules["clu"], "metric_writers", module, raising=False)
+    board = metrics.Board(tmp_path / "tensorboard")
+    values = {"loss": np.float32(0.5), "usage": np.ones(3)}
+    board.write(4, train=values, speed={"step": 4, "mfu": 0.25})
+    assert written == [(4, {"train/loss": 0.5, "speed/mfu": 0.25})]
+
+
+@pytest.mark.slow
+def test_tensorboard_reads_what_was_written(tmp_path):
+    pytest.importorskip("tensorflow")
+    from tensorboard.backend.event_processing import event_accumulator
+
+    board = metrics.Board(tmp_path)
+    for step in (2, 4):
+        board.write(step, train={"loss": 1 / step})
+    board.close()
+    found = event_accumulator.EventAccumulator(str(tmp_path), size_guidance={"tensors": 0})
+    found.Reload()
+    assert [event.step for event in found.Tensors("train/loss")] == [2, 4]

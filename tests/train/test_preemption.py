@@ -45,10 +45,10 @@ def watch(step, params):
 parts["step_fn"] = slow_step
 save = loop.checkpoint.Checkpoints.save
 
-def slow_save(self, state, iterator):
+def slow_save(self, state, iterator, on_commit=None):
     if int(state.step) == 4:
         here("save")
-    save(self, state, iterator)
+    save(self, state, iterator, on_commit)
 
 loop.checkpoint.Checkpoints.save = slow_save
 state, rows = loop.fit("line", directory=folder / "run", config=SCHEDULE, watch=watch, **parts)

@@ -1,0 +1,94 @@
+"""PyTorch and transformers as the peer of our training step and decoding: a LLaMA of the same shape."""
+
+import importlib.metadata
+import types
+from collections.abc import Callable
+
+import numpy as np
+
+from rag_mm.core.errors import UserError
+from rag_mm.nn.decoder import DecoderConfig
+
+
+def load() -> tuple[types.ModuleType, types.ModuleType]:
+    """torch and transformers.
+
+    Raises:
+        UserError: one of them is not installed.
+    """
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        raise UserError(
+            "The peer is not installed: pip install '.[parity]' brings torch and transformers."
+        ) from None
+    return torch, transformers
+
+
+def versions() -> dict[str, str]:
+    """Of both."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+
+
+def make_train_step(
+    config: DecoderConfig, learning_rate: float, num_threads: int, is_compiled: bool
+) -> Callable[[np.ndarray], float]:
+    """ids int [B, T] -> the loss of one step of Adam on them, float32, in nats a token."""
+    torch, _ = load()
+    model = _make_model(config, num_threads).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
+    forward = torch.compile(model) if is_compiled else model
+
+    def step(ids: np.ndarray) -> float:
+        given = torch.from_numpy(ids).long()
+        optimizer.zero_grad(set_to_none=True)
+        loss = forward(input_ids=given, labels=given, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    return step
+
+
+def make_generate(
+    config: DecoderConfig, num_threads: int
+) -> Callable[[np.ndarray, int], np.ndarray]:
+    """(prompts int [B, T], count) -> int [B, count], the likeliest tokens one after the other."""
+    torch, _ = load()
+    model = _make_model(config, num_threads).eval()
+
+    def generate(prompts: np.ndarray, count: int) -> np.ndarray:
+        given = torch.from_numpy(prompts).long()
+        with torch.no_grad():
+            found = model.generate(
+                given,
+                attention_mask=torch.ones_like(given),
+                max_new_tokens=count,
+                min_new_tokens=count,
+                do_sample=False,
+            )
+        return found[:, prompts.shape[1] :].numpy()
+
+    return generate
+
+
+def _make_model(config: DecoderConfig, num_threads: int):
+    torch, transformers = load()
+    torch.set_num_threads(num_threads)
+    torch.manual_seed(0)
+    theirs = transformers.LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.embed_dim,
+        intermediate_size=config.mlp_dim,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_heads,
+        max_position_embeddings=config.max_seq_len,
+        rms_norm_eps=config.norm_eps,
+        tie_word_embeddings=config.tie_embeddings,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return transformers.LlamaForCausalLM(theirs).float()

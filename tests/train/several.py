@@ -1,0 +1,91 @@
+"""One of the processes of a run on eight devices in all; `test_processes` starts them."""
+
+import json
+import pathlib
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+from faults import Told
+from flax import nnx
+from test_loop import make_example
+
+from rag_mm.core import processes, sharding
+from rag_mm.data import pipeline
+from rag_mm.nn import params as params_lib
+from rag_mm.train import loop, optimizer
+from rag_mm.train import state as state_lib
+from rag_mm.train import step as step_lib
+
+NUM_DEVICES, BATCH = 8, 8
+# An entry a device, so that every process has part of the parameters and of the moments.
+MESH = (1, NUM_DEVICES, 1)
+
+
+class Wide(nnx.Module):
+    """y = the sum of x, seen through eight numbers."""
+
+    def __init__(self):
+        self.kernel = nnx.Param(jnp.full((NUM_DEVICES,), 0.5), axes=("embed",))
+
+
+def loss_fn(model, batch, rng):
+    kernel = sharding.gather(model.kernel[...], ("embed",))
+    noise = 0.1 * jax.random.normal(rng, batch["y"].shape)
+    error = batch["x"].sum(1) * kernel.sum()[None] + noise - batch["y"]
+    return jnp.square(error).mean(), {"loss": (jnp.square(error).sum(), jnp.float32(len(error)))}
+
+
+def make_state(mesh):
+    tx = optimizer.make_optimizer(optimizer.Config(learning_rate=0.1, warmup_steps=2), 8)
+    return state_lib.init_state(params_lib.init_params(Wide, mesh), tx, mesh)
+
+
+def make_batches(rows=None):
+    return pipeline.make_batches(range(20), BATCH, 1, make_example, rows=rows)
+
+
+def main(folder: pathlib.Path, me: int, num_steps: int, what: str) -> None:
+    mesh = sharding.make_mesh(*MESH)
+    graphdef, _ = params_lib.describe(Wide, mesh)
+    tx = optimizer.make_optimizer(optimizer.Config(learning_rate=0.1, warmup_steps=2), 8)
+    told = Told(make_batches(sharding.local_rows(BATCH, mesh)))
+    step_fn, count = step_lib.make_train_step(graphdef, loss_fn, tx, seed=0), 0
+
+    def slow_step(state, batch):
+        nonlocal count
+        count += 1
+        if what == "slow":
+            (folder / f"here-{me}").write_text(str(count))
+            time.sleep(0.2)
+        return step_fn(state, batch)
+
+    class Stuck(Told):
+        def __next__(self):
+            if len(self.order) == 2:
+                time.sleep(1000)
+            return super().__next__()
+
+    if what == "stuck" and me == 1:
+        told = Stuck(make_batches(sharding.local_rows(BATCH, mesh)))
+    _, rows = loop.fit(
+        "wide",
+        make_state(mesh),
+        slow_step,
+        told,
+        mesh,
+        folder / "run",
+        loop.Config(num_steps=num_steps, log_every=2, checkpoint_every=4),
+        extras=loop.Extras(stall_seconds=8.0 if what == "stuck" else 900.0),
+    )
+    result = {"rows": rows, "order": told.order}
+    (folder / f"result-{me}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    folder, me, count, port, num_steps, what = sys.argv[1:]
+    jax.config.update("jax_num_cpu_devices", NUM_DEVICES // int(count))
+    if int(count) > 1:
+        processes.join(f"localhost:{port}", int(count), int(me))
+    main(pathlib.Path(folder), int(me), int(num_steps), what)

@@ -1,0 +1,88 @@
+"""SIGKILL anywhere, a full disk: what was committed is there, and going on ends as if unbroken."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import faults
+import numpy as np
+import pytest
+import test_loop
+
+import rag_mm
+
+SCRIPT = pathlib.Path(faults.__file__)
+ROOT = pathlib.Path(rag_mm.__file__).parents[1]
+
+
+def start(*arguments, **options):
+    path = os.pathsep.join([str(ROOT), str(SCRIPT.parent)])
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.Popen(
+        command,
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def result(process):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-3000:]
+    return json.loads(out)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    return result(start("points", tmp_path_factory.mktemp("killed")))
+
+
+@pytest.mark.parametrize("point", faults.POINTS)
+def test_killed_at_a_named_point_and_run_again_it_ends_with_the_same_bits(killed, point):
+    assert killed["endings"][point] == 9
+    assert killed["saved"][point] == faults.POINTS[point][-1]
+    assert_continues(killed["results"][point], killed["results"]["unbroken"])
+
+
+def assert_continues(again, unbroken):
+    """Losses and parameters are the unbroken run's, and each batch is the one it had in that place."""
+    assert again["log"] == unbroken["log"] and again["state"] == unbroken["state"]
+    assert again["order"].items() <= unbroken["order"].items()
+    assert again["order"], "it was killed before its end"
+
+
+@pytest.fixture(scope="module")
+def step_fn():
+    return test_loop.begin()["step_fn"]
+
+
+@pytest.fixture(scope="module")
+def long_run(step_fn, tmp_path_factory):
+    return faults.run(tmp_path_factory.mktemp("long"), faults.LONG, step_fn)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_killed_at_a_random_instant(long_run, step_fn, tmp_path, seed):
+    """From its first log on; now and then it dies before anything is committed, or ends just before."""
+    process = start("run", tmp_path)
+    wait_for(tmp_path / "log.jsonl", process)
+    time.sleep(np.random.default_rng(seed).uniform(0.0, 1.5))
+    process.kill()
+    process.communicate()
+    again = faults.run(tmp_path, faults.LONG, step_fn)
+    assert again["log"] == long_run["log"] and again["state"] == long_run["state"]
+    assert again["order"].items() <= long_run["order"].items()
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
