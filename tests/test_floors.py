@@ -42,6 +42,7 @@ LAZY = {
     "transformers": set(),
     "scann": {"memory/scann_searcher.py"},
     "faiss": {"perf/faiss_peer.py"},
+    "uvicorn": {"cli/explore.py"},
 }
 
 
@@ -140,7 +141,8 @@ def _declared() -> set[str]:
         exec(compile(source, "setup.py", "exec"), {"__file__": str(ROOT / "setup.py")})
     arguments = setuptools.setup.call_args.kwargs
     extras = arguments["extras_require"]
-    lines = [*arguments["install_requires"], *extras["test"], *extras["bench"]]
+    optional = [line for name in ("test", "bench", "explore") for line in extras[name]]
+    lines = [*arguments["install_requires"], *optional]
     return {_normal(re.match(r"[\w.-]+", line).group()) for line in lines}
 
 

@@ -214,7 +214,7 @@ def _compact(args: argparse.Namespace) -> dict[str, Any]:
 
 def _search(args: argparse.Namespace) -> dict[str, Any]:
     from rag_mm.data import sources
-    from rag_mm.memory import encoder, memory
+    from rag_mm.memory import encoder, hits, memory
 
     if args.k < 1:
         raise UserError(f"-k is {args.k}; ask for at least 1 hit.")
@@ -232,8 +232,7 @@ def _search(args: argparse.Namespace) -> dict[str, Any]:
     else:
         opened.attach(load_encoder(opened.carried("retriever")))
         found = opened.search(text=args.text, image=image, view=view, k=args.k)
-    hits = memory_show.hits(opened, found)
-    result = {"memory": str(args.memory), "view": view, "hits": hits}
+    result = {"memory": str(args.memory), "view": view, "hits": hits.describe(opened, found)}
     if args.html is not None:
         asked = args.text or args.image or f"document {args.document}"
         memory_show.write_sheet(pathlib.Path(args.html), asked, result)
