@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import PIL.Image
@@ -98,7 +99,9 @@ def test_a_strangers_words_stay_words(client):
     (hit,) = client.post("/search", json={"document": "stranger", "k": 1}).json()["hits"]
     assert (hit["text"], hit["url"], hit["link"]) == (HOSTILE, "javascript:document.title=1", None)
     # The script has no way to make markup of a text.
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|write\(", client.get("/explore.js").text)
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacent|write\(", client.get("/explore.js").text
+    )
 
 
 @pytest.mark.parametrize(
@@ -128,8 +131,9 @@ def test_what_is_refused(client, path, sent, status, complaint):
 
 
 def test_a_picture_too_large_is_refused_by_its_header(client):
-    header = png(np.zeros((1, 1, 3), np.uint8))
-    huge = header[:16] + (60_000).to_bytes(4, "big") * 2 + header[24:]
+    small = png(np.zeros((1, 1, 3), np.uint8))
+    header = small[12:16] + (60_000).to_bytes(4, "big") * 2 + small[24:29]
+    huge = small[:12] + header + zlib.crc32(header).to_bytes(4, "big") + small[33:]
     answer = client.post("/search", content=huge, headers=PICTURE)
     assert answer.status_code == 400 and "pixels" in answer.json()["error"]
 
@@ -222,7 +226,9 @@ def test_the_page_in_a_browser(workdir, run, tmp_path):
         # A stranger's words are shown and do nothing.
         assert page.request.post(address + "/search", data={"document": "stranger"}).ok
         page.evaluate("ask({document: 'stranger'}, 'stranger')")
-        page.wait_for_function("document.querySelector('#hits li')?.textContent.includes('onerror')")
+        page.wait_for_function(
+            "document.querySelector('#hits li')?.textContent.includes('onerror')"
+        )
         assert page.locator("#hits li").first.locator("a").count() == 0
         assert page.title() == title and wrong == []
         browser.close()
@@ -235,4 +241,6 @@ def test_the_server_listens_to_this_machine_alone(workdir):
         time.sleep(0.5)
         lines = pathlib.Path("/proc/net/tcp").read_text().splitlines()[1:]
         bound = {line.split()[1] for line in lines if line.split()[3] == "0A"}
-        assert [place for place in bound if place.endswith(f":{port:04X}")] == [f"0100007F:{port:04X}"]
+        assert [place for place in bound if place.endswith(f":{port:04X}")] == [
+            f"0100007F:{port:04X}"
+        ]
