@@ -24,6 +24,8 @@ def show(result: dict[str, Any], console: rich.console.Console) -> None:
     """Prints hits, problems, or what the memory holds."""
     if "hits" in result:
         _show_hits(result, console)
+    elif "process" in result:
+        console.print(f"process {result['process']} has done its part.", markup=False)
     elif "problems" in result:
         for problem in result["problems"]:
             console.print(problem, markup=False)

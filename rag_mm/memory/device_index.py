@@ -51,8 +51,8 @@ class DeviceIndex:
     kind = "device"
 
     def __init__(self, mesh: Mesh | None = None, config: DeviceConfig | None = None):
-        """Over the mesh's devices, all that there are if None."""
-        devices = np.asarray(jax.devices() if mesh is None else mesh.devices).reshape(-1)
+        """Over the mesh's devices; over all that this process has if None."""
+        devices = np.asarray(jax.local_devices() if mesh is None else mesh.devices).reshape(-1)
         # One axis of its own: the rows do not care how a model is laid out on the same devices.
         self._mesh = Mesh(devices, (_AXIS,), axis_types=(AxisType.Auto,))
         config = config or DeviceConfig()

@@ -3,11 +3,14 @@
 Training asks with one modality of the main document, never with all of it, as inference does: with its
 image, or with one of several captions from which words were dropped (RA-CM3 section 3.1). So a training
 step stays pure and a resumed run reads the same documents.
+
+Several processes (`core.processes.join`) that all call `run` share the training queries; process 0 writes.
 """
 
 import dataclasses
 from collections.abc import Iterable
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -16,7 +19,7 @@ from rag_mm.core import run as run_lib
 from rag_mm.core.document import Document, Text
 from rag_mm.core.errors import UserError
 from rag_mm.memory import memory as memory_lib
-from rag_mm.memory import policy
+from rag_mm.memory import policy, spread
 from rag_mm.stages import memory as memory_stage
 from rag_mm.stages import world as world_lib
 from rag_mm.worlds.emoji import scenes as scene_lib
@@ -86,19 +89,25 @@ def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
             for name, (memory, queries) in zip(QUERIES, asked, strict=True)
         }
         for name, array in ({"rows": rows} | found).items():
-            files.write_array(stage_dir / f"{split}_{name}.npy", array)
+            _write(stage_dir / f"{split}_{name}.npy", array)
         if isinstance(source, scene_lib.Scenes):
             same_class[split] = _same_class(source, rows, found["text"], facts)
     if same_class:
         _check_gate(config, same_class["held_out"])
-    files.write_array(stage_dir / "train.npy", _train_neighbors(config, seen_memory, bound))
-    files.write_json(stage_dir / POLICY, {"max_similarity": bound})
+    _write(stage_dir / "train.npy", _train_neighbors(config, seen_memory, bound))
+    if jax.process_index() == 0:
+        files.write_json(stage_dir / POLICY, {"max_similarity": bound})
     if not same_class:
         return {"neighbors": {"max_similarity": bound}}
     return {
         "neighbors": {"max_similarity": bound, "same_class": same_class},
         "retriever": {"same_class_at_2": same_class["held_out"]},
     }
+
+
+def _write(path: epath.Path, array: np.ndarray) -> None:
+    if jax.process_index() == 0:
+        files.write_array(path, array)
 
 
 def _check_gate(config: Config, same_class: float) -> None:
@@ -113,16 +122,16 @@ def _check_gate(config: Config, same_class: float) -> None:
 
 def _train_neighbors(config: Config, memory: memory_lib.Memory, bound: float) -> np.ndarray:
     source = config.world.scenes("train", *world_lib.SEEN)
-    rows, columns = range(len(source)), []
+    rows, columns = range(len(source))[spread.own_part(len(source))], []
     with progress.track("neighbors", total=config.caption_draws + 1) as bar:
         for draw in range(config.caption_draws):
             queries = memory.encode(text=[_dropped_caption(config, source, i, draw) for i in rows])
             columns.append(_find(config, memory, queries, source, rows, bound))
             bar.update(draw + 1)
-        queries = memory.encode(image=world_lib.images(source))
+        queries = memory.encode(image=world_lib.images(source, np.array(rows)))
         columns.append(_find(config, memory, queries, source, rows, bound))
         bar.update(config.caption_draws + 1)
-    return np.stack(columns, axis=1)
+    return spread.gather(np.stack(columns, axis=1), len(source))
 
 
 def memory_facts(world: world_lib.World) -> list[scene_lib.Facts]:
