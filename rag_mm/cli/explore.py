@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             raise UserError(f"{name} is not installed: pip install '.[explore]' brings it.")
     with _listen(args.port) as listener:
         session = asking.load_session(args.run)
+        listener.listen()  # From here on a browser waits for its answer and is not turned away.
         address = f"http://{_HOST}:{listener.getsockname()[1]}"
         progress.say(f"{args.run}: {address} (Ctrl-C ends it)")
         _serve(session, pathlib.Path(args.run).resolve().name, listener)

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import zlib
 
 import numpy as np
@@ -185,7 +184,10 @@ def serve(workdir: pathlib.Path):
 @pytest.mark.skipif(BROWSER is None, reason="needs a Chromium")
 def test_the_page_in_a_browser(workdir, run, tmp_path):
     playwright = pytest.importorskip("playwright.sync_api")
-    (tmp_path / "dropped.png").write_bytes(png(run.memory.document(3).image))
+    (tmp_path / "chosen.png").write_bytes(png(run.memory.document(3).image))
+    (tmp_path / "text.png").write_text("no picture")
+    expect = playwright.expect
+    expect.set_options(timeout=300_000)
     with serve(workdir) as address, playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1200, "height": 900})
@@ -197,39 +199,40 @@ def test_the_page_in_a_browser(workdir, run, tmp_path):
         title = page.title()
         page.fill("#text", PROMPT)
         page.keyboard.press("Enter")
-        page.wait_for_function("document.querySelectorAll('#answers img').length === 3")
-        assert page.locator("#hits li").count() == 12
-        assert page.locator("#answers h3").all_text_contents() == [
-            "no documents", "1 document", "2 documents",
-        ]  # fmt: skip
+        expect(page.locator("#answers img")).to_have_count(3)
+        expect(page.locator("#hits li")).to_have_count(12)
+        expect(page.locator("#answers h3")).to_have_text(
+            ["no documents", "1 document", "2 documents"]
+        )
+        expect(page.locator("#status")).to_have_text("")
         if folder := os.environ.get("RAG_MM_SCREENSHOTS"):
-            page.wait_for_function("document.querySelector('#status').textContent === ''")
             page.screenshot(path=pathlib.Path(folder) / "explore.png")
         # A picture, dropped as a hand drops it.
-        data = page.evaluate_handle(
-            """async (address) => {
-                const blob = await (await fetch(address)).blob().catch(() => null);
-                const moved = new DataTransfer();
+        dropped = page.evaluate_handle(
+            """async () => {
                 const canvas = Object.assign(document.createElement('canvas'), {width: 40, height: 30});
-                const bytes = await new Promise((done) => canvas.toBlob(done, 'image/png'));
-                moved.items.add(new File([bytes], 'dropped.png', {type: 'image/png'}));
+                const data = await new Promise((done) => canvas.toBlob(done, 'image/png'));
+                const moved = new DataTransfer();
+                moved.items.add(new File([data], 'dropped.png', {type: 'image/png'}));
                 return moved;
-            }""",
-            address,
+            }"""
         )
-        page.dispatch_event("#drop", "drop", {"dataTransfer": data})
-        page.wait_for_function("document.querySelectorAll('#answers .said').length === 3")
-        assert "dropped.png · view image" in page.inner_text("#asked")
+        page.dispatch_event("#drop", "drop", {"dataTransfer": dropped})
+        expect(page.locator("#answers .said")).to_have_count(3)
+        expect(page.locator("#asked")).to_have_text("dropped.png · view image")
         # And one chosen; it finds itself.
-        page.set_input_files("#file", tmp_path / "dropped.png")
-        page.wait_for_function("document.querySelector('#hits li')?.textContent.includes('1.000')")
-        # A stranger's words are shown and do nothing.
-        assert page.request.post(address + "/search", data={"document": "stranger"}).ok
-        page.evaluate("ask({document: 'stranger'}, 'stranger')")
-        page.wait_for_function(
-            "document.querySelector('#hits li')?.textContent.includes('onerror')"
+        page.set_input_files("#file", tmp_path / "chosen.png")
+        expect(page.locator("#hits li").first).to_contain_text("1.000")
+        # What is refused is said.
+        page.set_input_files("#file", tmp_path / "text.png")
+        expect(page.locator("#status")).to_have_text(
+            "The picture is not a JPEG, PNG or WebP picture."
         )
-        assert page.locator("#hits li").first.locator("a").count() == 0
+        assert len(wrong) == 1 and "400" in wrong.pop()
+        # A stranger's words are shown and do nothing.
+        page.evaluate("() => ask({document: 'stranger'}, 'stranger')")
+        expect(page.locator("#hits li").first).to_contain_text("onerror")
+        expect(page.locator("#hits li").first.locator("a")).to_have_count(0)
         assert page.title() == title and wrong == []
         browser.close()
 
@@ -238,7 +241,6 @@ def test_the_server_listens_to_this_machine_alone(workdir):
     """Bound to loopback: whatever other addresses the machine has do not lead there."""
     with serve(workdir) as address:
         port = int(address.rsplit(":", 1)[1])
-        time.sleep(0.5)
         lines = pathlib.Path("/proc/net/tcp").read_text().splitlines()[1:]
         bound = {line.split()[1] for line in lines if line.split()[3] == "0A"}
         assert [place for place in bound if place.endswith(f":{port:04X}")] == [
