@@ -49,6 +49,7 @@ EXTRAS = {
     "gpu": ["jax[cuda13]>=0.10,<0.13"],
     "bench": ["faiss-cpu>=1.12"],  # the peer of `rag-mm bench memory`
     "beam": ["apache-beam>=2.60"],
+    "explore": ["starlette>=1,<2", "uvicorn>=0.30"],  # the page of `rag-mm explore`
     "parity": ["torch==2.13.0", "transformers>=5,<6"],
     "test": [
         "emoji",
@@ -57,6 +58,7 @@ EXTRAS = {
         "mypy",
         "nbclient",
         "nbformat",
+        "playwright",  # drives a Chromium that is there, and brings none
         "pytest",
         "pyyaml",
         "ruff",
@@ -80,7 +82,7 @@ setuptools.setup(
     package_data={
         "rag_mm": ["py.typed"],
         "rag_mm.worlds.emoji": ["*.webp", "*.json"],
-        "rag_mm.report": ["*.css", "*.j2"],
+        "rag_mm.report": ["*.css", "*.j2", "*.js"],
     },
     install_requires=BASE,
     extras_require=EXTRAS,

@@ -42,6 +42,7 @@ LAZY = {
     "transformers": {"perf/torch_peer.py"},
     "scann": {"memory/scann_searcher.py"},
     "faiss": {"perf/faiss_peer.py"},
+    "uvicorn": {"cli/explore.py"},
 }
 
 

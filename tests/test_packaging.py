@@ -30,7 +30,7 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_all_files(wheel):
     with zipfile.ZipFile(wheel) as archive:
         held = set(archive.namelist())
-    kinds = {".py", ".webp", ".json", ".css", ".j2", ".typed"}
+    kinds = {".py", ".webp", ".json", ".css", ".j2", ".js", ".typed"}
     here = [path for path in (ROOT / "rag_mm").rglob("*") if path.suffix in kinds]
     wanted = {path.relative_to(ROOT).as_posix() for path in here if "__pycache__" not in path.parts}
     wanted |= {f"rag_mm/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}

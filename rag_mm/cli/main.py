@@ -64,6 +64,10 @@ COMMANDS = {
             "rag-mm memory verify mem",
         ),
     ),
+    "explore": Command(
+        "a local page: search a run's memory, and see what its models make of a text or a picture",
+        ("rag-mm explore runs/quickstart", "rag-mm explore runs/quickstart --port=0"),
+    ),
     "bench": Command(
         "measure beside a peer in the same process",
         (

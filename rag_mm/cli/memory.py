@@ -24,6 +24,7 @@ _DOCUMENTS = (
     "or scenes:LEVEL/SPLIT[+SPLIT]/ROLE"
 )
 _SCENES = "scenes:"
+_BATCH_SIZE = 256  # documents that a process encodes at once
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--out", required=True, metavar="MEM", help="the memory's folder")
     build.add_argument("--index", default="scann", help="scann (default), exact or device")
     _add_ingestion(build)
+    several = build.add_argument_group(
+        "several processes", "that share the embedding; start all of them, with one folder as --out"
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where they meet: at process 0")
+    several.add_argument("--num-processes", type=int, default=1, help="how many (1)")
+    several.add_argument("--process-id", type=int, default=0, help="which one this is, from 0")
     add = actions.add_parser("add", help="add documents, as a new version")
     add.add_argument("memory", metavar="MEM")
     _add_ingestion(add)
@@ -100,7 +107,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _build(args: argparse.Namespace) -> dict[str, Any]:
-    from rag_mm.memory import memory, writer
+    from rag_mm.core import processes
+    from rag_mm.memory import memory, spread, writer
 
     retriever = pathlib.Path(args.retriever)
     if not retriever.is_dir():
@@ -108,8 +116,12 @@ def _build(args: argparse.Namespace) -> dict[str, Any]:
     out = pathlib.Path(args.out)
     if (out / "config.json").exists():  # A memory's leftovers and a run have names in common.
         raise UserError(f"--out={args.out} is in the way: a run or a model. Name another folder.")
-    writer.check_vacant(out, ("retriever", "tokenizer"))
+    is_leader = _check_processes(args) == 0
+    if is_leader:
+        writer.check_vacant(out, ("retriever", "tokenizer"))
     documents = _open_documents(args.documents)
+    if args.num_processes > 1:  # Mistakes were found: nobody waits for a process that has ended.
+        processes.join(args.coordinator, args.num_processes, args.process_id)
     encoder, tokenizer = load_encoder(retriever), None
     # A run keeps its models deeper than a folder that is nothing but a model.
     weights = {name: retriever / name / "frozen" for name in ("retriever", "tokenizer")}
@@ -117,11 +129,33 @@ def _build(args: argparse.Namespace) -> dict[str, Any]:
     carried |= {name: folder for name, folder in weights.items() if folder.is_dir()}
     if "tokenizer" in carried:
         tokenizer = load_tokenizer(retriever)
-    with _ingestion(args, documents, encoder) as options:
+    if not is_leader:
+        spread.follow(encoder, tokenizer)
+        return {"process": args.process_id}
+    with (
+        spread.lead(encoder, tokenizer) as (encoder, tokenizer),
+        _ingestion(args, documents, encoder) as options,
+    ):
         built = memory.Memory.build(
             out, documents, encoder, tokenizer, carried=carried, options=options
         )
     return _ingested(built, args.rejects)
+
+
+def _check_processes(args: argparse.Namespace) -> int:
+    """This process's number.
+
+    Raises:
+        UserError: the arguments do not describe several processes.
+    """
+    if args.num_processes < 1 or not 0 <= args.process_id < args.num_processes:
+        raise UserError(
+            f"--process-id={args.process_id} is none of --num-processes={args.num_processes}; "
+            "count from 0."
+        )
+    if (args.num_processes > 1) != (args.coordinator is not None):
+        raise UserError("--coordinator=HOST:PORT and --num-processes above 1 go together.")
+    return args.process_id
 
 
 def _add(args: argparse.Namespace) -> dict[str, Any]:
@@ -159,6 +193,7 @@ def _ingestion(
         try:
             yield writer.Options(
                 index=getattr(args, "index", "scann"),
+                batch_size=_BATCH_SIZE * getattr(args, "num_processes", 1),
                 on_progress=lambda done, _: bar.update(done),
                 max_bad=args.max_bad,
                 exclude=excluded,
@@ -214,7 +249,7 @@ def _compact(args: argparse.Namespace) -> dict[str, Any]:
 
 def _search(args: argparse.Namespace) -> dict[str, Any]:
     from rag_mm.data import sources
-    from rag_mm.memory import encoder, memory
+    from rag_mm.memory import encoder, hits, memory
 
     if args.k < 1:
         raise UserError(f"-k is {args.k}; ask for at least 1 hit.")
@@ -232,8 +267,7 @@ def _search(args: argparse.Namespace) -> dict[str, Any]:
     else:
         opened.attach(load_encoder(opened.carried("retriever")))
         found = opened.search(text=args.text, image=image, view=view, k=args.k)
-    hits = memory_show.hits(opened, found)
-    result = {"memory": str(args.memory), "view": view, "hits": hits}
+    result = {"memory": str(args.memory), "view": view, "hits": hits.describe(opened, found)}
     if args.html is not None:
         asked = args.text or args.image or f"document {args.document}"
         memory_show.write_sheet(pathlib.Path(args.html), asked, result)

@@ -1,43 +1,14 @@
 """What `rag-mm memory` found, for people: tables, and a contact sheet of pictures."""
 
-import base64
 import pathlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import rich.console
 import rich.markup
 import rich.table
 
-if TYPE_CHECKING:
-    from rag_mm.memory.index import Neighbors
-    from rag_mm.memory.memory import Memory
-
 _LISTS = ("rejected", "rejected_by_reason", "excluded", "notes", "last_ingest")
 _MOST_REJECTS = 20
-
-
-def hits(opened: "Memory", found: "Neighbors") -> list[dict[str, Any]]:
-    """The documents found by the first query, best first, ready for JSON."""
-    from rag_mm.memory import images
-
-    result = []
-    for row, score in zip(found.ids[0].tolist(), found.scores[0].tolist(), strict=True):
-        if row < 0:
-            continue
-        document = opened.document(row)
-        picture = None if document.image is None else images.encode_png(document.image)
-        result.append(
-            {
-                "id": document.id,
-                "score": score,
-                "text": document.text,
-                "image": None if picture is None else _data_url(picture),
-                "url": document.url,
-                "license": document.license,
-                "row": row,
-            }
-        )
-    return result
 
 
 def write_sheet(path: pathlib.Path, asked: str, result: dict[str, Any]) -> None:
@@ -53,6 +24,8 @@ def show(result: dict[str, Any], console: rich.console.Console) -> None:
     """Prints hits, problems, or what the memory holds."""
     if "hits" in result:
         _show_hits(result, console)
+    elif "process" in result:
+        console.print(f"process {result['process']} has done its part.", markup=False)
     elif "problems" in result:
         for problem in result["problems"]:
             console.print(problem, markup=False)
@@ -97,7 +70,3 @@ def _text(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return "-" if value is None else str(value)
-
-
-def _data_url(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")

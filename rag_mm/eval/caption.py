@@ -55,3 +55,19 @@ def cider(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> np.
     written = {i: [" ".join(words(caption))] for i, caption in enumerate(candidates)}
     _, scores = pycoco_cider.Cider().compute_score(truth, written)
     return np.asarray(scores, np.float64)
+
+
+def are_named(candidates: Sequence[str], wanted: Sequence[Sequence[Sequence[str]]]) -> np.ndarray:
+    """Whether each caption names all that its picture shows: bool [N].
+
+    Args:
+        candidates: [N] captions written by a model.
+        wanted: [N] lists of things, each a list of names of which one is enough.
+    """
+    texts = [f" {' '.join(words(candidate))} " for candidate in candidates]
+
+    def is_named(text: str, names: Sequence[str]) -> bool:
+        return any(f" {' '.join(words(name))} " in text for name in names)
+
+    pairs = zip(texts, wanted, strict=True)
+    return np.array([all(is_named(text, names) for names in things) for text, things in pairs])

@@ -51,8 +51,8 @@ class DeviceIndex:
     kind = "device"
 
     def __init__(self, mesh: Mesh | None = None, config: DeviceConfig | None = None):
-        """Over the mesh's devices, all that there are if None."""
-        devices = np.asarray(jax.devices() if mesh is None else mesh.devices).reshape(-1)
+        """Over the mesh's devices; over all that this process has if None."""
+        devices = np.asarray(jax.local_devices() if mesh is None else mesh.devices).reshape(-1)
         # One axis of its own: the rows do not care how a model is laid out on the same devices.
         self._mesh = Mesh(devices, (_AXIS,), axis_types=(AxisType.Auto,))
         config = config or DeviceConfig()
@@ -101,10 +101,13 @@ class DeviceIndex:
 
     def _set_live(self, live: rows_lib.LiveRows) -> None:
         assert self._rows is not None
+        self._live, self._mask = live, None
+        if len(live) == self._rows.shape[0]:
+            return
         mask = np.zeros(self._rows.shape[0], bool)
         mask[: live.num_stored] = live.mask
         sharding = NamedSharding(self._mesh, PartitionSpec(_AXIS))
-        self._live, self._mask = live, jax.device_put(mask, sharding)
+        self._mask = jax.device_put(mask, sharding)
 
     def search(self, queries: np.ndarray, k: int) -> index.Neighbors:
         """The best k rows of each query, as the protocol says, scored in float32 from the dtype's rows."""
@@ -116,8 +119,10 @@ class DeviceIndex:
         bucket = max(_MIN_QUERIES, 1 << (len(queries) - 1).bit_length())
         padded = np.zeros((bucket, queries.shape[1]), jnp.dtype(self._config.dtype))
         padded[: len(queries)] = queries
-        search = make_search(self._mesh, k, self._config.recall_target)
-        ids, scores = search(self._rows, self._mask, padded)
+        is_whole = self._mask is None
+        search = make_search(self._mesh, k, self._config.recall_target, not is_whole)
+        masks = () if is_whole else (self._mask,)
+        ids, scores = search(padded, self._rows, *masks)
         return np.asarray(ids)[: len(queries)], np.asarray(scores)[: len(queries)]
 
     def save(self, directory: Path) -> None:
@@ -144,24 +149,25 @@ class DeviceIndex:
 
 
 @functools.lru_cache(maxsize=64)
-def make_search(mesh: Mesh, k: int, recall_target: float) -> Any:
+def make_search(mesh: Mesh, k: int, recall_target: float, is_masked: bool = True) -> Any:
     """A compiled search over a mesh of one axis.
 
     Args:
         mesh: R rows are split over its axis, R a multiple of its size.
         k: at most the rows that the mask leaves.
         recall_target: see `DeviceConfig`.
+        is_masked: whether rows are left out; where none is, a pass over all scores is spared.
 
     Returns:
-        (rows [R, D], mask bool [R], queries [Q, D]) -> ids int32 [Q, k] and scores float32 [Q, k],
-        whole on every device, best first; equal scores go to the smaller id where they are exact.
+        (queries [Q, D], rows [R, D], mask bool [R] if masked) -> ids int32 [Q, k] and scores float32
+        [Q, k], whole on every device, best first; equal scores go to the smaller id where they are exact.
     """
     (axis,) = mesh.axis_names
     if mesh.devices.flat[0].platform != "tpu":
         recall_target = 1.0  # Elsewhere `approx_max_k` sorts, which is slower than `top_k`.
 
     def search(
-        rows_rd: jax.Array, mask_r: jax.Array, queries_qd: jax.Array
+        queries_qd: jax.Array, rows_rd: jax.Array, mask_r: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         scores_qr = jnp.einsum(
             "qd,rd->qr",
@@ -170,9 +176,12 @@ def make_search(mesh: Mesh, k: int, recall_target: float) -> Any:
             precision=jax.lax.Precision.HIGHEST,
             preferred_element_type=jnp.float32,
         )
-        scores_qr = jnp.where(mask_r[None, :], scores_qr, -jnp.inf)
+        if mask_r is not None:
+            scores_qr = jnp.where(mask_r[None, :], scores_qr, -jnp.inf)
         num_own = rows_rd.shape[0]
         scores, places = _best(scores_qr, min(k, num_own), recall_target, num_own * mesh.size)
+        if mesh.size == 1:
+            return places, scores
         ids = places + num_own * jax.lax.axis_index(axis).astype(jnp.int32)
         # By device, so that among equal scores the smaller ids stand first.
         scores = jax.lax.all_gather(scores, axis, axis=1, tiled=True)
@@ -181,8 +190,9 @@ def make_search(mesh: Mesh, k: int, recall_target: float) -> Any:
         return jnp.take_along_axis(ids, places, axis=1), scores
 
     split, whole = PartitionSpec(axis), PartitionSpec()
+    specs = (whole, split, split) if is_masked else (whole, split)
     mapped = jax.shard_map(
-        search, mesh=mesh, in_specs=(split, split, whole), out_specs=(whole, whole), check_vma=False
+        search, mesh=mesh, in_specs=specs, out_specs=(whole, whole), check_vma=False
     )
     return jax.jit(mapped)
 

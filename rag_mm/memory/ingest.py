@@ -97,7 +97,6 @@ class Ingest:
             "tokenizer": None if self._tokenizer is None else self._tokenizer.fingerprint,
             "image_size": self._before.image_size,
             "index": self._before.index,
-            "batch_size": options.batch_size,
             "shard_size": options.shard_size,
             "exclude": None if options.exclude is None else options.exclude.fingerprint,
             "dedup": options.dedup,

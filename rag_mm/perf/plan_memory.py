@@ -41,9 +41,9 @@ def make_plan(
     padded = -(-num_rows // num_chips) * num_chips
     split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("rows",), ()))
     shapes = (
+        jax.ShapeDtypeStruct((num_queries, dim), jnp.bfloat16, sharding=whole),
         jax.ShapeDtypeStruct((padded, dim), jnp.bfloat16, sharding=split),
         jax.ShapeDtypeStruct((padded,), jnp.bool_, sharding=split),
-        jax.ShapeDtypeStruct((num_queries, dim), jnp.bfloat16, sharding=whole),
     )
     search = device_index.make_search(mesh, _K, recall_target)
     compiled = plan.compile_program(search.lower(*shapes), topology)

@@ -14,6 +14,7 @@ from rag_mm.stages import (
     copy_probe,
     decoder,
     evaluation,
+    few_shot,
     generation,
     memory,
     neighbors,
@@ -21,6 +22,7 @@ from rag_mm.stages import (
     retriever,
     tokenizer,
 )
+from rag_mm.stages import world as world_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Stage:
     """A function of (config, run, stage_dir) that returns metrics, its config's class, and its inputs.
 
     `shares` names other stages' slices that its config holds; `reports_on_others` says that its metrics
-    are nested by the stages they speak of.
+    are nested by the stages they speak of; `needs_facts`, that it reads what emoji scenes alone tell.
     """
 
     config: type
@@ -36,6 +38,7 @@ class Stage:
     function: Callable[[Any, run_lib.Run, epath.Path], Mapping[str, Any]]
     shares: tuple[str, ...] = ()
     reports_on_others: bool = False
+    needs_facts: bool = False
 
 
 STAGES = {
@@ -45,12 +48,13 @@ STAGES = {
     "neighbors": Stage(neighbors.Config, neighbors.INPUTS, neighbors.run, reports_on_others=True),
     "decoder": Stage(decoder.Config, decoder.INPUTS, decoder.run),
     "control": Stage(decoder.Config, decoder.CONTROL_INPUTS, decoder.run),
-    "copy_probe": Stage(copy_probe.Config, copy_probe.INPUTS, copy_probe.run),
-    "generation": Stage(generation.Config, generation.INPUTS, generation.run),
+    "copy_probe": Stage(copy_probe.Config, copy_probe.INPUTS, copy_probe.run, needs_facts=True),
+    "few_shot": Stage(few_shot.Config, few_shot.INPUTS, few_shot.run, needs_facts=True),
+    "generation": Stage(generation.Config, generation.INPUTS, generation.run, needs_facts=True),
     "evaluation": Stage(
-        evaluation.Config, evaluation.INPUTS, evaluation.run, ("generation",), True
+        evaluation.Config, evaluation.INPUTS, evaluation.run, ("generation",), True, True
     ),
-    "report": Stage(report.Config, report.INPUTS, report.run, ("generation",)),
+    "report": Stage(report.Config, report.INPUTS, report.run, ("generation",), needs_facts=True),
 }
 
 
@@ -70,7 +74,9 @@ def stage_configs(config: Mapping[str, Any]) -> dict[str, Any]:
     unknown = [name for name in config["stages"] if name not in STAGES]
     if unknown:
         raise UserError(f"There is no stage {unknown[0]!r}; stages are {', '.join(STAGES)}.")
-    configs = {name: _stage_config(config, name) for name in config["stages"]}
+    world = world_lib.make(config["world"])
+    _check_world(world, config["stages"])
+    configs = {name: _stage_config(config, name, world) for name in config["stages"]}
     _check_agreement(configs)
     return configs
 
@@ -149,14 +155,23 @@ def _run_stage(
     return before != after
 
 
-def _stage_config(config: Mapping[str, Any], name: str) -> Any:
-    shared = {key: config[key] for key in ("seed", "world")}
+def _check_world(world: world_lib.World | world_lib.Pictures, names: Sequence[str]) -> None:
+    if isinstance(world, world_lib.World):
+        return
+    for name in names:
+        if STAGES[name].needs_facts:
+            raise UserError(
+                f"The stage {name} scores by the facts of emoji scenes, and {world.documents} tells "
+                "none; leave it out of the config's stages."
+            )
+
+
+def _stage_config(
+    config: Mapping[str, Any], name: str, world: world_lib.World | world_lib.Pictures
+) -> Any:
+    shared: dict[str, Any] = {"seed": config["seed"], "world": world}
     if "generation" in STAGES[name].shares:
-        shared["generation"] = {
-            **config.get("generation", {}),
-            "seed": config["seed"],
-            "world": config["world"],
-        }
+        shared["generation"] = {**config.get("generation", {}), **shared}
     own = config.get(name, {})
     if name == "control":  # The decoder in everything but what it reads, and for how long.
         num_steps = own.get("num_steps")

@@ -17,7 +17,6 @@ from rag_mm.eval import scenes as scene_metrics
 from rag_mm.stages import copying, tokenizer
 from rag_mm.stages import corpus as corpus_lib
 from rag_mm.stages import decoder as decoder_stage
-from rag_mm.stages import memory as memory_stage
 from rag_mm.stages import world as world_lib
 from rag_mm.worlds.emoji import scenes as scene_lib
 
@@ -35,6 +34,7 @@ class Config(decoder_stage.Config):
         num_test: unseen scenes measured at the end.
     """
 
+    world: world_lib.World
     min_gain: float = 0.0
     num_test: int = 256
 
@@ -43,7 +43,10 @@ def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
     """Trains, then measures on unseen classes; writes `per_document.json` as `evaluation` does."""
     codec = tokenizer.load_tokenizer(run.workdir)
     corpus = corpus_lib.Corpus(config.layout(codec.config.num_codes), codec)
-    seen, held_out = (_documents(corpus, source) for source in memory_stage.sources(config.world))
+    seen, held_out = (
+        _documents(corpus, config.world.scenes("memory", *splits))
+        for splits in (world_lib.SEEN, world_lib.HELD_OUT)
+    )
     source = config.world.scenes("train", *world_lib.SEEN)
     neighbors = _draw(config, source.class_ids, seen, config.caption_draws + 1)
     row_source = decoder_stage.make_rows(config, corpus, source, seen.examples, neighbors)

@@ -10,7 +10,6 @@ from rag_mm.data import rows
 from rag_mm.memory.memory import Memory
 from rag_mm.stages import frozen
 from rag_mm.stages import world as world_lib
-from rag_mm.worlds.emoji import scenes as scene_lib
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,7 +35,7 @@ class Corpus:
         return [self.example(memory.document(i).text, codes[i]) for i in range(len(memory))]
 
     def test(
-        self, source: scene_lib.Scenes, chosen: np.ndarray
+        self, source: world_lib.Source, chosen: np.ndarray
     ) -> tuple[list[rows.Example], np.ndarray]:
         """Scenes with all facts told, and which of their codes show an entity: bool [Q, N]."""
         model, codes = self.codec.config, self.codes(source, chosen)
@@ -48,7 +47,7 @@ class Corpus:
         ]
         return mains, np.stack(masks)
 
-    def codes(self, source: scene_lib.Scenes, chosen: np.ndarray | None = None) -> np.ndarray:
+    def codes(self, source: world_lib.Source, chosen: np.ndarray | None = None) -> np.ndarray:
         """Codes of scenes, int32 [R, N]."""
         return self.codec.encode(world_lib.images(source, chosen))
 

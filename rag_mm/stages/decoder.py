@@ -25,7 +25,6 @@ from rag_mm.stages import corpus as corpus_lib
 from rag_mm.stages import memory as memory_stage
 from rag_mm.stages import world as world_lib
 from rag_mm.train import checkpoint, loop, optimizer
-from rag_mm.worlds.emoji import scenes as scene_lib
 
 INPUTS = ("tokenizer", "memory", "neighbors")
 CONTROL_INPUTS = ("tokenizer",)
@@ -55,7 +54,7 @@ class Config:
     """
 
     seed: int
-    world: world_lib.World
+    world: world_lib.World | world_lib.Pictures
     model: Mapping[str, Any]
     optimizer: optimizer.Config
     loop: loop.Config
@@ -212,7 +211,7 @@ def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
 def make_rows(
     config: Config,
     corpus: corpus_lib.Corpus,
-    source: scene_lib.Scenes,
+    source: world_lib.Source,
     memory: list[rows.Example],
     neighbors: np.ndarray | None,
 ) -> RowSource:

@@ -16,7 +16,6 @@ from rag_mm.memory import memory as memory_lib
 from rag_mm.memory.exact import ExactIndex
 from rag_mm.stages import retriever, tokenizer
 from rag_mm.stages import world as world_lib
-from rag_mm.worlds.emoji import scenes as scene_lib
 
 INPUTS = ("tokenizer", "retriever")
 SEEN_VERSION = 1
@@ -27,7 +26,7 @@ class Config:
     """`index` is `scann` or `exact`; recall is measured with `num_queries` captions."""
 
     seed: int
-    world: world_lib.World
+    world: world_lib.World | world_lib.Pictures
     index: str = "scann"
     num_queries: int = 500
 
@@ -58,7 +57,9 @@ def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
     return {"rows": len(memory), "index": config.index, "recall_at_10": _recall(config, memory)}
 
 
-def sources(world: world_lib.World) -> tuple[scene_lib.Scenes, scene_lib.Scenes]:
+def sources(
+    world: world_lib.World | world_lib.Pictures,
+) -> tuple[world_lib.Source, world_lib.Source]:
     """The memory's documents in row order: seen classes, then held-out ones."""
     return world.scenes("memory", *world_lib.SEEN), world.scenes("memory", *world_lib.HELD_OUT)
 

@@ -3,11 +3,14 @@
 Training asks with one modality of the main document, never with all of it, as inference does: with its
 image, or with one of several captions from which words were dropped (RA-CM3 section 3.1). So a training
 step stays pure and a resumed run reads the same documents.
+
+Several processes (`core.processes.join`) that all call `run` share the training queries; process 0 writes.
 """
 
 import dataclasses
 from collections.abc import Iterable
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -16,7 +19,7 @@ from rag_mm.core import run as run_lib
 from rag_mm.core.document import Document, Text
 from rag_mm.core.errors import UserError
 from rag_mm.memory import memory as memory_lib
-from rag_mm.memory import policy
+from rag_mm.memory import policy, spread
 from rag_mm.stages import memory as memory_stage
 from rag_mm.stages import world as world_lib
 from rag_mm.worlds.emoji import scenes as scene_lib
@@ -31,12 +34,14 @@ QUERIES = ("text", "image", "text_of_seen")  # the last one asks the memory with
 class Config:
     """`max_similarity` None calibrates it on the memory; 0.9 is the papers' value for CLIP weights.
 
+    Pictures of one's own have no classes: there, it must be given, and the gate stays open.
+
     `min_same_class` is the gate before the decoder: the least share of neighbors of held-out
     captions that show what was asked for.
     """
 
     seed: int
-    world: world_lib.World
+    world: world_lib.World | world_lib.Pictures
     num_neighbors: int = 2
     caption_draws: int = 4
     token_dropout: float = 0.2
@@ -52,6 +57,11 @@ class Config:
             raise ValueError(f"token_dropout is {self.token_dropout}, give 0 up to 1")
         if not 0 <= self.min_same_class <= 1:
             raise ValueError(f"min_same_class is {self.min_same_class}, give 0 to 1")
+        if isinstance(self.world, world_lib.Pictures) and not self.max_similarity:
+            raise ValueError(
+                "max_similarity is calibrated by classes, which your own pictures have none of; "
+                "give a cosine, such as 0.9"
+            )
 
 
 def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
@@ -65,7 +75,7 @@ def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
     """
     seen_memory = memory_stage.open_memory(run, version=memory_stage.SEEN_VERSION)
     whole_memory = memory_stage.open_memory(run)
-    facts = memory_facts(config.world)
+    facts = memory_facts(config.world) if isinstance(config.world, world_lib.World) else []
     bound = config.max_similarity or _calibrate(config, seen_memory, facts)
     same_class = {}
     for split, names in TEST_SPLITS.items():
@@ -79,15 +89,25 @@ def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
             for name, (memory, queries) in zip(QUERIES, asked, strict=True)
         }
         for name, array in ({"rows": rows} | found).items():
-            files.write_array(stage_dir / f"{split}_{name}.npy", array)
-        same_class[split] = _same_class(source, rows, found["text"], facts)
-    _check_gate(config, same_class["held_out"])
-    files.write_array(stage_dir / "train.npy", _train_neighbors(config, seen_memory, bound))
-    files.write_json(stage_dir / POLICY, {"max_similarity": bound})
+            _write(stage_dir / f"{split}_{name}.npy", array)
+        if isinstance(source, scene_lib.Scenes):
+            same_class[split] = _same_class(source, rows, found["text"], facts)
+    if same_class:
+        _check_gate(config, same_class["held_out"])
+    _write(stage_dir / "train.npy", _train_neighbors(config, seen_memory, bound))
+    if jax.process_index() == 0:
+        files.write_json(stage_dir / POLICY, {"max_similarity": bound})
+    if not same_class:
+        return {"neighbors": {"max_similarity": bound}}
     return {
         "neighbors": {"max_similarity": bound, "same_class": same_class},
         "retriever": {"same_class_at_2": same_class["held_out"]},
     }
+
+
+def _write(path: epath.Path, array: np.ndarray) -> None:
+    if jax.process_index() == 0:
+        files.write_array(path, array)
 
 
 def _check_gate(config: Config, same_class: float) -> None:
@@ -102,36 +122,35 @@ def _check_gate(config: Config, same_class: float) -> None:
 
 def _train_neighbors(config: Config, memory: memory_lib.Memory, bound: float) -> np.ndarray:
     source = config.world.scenes("train", *world_lib.SEEN)
-    rows, columns = range(len(source)), []
+    rows, columns = range(len(source))[spread.own_part(len(source))], []
     with progress.track("neighbors", total=config.caption_draws + 1) as bar:
         for draw in range(config.caption_draws):
             queries = memory.encode(text=[_dropped_caption(config, source, i, draw) for i in rows])
             columns.append(_find(config, memory, queries, source, rows, bound))
             bar.update(draw + 1)
-        queries = memory.encode(image=world_lib.images(source))
+        queries = memory.encode(image=world_lib.images(source, np.array(rows)))
         columns.append(_find(config, memory, queries, source, rows, bound))
         bar.update(config.caption_draws + 1)
-    return np.stack(columns, axis=1)
+    return spread.gather(np.stack(columns, axis=1), len(source))
 
 
 def memory_facts(world: world_lib.World) -> list[scene_lib.Facts]:
     """What each row of the memory shows."""
-    return [
-        source.facts(row) for source in memory_stage.sources(world) for row in range(len(source))
-    ]
+    parts = (world.scenes("memory", *splits) for splits in (world_lib.SEEN, world_lib.HELD_OUT))
+    return [source.facts(row) for source in parts for row in range(len(source))]
 
 
-def _keys(source: scene_lib.Scenes, rows: Iterable[int]) -> np.ndarray:
+def _keys(source: world_lib.Source, rows: Iterable[int]) -> np.ndarray:
     """Scenes of which all captions say the same are twins: one must not be the other's answer."""
     return np.array([policy.twin_key(source.full_caption(int(row))) for row in rows], np.int64)
 
 
-def _memory_keys(world: world_lib.World) -> np.ndarray:
+def _memory_keys(world: world_lib.World | world_lib.Pictures) -> np.ndarray:
     parts = [_keys(source, range(len(source))) for source in memory_stage.sources(world)]
     return np.concatenate(parts)
 
 
-def _dropped_caption(config: Config, source: scene_lib.Scenes, row: int, draw: int) -> str:
+def _dropped_caption(config: Config, source: world_lib.Source, row: int, draw: int) -> str:
     rng = np.random.default_rng((config.seed, 3, row, draw))
     asked = Document(id="", segments=(Text(source.caption(row, draw)),))
     return str(policy.make_query(asked, "text", rng, config.token_dropout))
@@ -148,7 +167,7 @@ def _find(
     config: Config,
     memory: memory_lib.Memory,
     queries: np.ndarray,
-    source: scene_lib.Scenes,
+    source: world_lib.Source,
     rows: Iterable[int],
     bound: float,
 ) -> np.ndarray:

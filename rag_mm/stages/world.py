@@ -1,14 +1,43 @@
-"""The world a run lives in: which classes, at which level, in which split and role."""
+"""The world a run lives in: emoji scenes (classes, levels, splits, roles), or pictures of one's own."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
 
+from rag_mm.core import config as config_lib
+from rag_mm.core.document import Document
+from rag_mm.stages.own_pictures import Pictures
 from rag_mm.worlds.emoji import scenes as scene_lib
 from rag_mm.worlds.emoji import splits
 
 SEEN = ("common", "rare_seen")
 HELD_OUT = ("held_out",)
+
+
+class Source(Protocol):
+    """Documents of one split and role, as the stages read them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Document: ...
+
+    def picture(self, index: int) -> np.ndarray:
+        """uint8 [S, S, 3]."""
+        ...
+
+    def caption(self, index: int, draw: int) -> str:
+        """A caption that may leave out facts; `draw` is any count."""
+        ...
+
+    def full_caption(self, index: int) -> str:
+        """All that a caption can tell."""
+        ...
+
+    def entity_mask(self, index: int, patch: int = 4) -> np.ndarray:
+        """Codes that show what the caption names, bool [S / patch, S / patch]."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +74,24 @@ class World:
         """A level for what all of them share, the size of a picture and the names of places."""
         return scene_lib.LEVELS[self.levels[0]]
 
+    @property
+    def image_size(self) -> int:
+        """Pixels a side."""
+        return self.geometry.image_size
 
-def images(source: scene_lib.Scenes, rows: np.ndarray | None = None) -> np.ndarray:
+
+def make(values: Mapping[str, Any]) -> World | Pictures:
+    """The world that a config's `world` describes: one with `documents` is one's own.
+
+    Raises:
+        UserError: an unknown setting, or a value that the world refuses.
+    """
+    if "documents" in values:
+        return config_lib.make(Pictures, values, "world")
+    return config_lib.make(World, values, "world")
+
+
+def images(source: Source, rows: np.ndarray | None = None) -> np.ndarray:
     """Pictures of the given rows (all if None): uint8 [R, H, W, 3]."""
     rows = np.arange(len(source)) if rows is None else rows
     return np.stack([source.picture(int(row)) for row in rows])
@@ -58,7 +103,7 @@ def spread(rows: np.ndarray, count: int) -> np.ndarray:
     return rows[np.linspace(0, len(rows) - 1, count).round().astype(np.int64)]
 
 
-def sample_rows(source: scene_lib.Scenes, count: int, seed: int) -> np.ndarray:
+def sample_rows(source: Source, count: int, seed: int) -> np.ndarray:
     """At most `count` distinct rows, the same for the same seed, sorted."""
     order = np.random.default_rng((seed, len(source))).permutation(len(source))
     return np.sort(order[:count])

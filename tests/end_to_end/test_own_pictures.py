@@ -1,4 +1,4 @@
-"""A stranger's folder of pictures, from the README: a memory of its own, a page of hits, then drawn from."""
+"""A stranger's folder of pictures, from the README: a memory of its own, then models of its own."""
 
 import json
 import shutil
@@ -10,6 +10,7 @@ import pytest
 import rag_mm
 from rag_mm.cli import main
 from rag_mm.memory.memory import Memory
+from rag_mm.stages import world as world_lib
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +62,42 @@ def test_from_a_folder_to_a_picture(world, capsys, monkeypatch):
     removed = call(capsys, "memory", "remove", "run/memory", "--license=CC0")
     assert (removed["rows"], removed["taken_out"]) == (before, 4)
     assert not {"own0", "own1"} & set(rag_mm.load("run").memory.ids)
+
+
+@pytest.mark.slow
+def test_from_a_folder_to_a_trained_run(tmp_path, capsys, monkeypatch):
+    """Tokenizer, retriever, memory, neighbors and decoder of one's own, then a picture drawn from them."""
+    monkeypatch.chdir(tmp_path)
+    scenes = world_lib.World(class_share=0.02).scenes("memory", "common")
+    (tmp_path / "pictures").mkdir()
+    lines = []
+    for i in range(120):
+        PIL.Image.fromarray(scenes.picture(i)).resize((50 + i, 60)).save(f"pictures/p{i}.webp")
+        fields = {
+            "image": f"p{i}.webp",
+            "caption": scenes.full_caption(i),
+            "url": f"http://own/{i}",
+        }
+        lines.append(json.dumps(fields))
+    (tmp_path / "pictures" / "captions.jsonl").write_text("\n".join(lines))
+    words = ("train", "--config=configs/own_pictures.py:tiny", "--workdir=mine")
+    documents = "--config.world.documents=pictures"
+    metrics = call(capsys, *words, documents)["metrics"]
+    assert metrics["memory"]["rows"] == 120 and metrics["tokenizer"]["psnr"] > 10
+    assert 0 <= metrics["retriever"]["recall_at_1"]["text_to_image"] <= 1
+    # Nobody answers for himself: a document's neighbors are others.
+    neighbors = np.load("mine/neighbors/train.npy")
+    rows = np.arange(len(neighbors))
+    assert neighbors.shape == (108, 3, 2) and not (neighbors == rows[:, None, None]).any()
+    drawn = call(capsys, "generate", "--workdir=mine", "--prompt=a flag", "--docs=2", "--out=x.png")
+    assert len(drawn["neighbors"]) == 2 and (tmp_path / "x.png").exists()
+    assert drawn["neighbors"][0]["url"].startswith("http://own/")
+    found = call(capsys, "memory", "search", "mine/memory", "--image=pictures/p7.webp")
+    assert found["hits"][0]["id"] == "p7"
+    told = call(capsys, "caption", "--workdir=mine", "--image=pictures/p7.webp")
+    assert len(told["captions"]) == 1
+    # Again: nothing to do. With another folder: refused, and said which.
+    assert call(capsys, *words, documents)["metrics"] == metrics
+    (tmp_path / "pictures" / "captions.jsonl").write_text("\n".join(lines[:-1]))
+    assert main.main([*words, documents]) == 2
+    assert "world" in capsys.readouterr().err

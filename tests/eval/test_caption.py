@@ -70,3 +70,14 @@ def test_importing_it_is_quiet_and_light():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_a_thing_is_named_by_any_of_its_names_and_by_whole_words():
+    captions = ["A Red-Apple, on blue", "pineapple", "cat and an apple", "cat"]
+    wanted = [
+        [["red apple", "apple"]],
+        [["apple"]],
+        [["apple"], ["cat", "kitty"]],
+        [["cat"], ["dog"]],
+    ]
+    np.testing.assert_array_equal(caption.are_named(captions, wanted), [True, False, True, False])

@@ -1,0 +1,49 @@
+"""What a search found as plain values: for JSON, contact sheets and the page of `rag-mm explore`."""
+
+import base64
+from typing import Any
+
+import numpy as np
+
+from rag_mm.memory import images
+from rag_mm.memory.index import Neighbors
+from rag_mm.memory.memory import Memory
+
+
+def describe(memory: Memory, found: Neighbors) -> list[dict[str, Any]]:
+    """The documents that the first query found, best first.
+
+    Each has `id`, `score`, `text`, `image` (a data URL or None), `url`, `license`, `row`, and `link`: the
+    url where it leads to a page, else None. Texts and urls are strangers': escape them.
+
+    Raises:
+        UserError: a record is damaged.
+    """
+    result = []
+    for row, score in zip(found.ids[0].tolist(), found.scores[0].tolist(), strict=True):
+        if row < 0:
+            continue
+        document = memory.document(row)
+        result.append(
+            {
+                "id": document.id,
+                "score": score,
+                "text": document.text,
+                "image": None if document.image is None else data_url(document.image),
+                "url": document.url,
+                "license": document.license,
+                "row": row,
+                "link": link(document.url),
+            }
+        )
+    return result
+
+
+def data_url(pixels: np.ndarray) -> str:
+    """A picture, uint8 [H, W, 3], as text that a page shows."""
+    return "data:image/png;base64," + base64.b64encode(images.encode_png(pixels)).decode("ascii")
+
+
+def link(url: str | None) -> str | None:
+    """The address where it leads to a page; a stranger's may run a script instead."""
+    return url if url is not None and url.lower().startswith(("http://", "https://")) else None
