@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from etils import epath
@@ -14,12 +15,15 @@ from rag_mm.stages import (
     copy_probe,
     decoder,
     evaluation,
+    fusion,
     generation,
     memory,
     neighbors,
+    pairs,
     report,
     retriever,
     tokenizer,
+    toy_pairs,
 )
 
 
@@ -46,6 +50,12 @@ STAGES = {
     "decoder": Stage(decoder.Config, decoder.INPUTS, decoder.run),
     "control": Stage(decoder.Config, decoder.CONTROL_INPUTS, decoder.run),
     "copy_probe": Stage(copy_probe.Config, copy_probe.INPUTS, copy_probe.run),
+    "pairs": Stage(pairs.Config, pairs.INPUTS, pairs.run),
+    "toy_pairs": Stage(toy_pairs.Config, toy_pairs.INPUTS, toy_pairs.run),
+    **{
+        made: Stage(fusion.Config, (source,), partial(fusion.run, source=source))
+        for made, source in (("fusion", "pairs"), ("toy_fusion", "toy_pairs"))
+    },
     "generation": Stage(generation.Config, generation.INPUTS, generation.run),
     "evaluation": Stage(
         evaluation.Config, evaluation.INPUTS, evaluation.run, ("generation",), True
