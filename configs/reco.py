@@ -1,7 +1,7 @@
 """RECO: a frozen CLIP that looks things up (arXiv 2306.07196).
 
-    rag-mm train --config=configs/reco.py:toy --workdir=runs/reco_toy
-    rag-mm ablate --config=configs/reco.py:toy --workdir=runs/reco_toy_table
+rag-mm train --config=configs/reco.py:toy --workdir=runs/reco_toy
+rag-mm ablate --config=configs/reco.py:toy --workdir=runs/reco_toy_table
 """
 
 PRESETS = ("toy", "harder_toy")
@@ -89,7 +89,11 @@ def _fusion(num_steps: int, learning_rate: float = 1e-3) -> dict:
             initial_logit_scale=20.0,
         ),
         optimizer=dict(
-            learning_rate=learning_rate, warmup_steps=20, schedule="cosine", b2=0.98, weight_decay=1e-5
+            learning_rate=learning_rate,
+            warmup_steps=20,
+            schedule="cosine",
+            b2=0.98,
+            weight_decay=1e-5,
         ),
         loop=dict(num_steps=num_steps, log_every=50, checkpoint_every=num_steps),
         search=dict(

@@ -1,7 +1,7 @@
-"""RECO (Iscen et al., ICLR 2024, arXiv 2306.07196): a frozen CLIP whose embeddings are refined by what they find.
+"""RECO (Iscen et al., ICLR 2024, arXiv 2306.07196): a frozen CLIP refined by what it finds in a memory.
 
-An embedding looks up similar items in a memory of image-text pairs, and one light transformer layer fuses what
-stands beside them into it. Numbers of sections are those of the specification that this file follows.
+An embedding looks up similar items in a memory of image-text pairs, and one light transformer layer fuses
+what stands beside them into it. Numbers of sections are those of the specification that this file follows.
 """
 
 import dataclasses
@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rag_mm.core import sharding
-from rag_mm.nn import layers
 from rag_mm.nn.block import Block, BlockConfig, Heads, Stack
 from rag_mm.ops import attention, losses
 
@@ -26,7 +25,7 @@ MAX_LOGIT_SCALE = 100.0
 
 @dataclasses.dataclass(frozen=True)
 class Lookup:
-    """What one modality's queries are compared with, and what is fused of the rows that are found (section 4).
+    """What one modality's queries are compared with, and what is fused of the hits (section 4).
 
     `uni` is the query's own modality, `cross` the other one. RECO searches `uni` and fuses `cross`.
     """

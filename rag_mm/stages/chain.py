@@ -14,6 +14,7 @@ from rag_mm.core.errors import UserError
 from rag_mm.stages import (
     copy_probe,
     decoder,
+    document_pairs,
     evaluation,
     fusion,
     generation,
@@ -52,9 +53,12 @@ STAGES = {
     "copy_probe": Stage(copy_probe.Config, copy_probe.INPUTS, copy_probe.run),
     "pairs": Stage(pairs.Config, pairs.INPUTS, pairs.run),
     "toy_pairs": Stage(toy_pairs.Config, toy_pairs.INPUTS, toy_pairs.run),
+    "document_pairs": Stage(document_pairs.Config, document_pairs.INPUTS, document_pairs.run),
     **{
-        made: Stage(fusion.Config, (source,), partial(fusion.run, source=source))
-        for made, source in (("fusion", "pairs"), ("toy_fusion", "toy_pairs"))
+        f"{kind}fusion": Stage(
+            fusion.Config, (f"{kind}pairs",), partial(fusion.run, source=f"{kind}pairs")
+        )
+        for kind in ("", "toy_", "document_")
     },
     "generation": Stage(generation.Config, generation.INPUTS, generation.run),
     "evaluation": Stage(

@@ -200,18 +200,14 @@ def _train(config: Config, encoder: frozen.Retriever, numbers) -> Pairs:
     return _sum(encoder.dim, parts)
 
 
-def _test(
-    config: Config, encoder: frozen.Retriever, source: scenes.Scenes, numbers
-) -> Pairs:
+def _test(config: Config, encoder: frozen.Retriever, source: scenes.Scenes, numbers) -> Pairs:
     """Scenes of one entity, since a picture of two has no one class."""
     alone = [row for row in range(len(source)) if len(source.facts(row).entities) == 1]
     rows = world_lib.spread(np.array(alone, np.int64), config.max_test)
     return _embed(encoder, source, rows, [source.caption(int(r), 0) for r in rows], numbers)
 
 
-def _questions(
-    config: Config, encoder: frozen.Retriever, source: scenes.Scenes, numbers
-) -> Pairs:
+def _questions(config: Config, encoder: frozen.Retriever, source: scenes.Scenes, numbers) -> Pairs:
     """Of each picture with two entities, what stands at the place of the first one."""
     both = [row for row in range(len(source)) if len(source.facts(row).entities) == 2]
     rows = world_lib.spread(np.array(both, np.int64), config.max_test)

@@ -86,8 +86,8 @@ class Search:
         seed: of `random`.
     """
 
-    image: reco.Lookup = reco.Lookup()
-    text: reco.Lookup = reco.Lookup()
+    image: reco.Lookup = dataclasses.field(default_factory=reco.Lookup)
+    text: reco.Lookup = dataclasses.field(default_factory=reco.Lookup)
     num_neighbors: int = 10
     max_similarity: float = NO_BOUND
     control: str = "none"

@@ -72,8 +72,7 @@ class Concepts:
         rank = rng.permutation(c.num_classes)
         self.splits = (rank >= c.num_common).astype(np.int64) + (rank >= num_seen)
         rare = _unit(
-            c.agreement * self._image_centers
-            + _unit(rng.standard_normal((c.num_classes, c.dim)))
+            c.agreement * self._image_centers + _unit(rng.standard_normal((c.num_classes, c.dim)))
         )
         is_common = (self.splits == 0)[:, None]
         self._text_centers = np.where(is_common, self._image_centers, rare)
@@ -96,7 +95,9 @@ class Concepts:
     def captioned_as(self, class_ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The classes that captions in a memory tell of, int64 [N]: some are wrong."""
         size = self.config.group_size
-        others = class_ids // size * size + (class_ids + rng.integers(1, size, len(class_ids))) % size
+        others = (
+            class_ids // size * size + (class_ids + rng.integers(1, size, len(class_ids))) % size
+        )
         is_wrong = rng.random(len(class_ids)) < self.config.wrong_captions
         return np.where(is_wrong, others, class_ids)
 
