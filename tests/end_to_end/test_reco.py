@@ -155,7 +155,7 @@ def test_scenes_from_towers_to_swapped_memories(tmp_path, capsys):
     ("given", "says"),
     [
         ("--suite=fewshot --workdir=run --images=x", "invalid choice: 'fewshot'"),
-        ("--suite=zeroshot --workdir=run", "one of the arguments --images --dataset is required"),
+        ("--suite=zeroshot --workdir=run", "arguments --images --dataset is required"),
         ("--suite=zeroshot --workdir=run --images=nothing", "not a folder of class folders"),
         ("--suite=zeroshot --workdir=run --images=. --refine=all", "invalid choice: 'all'"),
         ("--suite=zeroshot --workdir=run --images=pics", "run is not a run"),

@@ -1,4 +1,4 @@
-"""The page of what a memory changed: both sides, both guesses, and nothing that a stranger's text could do."""
+"""The page of what a memory changed: both sides, both guesses, and strangers' texts escaped."""
 
 import numpy as np
 
