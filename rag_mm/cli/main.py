@@ -56,6 +56,13 @@ COMMANDS = {
             "rag-mm ablate --config=configs/copy_probe.py:quick --workdir=runs/ablation --seeds 0 1 2",
         ),
     ),
+    "eval": Command(
+        "a published protocol on a run and pictures of your own",
+        (
+            "rag-mm eval --suite=zeroshot --workdir=runs/reco --images=pictures",
+            "rag-mm eval --suite=zeroshot --workdir=runs/reco --dataset=cars196 --memory=mem",
+        ),
+    ),
     "memory": Command(
         "build, extend, search and check a retrieval memory",
         (

@@ -83,9 +83,9 @@ class TfdsSource:
         Raises:
             UserError: no such dataset, split or feature, or one in another form.
         """
-        self._features, self._records = _open_tfds(name, split)
+        self._features, self._records = open_tfds(name, split)
         self._name = f"{pathlib.PurePath(name).name}-{split}"
-        self._image = image or _only_image(self._features)
+        self._image = image or only_image(self._features)
         self._caption = caption or _first_caption(self._features)
         self.size: int | None = len(self._records)
         self.fingerprint = files.digest(f"{name} {split} {image} {caption} {self.size}".encode())
@@ -101,9 +101,9 @@ class TfdsSource:
                 yield stream.Item(place + 1, reject=bad.as_reject(name))
 
     def _item(self, position: int, name: str, fields: Any) -> stream.Item:
-        text = self._text(_walk(fields, self._caption))
+        text = self._text(walk(fields, self._caption))
         beside = captions.check({"caption": text}, name)
-        picture = pictures.decode(_walk(fields, self._image), min_pixels=2)
+        picture = pictures.decode(walk(fields, self._image), min_pixels=2)
         segments = (document.Text(beside.caption), document.Image(picture.pixels))
         return stream.Item(position, document.Document(name, segments), notes=picture.notes)
 
@@ -113,7 +113,7 @@ class TfdsSource:
             value = value[0] if len(value) else b""
         if isinstance(value, bytes):
             return captions.decode_text(value)
-        feature = _walk(self._features, self._caption)
+        feature = walk(self._features, self._caption)
         return feature.int2str(int(value)) if hasattr(feature, "int2str") else str(value)
 
 
@@ -128,13 +128,18 @@ def _open(paths: Sequence[str]) -> array_record_data_source.ArrayRecordDataSourc
         ) from error
 
 
-def _open_tfds(name: str, split: str) -> tuple[Any, Any]:
+def open_tfds(name: str, split: str) -> tuple[Any, Any]:
+    """The features of a dataset and its records, pictures as the bytes that TFDS keeps.
+
+    Raises:
+        UserError: TFDS cannot read it, or it has not exactly one picture a record.
+    """
     import tensorflow_datasets as tfds  # Takes seconds, which nobody else should wait for.
 
     try:
         folder = pathlib.Path(name)
         builder = tfds.builder_from_directory(folder) if folder.is_dir() else tfds.builder(name)
-        image = _only_image(builder.info.features)
+        image = only_image(builder.info.features)
         decoders: Any = tfds.decode.SkipDecoding()
         for part in reversed(image.split("/")):
             decoders = {part: decoders}
@@ -152,7 +157,8 @@ def _reason(error: Exception) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
-def _only_image(features: Any) -> str:
+def only_image(features: Any) -> str:
+    """The path of the one picture, parts joined by `/`; raises UserError where there is not one."""
     found = [path for path, kind in _leaves(features) if kind == "Image"]
     if len(found) != 1:
         raise UserError(f"The dataset has the pictures {found}: it should have one.")
@@ -178,7 +184,8 @@ def _leaves(features: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         yield prefix.rstrip("/"), type(inner).__name__
 
 
-def _walk(fields: Any, path: str) -> Any:
+def walk(fields: Any, path: str) -> Any:
+    """What lies at a path of nested features."""
     for part in path.split("/"):
         fields = getattr(fields, "feature", fields)
         fields = fields[part]

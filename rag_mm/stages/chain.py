@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from etils import epath
@@ -13,14 +14,18 @@ from rag_mm.core.errors import UserError
 from rag_mm.stages import (
     copy_probe,
     decoder,
+    document_pairs,
     evaluation,
     few_shot,
+    fusion,
     generation,
     memory,
     neighbors,
+    pairs,
     report,
     retriever,
     tokenizer,
+    toy_pairs,
 )
 from rag_mm.stages import world as world_lib
 
@@ -50,6 +55,15 @@ STAGES = {
     "control": Stage(decoder.Config, decoder.CONTROL_INPUTS, decoder.run),
     "copy_probe": Stage(copy_probe.Config, copy_probe.INPUTS, copy_probe.run, needs_facts=True),
     "few_shot": Stage(few_shot.Config, few_shot.INPUTS, few_shot.run, needs_facts=True),
+    "pairs": Stage(pairs.Config, pairs.INPUTS, pairs.run, needs_facts=True),
+    "toy_pairs": Stage(toy_pairs.Config, toy_pairs.INPUTS, toy_pairs.run),
+    "document_pairs": Stage(document_pairs.Config, document_pairs.INPUTS, document_pairs.run),
+    **{
+        f"{kind}fusion": Stage(
+            fusion.Config, (f"{kind}pairs",), partial(fusion.run, source=f"{kind}pairs")
+        )
+        for kind in ("", "toy_", "document_")
+    },
     "generation": Stage(generation.Config, generation.INPUTS, generation.run, needs_facts=True),
     "evaluation": Stage(
         evaluation.Config, evaluation.INPUTS, evaluation.run, ("generation",), True, True

@@ -79,6 +79,25 @@ def import_notebook() -> nbformat.NotebookNode:
     return nbformat.read(ROOT / "colabs" / "import_and_retrieve.ipynb", as_version=4)
 
 
+@pytest.fixture
+def reco_notebook() -> nbformat.NotebookNode:
+    return nbformat.read(ROOT / "colabs" / "reco.ipynb", as_version=4)
+
+
+@pytest.mark.slow
+def test_a_memory_is_swapped_and_the_gain_goes_and_comes_back(reco_notebook, tmp_path, monkeypatch):
+    commands = pathlib.Path(sys.executable).parent
+    monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    execute(reco_notebook, tmp_path / "reco")
+    outputs = [output for cell in code_cells(reco_notebook) for output in cell.outputs]
+    said = "".join(output.text for output in outputs if output.output_type == "stream")
+    assert "gone without its rows: True" in said and "back with them: True" in said
+    assert "k = 20: held-out" in said and "Traceback" not in said
+    shown = [output.data for output in outputs if output.output_type == "display_data"]
+    assert sum("image/png" in data for data in shown) == 1
+
+
 @pytest.mark.slow
 def test_public_weights_are_imported_searched_and_exported(import_notebook, tmp_path, monkeypatch):
     commands = pathlib.Path(sys.executable).parent

@@ -1,0 +1,280 @@
+"""RECO's fusion: parity with NumPy, the frozen model at step 0, sets in any order, the loss by hand."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from rag_mm.core import sharding
+from rag_mm.models import reco
+
+DIM, HEADS, B, K = 16, 4, 6, 5
+CONFIG = reco.Config(dim=DIM, num_heads=HEADS, mlp_ratio=2.0)
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def make_model(**changes) -> reco.Model:
+    """With random weights everywhere, so that nothing is zero by its initialisation."""
+    config = dataclasses.replace(CONFIG, **changes)
+    model = reco.Model(config, rngs=nnx.Rngs(params=0))
+    rng = np.random.default_rng(1)
+    graphdef, state = nnx.split(model)
+    drawn = jax.tree.map(
+        lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), jnp.float32), state
+    )
+    return nnx.merge(graphdef, drawn)
+
+
+def draw(rng) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    query, retrieved = unit(rng.standard_normal((B, DIM))), unit(rng.standard_normal((B, K, DIM)))
+    return query, retrieved, np.ones((B, K), bool)
+
+
+def layer_norm(x, norm):
+    x = x - x.mean(-1, keepdims=True)
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
+    return x * np.asarray(norm.scale[...]) + np.asarray(norm.bias[...])
+
+
+def linear(x, layer, spec):
+    return np.einsum(spec, x, np.asarray(layer.kernel[...])) + np.asarray(layer.bias[...])
+
+
+def naive_layer(block, x):
+    """A pre-norm encoder layer over x [1 + K, D], every place at a time."""
+    normed, a = layer_norm(x, block.attention_norm), block.attention
+    q, k, v = (linear(normed, part, "td,dnh->tnh") for part in (a.q, a.k, a.v))
+    scores = np.einsum("tnh,snh->nts", q, k) / math.sqrt(q.shape[-1])
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    x = x + linear(np.einsum("nts,snh->tnh", weights, v), a.out, "tnh,nhd->td")
+    hidden = linear(layer_norm(x, block.mlp_norm), block.mlp.up, "td,df->tf")
+    gelu = 0.5 * hidden * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2)))
+    return x + linear(gelu, block.mlp.down, "tf,fd->td")
+
+
+def test_the_fusion_is_an_encoder_layer_read_at_the_query(rng):
+    query, retrieved, is_there = draw(rng)
+    fusion = make_model().image_fusion
+    for row, given in zip(
+        np.asarray(fusion(query, retrieved, is_there)),
+        np.concatenate([query[:, None], retrieved], axis=1),
+        strict=True,
+    ):
+        np.testing.assert_allclose(row, unit(naive_layer(fusion.block, given)[0]), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_layers": 3},
+        {"norm_placement": "post"},
+        {"extra_skip": True},
+        {"type_embedding": True},
+    ],
+    ids=str,
+)
+def test_step_0_is_the_frozen_model(rng, changes):
+    model = reco.Model(dataclasses.replace(CONFIG, **changes), rngs=nnx.Rngs(params=0))
+    query, *found = draw(rng)
+    for refined in (model.refine_image(query, *found), model.refine_text(query, *found)):
+        np.testing.assert_allclose(refined, query, atol=1e-5)
+
+
+def test_without_zero_init_it_is_not(rng):
+    model = reco.Model(dataclasses.replace(CONFIG, is_zero_init=False), rngs=nnx.Rngs(params=0))
+    query, *found = draw(rng)
+    assert np.abs(np.asarray(model.refine_image(query, *found)) - query).max() > 0.01
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_layers": 2}, {"type_embedding": True}], ids=str)
+def test_what_was_retrieved_is_a_set(rng, changes):
+    query, retrieved, is_there = draw(rng)
+    is_there[:, -2:] = False
+    fusion = make_model(**changes).text_fusion
+    order = rng.permutation(K)
+    np.testing.assert_allclose(
+        fusion(query, retrieved[:, order], is_there[:, order]),
+        fusion(query, retrieved, is_there),
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("fusion", [make_model().image_fusion, reco.mean_fusion])
+def test_what_is_missing_does_not_count(rng, fusion):
+    query, retrieved, is_there = draw(rng)
+    is_there[:, 2:] = False
+    other = retrieved.copy()
+    other[:, 2:] = 7.0
+    alone = np.ones((B, 2), bool)
+    wanted = fusion(query, retrieved[:, :2], alone)
+    for given in (retrieved, other):
+        np.testing.assert_allclose(fusion(query, given, is_there), wanted, atol=1e-5)
+
+
+def test_with_nothing_retrieved_the_mean_is_the_query(rng):
+    query, retrieved, is_there = draw(rng)
+    np.testing.assert_allclose(reco.mean_fusion(query, retrieved, ~is_there), query, atol=1e-6)
+
+
+def test_the_mean_by_hand(rng):
+    query, retrieved, is_there = draw(rng)
+    wanted = unit((query + retrieved.sum(1)) / (1 + K))
+    np.testing.assert_allclose(reco.mean_fusion(query, retrieved, is_there), wanted, atol=1e-6)
+
+
+def batch_of(rng) -> dict[str, np.ndarray]:
+    batch = {}
+    for side in reco.MODALITIES:
+        batch[side], batch[f"{side}_retrieved"], batch[f"{side}_is_there"] = draw(rng)
+    return batch | {"class_ids": np.array([0, 0, 1, 2, -1, -1], np.int32)}
+
+
+def naive_loss(model, batch, terms, is_masked) -> float:
+    """Section 6, pair by pair, with the factor 1/2."""
+    parts = {side: batch[side].astype(np.float64) for side in reco.MODALITIES}
+    refined = {
+        side: np.asarray(
+            getattr(model, f"refine_{side}")(
+                *(batch[f"{side}{part}"] for part in ("", "_retrieved", "_is_there"))
+            ),
+            np.float64,
+        )
+        for side in reco.MODALITIES
+    }
+    chosen = {
+        "refined_refined": (refined["image"], refined["text"]),
+        "refined_text": (refined["image"], parts["text"]),
+        "image_refined": (parts["image"], refined["text"]),
+    }
+    scale = min(math.exp(float(model.logit_scale[...])), 100.0)
+    ids = batch["class_ids"]
+    total = 0.0
+    for a, b in (chosen[term] for term in terms):
+        for i in range(B):
+            others = [
+                j for j in range(B) if i == j or not is_masked or ids[i] < 0 or ids[i] != ids[j]
+            ]
+            for left, right in ((a[i], b), (b[i], a)):
+                exponents = np.array([scale * left @ right[j] for j in others])
+                total += math.log(np.exp(exponents).sum()) - scale * left @ right[i]
+    return total / 2 / B
+
+
+@pytest.mark.parametrize("terms", [reco.LOSS_TERMS, ("refined_refined",), ("image_refined",)])
+@pytest.mark.parametrize("is_masked", [True, False])
+def test_the_loss_by_hand(rng, terms, is_masked):
+    model, batch = make_model(loss_terms=terms, mask_same_class=is_masked), batch_of(rng)
+    loss, metrics = reco.loss_fn(model, batch, jax.random.key(0))
+    assert float(loss) == pytest.approx(naive_loss(model, batch, terms, is_masked), rel=1e-4)
+    assert set(metrics) == {*terms, "loss", "logit_scale", "image_moved", "text_moved"}
+    total, weight = metrics["loss"]
+    assert float(total / weight) == pytest.approx(float(loss))
+
+
+def test_the_temperature_learns_and_is_clipped(rng):
+    batch = batch_of(rng)
+
+    def scale_and_gradient(initial: float) -> tuple[float, float]:
+        model = make_model()
+        model.logit_scale[...] = jnp.log(jnp.float32(initial))
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+        def loss(params):
+            return reco.loss_fn(nnx.merge(graphdef, params, rest), batch, jax.random.key(0))
+
+        grads, metrics = jax.grad(loss, has_aux=True)(params)
+        return float(metrics["logit_scale"][0]), float(grads["logit_scale"][...])
+
+    scale, gradient = scale_and_gradient(20.0)
+    assert scale == pytest.approx(20.0) and gradient != 0
+    scale, gradient = scale_and_gradient(500.0)
+    assert scale == pytest.approx(100.0) and gradient == 0
+
+
+def test_one_device_is_eight(rng):
+    """The same loss and gradients with the batch split, and negatives from all of it."""
+    model = make_model()
+    batch = {
+        key: np.concatenate([value] * 4)
+        + (
+            0
+            if value.dtype in (np.int32, bool)
+            else 0.1 * rng.standard_normal((4 * B, *value.shape[1:])).astype(np.float32)
+        )
+        for key, value in batch_of(rng).items()
+    }
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def compute(params, batch):
+        loss = lambda p: reco.loss_fn(nnx.merge(graphdef, p, rest), batch, jax.random.key(0))[0]
+        return jax.value_and_grad(loss)(params)
+
+    alone = compute(params, batch)
+    mesh = sharding.make_mesh(data=8)
+    with jax.set_mesh(mesh):
+        split = jax.jit(compute)(
+            jax.device_put(params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())),
+            sharding.put_batch(batch, mesh),
+        )
+    for ours, theirs in zip(jax.tree.leaves(split), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("search", "fuse", "image", "text"),
+    [
+        ("uni", "cross", ("image", "text"), ("text", "image")),
+        ("uni", "uni", ("image", "image"), ("text", "text")),
+        ("cross", "cross", ("text", "text"), ("image", "image")),
+        ("cross", "uni", ("text", "image"), ("image", "text")),
+    ],
+)
+def test_the_four_pairs_of_search_and_fusion(search, fuse, image, text):
+    """The table of section 4; note that cross-modal fusion fuses what the query is not."""
+    lookup = reco.Lookup(search, fuse)
+    assert lookup.columns("image") == image and lookup.columns("text") == text
+
+
+def test_published_sizes_are_described_at_no_cost():
+    def count(config: reco.Config) -> int:
+        shapes = jax.eval_shape(lambda: reco.Model(config, rngs=nnx.Rngs(0)))
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(shapes, nnx.Param)))
+
+    # Section 5's arithmetic: one layer with an MLP of 4 d has 3.152M, and there are two.
+    assert count(reco.Config.b32()) == pytest.approx(2 * 3.152e6, rel=1e-3)
+    assert reco.Config.l14().dim == 768
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"num_heads": 3}, "num_heads divides dim"),
+        ({"num_layers": 0}, "num_layers is at least 1"),
+        ({"norm_placement": "sideways"}, "pre or post"),
+        ({"loss_terms": ()}, "loss_terms are some of"),
+        ({"loss_terms": ("vb_tb",)}, "loss_terms are some of"),
+        ({"initial_logit_scale": 200.0}, "at most 100"),
+    ],
+)
+def test_what_no_model_can_be(changes, says):
+    with pytest.raises(ValueError, match=says):
+        dataclasses.replace(CONFIG, **changes)
+
+
+def test_no_lookup_is_sideways():
+    with pytest.raises(ValueError, match="search is uni or cross, not 'up'"):
+        reco.Lookup("up")
