@@ -2,7 +2,7 @@
 
     rag-mm quickstart --workdir=runs/quickstart --config=configs/quickstart.py:quick
 
-`quick` takes 15 to 18 minutes on two cores; `full` has all levels in one world and more controls; `tiny` runs
+`quick` takes 16 to 20 minutes on two cores; `full` has all levels in one world and more controls; `tiny` runs
 every stage in about a minute and learns nothing worth looking at: it is for tests and a first look.
 """
 
@@ -49,7 +49,7 @@ def get_config(preset: str) -> dict:
 
 
 def quick() -> dict:
-    """15 to 18 minutes on two cores."""
+    """16 to 20 minutes on two cores."""
     caption_draws = 4
     decoder = dict(
         model=dict(
@@ -132,7 +132,7 @@ def quick() -> dict:
         report=dict(
             title="rag_mm quickstart",
             command="make quickstart",
-            reference="",
+            reference="docs/results/quickstart/curves.json",
         ),
         ablation=dict(baseline="as it is", pairs=COMPARED, variants={"as it is": {}}),
     )
