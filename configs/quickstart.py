@@ -143,8 +143,11 @@ def full() -> dict:
     config = quick()
     loop = dict(num_steps=1600, log_every=20, checkpoint_every=200)
     decoder = config["decoder"] | dict(max_text=40, docs_text=14, loop=loop)
+    # Five levels are harder to tell apart than one, and two names make a caption longer.
+    loop = dict(num_steps=800, log_every=20, checkpoint_every=100)
     return config | dict(
         world=dict(levels=LEVELS, class_share=1.0),
+        retriever=config["retriever"] | dict(max_text=40, loop=loop),
         neighbors=config["neighbors"] | dict(num_test=500),
         decoder=decoder,
         generation=dict(num_held_out=500, num_seen=256, temperature=0.4, controls=CONTROLS),
