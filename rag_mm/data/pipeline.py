@@ -133,7 +133,7 @@ class _RowsOfBatches(grain.MapDataset):
     def __len__(self) -> int:
         return len(self._parent) // self._batch_size * len(self._rows)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return self.slice(index)
         batch, row = divmod(index, len(self._rows))

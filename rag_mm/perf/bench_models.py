@@ -170,7 +170,7 @@ def _decode(config: Config, say: Say) -> dict[str, dict[str, Any]]:
         calls = [functools.partial(generate, given, count) for generate in (ours, theirs)]
         seconds = timing.alternate(calls, config.num_rounds)
         rates = [batch_size * count / each for each in seconds]
-        cases[f"batch_{batch_size}"] = _ratio(*rates, "tokens/s")
+        cases[f"batch_{batch_size}"] = _ratio(rates[0], rates[1], "tokens/s")
     calls = [functools.partial(ours, prompts(rows), count) for rows in (2, 1)]
     two, one = timing.alternate(calls, 2 * config.num_rounds)
     cases["two_streams"] = _ratio(two, one, "s")

@@ -3,6 +3,7 @@
 import importlib.metadata
 import types
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -73,7 +74,7 @@ def make_generate(
     return generate
 
 
-def _make_model(config: DecoderConfig, num_threads: int):
+def _make_model(config: DecoderConfig, num_threads: int) -> Any:
     torch, transformers = load()
     torch.set_num_threads(num_threads)
     torch.manual_seed(0)

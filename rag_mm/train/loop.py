@@ -215,7 +215,7 @@ class _Run:
         derived = self.derive(values) if self.derive is not None else {}
         fast = self.speed.write(step)
         seen = self.watch(step, state.params) if self.watch is not None and is_saved else {}
-        figures = {**values, **derived, **seen, **skipped}
+        figures: dict[str, Any] = {**values, **derived, **seen, **skipped}
         self.log.write(step, figures)
         self.board.write(step, train=figures, speed=fast)
         shown: dict[str, float] = {

@@ -10,9 +10,12 @@ import time
 import faults
 import numpy as np
 import pytest
+import test_checkpoint
 import test_loop
 
 import rag_mm
+from rag_mm.core.errors import UserError
+from rag_mm.train import checkpoint
 
 SCRIPT = pathlib.Path(faults.__file__)
 ROOT = pathlib.Path(rag_mm.__file__).parents[1]
@@ -86,3 +89,29 @@ def wait_for(path, process):
         assert process.poll() is None, process.stderr.read()[-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder that holds three megabytes."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(tmp_path)]
+    if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount a small disk")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_keeps_the_last_good_checkpoint(small_disk, capfd):
+    small, batches = test_checkpoint.make_state(), test_checkpoint.make_batches()
+    large = test_checkpoint.make_state(width=400_000)
+    checkpoints = checkpoint.Checkpoints(small_disk / "checkpoints", keep=2)
+    checkpoints.save(test_checkpoint.at_step(small, 2), batches)
+    checkpoints.save(test_checkpoint.at_step(large, 4), batches)
+    with pytest.raises(UserError, match=r"the disk is full\); the one of step 2 is kept"):
+        checkpoints.wait()
+    checkpoints.close()
+    assert "Traceback" not in capfd.readouterr().err
+    again = checkpoint.Checkpoints(small_disk / "checkpoints", keep=2)
+    assert int(again.restore(small, batches).step) == 2
+    again.close()
