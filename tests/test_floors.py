@@ -43,6 +43,7 @@ LAZY = {
     "scann": {"memory/scann_searcher.py"},
     "faiss": {"perf/faiss_peer.py"},
     "uvicorn": {"cli/explore.py"},
+    "apache_beam": {"data/beam_ingest.py"},
 }
 
 
@@ -141,7 +142,7 @@ def _declared() -> set[str]:
         exec(compile(source, "setup.py", "exec"), {"__file__": str(ROOT / "setup.py")})
     arguments = setuptools.setup.call_args.kwargs
     extras = arguments["extras_require"]
-    optional = [line for name in ("test", "bench", "explore") for line in extras[name]]
+    optional = [line for name in ("test", "bench", "explore", "beam") for line in extras[name]]
     lines = [*arguments["install_requires"], *optional]
     return {_normal(re.match(r"[\w.-]+", line).group()) for line in lines}
 
