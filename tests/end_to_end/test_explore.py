@@ -242,6 +242,7 @@ def test_the_page_in_a_browser(workdir, run, tmp_path):
         browser.close()
 
 
+@pytest.mark.slow
 def test_the_server_listens_to_this_machine_alone(workdir):
     """Bound to loopback: whatever other addresses the machine has do not lead there."""
     with serve(workdir) as address:
