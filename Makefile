@@ -46,22 +46,22 @@ $(BIN)/python:
 
 # A stamp is older than what it depends on exactly when there is something to install.
 $(VENV)/.installed: setup.py pyproject.toml requirements.lock | $(BIN)/python
-	$(INSTALL) --editable .
+	$(INSTALL) --editable '.[explore]'
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(INSTALL) --editable '.[test,explore]'
+	$(INSTALL) --editable '.[explore,test]'
 	@touch $@
 
 $(VENV)/.installed-slow: $(VENV)/.installed-test
-	$(INSTALL) --editable '.[test,explore,parity,tpu]'
+	$(INSTALL) --editable '.[explore,test,parity,tpu]'
 	@touch $@
 
 # torch is left to its extra's pin: its wheels, and what they need, differ by accelerator. One version of
 # each package for all Pythons, so that what is tested on one is what runs on the others.
 lock: $(BIN)/python
 	$(PIP) install --quiet uv
-	echo 'transformers>=5,<6' | $(BIN)/uv pip compile --quiet setup.py - --extra test --extra explore --extra tf --extra tpu \
+	echo 'transformers>=5,<6' | $(BIN)/uv pip compile --quiet setup.py - --extra test --extra tf --extra tpu --extra explore \
 		--universal --python-version 3.11 --fork-strategy fewest --upgrade --no-header --no-annotate \
 		--no-emit-index-url --output-file requirements.lock
 

@@ -43,6 +43,7 @@ LAZY = {
     "scann": {"memory/scann_searcher.py"},
     "faiss": {"perf/faiss_peer.py"},
     "uvicorn": {"cli/explore.py"},
+    "apache_beam": {"data/beam_ingest.py"},
 }
 
 

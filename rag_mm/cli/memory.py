@@ -41,6 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     several.add_argument("--coordinator", metavar="HOST:PORT", help="where they meet: at process 0")
     several.add_argument("--num-processes", type=int, default=1, help="how many (1)")
     several.add_argument("--process-id", type=int, default=0, help="which one this is, from 0")
+    ingest = actions.add_parser(
+        "ingest", help="check documents and write them as ArrayRecord files, by Apache Beam"
+    )
+    ingest.add_argument("--documents", required=True, help=_DOCUMENTS)
+    ingest.add_argument("--out", required=True, metavar="DIR", help="a folder that is not there")
+    ingest.add_argument("--records-per-file", type=int, default=8192, help="but for tars (8192)")
+    ingest.add_argument("--max-bad", type=float, default=0.01, help="as in build (0.01)")
+    ingest.add_argument(
+        "--beam", metavar="OPTIONS", help="options of Beam (default: two processes here)"
+    )
     add = actions.add_parser("add", help="add documents, as a new version")
     add.add_argument("memory", metavar="MEM")
     _add_ingestion(add)
@@ -92,6 +102,7 @@ def _add_ingestion(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Does the chosen action; `hits`, `problems`, or what `Memory.stats` says."""
     actions = {
+        "ingest": _ingest,
         "build": _build,
         "add": _add,
         "remove": _remove,
@@ -101,9 +112,34 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "verify": _verify,
         "stats": _stats,
     }
-    if args.action != "build" and (pathlib.Path(args.memory) / "config.json").exists():
+    if (
+        args.action not in ("ingest", "build")
+        and (pathlib.Path(args.memory) / "config.json").exists()
+    ):
         raise UserError(f"{args.memory} is a run; name its memory, {args.memory}/memory.")
     return actions[args.action](args)
+
+
+def _ingest(args: argparse.Namespace) -> dict[str, Any]:
+    from rag_mm.data import beam_ingest
+
+    if args.records_per_file < 1:
+        raise UserError(f"--records-per-file={args.records_per_file}; give at least 1.")
+    _check_share("max_bad", args.max_bad)
+    done = beam_ingest.ingest(
+        args.documents,
+        pathlib.Path(args.out),
+        records_per_file=args.records_per_file,
+        max_bad=args.max_bad,
+        beam_options=args.beam or beam_ingest.LOCAL,
+    )
+    return {"out": args.out, **done}
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        option = name.replace("_", "-")
+        raise UserError(f"--{option} is {value}; give a share from 0 to 1.")
 
 
 def _build(args: argparse.Namespace) -> dict[str, Any]:
@@ -180,9 +216,7 @@ def _ingestion(
     from rag_mm.memory import near_duplicates, summary, writer
 
     for name in ("max_bad", "similarity"):
-        if not 0 <= getattr(args, name) <= 1:
-            option = name.replace("_", "-")
-            raise UserError(f"--{option} is {getattr(args, name)}; give a share from 0 to 1.")
+        _check_share(name, getattr(args, name))
     excluded = None
     if args.exclude is not None:
         excluded = near_duplicates.Excluded.of(

@@ -74,6 +74,11 @@ class TarSource:
         described = [[path.name, path.stat().st_size] for path in self._paths]
         self.fingerprint = files.digest(files.canonical_json(described).encode())
 
+    @property
+    def starts(self) -> list[int]:
+        """The position at which each tar begins, and that behind the last."""
+        return [number << _BITS for number in range(len(self._paths) + 1)]
+
     def read(self, start: int) -> Iterator[stream.Item]:
         """Items from a position on; earlier tars are not opened."""
         first, skipped = start >> _BITS, start & ((1 << _BITS) - 1)

@@ -70,6 +70,7 @@ class Searcher:
             builder = builder.score_ah(
                 config.dims_per_block,
                 anisotropic_quantization_threshold=config.anisotropic_threshold,
+                training_sample_size=config.training_sample_size,
             ).reorder(config.num_reordered, quantize=kinds[config.reorder.upper()])
         return cls(builder.build(), len(rows), config)
 

@@ -7,8 +7,8 @@ no such order: every process opens the memory, takes its part of the queries, an
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +16,6 @@ from jax.experimental import multihost_utils
 
 from rag_mm.memory.encoder import Encoder, Tokenizer
 
-Item = TypeVar("Item")
 _END, _TEXT, _IMAGE, _CODES = range(4)
 
 
@@ -116,12 +115,13 @@ class _SpreadTokenizer:
         return self._team.lead(_CODES, pixels)
 
 
-def _share(encode: Callable[[Sequence[Item]], np.ndarray], items: Sequence[Item]) -> np.ndarray:
+def _share(encode: Callable[[Any], np.ndarray], items: list[str] | np.ndarray) -> np.ndarray:
     """Each process encodes as many items, so that all compile one program; the last ones repeat."""
     part = _part_size(len(items))
     places = jax.process_index() * part + np.arange(part)
-    own = [items[min(place, len(items) - 1)] for place in places.tolist()]
-    encoded = encode(np.stack(own) if isinstance(items, np.ndarray) else own)
+    places = np.minimum(places, len(items) - 1)
+    own = items[places] if isinstance(items, np.ndarray) else [items[place] for place in places]
+    encoded = encode(own)
     parts = multihost_utils.process_allgather(np.asarray(encoded), tiled=True)
     return np.asarray(parts)[: len(items)]
 

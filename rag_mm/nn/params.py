@@ -21,7 +21,7 @@ def describe(
     none and are replicated. Parameters of a `Stack` have a leading `layers` axis.
     """
     graphdef, abstract = nnx.split(jax.eval_shape(make_model), nnx.Param)
-    one_device = SingleDeviceSharding(jax.devices()[0])
+    one_device = SingleDeviceSharding(jax.local_devices()[0])
 
     def lay_out(variable: nnx.Variable) -> jax.ShapeDtypeStruct:
         leaf = variable.get_value()

@@ -16,13 +16,17 @@ import numpy as np
 
 from rag_mm.core import clock
 from rag_mm.memory import device_index, exact, scann_index
+from rag_mm.memory import index as index_lib
 from rag_mm.memory.index import Index
+from rag_mm.memory.scann_config import ScannConfig
 from rag_mm.perf import faiss_peer, timing
 from rag_mm.perf.vectors import Cones
 
 _K = 10
 _BATCH = 256
 _SINGLES = 64  # queries timed one by one
+_BLOCK = 65_536  # rows searched exactly at once
+_WARM_ROWS = 2_048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +39,8 @@ class Config:
         num_queries: for the recall; the times use some of them.
         num_threads: of both sides.
         num_rounds: of which the median counts.
-        device_rows: of the comparison of `device` with a bare program.
+        device_rows: at most, of the comparisons of `device` with a bare program and of `exact` with FAISS's
+            flat index, whose queries a second only fall with the rows.
         with_hnsw: FAISS's graph too, which takes several times longer to build.
         num_small: rows whose build is timed beside the whole, 0 for none.
     """
@@ -87,12 +92,11 @@ def _run(config: Config, say: Callable[[str], None]) -> dict[str, dict[str, Any]
     say(f"{config.rows} x {config.dim} rows and {config.num_queries} queries")
     cones = Cones(dim=config.dim)
     rows, queries = cones.rows(config.rows), cones.queries(config.num_queries)
-    oracle = exact.ExactIndex()
-    oracle.build(rows)
-    data = _Data(rows, queries, oracle.search(queries, _K).ids)
-    cases = {"exact": _exact(config, oracle, data)}
-    del oracle
-    ours, build = _timed(lambda: _build(data.rows), rows)
+    data = _Data(rows, queries, true_neighbors(rows, queries, _K))
+    cases = {"exact": _exact(config, data)}
+    _warm_up(config, rows)
+    say("building ours")
+    ours, build = _timed(lambda: _build(rows), rows)
     cases |= {"wrapper": _wrapper(config, ours, data)}
     for name, make in _peers(config).items():
         say(f"building {name}")
@@ -101,12 +105,41 @@ def _run(config: Config, say: Callable[[str], None]) -> dict[str, dict[str, Any]
         )
         cases |= _beside(config, ours, (name, index, candidates), data, build, peer_build)
         del index, candidates
+    del ours  # The larger sizes leave no room for what is not needed any more.
     if config.num_small:
         say("building of fewer rows")
         cases["scaling"] = _scaling(config, rows)
     say("device")
     cases["device"] = _device(config, data)
     return cases
+
+
+def true_neighbors(
+    rows: np.ndarray, queries: np.ndarray, k: int, block: int = _BLOCK
+) -> np.ndarray:
+    """Ids of the exact neighbors, int32 [Q, k], searched block by block: never are all rows copied."""
+    best = index_lib.Neighbors(
+        np.zeros((len(queries), 0), np.int32), np.zeros((len(queries), 0), np.float32)
+    )
+    for start in range(0, len(rows), block):
+        oracle = exact.ExactIndex()
+        oracle.build(rows[start : start + block])
+        found = oracle.search(queries, min(k, oracle.num_rows))
+        ids = np.concatenate([best.ids, found.ids + np.int32(start)], axis=1)
+        scores = np.concatenate([best.scores, found.scores], axis=1)
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        best = index_lib.Neighbors(
+            np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
+        )
+    return best.ids
+
+
+def _warm_up(config: Config, rows: np.ndarray) -> None:
+    """Loads both libraries and starts their threads, which belong to no index's build."""
+    few = rows[: min(len(rows), _WARM_ROWS)]
+    scann_index.ScannIndex(ScannConfig(scoring="hashed")).build(few)
+    for make in _peers(config).values():
+        make(few, config.num_threads)
 
 
 def _peers(config: Config) -> dict[str, Callable]:
@@ -209,17 +242,20 @@ def _num_bytes(index: Index) -> int:
         return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
-def _exact(config: Config, oracle: exact.ExactIndex, data: _Data) -> dict[str, Any]:
+def _exact(config: Config, data: _Data) -> dict[str, Any]:
     """Beside FAISS's flat index."""
     faiss = faiss_peer.load()
     faiss.omp_set_num_threads(config.num_threads)
-    flat = faiss.IndexFlatIP(config.dim)
-    flat.add(data.rows)
+    rows = data.rows[: config.device_rows]
+    oracle, flat = exact.ExactIndex(), faiss.IndexFlatIP(config.dim)
+    oracle.build(rows)
+    flat.add(rows)
     queries = data.queries[:_BATCH]
     seconds = timing.alternate(
         [lambda: oracle.search(queries, _K), lambda: flat.search(queries, _K)], config.num_rounds
     )
-    return _ratio(len(queries) / seconds[0], len(queries) / seconds[1], "queries/s", True)
+    count = len(queries)
+    return _ratio(count / seconds[0], count / seconds[1], "queries/s", True, rows=len(rows))
 
 
 def _wrapper(config: Config, ours: scann_index.ScannIndex, data: _Data) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import urllib.request
 import zlib
 
 import numpy as np
@@ -171,7 +172,11 @@ def serve(workdir: pathlib.Path):
     process = subprocess.Popen([*command, "--port=0"], stderr=subprocess.PIPE, text=True)
     try:
         lines = iter(process.stderr.readline, "")
-        yield next(m.group() for line in lines if (m := re.search(r"http://127\.[\d.:]+", line)))
+        address = next(
+            m.group() for line in lines if (m := re.search(r"http://127\.[\d.:]+", line))
+        )
+        urllib.request.urlopen(address, timeout=300).close()
+        yield address
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
     finally:
@@ -237,6 +242,7 @@ def test_the_page_in_a_browser(workdir, run, tmp_path):
         browser.close()
 
 
+@pytest.mark.slow
 def test_the_server_listens_to_this_machine_alone(workdir):
     """Bound to loopback: whatever other addresses the machine has do not lead there."""
     with serve(workdir) as address:

@@ -35,6 +35,7 @@ def test_examples_are_nearest_in_the_view_and_the_best_stands_last(tiny_run, con
     assert few_shot.select(config, memory, queries, "text", 0).ids.shape == (2, 0)
 
 
+@pytest.mark.slow
 def test_a_finished_quickstart_is_asked(finished):
     words = ["train", f"--config={PAGE}", f"--workdir={finished}", "--stage=few_shot"]
     assert main.main(words) == 0

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rag_mm.cli import main
-from rag_mm.perf import timing
+from rag_mm.perf import bench_memory, timing
 from rag_mm.perf.vectors import Cones
 
 
@@ -29,6 +29,16 @@ def test_rows_and_queries_lie_in_two_cones():
     # Queries ask for something: the best row is far better than a random one.
     scores = queries @ rows.T
     assert (scores.max(axis=1) - scores.mean(axis=1)).mean() > 3 * scores.std(axis=1).mean()
+
+
+def test_true_neighbors_are_those_of_one_search_whatever_the_blocks():
+    cones = Cones(dim=16, num_clusters=20)
+    rows, queries = cones.rows(700), cones.queries(9)
+    expected = np.argsort(-(queries @ rows.T), axis=1, kind="stable")[:, :10]
+    for block in (5, 256, 1_000):
+        np.testing.assert_array_equal(
+            bench_memory.true_neighbors(rows, queries, 10, block), expected
+        )
 
 
 def test_times_are_taken_by_turns():
