@@ -150,7 +150,7 @@ def _declared(*names: str) -> set[str]:
 def test_everything_imported_is_declared():
     """No file leans on a package that is there only because another package wanted it."""
     packages = importlib.metadata.packages_distributions()
-    declared = _declared("test", "bench", "parity")
+    declared = _declared("test", "bench", "parity", "explore", "beam")
     for path in _sources():
         for name, _ in _imports(path):
             top = name.split(".")[0]
@@ -161,7 +161,7 @@ def test_everything_imported_is_declared():
 
 
 def test_the_base_install_has_neither_tensorflow_nor_torch():
-    assert not _declared("test", "bench") & {
+    assert not _declared("test", "bench", "explore") & {
         "tensorflow",
         "tensorflow-cpu",
         "torch",
