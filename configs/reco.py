@@ -149,8 +149,18 @@ def toy() -> dict:
 def harder_toy() -> dict:
     """The same with a modality offset, 40 % wrong captions in the memory, and confusable groups."""
     config = toy()
+    # Many rare classes to learn from: with 70 of them the fusion learns them by heart instead of looking up.
     return config | dict(
-        world=dict(modality_offset=1.0, wrong_captions=0.4, spread=0.6),
+        world=dict(
+            num_classes=600,
+            num_common=150,
+            num_held_out=60,
+            modality_offset=1.0,
+            wrong_captions=0.4,
+            spread=0.6,
+        ),
+        toy_pairs=dict(num_train=20_000, rare_weight=1.0),
+        toy_fusion=_fusion(700),
         ablation=config["ablation"] | dict(variants={"RECO": {}}),
     )
 
