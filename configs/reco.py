@@ -149,8 +149,18 @@ def toy() -> dict:
 def harder_toy() -> dict:
     """The same with a modality offset, 40 % wrong captions in the memory, and confusable groups."""
     config = toy()
+    # Many rare classes to learn from: with 70 of them the fusion learns them by heart instead of looking up.
     return config | dict(
-        world=dict(modality_offset=1.0, wrong_captions=0.4, spread=0.6),
+        world=dict(
+            num_classes=600,
+            num_common=150,
+            num_held_out=60,
+            modality_offset=1.0,
+            wrong_captions=0.4,
+            spread=0.6,
+        ),
+        toy_pairs=dict(num_train=20_000, rare_weight=1.0),
+        toy_fusion=_fusion(700),
         ablation=config["ablation"] | dict(variants={"RECO": {}}),
     )
 
@@ -165,8 +175,9 @@ def tiny() -> dict:
         seed=0,
         world=dict(levels=("easy", "free"), class_share=0.4),
         tokenizer=base["tokenizer"] | dict(loop=loop, num_eval=64),
-        retriever=base["retriever"] | dict(splits=("common",)),
-        memory=dict(index="exact"),
+        retriever=base["retriever"]
+        | dict(splits=("common",), embed_dim=128, vision_layers=3, text_layers=2, num_eval=1000),
+        memory=dict(index="exact", num_queries=500),
         pairs=dict(caption_draws=2, rare_repeats=4, max_test=1000),
         fusion=_fusion(600) | dict(curve_rows=(1, 5, 10), question_weight=1.0),
         ablation=_ablation("fusion"),

@@ -168,11 +168,13 @@ class Model(nnx.Module):
         scale = jnp.log(jnp.float32(config.initial_logit_scale))
         self.logit_scale = nnx.Param(scale, axes=())
 
-    def refine_image(self, query: jax.Array, retrieved: jax.Array, is_there: jax.Array):
+    def refine_image(
+        self, query: jax.Array, retrieved: jax.Array, is_there: jax.Array
+    ) -> jax.Array:
         """An image's embeddings refined, as `Fusion`."""
         return self.image_fusion(query, retrieved, is_there)
 
-    def refine_text(self, query: jax.Array, retrieved: jax.Array, is_there: jax.Array):
+    def refine_text(self, query: jax.Array, retrieved: jax.Array, is_there: jax.Array) -> jax.Array:
         """A text's embeddings refined, as `Fusion`."""
         return self.text_fusion(query, retrieved, is_there)
 

@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
+from rag_mm.core import config as config_lib
 from rag_mm.core import files, sharding
 from rag_mm.core import run as run_lib
 from rag_mm.data import pipeline
@@ -32,13 +33,12 @@ from rag_mm.stages.refinement import (
     learned,
     mean,
 )
-from rag_mm.train import checkpoint, loop, optimizer
+from rag_mm.train import checkpoint, loop, optimizer, step
 
 # Rows of a batch are drawn so many at a time: one by one, drawing them would take longer than the step.
 GROUP = 32
 RECORD = "fusion.json"
 PARAMS = "params"
-SPLIT_ALL = "all"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +47,12 @@ class Config:
 
     Attributes:
         world: of the pairs; for the record.
-        model: its `dim` may be None, which takes that of the embeddings.
+        model: fields of `reco.Config`; `dim` comes with the embeddings.
         search: what is retrieved, in training and, unless changed, at inference.
         train_in_memory: the training pairs stand among the rows that they may retrieve.
         mask_self: then none retrieves itself.
         curve_neighbors, curve_rows: further k, and rows of each class in the memory, to measure with.
+        question_weight: of a question's embedding, added to its picture's.
     """
 
     seed: int
@@ -76,14 +77,8 @@ class Config:
         self.reco(8 * self.model.get("num_heads", 8))
 
     def reco(self, dim: int) -> reco.Config:
-        """The model over embeddings of a width."""
-        return make_config({"dim": dim} | dict(self.model))
-
-
-def make_config(values: Mapping[str, Any]) -> reco.Config:
-    """The model's config from plain values; raises ValueError or TypeError where they do not fit."""
-    plain = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-    return reco.Config(**plain)
+        """The model over embeddings of a width; raises UserError where its settings do not fit."""
+        return config_lib.make(reco.Config, {"dim": dim} | dict(self.model), "model")
 
 
 def run(config: Config, run: run_lib.Run, stage_dir: epath.Path, *, source: str = "pairs") -> dict:
@@ -129,11 +124,10 @@ def load_fusion(folder: epath.Path) -> Fusion:
         UserError: nothing is there, or it is another model's.
     """
     record = files.read_json(folder / RECORD)
-    model_config = make_config(record["model"])
-    search = dict(record["search"])
-    lookups = {name: reco.Lookup(**search.pop(name)) for name in reco.MODALITIES}
+    model_config = config_lib.make(reco.Config, record["model"], str(folder / RECORD))
+    search = config_lib.make(Search, record["search"], str(folder / RECORD))
     mounted = frozen.load_params(folder / PARAMS, partial(_make_model, model_config, 0))
-    return Fusion(mounted, Search(**search, **lookups), record["towers"])
+    return Fusion(mounted, search, record["towers"])
 
 
 def _make_model(config: reco.Config, seed: int) -> reco.Model:
@@ -186,7 +180,9 @@ def find_for_training(config: Config, found: pairs.Embedded) -> dict[str, Found]
     }
 
 
-def _loss_of_groups(model: nnx.Module, batch: Mapping[str, jax.Array], rng: jax.Array):
+def _loss_of_groups(
+    model: nnx.Module, batch: Mapping[str, jax.Array], rng: jax.Array
+) -> tuple[jax.Array, step.Metrics]:
     """The loss of a batch [G, GROUP, ...]."""
 
     def flatten(x: jax.Array) -> jax.Array:

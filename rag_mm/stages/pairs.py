@@ -4,7 +4,8 @@ Towers and memory do not change while the fusion learns, so each picture and eac
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -21,6 +22,8 @@ from rag_mm.worlds.emoji import splits as split_lib
 
 INPUTS = ("retriever", "memory")
 FACTS = "pairs.json"
+# Class ids of the world, int [N], to places among its classes, int32 [N].
+Numbers = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,7 +92,8 @@ class Embedded:
 
 def no_pairs(dim: int) -> Pairs:
     """None of that width."""
-    return Pairs(*(np.zeros((0, dim), np.float32) for _ in range(2)), np.zeros(0, np.int32))
+    nothing = np.zeros((0, dim), np.float32)
+    return Pairs(nothing, nothing, np.zeros(0, np.int32))
 
 
 _PARTS = ("train", "memory", "test", "questions", "captioned")
@@ -110,14 +114,13 @@ def save(folder: epath.Path, found: Embedded) -> None:
 def load(folder: epath.Path) -> Embedded:
     """Reads what `save` wrote."""
     fields = [field.name for field in dataclasses.fields(Pairs)]
-    parts = {
+    found: dict[str, Any] = {
         part: Pairs(*(files.read_array(folder / f"{part}_{field}.npy") for field in fields))
         for part in _PARTS
     }
-    arrays = {name: files.read_array(folder / f"{name}.npy") for name in _ARRAYS}
-    facts = files.read_json(folder / FACTS)
-    facts["split_names"] = tuple(facts["split_names"])
-    return Embedded(**parts, **arrays, **facts)
+    found |= {name: files.read_array(folder / f"{name}.npy") for name in _ARRAYS}
+    found |= files.read_json(folder / FACTS)
+    return Embedded(**found | {"split_names": tuple(found["split_names"])})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,11 +187,11 @@ def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
     }
 
 
-def _sum(dim: int, parts) -> Pairs:
+def _sum(dim: int, parts: Iterable[Pairs]) -> Pairs:
     return sum(parts, no_pairs(dim))
 
 
-def _train(config: Config, encoder: frozen.Retriever, numbers) -> Pairs:
+def _train(config: Config, encoder: frozen.Retriever, numbers: Numbers) -> Pairs:
     parts = []
     for split in config.train_splits:
         source = config.world.scenes("train", split)
@@ -200,14 +203,18 @@ def _train(config: Config, encoder: frozen.Retriever, numbers) -> Pairs:
     return _sum(encoder.dim, parts)
 
 
-def _test(config: Config, encoder: frozen.Retriever, source: scenes.Scenes, numbers) -> Pairs:
+def _test(
+    config: Config, encoder: frozen.Retriever, source: scenes.Scenes, numbers: Numbers
+) -> Pairs:
     """Scenes of one entity, since a picture of two has no one class."""
     alone = [row for row in range(len(source)) if len(source.facts(row).entities) == 1]
     rows = world_lib.spread(np.array(alone, np.int64), config.max_test)
     return _embed(encoder, source, rows, [source.caption(int(r), 0) for r in rows], numbers)
 
 
-def _questions(config: Config, encoder: frozen.Retriever, source: scenes.Scenes, numbers) -> Pairs:
+def _questions(
+    config: Config, encoder: frozen.Retriever, source: scenes.Scenes, numbers: Numbers
+) -> Pairs:
     """Of each picture with two entities, what stands at the place of the first one."""
     both = [row for row in range(len(source)) if len(source.facts(row).entities) == 2]
     rows = world_lib.spread(np.array(both, np.int64), config.max_test)
@@ -220,7 +227,7 @@ def _questions(config: Config, encoder: frozen.Retriever, source: scenes.Scenes,
     return _embed(encoder, source, rows, asked, numbers)
 
 
-def _captioned(config: Config, encoder: frozen.Retriever, numbers) -> Mapping:
+def _captioned(config: Config, encoder: frozen.Retriever, numbers: Numbers) -> dict[str, Any]:
     level = config.world.levels[-1]
     source = scenes.Scenes(level, config.world.classes(*split_lib.SPLITS), "test")
     rows = world_lib.spread(np.arange(len(source)), config.max_test)
@@ -233,7 +240,11 @@ def _captioned(config: Config, encoder: frozen.Retriever, numbers) -> Mapping:
 
 
 def _embed(
-    encoder: frozen.Retriever, source: scenes.Scenes, rows: np.ndarray, texts: list[str], numbers
+    encoder: frozen.Retriever,
+    source: scenes.Scenes,
+    rows: np.ndarray,
+    texts: list[str],
+    numbers: Numbers,
 ) -> Pairs:
     image = encoder.encode_image(world_lib.images(source, rows))
     return Pairs(image, encoder.encode_text(texts), numbers(source.class_ids[rows]))

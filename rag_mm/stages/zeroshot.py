@@ -156,7 +156,8 @@ def evaluate(
 
 def _embed(pictures: labelled.Labelled, encoder: frozen.Retriever) -> tuple[np.ndarray, np.ndarray]:
     """Unit rows float32 [Q, D] and classes int64 [Q]; pictures are read some at a time."""
-    parts, class_ids, batch = [], [], []
+    parts, class_ids = [], []
+    batch: list[np.ndarray] = []
 
     def close() -> None:
         rows = encoder_lib.encode_query(
