@@ -156,7 +156,9 @@ def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
     """Embeds scenes by the run's retriever."""
     encoder = retriever.load_encoder(run.workdir)
     memory = memory_stage.open_memory(run)
-    sources = [config.world.scenes("memory", *part) for part in (world_lib.SEEN, world_lib.HELD_OUT)]
+    sources = [
+        config.world.scenes("memory", *part) for part in (world_lib.SEEN, world_lib.HELD_OUT)
+    ]
     shown = np.concatenate([source.class_ids for source in sources])
     class_ids = config.world.classes(*split_lib.SPLITS)
     number_of = {int(class_id): number for number, class_id in enumerate(class_ids)}
