@@ -169,20 +169,18 @@ def _run_stage(
     return before != after
 
 
-def _check_world(world: world_lib.World | world_lib.Pictures, names: Sequence[str]) -> None:
+def _check_world(world: Any, names: Sequence[str]) -> None:
     if isinstance(world, world_lib.World):
         return
     for name in names:
         if STAGES[name].needs_facts:
             raise UserError(
-                f"The stage {name} scores by the facts of emoji scenes, and {world.documents} tells "
-                "none; leave it out of the config's stages."
+                f"The stage {name} scores by the facts of emoji scenes, and the config's world has "
+                "none; leave the stage out."
             )
 
 
-def _stage_config(
-    config: Mapping[str, Any], name: str, world: world_lib.World | world_lib.Pictures
-) -> Any:
+def _stage_config(config: Mapping[str, Any], name: str, world: Any) -> Any:
     shared: dict[str, Any] = {"seed": config["seed"], "world": world}
     if "generation" in STAGES[name].shares:
         shared["generation"] = {**config.get("generation", {}), **shared}

@@ -4,7 +4,7 @@ This is how RECO trains on weights of your own: `rag-mm import clip`, `rag-mm me
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ class Config:
     """
 
     seed: int
-    world: Mapping[str, Any]
+    world: Any
     documents: str = ""
     memory: str = ""
     max_documents: int | None = None

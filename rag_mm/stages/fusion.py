@@ -56,7 +56,7 @@ class Config:
     """
 
     seed: int
-    world: Mapping[str, Any]
+    world: Any
     model: Mapping[str, Any]
     optimizer: optimizer.Config
     loop: loop.Config

@@ -9,6 +9,7 @@ import numpy as np
 from rag_mm.core import config as config_lib
 from rag_mm.core.document import Document
 from rag_mm.stages.own_pictures import Pictures
+from rag_mm.worlds import concepts
 from rag_mm.worlds.emoji import scenes as scene_lib
 from rag_mm.worlds.emoji import splits
 
@@ -80,14 +81,19 @@ class World:
         return self.geometry.image_size
 
 
-def make(values: Mapping[str, Any]) -> World | Pictures:
-    """The world that a config's `world` describes: one with `documents` is one's own.
+def make(values: Mapping[str, Any]) -> World | Pictures | concepts.Config:
+    """The world that a config's `world` describes.
+
+    One with `documents` is one's own, one with a `modality_offset` a toy of embeddings; any other is of
+    emoji scenes.
 
     Raises:
         UserError: an unknown setting, or a value that the world refuses.
     """
     if "documents" in values:
         return config_lib.make(Pictures, values, "world")
+    if "modality_offset" in values:
+        return config_lib.make(concepts.Config, values, "world")
     return config_lib.make(World, values, "world")
 
 
