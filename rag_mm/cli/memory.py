@@ -153,8 +153,7 @@ def _build(args: argparse.Namespace) -> dict[str, Any]:
     if (out / "config.json").exists():  # A memory's leftovers and a run have names in common.
         raise UserError(f"--out={args.out} is in the way: a run or a model. Name another folder.")
     is_leader = _check_processes(args) == 0
-    if is_leader:
-        writer.check_vacant(out, ("retriever", "tokenizer"))
+    writer.check_vacant(out, ("retriever", "tokenizer"))
     documents = _open_documents(args.documents)
     if args.num_processes > 1:  # Mistakes were found: nobody waits for a process that has ended.
         processes.join(args.coordinator, args.num_processes, args.process_id)

@@ -29,7 +29,7 @@ class LabelledFolder:
 
     Attributes:
         class_names: in alphabetical order.
-        rejects: (file, reason) of each picture that could not be read so far.
+        rejects: (file, reason) of each picture that the last reading could not read.
     """
 
     def __init__(self, directory: pathlib.Path):
@@ -50,11 +50,12 @@ class LabelledFolder:
             raise UserError(
                 f"{directory} has no class folder with pictures; lay them out as CLASS/picture.jpg."
             )
-        self.class_names = tuple(readable(name) for name in self._files)
+        self.class_names = _readable(list(self._files), directory)
         self.rejects: list[tuple[str, str]] = []
 
     def read(self) -> Iterator[tuple[np.ndarray, int]]:
         """All pictures, class by class."""
+        self.rejects.clear()
         for number, paths in enumerate(self._files.values()):
             for path in paths:
                 try:
@@ -68,7 +69,7 @@ class LabelledTfds:
 
     Attributes:
         class_names: as the label's feature has them, made readable.
-        rejects: (record, reason) of each picture that could not be read so far.
+        rejects: (record, reason) of each picture that the last reading could not read.
     """
 
     def __init__(self, name: str, split: str = "test", label: str = "label"):
@@ -86,11 +87,12 @@ class LabelledTfds:
             known = ", ".join(sorted(self._features))
             raise UserError(f"{name} has no class label {label!r}; it has {known}.") from None
         self._name, self._label = f"{pathlib.PurePath(name).name}-{split}", label
-        self.class_names = tuple(readable(text) for text in stored)
+        self.class_names = _readable(stored, name)
         self.rejects: list[tuple[str, str]] = []
 
     def read(self) -> Iterator[tuple[np.ndarray, int]]:
         """All pictures in the dataset's order."""
+        self.rejects.clear()
         for place in range(len(self._records)):
             fields: Any = self._records[place]
             try:
@@ -104,6 +106,18 @@ class LabelledTfds:
 def readable(name: str) -> str:
     """A class as a caption would name it: `001.Black_footed_Albatross` is `Black footed Albatross`."""
     return " ".join(re.sub(r"^\d+\.", "", name).replace("_", " ").split())
+
+
+def _readable(names: list[str], where: object) -> tuple[str, ...]:
+    """Raises a UserError where two classes would be one, or one would be nothing."""
+    found = tuple(readable(name) for name in names)
+    for name, made in zip(names, found, strict=True):
+        if not made or found.count(made) > 1:
+            raise UserError(
+                f"The class {name!r} of {where} reads {made!r}, which is "
+                f"{'another class, too' if made else 'nothing'}; rename it."
+            )
+    return found
 
 
 def caltech_birds2011(split: str = "test") -> LabelledTfds:

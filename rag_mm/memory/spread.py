@@ -20,7 +20,7 @@ _END, _TEXT, _IMAGE, _CODES = range(4)
 
 
 def own_part(num_rows: int) -> slice:
-    """The rows that are this process's: equal parts, of which the last may be shorter."""
+    """The rows that are this process's: equal parts, of which the last ones may be shorter or empty."""
     part = _part_size(num_rows)
     start = min(jax.process_index() * part, num_rows)
     return slice(start, min(start + part, num_rows))

@@ -62,6 +62,10 @@ class BlockConfig:
                 f"smear_lags are {lags}; give tuples of lags of at least 1, not all empty, as many tuples as "
                 f"divide the {self.num_kv_heads} key heads"
             )
+        if max(map(len, lags), default=0) > max(self.head_dim // 2, 1):
+            raise ValueError(
+                f"smear_lags are {lags}: a head of {self.head_dim} holds {self.head_dim // 2}"
+            )
         if self.induction_init and self.num_kv_heads != self.num_heads:
             raise ValueError(
                 f"induction_init needs as many keys as queries, not {self.num_kv_heads} for {self.num_heads}"

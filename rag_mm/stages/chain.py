@@ -28,6 +28,7 @@ from rag_mm.stages import (
     toy_pairs,
 )
 from rag_mm.stages import world as world_lib
+from rag_mm.worlds import concepts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Stage:
     """A function of (config, run, stage_dir) that returns metrics, its config's class, and its inputs.
 
     `shares` names other stages' slices that its config holds; `reports_on_others` says that its metrics
-    are nested by the stages they speak of; `needs_facts`, that it reads what emoji scenes alone tell.
+    are nested by the stages they speak of; `worlds` are those that it works in.
     """
 
     config: type
@@ -43,9 +44,12 @@ class Stage:
     function: Callable[[Any, run_lib.Run, epath.Path], Mapping[str, Any]]
     shares: tuple[str, ...] = ()
     reports_on_others: bool = False
-    needs_facts: bool = False
+    worlds: tuple[type, ...] = (world_lib.World, world_lib.Pictures)
 
 
+SCENES = (world_lib.World,)  # Emoji scenes alone tell facts to score by.
+TOYS = (concepts.Config,)
+EVERY = (world_lib.World, world_lib.Pictures, concepts.Config)
 STAGES = {
     "tokenizer": Stage(tokenizer.Config, tokenizer.INPUTS, tokenizer.run),
     "retriever": Stage(retriever.Config, retriever.INPUTS, retriever.run),
@@ -53,22 +57,27 @@ STAGES = {
     "neighbors": Stage(neighbors.Config, neighbors.INPUTS, neighbors.run, reports_on_others=True),
     "decoder": Stage(decoder.Config, decoder.INPUTS, decoder.run),
     "control": Stage(decoder.Config, decoder.CONTROL_INPUTS, decoder.run),
-    "copy_probe": Stage(copy_probe.Config, copy_probe.INPUTS, copy_probe.run, needs_facts=True),
-    "few_shot": Stage(few_shot.Config, few_shot.INPUTS, few_shot.run, needs_facts=True),
-    "pairs": Stage(pairs.Config, pairs.INPUTS, pairs.run, needs_facts=True),
-    "toy_pairs": Stage(toy_pairs.Config, toy_pairs.INPUTS, toy_pairs.run),
-    "document_pairs": Stage(document_pairs.Config, document_pairs.INPUTS, document_pairs.run),
+    "copy_probe": Stage(copy_probe.Config, copy_probe.INPUTS, copy_probe.run, worlds=SCENES),
+    "few_shot": Stage(few_shot.Config, few_shot.INPUTS, few_shot.run, worlds=SCENES),
+    "pairs": Stage(pairs.Config, pairs.INPUTS, pairs.run, worlds=SCENES),
+    "toy_pairs": Stage(toy_pairs.Config, toy_pairs.INPUTS, toy_pairs.run, worlds=TOYS),
+    "document_pairs": Stage(
+        document_pairs.Config, document_pairs.INPUTS, document_pairs.run, worlds=EVERY
+    ),
     **{
         f"{kind}fusion": Stage(
-            fusion.Config, (f"{kind}pairs",), partial(fusion.run, source=f"{kind}pairs")
+            fusion.Config,
+            (f"{kind}pairs",),
+            partial(fusion.run, source=f"{kind}pairs"),
+            worlds=EVERY,
         )
         for kind in ("", "toy_", "document_")
     },
-    "generation": Stage(generation.Config, generation.INPUTS, generation.run, needs_facts=True),
+    "generation": Stage(generation.Config, generation.INPUTS, generation.run, worlds=SCENES),
     "evaluation": Stage(
-        evaluation.Config, evaluation.INPUTS, evaluation.run, ("generation",), True, True
+        evaluation.Config, evaluation.INPUTS, evaluation.run, ("generation",), True, SCENES
     ),
-    "report": Stage(report.Config, report.INPUTS, report.run, ("generation",), needs_facts=True),
+    "report": Stage(report.Config, report.INPUTS, report.run, ("generation",), worlds=SCENES),
 }
 
 
@@ -170,13 +179,11 @@ def _run_stage(
 
 
 def _check_world(world: Any, names: Sequence[str]) -> None:
-    if isinstance(world, world_lib.World):
-        return
     for name in names:
-        if STAGES[name].needs_facts:
+        if not isinstance(world, STAGES[name].worlds):
             raise UserError(
-                f"The stage {name} scores by the facts of emoji scenes, and the config's world has "
-                "none; leave the stage out."
+                f"The stage {name} does not work in the config's world, {world_lib.KINDS[type(world)]}; "
+                "leave it out of the config's stages."
             )
 
 

@@ -302,7 +302,12 @@ def load_params(stage_dir: epath.Path, codec: frozen.Tokenizer) -> Generator:
             f"{codec.fingerprint[:12]}; use its own tokenizer."
         )
     model = dict(record["model"])
-    model_config = ra_cm3.Config(DecoderConfig(**model.pop("decoder")), **model)
+    try:
+        model_config = ra_cm3.Config(DecoderConfig(**model.pop("decoder")), **model)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{stage_dir} holds a model of another version ({error}); train it anew."
+        ) from None
     mounted = frozen.load_params(stage_dir / "params", partial(_make_model, model_config, 0))
     layout = rows.Layout(**record["layout"])
     return Generator(mounted.graphdef, mounted.params, codec.vocabulary, layout)

@@ -122,7 +122,8 @@ def _check_gate(config: Config, same_class: float) -> None:
 
 def _train_neighbors(config: Config, memory: memory_lib.Memory, bound: float) -> np.ndarray:
     source = config.world.scenes("train", *world_lib.SEEN)
-    rows, columns = range(len(source))[spread.own_part(len(source))], []
+    part, columns = range(len(source))[spread.own_part(len(source))], []
+    rows = part or range(1)  # One of many processes may have none, and asks all the same.
     with progress.track("neighbors", total=config.caption_draws + 1) as bar:
         for draw in range(config.caption_draws):
             queries = memory.encode(text=[_dropped_caption(config, source, i, draw) for i in rows])
@@ -131,7 +132,7 @@ def _train_neighbors(config: Config, memory: memory_lib.Memory, bound: float) ->
         queries = memory.encode(image=world_lib.images(source, np.array(rows)))
         columns.append(_find(config, memory, queries, source, rows, bound))
         bar.update(config.caption_draws + 1)
-    return spread.gather(np.stack(columns, axis=1), len(source))
+    return spread.gather(np.stack(columns, axis=1)[: len(part)], len(source))
 
 
 def memory_facts(world: world_lib.World) -> list[scene_lib.Facts]:

@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import json
 import zlib
 
 import numpy as np
+from etils import epath
 
-from rag_mm.core import progress
+from rag_mm.core import digests, files, progress
 from rag_mm.core.document import Document, Image, Text
 from rag_mm.core.errors import UserError
 from rag_mm.data import opening
@@ -28,7 +30,8 @@ class Pictures:
         image_size: pixels a side, to which pictures are fitted.
         held_out_share: of the documents; none of these is trained on, and the memory's first version
             lacks them.
-        digest: of what `documents` holds; made here, so that a changed folder is another world.
+        digest: of what `documents` holds (of tars, their names and sizes); made here, so that a changed
+            folder is another world.
     """
 
     documents: str
@@ -46,7 +49,14 @@ class Pictures:
         if not 0 < self.held_out_share < 1:
             raise ValueError(f"held_out_share is {self.held_out_share}, give more than 0, below 1")
         source = opening.open_documents(self.documents)
-        object.__setattr__(self, "digest", source.fingerprint)
+        # A folder's own fingerprint is of its captions alone.
+        pixels = (
+            digests.folder_digests(folder)
+            if (folder := epath.Path(self.documents)).is_dir()
+            else {}
+        )
+        whole = json.dumps([source.fingerprint, pixels], sort_keys=True)
+        object.__setattr__(self, "digest", files.digest(whole.encode()))
 
     def scenes(self, role: str, *split_names: str) -> "Captioned":
         """The documents of some splits, the same in each role."""

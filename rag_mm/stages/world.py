@@ -81,10 +81,17 @@ class World:
         return self.geometry.image_size
 
 
+KINDS = {
+    World: "emoji scenes",
+    Pictures: "pictures of one's own, which tell no facts to score by",
+    concepts.Config: "a toy of embeddings",
+}
+
+
 def make(values: Mapping[str, Any]) -> World | Pictures | concepts.Config:
     """The world that a config's `world` describes.
 
-    One with `documents` is one's own, one with a `modality_offset` a toy of embeddings; any other is of
+    One with `documents` is one's own, one with a setting of a toy of embeddings is that; any other is of
     emoji scenes.
 
     Raises:
@@ -92,7 +99,7 @@ def make(values: Mapping[str, Any]) -> World | Pictures | concepts.Config:
     """
     if "documents" in values:
         return config_lib.make(Pictures, values, "world")
-    if "modality_offset" in values:
+    if {field.name for field in dataclasses.fields(concepts.Config)} & set(values):
         return config_lib.make(concepts.Config, values, "world")
     return config_lib.make(World, values, "world")
 

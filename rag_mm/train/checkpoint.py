@@ -45,6 +45,7 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
         )
+        self._saving: Any = None
 
     @property
     def latest_step(self) -> int | None:
@@ -75,6 +76,7 @@ class Checkpoints:
             saving = self._checkpointer.save_checkpointables_async(step, pieces, force=True)
         except Exception as error:
             self._refuse(error)
+        self._saving = saving
         if saving is not None and on_commit is not None:
             saving.on_complete(lambda _: on_commit())
 
@@ -84,8 +86,11 @@ class Checkpoints:
         Raises:
             UserError: it could not be written, as when the disk is full; those before it stay.
         """
+        saving, self._saving = self._saving, None
         try:
             self._checkpointer.wait()
+            if saving is not None:
+                saving.result()  # Nothing else ends the thread that wrote.
         except Exception as error:  # Whatever the thread that wrote has raised.
             self._refuse(error)
 

@@ -153,6 +153,8 @@ def fit(
                 raise SystemExit(preemption.EXIT_CODE)
         checkpoints.wait()
         run.finish()
+        if agreement.is_asked():
+            raise SystemExit(preemption.EXIT_CODE)
     return state, run.log.rows
 
 

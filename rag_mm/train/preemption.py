@@ -66,6 +66,11 @@ class Agreement:
         self._asked = self._any(jax.make_array_from_callback(shape, self._sharding, lambda _: flag))
         return before is not None and bool(before)
 
+    def is_asked(self) -> bool:
+        """After the last step, when there is time to wait for the answer: what any has heard until now."""
+        self.is_due()
+        return self._stop.is_asked if self._asked is None else bool(self._asked)
+
 
 @contextlib.contextmanager
 def listen() -> Iterator[Stop]:

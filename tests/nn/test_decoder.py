@@ -39,7 +39,7 @@ FAMILIES = {
         tie_embeddings=True,
     ),
     "quickstart": decoder.DecoderConfig(
-        **SIZES, qk_norm=True, smear_lags=((1,), (3, 1), (), (2, 4, 1))
+        **SIZES, qk_norm=True, smear_lags=((1,), (3, 1), (), (4, 2))
     ),
 }
 # Two documents and padding in one row; padding and restarted positions in the other.
@@ -221,6 +221,8 @@ def test_lags_share_the_heads_evenly():
         decoder.DecoderConfig(**SIZES, smear_lags=((1,), (2,), (3,))).block  # noqa: B018
     with pytest.raises(ValueError, match="smear_lags"):
         decoder.DecoderConfig(**SIZES, smear_lags=((), ())).block  # noqa: B018
+    with pytest.raises(ValueError, match="a head of .* holds"):
+        decoder.DecoderConfig(**SIZES, smear_lags=(tuple(range(1, 30)),)).block  # noqa: B018
     with pytest.raises(ValueError, match="give tuples of lags"):
         decoder.DecoderConfig(**SIZES, smear_lags=(1, 8))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="as many keys as queries"):

@@ -253,3 +253,14 @@ def test_what_training_does_next_is_not_in_the_checkpoint(tmp_path):
     checkpoints.close()
     assert_same(restored, expected)
     assert again.get_state() == make_batches().get_state()
+
+
+def test_a_save_leaves_no_thread_behind(tmp_path):
+    state, counts = make_state(), []
+    saver = checkpoint.Checkpoints(tmp_path)
+    for step in range(1, 6):
+        saver.save(at_step(state, step), make_batches())
+        saver.wait()
+        counts.append(threading.active_count())
+    saver.close()
+    assert counts[1] == counts[-1]

@@ -34,7 +34,7 @@ CONFIG = ra_cm3.Config(
         mlp_dim=32,
         max_seq_len=10,
         qk_norm=True,
-        smear_lags=((1, 2), (1, 7, 8, 9)),
+        smear_lags=((1, 2), (8, 9)),
         init_std=0.2,
     ),
     code_offset=16,
