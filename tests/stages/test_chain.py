@@ -51,7 +51,11 @@ def test_a_config_needs_what_every_stage_needs(config, key):
     ("world", "stage", "says"),
     [
         ({}, "toy_pairs", "toy_pairs does not work in the config's world, emoji scenes"),
-        ({"modality_offset": 1.0}, "tokenizer", "tokenizer does not work in .*, a toy of embeddings"),
+        (
+            {"modality_offset": 1.0},
+            "tokenizer",
+            "tokenizer does not work in .*, a toy of embeddings",
+        ),
     ],
 )
 def test_a_stage_is_refused_in_a_world_it_cannot_work_in(config, world, stage, says):
