@@ -111,7 +111,7 @@ def evaluate(
         refine: none, image, text or both.
         memory, num_neighbors: see `load`.
         templates: of prompts; see `Classifier.class_rows`.
-        max_shown: pictures on the page, evenly spaced.
+        max_shown: most pictures on the page, evenly spaced.
 
     Returns:
         accuracy, ci95, n, frozen (accuracy without the memory), gain (the difference), its gain_ci95,
@@ -122,16 +122,16 @@ def evaluate(
     """
     refinement.is_refined("image", refine)
     found = load(workdir, memory, num_neighbors)
-    rows, class_ids = _embed(pictures, found.encoder)
+    rows, class_ids, kept = _embed(pictures, found.encoder, max_shown)
     names = found.class_rows(pictures.class_names, templates)
     refined = found.refine("image", rows, refine), found.refine("text", names, refine)
     before, after = rows @ names.T, refined[0] @ refined[1].T
     hits = {"frozen": zeroshot.ranks(before, class_ids) == 0}
     hits["refined"] = zeroshot.ranks(after, class_ids) == 0
     page = epath.Path(workdir) / PAGE
-    shown = np.unique(np.linspace(0, len(rows) - 1, min(max_shown, len(rows))).round().astype(int))
+    shown = np.array(list(kept))
     scores = (before[shown], after[shown])
-    cards = _cards(found, pictures, class_ids, shown, rows[shown], names, scores)
+    cards = _cards(found, pictures.class_names, class_ids, kept, rows[shown], names, scores)
     title = (
         f"Zero-shot, refine={refine}: {hits['frozen'].mean():.1%} to {hits['refined'].mean():.1%}"
     )
@@ -154,9 +154,16 @@ def evaluate(
     }
 
 
-def _embed(pictures: labelled.Labelled, encoder: frozen.Retriever) -> tuple[np.ndarray, np.ndarray]:
-    """Unit rows float32 [Q, D] and classes int64 [Q]; pictures are read some at a time."""
+def _embed(
+    pictures: labelled.Labelled, encoder: frozen.Retriever, max_kept: int
+) -> tuple[np.ndarray, np.ndarray, dict[int, np.ndarray]]:
+    """Unit rows float32 [Q, D], classes int64 [Q], and some of the pictures, evenly spaced, by number.
+
+    Pictures are read once, some at a time.
+    """
     parts, class_ids = [], []
+    kept: dict[int, np.ndarray] = {}
+    stride = 1
     batch: list[np.ndarray] = []
 
     def close() -> None:
@@ -166,7 +173,12 @@ def _embed(pictures: labelled.Labelled, encoder: frozen.Retriever) -> tuple[np.n
         parts.append(rows)
         batch.clear()
 
-    for pixels, class_id in pictures.read():
+    for number, (pixels, class_id) in enumerate(pictures.read()):
+        if number % stride == 0:
+            kept[number] = pixels
+        if len(kept) > max_kept:  # How many there are is known at the end only.
+            stride *= 2
+            kept = {each: kept[each] for each in kept if each % stride == 0}
         # Prepared as the memory's own pictures are, whatever their size.
         batch.append(images_lib.fit(pixels, encoder.image_size))
         class_ids.append(class_id)
@@ -177,35 +189,33 @@ def _embed(pictures: labelled.Labelled, encoder: frozen.Retriever) -> tuple[np.n
     if not parts:
         reason = f" ({pictures.rejects[0][1]})" if pictures.rejects else ""
         raise UserError(f"There is no picture that can be read{reason}.")
-    return np.concatenate(parts), np.array(class_ids)
+    return np.concatenate(parts), np.array(class_ids), kept
 
 
 def _cards(
     found: Classifier,
-    pictures: labelled.Labelled,
+    class_names: Sequence[str],
     class_ids: np.ndarray,
-    shown: np.ndarray,
+    shown: dict[int, np.ndarray],
     rows: np.ndarray,
     names: np.ndarray,
     scores: tuple[np.ndarray, np.ndarray],
 ) -> list[refinements.Card]:
-    wanted = set(shown.tolist())
-    kept = {i: pixels for i, (pixels, _) in enumerate(pictures.read()) if i in wanted}
     by_image = found.refiner.search.find(found.refiner.bank, "image", rows).ids
     by_text = found.refiner.search.find(found.refiner.bank, "text", names).ids
     cards = []
-    for n, i in enumerate(shown.tolist()):
+    for n, (i, picture) in enumerate(shown.items()):
         own = int(class_ids[i])
-        before, after = (_guess(part[n], own, pictures.class_names) for part in scores)
+        before, after = (_guess(part[n], own, class_names) for part in scores)
         guessed = int(scores[1][n].argmax())
         cards.append(
             refinements.Card(
-                picture=kept[i],
-                truth=pictures.class_names[own],
+                picture=picture,
+                truth=class_names[own],
                 before=before,
                 after=after,
                 image_side=_hits(found.memory, by_image[n]),
-                asked_text=pictures.class_names[guessed],
+                asked_text=class_names[guessed],
                 text_side=_hits(found.memory, by_text[guessed]),
             )
         )
