@@ -24,7 +24,10 @@ FOLDER = "frozen"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Both towers have one width; `splits` says what the retriever may have seen.
+    """Both towers have one width; `splits` and `roles` say which scenes the retriever may have seen.
+
+    Beside those of the role `train` these may be the memory's own, `memory`, as a CLIP of the public web
+    may have seen what a memory of public pictures holds; never those of tests.
 
     A picture is shown with the shortest of `caption_draws` captions: the more, the more often with
     nothing but names, and the more the entity outweighs place and colour in a query that tells them all.
@@ -38,6 +41,7 @@ class Config:
     optimizer: optimizer.Config
     loop: loop.Config
     splits: tuple[str, ...] = ("common", "rare_seen", "held_out")
+    roles: tuple[str, ...] = ("train",)
     embed_dim: int = 128
     num_heads: int = 4
     vision_layers: int = 3
@@ -64,6 +68,8 @@ class Config:
         if not self.splits or not set(self.splits) <= set(split_lib.SPLITS):
             known = ", ".join(split_lib.SPLITS)
             raise ValueError(f"splits are {self.splits}, choose some of {known}")
+        if not self.roles or not set(self.roles) <= {"train", "memory"}:
+            raise ValueError(f"roles are {self.roles}, choose some of train, memory")
         if self.embed_dim % self.num_heads or self.world.image_size % self.patch_size:
             raise ValueError(
                 "num_heads divides embed_dim and patch_size the pictures' side, which "
@@ -94,17 +100,19 @@ def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
     """Trains, freezes, and measures on unseen scenes."""
     words = tokenizer.load_tokenizer(run.workdir).vocabulary
     model_config = config.model(words)
-    source = config.world.scenes("train", *config.splits)
-    pictures = world_lib.images(source)
+    sources = [config.world.scenes(role, *config.splits) for role in config.roles]
+    pictures = np.concatenate([world_lib.images(source) for source in sources])
+    places = [(source, row) for source in sources for row in range(len(source))]
 
-    def make_pair(row: np.int64, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def make_pair(index: np.int64, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        source, row = places[index]
         draws = rng.integers(1 << 30, size=config.caption_draws)
-        text = min((source.caption(int(row), int(draw)) for draw in draws), key=len)
+        text = min((source.caption(row, int(draw)) for draw in draws), key=len)
         tokens = frozen.text_tokens(model_config, words, [text])[0]
-        return {"images": pictures[row].astype(np.float32) / 255, "tokens": tokens}
+        return {"images": pictures[index].astype(np.float32) / 255, "tokens": tokens}
 
     batches = pipeline.make_batches(
-        np.arange(len(source)), config.batch_size, config.seed, make_pair
+        np.arange(len(places)), config.batch_size, config.seed, make_pair
     )
     params, rows = training.train(
         "retriever",

@@ -15,13 +15,14 @@ from rag_mm.core import files
 from rag_mm.core import run as run_lib
 from rag_mm.core.errors import UserError
 from rag_mm.data import vocabulary
-from rag_mm.models import clip, spae
+from rag_mm.models import clip, cm3leon, ra_cm3, spae
 from rag_mm.nn import decoder as decoder_lib
 from rag_mm.nn import params as params_lib
 from rag_mm.stages import export, frozen, imported, interchange
 from rag_mm.train import checkpoint
 
 DECODER = decoder_lib.DecoderConfig(300, 2, 16, 2, 24, 32)
+SMEARED = dataclasses.replace(DECODER, smear_lags=((1,),), qk_norm=True)
 WORDS = vocabulary.train_vocabulary(["a red apple on blue"], 262, codebook_size=16, num_sentinels=2)
 CLIP = clip.Config(
     image_size=8,
@@ -79,8 +80,17 @@ def make_run(folder, config):
     return folder
 
 
-def test_a_decoder_under_its_own_names_with_their_table(tmp_path):
-    config = dataclasses.replace(DECODER, smear_lags=((1,),), qk_norm=True)
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (SMEARED, "stack.1.attention.k_smear"),
+        (ra_cm3.Config.tiny().decoder, "stack.1.mlp.down.bias"),
+        (cm3leon.Config.tiny("blocks").decoder, "position_embedding.table"),
+        (cm3leon.Config.tiny("head").decoder, "head.table"),
+    ],
+    ids=["quickstart", "ra_cm3", "cm3leon_blocks", "cm3leon_head"],
+)
+def test_a_decoder_under_its_own_names_with_their_table(tmp_path, config, named):
     run = make_run(tmp_path / "run", config)
     made = export.export_checkpoint("cm3", run, tmp_path / "out", 1 << 30)
     tensors = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
@@ -96,10 +106,13 @@ def test_a_decoder_under_its_own_names_with_their_table(tmp_path):
             ours = wanted[path] if row["layers"] is None else wanted[path][layer]
             np.testing.assert_array_equal(array, ours)
             seen.add(name.format(layer))
-    assert seen == set(tensors) and "stack.1.attention.k_smear" in seen
+    assert seen == set(tensors) and named in seen
     assert names["stack.{}.attention.q.kernel"]["axes"] == ["embed", "heads", "head_dim"]
     values = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert values["model_type"] == "rag_mm_decoder" and values["smear_lags"] == [[1]]
+    assert values.pop("model_type") == "rag_mm_decoder" and values.pop("dtype") == "float32"
+    read = {name: value for name, value in values.items() if name != "smear_lags"}
+    assert read.items() <= dataclasses.asdict(config).items()
+    assert values["smear_lags"] == [list(lags) for lags in config.smear_lags]
     kept = vocabulary.load_vocabulary(epath.Path(tmp_path / "out" / "vocabulary.json"))
     assert kept.fingerprint == WORDS.fingerprint
 
