@@ -147,7 +147,8 @@ def full() -> dict:
     loop = dict(num_steps=800, log_every=20, checkpoint_every=100)
     return config | dict(
         world=dict(levels=LEVELS, class_share=0.35),
-        retriever=config["retriever"] | dict(max_text=40, caption_draws=4, loop=loop),
+        retriever=config["retriever"]
+        | dict(max_text=40, caption_draws=4, roles=("train", "memory"), loop=loop),
         neighbors=config["neighbors"] | dict(num_test=500),
         decoder=decoder,
         generation=dict(num_held_out=500, num_seen=256, temperature=0.4, controls=CONTROLS),
