@@ -176,7 +176,11 @@ def tiny() -> dict:
         world=dict(levels=("easy", "free"), class_share=0.4),
         tokenizer=base["tokenizer"] | dict(loop=loop, num_eval=64),
         retriever=base["retriever"]
-        | dict(splits=("common",), embed_dim=128, vision_layers=3, text_layers=2, num_eval=1000),
+        | dict(
+            splits=("common",),
+            roles=("train", "memory"),
+            loop=dict(num_steps=380, log_every=20, checkpoint_every=380),
+        ),
         memory=dict(index="exact", num_queries=500),
         pairs=dict(caption_draws=2, rare_repeats=4, max_test=1000),
         fusion=_fusion(600) | dict(curve_rows=(1, 5, 10), question_weight=1.0),
