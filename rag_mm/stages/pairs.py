@@ -217,9 +217,9 @@ def _test(
 def _questions(
     config: Config, encoder: frozen.Retriever, source: scenes.Scenes, numbers: Numbers
 ) -> Pairs:
-    """Of each picture with two entities, what stands at the place of the first one."""
-    both = [row for row in range(len(source)) if len(source.facts(row).entities) == 2]
-    rows = world_lib.spread(np.array(both, np.int64), config.max_test)
+    """What stands at the place of a picture's first entity, where a level may show two (OVEN)."""
+    asked_of = [row for row, level in enumerate(source.levels) if level.max_entities == 2]
+    rows = world_lib.spread(np.array(asked_of, np.int64), config.max_test)
     if not len(rows):
         return no_pairs(encoder.dim)
     asked = [
