@@ -183,7 +183,7 @@ def tiny() -> dict:
         ),
         memory=dict(index="exact", num_queries=500),
         pairs=dict(caption_draws=2, rare_repeats=4, max_test=1000),
-        fusion=_fusion(600) | dict(curve_rows=(1, 5, 10), question_weight=1.0),
+        fusion=_fusion(600) | dict(curve_rows=(1, 5, 10), question_weight=0.25),
         ablation=_ablation("fusion"),
     )
 
