@@ -1,11 +1,12 @@
 """Chameleon's image tokenizer: the VQGAN of Make-A-Scene (Gafni et al. 2022; Esser et al. 2021, section 3).
 
-It shares neither blocks nor downsampling with the pyramid tokenizer of `spae`: convolutions with biases,
-strided downsampling that pads below and to the right, one attention at the smallest grid.
+It differs from the pyramid tokenizer of `spae`: convolutions have biases, downsampling is strided and pads
+below and to the right, and there is one attention at the smallest grid.
 """
 
 import dataclasses
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -42,23 +43,6 @@ class Config:
         return (self.image_size // 2 ** (len(self.width_multipliers) - 1)) ** 2
 
 
-class ResBlock(nnx.Module):
-    """Norm, swish, 3x3 convolution, twice, around a skip that is 1x1 where the width changes."""
-
-    def __init__(self, config: Config, in_dim: int, out_dim: int, *, rngs: nnx.Rngs):
-        self.norm1 = _norm(config, in_dim, rngs=rngs)
-        self.conv1 = conv.conv3x3(in_dim, out_dim, rngs=rngs)
-        self.norm2 = _norm(config, out_dim, rngs=rngs)
-        self.conv2 = conv.conv3x3(out_dim, out_dim, rngs=rngs)
-        self.skip = None if in_dim == out_dim else nnx.Linear(in_dim, out_dim, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """float32 [B, H, W, in_dim] -> [B, H, W, out_dim]."""
-        h = self.conv1(nnx.silu(self.norm1(x)))
-        h = self.conv2(nnx.silu(self.norm2(h)))
-        return h + (x if self.skip is None else self.skip(x))
-
-
 class Attention(nnx.Module):
     """One head over all positions of a grid, added to its input."""
 
@@ -77,7 +61,7 @@ class Scale(nnx.Module):
     """The blocks of one grid, and the convolution that leads to the next one."""
 
     def __init__(
-        self, blocks: list[ResBlock], attentions: list[Attention], change: nnx.Conv | None
+        self, blocks: list[conv.ResBlock], attentions: list[Attention], change: nnx.Conv | None
     ):
         self.blocks, self.attentions = nnx.List(blocks), nnx.List(attentions)
         self.change = change
@@ -95,9 +79,9 @@ class Middle(nnx.Module):
     """Block, attention, block on the grid of codes."""
 
     def __init__(self, config: Config, width: int, *, rngs: nnx.Rngs):
-        self.block1 = ResBlock(config, width, width, rngs=rngs)
+        self.block1 = _res_block(config, width, width, rngs=rngs)
         self.attention = Attention(config, width, rngs=rngs)
-        self.block2 = ResBlock(config, width, width, rngs=rngs)
+        self.block2 = _res_block(config, width, width, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """float32 [B, S, S, D] -> the same shape."""
@@ -206,10 +190,14 @@ def _norm(config: Config, width: int, *, rngs: nnx.Rngs) -> nnx.GroupNorm:
     return nnx.GroupNorm(width, num_groups=config.num_groups, epsilon=_EPS, rngs=rngs)
 
 
+def _res_block(config: Config, in_dim: int, out_dim: int, *, rngs: nnx.Rngs) -> conv.ResBlock:
+    return conv.ResBlock(in_dim, out_dim, norm=partial(_norm, config), use_bias=True, rngs=rngs)
+
+
 def _blocks(
     config: Config, in_dim: int, out_dim: int, count: int, side: int, *, rngs: nnx.Rngs
-) -> tuple[list[ResBlock], list[Attention]]:
+) -> tuple[list[conv.ResBlock], list[Attention]]:
     dims = [in_dim] + [out_dim] * count
-    blocks = [ResBlock(config, a, b, rngs=rngs) for a, b in itertools.pairwise(dims)]
+    blocks = [_res_block(config, a, b, rngs=rngs) for a, b in itertools.pairwise(dims)]
     attends = side in config.attention_sizes
     return blocks, [Attention(config, out_dim, rngs=rngs) for _ in range(count if attends else 0)]

@@ -1,6 +1,8 @@
 """Convolutional parts of image tokenizers (MAGVIT's 2D residual blocks; SPAE, spec section 2)."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +24,22 @@ def group_norm(width: int, *, rngs: nnx.Rngs) -> nnx.GroupNorm:
 class ResBlock(nnx.Module):
     """Norm, swish, 3x3 convolution, twice, around a skip that is 1x1 where the width changes."""
 
-    def __init__(self, in_dim: int, out_dim: int, *, rngs: nnx.Rngs):
-        self.norm1 = group_norm(in_dim, rngs=rngs)
-        self.conv1 = conv3x3(in_dim, out_dim, use_bias=False, rngs=rngs)
-        self.norm2 = group_norm(out_dim, rngs=rngs)
-        self.conv2 = conv3x3(out_dim, out_dim, use_bias=False, rngs=rngs)
-        self.skip = (
-            nnx.Linear(in_dim, out_dim, use_bias=False, rngs=rngs) if in_dim != out_dim else None
-        )
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        *,
+        norm: Callable[..., nnx.GroupNorm] = group_norm,
+        use_bias: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        """`norm` makes one of a width; `use_bias` is that of convolutions and skip."""
+        self.norm1 = norm(in_dim, rngs=rngs)
+        self.conv1 = conv3x3(in_dim, out_dim, use_bias=use_bias, rngs=rngs)
+        self.norm2 = norm(out_dim, rngs=rngs)
+        self.conv2 = conv3x3(out_dim, out_dim, use_bias=use_bias, rngs=rngs)
+        skip = partial(nnx.Linear, in_dim, out_dim, use_bias=use_bias, rngs=rngs)
+        self.skip = None if in_dim == out_dim else skip()
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """float32 [B, H, W, in_dim] -> float32 [B, H, W, out_dim]."""

@@ -3,6 +3,7 @@
     python tests/parity/figures.py convert     a 1.1B LLaMA of random bfloat16: seconds, peak memory
     python tests/parity/figures.py clip        ViT-B/32 embeddings against transformers, interleaved
     python tests/parity/figures.py decode 100M greedy decoding against generate; or 1.1B
+    python tests/parity/figures.py bare 100M   the same products and nothing between them: what bounds it
 
 Weights are random: neither side's speed depends on them.
 """
@@ -148,6 +149,44 @@ def decode(size: str) -> None:
     compare(f"LLaMA {size}, greedy", run_ours, run_theirs, count)
 
 
+def bare(size: str) -> None:
+    """Tokens a second where a token is one vector times every matrix, float32, in one compiled loop.
+
+    Within a token no product waits for another, as they do in a decoder: a bound, not an aim.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    values = llama_config(size)
+    width, mlp = values["hidden_size"], values["intermediate_size"]
+    head_dim = width // values["num_attention_heads"]
+    kv = head_dim * values["num_key_value_heads"]
+    # q, k, v, out; gate, up, down.
+    shapes = [(width, width), (width, kv), (width, kv), (width, width)]
+    shapes += [(width, mlp), (width, mlp), (mlp, width)]
+    shapes = shapes * values["num_hidden_layers"] + [(width, values["vocab_size"])]
+    rng = np.random.default_rng(0)
+    matrices = [jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in shapes]
+    count, size_bytes = 64, sum(matrix.nbytes for matrix in matrices)
+
+    @jax.jit
+    def run(matrices):
+        def token(_, total):
+            # Each product depends on the token before, so that none leaves the loop.
+            return sum((jnp.full((1, m.shape[0]), total * 1e-9) @ m).max() for m in matrices)
+
+        return jax.lax.fori_loop(0, count, token, jnp.float32(1))
+
+    run(matrices).block_until_ready()
+    seconds = []
+    for _ in range(ROUNDS):
+        began = time.monotonic()
+        run(matrices).block_until_ready()
+        seconds.append(time.monotonic() - began)
+    rate = count / statistics.median(seconds)
+    print(f"{size}, bare products: {rate:.1f} a second, {rate * size_bytes / 1e9:.1f} GB/s")
+
+
 def compare(name: str, ours, theirs, count: int) -> None:
     """Ours and theirs in turn; medians and the median of the rounds' ratios."""
     ours(), theirs()
@@ -168,4 +207,4 @@ def compare(name: str, ours, theirs, count: int) -> None:
 
 
 if __name__ == "__main__":
-    {"convert": convert, "clip": clip, "decode": decode}[sys.argv[1]](*sys.argv[2:])
+    {"convert": convert, "clip": clip, "decode": decode, "bare": bare}[sys.argv[1]](*sys.argv[2:])
