@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from rag_mm.core import sharding
 from rag_mm.nn import layers
 from rag_mm.nn.smear import Before, Recent, lags_of_dims, smear
 from rag_mm.ops import rope, splash
@@ -23,6 +24,7 @@ class Heads(NamedTuple):
     recent: Recent | None = None
 
 
+MAX_UNROLLED = 4  # Deeper stacks are loops on a CPU too: programs grow with what is unrolled.
 INDUCTION_SMEAR = 2.0  # where `begin_with_induction` starts: sigmoid(2) = 0.88 is the lagged head's
 
 # (heads, what this layer was handed) -> (attended [B, T, N, H], what this layer hands back).
@@ -71,6 +73,12 @@ class BlockConfig:
                 f"induction_init needs as many keys as queries, not {self.num_kv_heads} for {self.num_heads}"
             )
 
+    def rotation(self, positions: jax.Array) -> rope.Rotation | None:
+        """How far int32 [B, T] positions turn q and k of every layer; None where they do not."""
+        if self.rope_theta is None:
+            return None
+        return rope.make_rotation(positions, self.head_dim, self.rope_theta, self.rope_scaling)
+
 
 # What the backward pass finds stored instead of computing it again, by `Stack`'s remat: everything;
 # products with parameters and what attention gave; nothing but each layer's input.
@@ -91,7 +99,6 @@ class Attention(nnx.Module):
 
     def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
         c = config
-        self.rope_theta, self.rope_scaling = c.rope_theta, c.rope_scaling
         kinds = dict(use_bias=c.use_bias, rngs=rngs, std=c.init_std, cut=c.init_cut)
         self.q = layers.Linear(
             (c.embed_dim,), (c.num_heads, c.head_dim), ("embed", "heads", None), **kinds
@@ -142,9 +149,9 @@ class Attention(nnx.Module):
                 smeared[...] = smeared[...] + INDUCTION_SMEAR
 
     def heads(
-        self, x: jax.Array, positions: jax.Array | None, before: Before | None = None
+        self, x: jax.Array, rotation: rope.Rotation | None, before: Before | None = None
     ) -> Heads:
-        """x: [B, T, D], positions: int32 [B, T]; `before` is needed where heads are smeared."""
+        """x: [B, T, D]; `rotation` as `BlockConfig.rotation`, `before` where heads are smeared."""
         q, k, v = self.q(x), self.k(x), self.v(x)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -158,11 +165,8 @@ class Attention(nnx.Module):
             q, *last = smear(q, past[0], before.segment_ids, self.q_smear[...], ahead, width)
             k, *last[1:] = smear(k, past[1], before.segment_ids, self.k_smear[...], of_k, width)
             recent = Recent(*last)
-        if self.rope_theta is not None:
-            q, k = (
-                rope.rotate(q, positions, self.rope_theta, self.rope_scaling),
-                rope.rotate(k, positions, self.rope_theta, self.rope_scaling),
-            )
+        if rotation is not None:
+            q, k = rope.rotate(q, rotation), rope.rotate(k, rotation)
         return Heads(q, k, v, recent)
 
 
@@ -207,14 +211,14 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        positions: jax.Array | None,
+        rotation: rope.Rotation | None,
         attend: Attend,
         handed: Any = None,
         before: Before | None = None,
     ) -> tuple[jax.Array, Any]:
         """x: [B, T, D] -> ([B, T, D], what `attend` hands back)."""
         asks = x if self.post_norm else self.attention_norm(x)
-        attended, back = attend(self.attention.heads(asks, positions, before), handed)
+        attended, back = attend(self.attention.heads(asks, rotation, before), handed)
         attended = jax.ad_checkpoint.checkpoint_name(attended, ATTENDED)
         added = self.attention.out(attended)
         if self.post_norm:
@@ -239,16 +243,19 @@ class Stack(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        positions: jax.Array | None,
+        rotation: rope.Rotation | None,
         attend: Attend,
         before: Before | None = None,
     ) -> tuple[jax.Array, Any]:
         """Scans over layers; what every layer hands back comes stacked along axis 0."""
 
         def layer(x, block):
-            return block(x, positions, attend, before=before)
+            return block(x, rotation, attend, before=before)
 
-        return jax.lax.scan(REMAT[self.remat](layer), x, self.blocks)
+        # A loop keeps what the backward pass reads in stacks, which a CPU has to write and read once more.
+        is_short = sharding.platform() == "cpu" and self.num_layers <= MAX_UNROLLED
+        unroll = self.num_layers if is_short else 1
+        return jax.lax.scan(REMAT[self.remat](layer), x, self.blocks, unroll=unroll)
 
     def unstack(self) -> tuple[Block, ...]:
         """The blocks one by one: decoding unrolls them so that each layer's cache stays in place."""

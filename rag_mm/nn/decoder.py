@@ -178,7 +178,8 @@ class Decoder(nnx.Module):
             return masked, keep(heads)
 
         before = Before(segment_ids) if self.config.smear_lags else None
-        return self.stack(self.embed(tokens, positions), positions, attend, before)
+        rotation = self.config.block.rotation(positions)
+        return self.stack(self.embed(tokens, positions), rotation, attend, before)
 
     def decode_step(
         self,
@@ -194,12 +195,12 @@ class Decoder(nnx.Module):
 
         `blocks` is `stack.unstack()`, taken once outside the decoding loop.
         """
-        x = self.embed(tokens, positions)
+        x, rotation = self.embed(tokens, positions), self.config.block.rotation(positions)
         updated = []
         same = jnp.ones_like(tokens)
         for block, layer_cache in zip(blocks, cache, strict=True):
             before = Before(same, layer_cache.recent) if self.config.smear_lags else None
-            x, layer_cache = block(x, positions, attend, layer_cache, before)
+            x, layer_cache = block(x, rotation, attend, layer_cache, before)
             updated.append(layer_cache)
         return self.norm(x), tuple(updated)
 

@@ -119,7 +119,7 @@ class Embedding(nnx.Module):
     def attend(self, x: jax.Array) -> jax.Array:
         """x: [B, T, D] -> logits [B, T, V] in x's dtype."""
         table, (rows, width) = self.table[...], self.table.axes
-        return projection.project(x, table.T, (width, rows), 1)
+        return projection.project(x, projection.transpose(table), (width, rows), 1)
 
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {

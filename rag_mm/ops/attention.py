@@ -1,18 +1,14 @@
 """Attention behind one function: softmax(q k^T / sqrt(H)) v with causal, segment and cache masks.
 
-Splash on a TPU and cuDNN on a GPU where their kernels fit, XLA everywhere else; one reference for all.
+Splash on a TPU and cuDNN on a GPU where their kernels fit, `cpu_attention` on a CPU, XLA elsewhere; one
+reference for all.
 """
-
-import itertools
 
 import jax
 import jax.numpy as jnp
 
 from rag_mm.core import sharding
-from rag_mm.ops import splash
-
-# Self-attention is cut into at most this many runs of queries, each of at least this length.
-MAX_CHUNKS, MIN_CHUNK = 4, 32
+from rag_mm.ops import cpu_attention, splash
 
 
 def attention(
@@ -35,7 +31,7 @@ def attention(
         query_segment_ids, key_segment_ids: int32 [B, T] and [B, S]; a query sees keys of its own segment
             only. Give both or neither. Padding is a segment of its own.
         query_offset: index of the first query among the keys (a KV cache holds more keys than queries).
-        implementation: splash | cudnn | xla | reference; None lets `choose` decide.
+        implementation: splash | cudnn | cpu | xla, the reference; None lets `choose` decide.
 
     Returns:
         [B, T, N, H] in q's dtype; scores and softmax are float32.
@@ -48,30 +44,18 @@ def attention(
     starts_at_0 = isinstance(query_offset, int) and query_offset == 0
     is_self = is_causal and starts_at_0 and q.shape[1] == k.shape[1]
     kind = implementation or choose(sharding.platform(), q, k, is_self)
-    segments = (query_segment_ids, key_segment_ids)
     if kind == "splash":
         return splash.splash_attention(q, k, v, query_segment_ids)
-    num_chunks = min(MAX_CHUNKS, q.shape[1] // MIN_CHUNK)
-    if kind != "xla" or not is_self or num_chunks < 2:
-        backend = "cudnn" if kind == "cudnn" else "xla"
-        return _attend(q, k, v, is_causal, *segments, query_offset, backend)
-    # A run of queries needs the keys up to its own end only: with four runs 3/8 of the scores, which are
-    # what costs on a CPU, are never made (a step of the quickstart's decoder: 3.2 -> 1.9 s).
-    length = q.shape[1]
-    bounds = [length * i // num_chunks for i in range(num_chunks + 1)]
-    chunks = []
-    for start, end in itertools.pairwise(bounds):
-        segment_ids = (
-            None if query_segment_ids is None else query_segment_ids[:, start:end],
-            None if key_segment_ids is None else key_segment_ids[:, :end],
-        )
-        run = (q[:, start:end], k[:, :end], v[:, :end])
-        chunks.append(_attend(*run, True, *segment_ids, start))
-    return jnp.concatenate(chunks, axis=1)
+    if kind == "cpu":
+        return cpu_attention.cpu_attention(q, k, v, query_segment_ids)
+    backend = "cudnn" if kind == "cudnn" else "xla"
+    return _attend(q, k, v, is_causal, query_segment_ids, key_segment_ids, query_offset, backend)
 
 
 def choose(platform: str, q: jax.Array, k: jax.Array, is_self: bool) -> str:
-    """splash | cudnn | xla for heads as in `attention`; `is_self`: causal, no key is older than query 0.
+    """splash | cudnn | cpu | xla for heads as in `attention`.
+
+    `is_self`: causal, and no key is older than query 0.
 
     Splash reads whole blocks of 128 positions; cuDNN's fused kernels take 16-bit heads of at most 128
     whose length is a multiple of 8.
@@ -82,7 +66,7 @@ def choose(platform: str, q: jax.Array, k: jax.Array, is_self: bool) -> str:
     fits = q.shape[3] % 8 == 0 and q.shape[3] <= 128
     if platform in ("gpu", "cuda") and is_self and is_narrow and fits:
         return "cudnn"
-    return "xla"
+    return "cpu" if platform == "cpu" and is_self else "xla"
 
 
 def _attend(

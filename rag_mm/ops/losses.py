@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 
+@jax.custom_vjp
 def token_nll(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """-log softmax(logits)[target] in nats.
 
@@ -16,10 +17,29 @@ def token_nll(logits: jax.Array, targets: jax.Array) -> jax.Array:
     Returns:
         float32 [B, T].
     """
+    return _token_nll(logits, targets)[0]
+
+
+def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
     # A comparison instead of a gather: it fuses with the sum and needs no exchange when V is split.
-    ids = jax.lax.broadcasted_iota(jnp.int32, (1, 1, logits.shape[-1]), 2)
-    chosen = jnp.where(ids == targets[:, :, None], logits, 0.0).sum(-1)
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
+    return jax.lax.broadcasted_iota(jnp.int32, (1, 1, logits.shape[-1]), 2) == targets[:, :, None]
+
+
+def _token_nll(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    normalizer = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.where(_is_target(logits, targets), logits, 0.0).sum(-1)
+    return normalizer - chosen, (logits, targets, normalizer)
+
+
+def _token_nll_grad(kept: tuple[jax.Array, ...], grad: jax.Array) -> tuple[jax.Array, None]:
+    # By itself autodiff would keep the exponentials beside the logits.
+    logits, targets, normalizer = kept
+    probabilities = jnp.exp(logits - normalizer[:, :, None])
+    is_target = _is_target(logits, targets).astype(logits.dtype)
+    return grad[:, :, None] * (probabilities - is_target), None
+
+
+token_nll.defvjp(_token_nll, _token_nll_grad)
 
 
 def chunked_token_nll(

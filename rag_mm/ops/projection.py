@@ -32,6 +32,21 @@ def project(x: jax.Array, kernel: jax.Array, axes: Axes, num_in: int) -> jax.Arr
     return function(x, kernel, axes, num_in)
 
 
+@jax.custom_vjp
+def transpose(table: jax.Array) -> jax.Array:
+    """[V, D] -> [D, V], whose gradient is made as [D, V] and then turned.
+
+    Left to itself XLA makes it as [V, D], for which a CPU has to turn the far larger gradient of logits.
+    """
+    return table.T
+
+
+transpose.defvjp(
+    lambda table: (table.T, None),
+    lambda _, grad: (jax.lax.optimization_barrier(grad).T,),
+)
+
+
 def look_up(ids: jax.Array, table: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Rows of a float32 table [V, D] of axes (any, "embed"): int32 [B, T] -> [B, T, D] in `dtype`."""
     function = _rows if table.dtype == dtype else _look_up

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,29 +36,39 @@ class Llama3Scaling:
         return (1 - share) * frequencies / self.factor + share * frequencies
 
 
-def rotate(
-    x: jax.Array,
+class Rotation(NamedTuple):
+    """Cosines and sines of the angles that positions turn a head's pairs by, float32 [B, T, 1, H/2]."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def make_rotation(
     positions: jax.Array,
+    head_dim: int,
     theta: float = 10_000.0,
     scaling: Llama3Scaling | None = None,
-) -> jax.Array:
-    """Rotates each head's pairs (i, i + H/2) by positions / theta^(2i/H).
+) -> Rotation:
+    """The angles positions / theta^(2i/H), made once for all layers.
 
     Args:
-        x: [B, T, N, H], H even.
         positions: int32 [B, T].
+        head_dim: H, even.
         theta: base of the wavelengths.
         scaling: what is done to the frequencies, or None.
-
-    Returns:
-        Array of x's shape and dtype; angles are computed in float32.
     """
-    half = x.shape[-1] // 2
+    half = head_dim // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     if scaling is not None:
         frequencies = scaling(frequencies)
     angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
-    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    # Without the barrier XLA computes every sine again for each head of each layer.
+    return Rotation(*jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles))))
+
+
+def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
+    """Turns each head's pairs (i, i + H/2); x: [B, T, N, H], and so is what is returned, in x's dtype."""
+    cos, sin = rotation
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)

@@ -109,7 +109,8 @@ def test_one_block_equals_the_naive_one(mlp):
             q, k, v, _ = heads
             return attention.attention(q, k, v, is_causal=True, **masks), handed + 1
 
-        return nnx.merge(graphdef, weights)(x, POSITIONS, attend, 41)
+        rotation = config.block.rotation(POSITIONS)
+        return nnx.merge(graphdef, weights)(x, rotation, attend, 41)
 
     found, handed_back = apply(weights, x)
     assert handed_back == 42

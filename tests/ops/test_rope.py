@@ -17,7 +17,8 @@ def test_rotation_turns_each_pair_by_its_angle(theta):
     angles = POSITIONS[:, :, None, None] / theta ** (2 * np.arange(4) / 8)
     turned = pairs * np.exp(1j * angles)
     expected = np.concatenate([turned.real, turned.imag], -1)
-    found = jax.jit(rope.rotate, static_argnums=2)(x, POSITIONS, theta)
+    turn = lambda x, positions: rope.rotate(x, rope.make_rotation(positions, 8, theta))
+    found = jax.jit(turn)(x, POSITIONS)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=2e-4)
 
@@ -27,7 +28,7 @@ def test_scores_depend_on_distance_alone():
     q, k = np.random.default_rng(1).normal(size=(2, 1, 1, 1, 16)).astype(np.float32)
 
     def score(query_position, key_position):
-        at = lambda position: np.array([[position]], np.int32)
+        at = lambda position: rope.make_rotation(np.array([[position]], np.int32), 16)
         left, right = rope.rotate(q, at(query_position)), rope.rotate(k, at(key_position))
         return float((left * right).sum())
 
@@ -37,7 +38,7 @@ def test_scores_depend_on_distance_alone():
 
 def test_position_zero_changes_nothing_and_dtype_is_kept():
     x = jax.numpy.ones((1, 2, 1, 4), jax.numpy.bfloat16)
-    found = rope.rotate(x, np.zeros((1, 2), np.int32))
+    found = rope.rotate(x, rope.make_rotation(np.zeros((1, 2), np.int32), 4))
     assert found.dtype == jax.numpy.bfloat16
     np.testing.assert_array_equal(found, x)
 

@@ -122,8 +122,9 @@ def test_hidden_states_layer_by_layer_and_logits(torch, llama, ours):
 
         x = model.embed(jnp.asarray(tokens), positions)
         states = [x]
+        rotation = model.config.block.rotation(positions)
         for block in model.stack.unstack():
-            x, _ = block(x, positions, attend)
+            x, _ = block(x, rotation, attend)
             states.append(x)
         states[-1] = model.norm(x)  # Theirs, too, shows the last one behind the norm.
         whole = model(jnp.asarray(tokens), positions, jnp.ones((2, 17), jnp.int32))

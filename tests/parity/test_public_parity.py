@@ -75,8 +75,9 @@ def test_every_layer(torch, both, name):
             handed,
         )
         states = [model.embed(jnp.asarray(tokens), positions)]
+        rotation = model.config.block.rotation(positions)
         for block in model.stack.unstack():
-            states.append(block(states[-1], positions, attend)[0])
+            states.append(block(states[-1], rotation, attend)[0])
         states[-1] = model.norm(states[-1])  # Theirs shows the last one behind the norm.
         return states
 
