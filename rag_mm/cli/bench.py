@@ -42,19 +42,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train = kinds.add_parser("train", help="the training step beside a peer, or against a peak")
     decode = kinds.add_parser("decode", help="greedy decoding beside a peer, or against a peak")
     for model in (train, decode):
-        of = "transformers (extra [parity]), or peak, the device's published one"
-        if model is train:
-            of = f"unguarded, the step without train.guard; {of}"
         peers = list(SETTINGS[model.prog.split()[-1]])
-        model.add_argument("--against", choices=peers, default="transformers", help=of)
+        model.add_argument(
+            "--against",
+            choices=peers,
+            default="transformers",
+            help="PyTorch (extra [parity]), the default"
+            + ("; unguarded, the step without train.guard" if model is train else "")
+            + "; peak, what the device's maker publishes",
+        )
         model.add_argument("--size", choices=["tiny", "1.3b", "7b"], help="peak: model (1.3b)")
-        model.add_argument("--length", type=int, help="tokens of a row (152)")
+        model.add_argument(
+            "--length", type=int, help="tokens of a row (152; decoding beside peak: 1024)"
+        )
         model.add_argument("--layers", type=int, help="of the decoder (4)")
         model.add_argument("--threads", type=int, help="of both sides (2)")
-        model.add_argument("--rounds", type=int, help="of which the median counts (5)")
+        model.add_argument(
+            "--rounds", type=int, help="of which the median counts (5; unguarded: 40)"
+        )
     train.add_argument("--widths", type=int, nargs="+", help="of the decoder (192 768)")
-    train.add_argument("--batch", type=int, help="rows of a step (48)")
-    train.add_argument("--steps", type=int, help="timed at once; unguarded (1) and peak (10)")
+    train.add_argument("--batch", type=int, help="rows of a step (48; peak: 8 of 1.3b, 4 of 7b)")
+    train.add_argument("--steps", type=int, help="timed at once (unguarded: 1; peak: 10)")
     train.add_argument(
         "--no-compiled",
         action="store_true",

@@ -39,7 +39,7 @@ class Size:
     remat: str
 
 
-_TINY = dict(vocab_size=512, max_seq_len=128, code_offset=384)
+_TINY: dict[str, Any] = dict(vocab_size=512, max_seq_len=128, code_offset=384)
 SIZES = {
     "tiny": Size(cm3leon.make_config(2, 64, 4, **_TINY), 2, "none"),
     "1.3b": Size(cm3leon.make_config(24, 2048, 16), 8, "dots"),

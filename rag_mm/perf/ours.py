@@ -51,7 +51,8 @@ def make_train_step(
 
     def step(batch: Mapping[str, np.ndarray], num_steps: int = 1) -> float:
         nonlocal state
-        with jax.set_mesh(mesh):
+        # The gradient of attention in bfloat16 mixes dtypes too.
+        with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):
             placed = sharding.put_batch(dict(batch), mesh)
             for _ in range(num_steps):
                 state, sums = step_fn(state, placed)
