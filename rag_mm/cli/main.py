@@ -76,11 +76,14 @@ COMMANDS = {
         ("rag-mm explore runs/quickstart", "rag-mm explore runs/quickstart --port=0"),
     ),
     "bench": Command(
-        "measure beside a peer in the same process",
+        "measure beside a peer in the same process, or against a device's published peak",
         (
             "rag-mm bench memory --rows=300000 --json",
             "rag-mm bench train --against=transformers --json",
+            "rag-mm bench train --against=unguarded --widths 192 768",
+            "rag-mm bench train --against=peak --size=7b --remat=full",
             "rag-mm bench decode --against=transformers --json",
+            "rag-mm bench decode --against=peak --size=7b",
         ),
     ),
     "generate": Command(

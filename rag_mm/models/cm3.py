@@ -31,7 +31,8 @@ def loss_fn(
 
     Args:
         model: the decoder.
-        batch: tokens, targets, positions, segment_ids int32 [B, T] and roles int8 [B, T].
+        batch: tokens, targets, positions, segment_ids int32 [B, T] and roles int8 [B, T]; without
+            segment_ids every row is one segment.
         retrieved_weight: weight of targets inside retrieved documents, >= 0.
         code_offset: targets at or above it are image codes.
         num_chunks: logits are made for one of so many runs of positions at a time.
@@ -41,7 +42,7 @@ def loss_fn(
         retrieved_nll (nats per target) and code_majority (share of the main image's codes that got more than
         half of the probability, a lower bound of top-1 that needs no second pass over the logits).
     """
-    hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"])
+    hidden = model(batch["tokens"], batch["positions"], batch.get("segment_ids"))
     nll = losses.chunked_token_nll(model.logits, hidden, batch["targets"], num_chunks)
     roles = batch["roles"]
     main = (roles == MAIN).astype(jnp.float32)

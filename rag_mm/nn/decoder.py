@@ -135,14 +135,15 @@ class Decoder(nnx.Module):
         self.head = None if c.tie_embeddings else table(c.vocab_size, "vocab", c.head_init_std)
 
     def __call__(
-        self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
+        self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array | None
     ) -> jax.Array:
         """Causal within a segment.
 
         Args:
             tokens: int32 [B, T].
             positions: int32 [B, T], below max_seq_len.
-            segment_ids: int32 [B, T]; tokens see earlier tokens of their own segment only.
+            segment_ids: int32 [B, T]; tokens see earlier tokens of their own segment only. None where every
+                row is one segment: cuDNN then needs no stored mask, and skips what lies above the diagonal.
 
         Returns:
             Hidden states [B, T, D] after the last norm, in the config's dtype.
@@ -162,7 +163,7 @@ class Decoder(nnx.Module):
         self,
         tokens: jax.Array,
         positions: jax.Array,
-        segment_ids: jax.Array,
+        segment_ids: jax.Array | None,
         keep: Callable[[Heads], Any],
     ) -> tuple[jax.Array, Any]:
 
@@ -177,7 +178,9 @@ class Decoder(nnx.Module):
             )
             return masked, keep(heads)
 
-        before = Before(segment_ids) if self.config.smear_lags else None
+        before = None
+        if self.config.smear_lags:
+            before = Before(jnp.ones_like(tokens) if segment_ids is None else segment_ids)
         rotation = self.config.block.rotation(positions)
         return self.stack(self.embed(tokens, positions), rotation, attend, before)
 

@@ -90,4 +90,8 @@ def _attend(
         same = (query_segment_ids[:, :, None] == key_segment_ids[:, None, :])[:, None]
         mask = same if mask is None else mask & same
     with jax.numpy_dtype_promotion("standard"):  # It mixes bfloat16 heads with float32 scores.
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=backend)
+        attended = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=backend)
+    # Of a batch of one row XLA's path forgets over what it is split.
+    layout = jax.typeof(q).sharding.spec
+    is_kept = jax.typeof(attended).sharding.spec == layout
+    return attended if is_kept else jax.sharding.reshard(attended, layout)

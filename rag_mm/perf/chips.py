@@ -52,6 +52,16 @@ DEVICE_FLOPS = {
     "NVIDIA H100 80GB HBM3": 989.4e12,
     "NVIDIA H200": 989.4e12,
 }
+# Bytes a second of its memory, from the same pages (HBM3 and HBM3e).
+DEVICE_BANDWIDTH = {
+    "TPU v4": CHIPS["v4"].hbm_bandwidth,
+    "TPU v5 lite": CHIPS["v5e"].hbm_bandwidth,
+    "TPU v5": CHIPS["v5p"].hbm_bandwidth,
+    "TPU v5p": CHIPS["v5p"].hbm_bandwidth,
+    "TPU v6 lite": CHIPS["v6e"].hbm_bandwidth,
+    "NVIDIA H100 80GB HBM3": 3.35e12,
+    "NVIDIA H200": 4.8e12,
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,8 @@ import math
 
 import jax.numpy as jnp
 
-from rag_mm.perf import programs
+from rag_mm.nn.decoder import DecoderConfig
+from rag_mm.perf import flops, programs
 
 
 def hbm_bytes(case: programs.Case) -> float:
@@ -20,8 +21,7 @@ def hbm_bytes(case: programs.Case) -> float:
     if case.num_new:
         rows = case.batch_size / (data * fsdp)
         keys = config.max_seq_len - case.num_new / 2
-        cache = 2 * config.num_layers * config.block.num_kv_heads * config.block.head_dim * keys
-        return narrow * (num_params + rows * cache) / tensor
+        return narrow * (num_params + rows * _cache_size(config, keys)) / tensor
     # Weights and both moments are read and written in float32; the gathered form is written and read in
     # every pass of every part.
     passes = 2 + (config.remat == "full")
@@ -31,6 +31,15 @@ def hbm_bytes(case: programs.Case) -> float:
     products = 3 + (config.remat == "full")
     layers = config.num_layers * _product_width(case) * products
     return weights + narrow * tokens / tensor * (layers + 3 * config.vocab_size)
+
+
+def decode_bytes(config: DecoderConfig, num_keys: float) -> float:
+    """Read for one new token of one row on one chip that sees `num_keys` keys, in the config's dtype.
+
+    Weights that multiply its vector, and the cache; of a table that is looked up one row counts for nothing.
+    """
+    narrow = jnp.dtype(config.dtype).itemsize
+    return narrow * (flops.multiplied_params(config) + _cache_size(config, num_keys))
 
 
 def kept_bytes(case: programs.Case) -> float:
@@ -58,6 +67,11 @@ def dcn_bytes(case: programs.Case, num_slices: int) -> float:
         return 0.0
     share = 4 * programs.count_params(case.model) / math.prod(case.mesh_shape[1:])
     return 2 * share * (num_slices - 1) / num_slices * case.num_parts
+
+
+def _cache_size(config: DecoderConfig, num_keys: float) -> float:
+    """Elements of the keys and values of one row."""
+    return 2 * config.num_layers * config.block.num_kv_heads * config.block.head_dim * num_keys
 
 
 def _product_width(case: programs.Case) -> float:

@@ -154,6 +154,14 @@ def test_packed_rows_equal_the_rows_apart(family):
     np.testing.assert_allclose(together, expected, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["cm3leon", "quickstart"])
+def test_rows_without_segments_are_one_segment_each(family):
+    _, logits = make(FAMILIES[family])
+    positions = np.stack([np.arange(8, dtype=np.int32)] * 2)
+    expected = logits(TOKENS, positions, np.ones_like(SEGMENTS))
+    np.testing.assert_allclose(logits(TOKENS, positions, None), expected, atol=2e-5, rtol=1e-5)
+
+
 def test_left_padding_changes_nothing():
     _, logits = make(FAMILIES["cm3"])
     plain = logits(TOKENS, POSITIONS, np.ones_like(SEGMENTS))[1, :6]
