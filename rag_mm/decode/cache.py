@@ -11,7 +11,10 @@ from rag_mm.ops import attention
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of a layer, each [B, capacity, K, H]; `recent` as in `nn.block.Heads`."""
+    """Keys and values of a layer, each [B, K, H, capacity]; `recent` as in `nn.block.Heads`.
+
+    Products with one query want them so: kept as they come, XLA would turn the whole cache at every token.
+    """
 
     keys: jax.Array
     values: jax.Array
@@ -20,12 +23,12 @@ class LayerCache(NamedTuple):
 
 def make_cache(prefilled: Heads, num_steps: int) -> tuple[LayerCache, ...]:
     """Room for `num_steps` more tokens behind what `Decoder.prefill` returned ([L, B, T, K, H])."""
-    room = ((0, 0), (0, num_steps), (0, 0), (0, 0))
+    room = ((0, 0), (0, 0), (0, 0), (0, num_steps))
     keys, values, recent = prefilled.k, prefilled.v, prefilled.recent
     return tuple(
         LayerCache(
-            jnp.pad(keys[i], room),
-            jnp.pad(values[i], room),
+            jnp.pad(_turn(keys[i]), room),
+            jnp.pad(_turn(values[i]), room),
             None if recent is None else Recent(recent.q[i], recent.k[i]),
         )
         for i in range(keys.shape[0])
@@ -41,16 +44,16 @@ def make_attend(index: jax.Array, segment_ids: jax.Array) -> Attend:
     """
 
     def attend(heads: Heads, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
-        at = (jnp.int32(0), index, jnp.int32(0), jnp.int32(0))
+        at = (jnp.int32(0), jnp.int32(0), jnp.int32(0), index)
         cache = LayerCache(
-            jax.lax.dynamic_update_slice(cache.keys, heads.k, at),
-            jax.lax.dynamic_update_slice(cache.values, heads.v, at),
+            jax.lax.dynamic_update_slice(cache.keys, _turn(heads.k), at),
+            jax.lax.dynamic_update_slice(cache.values, _turn(heads.v), at),
             heads.recent,
         )
         attended = attention.attention(
             heads.q,
-            cache.keys,
-            cache.values,
+            jnp.moveaxis(cache.keys, 3, 1),
+            jnp.moveaxis(cache.values, 3, 1),
             is_causal=True,
             query_segment_ids=jnp.ones(heads.q.shape[:2], jnp.int32),
             key_segment_ids=segment_ids,
@@ -59,3 +62,8 @@ def make_attend(index: jax.Array, segment_ids: jax.Array) -> Attend:
         return attended, cache
 
     return attend
+
+
+def _turn(x: jax.Array) -> jax.Array:
+    """[B, T, K, H] -> [B, K, H, T]."""
+    return jnp.moveaxis(x, 1, 3)
