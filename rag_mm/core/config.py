@@ -179,10 +179,16 @@ def make(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         raise UserError(f"{where} has no setting {unknown[0]!r}; it has {_list(sorted(fields))}.")
     made = {}
     for key, value in values.items():
-        if isinstance(value, Mapping) and dataclasses.is_dataclass(hints[key]):
-            value = make(hints[key], value, f"{where}.{key}")
+        if isinstance(value, Mapping) and (own := _dataclass_of(hints[key])) is not None:
+            value = make(own, value, f"{where}.{key}")
         made[key] = tuple(value) if isinstance(value, list) else value
     try:
         return cls(**made)
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: {error}.") from error
+
+
+def _dataclass_of(hint: Any) -> type | None:
+    """The one dataclass that a field may hold, beside None; None where it holds other values."""
+    kinds = [kind for kind in typing.get_args(hint) or (hint,) if dataclasses.is_dataclass(kind)]
+    return kinds[0] if len(kinds) == 1 else None
