@@ -42,7 +42,7 @@ def load_config(name: str, overrides: Mapping[str, str] | None = None) -> ml_col
         raise UserError(f"{path_text} has no preset {preset!r}; it has {_list(presets)}.")
     # An ablation's page spells out overrides, whose keys are dotted.
     config = ml_collections.ConfigDict(
-        page.get_config(preset or presets[0]), allow_dotted_keys=True
+        _apart(page.get_config(preset or presets[0])), allow_dotted_keys=True
     )
     apply_overrides(config, overrides or {})
     return config.lock()
@@ -95,6 +95,13 @@ def _find(path_text: str) -> pathlib.Path:
                 return folder / file_name
     shipped = sorted({f"configs/{p.name}" for folder in _SHIPPED for p in folder.glob("[!_]*.py")})
     raise UserError(f"There is no config {path_text!r}; shipped are {_list(shipped)}.")
+
+
+def _apart(value: Any) -> Any:
+    """Where a page gives two stages one dict, an override of one must not reach the other."""
+    if isinstance(value, dict):
+        return {key: _apart(item) for key, item in value.items()}
+    return value
 
 
 def _load_page(path: pathlib.Path) -> types.ModuleType:

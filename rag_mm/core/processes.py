@@ -23,7 +23,7 @@ HEARTBEAT_SECONDS = 30
 # How long the first of them is waited for, and how long it waits for the others.
 _MEETING_SECONDS = 300
 _POLL_SECONDS = 1.0
-# What ends one process by an error of its own mostly comes to the others too, and each should say it itself.
+# An error that comes to all is for process 0 to say, and to clean up after, even if another met it before.
 _GRACE_SECONDS = 10.0
 _END, _WORD = "rag_mm/end", "rag_mm/word"
 _numbers = itertools.count()
@@ -104,6 +104,7 @@ def watch_others() -> Iterator[Callable[[], End | None]]:
     Gives a function that says whose end was heard; None as long as nobody's was.
     """
     heard: list[End] = []
+    me = jax.process_index()
     is_over = threading.Event()
 
     def watch() -> None:
@@ -112,7 +113,11 @@ def watch_others() -> Iterator[Callable[[], End | None]]:
                 heard.append(End(*json.loads(_table().key_value_try_get(_END))))
             except jax.errors.JaxRuntimeError:  # Not there, which is well.
                 continue
-            if heard[0].process != jax.process_index() and not is_over.wait(_grace(heard[0])):
+            if heard[0].process == me:
+                return
+            if me == 0 and heard[0].code < 128:  # No signal's.
+                is_over.wait(_GRACE_SECONDS)
+            if not is_over.is_set():
                 end_with(heard[0])
             return
 
@@ -141,10 +146,6 @@ def end_all(code: int, reason: str) -> NoReturn:
     if jax.process_index() == 0:
         time.sleep(3 * _POLL_SECONDS)  # The table ends with this process.
     _exit(code)
-
-
-def _grace(end: End) -> float:
-    return 0.0 if end.code > 128 else _GRACE_SECONDS
 
 
 def _exit(code: int) -> NoReturn:

@@ -148,8 +148,7 @@ def run_chain(
     chosen = list(configs) if only is None else [only]
     team.agree({"config": config, "only": only, "overwrite": overwrite})
     for name in chosen:
-        if (make_mesh := STAGES[name].mesh) is not None:
-            make_mesh(configs[name])
+        _check_mesh(name, configs[name])
     if not team.is_leader():
         compilation.keep_programs(run.workdir)
         team.follow(run, {name: partial(_call, run, name, configs[name]) for name in chosen})
@@ -169,6 +168,16 @@ def run_chain(
             made = [name for name in configs if run.manifest(name) is not None]
             report.finish(configs["report"], run, made)
     return run
+
+
+def _check_mesh(name: str, config: Any) -> None:
+    """Refuses what would not go through the devices, before an earlier stage has taken its time."""
+    make_mesh = STAGES[name].mesh
+    try:
+        if make_mesh is not None:
+            make_mesh(config)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 def _check_inputs(run: run_lib.Run, chosen: list[str]) -> None:

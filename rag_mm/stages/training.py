@@ -41,8 +41,8 @@ def make_mesh(
 
     Args:
         num_rows: of its batches.
-        axes: `data`, `fsdp` and `tensor` of its config; with several processes `data` is as large as it takes
-            to have all devices in the mesh.
+        axes: `data`, `fsdp` and `tensor` of its config; for processes that have joined, be it one, `data` is
+            as large as it takes to have all devices in the mesh.
         is_explicit: see `sharding.make_mesh`.
 
     Raises:
@@ -50,16 +50,16 @@ def make_mesh(
     """
     data, fsdp, tensor = axes
     num_devices, rest = jax.device_count(), 0
-    if jax.process_count() > 1:
+    if jax.distributed.is_initialized():
         data, rest = divmod(num_devices, fsdp * tensor)
     if rest or data * fsdp * tensor > num_devices:
         raise UserError(
-            f"A mesh of data={data}, fsdp={fsdp}, tensor={tensor} does not fit {num_devices} devices."
+            f"a mesh of data={data}, fsdp={fsdp}, tensor={tensor} does not fit {num_devices} devices."
         )
     if num_rows % (data * fsdp):
         raise UserError(
-            f"A batch of {num_rows} does not split over {data * fsdp} devices; give a batch_size "
-            f"that does, or fewer devices."
+            f"its batch of {num_rows} does not split over {data * fsdp} devices; give a batch_size "
+            "that does, or fewer devices."
         )
     return sharding.make_mesh(data, fsdp, tensor, is_explicit)
 

@@ -57,6 +57,10 @@ class Config:
                 "num_steps is at least 1 and checkpoint_every a multiple of log_every, not "
                 f"{self.num_steps}, {self.checkpoint_every} and {self.log_every}"
             )
+        if self.guard is not None and not isinstance(self.guard, guard_lib.Config):
+            raise ValueError(
+                f"guard is {self.guard!r}, give None or its settings, such as {{'window': 128}}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
