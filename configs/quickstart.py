@@ -5,8 +5,9 @@
 `quick` takes 16 to 20 minutes on two cores; `full` has all levels in one world and more controls; `tiny` runs
 every stage in about a minute and learns nothing worth looking at: it is for tests and a first look.
 
-Updates that would harm a long run, those of spikes and of losses that are no numbers, are left out where its loop
-has a guard: --config.decoder.loop.guard="{'window': 128, 'sigmas': 6.0, 'max_in_a_row': 10}", or {} for just that.
+Updates that would harm a long run, those of spikes and of losses that are no numbers, are left out where its
+loop has a guard: --config.decoder.loop.guard="{'window': 128, 'sigmas': 6.0, 'max_in_a_row': 10}", or {} for
+just these values.
 """
 
 STAGES = (

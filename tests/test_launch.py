@@ -23,7 +23,13 @@ TRAIN = ["train", "--config=configs/quickstart.py:quick", "--workdir=runs/a b"]
 
 
 def run(script, *words, **environment):
-    for name in ("XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION", "SLURM_SUBMIT_DIR", "SLURM_GPUS_PER_NODE", *POD):
+    for name in (
+        "XLA_FLAGS",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION",
+        "SLURM_SUBMIT_DIR",
+        "SLURM_GPUS_PER_NODE",
+        *POD,
+    ):
         environment.setdefault(name, "")
     command = ["bash", str(LAUNCH / script), *words]
     return subprocess.run(
@@ -132,7 +138,9 @@ def test_gke_runs_a_command_that_exists_on_every_host_of_a_slice():
     assert spec["parallelism"] == spec["completions"] == int(sides[0]) * int(sides[1]) // a_host
     command = pod["containers"][0]["command"]
     assert command[0] == "rag-mm" and command[1] in main.COMMANDS and JOIN in command
-    assert pod["containers"][0]["ports"][-1]["containerPort"] == int(cloud_tpu_cluster.coordinator_port)
+    assert pod["containers"][0]["ports"][-1]["containerPort"] == int(
+        cloud_tpu_cluster.coordinator_port
+    )
     # Longer than the half minute that a last checkpoint may take.
     assert pod["terminationGracePeriodSeconds"] > 30
 
