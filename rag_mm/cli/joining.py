@@ -87,5 +87,5 @@ def joined(args: argparse.Namespace) -> Iterator[None]:
                 processes.end_with(other)  # What broke here was the connection to it.
             if code is None:
                 traceback.print_exc()
-                code = 1
-            processes.end_all(code, f"{error}" or type(error).__name__)
+            # Whatever it was, the work is not done: not even where a reader of stdout has left.
+            processes.end_all(code or 1, f"{error}" or type(error).__name__)

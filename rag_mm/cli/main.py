@@ -47,6 +47,8 @@ COMMANDS = {
         (
             "rag-mm train --config=configs/quickstart.py:quick --workdir=runs/quickstart",
             "rag-mm train --config=configs/quickstart.py --workdir=runs/a --stage=tokenizer",
+            "rag-mm train --config=configs/quickstart.py --workdir=/shared/a "
+            "--coordinator=10.0.0.1:8476 --num-processes=2 --process-id=0",
         ),
     ),
     "ablate": Command(

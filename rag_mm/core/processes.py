@@ -50,8 +50,12 @@ def join(
         num_processes, process_id: how many there are and which one this is, from 0; None as above.
 
     Raises:
-        UserError: jax cannot find out, or they do not meet within five minutes.
+        UserError: jax cannot find out, or nothing can be opened at the address. (Where some do not come
+            within five minutes, jax itself ends the others.)
     """
+    if num_processes != 1:
+        who = "This process" if process_id is None else f"Process {process_id} of {num_processes}"
+        progress.say(f"{who} meets the others at {address or 'a place that jax finds'}.")
     # `train.preemption` hears SIGTERM and lets all agree; jax's own service would take the signal away.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -65,10 +69,10 @@ def join(
         )
     except ValueError as error:
         raise UserError(
-            f"jax finds no other processes on this machine ({error}) name host and port of the first, "
-            "how many there are, and which one this is."
+            "jax does not find the other processes by itself here; name host and port of the first of "
+            "them, how many there are, and which one this is."
         ) from error
-    except (RuntimeError, OSError) as error:
+    except jax.errors.JaxRuntimeError as error:
         reason = f"{error}".strip().partition("\n")[0]
         raise UserError(
             f"The processes do not meet at {address or 'process 0'} ({reason})."

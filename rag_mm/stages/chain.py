@@ -159,7 +159,7 @@ def run_chain(
         for name in configs:
             # config.json speaks of every stage, so all must fit it, or be about to be rebuilt.
             if not overwrite:
-                run_lib.check_stage(run, name, _slice(configs[name]), STAGES[name].inputs)
+                run_lib.check_stage(run, name, slice_of(configs[name]), STAGES[name].inputs)
         run.save_config(config)
         sources = [run_lib.Run(epath.Path(source)) for source in borrow_from]
         has_worked = [_run_stage(run, name, configs[name], overwrite, sources) for name in chosen]
@@ -206,13 +206,13 @@ def _run_stage(
     if before is not None:
         progress.say(f"{name}: {'done before, checking' if before.is_done else 'going on'}")
     else:
-        wanted = (run, name, _slice(config), stage.inputs)
+        wanted = (run, name, slice_of(config), stage.inputs)
         lender = next((each for each in sources if borrow.borrow_stage(*wanted, each)), None)
         progress.say(f"{name}: {f'taken over from {lender.workdir}' if lender else 'begins'}")
     after = run_lib.run_stage(
         run,
         name,
-        _slice(config),
+        slice_of(config),
         stage.inputs,
         work,
         overwrite=overwrite,
@@ -268,5 +268,10 @@ def _check_agreement(configs: Mapping[str, Any]) -> None:
             )
 
 
-def _slice(config: Any) -> dict[str, Any]:
-    return dataclasses.asdict(config)
+def slice_of(config: Any) -> dict[str, Any]:
+    """A stage's config as its manifest has it."""
+    fields = dataclasses.asdict(config)
+    loop = fields.get("loop")
+    if loop is not None and loop["guard"] is None:
+        del loop["guard"]  # What was made before there were guards was made from this.
+    return fields

@@ -76,11 +76,27 @@ def codes(running, timeout=240):
 def test_a_mistake_of_the_first_is_the_end_of_all(tmp_path):
     found, seconds = codes(start(tmp_path, "mistake"))
     assert found == [2, 2] and seconds < 60
-    assert (tmp_path / "stderr-0").read_text().strip() == "rag-mm: The page is wrong."
+    said = (tmp_path / "stderr-0").read_text().splitlines()
+    assert said[0].startswith("Process 0 of 2 meets the others at 127.0.0.1:")
+    assert said[1:] == ["rag-mm: The page is wrong."]
     told = (tmp_path / "stderr-1").read_text()
     assert "rag-mm: process 0 has ended: The page is wrong." in told
     # Both heard the first one's word before.
     assert [(tmp_path / f"here-{me}").read_text() for me in range(2)] == ["from 0", "from 0"]
+
+
+def test_where_jax_finds_nobody_that_is_said(tmp_path):
+    code = "from rag_mm.cli import main; raise SystemExit(main.main())"
+    words = ["train", "--config=configs/quickstart.py:tiny", "--coordinator=auto"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words, f"--workdir={tmp_path / 'run'}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    assert "jax does not find the other processes by itself here" in done.stderr
 
 
 @pytest.mark.slow

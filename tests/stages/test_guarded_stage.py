@@ -90,6 +90,13 @@ def test_a_guard_is_named_on_the_page_or_by_an_override():
     assert load(**{"tokenizer.loop.guard": "{}"})["tokenizer"].loop.guard == guard.Config()
 
 
+def test_a_manifest_tells_of_a_guard_only_where_there_is_one():
+    """So that what was made before loops could have one is gone on with."""
+    assert "guard" not in chain.slice_of(load()["decoder"])["loop"]
+    made = load(**{"decoder.loop.guard": "{}"})["decoder"]
+    assert chain.slice_of(made)["loop"]["guard"]["window"] == guard.Config.window
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
