@@ -197,5 +197,9 @@ def make(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 
 def _dataclass_of(hint: Any) -> type | None:
     """The one dataclass that a field may hold, beside None; None where it holds other values."""
-    kinds = [kind for kind in typing.get_args(hint) or (hint,) if dataclasses.is_dataclass(kind)]
+    kinds = [
+        kind
+        for kind in typing.get_args(hint) or (hint,)
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind)
+    ]
     return kinds[0] if len(kinds) == 1 else None

@@ -13,7 +13,11 @@ def get_config(preset: str) -> dict:
         name: config[name] | dict(loop=loop) for name in ("tokenizer", "retriever", "decoder")
     }
     shrunk["tokenizer"]["num_eval"] = 16
-    shrunk["decoder"]["docs_shares"] = (0.0, 0.0, 1.0)  # Each kind of batch is a program to compile.
+    shrunk["decoder"]["docs_shares"] = (
+        0.0,
+        0.0,
+        1.0,
+    )  # Each kind of batch is a program to compile.
     if preset == "all":
         return config | shrunk | dict(stages=STAGES)
     if preset == "long":  # Enough steps to be ended in the middle of them.
