@@ -11,9 +11,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 # The table of texts that all processes of a program share has no public name; Orbax takes it from here too.
 from jax._src import distributed
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rag_mm.core import progress
 from rag_mm.core.errors import UserError
@@ -79,6 +83,8 @@ def join(
         ) from error
     if jax.process_index():
         progress.be_quiet()
+    if jax.process_count() > 1:
+        _shake_hands()
 
 
 def word_of_first(text: str = "") -> str:
@@ -150,6 +156,20 @@ def end_all(code: int, reason: str) -> NoReturn:
     if jax.process_index() == 0:
         time.sleep(3 * _POLL_SECONDS)  # The table ends with this process.
     _exit(code)
+
+
+def _shake_hands() -> None:
+    """One collective between hosts, and one over all devices, while all processes are here together.
+
+    On CPUs jax connects them at the first one, and gives up where another comes half a minute later; a
+    program that takes so long to compile in one of them, and not in the other, is not rare.
+    """
+    _table().wait_at_barrier("rag_mm/joined", 1000 * _MEETING_SECONDS)
+    multihost_utils.sync_global_devices("rag_mm joined")
+    mesh = Mesh(np.asarray(jax.devices()), ("all",))
+    whole, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("all",)))
+    ones = jax.make_array_from_callback((mesh.size,), split, lambda _: np.ones(1, np.float32))
+    jax.block_until_ready(jax.jit(jnp.sum, out_shardings=whole)(ones))
 
 
 def _exit(code: int) -> NoReturn:
