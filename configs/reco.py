@@ -118,7 +118,7 @@ def _fusion(num_steps: int) -> dict:
         optimizer=dict(
             learning_rate=1e-3, warmup_steps=20, schedule="cosine", b2=0.98, weight_decay=1e-5
         ),
-        loop=dict(num_steps=num_steps, log_every=50, checkpoint_every=num_steps),
+        loop=dict(num_steps=num_steps, log_every=50, checkpoint_every=num_steps, guard=None),
         search=dict(
             image=dict(search="uni", fuse="cross"),
             text=dict(search="uni", fuse="cross"),
@@ -179,7 +179,7 @@ def tiny() -> dict:
         | dict(
             splits=("common",),
             roles=("train", "memory"),
-            loop=dict(num_steps=380, log_every=20, checkpoint_every=380),
+            loop=dict(num_steps=380, log_every=20, checkpoint_every=380, guard=None),
             embed_dim=128,
             vision_layers=3,
             text_layers=2,
@@ -204,7 +204,7 @@ def clip() -> dict:
         | dict(
             model=fusion["model"] | dict(num_heads=8, mlp_ratio=4.0, initial_logit_scale=100.0),
             optimizer=fusion["optimizer"] | dict(warmup_steps=500),
-            loop=dict(num_steps=24_400, log_every=100, checkpoint_every=1000),
+            loop=dict(num_steps=24_400, log_every=100, checkpoint_every=1000, guard=None),
             # Pairs of the memory that the query nearly is would teach to copy.
             search=fusion["search"] | dict(max_similarity=0.98),
             batch_size=4096,

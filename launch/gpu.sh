@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # One machine with NVIDIA GPUs: `launch/gpu.sh [--dry-run] COMMAND ...` is rag-mm with what a GPU wants set.
 #   launch/gpu.sh train --config=configs/quickstart.py:quick --workdir=runs/quickstart
+# One process; `train` uses one GPU, or all with --coordinator=localhost:8476 --num-processes=1 --process-id=0 behind it.
 set -euo pipefail
 dry=
 [ "${1:-}" != --dry-run ] || { dry=1; shift; }
-[ $# -gt 0 ] || { sed -n '2,3s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,4s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 # Nearly all of the card for jax, and gathers that run beside arithmetic. A variable that is set wins.
 environment=(
   "XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}"

@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 import yaml
+from jax._src.clusters import cloud_tpu_cluster
 
 from rag_mm.cli import main
 
@@ -16,12 +17,19 @@ ROOT = pathlib.Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(path.name for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch"))
 POD = {"NAME": "pod", "ZONE": "us-west4-a", "TYPE": "v5litepod-256"}
+JOIN = "--coordinator=auto"
 # Words that a shell would take apart once more if they were not quoted.
 TRAIN = ["train", "--config=configs/quickstart.py:quick", "--workdir=runs/a b"]
 
 
 def run(script, *words, **environment):
-    for name in ("XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION", "SLURM_SUBMIT_DIR", *POD):
+    for name in (
+        "XLA_FLAGS",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION",
+        "SLURM_SUBMIT_DIR",
+        "SLURM_GPUS_PER_NODE",
+        *POD,
+    ):
         environment.setdefault(name, "")
     command = ["bash", str(LAUNCH / script), *words]
     return subprocess.run(
@@ -69,7 +77,10 @@ def test_local_and_gpu_print_the_environment_and_the_command():
 
 def test_slurm_runs_the_gpu_script_once_a_node():
     words = printed("slurm.sbatch", *TRAIN, SLURM_SUBMIT_DIR="/shared/rag_mm")
-    assert words[0] == "srun" and words[-4:] == ["/shared/rag_mm/launch/gpu.sh", *TRAIN]
+    assert words[:3] == ["env", "JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7", "srun"]
+    assert words[-5:] == ["/shared/rag_mm/launch/gpu.sh", *TRAIN, JOIN]
+    two = printed("slurm.sbatch", *TRAIN, SLURM_GPUS_PER_NODE="a100:2")
+    assert two[1] == "JAX_LOCAL_DEVICE_IDS=0,1"
     text = (LAUNCH / "slurm.sbatch").read_text()
     assert "#SBATCH --ntasks-per-node=1\n" in text and "#SBATCH --signal=TERM@" in text
 
@@ -85,9 +96,21 @@ def test_a_pod_is_asked_for_installed_used_and_given_back():
     train = printed("tpu_pod.sh", "run", *TRAIN, **POD)
     assert "--worker=all" in train
     remote = train[-1].removeprefix("--command=")
-    assert shlex.split(remote) == ["cd", "rag_mm", "&&", ".venv/bin/rag-mm", *TRAIN]
+    assert shlex.split(remote) == ["cd", "rag_mm", "&&", ".venv/bin/rag-mm", *TRAIN, JOIN]
     delete = printed("tpu_pod.sh", "delete", **POD)
     assert delete[3:6] == ["queued-resources", "delete", "pod"]
+
+
+@pytest.mark.parametrize("script", ["slurm.sbatch", "tpu_pod.sh"])
+def test_processes_join_in_the_commands_that_several_share(script):
+    verb, environment = (["run"], POD) if script == "tpu_pod.sh" else ([], {})
+
+    def joins(*words):
+        return JOIN in " ".join(printed(script, *verb, *words, **environment))
+
+    assert joins("train", "--workdir=a") and joins("memory", "build", "--out=m")
+    assert not joins("doctor") and not joins("memory", "search", "m")
+    assert not joins("memory", "search", "build")
 
 
 @pytest.mark.parametrize(
@@ -114,7 +137,10 @@ def test_gke_runs_a_command_that_exists_on_every_host_of_a_slice():
     a_host = pod["containers"][0]["resources"]["limits"]["google.com/tpu"]
     assert spec["parallelism"] == spec["completions"] == int(sides[0]) * int(sides[1]) // a_host
     command = pod["containers"][0]["command"]
-    assert command[0] == "rag-mm" and command[1] in main.COMMANDS
+    assert command[0] == "rag-mm" and command[1] in main.COMMANDS and JOIN in command
+    assert pod["containers"][0]["ports"][-1]["containerPort"] == int(
+        cloud_tpu_cluster.coordinator_port
+    )
     # Longer than the half minute that a last checkpoint may take.
     assert pod["terminationGracePeriodSeconds"] > 30
 

@@ -47,6 +47,8 @@ COMMANDS = {
         (
             "rag-mm train --config=configs/quickstart.py:quick --workdir=runs/quickstart",
             "rag-mm train --config=configs/quickstart.py --workdir=runs/a --stage=tokenizer",
+            "rag-mm train --config=configs/quickstart.py --workdir=/shared/a "
+            "--coordinator=10.0.0.1:8476 --num-processes=2 --process-id=0",
         ),
     ),
     "ablate": Command(
@@ -156,25 +158,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         return _main(sys.argv[1:] if argv is None else list(argv))
-    except UserError as error:
-        print(f"rag-mm: {error}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"rag-mm: {error}; a smaller learning_rate may mend it.", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("rag-mm: interrupted.", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # The reader of stdout is gone; without this Python complains once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
-    except OSError as error:
-        if error.filename is None and error.errno != errno.ENOSPC:
+    except (Exception, KeyboardInterrupt) as error:
+        code = explain(error)
+        if code is None:
             raise
-        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
-        print(f"rag-mm: {where}{error.strerror}.", file=sys.stderr)
-        return 2
+        return code
+
+
+def explain(error: BaseException) -> int | None:
+    """Says on stderr, in one sentence, what ended a command; the exit code, or None where it is a bug's."""
+    match error:
+        case UserError():
+            said, code = f"{error}", 2
+        case FloatingPointError():
+            said, code = f"{error}; a smaller learning_rate may mend it.", 1
+        case KeyboardInterrupt():
+            said, code = "interrupted.", 130
+        case BrokenPipeError():
+            # The reader of stdout is gone; without this Python complains once more at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return 0
+        case OSError(filename=filename, errno=number) if (
+            filename is not None or number == errno.ENOSPC
+        ):
+            where = "" if filename is None else f"{os.fsdecode(filename)}: "
+            said, code = f"{where}{error.strerror}.", 2
+        case _:
+            return None
+    print(f"rag-mm: {said}", file=sys.stderr)
+    return code
 
 
 def _main(argv: list[str]) -> int:

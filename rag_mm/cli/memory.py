@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich.console
 
-from rag_mm.cli import memory_show
+from rag_mm.cli import joining, memory_show
 from rag_mm.core import progress
 from rag_mm.core.errors import UserError
 
@@ -35,12 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--out", required=True, metavar="MEM", help="the memory's folder")
     build.add_argument("--index", default="scann", help="scann (default), exact or device")
     _add_ingestion(build)
-    several = build.add_argument_group(
-        "several processes", "that share the embedding; start all of them, with one folder as --out"
+    joining.add_arguments(
+        build, "that share the embedding; start all of them, with one folder as --out"
     )
-    several.add_argument("--coordinator", metavar="HOST:PORT", help="where they meet: at process 0")
-    several.add_argument("--num-processes", type=int, default=1, help="how many (1)")
-    several.add_argument("--process-id", type=int, default=0, help="which one this is, from 0")
     ingest = actions.add_parser(
         "ingest", help="check documents and write them as ArrayRecord files, by Apache Beam"
     )
@@ -143,8 +140,7 @@ def _check_share(name: str, value: float) -> None:
 
 
 def _build(args: argparse.Namespace) -> dict[str, Any]:
-    from rag_mm.core import processes
-    from rag_mm.memory import memory, spread, writer
+    from rag_mm.memory import writer
 
     retriever = pathlib.Path(args.retriever)
     if not retriever.is_dir():
@@ -152,11 +148,23 @@ def _build(args: argparse.Namespace) -> dict[str, Any]:
     out = pathlib.Path(args.out)
     if (out / "config.json").exists():  # A memory's leftovers and a run have names in common.
         raise UserError(f"--out={args.out} is in the way: a run or a model. Name another folder.")
-    is_leader = _check_processes(args) == 0
+    joining.check_arguments(args)
     writer.check_vacant(out, ("retriever", "tokenizer"))
     documents = _open_documents(args.documents)
-    if args.num_processes > 1:  # Mistakes were found: nobody waits for a process that has ended.
-        processes.join(args.coordinator, args.num_processes, args.process_id)
+    with joining.joined(args):  # Mistakes were found: nobody waits for a process that has ended.
+        return _build_joined(args, retriever, out, documents)
+
+
+def _build_joined(
+    args: argparse.Namespace,
+    retriever: pathlib.Path,
+    out: pathlib.Path,
+    documents: "Documents | Source",
+) -> dict[str, Any]:
+    import jax
+
+    from rag_mm.memory import memory, spread
+
     encoder, tokenizer = load_encoder(retriever), None
     # A run keeps its models deeper than a folder that is nothing but a model.
     weights = {name: retriever / name / "frozen" for name in ("retriever", "tokenizer")}
@@ -164,33 +172,17 @@ def _build(args: argparse.Namespace) -> dict[str, Any]:
     carried |= {name: folder for name, folder in weights.items() if folder.is_dir()}
     if "tokenizer" in carried:
         tokenizer = load_tokenizer(retriever)
-    if not is_leader:
+    if jax.process_index():
         spread.follow(encoder, tokenizer)
-        return {"process": args.process_id}
+        return {"process": jax.process_index()}
     with (
         spread.lead(encoder, tokenizer) as (encoder, tokenizer),
-        _ingestion(args, documents, encoder) as options,
+        _ingestion(args, documents, encoder, _BATCH_SIZE * jax.process_count()) as options,
     ):
         built = memory.Memory.build(
             out, documents, encoder, tokenizer, carried=carried, options=options
         )
     return _ingested(built, args.rejects)
-
-
-def _check_processes(args: argparse.Namespace) -> int:
-    """This process's number.
-
-    Raises:
-        UserError: the arguments do not describe several processes.
-    """
-    if args.num_processes < 1 or not 0 <= args.process_id < args.num_processes:
-        raise UserError(
-            f"--process-id={args.process_id} is none of --num-processes={args.num_processes}; "
-            "count from 0."
-        )
-    if (args.num_processes > 1) != (args.coordinator is not None):
-        raise UserError("--coordinator=HOST:PORT and --num-processes above 1 go together.")
-    return args.process_id
 
 
 def _add(args: argparse.Namespace) -> dict[str, Any]:
@@ -209,7 +201,10 @@ def _add(args: argparse.Namespace) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _ingestion(
-    args: argparse.Namespace, documents: "Documents | Source", encoder: "Encoder"
+    args: argparse.Namespace,
+    documents: "Documents | Source",
+    encoder: "Encoder",
+    batch_size: int = _BATCH_SIZE,
 ) -> "Iterator[Options]":
     """The options that the arguments ask for, with a bar; lists rejects of a failure too."""
     from rag_mm.memory import near_duplicates, summary, writer
@@ -226,7 +221,7 @@ def _ingestion(
         try:
             yield writer.Options(
                 index=getattr(args, "index", "scann"),
-                batch_size=_BATCH_SIZE * getattr(args, "num_processes", 1),
+                batch_size=batch_size,
                 on_progress=lambda done, _: bar.update(done),
                 max_bad=args.max_bad,
                 exclude=excluded,

@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the chain; `report`, `metrics` and the headline `table`."""
-    result = train.run(argparse.Namespace(**vars(args), stage=None, profile=None))
+    alone = dict(coordinator=None, num_processes=None, process_id=None)
+    result = train.run(argparse.Namespace(**vars(args), stage=None, profile=None, **alone))
 
     from rag_mm import report
 

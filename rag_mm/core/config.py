@@ -42,7 +42,7 @@ def load_config(name: str, overrides: Mapping[str, str] | None = None) -> ml_col
         raise UserError(f"{path_text} has no preset {preset!r}; it has {_list(presets)}.")
     # An ablation's page spells out overrides, whose keys are dotted.
     config = ml_collections.ConfigDict(
-        page.get_config(preset or presets[0]), allow_dotted_keys=True
+        _apart(page.get_config(preset or presets[0])), allow_dotted_keys=True
     )
     apply_overrides(config, overrides or {})
     return config.lock()
@@ -95,6 +95,13 @@ def _find(path_text: str) -> pathlib.Path:
                 return folder / file_name
     shipped = sorted({f"configs/{p.name}" for folder in _SHIPPED for p in folder.glob("[!_]*.py")})
     raise UserError(f"There is no config {path_text!r}; shipped are {_list(shipped)}.")
+
+
+def _apart(value: Any) -> Any:
+    """Where a page gives two stages one dict, an override of one must not reach the other."""
+    if isinstance(value, dict):
+        return {key: _apart(item) for key, item in value.items()}
+    return value
 
 
 def _load_page(path: pathlib.Path) -> types.ModuleType:
@@ -179,10 +186,20 @@ def make(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         raise UserError(f"{where} has no setting {unknown[0]!r}; it has {_list(sorted(fields))}.")
     made = {}
     for key, value in values.items():
-        if isinstance(value, Mapping) and dataclasses.is_dataclass(hints[key]):
-            value = make(hints[key], value, f"{where}.{key}")
+        if isinstance(value, Mapping) and (own := _dataclass_of(hints[key])) is not None:
+            value = make(own, value, f"{where}.{key}")
         made[key] = tuple(value) if isinstance(value, list) else value
     try:
         return cls(**made)
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: {error}.") from error
+
+
+def _dataclass_of(hint: Any) -> type | None:
+    """The one dataclass that a field may hold, beside None; None where it holds other values."""
+    kinds = [
+        kind
+        for kind in typing.get_args(hint) or (hint,)
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind)
+    ]
+    return kinds[0] if len(kinds) == 1 else None

@@ -7,6 +7,13 @@ from collections.abc import Iterator
 from typing import Protocol
 
 QUIET_SECONDS = 30.0
+_is_quiet = False
+
+
+def be_quiet() -> None:
+    """From now on this process shows nothing but warnings: another of the same program does."""
+    global _is_quiet
+    _is_quiet = True
 
 
 class Bar(Protocol):
@@ -19,7 +26,7 @@ class Bar(Protocol):
 @contextlib.contextmanager
 def track(name: str, total: int, start: int = 0) -> Iterator[Bar]:
     """A bar from `start`, where a resumed loop goes on, to `total`, in the caller's unit."""
-    if not sys.stderr.isatty():
+    if _is_quiet or not sys.stderr.isatty():
         yield _Lines(name, total, start)
         return
     import rich.console
@@ -39,6 +46,12 @@ def track(name: str, total: int, start: int = 0) -> Iterator[Bar]:
 
 def say(message: str) -> None:
     """One line on stderr: what begins, what was skipped."""
+    if not _is_quiet:
+        warn(message)
+
+
+def warn(message: str) -> None:
+    """One line on stderr that no process keeps to itself."""
     print(message, file=sys.stderr, flush=True)
 
 

@@ -139,6 +139,12 @@ def local_rows(num_rows: int, mesh: Mesh) -> range:
     return range(bounds[0][0], bounds[-1][1])
 
 
+def batch_parts() -> int:
+    """Over how many devices of the mesh in context a batch is split; 1 without one."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape.get(axis, 1) for axis in ACTIVATION_AXES["batch"] or ())
+
+
 def put_batch(batch: dict, mesh: Mesh) -> dict:
     """A host batch (arrays [B, ...]) split over the batch axes of the mesh.
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from rag_mm.core import sharding
 from rag_mm.data import rows
 from rag_mm.decode.modes import Generator
 from rag_mm.nn.params import Params
@@ -35,8 +36,10 @@ def score_codes(
         generator: the model; the whole vocabulary is the alternative.
         mains: the documents to score.
         docs: for each the documents before it.
-        batch_size: rows at once; the last batch is padded.
+        batch_size: rows at once, or more where they are to split over a mesh in context; the last batch is
+            padded.
     """
+    batch_size += -batch_size % sharding.batch_parts()
     layout = generator.layout
     # Nothing is masked here, so the room for moved spans is cut off.
     most = max((len(given) for given in docs), default=0)
@@ -70,4 +73,6 @@ def _score(
     hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"])
     logits = model.logits(hidden)
     is_top1 = jnp.argmax(logits, axis=-1) == batch["targets"]
-    return losses.token_nll(logits, batch["targets"]), is_top1
+    nll = losses.token_nll(logits, batch["targets"])
+    # Whole on every device: each of several processes reads all rows.
+    return sharding.place(nll, None, None), sharding.place(is_top1, None, None)

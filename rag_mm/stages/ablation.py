@@ -181,7 +181,7 @@ def _check_runs(cells: Mapping[tuple[str, int], _Cell]) -> None:
         for name, stage_config in chain.stage_configs(cell.config).items():
             try:
                 inputs = chain.STAGES[name].inputs
-                run_lib.check_stage(run, name, dataclasses.asdict(stage_config), inputs)
+                run_lib.check_stage(run, name, chain.slice_of(stage_config), inputs)
             except UserError as error:
                 raise UserError(f"{variant}, seed {seed}: {error}") from error
 
@@ -194,7 +194,7 @@ def _key(stage: str, config: Mapping[str, Any]) -> str:
         name = todo.pop()
         todo += chain.STAGES[name].inputs
         if name in configs:
-            needed[name] = dataclasses.asdict(configs[name])
+            needed[name] = chain.slice_of(configs[name])
     return files.digest(files.canonical_json({"stage": stage, "configs": needed}).encode())
 
 

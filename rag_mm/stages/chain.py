@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from etils import epath
+from jax.sharding import Mesh
 
 from rag_mm.core import borrow, compilation, progress
 from rag_mm.core import config as config_lib
@@ -24,6 +25,7 @@ from rag_mm.stages import (
     pairs,
     report,
     retriever,
+    team,
     tokenizer,
     toy_pairs,
 )
@@ -36,7 +38,9 @@ class Stage:
     """A function of (config, run, stage_dir) that returns metrics, its config's class, and its inputs.
 
     `shares` names other stages' slices that its config holds; `reports_on_others` says that its metrics
-    are nested by the stages they speak of; `worlds` are those that it works in.
+    are nested by the stages they speak of; `worlds` are those that it works in. `mesh` makes what it trains
+    on, or refuses a batch that does not fit the devices. Several processes all call the function of a stage
+    that trains or `is_shared`; process 0 alone calls that of any other.
     """
 
     config: type
@@ -45,19 +49,29 @@ class Stage:
     shares: tuple[str, ...] = ()
     reports_on_others: bool = False
     worlds: tuple[type, ...] = (world_lib.World, world_lib.Pictures)
+    mesh: Callable[[Any], Mesh] | None = None
+    is_shared: bool = False
 
 
 SCENES = (world_lib.World,)  # Emoji scenes alone tell facts to score by.
 TOYS = (concepts.Config,)
 EVERY = (world_lib.World, world_lib.Pictures, concepts.Config)
 STAGES = {
-    "tokenizer": Stage(tokenizer.Config, tokenizer.INPUTS, tokenizer.run),
-    "retriever": Stage(retriever.Config, retriever.INPUTS, retriever.run),
-    "memory": Stage(memory.Config, memory.INPUTS, memory.run),
-    "neighbors": Stage(neighbors.Config, neighbors.INPUTS, neighbors.run, reports_on_others=True),
-    "decoder": Stage(decoder.Config, decoder.INPUTS, decoder.run),
-    "control": Stage(decoder.Config, decoder.CONTROL_INPUTS, decoder.run),
-    "copy_probe": Stage(copy_probe.Config, copy_probe.INPUTS, copy_probe.run, worlds=SCENES),
+    "tokenizer": Stage(tokenizer.Config, tokenizer.INPUTS, tokenizer.run, mesh=tokenizer.make_mesh),
+    "retriever": Stage(retriever.Config, retriever.INPUTS, retriever.run, mesh=retriever.make_mesh),
+    "memory": Stage(memory.Config, memory.INPUTS, memory.run, is_shared=True),
+    "neighbors": Stage(
+        neighbors.Config, neighbors.INPUTS, neighbors.run, reports_on_others=True, is_shared=True
+    ),
+    "decoder": Stage(decoder.Config, decoder.INPUTS, decoder.run, mesh=decoder.make_mesh),
+    "control": Stage(decoder.Config, decoder.CONTROL_INPUTS, decoder.run, mesh=decoder.make_mesh),
+    "copy_probe": Stage(
+        copy_probe.Config,
+        copy_probe.INPUTS,
+        copy_probe.run,
+        worlds=SCENES,
+        mesh=decoder.make_mesh,
+    ),
     "few_shot": Stage(few_shot.Config, few_shot.INPUTS, few_shot.run, worlds=SCENES),
     "pairs": Stage(pairs.Config, pairs.INPUTS, pairs.run, worlds=SCENES),
     "toy_pairs": Stage(toy_pairs.Config, toy_pairs.INPUTS, toy_pairs.run, worlds=TOYS),
@@ -70,6 +84,7 @@ STAGES = {
             (f"{kind}pairs",),
             partial(fusion.run, source=f"{kind}pairs"),
             worlds=EVERY,
+            mesh=fusion.make_mesh,
         )
         for kind in ("", "toy_", "document_")
     },
@@ -114,6 +129,8 @@ def run_chain(
 ) -> run_lib.Run:
     """Runs the stages of a config in order, or one of them; finished ones are passed over.
 
+    Several processes call it alike and on one folder (`stages.team`).
+
     Args:
         config: nested plain dicts, as `core.config.to_dict` gives.
         workdir: the run; made if it does not exist.
@@ -122,20 +139,27 @@ def run_chain(
         borrow_from: runs whose finished stages are copied where they are what would be made here.
 
     Raises:
-        UserError: the config or the run does not fit; nothing has been touched then.
+        UserError: the config, the devices or the run do not fit; nothing has been touched then.
     """
     run = run_lib.Run(epath.Path(workdir))
     configs = stage_configs(config)
     if only is not None and only not in configs:
         raise UserError(f"The config has no stage {only!r}; it has {', '.join(configs)}.")
     chosen = list(configs) if only is None else [only]
+    team.agree({"config": config, "only": only, "overwrite": overwrite})
+    for name in chosen:
+        _check_mesh(name, configs[name])
+    if not team.is_leader():
+        compilation.keep_programs(run.workdir)
+        team.follow(run, {name: partial(_call, run, name, configs[name]) for name in chosen})
+        return run
     _check_inputs(run, chosen)
-    with run.locked():
+    with team.leading(), run.locked():
         compilation.keep_programs(run.workdir)
         for name in configs:
             # config.json speaks of every stage, so all must fit it, or be about to be rebuilt.
             if not overwrite:
-                run_lib.check_stage(run, name, _slice(configs[name]), STAGES[name].inputs)
+                run_lib.check_stage(run, name, slice_of(configs[name]), STAGES[name].inputs)
         run.save_config(config)
         sources = [run_lib.Run(epath.Path(source)) for source in borrow_from]
         has_worked = [_run_stage(run, name, configs[name], overwrite, sources) for name in chosen]
@@ -144,6 +168,16 @@ def run_chain(
             made = [name for name in configs if run.manifest(name) is not None]
             report.finish(configs["report"], run, made)
     return run
+
+
+def _check_mesh(name: str, config: Any) -> None:
+    """Refuses what would not go through the devices, before an earlier stage has taken its time."""
+    make_mesh = STAGES[name].mesh
+    try:
+        if make_mesh is not None:
+            make_mesh(config)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 def _check_inputs(run: run_lib.Run, chosen: list[str]) -> None:
@@ -160,22 +194,35 @@ def _run_stage(
     """Whether there was anything to do."""
     stage = STAGES[name]
     before = run.manifest(name)
+    is_shared = stage.is_shared or stage.mesh is not None
+
+    def work(*_: Any) -> Mapping[str, Any]:
+        if is_shared:
+            team.share(name)
+        elif team.has_others():
+            progress.say(f"{name}: process 0 alone, the others wait")
+        return _call(run, name, config)
+
     if before is not None:
         progress.say(f"{name}: {'done before, checking' if before.is_done else 'going on'}")
     else:
-        wanted = (run, name, _slice(config), stage.inputs)
+        wanted = (run, name, slice_of(config), stage.inputs)
         lender = next((each for each in sources if borrow.borrow_stage(*wanted, each)), None)
         progress.say(f"{name}: {f'taken over from {lender.workdir}' if lender else 'begins'}")
     after = run_lib.run_stage(
         run,
         name,
-        _slice(config),
+        slice_of(config),
         stage.inputs,
-        lambda run, stage_dir: stage.function(config, run, stage_dir),
+        work,
         overwrite=overwrite,
         reports_on_others=stage.reports_on_others,
     )
     return before != after
+
+
+def _call(run: run_lib.Run, name: str, config: Any) -> Mapping[str, Any]:
+    return STAGES[name].function(config, run, run.stage_dir(name))
 
 
 def _check_world(world: Any, names: Sequence[str]) -> None:
@@ -221,5 +268,10 @@ def _check_agreement(configs: Mapping[str, Any]) -> None:
             )
 
 
-def _slice(config: Any) -> dict[str, Any]:
-    return dataclasses.asdict(config)
+def slice_of(config: Any) -> dict[str, Any]:
+    """A stage's config as its manifest has it."""
+    fields = dataclasses.asdict(config)
+    loop = fields.get("loop")
+    if loop is not None and loop["guard"] is None:
+        del loop["guard"]  # What was made before there were guards was made from this.
+    return fields

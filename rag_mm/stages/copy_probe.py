@@ -14,7 +14,7 @@ from rag_mm.core import run as run_lib
 from rag_mm.data import rows
 from rag_mm.eval import likelihood, statistics
 from rag_mm.eval import scenes as scene_metrics
-from rag_mm.stages import copying, tokenizer
+from rag_mm.stages import copying, team, tokenizer
 from rag_mm.stages import corpus as corpus_lib
 from rag_mm.stages import decoder as decoder_stage
 from rag_mm.stages import world as world_lib
@@ -64,6 +64,8 @@ def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
         config.min_gain,
     )
     metrics = decoder_stage.fit(config, stage_dir, codec, row_source, watch)
+    if not team.is_leader():
+        return {}
     generator = decoder_stage.load_params(stage_dir, codec)
     values = {}
     for count in range(config.max_docs + 1):

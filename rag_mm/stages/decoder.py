@@ -9,6 +9,7 @@ import grain
 import numpy as np
 from etils import epath
 from flax import nnx
+from jax.sharding import Mesh
 
 from rag_mm.core import files, sharding
 from rag_mm.core import run as run_lib
@@ -20,7 +21,7 @@ from rag_mm.decode.modes import Generator
 from rag_mm.models import ra_cm3
 from rag_mm.nn import params as params_lib
 from rag_mm.nn.decoder import DecoderConfig
-from rag_mm.stages import copying, frozen, tokenizer, training
+from rag_mm.stages import copying, frozen, team, tokenizer, training
 from rag_mm.stages import corpus as corpus_lib
 from rag_mm.stages import memory as memory_stage
 from rag_mm.stages import world as world_lib
@@ -166,8 +167,11 @@ class RowSource:
         alone = dataclasses.replace(layout, max_docs=0).length
         return alone + num_docs * (layout.slot - layout.max_text + self.config.docs_text)
 
-    def batches(self) -> grain.DatasetIterator[dict[str, np.ndarray]]:
-        """Every batch holds rows of one number of documents: what they lack would be padding."""
+    def batches(self, rows: range | None = None) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+        """Every batch holds rows of one number of documents: what they lack would be padding.
+
+        `rows` are those that this process makes (`sharding.local_rows`).
+        """
         config = self.config
         return pipeline.make_batches(
             np.arange(len(self.texts)),
@@ -175,6 +179,7 @@ class RowSource:
             config.seed,
             *(partial(self.make, num_docs=count) for count in range(config.max_docs + 1)),
             shares=config.docs_shares,
+            rows=rows,
         )
 
     @property
@@ -184,6 +189,11 @@ class RowSource:
         shares = np.asarray(config.docs_shares) / np.sum(config.docs_shares)
         lengths = [self.row_length(count) for count in range(config.max_docs + 1)]
         return round(config.loop.num_steps * config.batch_size * float(shares @ lengths))
+
+
+def make_mesh(config: Config) -> Mesh:
+    """What it trains on; raises as `training.make_mesh` does."""
+    return training.make_mesh(config.batch_size, config.mesh)
 
 
 def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
@@ -233,8 +243,8 @@ def fit(
     row_source: RowSource,
     watch: copying.CopyWatch,
 ) -> dict:
-    """Trains on rows and writes the model; the stage's metrics."""
-    layout = row_source.layout
+    """Trains on rows and writes the model; the stage's metrics, in the first of several processes."""
+    layout, mesh = row_source.layout, make_mesh(config)
     model_config = make_model_config(config, codec, layout)
     make_model = partial(_make_model, model_config, config.seed)
     graphdef, _ = params_lib.describe(make_model, None)
@@ -243,16 +253,18 @@ def fit(
         stage_dir,
         make_model,
         partial(ra_cm3.loss_fn, config=model_config),
-        row_source.batches(),
+        row_source.batches(sharding.local_rows(config.batch_size, mesh)),
         optimizer_config=config.optimizer,
         loop_config=config.loop,
         seed=config.seed,
-        mesh=sharding.make_mesh(*config.mesh),
+        mesh=mesh,
         watch=lambda step, params: watch(
             step, Generator(graphdef, params, codec.vocabulary, layout)
         ),
     )
     checkpoint.save_params(stage_dir / "params", params)
+    if not team.is_leader():
+        return {}
     # What a loader needs to refuse another tokenizer's codes, and to lay out prompts as in training.
     record = {"tokenizer": codec.fingerprint, "layout": dataclasses.asdict(layout)}
     model = dataclasses.asdict(model_config)

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 from flax import nnx
+from jax.sharding import Mesh
 
 from rag_mm.core import config as config_lib
 from rag_mm.core import files, sharding
@@ -22,7 +23,7 @@ from rag_mm.data import pipeline
 from rag_mm.eval import statistics, zeroshot
 from rag_mm.models import reco
 from rag_mm.nn.params import Params
-from rag_mm.stages import evaluation, frozen, pairs, training
+from rag_mm.stages import evaluation, frozen, pairs, team, training
 from rag_mm.stages.refinement import (
     Bank,
     Found,
@@ -81,6 +82,11 @@ class Config:
         return config_lib.make(reco.Config, {"dim": dim} | dict(self.model), "model")
 
 
+def make_mesh(config: Config) -> Mesh:
+    """What it trains on; raises as `training.make_mesh` does."""
+    return training.make_mesh(config.batch_size // GROUP)
+
+
 def run(config: Config, run: run_lib.Run, stage_dir: epath.Path, *, source: str = "pairs") -> dict:
     """Trains; then, where there is something to classify, writes `per_document.json`."""
     found = pairs.load(run.finished_stage(source))
@@ -89,6 +95,8 @@ def run(config: Config, run: run_lib.Run, stage_dir: epath.Path, *, source: str 
     params, rows = _train(config, make_model, found, stage_dir)
     params = jax.device_get(params)
     checkpoint.save_params(stage_dir / PARAMS, params)
+    if not team.is_leader():
+        return {}
     record = {
         "model": dataclasses.asdict(model_config),
         "search": dataclasses.asdict(config.search),
@@ -150,9 +158,14 @@ def _train(
             batch[f"{name}_retrieved"], batch[f"{name}_is_there"] = own.take(rows)
         return batch
 
-    num_groups = max(config.batch_size, len(train)) // GROUP
+    num_groups, size = max(config.batch_size, len(train)) // GROUP, config.batch_size // GROUP
+    mesh = make_mesh(config)
     batches = pipeline.make_batches(
-        np.arange(num_groups), config.batch_size // GROUP, config.seed, draw_group
+        np.arange(num_groups),
+        size,
+        config.seed,
+        draw_group,
+        rows=sharding.local_rows(size, mesh),
     )
     return training.train(
         "fusion",
@@ -163,7 +176,7 @@ def _train(
         optimizer_config=config.optimizer,
         loop_config=config.loop,
         seed=config.seed,
-        mesh=sharding.make_mesh(),
+        mesh=mesh,
     )
 
 

@@ -6,15 +6,16 @@ no weight changes, and whether a model draws what it never saw is asked with it.
 
 import dataclasses
 
+import jax
 import numpy as np
 from etils import epath
 
 from rag_mm.core import progress
 from rag_mm.core import run as run_lib
-from rag_mm.memory import kinds, writer
+from rag_mm.memory import kinds, spread, writer
 from rag_mm.memory import memory as memory_lib
 from rag_mm.memory.exact import ExactIndex
-from rag_mm.stages import retriever, tokenizer
+from rag_mm.stages import retriever, team, tokenizer
 from rag_mm.stages import world as world_lib
 
 INPUTS = ("tokenizer", "retriever")
@@ -31,29 +32,47 @@ class Config:
     num_queries: int = 500
 
     def __post_init__(self):
-        kinds.make_index(self.index)
+        if (
+            self.index != "device"
+        ):  # An index of devices would use them before processes have joined.
+            kinds.make_index(self.index)
 
 
 def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
-    """Builds version 1, adds version 2, measures the index against exact search."""
+    """Builds version 1, adds version 2, measures the index against exact search.
+
+    Several processes share the embedding; the first one does all else.
+    """
     encoder, codec = retriever.load_encoder(run.workdir), tokenizer.load_tokenizer(run.workdir)
     seen, held_out = sources(config.world)
     carried = {
         "retriever": run.workdir / "retriever" / retriever.FOLDER,
         "tokenizer": run.workdir / "tokenizer" / tokenizer.FOLDER,
     }
-    with progress.track("memory", total=len(seen) + len(held_out)) as bar:
+    if not team.is_leader():
+        spread.follow(encoder, codec)
+        return {}
+    batch_size = writer.Options.batch_size * jax.process_count()
+    with (
+        spread.lead(encoder, codec) as (shared_encoder, shared_codec),
+        progress.track("memory", total=len(seen) + len(held_out)) as bar,
+    ):
         if not (stage_dir / "CURRENT").exists():
             options = writer.Options(
-                index=config.index, on_progress=lambda done, total: bar.update(done)
+                index=config.index,
+                batch_size=batch_size,
+                on_progress=lambda done, total: bar.update(done),
             )
             memory_lib.Memory.build(
-                stage_dir, seen, encoder, codec, carried=carried, options=options
+                stage_dir, seen, shared_encoder, shared_codec, carried=carried, options=options
             )
-        memory = memory_lib.Memory.open(stage_dir, encoder)
+        memory = memory_lib.Memory.open(stage_dir, shared_encoder)
         if memory.manifest.version == SEEN_VERSION:
-            options = writer.Options(on_progress=lambda done, total: bar.update(len(seen) + done))
-            memory = memory.add(held_out, codec, options=options)
+            options = writer.Options(
+                batch_size=batch_size, on_progress=lambda done, total: bar.update(len(seen) + done)
+            )
+            memory.add(held_out, shared_codec, options=options)
+    memory = memory_lib.Memory.open(stage_dir, encoder)
     return {"rows": len(memory), "index": config.index, "recall_at_10": _recall(config, memory)}
 
 

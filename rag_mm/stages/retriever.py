@@ -6,12 +6,13 @@ from functools import partial
 import numpy as np
 from etils import epath
 from flax import nnx
+from jax.sharding import Mesh
 
 from rag_mm.core import run as run_lib
 from rag_mm.core import sharding
 from rag_mm.data import pipeline, vocabulary
 from rag_mm.models import clip
-from rag_mm.stages import frozen, tokenizer, training
+from rag_mm.stages import frozen, team, tokenizer, training
 from rag_mm.stages import world as world_lib
 from rag_mm.train import loop, optimizer
 from rag_mm.worlds.emoji import facts as facts_lib
@@ -96,6 +97,11 @@ class Config:
         )
 
 
+def make_mesh(config: Config) -> Mesh:
+    """What it trains on; raises as `training.make_mesh` does."""
+    return training.make_mesh(config.batch_size)
+
+
 def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
     """Trains, freezes, and measures on unseen scenes."""
     words = tokenizer.load_tokenizer(run.workdir).vocabulary
@@ -111,8 +117,13 @@ def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
         tokens = frozen.text_tokens(model_config, words, [text])[0]
         return {"images": pictures[index].astype(np.float32) / 255, "tokens": tokens}
 
+    mesh = make_mesh(config)
     batches = pipeline.make_batches(
-        np.arange(len(places)), config.batch_size, config.seed, make_pair
+        np.arange(len(places)),
+        config.batch_size,
+        config.seed,
+        make_pair,
+        rows=sharding.local_rows(config.batch_size, mesh),
     )
     params, rows = training.train(
         "retriever",
@@ -123,8 +134,10 @@ def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
         optimizer_config=config.optimizer,
         loop_config=config.loop,
         seed=config.seed,
-        mesh=sharding.make_mesh(),
+        mesh=mesh,
     )
+    if not team.is_leader():
+        return {}
     frozen.save_retriever(stage_dir / FOLDER, model_config, words, params)
     retriever = frozen.Retriever(stage_dir / FOLDER)
     return {"loss": rows[-1]["loss"], "recall_at_1": _recall(config, retriever)}

@@ -17,7 +17,7 @@ from rag_mm.eval import scenes as scene_metrics
 from rag_mm.models import spae
 from rag_mm.nn.params import Params
 from rag_mm.ops import quantize
-from rag_mm.stages import frozen, training
+from rag_mm.stages import frozen, team, training
 from rag_mm.stages import world as world_lib
 from rag_mm.train import loop, optimizer
 from rag_mm.worlds.emoji import facts
@@ -58,14 +58,23 @@ class Config:
             )
 
 
+def make_mesh(config: Config) -> Mesh:
+    """What it trains on; raises as `training.make_mesh` does."""
+    return training.make_mesh(config.batch_size, is_explicit=False)
+
+
 def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
     """Trains both, then measures on test scenes of classes never seen."""
     source = config.world.scenes("train", *world_lib.SEEN)
-    mesh = sharding.make_mesh(is_explicit=False)
+    mesh = make_mesh(config)
     make_model = partial(_make_model, config)
     pictures = world_lib.images(source)
     batches = pipeline.make_batches(
-        pictures, config.batch_size, config.seed, lambda picture, rng: {"images": picture}
+        pictures,
+        config.batch_size,
+        config.seed,
+        lambda picture, rng: {"images": picture},
+        rows=sharding.local_rows(config.batch_size, mesh),
     )
     params, _ = training.train(
         "tokenizer",
@@ -80,6 +89,8 @@ def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
         prepare=partial(_with_codebook, config, pictures, mesh),
         derive=_derive,
     )
+    if not team.is_leader():
+        return {}
     words = _make_vocabulary(config, source)
     frozen.save_tokenizer(stage_dir / FOLDER, config.model, words, params)
     return _evaluate(config, frozen.Tokenizer(stage_dir / FOLDER))

@@ -1,13 +1,17 @@
 """What the training stages share: a model made or resumed, an optimizer, the loop."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import grain
+import jax
 from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
+from rag_mm.core import sharding
+from rag_mm.core.errors import UserError
 from rag_mm.nn import decoder
 from rag_mm.nn import params as params_lib
 from rag_mm.nn.params import Params
@@ -28,6 +32,36 @@ def check_config(
         raise ValueError(f"batch_size is {batch_size}, give at least 1")
     if optimizer_config.learning_rate <= 0:
         raise ValueError(f"learning_rate is {optimizer_config.learning_rate}, give more than 0")
+
+
+def make_mesh(
+    num_rows: int, axes: tuple[int, int, int] = (1, 1, 1), is_explicit: bool = True
+) -> Mesh:
+    """The mesh that a stage trains on.
+
+    Args:
+        num_rows: of its batches.
+        axes: `data`, `fsdp` and `tensor` of its config; for processes that have joined, be it one, `data` is
+            as large as it takes to have all devices in the mesh.
+        is_explicit: see `sharding.make_mesh`.
+
+    Raises:
+        UserError: there are fewer devices, or the batch does not split evenly over them.
+    """
+    data, fsdp, tensor = axes
+    num_devices, rest = jax.device_count(), 0
+    if jax.distributed.is_initialized():
+        data, rest = divmod(num_devices, fsdp * tensor)
+    if rest or data * fsdp * tensor > num_devices:
+        raise UserError(
+            f"a mesh of data={data}, fsdp={fsdp}, tensor={tensor} does not fit {num_devices} devices."
+        )
+    if num_rows % (data * fsdp):
+        raise UserError(
+            f"its batch of {num_rows} does not split over {data * fsdp} devices; give a batch_size "
+            "that does, or fewer devices."
+        )
+    return sharding.make_mesh(data, fsdp, tensor, is_explicit)
 
 
 def cost_of(model: nnx.Module, mesh: Mesh) -> speed.Cost | None:
@@ -66,7 +100,7 @@ def train(
         stage_dir: gets `checkpoints/` to resume from and `log.jsonl`.
         make_model: fresh model; called abstractly and once compiled.
         loss_fn: see `step.LossFn`.
-        batches: from `data.pipeline`.
+        batches: from `data.pipeline`; of several processes each makes its `sharding.local_rows`.
         optimizer_config, loop_config: how to train.
         seed: of randomness inside the loss.
         mesh: where state and batches lie.
@@ -81,9 +115,13 @@ def train(
     params = params_lib.init_params(make_model, mesh)
     if prepare is not None:
         params = prepare(params)
-    tx = optimizer.make_optimizer(optimizer_config, loop_config.num_steps)
+    guard = loop_config.guard
+    tx = optimizer.make_optimizer(optimizer_config, loop_config.num_steps, guard)
     train_state = state.init_state(params, tx, mesh)
     step_fn = step.make_train_step(graphdef, loss_fn, tx, seed)
+    extras = loop.Extras(cost=cost_of(nnx.eval_shape(make_model), mesh))
+    if guard is not None:
+        extras = dataclasses.replace(extras, max_skipped=guard.max_in_a_row)
     train_state, rows = loop.fit(
         name,
         train_state,
@@ -94,6 +132,6 @@ def train(
         loop_config,
         derive,
         watch,
-        loop.Extras(cost=cost_of(nnx.eval_shape(make_model), mesh)),
+        extras,
     )
     return train_state.params, rows

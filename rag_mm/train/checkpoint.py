@@ -190,12 +190,14 @@ class _Place:
 
 
 def save_params(directory: epath.PathLike, params: Params) -> None:
-    """Writes parameters alone, whole or not at all; replaces what is there."""
+    """Writes parameters alone, whole or not at all; replaces what is there. All processes call it."""
     ocp.save(_absolute(directory), params, overwrite=True)
 
 
 def load_params(directory: epath.PathLike, abstract: Params) -> Params:
     """Parameters that `save_params` wrote, in the shapes and layout of `abstract`.
+
+    Each of several processes loads for itself, whether others do or not: `abstract` lies on its own devices.
 
     Raises:
         UserError: there are none, or they are another model's.
@@ -203,8 +205,11 @@ def load_params(directory: epath.PathLike, abstract: Params) -> Params:
     directory = epath.Path(directory)
     if not directory.exists():
         raise UserError(f"{directory} does not exist; train that stage first.")
+    own, context = jax.process_index(), ocp.Context()
+    context.multiprocessing.primary_host, context.multiprocessing.active_processes = own, {own}
     try:
-        return ocp.load(_absolute(directory), abstract)
+        with context:
+            return ocp.load(_absolute(directory), abstract)
     except (ValueError, KeyError, FileNotFoundError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{directory} does not hold this model's parameters ({reason}).") from error

@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 from rag_mm.core import clock, files, progress, sharding
 from rag_mm.data import pipeline
 from rag_mm.nn.params import Params
-from rag_mm.train import checkpoint, guard, metrics, preemption, speed, watchdog
+from rag_mm.train import checkpoint, metrics, preemption, speed, watchdog
+from rag_mm.train import guard as guard_lib
 from rag_mm.train.state import TrainState
 from rag_mm.train.step import Metrics
 
@@ -39,11 +40,15 @@ _NUM_NAMED = 20
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How long, and how often to look; a checkpoint falls on a logged step and is watched over."""
+    """How long, and how often to look; a checkpoint falls on a logged step and is watched over.
+
+    `guard` leaves out updates that would harm, and says how many in a row end the run; None leaves out none.
+    """
 
     num_steps: int
     log_every: int = 20
     checkpoint_every: int = 200
+    guard: guard_lib.Config | None = None
 
     def __post_init__(self):
         least = min(self.num_steps, self.log_every, self.checkpoint_every)
@@ -51,6 +56,10 @@ class Config:
             raise ValueError(
                 "num_steps is at least 1 and checkpoint_every a multiple of log_every, not "
                 f"{self.num_steps}, {self.checkpoint_every} and {self.log_every}"
+            )
+        if self.guard is not None and not isinstance(self.guard, guard_lib.Config):
+            raise ValueError(
+                f"guard is {self.guard!r}, give None or its settings, such as {{'window': 128}}"
             )
 
 
@@ -67,7 +76,7 @@ class Extras:
     """
 
     keep_every: int | None = None
-    max_skipped: int = guard.Config.max_in_a_row
+    max_skipped: int = guard_lib.Config.max_in_a_row
     cost: speed.Cost | None = None
     profile: tuple[int, int] | None = None
     stall_seconds: float = 900.0
@@ -121,7 +130,8 @@ def fit(
     """
     run = _Run(name, mesh, epath.Path(directory), config, derive, watch, extras or Extras())
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(preemption.listen())
+        stop = preemption.Stop()
+        stack.enter_context(preemption.listen(stop.ask))
         agreement = preemption.Agreement(stop, mesh)
         checkpoints = checkpoint.Checkpoints(
             run.directory / "checkpoints", KEEP_LAST, run.extras.keep_every
@@ -211,7 +221,7 @@ class _Run:
     def log_step(self, step: int, state: TrainState, is_saved: bool) -> dict[str, float]:
         """Writes a row of the log; what is worth showing."""
         values = self.averages.pop()
-        num_skipped, num_in_a_row = guard.counts(state.opt_state)
+        num_skipped, num_in_a_row = guard_lib.counts(state.opt_state)
         self._check(step, values, num_skipped, num_in_a_row)
         skipped = {"skipped": float(num_skipped)} if num_skipped else {}
         derived = self.derive(values) if self.derive is not None else {}

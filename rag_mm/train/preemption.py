@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -73,11 +73,13 @@ class Agreement:
 
 
 @contextlib.contextmanager
-def listen() -> Iterator[Stop]:
-    """Hears SIGTERM while the body runs; outside of the main thread, where none arrives, it never does."""
-    stop = Stop()
+def listen(answer: Callable[[], None]) -> Iterator[None]:
+    """Answers SIGTERM, from another thread, while the body runs; an inner one of two answers alone.
+
+    Outside of the main thread, where no signal arrives, it never does.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield
         return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -88,12 +90,12 @@ def listen() -> Iterator[Stop]:
     def watch() -> None:
         while numbers := os.read(reader, 64):
             if signal.SIGTERM in numbers:
-                stop.ask()
+                answer()
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
-        yield stop
+        yield
     finally:
         signal.set_wakeup_fd(old_pipe)
         signal.signal(signal.SIGTERM, old_handler)

@@ -1,5 +1,7 @@
 """A config is a page and a preset; overrides change values that exist, in the type they have."""
 
+import dataclasses
+
 import ml_collections
 import pytest
 
@@ -112,3 +114,33 @@ def test_a_page_may_return_a_config_dict():
     made = ml_collections.ConfigDict({"a": {"b": (1, 2)}})
     config.apply_overrides(made, {"a.b": "3,4,5"})
     assert config.to_dict(made) == {"a": {"b": [3, 4, 5]}}
+
+
+def test_an_override_of_one_leaves_the_other_that_the_page_gave_the_same_dict(tmp_path):
+    path = tmp_path / "page.py"
+    path.write_text(
+        'PRESETS = ("one",)\nLOOP = {"num_steps": 4}\n'
+        'def get_config(preset):\n    return {"a": {"loop": LOOP}, "b": {"loop": LOOP}}\n'
+    )
+    loaded = config.load_config(str(path), {"a.loop.num_steps": "5"})
+    assert loaded.a.loop.num_steps == 5 and loaded.b.loop.num_steps == 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    size: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    inner: Inner | None = None
+
+
+@pytest.mark.parametrize(("given", "made"), [({}, Inner()), ({"size": 2}, Inner(2)), (None, None)])
+def test_a_part_that_may_be_missing_is_made_where_it_is_there(given, made):
+    assert config.make(Outer, {"inner": given}, "outer") == Outer(made)
+
+
+def test_a_wrong_part_is_named():
+    with pytest.raises(UserError, match=r"outer.inner has no setting 'sise'"):
+        config.make(Outer, {"inner": {"sise": 2}}, "outer")

@@ -90,8 +90,8 @@ def test_neighbors_of_two_processes_are_those_of_one(tiny_run, tmp_path):
     [
         (["--num-processes=2"], "go together"),
         (["--coordinator=127.0.0.1:1"], "go together"),
-        (["--process-id=1"], "--process-id=1 is none of --num-processes=1"),
-        (["--num-processes=0"], "count from 0"),
+        (["--coordinator=auto", "--process-id=1"], "leave them out"),
+        (["--coordinator=a:1", "--num-processes=0", "--process-id=0"], "count from 0"),
     ],
 )
 def test_mistakes(words, complaint, tmp_path, capsys):

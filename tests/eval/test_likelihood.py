@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from rag_mm.core import sharding
 from rag_mm.data import rows
 from rag_mm.data import vocabulary as vocabulary_lib
 from rag_mm.decode import modes
@@ -65,6 +66,22 @@ def test_each_code_costs_its_negative_log_probability_in_the_training_row(genera
         expected = -after[np.arange(start - 1, end - 1), ids]
         np.testing.assert_allclose(nll, expected, atol=1e-4)
         np.testing.assert_array_equal(is_top1, after[start - 1 : end - 1].argmax(1) == ids)
+
+
+def test_split_over_a_mesh_the_scores_are_the_same(generator, scores):
+    """As a training run watches them: the batch of 2 grows to one row a device, and all rows come back."""
+    mesh = sharding.make_mesh(data=4, fsdp=2)
+    _, abstract = params_lib.describe(
+        lambda: decoder.Decoder(CONFIG, rngs=nnx.Rngs(params=0)), mesh
+    )
+    params = jax.tree.map(
+        lambda leaf, like: jax.device_put(leaf, like.sharding), generator.params, abstract
+    )
+    with jax.set_mesh(mesh):
+        spread = modes.Generator(generator.graphdef, params, WORDS, LAYOUT)
+        found = likelihood.score_codes(spread, MAINS, DOCS, batch_size=2)
+    np.testing.assert_allclose(found.nll, scores.nll, atol=1e-5)
+    np.testing.assert_array_equal(found.is_top1, scores.is_top1)
 
 
 def test_other_rows_of_the_batch_change_nothing(generator, found):
