@@ -14,7 +14,9 @@ def lived(root: pathlib.Path) -> pathlib.Path:
     """Built with bad records, added to, with tombstones and a tree; carried weights."""
     (root / "weights").mkdir()
     (root / "weights" / "config.json").write_text("{}")
-    config = scann_index.ScannConfig(scoring="tree", num_leaves=4, leaves_to_search=4)
+    config = scann_index.ScannConfig(
+        scoring="tree", num_leaves=4, leaves_to_search=4, soar_lambda=1.5
+    )
     options = writer.Options(batch_size=16, shard_size=32, scann=config, max_bad=0.5)
     documents = [*make_documents(40), *make_documents(2)]
     built = memory.Memory.build(

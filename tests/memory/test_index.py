@@ -14,7 +14,9 @@ MAKERS = {
     "scann hashed": lambda: scann_index.ScannIndex(scann_index.ScannConfig(scoring="hashed")),
     # Few rows in few leaves, all of them searched, so that nothing is approximate but the path.
     "scann tree": lambda: scann_index.ScannIndex(
-        scann_index.ScannConfig(scoring="tree", num_leaves=5, leaves_to_search=5, reorder="float32")
+        scann_index.ScannConfig(
+            scoring="tree", num_leaves=5, leaves_to_search=5, reorder="float32", soar_lambda=1.5
+        )
     ),
     "scann in three parts": lambda: scann_index.ScannIndex(
         scann_index.ScannConfig(scoring="hashed", max_rows=100)
