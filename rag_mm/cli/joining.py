@@ -9,6 +9,7 @@ from rag_mm.cli import main
 from rag_mm.core.errors import UserError
 
 AUTO = "auto"
+_TOGETHER = "--coordinator=HOST:PORT, --num-processes and --process-id go together."
 
 
 def add_arguments(parser: argparse.ArgumentParser, what_for: str) -> None:
@@ -32,9 +33,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     address, count, number = args.coordinator, args.num_processes, args.process_id
     if address is None:
         if count is not None or number is not None:
-            raise UserError(
-                "--num-processes and --process-id go together with --coordinator=HOST:PORT."
-            )
+            raise UserError(_TOGETHER)
         return
     if address == AUTO:
         if count is not None or number is not None:
@@ -49,9 +48,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"or {AUTO}."
         )
     if count is None or number is None:
-        raise UserError(
-            "--coordinator=HOST:PORT goes together with --num-processes and --process-id."
-        )
+        raise UserError(_TOGETHER)
     if not 0 <= number < count:
         raise UserError(f"--process-id={number} is none of --num-processes={count}; count from 0.")
 

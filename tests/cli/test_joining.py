@@ -20,10 +20,10 @@ SCRIPT = pathlib.Path(__file__).with_name("joined_process.py")
 @pytest.mark.parametrize(
     ("address", "count", "number", "complaint"),
     [
-        (None, 2, None, "--num-processes and --process-id go together with --coordinator"),
-        (None, None, 1, "--num-processes and --process-id go together with --coordinator"),
-        ("10.0.0.1:1234", None, None, "goes together with --num-processes and --process-id"),
-        ("10.0.0.1:1234", 2, None, "goes together with --num-processes and --process-id"),
+        (None, 2, None, "--num-processes and --process-id go together"),
+        (None, None, 1, "--num-processes and --process-id go together"),
+        ("10.0.0.1:1234", None, None, "--num-processes and --process-id go together"),
+        ("10.0.0.1:1234", 2, None, "--num-processes and --process-id go together"),
         ("10.0.0.1:1234", 2, 2, "--process-id=2 is none of --num-processes=2"),
         ("10.0.0.1:1234", 0, 0, "count from 0"),
         ("10.0.0.1", 2, 0, "--coordinator=10.0.0.1 is no place to meet"),
