@@ -29,7 +29,7 @@ class ScannConfig:
             take three times as long and up to twice the rows' memory, for no recall that can be told.
         anisotropic_threshold: of score-aware quantisation, ScaNN's `T` (arXiv 1908.10396).
         min_tree_rows: the size from which a partition is worth its error.
-        num_leaves: of the partition.
+        num_leaves: of the partition, learned from a hundred rows each.
         leaves_to_search: for each query.
         soar_lambda: writes each row into a second leaf that errs otherwise (SOAR, arXiv 2404.00774), 1.5 as
             a rule; 0 for none, which is faster at the same recall where leaves are found by direction.
@@ -89,5 +89,7 @@ class ScannConfig:
             reorder="bfloat16" if self.reorder == "auto" else self.reorder,
             num_reordered=self.num_reordered or 60,
             num_leaves=leaves,
-            leaves_to_search=min(self.leaves_to_search or max(1, round(leaves / 40)), leaves),
+            leaves_to_search=min(
+                self.leaves_to_search or max(1, round(0.5 * math.sqrt(leaves))), leaves
+            ),
         )

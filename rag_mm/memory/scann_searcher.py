@@ -36,6 +36,7 @@ _ASSETS = {
     "dp_norms.npy": "INT8_NORMS_NPY",
 }
 _QUERIES_PER_TASK = 64
+_ROWS_PER_LEAF = 100  # of the sample that a tree learns from
 _import_lock = threading.Lock()
 
 
@@ -60,7 +61,10 @@ class Searcher:
             builder = builder.tree(
                 config.num_leaves,
                 config.leaves_to_search,
-                min_partition_size=min(50, max(1, len(rows) // (2 * config.num_leaves))),
+                training_sample_size=_ROWS_PER_LEAF * config.num_leaves,
+                # Near the mean of a leaf's share of the sample, which ScaNN's 50 is, half of the leaves are
+                # merged away.
+                min_partition_size=min(10, max(1, len(rows) // (2 * config.num_leaves))),
                 # Rows are unit vectors: by direction a third of the leaves find as much.
                 spherical=True,
                 soar_lambda=config.soar_lambda or None,
