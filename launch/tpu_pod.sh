@@ -3,14 +3,15 @@
 #   export NAME=pod ZONE=us-west4-a TYPE=v5litepod-256
 #   launch/tpu_pod.sh create
 #   launch/tpu_pod.sh install https://example.org/rag_mm.git
-#   launch/tpu_pod.sh run train --config=configs/quickstart.py:quick --workdir=gs://bucket/run \
+#   launch/tpu_pod.sh run train --config=configs/quickstart.py:quick --workdir=/mnt/shared/run \
 #     --config.tokenizer.batch_size=256 --config.decoder.batch_size=256      which split evenly over the chips
+# (a folder that all workers mount, such as Filestore's or a bucket's by Cloud Storage FUSE)
 #   launch/tpu_pod.sh delete
 # `run train` and `run memory build` are one program on all workers; any other command runs once on each.
 # --dry-run before the verb prints the exact command instead. SPOT=1 asks for preemptible chips.
 set -euo pipefail
 
-usage() { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 need() { [ -n "${!1:-}" ] || { echo "launch/tpu_pod.sh: set $1 first, as in NAME=pod ZONE=us-west4-a TYPE=v5litepod-256." >&2; exit 2; }; }
 
 dry=
@@ -36,8 +37,9 @@ case $verb in
     ;;
   run)
     [ $# -gt 0 ] || usage
-    case "$1 ${2:-}" in
-      train\ * | "memory build") set -- "$@" --coordinator=auto ;;
+    case "$*" in
+      *--coordinator*) ;;
+      train\ * | "memory build"*) set -- "$@" --coordinator=auto ;;
     esac
     printf -v words '%q ' "$@"
     command=("${on_all[@]}" "--command=cd rag_mm && .venv/bin/rag-mm ${words% }")

@@ -153,3 +153,11 @@ def test_scripts_are_clean(script):
         ["shellcheck", LAUNCH / script], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", ["slurm.sbatch", "tpu_pod.sh"])
+def test_a_meeting_place_of_ones_own_is_kept(script):
+    own = "--coordinator=10.0.0.1:8476"
+    verb = ["run"] if script == "tpu_pod.sh" else []
+    words = printed(script, *verb, *TRAIN, own, NAME="pod", ZONE="a")
+    assert own in " ".join(words) and "--coordinator=auto" not in " ".join(words)

@@ -42,7 +42,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             )
         return
     host, _, port = address.rpartition(":")
-    if not (host and port.isdigit() and 0 < int(port) < 1 << 16):
+    if not (host and port.isdecimal() and 0 < int(port) < 1 << 16):
         raise UserError(
             f"--coordinator={address} is no place to meet; write HOST:PORT, such as 10.0.0.1:1234, "
             f"or {AUTO}."

@@ -71,6 +71,8 @@ def join(
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=HEARTBEAT_SECONDS,
         )
+        if jax.process_count() > 1:
+            _shake_hands()
     except ValueError as error:
         raise UserError(
             "jax does not find the other processes by itself here; name host and port of the first of "
@@ -83,8 +85,6 @@ def join(
         ) from error
     if jax.process_index():
         progress.be_quiet()
-    if jax.process_count() > 1:
-        _shake_hands()
 
 
 def word_of_first(text: str = "") -> str:

@@ -11,6 +11,9 @@ from rag_mm.core import sharding
 from rag_mm.ops import cpu_attention, splash
 
 
+IMPLEMENTATIONS = ("splash", "cudnn", "cpu", "xla")
+
+
 def attention(
     q: jax.Array,
     k: jax.Array,
@@ -37,17 +40,20 @@ def attention(
         [B, T, N, H] in q's dtype; scores and softmax are float32.
 
     Raises:
-        ValueError: only one of the segment ids was given.
+        ValueError: only one of the segment ids was given; no such implementation, or one for causal
+            attention of positions to themselves where it is not.
     """
     if (query_segment_ids is None) != (key_segment_ids is None):
         raise ValueError("give both query_segment_ids and key_segment_ids, or neither")
     starts_at_0 = isinstance(query_offset, int) and query_offset == 0
     is_self = is_causal and starts_at_0 and q.shape[1] == k.shape[1]
     kind = implementation or choose(sharding.platform(), q, k, is_self)
+    if kind not in IMPLEMENTATIONS or (kind != "xla" and not is_self):
+        raise ValueError(f"there is no implementation {kind!r} for this attention")
     if kind == "splash":
         return splash.splash_attention(q, k, v, query_segment_ids)
     if kind == "cpu":
-        return cpu_attention.cpu_attention(q, k, v, query_segment_ids)
+        return cpu_attention.cpu_attention(q, k, v, query_segment_ids, key_segment_ids)
     backend = "cudnn" if kind == "cudnn" else "xla"
     return _attend(q, k, v, is_causal, query_segment_ids, key_segment_ids, query_offset, backend)
 

@@ -153,6 +153,11 @@ def run_chain(
         compilation.keep_programs(run.workdir)
         team.follow(run, {name: partial(_call, run, name, configs[name]) for name in chosen})
         return run
+    if "memory" in chosen and "://" in str(run.workdir):
+        raise UserError(
+            f"A memory is built in a folder of a file system, not in {run.workdir}; mount it, or build the "
+            "stages up to the memory elsewhere."
+        )
     _check_inputs(run, chosen)
     with team.leading(), run.locked():
         compilation.keep_programs(run.workdir)

@@ -88,8 +88,8 @@ def test_neighbors_of_two_processes_are_those_of_one(tiny_run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["--num-processes=2"], "go together"),
-        (["--coordinator=127.0.0.1:1"], "go together"),
+        (["--num-processes=2"], "together"),
+        (["--coordinator=127.0.0.1:1"], "together"),
         (["--coordinator=auto", "--process-id=1"], "leave them out"),
         (["--coordinator=a:1", "--num-processes=0", "--process-id=0"], "count from 0"),
     ],

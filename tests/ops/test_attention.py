@@ -84,8 +84,9 @@ def test_segments_do_not_see_each_other(is_causal):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("num_kv_heads", [2, 1], ids=["multi-head", "multi-query"])
 @pytest.mark.parametrize("size", [1.0, 10.0], ids=["small norms", "large norms"])
-def test_long_rows_are_cut_into_runs_of_queries_unseen(size):
+def test_long_rows_are_cut_into_runs_of_queries_unseen(size, num_kv_heads):
     """In value, in gradient, and split over batch and heads of eight devices.
 
     Large norms make scores whose exponentials are no float32 numbers.
@@ -93,12 +94,13 @@ def test_long_rows_are_cut_into_runs_of_queries_unseen(size):
     length = 4 * cpu_attention.MIN_CHUNK + 3  # not a multiple of the number of runs
     rng = np.random.default_rng(length)
     q = rng.normal(size=(4, length, 2, H)).astype(np.float32)
-    k, v = rng.normal(size=(2, 4, length, 2, H)).astype(np.float32)
+    k, v = rng.normal(size=(2, 4, length, num_kv_heads, H)).astype(np.float32)
     q, k = size * q, size * k
     segments = np.sort(rng.integers(3, size=(4, length))).astype(np.int32)
 
     def whole(q, k, v):
         """Without a causal mask nothing is cut, so causality is put into the segments' mask here."""
+        k, v = (jnp.repeat(x, 2 // num_kv_heads, axis=2) for x in (k, v))
         scores = jnp.einsum("btnh,bsnh->bnts", q, k) / jnp.sqrt(jnp.float32(H))
         same = segments[:, :, None] == segments[:, None]
         mask = (same & np.tri(length, dtype=bool))[:, None]
@@ -115,11 +117,42 @@ def test_long_rows_are_cut_into_runs_of_queries_unseen(size):
         np.testing.assert_allclose(left, right, atol=1e-4 * size)
 
     mesh = sharding.make_mesh(2, 2, 2)
-    place = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor"))
+    rows = ("data", "fsdp")
+    split, whole_heads = (PartitionSpec(rows, None, axis) for axis in ("tensor", None))
+    layouts = [split, *2 * [split if num_kv_heads == 2 else whole_heads]]
+    placed = [
+        jax.device_put(x, NamedSharding(mesh, p)) for x, p in zip((q, k, v), layouts, strict=True)
+    ]
     with jax.set_mesh(mesh):
-        spread = cut(*jax.device_put((q, k, v), place))
-    assert spread.sharding.spec == PartitionSpec(("data", "fsdp"), None, "tensor", None)
+        spread = cut(*placed)
+        spread_grads = jax.jit(jax.grad(loss(cut), (0, 1, 2)))(*placed)
+    assert spread.sharding.spec == PartitionSpec(rows, None, "tensor", None)
     np.testing.assert_allclose(spread, whole(q, k, v), atol=1e-5 * size)
+    for left, right in zip(spread_grads, expected, strict=True):
+        np.testing.assert_allclose(left, right, atol=1e-4 * size)
+
+
+def test_tiny_gradients_survive_where_no_maximum_is_taken_off():
+    """Just below the bound, with upstream gradients as small as those of a mean over many tokens."""
+    rng = np.random.default_rng(0)
+    q, k, v, grad = rng.normal(size=(4, 2, 64, 2, 16)).astype(np.float32)
+    norms = [np.sqrt(np.square(x).sum(-1).max()) for x in (q, k)]
+    q *= 0.99 * cpu_attention.MAX_BOUND * 4 / (norms[0] * norms[1])
+    pull = lambda kind: jax.jit(
+        lambda *heads: jax.vjp(
+            lambda *h: attention.attention(*h, is_causal=True, implementation=kind), *heads
+        )[1](1e-12 * grad)
+    )
+    for found, expected in zip(pull("cpu")(q, k, v), pull("xla")(q, k, v), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+def test_an_implementation_is_one_of_the_four():
+    q, k, v = make_heads(2, T)
+    with pytest.raises(ValueError, match="no implementation 'fast'"):
+        attention.attention(q, k, v, is_causal=True, implementation="fast")
+    with pytest.raises(ValueError, match="no implementation 'cpu'"):
+        attention.attention(q, k, v, is_causal=False, implementation="cpu")
 
 
 def test_segment_ids_come_in_pairs():
