@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from rag_mm.core import sharding
 from rag_mm.ops import cpu_attention, splash
 
-
 IMPLEMENTATIONS = ("splash", "cudnn", "cpu", "xla")
 
 

@@ -100,6 +100,11 @@ def test_a_stage_whose_inputs_are_missing_is_refused(config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_memory_wants_a_folder_of_a_file_system(config):
+    with pytest.raises(UserError, match="not in gs://bucket/run; mount it"):
+        chain.run_chain(config, "gs://bucket/run")
+
+
 def test_the_control_follows_what_is_changed_of_the_decoder():
     changed = {"decoder.loop.num_steps": "60", "decoder.batch_size": "4"}
     config = config_lib.to_dict(config_lib.load_config("configs/quickstart.py:tiny", changed))
