@@ -32,16 +32,21 @@ def project(x: jax.Array, kernel: jax.Array, axes: Axes, num_in: int) -> jax.Arr
     return function(x, kernel, axes, num_in)
 
 
-@jax.custom_vjp
 def transpose(table: jax.Array) -> jax.Array:
-    """[V, D] -> [D, V], whose gradient is made as [D, V] and then turned.
+    """[V, D] -> [D, V], whose gradient is made as [D, V] and then turned on a CPU.
 
-    Left to itself XLA makes it as [V, D], for which a CPU has to turn the far larger gradient of logits.
+    Left to itself XLA makes it as [V, D], for which a CPU has to turn the far larger gradient of logits. A
+    TPU would sum the turned gradient over chips once for each run of positions instead of once.
     """
+    return _transpose(table) if sharding.platform() == "cpu" else table.T
+
+
+@jax.custom_vjp
+def _transpose(table: jax.Array) -> jax.Array:
     return table.T
 
 
-transpose.defvjp(
+_transpose.defvjp(
     lambda table: (table.T, None),
     lambda _, grad: (jax.lax.optimization_barrier(grad).T,),
 )
