@@ -40,17 +40,16 @@ class ScannIndex:
 
     def scoring(self) -> str:
         """How it searches at its present size: `brute_force`, `hashed` or `tree`."""
-        stored = 0 if self._rows is None else len(self._rows)
-        return self._config.resolve(min(stored, self._config.max_rows)).scoring
+        return self._config.split(0 if self._rows is None else len(self._rows))[0].scoring
 
     def build(self, embeddings: np.ndarray) -> None:
         """Replaces the rows, as the protocol says."""
         rows = index.check_rows(embeddings)  # One NaN would abort the whole process.
-        self._set_rows(rows)
-        self._searchers = [
-            scann_searcher.Searcher.build(part, self._config.resolve(len(part)))
-            for part in self._parts(rows)
-        ]
+        config = self._set_rows(rows)
+        self._searchers = []  # What is replaced need not be held while its successor is built.
+        for part in self._parts(rows):
+            built = scann_searcher.Searcher.build(part, config.resolve(len(part)))
+            self._searchers.append(built)
 
     def add(self, embeddings: np.ndarray) -> None:
         """As the protocol; everything is built again, so recall does not depend on the order."""
@@ -118,14 +117,8 @@ class ScannIndex:
         return np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
 
     def native(self) -> Callable[[np.ndarray, int], Any]:
-        """ScaNN's own search, (queries, k) -> (ids, distances), with nothing guarded: for measuring.
-
-        Raises:
-            UserError: there are several searchers, or none.
-        """
-        if len(self._searchers) != 1:
-            raise UserError(f"The index has {len(self._searchers)} searchers, not one.")
-        return self._searchers[0].native
+        """ScaNN's own searches, (queries, k) -> each one's (ids, distances), unguarded: for measuring."""
+        return lambda queries, k: [each.native(queries, k) for each in self._searchers]
 
     def save(self, directory: Path) -> None:
         """Writes what `load` needs beside the rows that are left."""
@@ -166,7 +159,7 @@ class ScannIndex:
             self.build(embeddings)
             return
         checked = index.check_rows(embeddings)
-        self._set_rows(checked)
+        config = self._set_rows(checked)
         if len(digests) != len(self._starts):
             raise UserError(f"{path} lists {len(digests)} searchers, not {len(self._starts)}.")
         self._searchers = [
@@ -176,10 +169,11 @@ class ScannIndex:
             for number, (part, rows) in enumerate(zip(digests, self._parts(checked), strict=True))
         ]
 
-    def _set_rows(self, rows: np.ndarray) -> None:
+    def _set_rows(self, rows: np.ndarray) -> ScannConfig:
+        """How its searchers search them."""
         self._rows, self._live = rows, rows_lib.LiveRows(len(rows))
-        num_parts = -(-len(rows) // self._config.max_rows)
-        self._starts = [part * len(rows) // num_parts for part in range(num_parts)]
+        config, self._starts = self._config.split(len(rows))
+        return config
 
     def _parts(self, rows: np.ndarray) -> list[np.ndarray]:
         """The rows of each searcher, in equal parts."""

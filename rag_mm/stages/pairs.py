@@ -231,7 +231,8 @@ def _questions(
 
 def _captioned(config: Config, encoder: frozen.Retriever, numbers: Numbers) -> dict[str, Any]:
     level = config.world.levels[-1]
-    source = scenes.Scenes(level, config.world.classes(*split_lib.SPLITS), "test")
+    ids = config.world.classes(*split_lib.SPLITS)
+    source = scenes.Scenes(level, ids, "test", class_share=config.world.class_share)
     rows = world_lib.spread(np.arange(len(source)), config.max_test)
     texts = [source.full_caption(int(row)) for row in rows]
     keys = np.array([policy.twin_key(text) for text in texts], np.int64)

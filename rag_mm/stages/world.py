@@ -43,7 +43,7 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """Emoji scenes. `class_share` keeps that share of every split's classes (a smaller world).
+    """Emoji scenes. `class_share` keeps that share of every split's classes, partners in pairs too.
 
     With several `levels` each class shows scenes of all of them.
     """
@@ -63,12 +63,14 @@ class World:
 
     def classes(self, *split_names: str) -> np.ndarray:
         """Class ids, int64, of the splits."""
-        kept = [splits.classes(name) for name in split_names]
-        return np.concatenate([ids[: max(2, round(len(ids) * self.class_share))] for ids in kept])
+        return np.concatenate(
+            [splits.classes(name, share=self.class_share) for name in split_names]
+        )
 
     def scenes(self, role: str, *split_names: str) -> scene_lib.Scenes:
         """Documents of the splits in one role: memory, train or test."""
-        return scene_lib.Scenes(self.levels, self.classes(*split_names), role)
+        ids = self.classes(*split_names)
+        return scene_lib.Scenes(self.levels, ids, role, class_share=self.class_share)
 
     @property
     def geometry(self) -> scene_lib.Level:

@@ -83,6 +83,20 @@ def test_saved_hashed_files_are_checked_before_native_code_reads_them(tmp_path):
     scann_index.ScannIndex().load(tmp_path, rows)
 
 
+def test_two_trees_share_the_rows(tmp_path, large):
+    rows, queries, oracle = large
+    tree = scann_index.ScannConfig("tree", num_leaves=4, leaves_to_search=4, num_trees=2)
+    searcher, loaded = scann_index.ScannIndex(tree), scann_index.ScannIndex()
+    searcher.build(rows)
+    searcher.save(tmp_path)
+    assert len(json.loads((tmp_path / "index.json").read_text())["files"]) == 2
+    loaded.load(tmp_path, rows)
+    assert loaded.scoring() == "tree"
+    found, right = loaded.search(queries, 10), oracle.search(queries, 10)
+    recall = np.mean([np.isin(a, b).mean() for a, b in zip(found.ids, right.ids, strict=True)])
+    assert recall > 0.9
+
+
 class Bomb:
     def __reduce__(self):
         return (pytest.fail, ("a pickle was loaded",))

@@ -14,8 +14,16 @@ def test_a_share_is_taken_of_every_split():
     every = np.arange(len(splits.split_of()))
     np.testing.assert_array_equal(np.sort(whole.classes(*splits.SPLITS)), every)
     sizes = [len(SMALL.classes(name)) for name in splits.SPLITS]
-    assert sizes == [max(2, round(len(splits.classes(name)) / 100)) for name in splits.SPLITS]
+    assert sizes == [max(3, round(len(splits.classes(name)) / 100)) for name in splits.SPLITS]
     assert set(SMALL.classes("held_out")) <= set(splits.classes("held_out"))
+
+
+def test_partners_are_kept_classes_too():
+    world = world_lib.World(levels=("pairs",), class_share=0.05)
+    for split in splits.SPLITS:
+        source = world.scenes("memory", split)
+        shown = {e.class_id for i in range(len(source)) for e in source.facts(i).entities}
+        assert shown == set(world.classes(split))
 
 
 def test_seen_and_held_out_share_no_class():

@@ -104,19 +104,24 @@ def place(entity: Entity, level: Level) -> str:
     return " ".join(filter(None, (ROWS[row], COLUMNS[column]))) or "center"
 
 
-def configurations(level: Level, class_id: int, seed: int = 0) -> tuple[Facts, ...]:
+def configurations(
+    level: Level, class_id: int, seed: int = 0, class_share: float = 1.0
+) -> tuple[Facts, ...]:
     """The 32 scenes of a class; no two agree in all of places, colour and partner.
 
     Where one size on a grid gives exactly 32 (as in `easy`: 4 places x 8 colours), these are all.
     Otherwise they are drawn at random, half of them pairs if the level has pairs. A partner comes
-    from the same split, and of two classes only one ever invites the other, so no pair of classes
-    meets in another class's scenes. A class is not put on a colour on which it cannot be seen.
+    from the same split, of which `class_share` is kept, and of two classes only one ever invites the
+    other, so no pair of classes meets in another class's scenes. A class is not put on a colour on which
+    it cannot be seen.
     """
-    return _configurations(level, class_id, seed)
+    return _configurations(level, class_id, seed, class_share)
 
 
 @functools.lru_cache(maxsize=8192)
-def _configurations(level: Level, class_id: int, seed: int) -> tuple[Facts, ...]:
+def _configurations(
+    level: Level, class_id: int, seed: int, class_share: float
+) -> tuple[Facts, ...]:
     boxes = [(size, *corner) for size in level.sizes for corner in level.corners(size)]
     if level.max_entities == 1 and len(boxes) * len(COLORS) == NUM_CONFIGURATIONS:
         return tuple(
@@ -130,7 +135,7 @@ def _configurations(level: Level, class_id: int, seed: int) -> tuple[Facts, ...]
         if len(found) < NUM_CONFIGURATIONS - num_pairs:
             facts = _draw_single(level, class_id, rng)
         else:
-            facts = _draw_pair(level, class_id, seed, rng)
+            facts = _draw_pair(level, class_id, _kin(class_id, seed, class_share), rng)
         # Only what captions ask for is a difference: else a hit could be the answer itself.
         told = [(entity.class_id, place(entity, level)) for entity in facts.entities]
         found.setdefault((*told, facts.color), facts)
@@ -156,10 +161,14 @@ def _draw_single(level: Level, class_id: int, rng: np.random.Generator) -> Facts
     return Facts((Entity(class_id, size, *corners[rng.integers(len(corners))]),), color)
 
 
-def _draw_pair(level: Level, class_id: int, seed: int, rng: np.random.Generator) -> Facts:
+def _kin(class_id: int, seed: int, class_share: float) -> np.ndarray:
+    """Ids of the kept classes of a class's own split, ascending."""
+    split = splits.SPLITS[splits.split_of(seed)[class_id]]
+    return splits.classes(split, seed=seed, share=class_share)
+
+
+def _draw_pair(level: Level, class_id: int, members: np.ndarray, rng: np.random.Generator) -> Facts:
     size, pairs = min(level.sizes), disjoint_corners(level)
-    split = splits.split_of(seed)
-    members = np.flatnonzero(split == split[class_id])
     while True:
         # Only the half of the circle ahead: whoever is invited never invites back.
         ahead = rng.integers(1, (len(members) - 1) // 2 + 1)
@@ -262,8 +271,9 @@ class Scenes:
         class_ids: np.ndarray,
         role: str,
         seed: int = 0,
+        class_share: float = 1.0,
     ):
-        """Takes `level_names` from `LEVELS`, `role` from `ROLES`.
+        """Takes `level_names` from `LEVELS`, `role` from `ROLES`; partners in pairs are of `class_share`.
 
         A class has 16 scenes in the memory, 12 to train on (3 if it is a rare one) and 4 to test. Several
         levels take turns at them, each class beginning with another one.
@@ -278,7 +288,7 @@ class Scenes:
         if role not in ROLES:
             raise UserError(f"There is no role {role!r}; choose from {', '.join(ROLES)}.")
         self._name = f"{'+'.join(level_names)}, {len(class_ids)} classes, {role}, seed {seed}"
-        self._seed = seed
+        self._seed, self._class_share = seed, class_share
         rare = splits.split_of(seed) == splits.SPLITS.index("rare_seen")
         numbers, levels = [], []
         for class_id in class_ids:
@@ -310,7 +320,9 @@ class Scenes:
 
     def facts(self, index: int) -> Facts:
         """What item `index` shows."""
-        own = configurations(self.levels[index], int(self.class_ids[index]), self._seed)
+        own = configurations(
+            self.levels[index], int(self.class_ids[index]), self._seed, self._class_share
+        )
         return own[self._numbers[index]]
 
     def picture(self, index: int) -> np.ndarray:

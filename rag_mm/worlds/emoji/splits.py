@@ -40,8 +40,13 @@ def split_of(seed: int = 0) -> np.ndarray:
     return result
 
 
-def classes(*split_names: str, seed: int = 0) -> np.ndarray:
-    """The ids of all classes in the named splits, ascending: int64 [N].
+def classes(*split_names: str, seed: int = 0, share: float = 1.0) -> np.ndarray:
+    """The ids of the classes in the named splits, ascending: int64 [N].
+
+    Args:
+        split_names: of `SPLITS`.
+        seed: of the split.
+        share: how much of every split is kept, the first of its classes, and three at the least.
 
     Raises:
         UserError: a name is not one of `SPLITS`.
@@ -49,8 +54,10 @@ def classes(*split_names: str, seed: int = 0) -> np.ndarray:
     for name in split_names:
         if name not in SPLITS:
             raise UserError(f"There is no split {name!r}; choose from {', '.join(SPLITS)}.")
-    wanted = [SPLITS.index(name) for name in split_names]
-    return np.flatnonzero(np.isin(split_of(seed), wanted))
+    ids = [np.flatnonzero(split_of(seed) == SPLITS.index(name)) for name in split_names]
+    # Three classes are the fewest of which each can invite another that does not invite it.
+    kept = [own[: max(3, round(len(own) * share))] for own in ids]
+    return np.sort(np.concatenate([np.zeros(0, np.int64), *kept]))
 
 
 def _related_classes(class_names: tuple[tuple[str, ...], ...]) -> list[list[int]]:
