@@ -189,6 +189,7 @@ class Decoder(nnx.Module):
         blocks: tuple[Block, ...],
         tokens: jax.Array,
         positions: jax.Array,
+        rotation: rope.Rotation | None,
         attend: Attend,
         cache: tuple,
     ) -> tuple[jax.Array, tuple]:
@@ -196,10 +197,10 @@ class Decoder(nnx.Module):
 
         Where heads are smeared a layer's cache has the `recent` ones.
 
-        `blocks` is `stack.unstack()`, taken once outside the decoding loop.
+        `blocks` is `stack.unstack()`, and `rotation` the positions' part of `config.block.rotation` of all
+        that are to come; both are made once, outside the decoding loop.
         """
-        x, rotation = self.embed(tokens, positions), self.config.block.rotation(positions)
-        updated = []
+        x, updated = self.embed(tokens, positions), []
         same = jnp.ones_like(tokens)
         for block, layer_cache in zip(blocks, cache, strict=True):
             before = Before(same, layer_cache.recent) if self.config.smear_lags else None
