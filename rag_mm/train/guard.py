@@ -50,8 +50,8 @@ def guard(
 ) -> optax.GradientTransformationExtraArgs:
     """`inner`, whose update and state stay as they were wherever a step is skipped.
 
-    Its `update` wants the step's loss as `value`. Chosen is leaf by leaf where the update is made, so
-    no second copy of the state exists.
+    Its `update` wants the step's loss as `value`. The inner one runs in a branch of the program: to choose
+    between its old and new state leaf by leaf took copies of both.
     """
 
     def init(params: optax.Params) -> State:
@@ -69,10 +69,9 @@ def guard(
     ) -> tuple[optax.Updates, State]:
         is_good = jnp.isfinite(value) & jnp.isfinite(optax.global_norm(grads))
         is_good &= ~_is_spike(value, state, config)
-        updates, new = inner.update(grads, state.inner, params)
-        choose = lambda taken, left: jax.tree.map(
-            lambda a, b: jnp.where(is_good, a, b), taken, left
-        )
+        take = lambda: inner.update(grads, state.inner, params)
+        leave = lambda: (jax.tree.map(jnp.zeros_like, grads), state.inner)
+        updates, new = jax.lax.cond(is_good, take, leave)
         at = state.num_accepted % config.window
         accepted = jnp.where(is_good, state.losses.at[at].set(value), state.losses)
         one = is_good.astype(jnp.int32)
@@ -81,8 +80,7 @@ def guard(
             state.num_skipped + 1 - one,
             jnp.where(is_good, 0, state.num_in_a_row + 1),
         )
-        zeros = jax.tree.map(jnp.zeros_like, updates)
-        return choose(updates, zeros), State(accepted, *counts, choose(new, state.inner))
+        return updates, State(accepted, *counts, new)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
