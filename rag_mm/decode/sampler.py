@@ -115,8 +115,12 @@ def _sample(
     def body(i, carry):
         layers, token, out, finished = carry
         attend = cache.make_attend(jnp.int32(length) + i - 1, segment_ids)
-        at = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i - 1, 1, axis=1), placed)
-        hidden, layers = model.decode_step(blocks, token[:, None], *at, attend, layers)
+        positions, rotation = jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, i - 1, 1, axis=1), placed
+        )
+        hidden, layers = model.decode_step(
+            blocks, token[:, None], positions, rotation, attend, layers
+        )
         token, log_prob = draw(model.logits(hidden)[:, 0], _fold(keys, i))
         return layers, *_record(i, token, log_prob, out, finished, stop)
 
