@@ -1,6 +1,6 @@
 """Which documents a model gets to see: queries and selection (RA-CM3 section 3.1; ra_cm3.md 4)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -46,6 +46,47 @@ def make_query(
     draws = rng.random(len(words))
     kept = [word for word, draw in zip(words, draws, strict=True) if draw >= token_dropout]
     return " ".join(kept) if kept else words[int(draws.argmax())]
+
+
+def split_queries(texts: Sequence[str], by_phrase: bool) -> tuple[list[str], np.ndarray]:
+    """What to ask the retriever for each text, and how many queries in a row are one text's, int64 [Q].
+
+    One embedding seldom holds two entities; `by_phrase` asks for what `and` joins one after the other.
+    """
+    phrases = [
+        [part for part in text.split(" and ") if part.strip()] if by_phrase else [text]
+        for text in texts
+    ]
+    each = [found or [text] for found, text in zip(phrases, texts, strict=True)]
+    return [part for parts in each for part in parts], np.array([len(parts) for parts in each])
+
+
+def interleave(hits: index.Neighbors, counts: np.ndarray) -> index.Neighbors:
+    """The hits of several queries of one document as one list: the best of each, by score, then the second.
+
+    Args:
+        hits: [P, k], best first.
+        counts: int [Q], how many queries in a row belong together; they add up to P.
+
+    Returns:
+        Neighbors [Q, k max(counts)]; a row that several queries found is missing after its first place.
+    """
+    num_hits, most = hits.ids.shape[1], int(counts.max(initial=1))
+    if most == 1:
+        return hits
+    owner = np.repeat(np.arange(len(counts)), counts)
+    part = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    ids = np.full((len(counts), num_hits, most), index.MISSING, np.int32)
+    scores = np.full(ids.shape, -np.inf, np.float32)
+    ids[owner, :, part], scores[owner, :, part] = hits.ids, hits.scores
+    order = np.argsort(-scores, axis=2, kind="stable")
+    flat_ids = np.take_along_axis(ids, order, axis=2).reshape(len(counts), -1)
+    flat_scores = np.take_along_axis(scores, order, axis=2).reshape(len(counts), -1)
+    by_id = np.argsort(flat_ids, axis=1, kind="stable")
+    is_repeat = np.diff(np.take_along_axis(flat_ids, by_id, axis=1), axis=1, prepend=-2) == 0
+    repeats = np.zeros_like(is_repeat)
+    np.put_along_axis(repeats, by_id, is_repeat, axis=1)
+    return index.Neighbors(np.where(repeats, np.int32(index.MISSING), flat_ids), flat_scores)
 
 
 def twin_key(facts: str) -> int:
@@ -123,6 +164,7 @@ def find_neighbors(
     own_rows: np.ndarray,
     own_keys: np.ndarray,
     row_keys: np.ndarray,
+    counts: np.ndarray | None = None,
     num_candidates: int = 64,
     batch_size: int = 1024,
     on_progress: Callable[[int, int], None] | None = None,
@@ -131,11 +173,12 @@ def find_neighbors(
 
     Args:
         search: (queries float32 [q, D], k) -> Neighbors, as `Index.search`.
-        queries: float32 [Q, D] unit rows.
+        queries: float32 [P, D] unit rows.
         vectors, num_neighbors, max_similarity, own_rows, own_keys, row_keys: see `select`.
-        num_candidates: how far down the ranked list selection walks.
-        batch_size: queries searched at once.
-        on_progress: called with (queries done, Q).
+        counts: int [Q], how many of the queries each document asks, see `interleave`; None for one each.
+        num_candidates: how far down each query's ranked list selection walks.
+        batch_size: documents whose queries are searched at once.
+        on_progress: called with (documents done, Q).
 
     Returns:
         Neighbors [Q, K]; a query whose candidates were all skipped has missing ones.
@@ -145,9 +188,12 @@ def find_neighbors(
             np.zeros((0, num_neighbors), np.int32), np.zeros((0, num_neighbors), np.float32)
         )
     ]
-    for start in range(0, len(queries), batch_size):
-        batch = slice(start, start + batch_size)
-        hits = search(queries[batch], num_candidates)
+    counts = np.ones(len(queries), np.int64) if counts is None else counts
+    ends = np.concatenate([[0], np.cumsum(counts)])
+    for start in range(0, len(counts), batch_size):
+        batch = slice(start, min(start + batch_size, len(counts)))
+        asked = queries[ends[batch.start] : ends[batch.stop]]
+        hits = interleave(search(asked, num_candidates), counts[batch])
         found.append(
             select(
                 hits.ids,
@@ -161,7 +207,7 @@ def find_neighbors(
             )
         )
         if on_progress is not None:
-            on_progress(min(start + batch_size, len(queries)), len(queries))
+            on_progress(batch.stop, len(counts))
     return index.Neighbors(
         np.concatenate([neighbors.ids for neighbors in found]),
         np.concatenate([neighbors.scores for neighbors in found]),

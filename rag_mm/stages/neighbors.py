@@ -36,6 +36,9 @@ class Config:
 
     Pictures of one's own have no classes: there, it must be given, and the gate stays open.
 
+    `by_phrase` asks a text's parts that `and` joins one by one (`memory.policy.split_queries`), at inference
+    too.
+
     `min_same_class` is the gate before the decoder: the least share of neighbors of held-out
     captions that show what was asked for.
     """
@@ -46,6 +49,7 @@ class Config:
     caption_draws: int = 4
     token_dropout: float = 0.2
     max_similarity: float | None = None
+    by_phrase: bool = False
     num_test: int = 256
     min_same_class: float = 0.0
 
@@ -81,11 +85,12 @@ def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
     for split, names in TEST_SPLITS.items():
         source = config.world.scenes("test", *names)
         rows = world_lib.sample_rows(source, config.num_test, config.seed)
-        by_text = whole_memory.encode(text=[source.full_caption(int(row)) for row in rows])
-        by_image = whole_memory.encode(image=world_lib.images(source, rows))
+        captions = [source.full_caption(int(row)) for row in rows]
+        by_text = _encode(config, whole_memory, captions)
+        by_image = whole_memory.encode(image=world_lib.images(source, rows)), None
         asked = (whole_memory, by_text), (whole_memory, by_image), (seen_memory, by_text)
         found = {
-            name: _find(config, memory, queries, source, rows, bound)
+            name: _find(config, memory, *queries, source, rows, bound)
             for name, (memory, queries) in zip(QUERIES, asked, strict=True)
         }
         for name, array in ({"rows": rows} | found).items():
@@ -96,7 +101,8 @@ def run(config: Config, run: run_lib.Run, stage_dir: epath.Path) -> dict:
         _check_gate(config, same_class["held_out"])
     _write(stage_dir / "train.npy", _train_neighbors(config, seen_memory, bound))
     if jax.process_index() == 0:
-        files.write_json(stage_dir / POLICY, {"max_similarity": bound})
+        rules = {"max_similarity": bound, "by_phrase": config.by_phrase}
+        files.write_json(stage_dir / POLICY, rules)
     if not same_class:
         return {"neighbors": {"max_similarity": bound}}
     return {
@@ -126,11 +132,12 @@ def _train_neighbors(config: Config, memory: memory_lib.Memory, bound: float) ->
     rows = part or range(1)  # One of many processes may have none, and asks all the same.
     with progress.track("neighbors", total=config.caption_draws + 1) as bar:
         for draw in range(config.caption_draws):
-            queries = memory.encode(text=[_dropped_caption(config, source, i, draw) for i in rows])
-            columns.append(_find(config, memory, queries, source, rows, bound))
+            texts = [_dropped_caption(config, source, i, draw) for i in rows]
+            queries = _encode(config, memory, texts)
+            columns.append(_find(config, memory, *queries, source, rows, bound))
             bar.update(draw + 1)
-        queries = memory.encode(image=world_lib.images(source, np.array(rows)))
-        columns.append(_find(config, memory, queries, source, rows, bound))
+        by_image = memory.encode(image=world_lib.images(source, np.array(rows)))
+        columns.append(_find(config, memory, by_image, None, source, rows, bound))
         bar.update(config.caption_draws + 1)
     return spread.gather(np.stack(columns, axis=1)[: len(part)], len(source))
 
@@ -164,10 +171,19 @@ def _calibrate(config: Config, memory: memory_lib.Memory, facts: list[scene_lib.
     return policy.calibrate_max_similarity(memory.embeddings("mixed"), classes, keys)
 
 
+def _encode(
+    config: Config, memory: memory_lib.Memory, texts: list[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Queries float32 [P, D] and how many each text asks."""
+    asked, counts = policy.split_queries(texts, config.by_phrase)
+    return memory.encode(text=asked), counts
+
+
 def _find(
     config: Config,
     memory: memory_lib.Memory,
     queries: np.ndarray,
+    counts: np.ndarray | None,
     source: world_lib.Source,
     rows: Iterable[int],
     bound: float,
@@ -182,6 +198,7 @@ def _find(
         own_rows=np.full(len(own_keys), -1),
         own_keys=own_keys,
         row_keys=_memory_keys(config.world)[: len(memory)],
+        counts=counts,
     )
     return found.ids
 

@@ -53,6 +53,7 @@ class Session:
     encoder: frozen.Retriever
     memory: Memory
     max_similarity: float  # of the retrieval policy; see `stages.neighbors`
+    by_phrase: bool = False  # of the same
 
     def generate(
         self,
@@ -202,6 +203,10 @@ class Session:
         self, query: dict[str, Any], count: int
     ) -> tuple[list[Document], list[float | None]]:
         """By the policy that training saw; documents without a picture are passed over."""
+        counts = None
+        if "text" in query:
+            parts, counts = policy.split_queries([query["text"]], self.by_phrase)
+            query = {"text": parts}
         found = policy.find_neighbors(
             self.memory.index("mixed").search,
             self.memory.encode(**query),
@@ -211,6 +216,7 @@ class Session:
             own_rows=np.array([-1]),
             own_keys=np.array([policy.NO_KEY]),
             row_keys=np.full(len(self.memory), policy.NO_KEY),
+            counts=counts,
         )
         present = found.ids[0] >= 0
         documents = [self.memory.document(int(row)) for row in found.ids[0][present]]
@@ -250,8 +256,8 @@ def load(workdir: epath.PathLike) -> Session:
     encoder = retriever.load_encoder(run.workdir)
     # Not `finished_stage`: documents may be added to a run's memory by hand, which it checks itself.
     memory = Memory.open(run.stage_dir("memory"), encoder)
-    bound = files.read_json(run.finished_stage("neighbors") / neighbors.POLICY)["max_similarity"]
-    return Session(generator, codec, encoder, memory, bound)
+    rules = files.read_json(run.finished_stage("neighbors") / neighbors.POLICY)
+    return Session(generator, codec, encoder, memory, **rules)
 
 
 def _sampling(temperature: float, top_p: float) -> Sampling:

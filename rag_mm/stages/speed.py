@@ -52,15 +52,17 @@ def _make_retrieval(
     unknown = np.full(len(memory), policy.NO_KEY)
 
     def retrieve() -> object:
+        asked, counts = policy.split_queries(captions, rules.get("by_phrase", False))
         return policy.find_neighbors(
             search,
-            bench.encoder.encode_text(captions),
+            bench.encoder.encode_text(asked),
             vectors,
             num_neighbors=bench.decoder.layout.max_docs,
             max_similarity=rules["max_similarity"],
             own_rows=np.full(len(captions), -1),
             own_keys=np.full(len(captions), policy.NO_KEY),
             row_keys=unknown,
+            counts=counts,
         )
 
     return retrieve

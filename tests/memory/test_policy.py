@@ -138,6 +138,53 @@ def test_find_neighbors_does_not_depend_on_the_batches():
     assert (whole.ids >= 0).all()
 
 
+def test_texts_are_asked_phrase_by_phrase():
+    texts = ["a cat and a dog on red", "a cow", " and "]
+    parts, counts = policy.split_queries(texts, by_phrase=True)
+    assert parts == ["a cat", "a dog on red", "a cow", " and "] and counts.tolist() == [2, 1, 1]
+    parts, counts = policy.split_queries(texts, by_phrase=False)
+    assert parts == texts and counts.tolist() == [1, 1, 1]
+
+
+def test_hits_of_phrases_take_turns_and_none_comes_twice():
+    ids = np.int32([[5, 3, 1], [7, 5, -1], [2, 4, 6]])
+    scores = np.float32([[0.5, 0.4, 0.1], [0.9, 0.3, -np.inf], [0.8, 0.7, 0.6]])
+    found = policy.interleave(index.Neighbors(ids, scores), np.array([2, 1]))
+    first = [i for i in found.ids[0] if i != index.MISSING]
+    assert first == [7, 5, 3, 1]
+    assert [i for i in found.ids[1] if i != index.MISSING] == [2, 4, 6]
+    alone = policy.interleave(index.Neighbors(ids, scores), np.array([1, 1, 1]))
+    np.testing.assert_array_equal(alone.ids, ids)
+
+
+def test_a_document_that_asks_twice_gets_one_of_each():
+    vectors = np.eye(4, dtype=np.float32)
+    near = np.float32([[1, 0.5, 0, 0], [0, 0, 0.5, 1], [0, 1, 0, 0]])
+
+    def search(queries, k):
+        scores = queries @ vectors.T
+        ids = np.argsort(-scores, axis=1)[:, :k].astype(np.int32)
+        return index.Neighbors(ids, np.take_along_axis(scores, ids, axis=1))
+
+    def find(batch_size):
+        return policy.find_neighbors(
+            search,
+            near,
+            vectors,
+            num_neighbors=2,
+            max_similarity=2.0,
+            own_rows=np.array([-1, -1]),
+            own_keys=np.full(2, policy.NO_KEY),
+            row_keys=np.full(4, policy.NO_KEY),
+            counts=np.array([2, 1]),
+            num_candidates=4,
+            batch_size=batch_size,
+        ).ids
+
+    assert set(find(8)[0]) == {0, 3} and find(8)[1, 0] == 1
+    np.testing.assert_array_equal(find(8), find(1))
+
+
 def test_calibration_is_the_percentile_of_pairs_of_one_class_with_other_facts():
     vectors = np.float32([[1, 0], [1, 0], [0.6, 0.8], [0, 1], [-1, 0]])
     classes, facts = np.array([4, 4, 4, 2, 2]), np.array([1, 1, 2, 3, 4])
