@@ -108,15 +108,15 @@ def _sample(
     blocks = model.stack.unstack()
     segment_ids = jnp.pad(prompts.segment_ids, ((0, 0), (0, num_steps)), constant_values=1)
     draw = partial(_draw, allowed=allowed, temperature=temperature, top_p=top_p)
-    steps = prompts.next_positions[:, None] + jnp.arange(num_steps, dtype=jnp.int32)[None]
+    ahead = prompts.next_positions[:, None] + jnp.arange(num_steps, dtype=jnp.int32)[None]
     # Inside the loop XLA would take every sine again for each head of each layer.
-    placed = steps, model.config.block.rotation(steps)
+    turned = ahead, model.config.block.rotation(ahead)
 
     def body(i, carry):
         layers, token, out, finished = carry
         attend = cache.make_attend(jnp.int32(length) + i - 1, segment_ids)
         positions, rotation = jax.tree.map(
-            lambda x: jax.lax.dynamic_slice_in_dim(x, i - 1, 1, axis=1), placed
+            lambda x: jax.lax.dynamic_slice_in_dim(x, i - 1, 1, axis=1), turned
         )
         hidden, layers = model.decode_step(
             blocks, token[:, None], positions, rotation, attend, layers

@@ -51,14 +51,17 @@ def make_query(
 def split_queries(texts: Sequence[str], by_phrase: bool) -> tuple[list[str], np.ndarray]:
     """What to ask the retriever for each text, and how many queries in a row are one text's, int64 [Q].
 
-    One embedding seldom holds two entities; `by_phrase` asks for what `and` joins one after the other.
+    One embedding seldom holds two entities; `by_phrase` asks for what `and` joins one after the other, and so
+    for both halves of a name like `bow and arrow`, which it cannot tell from two.
     """
     phrases = [
         [part for part in text.split(" and ") if part.strip()] if by_phrase else [text]
         for text in texts
     ]
     each = [found or [text] for found, text in zip(phrases, texts, strict=True)]
-    return [part for parts in each for part in parts], np.array([len(parts) for parts in each])
+    return [part for parts in each for part in parts], np.array(
+        [len(parts) for parts in each], np.int64
+    )
 
 
 def interleave(hits: index.Neighbors, counts: np.ndarray) -> index.Neighbors:
@@ -69,7 +72,8 @@ def interleave(hits: index.Neighbors, counts: np.ndarray) -> index.Neighbors:
         counts: int [Q], how many queries in a row belong together; they add up to P.
 
     Returns:
-        Neighbors [Q, k max(counts)]; a row that several queries found is missing after its first place.
+        Neighbors [Q, k max(counts)], best first only among hits of one rank; a row that several queries found
+        is missing after its first place.
     """
     num_hits, most = hits.ids.shape[1], int(counts.max(initial=1))
     if most == 1:
@@ -86,7 +90,8 @@ def interleave(hits: index.Neighbors, counts: np.ndarray) -> index.Neighbors:
     is_repeat = np.diff(np.take_along_axis(flat_ids, by_id, axis=1), axis=1, prepend=-2) == 0
     repeats = np.zeros_like(is_repeat)
     np.put_along_axis(repeats, by_id, is_repeat, axis=1)
-    return index.Neighbors(np.where(repeats, np.int32(index.MISSING), flat_ids), flat_scores)
+    flat_ids = np.where(repeats, np.int32(index.MISSING), flat_ids)
+    return index.Neighbors(flat_ids, np.where(repeats, np.float32(-np.inf), flat_scores))
 
 
 def twin_key(facts: str) -> int:

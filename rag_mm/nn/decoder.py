@@ -197,8 +197,8 @@ class Decoder(nnx.Module):
 
         Where heads are smeared a layer's cache has the `recent` ones.
 
-        `blocks` is `stack.unstack()`, and `rotation` the positions' part of `config.block.rotation` of all
-        that are to come; both are made once, outside the decoding loop.
+        `blocks` is `stack.unstack()`, made once outside the decoding loop. So is `config.block.rotation` of
+        all positions to come, of which `rotation` is this token's; None where it is None.
         """
         x, updated = self.embed(tokens, positions), []
         same = jnp.ones_like(tokens)

@@ -16,8 +16,9 @@ def run(
 ) -> dict[str, Mapping[str, Any]]:
     """Tokens a second of steps of Adam, guarded (`ours`) and not (`peer`); a case `WIDTH_guard` a width.
 
-    Both go once a round, so each round has a ratio of its own, in which most of what the machine does besides
-    cancels. `ratio` is their median, below 1 by what the guard costs, and `ci95` its 95 % interval.
+    Both go once a round, each after a call of its own kind, so each round has a ratio of its own, in which
+    most of what the machine does besides cancels. `ratio` is their median, below 1 by what the guard costs,
+    and `ci95` its 95 % interval.
 
     Args:
         config: shapes as beside transformers, threads, and at least `timing.LEAST_ROUNDS` rounds.
@@ -39,7 +40,7 @@ def _measure(
     adam = optax.adam(bench_models.LEARNING_RATE)
     steps = [ours.make_train_step(model, tx) for tx in (guard.guard(adam, guard.Config()), adam)]
     calls = [functools.partial(step, rows, num_steps) for step in steps]
-    guarded, plain = timing.rounds(calls, config.num_rounds)
+    guarded, plain = timing.rounds(calls, config.num_rounds, is_warm=True)
     ratios = [without / with_ for with_, without in zip(guarded, plain, strict=True)]
     num_tokens = rows["tokens"].size * num_steps
     return {

@@ -23,16 +23,12 @@ def rounds(
 ) -> list[list[float]]:
     """The seconds of each call in each round, all of them once a round, after one that is not counted.
 
-    Rounds take turns at who begins, since who runs after whom is worth percents too.
-
     With `is_warm` each is made twice in its turn and the second counts: steps follow steps of their own kind
     in a run too, and what another library leaves behind, such as memory given back, is not theirs.
     """
     seconds: list[list[float]] = [[] for _ in calls]
     for count in range(num_rounds + 1):
-        for turn in range(len(calls)):
-            place = (count + turn) % len(calls)
-            call = calls[place]
+        for place, call in enumerate(calls):
             if count and is_warm:
                 call()
             began = time.perf_counter()

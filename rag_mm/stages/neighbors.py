@@ -37,7 +37,7 @@ class Config:
     Pictures of one's own have no classes: there, it must be given, and the gate stays open.
 
     `by_phrase` asks a text's parts that `and` joins one by one (`memory.policy.split_queries`), at inference
-    too.
+    too. Words are dropped first, so that a fifth of the training captions of two entities are asked whole.
 
     `min_same_class` is the gate before the decoder: the least share of neighbors of held-out
     captions that show what was asked for.

@@ -257,7 +257,8 @@ def load(workdir: epath.PathLike) -> Session:
     # Not `finished_stage`: documents may be added to a run's memory by hand, which it checks itself.
     memory = Memory.open(run.stage_dir("memory"), encoder)
     rules = files.read_json(run.finished_stage("neighbors") / neighbors.POLICY)
-    return Session(generator, codec, encoder, memory, **rules)
+    by_phrase = rules.get("by_phrase", False)  # Older runs do not tell.
+    return Session(generator, codec, encoder, memory, rules["max_similarity"], by_phrase)
 
 
 def _sampling(temperature: float, top_p: float) -> Sampling:

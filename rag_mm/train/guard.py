@@ -51,7 +51,7 @@ def guard(
     """`inner`, whose update and state stay as they were wherever a step is skipped.
 
     Its `update` wants the step's loss as `value`. The inner one runs in a branch of the program: to choose
-    between its old and new state leaf by leaf took copies of both.
+    between its old and new state leaf by leaf took copies, where the state is donated.
     """
 
     def init(params: optax.Params) -> State:
@@ -70,7 +70,11 @@ def guard(
         is_good = jnp.isfinite(value) & jnp.isfinite(optax.global_norm(grads))
         is_good &= ~_is_spike(value, state, config)
         take = lambda: inner.update(grads, state.inner, params)
-        leave = lambda: (jax.tree.map(jnp.zeros_like, grads), state.inner)
+        kinds = jax.eval_shape(inner.update, grads, state.inner, params)[0]
+        leave = lambda: (
+            jax.tree.map(lambda grad, kind: jnp.zeros_like(grad, kind.dtype), grads, kinds),
+            state.inner,
+        )
         updates, new = jax.lax.cond(is_good, take, leave)
         at = state.num_accepted % config.window
         accepted = jnp.where(is_good, state.losses.at[at].set(value), state.losses)

@@ -1,5 +1,6 @@
 """A finished run in Python: draw, describe, fill in, search; the commands give the same."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -43,6 +44,14 @@ def test_it_draws_after_reading_so_many_documents(run, docs):
         (d["score"] for d in drawn.neighbors), reverse=True
     )
     assert not same(drawn.images[0], drawn.images[1])
+
+
+def test_a_caption_of_two_is_asked_phrase_by_phrase_where_the_run_says_so(run):
+    first, second = run.memory.document(0).text, run.memory.document(len(run.memory) - 1).text
+    alone = [run.generate(text, docs=1).neighbors[0]["id"] for text in (first, second)]
+    by_phrase = dataclasses.replace(run, by_phrase=True, max_similarity=2.0)
+    both = by_phrase.generate(f"{first} and {second}", docs=2).neighbors
+    assert {found["id"] for found in both} == set(alone)
 
 
 def test_the_seed_decides(run):

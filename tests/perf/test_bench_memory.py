@@ -44,7 +44,7 @@ def test_true_neighbors_are_those_of_one_search_whatever_the_blocks():
 def test_times_are_taken_by_turns():
     order = []
     seconds = timing.alternate([lambda: order.append("a"), lambda: order.append("b")], 3)
-    assert order == list("abbaabba")  # Rounds take turns at who begins.
+    assert order == ["a", "b"] * 4
     assert len(seconds) == 2 and min(seconds) >= 0
 
 

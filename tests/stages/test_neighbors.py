@@ -4,9 +4,11 @@ import dataclasses
 
 import numpy as np
 import pytest
+from etils import epath
 
 from rag_mm.core import config as config_lib
 from rag_mm.core import files
+from rag_mm.core import run as run_lib
 from rag_mm.core.errors import UserError
 from rag_mm.memory import policy
 from rag_mm.memory.memory import Memory
@@ -54,6 +56,22 @@ def test_the_test_sets_are_scenes_of_their_split(tiny_run, config, split):
         found = files.read_array(folder / f"{split}_{kind}.npy")
         assert found.shape == (config.num_test, config.num_neighbors)
         assert found.max() < len(neighbors.memory_facts(config.world))
+
+
+def test_by_phrase_asks_what_holds_no_and_as_before(tiny_run, config, tmp_path):
+    run = run_lib.open_run(tiny_run.workdir)
+    neighbors.run(dataclasses.replace(config, by_phrase=True), run, epath.Path(tmp_path))
+    assert files.read_json(tmp_path / neighbors.POLICY)["by_phrase"]
+    source = config.world.scenes("test", *world_lib.SEEN)
+    rows = files.read_array(tmp_path / "seen_rows.npy")
+    whole = np.array([" and " not in source.full_caption(int(row)) for row in rows])
+    for name in ("seen_text.npy", "seen_image.npy"):
+        folders = tmp_path, tiny_run.workdir / "neighbors"
+        found, before = (files.read_array(folder / name) for folder in folders)
+        np.testing.assert_array_equal(found[whole], before[whole])
+    assert files.read_array(tmp_path / "train.npy").shape == (
+        files.read_array(tiny_run.workdir / "neighbors" / "train.npy").shape
+    )
 
 
 def test_facts_tell_rows_of_the_memory_apart(tiny_run, config):

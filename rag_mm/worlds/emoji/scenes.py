@@ -287,7 +287,8 @@ class Scenes:
                 raise UserError(f"There is no level {name!r}; choose from {', '.join(LEVELS)}.")
         if role not in ROLES:
             raise UserError(f"There is no role {role!r}; choose from {', '.join(ROLES)}.")
-        self._name = f"{'+'.join(level_names)}, {len(class_ids)} classes, {role}, seed {seed}"
+        shown = f"{len(class_ids)} classes, partners of {class_share:g}"
+        self._name = f"{'+'.join(level_names)}, {shown}, {role}, seed {seed}"
         self._seed, self._class_share = seed, class_share
         rare = splits.split_of(seed) == splits.SPLITS.index("rare_seen")
         numbers, levels = [], []
