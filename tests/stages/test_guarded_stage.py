@@ -71,10 +71,12 @@ def test_without_a_guard_a_poisoned_batch_ends_the_run(tmp_path):
         train(tmp_path, {5}, None)
 
 
-def test_a_guard_that_skips_nothing_changes_no_bit(tmp_path):
+def test_a_guard_that_skips_nothing_changes_rounding_at_most(tmp_path):
     plain, _ = train(tmp_path / "plain", set(), None)
     guarded, _ = train(tmp_path / "guarded", set(), guard.Config())
-    np.testing.assert_array_equal(*(jax.device_get(p["kernel"]) for p in (plain, guarded)))
+    # Its update is a branch, which XLA compiles by itself.
+    kernels = [jax.device_get(params["kernel"]) for params in (plain, guarded)]
+    np.testing.assert_allclose(*kernels, rtol=1e-6)
 
 
 def load(**overrides):
