@@ -54,14 +54,12 @@ def split_queries(texts: Sequence[str], by_phrase: bool) -> tuple[list[str], np.
     One embedding seldom holds two entities; `by_phrase` asks for what `and` joins one after the other, and so
     for both halves of a name like `bow and arrow`, which it cannot tell from two.
     """
-    phrases = [
-        [part for part in text.split(" and ") if part.strip()] if by_phrase else [text]
+    each = [
+        (by_phrase and [part for part in text.split(" and ") if part.strip()]) or [text]
         for text in texts
     ]
-    each = [found or [text] for found, text in zip(phrases, texts, strict=True)]
-    return [part for parts in each for part in parts], np.array(
-        [len(parts) for parts in each], np.int64
-    )
+    counts = np.array([len(parts) for parts in each], np.int64)
+    return [part for parts in each for part in parts], counts
 
 
 def interleave(hits: index.Neighbors, counts: np.ndarray) -> index.Neighbors:

@@ -103,19 +103,23 @@ def test_all_queries_at_once_equal_one_by_one(seed, k):
     np.testing.assert_array_equal(found.ids, np.array(expected, np.int32).reshape(5, k))
 
 
-def test_find_neighbors_does_not_depend_on_the_batches():
-    rng = np.random.default_rng(0)
-    vectors = rng.normal(size=(50, 8)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-
+def searcher(vectors):
     def search(queries, k):
         scores = queries @ vectors.T
         ids = np.argsort(-scores, axis=1)[:, :k].astype(np.int32)
         return index.Neighbors(ids, np.take_along_axis(scores, ids, axis=1))
 
+    return search
+
+
+def test_find_neighbors_does_not_depend_on_the_batches():
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(50, 8)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+
     def find(batch_size):
         return policy.find_neighbors(
-            search,
+            searcher(vectors),
             vectors[:20],
             vectors,
             num_neighbors=2,
@@ -161,14 +165,9 @@ def test_a_document_that_asks_twice_gets_one_of_each():
     vectors = np.eye(4, dtype=np.float32)
     near = np.float32([[1, 0.5, 0, 0], [0, 0, 0.5, 1], [0, 1, 0, 0]])
 
-    def search(queries, k):
-        scores = queries @ vectors.T
-        ids = np.argsort(-scores, axis=1)[:, :k].astype(np.int32)
-        return index.Neighbors(ids, np.take_along_axis(scores, ids, axis=1))
-
     def find(batch_size):
         return policy.find_neighbors(
-            search,
+            searcher(vectors),
             near,
             vectors,
             num_neighbors=2,
