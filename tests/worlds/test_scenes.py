@@ -212,8 +212,24 @@ def test_a_caption_of_a_pair_names_both():
     first, second = (art.load_art().names[i][0] for i in (7, 8))
     for level in WITH_PAIRS:
         assert scenes.caption(pair, level, None, drop=False) == (
-            f"{first} at the top left and {second} at the bottom right on a red background"
+            f"little {first} at the top left and little {second} at the bottom right on a red background"
         )
+
+
+@pytest.mark.parametrize(
+    ("entity", "told"),
+    [
+        (Entity(7, 24, 0, 4), "at the top"),
+        (Entity(7, 24, 1, 4), "near the top"),
+        (Entity(7, 16, 8, 16), "at the right"),
+        (Entity(7, 16, 8, 13), "near the right"),
+    ],
+)
+def test_a_caption_says_what_is_little_and_what_is_only_near(entity, told):
+    little = "little " if entity.size == 16 else ""
+    name = art.load_art().names[7][0]
+    said = scenes.caption(Facts((entity,), "red"), scenes.LEVELS["off_grid"], None, drop=False)
+    assert said == f"{little}{name} {told} on a red background"
 
 
 def test_documents_depend_on_seed_and_index_alone():

@@ -219,9 +219,10 @@ def _box(entity: Entity) -> tuple[slice, slice]:
 def caption(facts: Facts, level: Level, rng: np.random.Generator | None, drop: bool = True) -> str:
     """Says what a scene shows, for instance `red apple at the top left on a blue background`.
 
-    With `drop`, half of the captions only name, a sixth leave out the background, a sixth the
-    places, and a sixth say everything; each name is a random one of its class. Without, everything
-    is said with first names, and `rng` may be None.
+    What fills no more than half of a side is called `little`, and what is not exactly where its place is
+    stands `near` it. With `drop`, half of the captions only name, a sixth leave out the background, a sixth
+    the places, and a sixth say everything; each name is a random one of its class. Without, everything is
+    said with first names, and `rng` may be None.
 
     Raises:
         ValueError: facts are to be dropped without an `rng`.
@@ -235,10 +236,17 @@ def caption(facts: Facts, level: Level, rng: np.random.Generator | None, drop: b
         draw = rng.integers(6)
         says_place, says_color = draw in (3, 5), draw in (4, 5)
     parts = [
-        f"{choice[0]} at the {place(entity, level)}" if says_place else choice[0]
+        _with_place(choice[0], entity, level) if says_place else choice[0]
         for choice, entity in zip(names, facts.entities, strict=True)
     ]
     return " and ".join(parts) + (f" on a {facts.color} background" if says_color else "")
+
+
+def _with_place(name: str, entity: Entity, level: Level) -> str:
+    span = level.image_size - entity.size
+    size = "little " if 2 * entity.size <= level.image_size else ""
+    where = "near" if span and (2 * entity.row % span or 2 * entity.column % span) else "at"
+    return f"{size}{name} {where} the {place(entity, level)}"
 
 
 def entity_mask(facts: Facts, level: Level, patch: int = 4) -> np.ndarray:
