@@ -145,7 +145,7 @@ def quick() -> dict:
 def full() -> dict:
     """All levels in one world, more controls: 25 minutes, and 45 for the trained controls (`ablation`)."""
     config = quick()
-    loop = dict(num_steps=1600, log_every=20, checkpoint_every=200, guard=None)
+    loop = dict(num_steps=3000, log_every=20, checkpoint_every=300, guard=None)
     decoder = config["decoder"] | dict(max_text=40, docs_text=14, loop=loop)
     # Five levels with few scenes of each: fewer classes, captions that mostly name, and room for two names.
     loop = dict(num_steps=800, log_every=20, checkpoint_every=100, guard=None)
@@ -172,7 +172,7 @@ def full() -> dict:
                     "neighbors.min_same_class": 0.0,
                 },
                 # A row without documents has half of the tokens.
-                "vanilla of equal FLOPs": {"control.num_steps": 3000},
+                "vanilla of equal FLOPs": {"control.num_steps": 5600},
             },
         ),
     )
