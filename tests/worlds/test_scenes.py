@@ -252,10 +252,10 @@ def test_scenes_are_a_grain_source_with_unique_ids():
     assert len(set(loaded)) == len(source) == 60
 
 
-def test_several_levels_take_turns_in_every_class_and_share_nothing_between_roles():
+def test_several_levels_take_turns_save_in_training_and_share_nothing_between_roles():
     ids = splits.classes("held_out")[:10]
     sources = [scenes.Scenes(tuple(scenes.LEVELS), ids, role) for role in scenes.ROLES]
-    told = [source.full_caption(i) for source in sources for i in range(len(source))]
+    assert [len(source) for source in sources] == [160, 120 * len(scenes.LEVELS), 40]
     assert {level.name for level in sources[2].levels} == set(scenes.LEVELS)
     for source in sources:
         assert len(source.levels) == len(source)
@@ -267,7 +267,11 @@ def test_several_levels_take_turns_in_every_class_and_share_nothing_between_role
             np.testing.assert_array_equal(
                 source.picture(i), scenes.render(source.facts(i), alone[level.name].levels[0])
             )
-    assert len(told) == 10 * scenes.NUM_CONFIGURATIONS
+    # The id is level, class, configuration: no role has a configuration of another, at any level.
+    shown = [[source[i].id for i in range(len(source))] for source in sources]
+    assert all(len(set(each)) == len(each) for each in shown)
+    configurations = [{name.partition("-")[2] for name in each} for each in shown]
+    assert not any(one & two for one, two in itertools.combinations(configurations, 2))
     with pytest.raises(UserError, match="no level 'hard'"):
         scenes.Scenes(("easy", "hard"), ids, "test")
 
