@@ -148,7 +148,7 @@ def full() -> dict:
     loop = dict(num_steps=3000, log_every=20, checkpoint_every=300, guard=None)
     decoder = config["decoder"] | dict(max_text=40, docs_text=14, loop=loop)
     # Five levels with few scenes of each: fewer classes, captions that mostly name, and room for two names.
-    loop = dict(num_steps=800, log_every=20, checkpoint_every=100, guard=None)
+    loop = dict(num_steps=1200, log_every=20, checkpoint_every=200, guard=None)
     return config | dict(
         world=dict(levels=LEVELS, class_share=0.35),
         retriever=config["retriever"]
