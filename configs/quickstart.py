@@ -153,7 +153,7 @@ def full() -> dict:
         world=dict(levels=LEVELS, class_share=0.35),
         retriever=config["retriever"]
         | dict(max_text=40, caption_draws=4, roles=("train", "memory"), loop=loop),
-        neighbors=config["neighbors"] | dict(num_test=500, by_phrase=True),
+        neighbors=config["neighbors"] | dict(num_test=500, by_phrase=True, token_dropout=0.0),
         decoder=decoder,
         generation=dict(num_held_out=500, num_seen=256, temperature=0.4, controls=CONTROLS),
         report=dict(
