@@ -145,17 +145,17 @@ def quick() -> dict:
 def full() -> dict:
     """All levels in one world, more controls: 25 minutes, and 45 for the trained controls (`ablation`)."""
     config = quick()
-    loop = dict(num_steps=3000, log_every=20, checkpoint_every=300, guard=None)
+    loop = dict(num_steps=1600, log_every=20, checkpoint_every=200, guard=None)
     decoder = config["decoder"] | dict(max_text=40, docs_text=14, loop=loop)
     # Five levels with few scenes of each: fewer classes, captions that mostly name, and room for two names.
-    loop = dict(num_steps=1200, log_every=20, checkpoint_every=200, guard=None)
+    loop = dict(num_steps=800, log_every=20, checkpoint_every=100, guard=None)
     return config | dict(
         world=dict(levels=LEVELS, class_share=0.35),
         retriever=config["retriever"]
         | dict(max_text=40, caption_draws=4, roles=("train", "memory"), loop=loop),
-        neighbors=config["neighbors"] | dict(num_test=500, by_phrase=True, token_dropout=0.0),
+        neighbors=config["neighbors"] | dict(num_test=500, by_phrase=True),
         decoder=decoder,
-        generation=dict(num_held_out=500, num_seen=256, temperature=0.4, controls=CONTROLS),
+        generation=dict(num_held_out=500, num_seen=256, temperature=0.7, controls=CONTROLS),
         report=dict(
             title="rag_mm quickstart (full)",
             command="rag-mm quickstart --config=configs/quickstart.py:full",
@@ -172,7 +172,7 @@ def full() -> dict:
                     "neighbors.min_same_class": 0.0,
                 },
                 # A row without documents has half of the tokens.
-                "vanilla of equal FLOPs": {"control.num_steps": 5600},
+                "vanilla of equal FLOPs": {"control.num_steps": 3000},
             },
         ),
     )

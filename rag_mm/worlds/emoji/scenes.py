@@ -284,8 +284,7 @@ class Scenes:
         """Takes `level_names` from `LEVELS`, `role` from `ROLES`; partners in pairs are of `class_share`.
 
         A class has 16 scenes in the memory, 12 to train on (3 if it is a rare one) and 4 to test. Several
-        levels take turns at those of the memory and of the test, each class beginning with another one, and
-        each has all of those to train on.
+        levels take turns at them, each class beginning with another one.
 
         Raises:
             UserError: no such level or role.
@@ -306,11 +305,8 @@ class Scenes:
             chosen = order[ROLES[role]]
             if role == "train" and rare[class_id]:
                 chosen = chosen[:NUM_RARE_TRAIN]
-            turns = (int(class_id) + np.arange(len(chosen))) % len(level_names)
-            if role == "train":
-                turns = np.repeat(np.arange(len(level_names)), len(chosen))
-                chosen = np.tile(chosen, len(level_names))
             numbers.append(chosen)
+            turns = (int(class_id) + np.arange(len(chosen))) % len(level_names)
             levels += [LEVELS[level_names[turn]] for turn in turns]
         self.class_ids = np.repeat(class_ids, [len(chosen) for chosen in numbers])
         self.levels = tuple(levels)
