@@ -36,7 +36,7 @@ def contact_sheet(rows: Sequence[Row]) -> Image.Image:
 
     Args:
         rows: (lines, cells) from top to bottom, at least one; rows may differ in both. A line
-            longer than 120 characters is cut.
+            longer than 120 characters is cut, a label longer than two lines under its picture too.
 
     Returns:
         An RGB picture on white, wide enough for the longest row and line.
@@ -45,18 +45,24 @@ def contact_sheet(rows: Sequence[Row]) -> Image.Image:
     texts = [[_one_line(line) for line in lines] for lines, _ in rows]
     widths = [int(font.getlength(line)) for lines in texts for line in lines]
     widths += [len(cells) * (_CELL + _GAP) for _, cells in rows]
-    heights = [len(lines) * _LINE + _CELL + _LINE + _GAP for lines in texts]
+    labels = [[_wrapped(label, small, _CELL) for label, _ in cells] for _, cells in rows]
+    below = [_LINE + _SMALL_LINE * any(len(label) > 1 for label in each) for each in labels]
+    heights = [
+        len(lines) * _LINE + _CELL + room + _GAP for lines, room in zip(texts, below, strict=True)
+    ]
     sheet = Image.new("RGB", (max(widths) + 2 * _GAP, sum(heights) + 2 * _GAP), _PAPER)
     draw = ImageDraw.Draw(sheet)
     top = _GAP
-    for lines, (_, cells), height in zip(texts, rows, heights, strict=True):
+    for lines, each, (_, cells), height in zip(texts, labels, rows, heights, strict=True):
         for i, line in enumerate(lines):
             draw.text((_GAP, top + i * _LINE), line, fill=_INK, font=font)
-        below = top + len(lines) * _LINE + 2
-        for j, (label, pixels) in enumerate(cells):
+        under = top + len(lines) * _LINE + 2
+        for j, (label, (_, pixels)) in enumerate(zip(each, cells, strict=True)):
             left = _GAP + j * (_CELL + _GAP)
-            sheet.paste(_enlarged(pixels), (left, below))
-            draw.text((left, below + _CELL + 2), _one_line(label), fill=_FAINT, font=small)
+            sheet.paste(_enlarged(pixels), (left, under))
+            for i, line in enumerate(label):
+                place = (left, under + _CELL + 2 + i * _SMALL_LINE)
+                draw.text(place, line, fill=_FAINT, font=small)
         top += height
     return sheet
 

@@ -220,9 +220,9 @@ def caption(facts: Facts, level: Level, rng: np.random.Generator | None, drop: b
     """Says what a scene shows, for instance `red apple at the top left on a blue background`.
 
     Together with its place, what fills no more than half of a side is called `little`, and what is not
-    exactly there stands `near` it. With `drop`, half of the captions only name, a sixth leave out the background, a sixth
-    the places, and a sixth say everything; each name is a random one of its class. Without, everything is
-    said with first names, and `rng` may be None.
+    exactly there stands `near` it. With `drop`, half of the captions only name, a sixth leave out the
+    background, a sixth the places, and a sixth say everything; each name is a random one of its class.
+    Without, everything is said with first names, and `rng` may be None.
 
     Raises:
         ValueError: facts are to be dropped without an `rng`.
