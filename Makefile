@@ -34,7 +34,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 plans: $(VENV)/.installed-slow
-	$(BIN)/python -m rag_mm.perf.plans_page
+	$(BIN)/python -m rag_mm.perf.plan.write_page
 
 picture:
 	@test -f $(STORY) || { echo "There is no $(STORY); run make quickstart first." >&2; exit 2; }

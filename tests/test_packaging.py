@@ -44,9 +44,9 @@ def test_an_installed_wheel_finds_its_pages(wheel, tmp_path):
         archive.extractall(tmp_path)
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "import rag_mm; from rag_mm.core import config\n"
+        "import rag_mm; from rag_mm.core import configuration\n"
         "assert rag_mm.__file__.startswith(sys.argv[1]), rag_mm.__file__\n"
-        "print(config.load_config('configs/quickstart.py:tiny').to_json()[:1])"
+        "print(configuration.load_config('configs/quickstart.py:tiny').to_json()[:1])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],

@@ -5,7 +5,7 @@ from typing import Any
 
 import rich.console
 
-from rag_mm.core import config as config_lib
+from rag_mm.core import configuration
 from rag_mm.core.errors import UserError
 
 
@@ -40,12 +40,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the cells; `table` as `eval.ablation.results`, and `ok` if no cell is missing."""
     if not args.workdir:
         raise UserError("--workdir is empty; name the table's folder.")
-    config = config_lib.to_dict(config_lib.load_config(args.config, args.overrides))
+    config = configuration.to_dict(configuration.load_config(args.config, args.overrides))
 
     # The config is right before jax starts.
-    from rag_mm.stages import ablation
+    from rag_mm.stages import run_ablation
 
-    table = ablation.run_ablation(
+    table = run_ablation.run_ablation(
         config,
         args.workdir,
         seeds=args.seeds,
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def show(result: dict[str, Any], console: rich.console.Console) -> None:
     """Prints the table and where it is."""
-    from rag_mm.eval import ablation
+    from rag_mm.eval import ablation_table
 
-    console.print(ablation.markdown(result["table"]), markup=False, soft_wrap=True)
+    console.print(ablation_table.markdown(result["table"]), markup=False, soft_wrap=True)
     console.print(f"Table: {result['workdir']}/table.md", markup=False, soft_wrap=True)

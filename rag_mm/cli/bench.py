@@ -108,10 +108,10 @@ def _run_memory(args: argparse.Namespace) -> dict[str, Any]:
     _check_least(args, threads=1, rounds=1, rows=1_000, dim=8, small=0)
     if args.dim % 2 or not 0 < args.recall < 1:
         raise UserError("--dim is even, and --recall lies between 0 and 1.")
-    from rag_mm.perf import bench_memory, faiss_peer
+    from rag_mm.perf.bench import faiss_peer, indexes
 
     faiss_peer.load()  # Its absence is found before minutes of work.
-    config = bench_memory.Config(
+    config = indexes.Config(
         rows=args.rows,
         dim=args.dim,
         recall=args.recall,
@@ -120,15 +120,15 @@ def _run_memory(args: argparse.Namespace) -> dict[str, Any]:
         with_hnsw=args.hnsw,
         num_small=args.small,
     )
-    return dict(bench_memory.run(config, progress.say))
+    return dict(indexes.run(config, progress.say))
 
 
 def _run_peak(args: argparse.Namespace) -> dict[str, Any]:
-    from rag_mm.perf import bench_peak
+    from rag_mm.perf.bench import peak
 
     if args.what == "decode":
-        return bench_peak.decode(args.size, args.length, args.new, args.rounds, progress.say)
-    return bench_peak.train(
+        return peak.decode(args.size, args.length, args.new, args.rounds, progress.say)
+    return peak.train(
         args.size,
         args.batch,
         args.remat,
@@ -140,27 +140,25 @@ def _run_peak(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run_unguarded(args: argparse.Namespace) -> dict[str, Any]:
-    from rag_mm.perf import bench_guard, bench_models, timing
+    from rag_mm.perf.bench import guard_cost, steps, timing
 
     _check_least(args, rounds=timing.LEAST_ROUNDS)
-    config = bench_models.Config(**_shape(args), batch_size=args.batch)
-    return bench_guard.run(config, args.steps, progress.say)
+    config = steps.Config(**_shape(args), batch_size=args.batch)
+    return guard_cost.run(config, args.steps, progress.say)
 
 
 def _run_model(args: argparse.Namespace) -> dict[str, Any]:
     shape = _shape(args)
-    from rag_mm.perf import bench_models, torch_peer
+    from rag_mm.perf.bench import steps, torch_peer
 
     torch_peer.load()  # Its absence is found before minutes of work.
     if args.what == "train":
-        config = bench_models.Config(
-            **shape, batch_size=args.batch, with_compiled=not args.no_compiled
-        )
-        return bench_models.train(config, progress.say)
+        config = steps.Config(**shape, batch_size=args.batch, with_compiled=not args.no_compiled)
+        return steps.train(config, progress.say)
     if min(args.batches) < 1 or args.new >= args.length:
         raise UserError("--batches are at least 1, and --new leaves room for a prompt in --length.")
-    config = bench_models.Config(**shape, batch_sizes=tuple(args.batches), num_new=args.new)
-    return bench_models.decode(config, progress.say)
+    config = steps.Config(**shape, batch_sizes=tuple(args.batches), num_new=args.new)
+    return steps.decode(config, progress.say)
 
 
 def _shape(args: argparse.Namespace) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import rich.table
 from PIL import features
 
 import rag_mm
-from rag_mm.core import clock, errors
+from rag_mm.core import costs, errors
 
 PACKAGES = (
     "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "array-record",
@@ -34,8 +34,8 @@ print(json.dumps({"backend": jax.default_backend(), "devices": names}))
 """
 _TRY_SCANN = """
 import numpy as np
-from rag_mm.memory import scann_index
-index = scann_index.ScannIndex()
+from rag_mm.memory.index import scann
+index = scann.ScannIndex()
 index.build(np.eye(8, dtype=np.float32))
 """
 
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "ok": not problems,
         "problems": problems,
-        "rag_mm": clock.code_version(),
+        "rag_mm": costs.code_version(),
         "python": platform.python_version(),
         "versions": versions,
         **devices,
@@ -73,9 +73,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             for name in ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR")
         },
         "scann": scann,
-        "machine": clock.machine()["processor"],
+        "machine": costs.machine()["processor"],
         "system": platform.platform(),
-        "cores": clock.machine()["cores"],
+        "cores": costs.machine()["cores"],
         "memory_gb": _memory_gb(),
         "disk_free_gb": free_gb,
         "emoji_font": _emoji_font(),

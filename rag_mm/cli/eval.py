@@ -49,9 +49,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         pictures = labelled.open_dataset(args.dataset)
 
     # The pictures are there before jax starts.
-    from rag_mm.stages import zeroshot
+    from rag_mm.stages.reco import zeroshot_suite
 
-    return zeroshot.evaluate(
+    return zeroshot_suite.evaluate(
         args.workdir,
         pictures,
         refine=args.refine,

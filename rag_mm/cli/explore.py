@@ -9,7 +9,7 @@ from typing import Any
 
 import rich.console
 
-from rag_mm.cli import asking
+from rag_mm.cli import session_args
 from rag_mm.core import progress
 from rag_mm.core.errors import UserError
 
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"{name} is not installed: pip install '.[explore]' brings it.")
     with _listen(args.port) as listener:
-        session = asking.load_session(args.run)
+        session = session_args.load_session(args.run)
         listener.listen()  # From here on a browser waits for its answer and is not turned away.
         address = f"http://{_HOST}:{listener.getsockname()[1]}"
         progress.say(f"{args.run}: {address} (Ctrl-C ends it)")
@@ -61,9 +61,9 @@ def _listen(port: int) -> socket.socket:
 def _serve(session: Any, name: str, listener: socket.socket) -> None:
     import uvicorn
 
-    from rag_mm.stages import explore
+    from rag_mm.api import explore_server
 
-    app = explore.make_app(session, name)
+    app = explore_server.make_app(session, name)
     # No log of requests: what was searched for is nobody's business, nor are proxies expected.
     config = uvicorn.Config(app, log_level="warning", access_log=False, proxy_headers=False)
     with contextlib.suppress(KeyboardInterrupt):

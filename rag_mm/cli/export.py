@@ -30,11 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Exports; family, out, files, tensors, bytes, dtypes and seconds."""
-    from rag_mm.stages import export, interchange
+    from rag_mm.api import exporting, importing
 
     began = time.monotonic()
-    dtype, max_bytes = interchange.find_dtype(args.dtype), parse_size(args.shard_size)
-    made = export.export_checkpoint(
+    dtype, max_bytes = importing.find_dtype(args.dtype), parse_size(args.shard_size)
+    made = exporting.export_checkpoint(
         args.family, pathlib.Path(args.workdir), pathlib.Path(args.out), max_bytes, dtype
     )
     return made | {"seconds": round(time.monotonic() - began, 3)}

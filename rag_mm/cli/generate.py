@@ -5,35 +5,40 @@ from typing import Any
 
 import rich.console
 
-from rag_mm.cli import asking
+from rag_mm.cli import session_args
 from rag_mm.core.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
     parser.add_argument("--prompt", required=True, help="the caption to draw")
-    asking.add_arguments(parser, temperature=0.7, top_p=0.95)
+    session_args.add_arguments(parser, temperature=0.7, top_p=0.95)
     parser.add_argument(
         "--best-of",
         type=int,
         default=1,
         help="candidates a picture, the retriever keeps the best (default: 1)",
     )
-    asking.add_out(parser)
+    session_args.add_out(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Draws; `images` are paths, `neighbors` the documents read."""
-    asking.check_out(args.out)
-    options = asking.options(args)
+    session_args.check_out(args.out)
+    options = session_args.options(args)
     if args.best_of < 1:
         raise UserError(f"--best-of={args.best_of} leaves no candidate; give at least 1.")
-    drawn = asking.load_session(args.workdir).generate(args.prompt, best_of=args.best_of, **options)
-    return {"images": asking.save_pictures(args.out, drawn.images), "neighbors": drawn.neighbors}
+    drawn = session_args.load_session(args.workdir).generate(
+        args.prompt, best_of=args.best_of, **options
+    )
+    return {
+        "images": session_args.save_pictures(args.out, drawn.images),
+        "neighbors": drawn.neighbors,
+    }
 
 
 def show(result: dict[str, Any], console: rich.console.Console) -> None:
     """Prints the paths and the documents."""
-    asking.show_neighbors(result, console)
+    session_args.show_neighbors(result, console)
     for path in result["images"]:
         console.print(path, markup=False, soft_wrap=True)

@@ -26,13 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Imports; family, run, tensors, bytes, dtypes, has_tokenizer and seconds."""
-    from rag_mm.stages import interchange
+    from rag_mm.api import importing
 
     if "://" in args.out:
         raise UserError(f"--out={args.out} is not a local folder; import there, then copy it.")
     began = time.monotonic()
-    dtype = interchange.find_dtype(args.dtype)
-    made = interchange.import_checkpoint(
+    dtype = importing.find_dtype(args.dtype)
+    made = importing.import_checkpoint(
         args.family, pathlib.Path(args.folder), pathlib.Path(args.out), dtype
     )
     return made | {"seconds": round(time.monotonic() - began, 3)}

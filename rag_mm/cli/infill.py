@@ -4,7 +4,7 @@ import argparse
 import re
 from typing import Any
 
-from rag_mm.cli import asking, generate
+from rag_mm.cli import generate, session_args
 from rag_mm.core.errors import UserError
 
 
@@ -18,23 +18,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="START:END",
         help="the band to redraw, in rows of pixels of the model's picture, such as 8:24",
     )
-    asking.add_arguments(parser, temperature=0.7, top_p=0.95)
-    asking.add_out(parser)
+    session_args.add_arguments(parser, temperature=0.7, top_p=0.95)
+    session_args.add_out(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Fills in; `images` are paths, `neighbors` the documents read."""
     from rag_mm.data import sources
 
-    asking.check_out(args.out)
+    session_args.check_out(args.out)
     match = re.fullmatch(r"(\d{1,6}):(\d{1,6})", args.rows)
     if match is None:
         raise UserError(f"--rows={args.rows} is no band; write START:END, such as 8:24.")
     band = int(match[1]), int(match[2])
     image = sources.load_image(args.image)
-    options = asking.options(args)
-    drawn = asking.load_session(args.workdir).infill(image, args.prompt, band, **options)
-    return {"images": asking.save_pictures(args.out, drawn.images), "neighbors": drawn.neighbors}
+    options = session_args.options(args)
+    drawn = session_args.load_session(args.workdir).infill(image, args.prompt, band, **options)
+    return {
+        "images": session_args.save_pictures(args.out, drawn.images),
+        "neighbors": drawn.neighbors,
+    }
 
 
 show = generate.show

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import rich.console
 
-from rag_mm.cli import joining, memory_show
+from rag_mm.cli import memory_show, process_args
 from rag_mm.core import progress
 from rag_mm.core.errors import UserError
 
 if TYPE_CHECKING:
-    from rag_mm.memory.encoder import Encoder, Tokenizer
-    from rag_mm.memory.memory import Memory
-    from rag_mm.memory.stream import Documents, Source
-    from rag_mm.memory.writer import Options
+    from rag_mm.memory.model_protocols import Encoder, Tokenizer
+    from rag_mm.memory.retrieval_memory import Memory
+    from rag_mm.memory.writing.stream import Documents, Source
+    from rag_mm.memory.writing.writer import Options
 
 _DOCUMENTS = (
     "a folder with captions.jsonl, .tar or .arrayrecord files, one such file, tfds:NAME:SPLIT, "
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--out", required=True, metavar="MEM", help="the memory's folder")
     build.add_argument("--index", default="scann", help="scann (default), exact or device")
     _add_ingestion(build)
-    joining.add_arguments(
+    process_args.add_arguments(
         build, "that share the embedding; start all of them, with one folder as --out"
     )
     ingest = actions.add_parser(
@@ -140,7 +140,7 @@ def _check_share(name: str, value: float) -> None:
 
 
 def _build(args: argparse.Namespace) -> dict[str, Any]:
-    from rag_mm.memory import writer
+    from rag_mm.memory.writing import writer
 
     retriever = pathlib.Path(args.retriever)
     if not retriever.is_dir():
@@ -148,10 +148,12 @@ def _build(args: argparse.Namespace) -> dict[str, Any]:
     out = pathlib.Path(args.out)
     if (out / "config.json").exists():  # A memory's leftovers and a run have names in common.
         raise UserError(f"--out={args.out} is in the way: a run or a model. Name another folder.")
-    joining.check_arguments(args)
+    process_args.check_arguments(args)
     writer.check_vacant(out, ("retriever", "tokenizer"))
     documents = _open_documents(args.documents)
-    with joining.joined(args):  # Mistakes were found: nobody waits for a process that has ended.
+    with process_args.joined(
+        args
+    ):  # Mistakes were found: nobody waits for a process that has ended.
         return _build_joined(args, retriever, out, documents)
 
 
@@ -163,7 +165,7 @@ def _build_joined(
 ) -> dict[str, Any]:
     import jax
 
-    from rag_mm.memory import memory, spread
+    from rag_mm.memory import retrieval_memory, shared_encoding
 
     encoder, tokenizer = load_encoder(retriever), None
     # A run keeps its models deeper than a folder that is nothing but a model.
@@ -173,22 +175,22 @@ def _build_joined(
     if "tokenizer" in carried:
         tokenizer = load_tokenizer(retriever)
     if jax.process_index():
-        spread.follow(encoder, tokenizer)
+        shared_encoding.follow(encoder, tokenizer)
         return {"process": jax.process_index()}
     with (
-        spread.lead(encoder, tokenizer) as (encoder, tokenizer),
+        shared_encoding.lead(encoder, tokenizer) as (encoder, tokenizer),
         _ingestion(args, documents, encoder, _BATCH_SIZE * jax.process_count()) as options,
     ):
-        built = memory.Memory.build(
+        built = retrieval_memory.Memory.build(
             out, documents, encoder, tokenizer, carried=carried, options=options
         )
     return _ingested(built, args.rejects)
 
 
 def _add(args: argparse.Namespace) -> dict[str, Any]:
-    from rag_mm.memory import memory
+    from rag_mm.memory import retrieval_memory
 
-    before = memory.Memory.open(args.memory)
+    before = retrieval_memory.Memory.open(args.memory)
     documents = _open_documents(args.documents)
     before.attach(load_encoder(before.carried("retriever")))
     tokenizer = None
@@ -207,7 +209,7 @@ def _ingestion(
     batch_size: int = _BATCH_SIZE,
 ) -> "Iterator[Options]":
     """The options that the arguments ask for, with a bar; lists rejects of a failure too."""
-    from rag_mm.memory import near_duplicates, summary, writer
+    from rag_mm.memory.writing import ingest_report, near_duplicates, writer
 
     for name in ("max_bad", "similarity"):
         _check_share(name, getattr(args, name))
@@ -227,18 +229,18 @@ def _ingestion(
                 exclude=excluded,
                 dedup=args.similarity if args.dedup else None,
             )
-        except summary.TooManyRejects as error:
+        except ingest_report.TooManyRejects as error:
             if args.rejects is not None:
-                summary.write_rejects(pathlib.Path(args.rejects), error.rejects)
+                ingest_report.write_rejects(pathlib.Path(args.rejects), error.rejects)
             raise
 
 
 def _ingested(memory: "Memory", rejects_file: str | None) -> dict[str, Any]:
-    from rag_mm.memory import summary
+    from rag_mm.memory.writing import ingest_report
 
-    counts, rejects = summary.read(memory.path, memory.manifest)
+    counts, rejects = ingest_report.read(memory.path, memory.manifest)
     if rejects_file is not None:
-        summary.write_rejects(pathlib.Path(rejects_file), rejects)
+        ingest_report.write_rejects(pathlib.Path(rejects_file), rejects)
     return {
         **memory.stats(),
         "added": counts["added"],
@@ -250,26 +252,29 @@ def _ingested(memory: "Memory", rejects_file: str | None) -> dict[str, Any]:
 
 
 def _remove(args: argparse.Namespace) -> dict[str, Any]:
-    from rag_mm.memory import memory
+    from rag_mm.memory import retrieval_memory
 
-    before = memory.Memory.open(args.memory)
+    before = retrieval_memory.Memory.open(args.memory)
     after = before.remove(args.id, args.url, args.license)
     return {**after.stats(), "taken_out": len(before) - len(after)}
 
 
 def _merge(args: argparse.Namespace) -> dict[str, Any]:
-    from rag_mm.memory import memory
+    from rag_mm.memory import retrieval_memory
 
-    mine, other = memory.Memory.open(args.memory), memory.Memory.open(args.other)
+    mine, other = (
+        retrieval_memory.Memory.open(args.memory),
+        retrieval_memory.Memory.open(args.other),
+    )
     with progress.track("documents", len(other)) as bar:
         after = mine.merge(other, on_progress=lambda done, _: bar.update(done))
     return {**after.stats(), "added": len(other)}
 
 
 def _compact(args: argparse.Namespace) -> dict[str, Any]:
-    from rag_mm.memory import memory
+    from rag_mm.memory import retrieval_memory
 
-    before = memory.Memory.open(args.memory)
+    before = retrieval_memory.Memory.open(args.memory)
     with progress.track("documents", len(before)) as bar:
         after = before.compact(args.prune, on_progress=lambda done, _: bar.update(done))
     return after.stats()
@@ -277,16 +282,16 @@ def _compact(args: argparse.Namespace) -> dict[str, Any]:
 
 def _search(args: argparse.Namespace) -> dict[str, Any]:
     from rag_mm.data import sources
-    from rag_mm.memory import encoder, hits, memory
+    from rag_mm.memory import hits, model_protocols, retrieval_memory
 
     if args.k < 1:
         raise UserError(f"-k is {args.k}; ask for at least 1 hit.")
     if args.text is not None and not args.text.strip():
         raise UserError("--text is empty; say what to look for.")
     view = args.view or ("mixed" if args.image is None else "image")
-    encoder.check_view(view)
+    model_protocols.check_view(view)
     image = None if args.image is None else sources.load_image(args.image)
-    opened = memory.Memory.open(args.memory)
+    opened = retrieval_memory.Memory.open(args.memory)
     if args.document is not None:
         if args.document not in opened.ids:
             raise UserError(f"{args.memory} has no document with the id {args.document!r}.")
@@ -304,16 +309,16 @@ def _search(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _verify(args: argparse.Namespace) -> dict[str, Any]:
-    from rag_mm.memory import verify
+    from rag_mm.memory.store import verify
 
     problems = verify.verify(pathlib.Path(args.memory))
     return {"memory": str(args.memory), "ok": not problems, "problems": problems}
 
 
 def _stats(args: argparse.Namespace) -> dict[str, Any]:
-    from rag_mm.memory import memory
+    from rag_mm.memory import retrieval_memory
 
-    return memory.Memory.open(args.memory).stats()
+    return retrieval_memory.Memory.open(args.memory).stats()
 
 
 def show(result: dict[str, Any], console: "rich.console.Console") -> None:
@@ -323,23 +328,23 @@ def show(result: dict[str, Any], console: "rich.console.Console") -> None:
 
 def _open_documents(spec: str) -> "Documents | Source":
     if spec.startswith(_SCENES):
-        from rag_mm.worlds.emoji import scenes
+        from rag_mm.worlds.emoji import emoji_scenes
 
-        return scenes.open_documents(spec.removeprefix(_SCENES))
-    from rag_mm.data import opening
+        return emoji_scenes.open_documents(spec.removeprefix(_SCENES))
+    from rag_mm.data import open_documents
 
-    return opening.open_documents(spec)
+    return open_documents.open_documents(spec)
 
 
 def load_encoder(folder: pathlib.Path) -> "Encoder":
     """The retriever of a run or of a memory's `retriever` folder."""
-    from rag_mm.stages import retriever
+    from rag_mm.stages.shared import train_retriever
 
-    return retriever.load_encoder(folder)
+    return train_retriever.load_encoder(folder)
 
 
 def load_tokenizer(folder: pathlib.Path) -> "Tokenizer":
     """The image tokenizer of a run or of a memory's `tokenizer` folder."""
-    from rag_mm.stages import tokenizer
+    from rag_mm.stages.shared import train_tokenizer
 
-    return tokenizer.load_tokenizer(folder)
+    return train_tokenizer.load_tokenizer(folder)

@@ -8,7 +8,7 @@ from typing import Any
 import rich.console
 import rich.table
 
-from rag_mm.core import config as config_lib
+from rag_mm.core import configuration
 from rag_mm.core.errors import UserError
 
 
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """The plan as plain values; it is done, exit code 0, also where the program does not fit."""
     if args.memory:
         return _run_memory(args)
-    config = config_lib.to_dict(config_lib.load_config(args.config, args.overrides))
+    config = configuration.to_dict(configuration.load_config(args.config, args.overrides))
     missing = [key for key in ("family", "model", "batch_size") if key not in config]
     if missing:
         raise UserError(
@@ -61,10 +61,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
     _set_environment()
 
-    from rag_mm.perf import chips, page, plan
+    from rag_mm.perf import chips
+    from rag_mm.perf.plan import cases, compile_plan
 
     topology = chips.parse_topology(args.topology, args.slices)
-    case = page.make_case(
+    case = cases.make_case(
         config,
         topology,
         batch_size=args.batch,
@@ -75,7 +76,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     if args.search and case.num_new:
         raise UserError("--search is for training steps; leave --decode out.")
-    result = plan.search(case, topology) if args.search else plan.make_plan(case, topology)
+    result = (
+        compile_plan.search(case, topology)
+        if args.search
+        else compile_plan.make_plan(case, topology)
+    )
     return {"config": args.config, **result}
 
 
@@ -85,10 +90,11 @@ def _run_memory(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--memory={args.memory} does not read as ROWSxDIM; write 1000000000x512.")
     _set_environment()
 
-    from rag_mm.perf import chips, plan_memory
+    from rag_mm.perf import chips
+    from rag_mm.perf.plan import index_search
 
     topology = chips.parse_topology(args.topology, args.slices)
-    return plan_memory.make_plan(int(found[1]), int(found[2]), topology)
+    return index_search.make_plan(int(found[1]), int(found[2]), topology)
 
 
 def _set_environment() -> None:

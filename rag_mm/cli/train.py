@@ -5,8 +5,8 @@ from typing import Any
 
 import rich.console
 
-from rag_mm.cli import joining
-from rag_mm.core import config as config_lib
+from rag_mm.cli import process_args
+from rag_mm.core import configuration
 from rag_mm.core.errors import UserError
 
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="rebuild stages whose config or inputs changed"
     )
-    joining.add_arguments(
+    process_args.add_arguments(
         parser, "that train together; start all of them alike, with one folder as --workdir"
     )
 
@@ -37,8 +37,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the stages; `workdir` and everything measured so far, `metrics`."""
     if not args.workdir:
         raise UserError("--workdir is empty; name the run's folder.")
-    joining.check_arguments(args)
-    config = config_lib.to_dict(config_lib.load_config(args.config, args.overrides))
+    process_args.check_arguments(args)
+    config = configuration.to_dict(configuration.load_config(args.config, args.overrides))
     steps = _read_steps(args.profile)
 
     # The config is right before jax starts.
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from rag_mm.train import loop
 
     chain.stage_configs(config)  # And all of it before others are met, which would wait in vain.
-    with joining.joined(args), loop.profiled(steps):
+    with process_args.joined(args), loop.profiled(steps):
         finished = chain.run_chain(config, args.workdir, only=args.stage, overwrite=args.overwrite)
     return {"workdir": args.workdir, "metrics": finished.metrics}
 

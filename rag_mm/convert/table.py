@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from rag_mm.core.errors import UserError
-from rag_mm.nn import params as params_lib
+from rag_mm.nn import param_trees
 
 Shape = tuple[int, ...]
 
@@ -167,23 +167,23 @@ class Family:
     rules: Callable[[Any], Sequence[Rule]]
     is_ignored: Callable[[Any, str], bool] = lambda config, name: False
 
-    def describe(self, config: Any, mesh: Any = None) -> tuple[nnx.GraphDef, params_lib.Params]:
+    def describe(self, config: Any, mesh: Any = None) -> tuple[nnx.GraphDef, param_trees.Params]:
         """Structure and parameters as shapes, see `nn.params.describe`."""
-        return params_lib.describe(functools.partial(self.make_model, config), mesh)
+        return param_trees.describe(functools.partial(self.make_model, config), mesh)
 
     def pieces(self, config: Any) -> list[Piece]:
         """Every tensor of a checkpoint with this config, parameter by parameter."""
         return list(make_pieces(self.describe(config)[1], self.rules(config)))
 
 
-def named(params: params_lib.Params) -> dict[str, Any]:
+def named(params: param_trees.Params) -> dict[str, Any]:
     """Leaves by path, such as `stack/blocks/mlp/up/kernel`, in the tree's order."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     join = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
     return {join(path): leaf for path, leaf in leaves}
 
 
-def make_pieces(params: params_lib.Params, rules: Sequence[Rule]) -> Iterator[Piece]:
+def make_pieces(params: param_trees.Params, rules: Sequence[Rule]) -> Iterator[Piece]:
     """Applies a table to a model's parameters.
 
     Raises:

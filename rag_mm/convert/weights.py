@@ -18,7 +18,7 @@ from rag_mm.convert import shards
 from rag_mm.convert.shards import Spec
 from rag_mm.convert.table import Family, Piece, named
 from rag_mm.core.errors import UserError
-from rag_mm.nn.params import Params
+from rag_mm.nn.param_trees import Params
 
 Parts = Iterable[tuple[int | None, np.ndarray]]
 Progress = Callable[[int], None]

@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_data_source, array_record_module
 
-from rag_mm.core import document, files
+from rag_mm.core import document_types, files
 from rag_mm.core.errors import UserError
-from rag_mm.data import captions, pictures
-from rag_mm.memory import record, stream
+from rag_mm.data import captions, image_decoding
+from rag_mm.memory.store import record
+from rag_mm.memory.writing import stream
 
 REFUSALS = {"damaged-record": "a record whose bytes are not those that were written"}
 
 
-def write_documents(path: pathlib.Path, documents: Iterable[document.Document]) -> int:
+def write_documents(path: pathlib.Path, documents: Iterable[document_types.Document]) -> int:
     """Writes an ArrayRecord file, whole or not at all; how many documents it holds.
 
     Pictures are kept as PNG, in the size they have.
@@ -96,16 +97,16 @@ class TfdsSource:
             name = f"{self._name}-{place}"
             try:
                 yield self._item(place + 1, name, self._records[place])
-            except (captions.BadRecord, pictures.BadPicture) as error:
+            except (captions.BadRecord, image_decoding.BadPicture) as error:
                 bad = captions.BadRecord(error.reason, str(error))
                 yield stream.Item(place + 1, reject=bad.as_reject(name))
 
     def _item(self, position: int, name: str, fields: Any) -> stream.Item:
         text = self._text(walk(fields, self._caption))
         beside = captions.check({"caption": text}, name)
-        picture = pictures.decode(walk(fields, self._image), min_pixels=2)
-        segments = (document.Text(beside.caption), document.Image(picture.pixels))
-        return stream.Item(position, document.Document(name, segments), notes=picture.notes)
+        picture = image_decoding.decode(walk(fields, self._image), min_pixels=2)
+        segments = (document_types.Text(beside.caption), document_types.Image(picture.pixels))
+        return stream.Item(position, document_types.Document(name, segments), notes=picture.notes)
 
     def _text(self, value: Any) -> str:
         """A text, the first of several, or a label's name."""

@@ -16,8 +16,8 @@ from typing import Any
 
 from rag_mm.core import files
 from rag_mm.core.errors import UserError
-from rag_mm.data import array_records, opening, webdataset
-from rag_mm.memory import stream, summary
+from rag_mm.data import array_records, open_documents, webdataset
+from rag_mm.memory.writing import ingest_report, stream
 
 LOCAL = "--runner=DirectRunner --direct_running_mode=multi_processing --direct_num_workers=2"
 
@@ -68,7 +68,7 @@ def ingest(
     beam = _load_beam()
     if out.exists():
         raise UserError(f"{out} is in the way: name a folder that does not exist yet.")
-    ranges = split(opening.open_documents(spec), records_per_file)
+    ranges = split(open_documents.open_documents(spec), records_per_file)
     if not ranges:
         raise UserError(f"{spec} has no records.")
     out.mkdir(parents=True)
@@ -87,11 +87,11 @@ def ingest(
         with contextlib.suppress(OSError):
             out.rmdir()  # Nothing was written: the folder is not in the way of the next try.
         raise
-    counts = files.read_json(out / summary.COUNTS)
+    counts = files.read_json(out / ingest_report.COUNTS)
     if not counts["ok"]:
         raise UserError(
             f"{counts['added']} of {counts['read']} records of {spec} are good, too few for "
-            f"--max-bad={max_bad:g}: {out / summary.REJECTS} names the others."
+            f"--max-bad={max_bad:g}: {out / ingest_report.REJECTS} names the others."
         )
     return counts
 
@@ -114,7 +114,7 @@ def write_range(which: Range, spec: str, out: str) -> Written:
     notes: dict[str, int] = {}
 
     def documents() -> Iterator[Any]:
-        for item in opening.open_documents(spec).read(which.start):
+        for item in open_documents.open_documents(spec).read(which.start):
             if item.position > which.stop:
                 return
             if item.reject is not None:
@@ -142,7 +142,7 @@ def write_summary(written: Sequence[Written], out: str, max_bad: float) -> None:
             notes[name] = notes.get(name, 0) + count
     folder, num_read = pathlib.Path(out), added + len(rejects)
     if rejects:
-        summary.write_rejects(folder / summary.REJECTS, rejects)
+        ingest_report.write_rejects(folder / ingest_report.REJECTS, rejects)
     counts = {
         "read": num_read,
         "added": added,
@@ -150,7 +150,7 @@ def write_summary(written: Sequence[Written], out: str, max_bad: float) -> None:
         "notes": dict(sorted(notes.items())),
         "ok": added > 0 and len(rejects) <= max(max_bad * num_read, int(max_bad > 0)),
     }
-    files.write_json(folder / summary.COUNTS, counts)
+    files.write_json(folder / ingest_report.COUNTS, counts)
 
 
 def _load_beam() -> Any:

@@ -6,7 +6,7 @@ import pathlib
 from typing import Any
 
 from rag_mm.core.errors import UserError
-from rag_mm.memory import stream
+from rag_mm.memory.writing import stream
 
 REFUSALS = {
     "not-utf8": "text or a name that is not UTF-8",

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from rag_mm.core.errors import UserError
-from rag_mm.data import array_records, captions, pictures, sources
+from rag_mm.data import array_records, captions, image_decoding, sources
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -96,8 +96,10 @@ class LabelledTfds:
         for place in range(len(self._records)):
             fields: Any = self._records[place]
             try:
-                picture = pictures.decode(array_records.walk(fields, self._image), min_pixels=2)
-            except (captions.BadRecord, pictures.BadPicture) as error:
+                picture = image_decoding.decode(
+                    array_records.walk(fields, self._image), min_pixels=2
+                )
+            except (captions.BadRecord, image_decoding.BadPicture) as error:
                 self.rejects.append((f"{self._name}-{place}", str(error)))
             else:
                 yield picture.pixels, int(fields[self._label])

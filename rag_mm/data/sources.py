@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from rag_mm.core import document, files
+from rag_mm.core import document_types, files
 from rag_mm.core.errors import UserError
-from rag_mm.data import captions, pictures
-from rag_mm.memory import stream
+from rag_mm.data import captions, image_decoding
+from rag_mm.memory.writing import stream
 
 CAPTIONS = "captions.jsonl"
 
@@ -28,7 +28,7 @@ def load_image(path: epath.PathLike, is_whitened: bool = True) -> np.ndarray:
             than `images.MAX_PIXELS`, which its header tells before anything is decoded.
     """
     try:
-        return pictures.decode(read_file(epath.Path(path)), is_whitened=is_whitened).pixels
+        return image_decoding.decode(read_file(epath.Path(path)), is_whitened=is_whitened).pixels
     except UserError as error:
         raise UserError(f"Picture {path} {error}") from None
 
@@ -45,9 +45,10 @@ def read_file(path: epath.Path) -> bytes:
             mode = os.stat(path).st_mode
             if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
                 raise captions.BadRecord("device", "cannot be read: it is a device or a pipe.")
-        if path.is_file() and path.stat().length > pictures.MAX_BYTES:
-            raise pictures.BadPicture(
-                "too-many-bytes", f"has more than {pictures.MAX_BYTES:,} bytes; scale it down."
+        if path.is_file() and path.stat().length > image_decoding.MAX_BYTES:
+            raise image_decoding.BadPicture(
+                "too-many-bytes",
+                f"has more than {image_decoding.MAX_BYTES:,} bytes; scale it down.",
             )
         return path.read_bytes()
     except OSError as error:
@@ -81,7 +82,7 @@ class FolderSource:
                 fields, beside = _parse(self._lines[place])
                 name = fields["image"]
                 yield self._item(place + 1, fields["image"], beside)
-            except (captions.BadRecord, pictures.BadPicture) as error:
+            except (captions.BadRecord, image_decoding.BadPicture) as error:
                 bad = captions.BadRecord(error.reason, str(error))
                 yield stream.Item(place + 1, reject=bad.as_reject(name))
 
@@ -92,9 +93,9 @@ class FolderSource:
     def _item(self, position: int, name: str, beside: captions.Beside) -> stream.Item:
         path = self._directory / name
         ending = path.suffix.removeprefix(".")
-        picture = pictures.decode(read_file(path), ending, min_pixels=2)
-        segments = (document.Text(beside.caption), document.Image(picture.pixels))
-        found = document.Document(path.stem, segments, beside.url, beside.license)
+        picture = image_decoding.decode(read_file(path), ending, min_pixels=2)
+        segments = (document_types.Text(beside.caption), document_types.Image(picture.pixels))
+        found = document_types.Document(path.stem, segments, beside.url, beside.license)
         return stream.Item(position, found, notes=picture.notes)
 
     def __repr__(self) -> str:
@@ -149,7 +150,7 @@ class FolderDocuments:
     def __len__(self) -> int:
         return len(self._positions)
 
-    def __getitem__(self, i: int) -> document.Document:
+    def __getitem__(self, i: int) -> document_types.Document:
         """The i-th good record; its picture has its own size."""
         item = next(self._source.read(self._positions[i]))
         if item.document is None:

@@ -7,10 +7,10 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from typing import IO
 
-from rag_mm.core import document, files
+from rag_mm.core import document_types, files
 from rag_mm.core.errors import UserError
-from rag_mm.data import captions, pictures
-from rag_mm.memory import stream
+from rag_mm.data import captions, image_decoding
+from rag_mm.memory.writing import stream
 
 REFUSALS = {
     "link": "a symbolic or hard link",
@@ -208,12 +208,12 @@ def _item(position: int, sample: _Sample) -> stream.Item:
             raise captions.BadRecord("no-picture", "has no JPEG, PNG or WebP picture.")
         fields = _fields(sample)
         beside = captions.check(fields, sample.key)
-        picture = pictures.decode(sample.data[ending], ending, min_pixels=2)
-    except (captions.BadRecord, pictures.BadPicture) as error:
+        picture = image_decoding.decode(sample.data[ending], ending, min_pixels=2)
+    except (captions.BadRecord, image_decoding.BadPicture) as error:
         bad = captions.BadRecord(error.reason, str(error))
         return stream.Item(position, reject=bad.as_reject(sample.key))
-    segments = (document.Text(beside.caption), document.Image(picture.pixels))
-    found = document.Document(sample.key, segments, beside.url, beside.license)
+    segments = (document_types.Text(beside.caption), document_types.Image(picture.pixels))
+    found = document_types.Document(sample.key, segments, beside.url, beside.license)
     return stream.Item(position, found, notes=picture.notes)
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 from rag_mm.core import sharding
 from rag_mm.decode import cache
 from rag_mm.nn.decoder import Decoder
-from rag_mm.nn.params import Params
+from rag_mm.nn.param_trees import Params
 
 
 @dataclasses.dataclass(frozen=True)

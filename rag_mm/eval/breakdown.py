@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from rag_mm.eval import scenes, statistics
+from rag_mm.eval import scene_accuracy, statistics
 
 # {variant: {figure: [Q]}}, one value a test document.
 Values = Mapping[str, Mapping[str, np.ndarray]]
@@ -46,7 +46,7 @@ def by_group(
         found: dict[str, Any] = {"n": len(chosen), "paired": paired(own, pairs)}
         for variant, figures in own.items():
             for figure, each in figures.items():
-                is_fact = figure in scenes.FACTS
+                is_fact = figure in scene_accuracy.FACTS
                 summary = statistics.accuracy(each) if is_fact else statistics.mean(each)
                 name = f"{figure}_accuracy" if is_fact else figure
                 found.setdefault(name, {})[variant] = summary

@@ -11,9 +11,9 @@ import numpy as np
 from flax import nnx
 
 from rag_mm.core import sharding
-from rag_mm.data import rows
-from rag_mm.decode.modes import Generator
-from rag_mm.nn.params import Params
+from rag_mm.data import sequences
+from rag_mm.decode.tasks import Generator
+from rag_mm.nn.param_trees import Params
 from rag_mm.ops import losses
 
 
@@ -26,8 +26,8 @@ class CodeScores(NamedTuple):
 
 def score_codes(
     generator: Generator,
-    mains: Sequence[rows.Example],
-    docs: Sequence[Sequence[rows.Example]],
+    mains: Sequence[sequences.Example],
+    docs: Sequence[Sequence[sequences.Example]],
     batch_size: int = 64,
 ) -> CodeScores:
     """How well every code of the main pictures is foreseen, given their texts and documents.
@@ -48,11 +48,11 @@ def score_codes(
     for first in range(0, len(mains), batch_size):
         part = slice(first, first + batch_size)
         made = [
-            rows.make_row(layout, generator.vocabulary, main, given)
+            sequences.make_row(layout, generator.vocabulary, main, given)
             for main, given in zip(mains[part], docs[part], strict=True)
         ]
         ends = [
-            int(rows.find_segments(layout, main, given)[-1, 0])
+            int(sequences.find_segments(layout, main, given)[-1, 0])
             for main, given in zip(mains[part], docs[part], strict=True)
         ]
         missing = batch_size - len(made)

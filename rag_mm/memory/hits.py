@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from rag_mm.memory import images
-from rag_mm.memory.index import Neighbors
-from rag_mm.memory.memory import Memory
+from rag_mm.core import image_files
+from rag_mm.memory.index.protocol import Neighbors
+from rag_mm.memory.retrieval_memory import Memory
 
 
 def describe(memory: Memory, found: Neighbors) -> list[dict[str, Any]]:
@@ -41,7 +41,9 @@ def describe(memory: Memory, found: Neighbors) -> list[dict[str, Any]]:
 
 def data_url(pixels: np.ndarray) -> str:
     """A picture, uint8 [H, W, 3], as text that a page shows."""
-    return "data:image/png;base64," + base64.b64encode(images.encode_png(pixels)).decode("ascii")
+    return "data:image/png;base64," + base64.b64encode(image_files.encode_png(pixels)).decode(
+        "ascii"
+    )
 
 
 def link(url: str | None) -> str | None:

@@ -5,16 +5,15 @@ from typing import Literal
 
 import numpy as np
 
-from rag_mm.core import document as document_lib
-from rag_mm.core import files
-from rag_mm.memory import index
+from rag_mm.core import document_types, files
+from rag_mm.memory.index import protocol
 
 NO_KEY = -1
 """The twin key of a row or query whose facts are unknown: it has no twin."""
 
 
 def make_query(
-    document: document_lib.Document,
+    document: document_types.Document,
     modality: Literal["text", "image"],
     rng: np.random.Generator | None = None,
     token_dropout: float = 0.2,
@@ -62,7 +61,7 @@ def split_queries(texts: Sequence[str], by_phrase: bool) -> tuple[list[str], np.
     return [part for parts in each for part in parts], counts
 
 
-def interleave(hits: index.Neighbors, counts: np.ndarray) -> index.Neighbors:
+def interleave(hits: protocol.Neighbors, counts: np.ndarray) -> protocol.Neighbors:
     """The hits of several queries of one document as one list: the best of each, by score, then the second.
 
     Args:
@@ -78,7 +77,7 @@ def interleave(hits: index.Neighbors, counts: np.ndarray) -> index.Neighbors:
         return hits
     owner = np.repeat(np.arange(len(counts)), counts)
     part = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    ids = np.full((len(counts), num_hits, most), index.MISSING, np.int32)
+    ids = np.full((len(counts), num_hits, most), protocol.MISSING, np.int32)
     scores = np.full(ids.shape, -np.inf, np.float32)
     ids[owner, :, part], scores[owner, :, part] = hits.ids, hits.scores
     order = np.argsort(-scores, axis=2, kind="stable")
@@ -88,8 +87,8 @@ def interleave(hits: index.Neighbors, counts: np.ndarray) -> index.Neighbors:
     is_repeat = np.diff(np.take_along_axis(flat_ids, by_id, axis=1), axis=1, prepend=-2) == 0
     repeats = np.zeros_like(is_repeat)
     np.put_along_axis(repeats, by_id, is_repeat, axis=1)
-    flat_ids = np.where(repeats, np.int32(index.MISSING), flat_ids)
-    return index.Neighbors(flat_ids, np.where(repeats, np.float32(-np.inf), flat_scores))
+    flat_ids = np.where(repeats, np.int32(protocol.MISSING), flat_ids)
+    return protocol.Neighbors(flat_ids, np.where(repeats, np.float32(-np.inf), flat_scores))
 
 
 def twin_key(facts: str) -> int:
@@ -107,7 +106,7 @@ def select(
     own_rows: np.ndarray,
     own_keys: np.ndarray,
     row_keys: np.ndarray,
-) -> index.Neighbors:
+) -> protocol.Neighbors:
     """Walks down each query's ranked hits and keeps the first that are neither it nor repeats.
 
     Skipped are missing hits, the query's own row, rows with its twin key, and rows more similar
@@ -127,7 +126,7 @@ def select(
         Neighbors [Q, K], best first.
     """
     num_queries, num_hits = ids.shape
-    kept_ids = np.full((num_queries, num_neighbors), index.MISSING, np.int32)
+    kept_ids = np.full((num_queries, num_neighbors), protocol.MISSING, np.int32)
     kept_scores = np.full((num_queries, num_neighbors), -np.inf, np.float32)
     kept_vectors = np.zeros((num_queries, num_neighbors, vectors.shape[1]), np.float32)
     num_kept = np.zeros(num_queries, np.int64)
@@ -141,7 +140,7 @@ def select(
         unfilled_qk = np.arange(num_neighbors)[None, :] >= num_kept[:, None]
         similarity_q = np.where(unfilled_qk, -np.inf, similarity_qk).max(axis=1, initial=-np.inf)
         keep = (
-            (id_q != index.MISSING)
+            (id_q != protocol.MISSING)
             & (id_q != own_rows)
             & ((key_q == NO_KEY) | (key_q != own_keys))
             & (scores[:, rank] <= max_similarity)
@@ -154,11 +153,11 @@ def select(
         kept_scores[queries, places] = scores[queries, rank]
         kept_vectors[queries, places] = vector_qd[queries]
         num_kept[queries] += 1
-    return index.Neighbors(kept_ids, kept_scores)
+    return protocol.Neighbors(kept_ids, kept_scores)
 
 
 def find_neighbors(
-    search: Callable[[np.ndarray, int], index.Neighbors],
+    search: Callable[[np.ndarray, int], protocol.Neighbors],
     queries: np.ndarray,
     vectors: np.ndarray,
     *,
@@ -171,7 +170,7 @@ def find_neighbors(
     num_candidates: int = 64,
     batch_size: int = 1024,
     on_progress: Callable[[int, int], None] | None = None,
-) -> index.Neighbors:
+) -> protocol.Neighbors:
     """Searches and selects for many queries: what training reads is computed before it starts.
 
     Args:
@@ -187,7 +186,7 @@ def find_neighbors(
         Neighbors [Q, K]; a query whose candidates were all skipped has missing ones.
     """
     found = [
-        index.Neighbors(
+        protocol.Neighbors(
             np.zeros((0, num_neighbors), np.int32), np.zeros((0, num_neighbors), np.float32)
         )
     ]
@@ -211,7 +210,7 @@ def find_neighbors(
         )
         if on_progress is not None:
             on_progress(batch.stop, len(counts))
-    return index.Neighbors(
+    return protocol.Neighbors(
         np.concatenate([neighbors.ids for neighbors in found]),
         np.concatenate([neighbors.scores for neighbors in found]),
     )

@@ -11,20 +11,20 @@ from typing import Literal, get_args
 import numpy as np
 
 from rag_mm.core.errors import UserError
-from rag_mm.memory import index
+from rag_mm.memory.index import protocol
 
 Order = Literal["nearest_last", "nearest_first", "shuffled"]
 
 
 def select_examples(
-    search: Callable[[np.ndarray, int], index.Neighbors],
+    search: Callable[[np.ndarray, int], protocol.Neighbors],
     queries: np.ndarray,
     num_examples: int,
     *,
     order: Order = "nearest_last",
     forbidden: np.ndarray | None = None,
     rng: np.random.Generator | None = None,
-) -> index.Neighbors:
+) -> protocol.Neighbors:
     """The examples of each query, in the order in which a prompt shows them.
 
     Args:
@@ -51,36 +51,36 @@ def select_examples(
         raise UserError("The order 'shuffled' needs a random generator.")
     if num_examples == 0:
         nothing = np.zeros((len(queries), 0), np.float32)
-        return index.pad_hits(nothing, nothing, 0)
+        return protocol.pad_hits(nothing, nothing, 0)
     if forbidden is None:
-        forbidden = np.full((len(queries), 1), index.MISSING)
+        forbidden = np.full((len(queries), 1), protocol.MISSING)
     forbidden = forbidden.reshape(len(queries), -1)
     found = search(queries, num_examples + forbidden.shape[1])
     kept = _without(found, forbidden, num_examples)
     if order == "nearest_last":
-        return index.Neighbors(kept.ids[:, ::-1], kept.scores[:, ::-1])
+        return protocol.Neighbors(kept.ids[:, ::-1], kept.scores[:, ::-1])
     if order == "shuffled" and rng is not None:
         return _shuffled(kept, rng)
     return kept
 
 
-def _without(found: index.Neighbors, forbidden: np.ndarray, k: int) -> index.Neighbors:
+def _without(found: protocol.Neighbors, forbidden: np.ndarray, k: int) -> protocol.Neighbors:
     """The first k hits that are not forbidden, best first."""
     bad = (found.ids[:, :, None] == forbidden[:, None, :]).any(axis=2)
-    bad |= found.ids == index.MISSING
+    bad |= found.ids == protocol.MISSING
     places = np.argsort(bad, axis=1, kind="stable")[:, :k]
     is_missing = np.take_along_axis(bad, places, axis=1)
-    ids = np.where(is_missing, index.MISSING, np.take_along_axis(found.ids, places, axis=1))
+    ids = np.where(is_missing, protocol.MISSING, np.take_along_axis(found.ids, places, axis=1))
     scores = np.take_along_axis(found.scores, places, axis=1)
-    return index.Neighbors(
+    return protocol.Neighbors(
         ids.astype(np.int32), np.where(is_missing, -np.inf, scores).astype(np.float32)
     )
 
 
-def _shuffled(kept: index.Neighbors, rng: np.random.Generator) -> index.Neighbors:
+def _shuffled(kept: protocol.Neighbors, rng: np.random.Generator) -> protocol.Neighbors:
     draws = rng.random(kept.ids.shape)
-    draws[kept.ids == index.MISSING] = np.inf
+    draws[kept.ids == protocol.MISSING] = np.inf
     order = np.argsort(draws, axis=1, kind="stable")
-    return index.Neighbors(
+    return protocol.Neighbors(
         np.take_along_axis(kept.ids, order, axis=1), np.take_along_axis(kept.scores, order, axis=1)
     )

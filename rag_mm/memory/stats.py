@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 
 from rag_mm.core import files
-from rag_mm.memory import encoder as encoder_lib
-from rag_mm.memory import manifest, summary
-from rag_mm.memory import rows as rows_lib
-from rag_mm.memory import shard as shard_lib
+from rag_mm.memory import model_protocols
+from rag_mm.memory.index import live_rows
+from rag_mm.memory.store import manifest, shard_file
+from rag_mm.memory.writing import ingest_report
 
 
-def fingerprint(contents: manifest.Manifest, live: rows_lib.LiveRows) -> str:
+def fingerprint(contents: manifest.Manifest, live: live_rows.LiveRows) -> str:
     """Digest of the rows and what made them; indexes, which may differ by machine, aside."""
     shards = {
         shard.file(what, ending)
@@ -21,7 +21,7 @@ def fingerprint(contents: manifest.Manifest, live: rows_lib.LiveRows) -> str:
             ("records", "arrayrecord"),
             ("ids", "json"),
             ("codes", "npy"),
-            *((f"embeddings-{view}", "npy") for view in encoder_lib.VIEWS),
+            *((f"embeddings-{view}", "npy") for view in model_protocols.VIEWS),
         )
     }
     rows = {n: e.sha256 for n, e in contents.files.items() if n in shards}
@@ -32,10 +32,10 @@ def fingerprint(contents: manifest.Manifest, live: rows_lib.LiveRows) -> str:
     return files.digest(files.canonical_json(made).encode())
 
 
-def summarize(root: Path, contents: manifest.Manifest, live: rows_lib.LiveRows) -> dict[str, Any]:
+def summarize(root: Path, contents: manifest.Manifest, live: live_rows.LiveRows) -> dict[str, Any]:
     """What `Memory.stats` says, ready for JSON."""
     with_text, with_image = _parts(root, contents, live)
-    counts, _ = summary.read(root, contents)
+    counts, _ = ingest_report.read(root, contents)
     return {
         "path": str(root),
         "version": contents.version,
@@ -46,7 +46,7 @@ def summarize(root: Path, contents: manifest.Manifest, live: rows_lib.LiveRows) 
         "shards": len(contents.shards),
         "bytes": sum(entry.size for entry in contents.files.values()),
         "index": contents.index,
-        "views": list(encoder_lib.VIEWS),
+        "views": list(model_protocols.VIEWS),
         "dim": contents.dim,
         "image_size": contents.image_size,
         "codes_per_image": contents.num_codes,
@@ -57,14 +57,14 @@ def summarize(root: Path, contents: manifest.Manifest, live: rows_lib.LiveRows) 
     }
 
 
-def _parts(root: Path, contents: manifest.Manifest, live: rows_lib.LiveRows) -> tuple[int, int]:
+def _parts(root: Path, contents: manifest.Manifest, live: live_rows.LiveRows) -> tuple[int, int]:
     """How many rows have text, and how many an image."""
     if not live.num_removed:
         return (
             sum(shard.with_text for shard in contents.shards),
             sum(shard.with_image for shard in contents.shards),
         )
-    origins = [shard_lib.load_origins(root, contents, shard) for shard in contents.shards]
+    origins = [shard_file.load_origins(root, contents, shard) for shard in contents.shards]
     has_text = np.array([caption != "" for one in origins for caption in one.caption], bool)
     has_image = np.array([image for one in origins for image in one.image], bool)
     return int(has_text[live.mask].sum()), int(has_image[live.mask].sum())

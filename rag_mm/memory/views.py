@@ -5,21 +5,20 @@ from pathlib import Path
 
 import numpy as np
 
-from rag_mm.memory import encoder as encoder_lib
-from rag_mm.memory import index, kinds, manifest
-from rag_mm.memory import rows as rows_lib
-from rag_mm.memory import shard as shard_lib
+from rag_mm.memory import model_protocols
+from rag_mm.memory.index import live_rows, protocol, registry
+from rag_mm.memory.store import manifest, shard_file
 
 
 class Views:
     """Embeddings, codes and indexes of the rows that are left; safe to use from several threads."""
 
-    def __init__(self, root: Path, contents: manifest.Manifest, live: rows_lib.LiveRows):
+    def __init__(self, root: Path, contents: manifest.Manifest, live: live_rows.LiveRows):
         """Opens nothing yet."""
         self._root = root
         self._manifest = contents
         self._live = live
-        self._indexes: dict[str, index.Index] = {}
+        self._indexes: dict[str, protocol.Index] = {}
         self._lock = threading.Lock()
 
     def codes(self) -> np.ndarray | None:
@@ -27,7 +26,7 @@ class Views:
         if self._manifest.num_codes is None:
             return None
         shards = [
-            shard_lib.load_codes(self._root, self._manifest, s) for s in self._manifest.shards
+            shard_file.load_codes(self._root, self._manifest, s) for s in self._manifest.shards
         ]
         stored = [np.zeros((0, self._manifest.num_codes), np.int32)]
         stored += [codes for codes in shards if codes is not None]
@@ -35,17 +34,17 @@ class Views:
 
     def embeddings(self, view: str) -> np.ndarray:
         """Unit rows, float32 [R, D], mapped from disk where they are one file and nothing is gone."""
-        encoder_lib.check_view(view)
-        rows = shard_lib.load_rows(self._root, self._manifest, view)
+        model_protocols.check_view(view)
+        rows = shard_file.load_rows(self._root, self._manifest, view)
         return rows[self._live.stored] if self._live.num_removed else rows
 
-    def index(self, view: str) -> index.Index:
+    def index(self, view: str) -> protocol.Index:
         """The index, loaded on first use; raises UserError where it is damaged."""
-        encoder_lib.check_view(view)
+        model_protocols.check_view(view)
         with self._lock:
             if view not in self._indexes:
-                searcher = kinds.make_index(self._manifest.index)
-                rows = shard_lib.load_rows(self._root, self._manifest, view)
+                searcher = registry.make_index(self._manifest.index)
+                rows = shard_file.load_rows(self._root, self._manifest, view)
                 searcher.load(self._root / self._manifest.index_folder(view), rows)
                 if self._live.num_removed:
                     searcher.remove(self._live.removed)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from etils import epath
 
 from rag_mm.report.content import Band, Curve
-from rag_mm.train import metrics as train_metrics
+from rag_mm.train import train_metrics
 
 _FORESEEN = "Unseen art foreseen: top-1 share of codes"
 

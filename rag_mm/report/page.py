@@ -16,7 +16,8 @@ import markupsafe
 import numpy as np
 from PIL import Image
 
-from rag_mm.report import curves, measured, summary, verdicts
+from rag_mm.report import curves, summary, verdicts
+from rag_mm.report import figures as measured
 from rag_mm.report.content import FACTS, ReportData, fact_verdict, variant_label
 
 _SIDE = 96  # Pixels on the page; a 32-pixel picture is enlarged threefold.

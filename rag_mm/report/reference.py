@@ -13,8 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 from etils import epath
 
-from rag_mm.core import files
-from rag_mm.core import run as run_lib
+from rag_mm.core import files, run_folder
 from rag_mm.core.errors import UserError
 from rag_mm.report import curves, logs
 from rag_mm.report.content import Band, Curve
@@ -69,7 +68,7 @@ def gather(workdirs: Sequence[epath.PathLike], preset: str) -> Reference:
     Raises:
         UserError: a run is missing, unfinished or edited, or they do not belong together.
     """
-    runs = [run_lib.open_run(workdir) for workdir in workdirs]
+    runs = [run_folder.open_run(workdir) for workdir in workdirs]
     configs = [run.config for run in runs]
     seeds = tuple(int(config["seed"]) for config in configs)
     for run, config, seed in zip(runs, configs, seeds, strict=True):

@@ -7,7 +7,7 @@ from importlib import resources
 import jinja2
 import numpy as np
 
-from rag_mm.memory import images
+from rag_mm.core import image_files
 from rag_mm.report import page
 
 
@@ -65,5 +65,5 @@ def render(title: str, cards: Sequence[Card]) -> str:
 
 
 def _picture(pixels: np.ndarray, description: str) -> str:
-    small = pixels if max(pixels.shape[:2]) <= 2 * _SIDE else images.fit(pixels, _SIDE)
+    small = pixels if max(pixels.shape[:2]) <= 2 * _SIDE else image_files.fit(pixels, _SIDE)
     return page.picture_tag(small, description)

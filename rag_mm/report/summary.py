@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rag_mm.report.measured import MISSING, Measured, duration, find, number, percent
+from rag_mm.report.figures import MISSING, Measured, duration, find, number, percent
 
 _DOCS = {"docs0": "0 docs", "docs1": "1 doc", "docs2": "2 docs"}
 

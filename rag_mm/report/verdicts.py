@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from rag_mm.report.measured import Measured, find, number, percent
+from rag_mm.report.figures import Measured, find, number, percent
 
 CEILING_BAR = 0.90  # Below it the tokenizer, not the decoder, decides what can be drawn.
 SAME_CLASS_BAR = 0.90

@@ -8,28 +8,25 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from rag_mm.core import borrow, compilation, progress
-from rag_mm.core import config as config_lib
-from rag_mm.core import run as run_lib
+from rag_mm.core import compilation_cache, configuration, progress, reuse, run_folder
 from rag_mm.core.errors import UserError
-from rag_mm.stages import (
+from rag_mm.stages import multiprocess
+from rag_mm.stages.ra_cm3 import (
     copy_probe,
-    decoder,
-    document_pairs,
-    evaluation,
+    evaluate,
     few_shot,
-    fusion,
-    generation,
-    memory,
-    neighbors,
-    pairs,
-    report,
-    retriever,
-    team,
-    tokenizer,
-    toy_pairs,
+    generate_samples,
+    train_decoder,
+    write_report,
 )
-from rag_mm.stages import world as world_lib
+from rag_mm.stages.reco import draw_toy_pairs, embed_documents, embed_pairs, train_fusion
+from rag_mm.stages.shared import (
+    build_memory,
+    find_neighbors,
+    train_retriever,
+    train_tokenizer,
+    world_config,
+)
 from rag_mm.worlds import concepts
 
 
@@ -45,54 +42,81 @@ class Stage:
 
     config: type
     inputs: tuple[str, ...]
-    function: Callable[[Any, run_lib.Run, epath.Path], Mapping[str, Any]]
+    function: Callable[[Any, run_folder.Run, epath.Path], Mapping[str, Any]]
     shares: tuple[str, ...] = ()
     reports_on_others: bool = False
-    worlds: tuple[type, ...] = (world_lib.World, world_lib.Pictures)
+    worlds: tuple[type, ...] = (world_config.World, world_config.Pictures)
     mesh: Callable[[Any], Mesh] | None = None
     is_shared: bool = False
 
 
-SCENES = (world_lib.World,)  # Emoji scenes alone tell facts to score by.
+SCENES = (world_config.World,)  # Emoji scenes alone tell facts to score by.
 TOYS = (concepts.Config,)
-EVERY = (world_lib.World, world_lib.Pictures, concepts.Config)
+EVERY = (world_config.World, world_config.Pictures, concepts.Config)
 STAGES = {
-    "tokenizer": Stage(tokenizer.Config, tokenizer.INPUTS, tokenizer.run, mesh=tokenizer.make_mesh),
-    "retriever": Stage(retriever.Config, retriever.INPUTS, retriever.run, mesh=retriever.make_mesh),
-    "memory": Stage(memory.Config, memory.INPUTS, memory.run, is_shared=True),
-    "neighbors": Stage(
-        neighbors.Config, neighbors.INPUTS, neighbors.run, reports_on_others=True, is_shared=True
+    "tokenizer": Stage(
+        train_tokenizer.Config,
+        train_tokenizer.INPUTS,
+        train_tokenizer.run,
+        mesh=train_tokenizer.make_mesh,
     ),
-    "decoder": Stage(decoder.Config, decoder.INPUTS, decoder.run, mesh=decoder.make_mesh),
-    "control": Stage(decoder.Config, decoder.CONTROL_INPUTS, decoder.run, mesh=decoder.make_mesh),
+    "retriever": Stage(
+        train_retriever.Config,
+        train_retriever.INPUTS,
+        train_retriever.run,
+        mesh=train_retriever.make_mesh,
+    ),
+    "memory": Stage(build_memory.Config, build_memory.INPUTS, build_memory.run, is_shared=True),
+    "neighbors": Stage(
+        find_neighbors.Config,
+        find_neighbors.INPUTS,
+        find_neighbors.run,
+        reports_on_others=True,
+        is_shared=True,
+    ),
+    "decoder": Stage(
+        train_decoder.Config, train_decoder.INPUTS, train_decoder.run, mesh=train_decoder.make_mesh
+    ),
+    "control": Stage(
+        train_decoder.Config,
+        train_decoder.CONTROL_INPUTS,
+        train_decoder.run,
+        mesh=train_decoder.make_mesh,
+    ),
     "copy_probe": Stage(
         copy_probe.Config,
         copy_probe.INPUTS,
         copy_probe.run,
         worlds=SCENES,
-        mesh=decoder.make_mesh,
+        mesh=train_decoder.make_mesh,
     ),
     "few_shot": Stage(few_shot.Config, few_shot.INPUTS, few_shot.run, worlds=SCENES),
-    "pairs": Stage(pairs.Config, pairs.INPUTS, pairs.run, worlds=SCENES),
-    "toy_pairs": Stage(toy_pairs.Config, toy_pairs.INPUTS, toy_pairs.run, worlds=TOYS),
+    "pairs": Stage(embed_pairs.Config, embed_pairs.INPUTS, embed_pairs.run, worlds=SCENES),
+    "toy_pairs": Stage(
+        draw_toy_pairs.Config, draw_toy_pairs.INPUTS, draw_toy_pairs.run, worlds=TOYS
+    ),
     "document_pairs": Stage(
-        document_pairs.Config, document_pairs.INPUTS, document_pairs.run, worlds=EVERY
+        embed_documents.Config, embed_documents.INPUTS, embed_documents.run, worlds=EVERY
     ),
     **{
         f"{kind}fusion": Stage(
-            fusion.Config,
+            train_fusion.Config,
             (f"{kind}pairs",),
-            partial(fusion.run, source=f"{kind}pairs"),
+            partial(train_fusion.run, source=f"{kind}pairs"),
             worlds=EVERY,
-            mesh=fusion.make_mesh,
+            mesh=train_fusion.make_mesh,
         )
         for kind in ("", "toy_", "document_")
     },
-    "generation": Stage(generation.Config, generation.INPUTS, generation.run, worlds=SCENES),
-    "evaluation": Stage(
-        evaluation.Config, evaluation.INPUTS, evaluation.run, ("generation",), True, SCENES
+    "generation": Stage(
+        generate_samples.Config, generate_samples.INPUTS, generate_samples.run, worlds=SCENES
     ),
-    "report": Stage(report.Config, report.INPUTS, report.run, ("generation",), worlds=SCENES),
+    "evaluation": Stage(
+        evaluate.Config, evaluate.INPUTS, evaluate.run, ("generation",), True, SCENES
+    ),
+    "report": Stage(
+        write_report.Config, write_report.INPUTS, write_report.run, ("generation",), worlds=SCENES
+    ),
 }
 
 
@@ -112,7 +136,7 @@ def stage_configs(config: Mapping[str, Any]) -> dict[str, Any]:
     unknown = [name for name in config["stages"] if name not in STAGES]
     if unknown:
         raise UserError(f"There is no stage {unknown[0]!r}; stages are {', '.join(STAGES)}.")
-    world = world_lib.make(config["world"])
+    world = world_config.make(config["world"])
     _check_world(world, config["stages"])
     configs = {name: _stage_config(config, name, world) for name in config["stages"]}
     _check_agreement(configs)
@@ -126,7 +150,7 @@ def run_chain(
     only: str | None = None,
     overwrite: bool = False,
     borrow_from: Sequence[epath.PathLike] = (),
-) -> run_lib.Run:
+) -> run_folder.Run:
     """Runs the stages of a config in order, or one of them; finished ones are passed over.
 
     Several processes call it alike and on one folder (`stages.team`).
@@ -141,17 +165,19 @@ def run_chain(
     Raises:
         UserError: the config, the devices or the run do not fit; nothing has been touched then.
     """
-    run = run_lib.Run(epath.Path(workdir))
+    run = run_folder.Run(epath.Path(workdir))
     configs = stage_configs(config)
     if only is not None and only not in configs:
         raise UserError(f"The config has no stage {only!r}; it has {', '.join(configs)}.")
     chosen = list(configs) if only is None else [only]
-    team.agree({"config": config, "only": only, "overwrite": overwrite})
+    multiprocess.agree({"config": config, "only": only, "overwrite": overwrite})
     for name in chosen:
         _check_mesh(name, configs[name])
-    if not team.is_leader():
-        compilation.keep_programs(run.workdir)
-        team.follow(run, {name: partial(_call, run, name, configs[name]) for name in chosen})
+    if not multiprocess.is_leader():
+        compilation_cache.keep_programs(run.workdir)
+        multiprocess.follow(
+            run, {name: partial(_call, run, name, configs[name]) for name in chosen}
+        )
         return run
     if "memory" in chosen and "://" in str(run.workdir):
         raise UserError(
@@ -159,19 +185,19 @@ def run_chain(
             "stages up to the memory elsewhere."
         )
     _check_inputs(run, chosen)
-    with team.leading(), run.locked():
-        compilation.keep_programs(run.workdir)
+    with multiprocess.leading(), run.locked():
+        compilation_cache.keep_programs(run.workdir)
         for name in configs:
             # config.json speaks of every stage, so all must fit it, or be about to be rebuilt.
             if not overwrite:
-                run_lib.check_stage(run, name, slice_of(configs[name]), STAGES[name].inputs)
+                run_folder.check_stage(run, name, slice_of(configs[name]), STAGES[name].inputs)
         run.save_config(config)
-        sources = [run_lib.Run(epath.Path(source)) for source in borrow_from]
+        sources = [run_folder.Run(epath.Path(source)) for source in borrow_from]
         has_worked = [_run_stage(run, name, configs[name], overwrite, sources) for name in chosen]
-        is_missing = not (run.workdir / report.PAGE).exists()
+        is_missing = not (run.workdir / write_report.PAGE).exists()
         if "report" in chosen and (any(has_worked) or is_missing):
             made = [name for name in configs if run.manifest(name) is not None]
-            report.finish(configs["report"], run, made)
+            write_report.finish(configs["report"], run, made)
     return run
 
 
@@ -185,7 +211,7 @@ def _check_mesh(name: str, config: Any) -> None:
         raise UserError(f"{name}: {error}") from None
 
 
-def _check_inputs(run: run_lib.Run, chosen: list[str]) -> None:
+def _check_inputs(run: run_folder.Run, chosen: list[str]) -> None:
     """Refuses where a stage reads one that neither lies there nor is made before it."""
     for place, name in enumerate(chosen):
         for needed in STAGES[name].inputs:
@@ -194,7 +220,7 @@ def _check_inputs(run: run_lib.Run, chosen: list[str]) -> None:
 
 
 def _run_stage(
-    run: run_lib.Run, name: str, config: Any, overwrite: bool, sources: Sequence[run_lib.Run]
+    run: run_folder.Run, name: str, config: Any, overwrite: bool, sources: Sequence[run_folder.Run]
 ) -> bool:
     """Whether there was anything to do."""
     stage = STAGES[name]
@@ -203,8 +229,8 @@ def _run_stage(
 
     def work(*_: Any) -> Mapping[str, Any]:
         if is_shared:
-            team.share(name)
-        elif team.has_others():
+            multiprocess.share(name)
+        elif multiprocess.has_others():
             progress.say(f"{name}: process 0 alone, the others wait")
         return _call(run, name, config)
 
@@ -212,9 +238,9 @@ def _run_stage(
         progress.say(f"{name}: {'done before, checking' if before.is_done else 'going on'}")
     else:
         wanted = (run, name, slice_of(config), stage.inputs)
-        lender = next((each for each in sources if borrow.borrow_stage(*wanted, each)), None)
+        lender = next((each for each in sources if reuse.borrow_stage(*wanted, each)), None)
         progress.say(f"{name}: {f'taken over from {lender.workdir}' if lender else 'begins'}")
-    after = run_lib.run_stage(
+    after = run_folder.run_stage(
         run,
         name,
         slice_of(config),
@@ -226,7 +252,7 @@ def _run_stage(
     return before != after
 
 
-def _call(run: run_lib.Run, name: str, config: Any) -> Mapping[str, Any]:
+def _call(run: run_folder.Run, name: str, config: Any) -> Mapping[str, Any]:
     return STAGES[name].function(config, run, run.stage_dir(name))
 
 
@@ -234,7 +260,7 @@ def _check_world(world: Any, names: Sequence[str]) -> None:
     for name in names:
         if not isinstance(world, STAGES[name].worlds):
             raise UserError(
-                f"The stage {name} does not work in the config's world, {world_lib.KINDS[type(world)]}; "
+                f"The stage {name} does not work in the config's world, {world_config.KINDS[type(world)]}; "
                 "leave it out of the config's stages."
             )
 
@@ -249,7 +275,7 @@ def _stage_config(config: Mapping[str, Any], name: str, world: Any) -> Any:
         own = {**config.get("decoder", {}), "is_vanilla": True}
         if num_steps is not None:
             own["loop"] = {**own["loop"], "num_steps": num_steps}
-    return config_lib.make(STAGES[name].config, {**shared, **own}, name)
+    return configuration.make(STAGES[name].config, {**shared, **own}, name)
 
 
 def _check_agreement(configs: Mapping[str, Any]) -> None:

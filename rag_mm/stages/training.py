@@ -12,11 +12,11 @@ from jax.sharding import Mesh
 
 from rag_mm.core import sharding
 from rag_mm.core.errors import UserError
-from rag_mm.nn import decoder
-from rag_mm.nn import params as params_lib
-from rag_mm.nn.params import Params
+from rag_mm.nn import decoder, param_trees
+from rag_mm.nn.param_trees import Params
 from rag_mm.perf import chips, flops
-from rag_mm.train import loop, optimizer, speed, state, step
+from rag_mm.train import loop, optimizer, throughput, train_step
+from rag_mm.train import train_state as state
 
 
 def check_config(
@@ -64,7 +64,7 @@ def make_mesh(
     return sharding.make_mesh(data, fsdp, tensor, is_explicit)
 
 
-def cost_of(model: nnx.Module, mesh: Mesh) -> speed.Cost | None:
+def cost_of(model: nnx.Module, mesh: Mesh) -> throughput.Cost | None:
     """FLOPs of a step of a decoder, and the mesh's peak where its devices have a published one."""
     if not isinstance(model, decoder.Decoder):
         return None
@@ -75,14 +75,14 @@ def cost_of(model: nnx.Module, mesh: Mesh) -> speed.Cost | None:
         return rows * length * flops.train_flops(config, length)
 
     peak = chips.DEVICE_FLOPS.get(mesh.devices.flat[0].device_kind)
-    return speed.Cost(step_flops, None if peak is None else peak * mesh.size)
+    return throughput.Cost(step_flops, None if peak is None else peak * mesh.size)
 
 
 def train(
     name: str,
     stage_dir: epath.Path,
     make_model: Callable[[], nnx.Module],
-    loss_fn: step.LossFn,
+    loss_fn: train_step.LossFn,
     batches: grain.DatasetIterator,
     *,
     optimizer_config: optimizer.Config,
@@ -111,14 +111,14 @@ def train(
     Returns:
         The trained parameters and the log's rows.
     """
-    graphdef, _ = params_lib.describe(make_model, mesh)
-    params = params_lib.init_params(make_model, mesh)
+    graphdef, _ = param_trees.describe(make_model, mesh)
+    params = param_trees.init_params(make_model, mesh)
     if prepare is not None:
         params = prepare(params)
     guard = loop_config.guard
     tx = optimizer.make_optimizer(optimizer_config, loop_config.num_steps, guard)
     train_state = state.init_state(params, tx, mesh)
-    step_fn = step.make_train_step(graphdef, loss_fn, tx, seed)
+    step_fn = train_step.make_train_step(graphdef, loss_fn, tx, seed)
     extras = loop.Extras(cost=cost_of(nnx.eval_shape(make_model), mesh))
     if guard is not None:
         extras = dataclasses.replace(extras, max_skipped=guard.max_in_a_row)

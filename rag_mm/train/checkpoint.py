@@ -19,8 +19,8 @@ from orbax.checkpoint import v1 as ocp
 
 from rag_mm.core import progress
 from rag_mm.core.errors import UserError
-from rag_mm.nn.params import Params
-from rag_mm.train.state import TrainState
+from rag_mm.nn.param_trees import Params
+from rag_mm.train.train_state import TrainState
 
 
 def _is_news(record: logging.LogRecord) -> bool:

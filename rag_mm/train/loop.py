@@ -15,13 +15,12 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from rag_mm.core import clock, files, progress, sharding
+from rag_mm.core import costs, files, progress, sharding
 from rag_mm.data import pipeline
-from rag_mm.nn.params import Params
-from rag_mm.train import checkpoint, metrics, preemption, speed, watchdog
-from rag_mm.train import guard as guard_lib
-from rag_mm.train.state import TrainState
-from rag_mm.train.step import Metrics
+from rag_mm.nn.param_trees import Params
+from rag_mm.train import checkpoint, preemption, throughput, train_metrics, update_guard, watchdog
+from rag_mm.train.train_state import TrainState
+from rag_mm.train.train_step import Metrics
 
 StepFn = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 # Figures that follow from a log's averages, such as decibels from a mean squared error.
@@ -48,7 +47,7 @@ class Config:
     num_steps: int
     log_every: int = 20
     checkpoint_every: int = 200
-    guard: guard_lib.Config | None = None
+    guard: update_guard.Config | None = None
 
     def __post_init__(self):
         least = min(self.num_steps, self.log_every, self.checkpoint_every)
@@ -57,7 +56,7 @@ class Config:
                 "num_steps is at least 1 and checkpoint_every a multiple of log_every, not "
                 f"{self.num_steps}, {self.checkpoint_every} and {self.log_every}"
             )
-        if self.guard is not None and not isinstance(self.guard, guard_lib.Config):
+        if self.guard is not None and not isinstance(self.guard, update_guard.Config):
             raise ValueError(
                 f"guard is {self.guard!r}, give None or its settings, such as {{'window': 128}}"
             )
@@ -76,8 +75,8 @@ class Extras:
     """
 
     keep_every: int | None = None
-    max_skipped: int = guard_lib.Config.max_in_a_row
-    cost: speed.Cost | None = None
+    max_skipped: int = update_guard.Config.max_in_a_row
+    cost: throughput.Cost | None = None
     profile: tuple[int, int] | None = None
     stall_seconds: float = 900.0
 
@@ -191,10 +190,10 @@ class _Run:
 
     def open(self, start: int) -> None:
         """Takes up log and averages at step `start`."""
-        self.averages = metrics.Averages()
-        self.log = metrics.Log(self.directory / "log.jsonl", start)
-        self.speed = speed.Speed(self.directory / clock.SPEED_NAME, start, self.extras.cost)
-        self.board = metrics.Board(self.directory / clock.BOARD_NAME)
+        self.averages = train_metrics.Averages()
+        self.log = train_metrics.Log(self.directory / "log.jsonl", start)
+        self.speed = throughput.Speed(self.directory / costs.SPEED_NAME, start, self.extras.cost)
+        self.board = train_metrics.Board(self.directory / costs.BOARD_NAME)
         partial = self.directory / PARTIAL
         if partial.exists() and (kept := files.read_json(partial))["step"] == start:
             self.averages.from_json(kept["sums"])
@@ -221,7 +220,7 @@ class _Run:
     def log_step(self, step: int, state: TrainState, is_saved: bool) -> dict[str, float]:
         """Writes a row of the log; what is worth showing."""
         values = self.averages.pop()
-        num_skipped, num_in_a_row = guard_lib.counts(state.opt_state)
+        num_skipped, num_in_a_row = update_guard.counts(state.opt_state)
         self._check(step, values, num_skipped, num_in_a_row)
         skipped = {"skipped": float(num_skipped)} if num_skipped else {}
         derived = self.derive(values) if self.derive is not None else {}
@@ -261,7 +260,7 @@ class _Run:
         """Starts and ends the profile where it falls on this step."""
         first, last = self.extras.profile or _PROFILE.get() or (0, 0)
         if step == first:
-            jax.profiler.start_trace(str(self.directory / clock.PROFILE_NAME))
+            jax.profiler.start_trace(str(self.directory / costs.PROFILE_NAME))
             self._is_traced = True
         if step == last + 1:
             self._end_trace()

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import optax
 
-from rag_mm.train import guard as guard_lib
+from rag_mm.train import update_guard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ def make_schedule(config: Config, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: Config, num_steps: int, guard: guard_lib.Config | None = None
+    config: Config, num_steps: int, guard: update_guard.Config | None = None
 ) -> optax.GradientTransformation:
     """Clip, Adam with decay (norms, biases, temperatures aside), schedule; `guard` leaves out bad updates."""
     chained = optax.chain(
@@ -61,7 +61,7 @@ def make_optimizer(
             mask=_is_decayed,
         ),
     )
-    return chained if guard is None else guard_lib.guard(chained, guard)
+    return chained if guard is None else update_guard.guard(chained, guard)
 
 
 def _is_decayed(params: optax.Params) -> optax.Params:

@@ -6,12 +6,10 @@ import numpy as np
 import pytest
 
 from rag_mm.cli import main
-from rag_mm.core import config as config_lib
-from rag_mm.core import files
-from rag_mm.core import run as runs
+from rag_mm.core import configuration, files, run_folder
 from rag_mm.core.errors import UserError
-from rag_mm.eval import ablation as table_lib
-from rag_mm.stages import ablation
+from rag_mm.eval import ablation_table
+from rag_mm.stages import run_ablation as ablation
 
 # The whole chain but for the report.
 PAGE = '''
@@ -59,19 +57,21 @@ def measured(monkeypatch):
         values = np.arange(4.0)
         cells = {("a", seed): {"nll": values + seed} for seed in seeds}
         cells |= {("b", seed): {"nll": 2 * values + seed} for seed in seeds[:-1]}
-        return table_lib.results(table_lib.Table(("a", "b"), tuple(seeds), cells), ["nll"], "a")
+        return ablation_table.results(
+            ablation_table.Table(("a", "b"), tuple(seeds), cells), ["nll"], "a"
+        )
 
     monkeypatch.setattr(ablation, "run_ablation", run_ablation)
     return asked
 
 
 def test_a_page_spells_out_overrides_in_dotted_keys(desk):
-    loaded = config_lib.load_config("page.py", {"ablation.seeds": "4,5", "decoder.alpha": "0.2"})
-    plain = config_lib.to_dict(loaded)
+    loaded = configuration.load_config("page.py", {"ablation.seeds": "4,5", "decoder.alpha": "0.2"})
+    plain = configuration.to_dict(loaded)
     variants = {"alpha 0.1": {}, "alpha 1.0": {"decoder.alpha": 1.0}}
     assert plain["ablation"]["variants"] == variants and plain["ablation"]["seeds"] == [4, 5]
     with pytest.raises(UserError, match="no key 'ablation.variants.alpha 1.0.decoder.alpha'"):
-        config_lib.load_config("page.py", {"ablation.variants.alpha 1.0.decoder.alpha": "2"})
+        configuration.load_config("page.py", {"ablation.variants.alpha 1.0.decoder.alpha": "2"})
 
 
 def test_it_ends_with_the_table_and_fails_where_a_cell_is_missing(desk, measured, capsys):
@@ -129,11 +129,11 @@ def test_the_real_chain_at_two_seeds(desk, tiny_run, capsys):
     table = json.loads(capsys.readouterr().out)["table"]
     assert table["missing"] == [] and table["seeds"] == [0, 1]
 
-    def stage(variant: str, seed: int, name: str) -> runs.Manifest:
-        return runs.open_run(desk / "out" / variant / f"seed{seed}").manifest(name)
+    def stage(variant: str, seed: int, name: str) -> run_folder.Manifest:
+        return run_folder.open_run(desk / "out" / variant / f"seed{seed}").manifest(name)
 
     for name in ("tokenizer", "decoder", "evaluation"):
-        assert stage("alpha 0.1", 0, name) == runs.open_run(tiny_run.workdir).manifest(name)
+        assert stage("alpha 0.1", 0, name) == run_folder.open_run(tiny_run.workdir).manifest(name)
     for seed in (0, 1):
         for name in ("tokenizer", "retriever", "memory", "neighbors"):
             assert stage("alpha 0.1", seed, name) == stage("alpha 1.0", seed, name)

@@ -4,23 +4,23 @@ import jax
 import pytest
 import tiny
 
-from rag_mm.convert import llama, table
+from rag_mm.api import importing
+from rag_mm.convert import llama_format, table
 from rag_mm.core.errors import UserError
 from rag_mm.models import chameleon, clip
 from rag_mm.models import llama as llama_model
 from rag_mm.nn.decoder import DecoderConfig
 from rag_mm.ops import rope
-from rag_mm.stages import interchange
 
 
 def read(name, **change):
     family, values = tiny.CHECKPOINTS[name]
-    return interchange.FAMILIES[family].read_config(table.Outside(values | change))
+    return importing.FAMILIES[family].read_config(table.Outside(values | change))
 
 
 @pytest.mark.parametrize("name", tiny.CHECKPOINTS)
 def test_a_config_that_is_written_reads_as_it_was(name):
-    family = interchange.FAMILIES[tiny.CHECKPOINTS[name][0]]
+    family = importing.FAMILIES[tiny.CHECKPOINTS[name][0]]
     config = read(name)
     assert family.read_config(table.Outside(family.write_config(config))) == config
 
@@ -82,12 +82,12 @@ def test_what_is_not_computed_here_is_refused_by_name(name, change, reason):
 def test_a_decoder_that_is_no_llama_says_why(change, named):
     config = DecoderConfig(10, 1, 8, 2, 16, 8, **change)
     with pytest.raises(UserError, match=f"no LLaMA: its {named} is"):
-        llama.write_config(config)
+        llama_format.write_config(config)
 
 
 def count(family, config):
     return sum(
-        leaf.size for leaf in jax.tree.leaves(interchange.FAMILIES[family].describe(config)[1])
+        leaf.size for leaf in jax.tree.leaves(importing.FAMILIES[family].describe(config)[1])
     )
 
 
@@ -108,7 +108,7 @@ def test_published_sizes(family, config, parameters):
 
 
 def test_chameleon_7b_has_its_published_shapes():
-    family, config = interchange.FAMILIES["chameleon"], chameleon.Config.chameleon_7b()
+    family, config = importing.FAMILIES["chameleon"], chameleon.Config.chameleon_7b()
     leaves = table.named(family.describe(config)[1])
     decoder = sum(leaf.size for name, leaf in leaves.items() if name.startswith("decoder/"))
     # LLaMA-7B's blocks, 2 x 65,536 rows, and scale and bias of 32 heads of 128, for q and k, in 32 layers.

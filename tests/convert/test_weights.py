@@ -9,16 +9,16 @@ import tiny
 from etils import epath
 from flax import nnx
 
+from rag_mm.api import importing
 from rag_mm.convert import shards, table, weights
 from rag_mm.core import sharding
 from rag_mm.core.errors import UserError
-from rag_mm.stages import interchange
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": tiny.BFLOAT16}
 
 
 def opened(folder, name):
-    return interchange.open_checkpoint(tiny.CHECKPOINTS[name][0], folder)
+    return importing.open_checkpoint(tiny.CHECKPOINTS[name][0], folder)
 
 
 def bits(array):
@@ -79,14 +79,14 @@ def test_our_file_is_read_onto_a_mesh(tmp_path):
     from_file = weights.load_file(path, abstract)
     from_shards = weights.load_shards(found.pieces, found.specs, abstract)
     jax.tree.map(np.testing.assert_array_equal, from_file, from_shards)
-    other = interchange.FAMILIES["clip"].describe(_config("clip"))[1]
+    other = importing.FAMILIES["clip"].describe(_config("clip"))[1]
     with pytest.raises(UserError, match="does not hold the parameters of the model"):
         weights.load_file(path, other)
 
 
 def _config(name):
     family, values = tiny.CHECKPOINTS[name]
-    return interchange.FAMILIES[family].read_config(table.Outside(values))
+    return importing.FAMILIES[family].read_config(table.Outside(values))
 
 
 def test_casting_rounds_once(tmp_path):

@@ -9,8 +9,8 @@ import pytest
 
 from rag_mm.cli import main
 from rag_mm.core.errors import UserError
-from rag_mm.data import beam_ingest, opening
-from rag_mm.memory import record
+from rag_mm.data import beam_ingest, open_documents
+from rag_mm.memory.store import record
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def pictures(tmp_path):
 
 def read(spec: str) -> tuple[list[bytes], list[tuple[str, str]]]:
     """The good records as bytes, and the bad ones with their reasons."""
-    items = list(opening.open_documents(spec).read(0))
+    items = list(open_documents.open_documents(spec).read(0))
     good = [record.to_bytes(record.Record(i.document, {})) for i in items if i.document is not None]
     return good, [(i.reject.name, i.reject.reason) for i in items if i.reject is not None]
 
@@ -39,7 +39,7 @@ def read(spec: str) -> tuple[list[bytes], list[tuple[str, str]]]:
 def test_ranges_are_the_whole_source(pictures, tmp_path):
     """Without Beam: what the workers do, one after the other."""
     (tmp_path / "out").mkdir()
-    ranges = beam_ingest.split(opening.open_documents(str(pictures)), 16)
+    ranges = beam_ingest.split(open_documents.open_documents(str(pictures)), 16)
     assert [(each.start, each.stop) for each in ranges] == [(0, 16), (16, 32), (32, 48), (48, 50)]
     found = [beam_ingest.write_range(each, str(pictures), str(tmp_path / "out")) for each in ranges]
     beam_ingest.write_summary(found[::-1], str(tmp_path / "out"), max_bad=0.1)

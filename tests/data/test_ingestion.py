@@ -9,9 +9,9 @@ import hostile
 import numpy as np
 import pytest
 
-from rag_mm.core import document
+from rag_mm.core import document_types
 from rag_mm.core.errors import UserError
-from rag_mm.data import array_records, opening, pictures, sources, webdataset
+from rag_mm.data import array_records, image_decoding, open_documents, sources, webdataset
 
 
 def items(source, start=0):
@@ -54,13 +54,13 @@ def test_every_file_of_a_folder_by_its_rule(folder):
 
 def test_every_code_has_a_rule_in_words():
     notes = {note for _, expected in hostile.READ.values() for note in expected}
-    assert notes == set(pictures.NOTES)
+    assert notes == set(image_decoding.NOTES)
     reasons = {reason for _, reason in hostile.REFUSED.values()}
-    assert reasons == set(pictures.REFUSALS) - {"too-many-bytes"}
+    assert reasons == set(image_decoding.REFUSALS) - {"too-many-bytes"}
 
 
 def test_a_file_of_too_many_bytes_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "MAX_BYTES", 100)
+    monkeypatch.setattr(image_decoding, "MAX_BYTES", 100)
     (tmp_path / "a.png").write_bytes(hostile.encoded(hostile.pixels()))
     (tmp_path / "captions.jsonl").write_bytes(hostile.line("a.png"))
     assert items(sources.FolderSource(tmp_path))[0].reject.reason == "too-many-bytes"
@@ -69,7 +69,9 @@ def test_a_file_of_too_many_bytes_is_not_read(tmp_path, monkeypatch):
 def test_reading_goes_on_from_any_position(folder, tmp_path_factory):
     tars = tmp_path_factory.mktemp("tars")
     documents = [
-        document.Document(f"d{i}", (document.Text(f"word {i}"), document.Image(hostile.pixels(i))))
+        document_types.Document(
+            f"d{i}", (document_types.Text(f"word {i}"), document_types.Image(hostile.pixels(i)))
+        )
         for i in range(4)
     ]
     array_records.write_documents(tars / "some.arrayrecord", documents)
@@ -81,7 +83,7 @@ def test_reading_goes_on_from_any_position(folder, tmp_path_factory):
     for source in (
         sources.FolderSource(folder),
         webdataset.TarSource(sorted(tars.glob("*.tar"))),
-        opening.open_documents(str(tars / "some.arrayrecord")),
+        open_documents.open_documents(str(tars / "some.arrayrecord")),
     ):
         whole = items(source)
         for place, item in enumerate(whole):
@@ -247,13 +249,15 @@ def test_no_damage_to_a_tar_crashes(tmp_path):
 
 def test_our_own_array_records(tmp_path):
     documents = [
-        document.Document(f"d{i}", (document.Text(f"word {i}"), document.Image(hostile.pixels(i))))
+        document_types.Document(
+            f"d{i}", (document_types.Text(f"word {i}"), document_types.Image(hostile.pixels(i)))
+        )
         for i in range(3)
     ]
     path = tmp_path / "some.arrayrecord"
     assert array_records.write_documents(path, iter(documents)) == 3
     for spec in (path, tmp_path):
-        found = items(opening.open_documents(str(spec)))
+        found = items(open_documents.open_documents(str(spec)))
         assert [i.document.id for i in found] == ["d0", "d1", "d2"]
         np.testing.assert_array_equal(found[1].document.image, hostile.pixels(1))
     data = bytearray(path.read_bytes())
@@ -275,11 +279,11 @@ def test_specs_that_name_nothing(tmp_path):
         ("tfds:no_such_dataset:train", "TFDS cannot read"),
     ):
         with pytest.raises(UserError, match=complaint):
-            opening.open_documents(spec)
+            open_documents.open_documents(spec)
 
 
 def test_bytes_io_is_no_path():
     """`decode` takes bytes alone, so that a length is known before anything is read."""
-    with pytest.raises(pictures.BadPicture) as caught:
-        pictures.decode(io.BytesIO(PNG).read()[:8])
+    with pytest.raises(image_decoding.BadPicture) as caught:
+        image_decoding.decode(io.BytesIO(PNG).read()[:8])
     assert caught.value.reason == "truncated"

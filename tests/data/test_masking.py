@@ -6,18 +6,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rag_mm.core.errors import UserError
-from rag_mm.data import masking, rows
-from rag_mm.data import vocabulary as vocabulary_lib
+from rag_mm.data import masking, sequences, vocabulary
 
-VOCABULARY = vocabulary_lib.train_vocabulary([], 256, 64, 8)
+VOCABULARY = vocabulary.train_vocabulary([], 256, 64, 8)
 V = VOCABULARY
 
 
 def find_segments(num_docs, num_text, num_codes):
     """Segments of a row whose captions all have `num_text` tokens."""
-    layout = rows.Layout(num_docs, max(num_text, 1), num_codes)
-    example = rows.Example([0] * num_text, np.zeros(num_codes, np.int32))
-    return rows.find_segments(layout, example, [example] * num_docs)
+    layout = sequences.Layout(num_docs, max(num_text, 1), num_codes)
+    example = sequences.Example([0] * num_text, np.zeros(num_codes, np.int32))
+    return sequences.find_segments(layout, example, [example] * num_docs)
 
 
 def test_worked_example():

@@ -12,7 +12,7 @@ from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_generated_pb2, tf_feature_generated_pb2
 
 from rag_mm.core.errors import UserError
-from rag_mm.data import array_records, opening
+from rag_mm.data import array_records, open_documents
 
 
 def example(values: dict) -> bytes:
@@ -57,7 +57,7 @@ def dataset(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_pictures_are_checked_before_they_are_decoded(dataset):
-    found = list(opening.open_documents(f"tfds:{dataset}:train").read(0))
+    found = list(open_documents.open_documents(f"tfds:{dataset}:train").read(0))
     good = [item.document for item in found if item.document]
     assert [d.id for d in good] == [f"1.0.0-train-{i}" for i in range(3)]
     assert [d.text for d in good] == ["pic 0", "pic 1", "pic 2"]
@@ -70,16 +70,17 @@ def test_pictures_are_checked_before_they_are_decoded(dataset):
 
 def test_what_is_no_dataset(dataset):
     with pytest.raises(UserError, match="write tfds:"):
-        opening.open_documents(str(dataset))
+        open_documents.open_documents(str(dataset))
     with pytest.raises(UserError, match="TFDS cannot read .* split 'test'"):
-        opening.open_documents(f"tfds:{dataset}:test")
+        open_documents.open_documents(f"tfds:{dataset}:test")
 
 
 def test_no_tensorflow_is_imported(dataset):
     code = f"""
 import sys
-from rag_mm.data import opening
-print(len(list(opening.open_documents("tfds:{dataset}:train[:2]").read(0))), "tensorflow" in sys.modules)
+from rag_mm.data import open_documents
+documents = open_documents.open_documents("tfds:{dataset}:train[:2]")
+print(len(list(documents.read(0))), "tensorflow" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["2", "False"]

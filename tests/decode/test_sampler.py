@@ -10,8 +10,7 @@ from flax import nnx
 
 from rag_mm.core import sharding
 from rag_mm.decode import sampler
-from rag_mm.nn import decoder
-from rag_mm.nn import params as params_lib
+from rag_mm.nn import decoder, param_trees
 
 V, STEPS, LONGEST = 24, 6, 7
 CONFIG = decoder.DecoderConfig(
@@ -37,7 +36,7 @@ def make_model():
 
 
 def describe(mesh=None):
-    return params_lib.describe(make_model, mesh)
+    return param_trees.describe(make_model, mesh)
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +225,7 @@ def test_bfloat16_draws_too(params):
     """The cache holds the activations' dtype; log-probabilities stay float32."""
     config = decoder.DecoderConfig(**CONFIG.__dict__ | {"dtype": "bfloat16"})
     make = lambda: decoder.Decoder(config, rngs=nnx.Rngs(params=0))
-    graphdef, _ = params_lib.describe(make, None)
+    graphdef, _ = param_trees.describe(make, None)
     call = functools.partial(sampler.sample, graphdef=graphdef, num_steps=2, sampling=GREEDY)
     seeds = np.zeros(4, np.uint32)
     found = jax.eval_shape(call, params, make_prompts(), seeds, ALL)

@@ -18,10 +18,10 @@ import pytest
 
 import rag_mm
 from rag_mm.cli import main
-from rag_mm.core.document import Document, Image, Text
+from rag_mm.core.document_types import Document, Image, Text
 
 testclient = pytest.importorskip("starlette.testclient")
-from rag_mm.stages import explore, session  # noqa: E402
+from rag_mm.api import explore_server, session  # noqa: E402
 
 PROMPT = "red apple at the top left on a blue background"
 HOSTILE = '<img src=x onerror="document.title=1"></script><script>document.title=1</script>'
@@ -50,7 +50,9 @@ def run(workdir):
 
 @pytest.fixture(scope="module")
 def client(run):
-    return testclient.TestClient(explore.make_app(run, HOSTILE), base_url="http://127.0.0.1:8765")
+    return testclient.TestClient(
+        explore_server.make_app(run, HOSTILE), base_url="http://127.0.0.1:8765"
+    )
 
 
 def png(pixels: np.ndarray) -> bytes:

@@ -4,24 +4,23 @@ import numpy as np
 import pytest
 
 from rag_mm.cli import main
-from rag_mm.core import config as config_lib
-from rag_mm.core import files
-from rag_mm.core import run as run_lib
+from rag_mm.core import configuration, files, run_folder
 from rag_mm.core.errors import UserError
-from rag_mm.stages import chain, few_shot
-from rag_mm.stages import memory as memory_stage
+from rag_mm.stages import chain
+from rag_mm.stages.ra_cm3 import few_shot
+from rag_mm.stages.shared import build_memory
 
 PAGE = "configs/few_shot.py:tiny"
 
 
 @pytest.fixture(scope="module")
 def config():
-    page = config_lib.load_config(PAGE)
-    return chain.stage_configs(config_lib.to_dict(page))["few_shot"]
+    page = configuration.load_config(PAGE)
+    return chain.stage_configs(configuration.to_dict(page))["few_shot"]
 
 
 def test_examples_are_nearest_in_the_view_and_the_best_stands_last(tiny_run, config):
-    memory = memory_stage.open_memory(run_lib.open_run(tiny_run.workdir))
+    memory = build_memory.open_memory(run_folder.open_run(tiny_run.workdir))
     pictures = np.stack([memory.document(row).image for row in (3, 8)])
     queries = memory.encode(image=pictures)
     for view in config.views:
@@ -66,7 +65,7 @@ def test_a_finished_quickstart_is_asked(finished):
     ],
 )
 def test_mistakes(key, value, says):
-    page = config_lib.to_dict(config_lib.load_config(PAGE))
+    page = configuration.to_dict(configuration.load_config(PAGE))
     page["few_shot"][key] = value
     with pytest.raises(UserError, match=says):
         chain.stage_configs(page)

@@ -9,8 +9,8 @@ import pytest
 
 import rag_mm
 from rag_mm.cli import main
-from rag_mm.memory.memory import Memory
-from rag_mm.stages import world as world_lib
+from rag_mm.memory.retrieval_memory import Memory
+from rag_mm.stages.shared import world_config
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_from_a_folder_to_a_picture(world, capsys, monkeypatch):
 def test_from_a_folder_to_a_trained_run(tmp_path, capsys, monkeypatch):
     """Tokenizer, retriever, memory, neighbors and decoder of one's own, then a picture drawn from them."""
     monkeypatch.chdir(tmp_path)
-    scenes = world_lib.World(class_share=0.02).scenes("memory", "common")
+    scenes = world_config.World(class_share=0.02).scenes("memory", "common")
     (tmp_path / "pictures").mkdir()
     lines = []
     for i in range(120):

@@ -13,9 +13,9 @@ from configs import quickstart as page
 from rag_mm import report
 from rag_mm.cli import main
 from rag_mm.core import files
-from rag_mm.memory.memory import Memory
-from rag_mm.stages import memory as memory_stage
-from rag_mm.worlds.emoji import splits
+from rag_mm.memory.retrieval_memory import Memory
+from rag_mm.stages.shared import build_memory
+from rag_mm.worlds.emoji import class_splits
 
 CONFIG = "--config=configs/quickstart.py:tiny"
 SCRIPTS_READ = """
@@ -76,9 +76,9 @@ def test_every_stage_is_done(tiny_run):
 
 def test_training_reads_no_document_of_a_held_out_class(tiny_run):
     """Ids of scenes are LEVEL-CLASS-CONFIGURATION; version 1 of the memory is what training saw."""
-    seen = Memory.open(tiny_run.workdir / "memory", version=memory_stage.SEEN_VERSION)
+    seen = Memory.open(tiny_run.workdir / "memory", version=build_memory.SEEN_VERSION)
     whole = Memory.open(tiny_run.workdir / "memory")
-    held_out = set(splits.classes("held_out").tolist())
+    held_out = set(class_splits.classes("held_out").tolist())
     assert held_out.isdisjoint(int(name.split("-")[1]) for name in seen.ids)
     assert {int(name.split("-")[1]) for name in whole.ids[len(seen) :]} <= held_out
     assert len(whole) > len(seen)

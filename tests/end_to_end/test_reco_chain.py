@@ -7,10 +7,9 @@ import PIL.Image
 import pytest
 
 from rag_mm.cli import main
-from rag_mm.core import config as config_lib
-from rag_mm.core import files
+from rag_mm.core import configuration, files
 from rag_mm.stages import chain
-from rag_mm.worlds.emoji import scenes
+from rag_mm.worlds.emoji import emoji_scenes
 
 SMALL_TOY = {
     "world.num_classes": 40,
@@ -51,7 +50,7 @@ def words(overrides: dict) -> list[str]:
 
 @pytest.mark.parametrize("preset", ["toy", "harder_toy", "tiny"])
 def test_every_preset_is_a_config(preset):
-    page = config_lib.to_dict(config_lib.load_config(f"configs/reco.py:{preset}"))
+    page = configuration.to_dict(configuration.load_config(f"configs/reco.py:{preset}"))
     assert list(chain.stage_configs(page)) == page["stages"]
 
 
@@ -103,7 +102,7 @@ def test_scenes_from_towers_to_swapped_memories(tmp_path, capsys):
     assert {f"both at {k}" for k in (1, 5, 10)} <= set(figures["text_to_image"])
 
     pictures = tmp_path / "pictures"
-    source = scenes.open_documents("easy/common/test")
+    source = emoji_scenes.open_documents("easy/common/test")
     for row in range(0, 12):
         folder = pictures / source.full_caption(row).split(" at the ")[0].replace(" ", "_")
         folder.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ import pytest
 
 import rag_mm
 from rag_mm.cli import main
-from rag_mm.core.document import Document, Image, Text
+from rag_mm.core.document_types import Document, Image, Text
 from rag_mm.core.errors import UserError
 
 PROMPT = "red apple at the top left on a blue background"

@@ -12,7 +12,7 @@ import pytest
 from whole_run import contents
 
 from rag_mm.cli import main
-from rag_mm.stages import world as world_lib
+from rag_mm.stages.shared import world_config
 
 SCRIPT = pathlib.Path(__file__).with_name("neighbors_process.py")
 TIMEOUT = 1200
@@ -43,7 +43,7 @@ def run_all(commands: list[list[str]]) -> None:
 @pytest.fixture
 def pictures(tmp_path):
     """300 pictures, so that the second batch is not full, two of them bad."""
-    source = world_lib.World(class_share=0.02).scenes("memory", "common")
+    source = world_config.World(class_share=0.02).scenes("memory", "common")
     folder = tmp_path / "pictures"
     folder.mkdir()
     lines = []

@@ -7,22 +7,20 @@ import pytest
 from flax import nnx
 
 from rag_mm.core import sharding
-from rag_mm.data import rows
-from rag_mm.data import vocabulary as vocabulary_lib
-from rag_mm.decode import modes
+from rag_mm.data import sequences, vocabulary
+from rag_mm.decode import tasks
 from rag_mm.eval import likelihood
-from rag_mm.nn import decoder
-from rag_mm.nn import params as params_lib
+from rag_mm.nn import decoder, param_trees
 
-WORDS = vocabulary_lib.train_vocabulary([], 256, 16, 4)
-LAYOUT = rows.Layout(max_docs=2, max_text=3, num_codes=5, max_spans=2)
+WORDS = vocabulary.train_vocabulary([], 256, 16, 4)
+LAYOUT = sequences.Layout(max_docs=2, max_text=3, num_codes=5, max_spans=2)
 CONFIG = decoder.DecoderConfig(WORDS.size, 1, 8, 2, 16, LAYOUT.num_positions)
 
 
 def make_example(seed):
     rng = np.random.default_rng(seed)
     text = rng.integers(256, size=rng.integers(0, 4)).tolist()
-    return rows.Example(text, rng.integers(16, size=5).astype(np.int32))
+    return sequences.Example(text, rng.integers(16, size=5).astype(np.int32))
 
 
 MAINS = [make_example(seed) for seed in range(5)]
@@ -32,10 +30,10 @@ DOCS = [[], [make_example(10)], [make_example(11), make_example(12)], [], [make_
 @pytest.fixture(scope="module")
 def generator():
     make_model = lambda: decoder.Decoder(CONFIG, rngs=nnx.Rngs(params=0))
-    graphdef, abstract = params_lib.describe(make_model, None)
+    graphdef, abstract = param_trees.describe(make_model, None)
     rng = np.random.default_rng(0)
     draw = lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape), jnp.float32)
-    return modes.Generator(graphdef, jax.tree.map(draw, abstract), WORDS, LAYOUT)
+    return tasks.Generator(graphdef, jax.tree.map(draw, abstract), WORDS, LAYOUT)
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +56,9 @@ def test_each_code_costs_its_negative_log_probability_in_the_training_row(genera
 
     assert scores.nll.shape == (5, 5) and scores.nll.dtype == np.float32
     for main, docs, nll, is_top1 in zip(MAINS, DOCS, *scores, strict=True):
-        row = rows.make_row(LAYOUT, WORDS, main, docs)
+        row = sequences.make_row(LAYOUT, WORDS, main, docs)
         after = np.asarray(log_probs(row["tokens"], row["positions"]))
-        start, end = rows.find_segments(LAYOUT, main, docs)[-1]
+        start, end = sequences.find_segments(LAYOUT, main, docs)[-1]
         ids = main.codes + WORDS.code_offset
         np.testing.assert_array_equal(row["tokens"][start:end], ids)
         expected = -after[np.arange(start - 1, end - 1), ids]
@@ -71,14 +69,14 @@ def test_each_code_costs_its_negative_log_probability_in_the_training_row(genera
 def test_split_over_a_mesh_the_scores_are_the_same(generator, scores):
     """As a training run watches them: the batch of 2 grows to one row a device, and all rows come back."""
     mesh = sharding.make_mesh(data=4, fsdp=2)
-    _, abstract = params_lib.describe(
+    _, abstract = param_trees.describe(
         lambda: decoder.Decoder(CONFIG, rngs=nnx.Rngs(params=0)), mesh
     )
     params = jax.tree.map(
         lambda leaf, like: jax.device_put(leaf, like.sharding), generator.params, abstract
     )
     with jax.set_mesh(mesh):
-        spread = modes.Generator(generator.graphdef, params, WORDS, LAYOUT)
+        spread = tasks.Generator(generator.graphdef, params, WORDS, LAYOUT)
         found = likelihood.score_codes(spread, MAINS, DOCS, batch_size=2)
     np.testing.assert_allclose(found.nll, scores.nll, atol=1e-5)
     np.testing.assert_array_equal(found.is_top1, scores.is_top1)
@@ -93,7 +91,7 @@ def test_documents_matter_and_later_codes_do_not(generator, found):
     bare = likelihood.score_codes(generator, MAINS, [[]] * 5, batch_size=2).nll
     np.testing.assert_allclose(bare[[0, 3]], found[[0, 3]], atol=1e-4)
     assert (np.abs(bare[[1, 2, 4]] - found[[1, 2, 4]]).max(1) > 1e-3).all()
-    changed = [rows.Example(m.text, np.r_[m.codes[:4], (m.codes[4] + 1) % 16]) for m in MAINS]
+    changed = [sequences.Example(m.text, np.r_[m.codes[:4], (m.codes[4] + 1) % 16]) for m in MAINS]
     other = likelihood.score_codes(generator, changed, DOCS, batch_size=2).nll
     np.testing.assert_allclose(other[:, :4], found[:, :4], atol=1e-4)
     assert (np.abs(other[:, 4] - found[:, 4]) > 1e-4).all()

@@ -9,27 +9,29 @@ import sys
 import numpy as np
 from stand_in import StandInEncoder, make_documents
 
-from rag_mm.memory import manifest, memory, shard, staging, writer
-from rag_mm.memory.exact import ExactIndex
+from rag_mm.memory import retrieval_memory
+from rag_mm.memory.index.exact import ExactIndex
+from rag_mm.memory.store import manifest, shard_file
+from rag_mm.memory.writing import staging, writer
 
 OPTIONS = writer.Options(index="exact", batch_size=4, shard_size=6)
 GONE = [f"doc-{i:03d}" for i in range(0, 15, 2)]
 # Where a writer dies: the function, and whether before or after it.
 POINTS = {
-    "shard written": (shard.ShardWriter, "close", "after"),
+    "shard written": (shard_file.ShardWriter, "close", "after"),
     "shard committed": (staging.Staging, "commit", "after"),
     "index saved": (ExactIndex, "save", "after"),
     "before the switch": (manifest, "switch", "before"),
     "after the switch": (manifest, "switch", "after"),
 }
 ACTIONS = {
-    "build": lambda path: memory.Memory.build(
+    "build": lambda path: retrieval_memory.Memory.build(
         path, make_documents(15), StandInEncoder(), options=OPTIONS
     ),
-    "add": lambda path: memory.Memory.open(path, StandInEncoder()).add(
+    "add": lambda path: retrieval_memory.Memory.open(path, StandInEncoder()).add(
         make_documents(15, 15), options=OPTIONS
     ),
-    "compact": lambda path: memory.Memory.open(path).compact(prune=True),
+    "compact": lambda path: retrieval_memory.Memory.open(path).compact(prune=True),
 }
 
 
@@ -38,7 +40,7 @@ def before(action: str, path: pathlib.Path) -> None:
     if action != "build":
         ACTIONS["build"](path)
     if action == "compact":
-        memory.Memory.open(path).remove(GONE)
+        retrieval_memory.Memory.open(path).remove(GONE)
 
 
 def operations(seed: int):
@@ -60,7 +62,7 @@ def operations(seed: int):
         yield kind, what, list(live)
 
 
-def do(opened: memory.Memory, kind: str, what: list) -> memory.Memory:
+def do(opened: retrieval_memory.Memory, kind: str, what: list) -> retrieval_memory.Memory:
     if kind == "add":
         return opened.add(make_documents(what[1], what[0]), options=OPTIONS)
     return opened.remove(what) if kind == "remove" else opened.compact()
@@ -108,7 +110,7 @@ def kill_at_points(folder: pathlib.Path) -> None:
 def run_until_killed(path: pathlib.Path, log: pathlib.Path, seed: int) -> None:
     """Builds and changes a memory without end, and says in `log` what is done."""
     ACTIONS["build"](path)
-    opened = memory.Memory.open(path, StandInEncoder())
+    opened = retrieval_memory.Memory.open(path, StandInEncoder())
     with log.open("w") as file:
         for number, (kind, what, _) in enumerate(operations(seed)):
             file.write(f"{number}\n")

@@ -4,7 +4,7 @@ import zlib
 
 import numpy as np
 
-from rag_mm.core.document import Document, Image, Text
+from rag_mm.core.document_types import Document, Image, Text
 
 
 class StandInEncoder:

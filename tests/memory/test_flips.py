@@ -7,19 +7,20 @@ import pytest
 from stand_in import StandInEncoder, make_documents
 
 from rag_mm.core.errors import UserError
-from rag_mm.memory import memory, scann_index, verify, writer
+from rag_mm.memory import retrieval_memory
+from rag_mm.memory.index import scann
+from rag_mm.memory.store import verify
+from rag_mm.memory.writing import writer
 
 
 def lived(root: pathlib.Path) -> pathlib.Path:
     """Built with bad records, added to, with tombstones and a tree; carried weights."""
     (root / "weights").mkdir()
     (root / "weights" / "config.json").write_text("{}")
-    config = scann_index.ScannConfig(
-        scoring="tree", num_leaves=4, leaves_to_search=4, soar_lambda=1.5
-    )
+    config = scann.ScannConfig(scoring="tree", num_leaves=4, leaves_to_search=4, soar_lambda=1.5)
     options = writer.Options(batch_size=16, shard_size=32, scann=config, max_bad=0.5)
     documents = [*make_documents(40), *make_documents(2)]
-    built = memory.Memory.build(
+    built = retrieval_memory.Memory.build(
         root / "mem",
         documents,
         StandInEncoder(),
@@ -43,7 +44,7 @@ def check_flips(mem: pathlib.Path, names: list[str], seed: int) -> None:
         problems = verify.verify(mem)
         assert any(pathlib.Path(name).name in problem for problem in problems), (name, problems)
         try:
-            opened = memory.Memory.open(mem)
+            opened = retrieval_memory.Memory.open(mem)
             for view in ("image", "text", "mixed"):
                 opened.search(vectors=vectors, view=view)
             opened.document(3)

@@ -17,7 +17,10 @@ from stand_in import StandInEncoder, make_documents
 
 import rag_mm
 from rag_mm.core.errors import UserError
-from rag_mm.memory import memory, scann_index, verify, writer
+from rag_mm.memory import retrieval_memory
+from rag_mm.memory.index import scann as scann_index
+from rag_mm.memory.store import verify
+from rag_mm.memory.writing import writer
 
 ROOT = pathlib.Path(rag_mm.__file__).parents[1]
 SCRIPT = str(pathlib.Path(killed.__file__))
@@ -48,26 +51,28 @@ def test_killed_at_a_named_point(killed_memories, action, point):
     after["compact"] = before["compact"]
     if point == "after the switch":
         assert verify.verify(path) == []
-        assert list(memory.Memory.open(path).ids) == after[action]
+        assert list(retrieval_memory.Memory.open(path).ids) == after[action]
         return
     if before[action] is None:
         with pytest.raises(UserError, match="was not finished"):
-            memory.Memory.open(path)
+            retrieval_memory.Memory.open(path)
     else:
         assert verify.verify(path) == []
-        assert list(memory.Memory.open(path).ids) == before[action]
+        assert list(retrieval_memory.Memory.open(path).ids) == before[action]
     encoder = StandInEncoder()
     if action == "build":
-        memory.Memory.build(path, make_documents(15), encoder, options=killed.OPTIONS)
+        retrieval_memory.Memory.build(path, make_documents(15), encoder, options=killed.OPTIONS)
     elif action == "add":
-        memory.Memory.open(path, encoder).add(make_documents(15, 15), options=killed.OPTIONS)
+        retrieval_memory.Memory.open(path, encoder).add(
+            make_documents(15, 15), options=killed.OPTIONS
+        )
     else:
-        memory.Memory.open(path).compact(prune=True)
+        retrieval_memory.Memory.open(path).compact(prune=True)
     # Of three shards of two batches, each of texts and of images, what was committed is not made again.
     batches = {"shard written": 10, "shard committed": 6, "index saved": 0, "before the switch": 0}
     assert len(encoder.batches) == (batches[point] if action != "compact" else 0)
     assert verify.verify(path) == []
-    assert list(memory.Memory.open(path).ids) == after[action]
+    assert list(retrieval_memory.Memory.open(path).ids) == after[action]
 
 
 def test_a_resumed_build_has_the_bytes_of_an_unbroken_one(killed_memories, tmp_path):
@@ -84,7 +89,7 @@ def test_other_documents_are_not_mixed_with_those_of_a_killed_build(tmp_path):
     path = tmp_path / "mem"
     killed.ACTIONS["build"](path)
     (path / "CURRENT").unlink()
-    built = memory.Memory.build(
+    built = retrieval_memory.Memory.build(
         path, make_documents(15, 1), StandInEncoder(), options=killed.OPTIONS
     )
     assert built.ids == tuple(f"doc-{i:03d}" for i in range(1, 16))
@@ -111,8 +116,8 @@ def test_killed_at_a_random_instant(tmp_path, seed):
     states = [[f"doc-{i:03d}" for i in range(15)]]
     states += [live for _, _, live in itertools.islice(killed.operations(seed), begun + 1)]
     # Operation `begun` was under way: all before it were reported done.
-    assert list(memory.Memory.open(path).ids) in states[begun : begun + 2]
-    opened = memory.Memory.open(path, StandInEncoder()).add(make_documents(3, 900))
+    assert list(retrieval_memory.Memory.open(path).ids) in states[begun : begun + 2]
+    opened = retrieval_memory.Memory.open(path, StandInEncoder()).add(make_documents(3, 900))
     assert (opened.verify(), opened.ids[-1]) == ([], "doc-902")
 
 
@@ -123,7 +128,9 @@ def test_eight_threads_search_while_one_changes(tmp_path, kind):
     encoder = StandInEncoder()
     scann = scann_index.ScannConfig(scoring="hashed") if kind == "hashed" else None
     options = writer.Options("exact" if kind == "exact" else "scann", scann, 16, 64)
-    current = memory.Memory.build(tmp_path / "mem", make_documents(40), encoder, options=options)
+    current = retrieval_memory.Memory.build(
+        tmp_path / "mem", make_documents(40), encoder, options=options
+    )
     failures: list[str] = []
     searches = [0] * 8
     deadline = time.monotonic() + 30
@@ -132,7 +139,11 @@ def test_eight_threads_search_while_one_changes(tmp_path, kind):
         rng = np.random.default_rng(thread)
         while time.monotonic() < deadline and not failures:
             try:
-                mine = memory.Memory.open(tmp_path / "mem") if rng.random() < 0.2 else current
+                mine = (
+                    retrieval_memory.Memory.open(tmp_path / "mem")
+                    if rng.random() < 0.2
+                    else current
+                )
                 rows = mine.embeddings("text")
                 asked = rng.integers(len(rows), size=3)
                 found = mine.search(vectors=rows[asked], view="text", k=5)

@@ -10,8 +10,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from stand_in import StandInEncoder, StandInTokenizer, make_documents
 
 from rag_mm.core.errors import UserError
-from rag_mm.memory import memory, near_duplicates, scann_index, writer
-from rag_mm.memory.exact import ExactIndex
+from rag_mm.memory import retrieval_memory
+from rag_mm.memory.index import scann as scann_index
+from rag_mm.memory.index.exact import ExactIndex
+from rag_mm.memory.writing import near_duplicates, writer
 
 SMALL = writer.Options(index="exact", batch_size=4, shard_size=6)
 
@@ -31,7 +33,7 @@ class Life(RuleBasedStateMachine):
         # Hashing trains sixteen centres on the rows.
         documents = self.new(20 if kind == "hashed" else 5)
         self.live = list(documents)
-        self.memory = memory.Memory.build(
+        self.memory = retrieval_memory.Memory.build(
             f"{self.folder.name}/mem", documents, self.encoder, options=self.options
         )
 
@@ -74,7 +76,7 @@ class Life(RuleBasedStateMachine):
     def merge(self, count):
         documents = self.new(count)
         path = f"{self.folder.name}/other-{self.next}"
-        other = memory.Memory.build(path, documents, self.encoder, options=self.options)
+        other = retrieval_memory.Memory.build(path, documents, self.encoder, options=self.options)
         other = other.remove([documents[0].id])
         self.memory = self.memory.merge(other)
         self.live += documents[1:]
@@ -86,7 +88,7 @@ class Life(RuleBasedStateMachine):
 
     @rule()
     def reopen(self):
-        self.memory = memory.Memory.open(self.memory.path, self.encoder)
+        self.memory = retrieval_memory.Memory.open(self.memory.path, self.encoder)
 
     @invariant()
     def answers_as_exact_search(self):
@@ -121,7 +123,7 @@ TestLife = Life.TestCase
 
 @pytest.fixture
 def built(tmp_path, encoder, tokenizer):
-    return memory.Memory.build(
+    return retrieval_memory.Memory.build(
         tmp_path / "mem", make_documents(15), encoder, tokenizer, options=SMALL
     )
 
@@ -151,7 +153,7 @@ def test_documents_go_by_id_url_and_license(built):
     again = empty.add(make_documents(3), StandInTokenizer())
     assert (again.ids, again.verify()) == (tuple(f"doc-{i:03d}" for i in range(3)), [])
     # The first version is still there, whole.
-    assert memory.Memory.open(built.path, version=1).ids == built.ids
+    assert retrieval_memory.Memory.open(built.path, version=1).ids == built.ids
 
 
 def test_compact_leaves_behind_what_was_removed(built, encoder):
@@ -171,14 +173,19 @@ def test_compact_leaves_behind_what_was_removed(built, encoder):
     assert sorted(path.name for path in built.path.iterdir() if path.is_dir()) == ["v000004"]
     assert pruned.verify() == []
     with pytest.raises(UserError, match="v000001"):
-        memory.Memory.open(built.path, version=1)
+        retrieval_memory.Memory.open(built.path, version=1)
     assert (
-        len(memory.Memory.open(built.path, encoder).add(make_documents(1), StandInTokenizer())) == 8
+        len(
+            retrieval_memory.Memory.open(built.path, encoder).add(
+                make_documents(1), StandInTokenizer()
+            )
+        )
+        == 8
     )
 
 
 def test_merge_refuses_what_does_not_belong_together(tmp_path, built, encoder):
-    other = memory.Memory.build(
+    other = retrieval_memory.Memory.build(
         tmp_path / "other", make_documents(3, 14), encoder, StandInTokenizer(), options=SMALL
     )
     with pytest.raises(UserError, match="Both memories have the id 'doc-014'"):
@@ -186,15 +193,17 @@ def test_merge_refuses_what_does_not_belong_together(tmp_path, built, encoder):
     merged = built.merge(other.remove(["doc-014"]))
     assert merged.ids == tuple(f"doc-{i:03d}" for i in range(17))
     assert merged.verify() == []
-    bare = memory.Memory.build(tmp_path / "bare", make_documents(1, 40), encoder, options=SMALL)
+    bare = retrieval_memory.Memory.build(
+        tmp_path / "bare", make_documents(1, 40), encoder, options=SMALL
+    )
     with pytest.raises(UserError, match="has tokenizer None"):
         built.merge(bare)
-    foreign = memory.Memory.build(
+    foreign = retrieval_memory.Memory.build(
         tmp_path / "foreign", make_documents(1, 40), StandInEncoder("x"), options=SMALL
     )
     with pytest.raises(UserError, match="has encoder x"):
         built.merge(foreign)
-    assert memory.Memory.open(built.path).ids == merged.ids
+    assert retrieval_memory.Memory.open(built.path).ids == merged.ids
 
 
 def test_a_document_finds_itself_in_every_view(built):
@@ -212,7 +221,7 @@ def test_evaluation_items_and_their_likes_stay_out(tmp_path, encoder):
     twin = make_documents(1, 50)[0]
     twin = type(twin)("twin", twin.segments)
     other = type(twin)("doc-050", make_documents(1, 60)[0].segments)
-    built = memory.Memory.build(
+    built = retrieval_memory.Memory.build(
         tmp_path / "mem",
         [*documents, twin, other],
         encoder,
@@ -231,9 +240,11 @@ def test_repeats_are_kept_unless_they_are_asked_away(tmp_path, encoder):
     same = type(first[0])("again", first[0].segments)
     retold = type(first[0])("retold", (first[1].segments[0], first[0].segments[1]))
     documents = [*first, same, retold]
-    assert len(memory.Memory.build(tmp_path / "all", documents, encoder, options=SMALL)) == 5
+    assert (
+        len(retrieval_memory.Memory.build(tmp_path / "all", documents, encoder, options=SMALL)) == 5
+    )
     options = writer.Options("exact", None, 2, 2, dedup=0.98)
-    built = memory.Memory.build(tmp_path / "few", documents, encoder, options=options)
+    built = retrieval_memory.Memory.build(tmp_path / "few", documents, encoder, options=options)
     assert built.ids == ("doc-000", "doc-001", "doc-002", "retold")
     assert built.stats()["last_ingest"]["excluded"] == {"near-duplicate": 1}
     with pytest.raises(UserError, match="kept out"):

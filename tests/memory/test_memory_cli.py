@@ -14,8 +14,7 @@ import pytest
 import rich.console
 from stand_in import StandInEncoder, StandInTokenizer, make_documents
 
-from rag_mm.cli import main
-from rag_mm.cli import memory as command
+from rag_mm.cli import main, memory
 from rag_mm.core.errors import UserError
 
 
@@ -29,8 +28,8 @@ def stand_ins(monkeypatch):
 
         return from_folder
 
-    monkeypatch.setattr(command, "load_encoder", load(StandInEncoder))
-    monkeypatch.setattr(command, "load_tokenizer", load(StandInTokenizer))
+    monkeypatch.setattr(memory, "load_encoder", load(StandInEncoder))
+    monkeypatch.setattr(memory, "load_tokenizer", load(StandInTokenizer))
 
 
 @pytest.fixture
@@ -162,7 +161,7 @@ def test_scenes_are_documents(world, capsys):
     spec = "--documents=scenes:easy/nothing/memory"
     assert main.main(["memory", "build", spec, "--retriever=run", "--out=mem"]) == 2
     assert "nothing" in capsys.readouterr().err
-    documents = command._open_documents("scenes:easy/held_out/test")
+    documents = memory._open_documents("scenes:easy/held_out/test")
     assert documents[0].id.startswith("easy-")
 
 
@@ -221,7 +220,7 @@ def test_what_people_see(world, capsys):
     def shown(*argv: str) -> str:
         result = call(capsys, *argv)
         console = rich.console.Console(file=io.StringIO(), width=120)
-        command.show(result, console)
+        memory.show(result, console)
         return console.file.getvalue()
 
     built = shown("build", "--documents=some", "--retriever=run", "--out=mem")

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rag_mm.core.document import Document, Image, Text
-from rag_mm.memory import index, policy
+from rag_mm.core.document_types import Document, Image, Text
+from rag_mm.memory import policy
+from rag_mm.memory.index import protocol
 
 PICTURE = np.zeros((2, 2, 3), np.uint8)
 DOCUMENT = Document("a", (Text("one two three four five"), Image(PICTURE)))
@@ -107,7 +108,7 @@ def searcher(vectors):
     def search(queries, k):
         scores = queries @ vectors.T
         ids = np.argsort(-scores, axis=1)[:, :k].astype(np.int32)
-        return index.Neighbors(ids, np.take_along_axis(scores, ids, axis=1))
+        return protocol.Neighbors(ids, np.take_along_axis(scores, ids, axis=1))
 
     return search
 
@@ -153,11 +154,11 @@ def test_texts_are_asked_phrase_by_phrase():
 def test_hits_of_phrases_take_turns_and_none_comes_twice():
     ids = np.int32([[5, 3, 1], [7, 5, -1], [2, 4, 6]])
     scores = np.float32([[0.5, 0.4, 0.1], [0.9, 0.3, -np.inf], [0.8, 0.7, 0.6]])
-    found = policy.interleave(index.Neighbors(ids, scores), np.array([2, 1]))
-    first = [i for i in found.ids[0] if i != index.MISSING]
+    found = policy.interleave(protocol.Neighbors(ids, scores), np.array([2, 1]))
+    first = [i for i in found.ids[0] if i != protocol.MISSING]
     assert first == [7, 5, 3, 1]
-    assert [i for i in found.ids[1] if i != index.MISSING] == [2, 4, 6]
-    alone = policy.interleave(index.Neighbors(ids, scores), np.array([1, 1, 1]))
+    assert [i for i in found.ids[1] if i != protocol.MISSING] == [2, 4, 6]
+    alone = policy.interleave(protocol.Neighbors(ids, scores), np.array([1, 1, 1]))
     np.testing.assert_array_equal(alone.ids, ids)
 
 

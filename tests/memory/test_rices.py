@@ -5,8 +5,9 @@ import pytest
 from stand_in import StandInEncoder, make_documents
 
 from rag_mm.core.errors import UserError
-from rag_mm.memory import memory, rices, writer
-from rag_mm.memory.exact import ExactIndex
+from rag_mm.memory import retrieval_memory, rices
+from rag_mm.memory.index.exact import ExactIndex
+from rag_mm.memory.writing import writer
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,9 @@ def test_what_cannot_be_selected(searcher):
 def test_the_view_says_what_is_compared(tmp_path, view):
     encoder = StandInEncoder()
     options = writer.Options(index="exact")
-    built = memory.Memory.build(tmp_path / "mem", make_documents(20), encoder, options=options)
+    built = retrieval_memory.Memory.build(
+        tmp_path / "mem", make_documents(20), encoder, options=options
+    )
     query = built.encode(document=built.document(4), view=view)
     found = rices.select_examples(
         built.index(view).search, query, 3, order="nearest_first", forbidden=np.array([4])

@@ -11,9 +11,8 @@ from flax import nnx
 
 from rag_mm.core import sharding
 from rag_mm.models import clip
-from rag_mm.nn import params as params_lib
-from rag_mm.train import state as state_lib
-from rag_mm.train import step as step_lib
+from rag_mm.nn import param_trees
+from rag_mm.train import train_state, train_step
 
 END = 11
 TINY = clip.Config(
@@ -52,7 +51,7 @@ def batch_of(size, seed=0):
 @pytest.fixture(scope="module")
 def model():
     """Structure and random parameters, drawn by NumPy: compiling `init_params` takes seconds."""
-    graphdef, abstract = params_lib.describe(make_model, None)
+    graphdef, abstract = param_trees.describe(make_model, None)
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
@@ -81,7 +80,7 @@ def encode(model):
 
 
 def test_vit_l_14_has_the_published_size():
-    graphdef, params = params_lib.describe(lambda: make_model(VIT_L_14), None)
+    graphdef, params = param_trees.describe(lambda: make_model(VIT_L_14), None)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 427_616_513
     call = lambda method: lambda p, x: getattr(nnx.merge(graphdef, p), method)(x)
     images = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
@@ -154,13 +153,13 @@ def alone(model):
 
 def train(mesh, params, batch, steps):
     """Losses of Adam steps on one batch, and the last state."""
-    graphdef, abstract = params_lib.describe(make_model, mesh)
+    graphdef, abstract = param_trees.describe(make_model, mesh)
     placed = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, abstract))
     # Copied: a step deletes what it is given, and one device's share may be the caller's own.
     placed = jax.tree.map(jnp.copy, placed)
     optimizer = optax.adam(1e-2)
-    state = state_lib.init_state(placed, optimizer, mesh)
-    step = step_lib.make_train_step(graphdef, clip.loss_fn, optimizer, 0)
+    state = train_state.init_state(placed, optimizer, mesh)
+    step = train_step.make_train_step(graphdef, clip.loss_fn, optimizer, 0)
     losses = []
     with jax.set_mesh(mesh):
         batch = sharding.put_batch(batch, mesh)
@@ -189,7 +188,7 @@ def test_a_mesh_changes_no_feature_and_no_loss(model):
     """The forward pass alone on 2x2x2 devices, which compiles quickly enough for every run."""
     graphdef, params = model
     mesh, batch = sharding.make_mesh(2, 2, 2), batch_of(8, seed=2)
-    _, abstract = params_lib.describe(make_model, mesh)
+    _, abstract = param_trees.describe(make_model, mesh)
     placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, abstract)
 
     @jax.jit

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from rag_mm.core.roles import IGNORED, MAIN, RETRIEVED
-from rag_mm.data import rows
-from rag_mm.data import vocabulary as vocabulary_lib
+from rag_mm.data import sequences, vocabulary
 from rag_mm.models import cm3, ra_cm3
 from rag_mm.nn import decoder
 
@@ -97,11 +96,11 @@ def test_a_batch_without_main_targets_is_finite():
 
 def test_rows_of_the_project_give_alpha_its_meaning():
     """Over a uniform model a row's loss is log V (main + alpha retrieved) / main targets."""
-    words = vocabulary_lib.train_vocabulary([], 256, 16, 4)
-    layout = rows.Layout(max_docs=1, max_text=3, num_codes=4, max_spans=1)
-    example = rows.Example([1, 2], np.arange(4, dtype=np.int32))
+    words = vocabulary.train_vocabulary([], 256, 16, 4)
+    layout = sequences.Layout(max_docs=1, max_text=3, num_codes=4, max_spans=1)
+    example = sequences.Example([1, 2], np.arange(4, dtype=np.int32))
     # The main image's middle is masked: one sentinel in place, one at the end, one eoss more.
-    row = rows.make_row(layout, words, example, [example], np.array([[13, 15]]))
+    row = sequences.make_row(layout, words, example, [example], np.array([[13, 15]]))
     batch = {name: jnp.asarray(value)[None] for name, value in row.items()}
     config = ra_cm3.Config(
         decoder.DecoderConfig(words.size, 1, 8, 1, 8, 8), words.code_offset, alpha=0.5

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rag_mm.core import config as config_lib
-from rag_mm.core import sharding
+from rag_mm.core import configuration, sharding
 from rag_mm.models import cm3leon, ra_cm3
-from rag_mm.nn import params as params_lib
+from rag_mm.nn import param_trees
 
 SIZES = {
     "configs/cm3leon.py:350m": (24, 1024, 16, 350e6),
@@ -27,16 +26,16 @@ def make_model(config):
 
 
 def from_page(name):
-    values = config_lib.to_dict(config_lib.load_config(name))
+    values = configuration.to_dict(configuration.load_config(name))
     family = {"cm3leon": cm3leon.Config, "ra_cm3": ra_cm3.Config}[values["family"]]
-    return config_lib.make(family, values["model"], "model")
+    return configuration.make(family, values["model"], "model")
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_real_sizes_by_abstract_evaluation(name):
     config = from_page(name)
     layers, width, heads, num_params = SIZES[name]
-    _, abstract = params_lib.describe(functools.partial(make_model, config), None)
+    _, abstract = param_trees.describe(functools.partial(make_model, config), None)
     blocks = abstract["stack"]["blocks"]
     assert blocks["attention"]["q"]["kernel"].shape == (layers, width, heads, width // heads)
     assert blocks["mlp"]["up"]["kernel"].shape == (layers, width, 4 * width)
@@ -69,7 +68,7 @@ def test_the_page_says_what_the_config_says():
 def test_weights_are_cut_at_three_sigma_and_positions_are_small(reading):
     config = cm3leon.Config.tiny(reading)
     make = functools.partial(make_model, config)
-    params = params_lib.init_params(make, sharding.make_mesh())
+    params = param_trees.init_params(make, sharding.make_mesh())
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         sigma = 0.0002 if name.startswith("position_embedding") else 0.006

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from rag_mm.nn import decoder, params
+from rag_mm.nn import decoder, param_trees
 
 _erf = np.vectorize(math.erf)
 
@@ -18,7 +18,7 @@ def make_model(config):
 
 def random_params(config, seed=0):
     """Structure, and parameters of which no scale is one and no bias zero."""
-    graphdef, abstract = params.describe(lambda: make_model(config), None)
+    graphdef, abstract = param_trees.describe(lambda: make_model(config), None)
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):

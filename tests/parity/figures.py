@@ -22,8 +22,8 @@ import time
 import ml_dtypes
 import numpy as np
 
+from rag_mm.api import imported, importing
 from rag_mm.convert import shards, table
-from rag_mm.stages import imported, interchange
 
 SIZES = {
     "1.1B": dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
@@ -51,7 +51,7 @@ def llama_config(size: str) -> dict:
 
 def write(folder: pathlib.Path, values: dict, dtype: np.dtype, max_bytes: int) -> int:
     """A checkpoint of random weights; its bytes."""
-    family = interchange.FAMILIES[values["model_type"]]
+    family = importing.FAMILIES[values["model_type"]]
     pieces = family.pieces(family.read_config(table.Outside(values)))
     shapes = {p.theirs: (dtype, p.shape) for p in sorted(pieces, key=lambda p: p.theirs)}
     rng = np.random.default_rng(0)
@@ -87,7 +87,7 @@ def convert() -> None:
         values, dtype = llama_config("1.1B"), np.dtype(ml_dtypes.bfloat16)
         size = write(root / "a", values, dtype, 500_000_000)
         cli = [sys.executable, "-m", "rag_mm"]
-        load = f"from rag_mm.stages import imported; imported.load({str(root / 'run')!r})"
+        load = f"from rag_mm.api import imported; imported.load({str(root / 'run')!r})"
         for name, command in (
             ("import", [*cli, "import", "llama", str(root / "a"), f"--out={root / 'run'}"]),
             ("load", [sys.executable, "-c", load]),
@@ -113,7 +113,7 @@ def clip() -> None:
     with tempfile.TemporaryDirectory() as place:
         root = pathlib.Path(place)
         theirs.save_pretrained(root / "a")
-        interchange.import_checkpoint("clip", root / "a", root / "run")
+        importing.import_checkpoint("clip", root / "a", root / "run")
         ours = imported.load(root / "run").retriever
     images = pixels.astype(np.float32) / 255
 
@@ -132,7 +132,7 @@ def decode(size: str) -> None:
     with tempfile.TemporaryDirectory(dir=os.environ.get("FIGURES_DIR")) as place:
         root = pathlib.Path(place)
         write(root / "a", llama_config(size), np.dtype(np.float32), 500_000_000)
-        interchange.import_checkpoint("llama", root / "a", root / "run")
+        importing.import_checkpoint("llama", root / "a", root / "run")
         theirs = transformers.LlamaForCausalLM.from_pretrained(root / "a").eval()
         ours = imported.load(root / "run")
     assert theirs.dtype == torch.float32 and ours.config.dtype == "float32"

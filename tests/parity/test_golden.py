@@ -7,8 +7,8 @@ import pytest
 import tiny
 
 import rag_mm
-from rag_mm.models import spae
-from rag_mm.stages import interchange
+from rag_mm.api import importing
+from rag_mm.models.spae import autoencoder
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -23,7 +23,7 @@ def open_tiny(tmp_path_factory):
             place = tmp_path_factory.mktemp(name)
             folder = tiny.write(place / "theirs", name, max_bytes=20_000)
             family = tiny.CHECKPOINTS[name][0]
-            interchange.import_checkpoint(family, folder, place / "run")
+            importing.import_checkpoint(family, folder, place / "run")
             with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as golden:
                 opened[name] = rag_mm.load(str(place / "run")), dict(golden)
         return opened[name]
@@ -61,7 +61,7 @@ def test_image_tokens(open_tiny, name):
     model, golden = open_tiny(name)
     pictures = tiny.pictures(2, 16)
     embed = model.vq.compile("embed")
-    np.testing.assert_allclose(embed(spae.to_float(pictures)), golden["latents"], atol=1e-4)
+    np.testing.assert_allclose(embed(autoencoder.to_float(pictures)), golden["latents"], atol=1e-4)
     found = model.encode_image(list(pictures))
     np.testing.assert_array_equal(found, golden["image_tokens"])
     assert len(np.unique(found)) > 4 and set(found.ravel()) <= set(model.model.code_tokens)

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from rag_mm.models import clip
-from rag_mm.nn import params as params_lib
+from rag_mm.nn import param_trees
 
 pytestmark = pytest.mark.parity
 
@@ -96,7 +96,7 @@ def theirs(torch):
 @pytest.fixture(scope="module")
 def ours(theirs):
     make_model = lambda: clip.Model(CONFIG, rngs=nnx.Rngs(params=0))
-    graphdef, abstract = params_lib.describe(make_model, None)
+    graphdef, abstract = param_trees.describe(make_model, None)
     weights = {
         name: weight.numpy()
         for name, weight in theirs.state_dict().items()

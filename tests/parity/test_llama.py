@@ -7,8 +7,7 @@ import pytest
 from flax import nnx
 
 from rag_mm.decode import sampler
-from rag_mm.nn import decoder
-from rag_mm.nn import params as params_lib
+from rag_mm.nn import decoder, param_trees
 from rag_mm.ops import attention
 
 pytestmark = pytest.mark.parity
@@ -82,7 +81,7 @@ def llama(torch):
 
 @pytest.fixture(scope="module")
 def ours(llama):
-    graphdef, abstract = params_lib.describe(
+    graphdef, abstract = param_trees.describe(
         lambda: decoder.Decoder(CONFIG, rngs=nnx.Rngs(params=0)), None
     )
     theirs = {name: weight.numpy() for name, weight in llama.state_dict().items()}

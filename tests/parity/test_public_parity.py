@@ -10,11 +10,11 @@ import pytest
 import tiny
 from flax import nnx
 
+from rag_mm.api import exporting, imported, importing
 from rag_mm.convert import table
 from rag_mm.models import chameleon_vq
 from rag_mm.nn.decoder import Decoder
 from rag_mm.ops import attention, losses
-from rag_mm.stages import export, imported, interchange
 
 pytestmark = pytest.mark.parity
 
@@ -33,7 +33,7 @@ def both(torch, tmp_path_factory):
     def open_both(name):
         place = tmp_path_factory.mktemp(name)
         folder = tiny.write(place / "theirs", name, max_bytes=20_000)
-        interchange.import_checkpoint(tiny.CHECKPOINTS[name][0], folder, place / "run")
+        importing.import_checkpoint(tiny.CHECKPOINTS[name][0], folder, place / "run")
         return peer.load(folder), place / "run"
 
     return open_both
@@ -113,9 +113,9 @@ def test_gradients_of_a_batch(torch, both, name):
 
     found = table.named(gradients(ours.params))
     prefix = "decoder/" if is_chameleon else ""
-    model = export.open_model(tiny.CHECKPOINTS[name][0], run)
-    pieces = interchange.FAMILIES[tiny.CHECKPOINTS[name][0]].pieces(model.config)
-    source = export.TreeSource({prefix + path: value for path, value in found.items()})
+    model = exporting.open_model(tiny.CHECKPOINTS[name][0], run)
+    pieces = importing.FAMILIES[tiny.CHECKPOINTS[name][0]].pieces(model.config)
+    source = exporting.TreeSource({prefix + path: value for path, value in found.items()})
     wanted = dict(theirs.named_parameters())
     compared = [piece for piece in pieces if piece.ours in source.arrays]
     assert len(compared) >= 29
@@ -131,7 +131,7 @@ def test_gradients_of_a_batch(torch, both, name):
 def test_from_pretrained_loads_what_is_exported(torch, both, tmp_path, name, dtype):
     theirs, run = both(name)
     family = tiny.CHECKPOINTS[name][0]
-    export.export_checkpoint(family, run, tmp_path / "b", 20_000, interchange.find_dtype(dtype))
+    exporting.export_checkpoint(family, run, tmp_path / "b", 20_000, importing.find_dtype(dtype))
     again = peer.load(tmp_path / "b")
     assert again.dtype == getattr(torch, dtype)
     wanted = theirs.state_dict()
@@ -189,18 +189,20 @@ def _swap(name: str) -> str:
 
 
 def _vq_family() -> table.Family:
-    from rag_mm.convert import chameleon
+    from rag_mm.convert import chameleon_format
 
     make = lambda config: chameleon_vq.Model(config, rngs=nnx.Rngs(0))
-    return table.Family("vq", chameleon_vq.Config, *[chameleon.read_config] * 2, make, lambda c: [])
+    return table.Family(
+        "vq", chameleon_vq.Config, *[chameleon_format.read_config] * 2, make, lambda c: []
+    )
 
 
 def _vq_rules() -> list[table.Rule]:
     import dataclasses
 
-    from rag_mm.convert import chameleon
+    from rag_mm.convert import chameleon_format
 
-    family = interchange.FAMILIES["chameleon"]
+    family = importing.FAMILIES["chameleon"]
     config = family.read_config(table.Outside(tiny.CHECKPOINTS["chameleon"][1]))
-    found = [r for r in chameleon.rules(config) if r.ours.startswith("vq/")]
+    found = [r for r in chameleon_format.rules(config) if r.ours.startswith("vq/")]
     return [dataclasses.replace(r, ours=r.ours.removeprefix("vq/")) for r in found]

@@ -12,11 +12,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rag_mm.core import sharding
 from rag_mm.models import ra_cm3
-from rag_mm.nn import decoder
-from rag_mm.nn import params as params_lib
-from rag_mm.train import optimizer
-from rag_mm.train import state as state_lib
-from rag_mm.train import step as step_lib
+from rag_mm.nn import decoder, param_trees
+from rag_mm.train import optimizer, train_state, train_step
 
 pytestmark = pytest.mark.slow
 
@@ -49,7 +46,7 @@ def test_train_step_compiles_for_four_chips(topology, shape):
     devices = np.array(topology.devices).reshape(shape)
     mesh = Mesh(devices, sharding.MESH_AXES, axis_types=(AxisType.Explicit,) * 3)
     make_model = lambda: ra_cm3.Model(CONFIG.decoder, rngs=nnx.Rngs(params=0))
-    graphdef, params = params_lib.describe(make_model, mesh)
+    graphdef, params = param_trees.describe(make_model, mesh)
     tx = optimizer.make_optimizer(optimizer.Config(), num_steps=10)
     loss_fn = functools.partial(ra_cm3.loss_fn, config=CONFIG)
     batch_sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
@@ -64,8 +61,10 @@ def test_train_step_compiles_for_four_chips(topology, shape):
         }.items()
     }
     with jax.set_mesh(mesh):
-        state = jax.eval_shape(lambda p: state_lib.TrainState(jnp.int32(0), p, tx.init(p)), params)
-        step = step_lib.make_train_step(graphdef, loss_fn, tx, seed=0)
+        state = jax.eval_shape(
+            lambda p: train_state.TrainState(jnp.int32(0), p, tx.init(p)), params
+        )
+        step = train_step.make_train_step(graphdef, loss_fn, tx, seed=0)
         # Lowering the bfloat16 gradient of jax's own attention mixes it with float32.
         with jax.numpy_dtype_promotion("standard"):
             compiled = step.lower(state, batch).compile()

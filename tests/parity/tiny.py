@@ -11,8 +11,8 @@ import zlib
 import ml_dtypes
 import numpy as np
 
+from rag_mm.api import importing
 from rag_mm.convert import shards, table
-from rag_mm.stages import interchange
 
 VOCAB = 50
 _LLAMA = dict(
@@ -145,7 +145,7 @@ def write(
     """A checkpoint folder; `max_bytes` cuts it into shards."""
     family_name, values = CHECKPOINTS[name]
     values = config or values
-    family = interchange.FAMILIES[family_name]
+    family = importing.FAMILIES[family_name]
     pieces = family.pieces(family.read_config(table.Outside(values)))
     folder.mkdir(parents=True, exist_ok=True)
     # Sorted by name, as most writers do: layer 10 stands before layer 2, q far from the embedding.

@@ -6,7 +6,7 @@ import re
 import pytest
 from PIL import Image
 
-from rag_mm.core import run as run_lib
+from rag_mm.core import run_folder
 from rag_mm.core.errors import UserError
 from rag_mm.report import logs, reference
 
@@ -15,7 +15,7 @@ STAGES = ("tokenizer", "decoder")
 
 def make_run(folder, seed, steps=(10, 20, 30), **config):
     """A run of two stages whose logs differ by the seed; copying is watched at the last step only."""
-    run = run_lib.Run(run_lib.epath.Path(folder))
+    run = run_folder.Run(run_folder.epath.Path(folder))
     rows = {
         "tokenizer": [{"step": step, "psnr": 20.0 + step + seed} for step in steps],
         "decoder": [{"step": step, "code_nll": 5.0 - seed, "text_nll": 1.0} for step in steps],
@@ -28,7 +28,7 @@ def make_run(folder, seed, steps=(10, 20, 30), **config):
         return {}
 
     for stage in STAGES:
-        run_lib.run_stage(run, stage, {}, (), write)
+        run_folder.run_stage(run, stage, {}, (), write)
     run.save_config({"stages": STAGES, "seed": seed, "report": {"title": str(seed)}} | config)
     return folder
 

@@ -3,7 +3,7 @@
 import pytest
 
 from rag_mm.report import summary, verdicts
-from rag_mm.report.measured import Measured
+from rag_mm.report.figures import Measured
 
 
 def accuracy(share, ci95=0.02):

@@ -6,14 +6,14 @@ import dataclasses
 import pytest
 
 from configs import quickstart
-from rag_mm.core import config as config_lib
+from rag_mm.core import configuration
 from rag_mm.core.errors import UserError
 from rag_mm.stages import chain
 
 
 @pytest.fixture
 def config():
-    return config_lib.to_dict(config_lib.load_config("configs/quickstart.py:tiny"))
+    return configuration.to_dict(configuration.load_config("configs/quickstart.py:tiny"))
 
 
 def test_every_stage_reads_only_what_is_made_before_it():
@@ -25,8 +25,8 @@ def test_every_stage_reads_only_what_is_made_before_it():
 
 @pytest.mark.parametrize("preset", quickstart.PRESETS)
 def test_a_presets_stages_share_seed_and_world(preset):
-    page = config_lib.load_config(f"configs/quickstart.py:{preset}")
-    made = chain.stage_configs(config_lib.to_dict(page))
+    page = configuration.load_config(f"configs/quickstart.py:{preset}")
+    made = chain.stage_configs(configuration.to_dict(page))
     assert list(made) == list(quickstart.STAGES)
     assert len({config.world for config in made.values()}) == 1
     assert {config.seed for config in made.values()} == {0}
@@ -107,7 +107,7 @@ def test_a_memory_wants_a_folder_of_a_file_system(config):
 
 def test_the_control_follows_what_is_changed_of_the_decoder():
     changed = {"decoder.loop.num_steps": "60", "decoder.batch_size": "4"}
-    config = config_lib.to_dict(config_lib.load_config("configs/quickstart.py:tiny", changed))
+    config = configuration.to_dict(configuration.load_config("configs/quickstart.py:tiny", changed))
     configs = chain.stage_configs(config)
     alike = dataclasses.replace(configs["decoder"], is_vanilla=True)
     assert configs["control"] == alike
@@ -126,6 +126,8 @@ def test_the_control_follows_what_is_changed_of_the_decoder():
     ],
 )
 def test_counts_that_do_not_fit_are_refused_before_anything_runs(override):
-    config = config_lib.to_dict(config_lib.load_config("configs/quickstart.py:tiny", override))
+    config = configuration.to_dict(
+        configuration.load_config("configs/quickstart.py:tiny", override)
+    )
     with pytest.raises(UserError):
         chain.stage_configs(config)

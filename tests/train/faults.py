@@ -13,7 +13,7 @@ import numpy as np
 import test_loop
 
 from rag_mm.data import pipeline
-from rag_mm.train import checkpoint, loop, metrics, preemption
+from rag_mm.train import checkpoint, loop, preemption, train_metrics
 
 # Long enough that a random instant falls into any part of it.
 LONG = loop.Config(num_steps=120, log_every=3, checkpoint_every=6)
@@ -23,7 +23,7 @@ POINTS = {
     "batch drawn": (loop._Run, "draw", 3, "after", []),
     "step taken, between two logs": (preemption.Stop, "reach", 7, "after", [4]),
     # Two logs a time: how fast it went, and the losses.
-    "log written, its checkpoint not": (metrics.Log, "write", 8, "after", [4]),
+    "log written, its checkpoint not": (train_metrics.Log, "write", 8, "after", [4]),
     "checkpoint half written": (checkpoint._Place, "save", 1, "after", []),
     "checkpoint committed": (preemption.Stop, "commit", 1, "before", [4]),
 }

@@ -13,10 +13,8 @@ from test_loop import make_example
 
 from rag_mm.core import processes, sharding
 from rag_mm.data import pipeline
-from rag_mm.nn import params as params_lib
-from rag_mm.train import loop, optimizer
-from rag_mm.train import state as state_lib
-from rag_mm.train import step as step_lib
+from rag_mm.nn import param_trees
+from rag_mm.train import loop, optimizer, train_state, train_step
 
 NUM_DEVICES, BATCH = 8, 8
 # An entry a device, so that every process has part of the parameters and of the moments.
@@ -39,7 +37,7 @@ def loss_fn(model, batch, rng):
 
 def make_state(mesh):
     tx = optimizer.make_optimizer(optimizer.Config(learning_rate=0.1, warmup_steps=2), 8)
-    return state_lib.init_state(params_lib.init_params(Wide, mesh), tx, mesh)
+    return train_state.init_state(param_trees.init_params(Wide, mesh), tx, mesh)
 
 
 def make_batches(rows=None):
@@ -48,10 +46,10 @@ def make_batches(rows=None):
 
 def main(folder: pathlib.Path, me: int, num_steps: int, what: str) -> None:
     mesh = sharding.make_mesh(*MESH)
-    graphdef, _ = params_lib.describe(Wide, mesh)
+    graphdef, _ = param_trees.describe(Wide, mesh)
     tx = optimizer.make_optimizer(optimizer.Config(learning_rate=0.1, warmup_steps=2), 8)
     told = Told(make_batches(sharding.local_rows(BATCH, mesh)))
-    step_fn, count = step_lib.make_train_step(graphdef, loss_fn, tx, seed=0), 0
+    step_fn, count = train_step.make_train_step(graphdef, loss_fn, tx, seed=0), 0
 
     def slow_step(state, batch):
         nonlocal count

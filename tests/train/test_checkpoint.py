@@ -12,10 +12,8 @@ from flax import nnx
 from rag_mm.core import sharding
 from rag_mm.core.errors import UserError
 from rag_mm.data import pipeline
-from rag_mm.nn import layers
-from rag_mm.nn import params as params_lib
-from rag_mm.train import checkpoint
-from rag_mm.train import state as state_lib
+from rag_mm.nn import layers, param_trees
+from rag_mm.train import checkpoint, train_state
 
 # Orbax leaves coroutines behind when it refuses to load.
 pytestmark = pytest.mark.filterwarnings(
@@ -36,14 +34,14 @@ class Model(nnx.Module):
 
 def make_state(mesh_shape=(1, 1, 1), value=1.0, **options):
     mesh = sharding.make_mesh(*mesh_shape)
-    _, abstract = params_lib.describe(lambda: Model(**options), mesh)
+    _, abstract = param_trees.describe(lambda: Model(**options), mesh)
     filled = jax.tree.map(
         lambda leaf: jax.device_put(
             value * np.arange(leaf.size, dtype=np.float32).reshape(leaf.shape), leaf.sharding
         ),
         abstract,
     )
-    return state_lib.init_state(filled, OPTIMIZER, mesh)
+    return train_state.init_state(filled, OPTIMIZER, mesh)
 
 
 def at_step(state, step):
@@ -51,7 +49,7 @@ def at_step(state, step):
     leaves, structure = jax.tree.flatten(state.opt_state)
     leaves = [leaf + jnp.asarray(i, leaf.dtype) for i, leaf in enumerate(leaves)]
     opt_state = jax.tree.unflatten(structure, leaves)
-    return state_lib.TrainState(state.step + step, state.params, opt_state)
+    return train_state.TrainState(state.step + step, state.params, opt_state)
 
 
 def make_batches():
@@ -106,7 +104,7 @@ def test_a_checkpoint_of_another_model_is_refused(saved, other):
 def test_a_checkpoint_of_another_optimizer_is_refused(saved):
     checkpoints = checkpoint.Checkpoints(saved[0])
     state = make_state()
-    other = state_lib.init_state(state.params, optax.sgd(1e-3), sharding.make_mesh())
+    other = train_state.init_state(state.params, optax.sgd(1e-3), sharding.make_mesh())
     with pytest.raises(UserError, match="checkpoints"):
         checkpoints.restore(other, make_batches())
     checkpoints.close()
@@ -140,7 +138,7 @@ def test_parameters_alone_go_to_any_layout_and_replace_what_was_there(tmp_path):
     checkpoint.save_params(tmp_path / "params", make_state(value=3.0).params)
     params = make_state((4, 2, 1)).params
     checkpoint.save_params(tmp_path / "params", params)
-    _, abstract = params_lib.describe(Model, sharding.make_mesh(2, 2, 2))
+    _, abstract = param_trees.describe(Model, sharding.make_mesh(2, 2, 2))
     loaded = checkpoint.load_params(tmp_path / "params", abstract)
     assert_same(loaded, params)
     specs = [jax.tree.map(lambda leaf: leaf.sharding.spec, tree) for tree in (loaded, abstract)]
@@ -149,7 +147,7 @@ def test_parameters_alone_go_to_any_layout_and_replace_what_was_there(tmp_path):
 
 def test_parameters_missing_or_of_another_model_are_refused(tmp_path):
     folder = tmp_path / "params"
-    describe = lambda **options: params_lib.describe(lambda: Model(**options), None)[1]
+    describe = lambda **options: param_trees.describe(lambda: Model(**options), None)[1]
     with pytest.raises(UserError, match="does not exist"):
         checkpoint.load_params(folder, describe())
     checkpoint.save_params(folder, make_state().params)
@@ -238,7 +236,7 @@ def test_what_training_does_next_is_not_in_the_checkpoint(tmp_path):
     mesh = sharding.make_mesh(2, 1, 1)
     sheet = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     params = {"kernel": jax.device_put(np.ones((512, 512), np.float32), sheet)}
-    state, batches = state_lib.init_state(params, OPTIMIZER, mesh), make_batches()
+    state, batches = train_state.init_state(params, OPTIMIZER, mesh), make_batches()
     grow = jax.jit(lambda tree: jax.tree.map(lambda x: x + x, tree), donate_argnums=0)
     checkpoints, committed = checkpoint.Checkpoints(tmp_path / "checkpoints"), threading.Event()
     expected = jax.tree.map(np.array, at_step(state, 3))

@@ -12,10 +12,17 @@ from flax import nnx
 from rag_mm.core import sharding
 from rag_mm.core.errors import UserError
 from rag_mm.data import pipeline
-from rag_mm.nn import params as params_lib
-from rag_mm.train import checkpoint, guard, loop, metrics, optimizer, speed
-from rag_mm.train import state as state_lib
-from rag_mm.train import step as step_lib
+from rag_mm.nn import param_trees
+from rag_mm.train import (
+    checkpoint,
+    loop,
+    optimizer,
+    throughput,
+    train_metrics,
+    train_state,
+    train_step,
+    update_guard,
+)
 
 # Orbax leaves coroutines behind when it refuses to load.
 pytestmark = pytest.mark.filterwarnings(
@@ -50,12 +57,12 @@ def make_example(index, rng):
 def begin(make_model=Line, loss_fn=loss_fn):
     """Everything that a new process would make: nothing is shared between two calls."""
     mesh = sharding.make_mesh(2, 1, 1)
-    graphdef, _ = params_lib.describe(make_model, mesh)
-    params = params_lib.init_params(make_model, mesh)
+    graphdef, _ = param_trees.describe(make_model, mesh)
+    params = param_trees.init_params(make_model, mesh)
     tx = optimizer.make_optimizer(optimizer.Config(learning_rate=1.0, warmup_steps=2), 8)
     return {
-        "state": state_lib.init_state(params, tx, mesh),
-        "step_fn": step_lib.make_train_step(graphdef, loss_fn, tx, seed=0),
+        "state": train_state.init_state(params, tx, mesh),
+        "step_fn": train_step.make_train_step(graphdef, loss_fn, tx, seed=0),
         "iterator": pipeline.make_batches(np.arange(6), 4, 1, make_example),
         "mesh": mesh,
     }
@@ -170,7 +177,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(tmp_path):
     saved = checkpoint.Checkpoints(tmp_path / "checkpoints")
     assert saved.latest_step == 4
     saved.close()
-    assert [row["step"] for row in metrics.read_log(tmp_path / "log.jsonl")] == [2, 4]
+    assert [row["step"] for row in train_metrics.read_log(tmp_path / "log.jsonl")] == [2, 4]
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
@@ -208,13 +215,13 @@ def poisoned_from(first, last):
 
 def fit_guarded(directory, first, last, max_skipped=3, config=SCHEDULE):
     mesh = sharding.make_mesh(2, 1, 1)
-    graphdef, _ = params_lib.describe(Line, mesh)
+    graphdef, _ = param_trees.describe(Line, mesh)
     tx = optimizer.make_optimizer(
-        optimizer.Config(learning_rate=1.0, warmup_steps=2), 8, guard.Config(window=4)
+        optimizer.Config(learning_rate=1.0, warmup_steps=2), 8, update_guard.Config(window=4)
     )
     parts = begin()
-    parts["state"] = state_lib.init_state(params_lib.init_params(Line, mesh), tx, mesh)
-    parts["step_fn"] = step_lib.make_train_step(graphdef, loss_fn, tx, seed=0)
+    parts["state"] = train_state.init_state(param_trees.init_params(Line, mesh), tx, mesh)
+    parts["step_fn"] = train_step.make_train_step(graphdef, loss_fn, tx, seed=0)
     parts["iterator"] = poisoned_from(first, last)(parts["iterator"])
     extras = loop.Extras(max_skipped=max_skipped)
     return loop.fit("line", directory=directory, config=config, extras=extras, **parts)
@@ -238,7 +245,7 @@ def test_too_many_skipped_in_a_row_end_the_run_and_name_the_batches(tmp_path):
 
 
 def test_speed_stands_beside_the_log(unbroken, tmp_path):
-    cost = speed.Cost(lambda batch: 100.0, peak=1e6)
+    cost = throughput.Cost(lambda batch: 100.0, peak=1e6)
     parts = begin()
     extras = loop.Extras(cost=cost)
     loop.fit("line", directory=tmp_path, config=SCHEDULE, extras=extras, **parts)
@@ -269,7 +276,11 @@ def test_averages_go_on_from_where_a_process_left_them():
         }
         for _ in range(5)
     ]
-    whole, first, second = metrics.Averages(), metrics.Averages(), metrics.Averages()
+    whole, first, second = (
+        train_metrics.Averages(),
+        train_metrics.Averages(),
+        train_metrics.Averages(),
+    )
     for each in sums:
         whole.add(each)
     for each in sums[:3]:

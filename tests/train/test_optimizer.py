@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from rag_mm.models import clip
-from rag_mm.nn import decoder, params
+from rag_mm.nn import decoder, param_trees
 from rag_mm.train import optimizer
 
 
@@ -54,7 +54,7 @@ def test_unknown_schedules_are_refused():
 
 def decayed(make_model):
     """Names of the parameters that an optimizer with nothing but decay changes."""
-    _, abstract = params.describe(make_model, None)
+    _, abstract = param_trees.describe(make_model, None)
     ones = jax.tree.map(lambda leaf: np.ones((1,), np.float32), abstract)
     config = optimizer.Config(warmup_steps=0, schedule="constant", weight_decay=0.5)
     tx = optimizer.make_optimizer(config, 1)

@@ -14,11 +14,8 @@ from jax.sharding import PartitionSpec
 
 from rag_mm.core import sharding
 from rag_mm.models import ra_cm3
-from rag_mm.nn import decoder
-from rag_mm.nn import params as params_lib
-from rag_mm.train import optimizer as optimizer_lib
-from rag_mm.train import state as state_lib
-from rag_mm.train import step as step_lib
+from rag_mm.nn import decoder, param_trees
+from rag_mm.train import optimizer, train_state, train_step
 
 CONFIG = ra_cm3.Config(
     decoder.DecoderConfig(
@@ -69,8 +66,8 @@ SPECS = {
     f"{BLOCKS}/mlp/up/bias": (None, "tensor"),
     f"{BLOCKS}/mlp/down/bias": (None, "fsdp"),
 }
-OPTIMIZER = optimizer_lib.make_optimizer(
-    optimizer_lib.Config(learning_rate=1e-2, warmup_steps=0, weight_decay=0.1), num_steps=9
+OPTIMIZER = optimizer.make_optimizer(
+    optimizer.Config(learning_rate=1e-2, warmup_steps=0, weight_decay=0.1), num_steps=9
 )
 
 
@@ -97,7 +94,7 @@ def replace(remat="none", dtype="float32", loss_chunks=1):
 
 @functools.cache
 def fresh():
-    return jax.device_get(params_lib.init_params(make_model, sharding.make_mesh()))
+    return jax.device_get(param_trees.init_params(make_model, sharding.make_mesh()))
 
 
 def names_of(tree):
@@ -110,11 +107,11 @@ def names_of(tree):
 def take_step(config, mesh_shape=(1, 1, 1), num_parts=1, batch=None):
     """The state before and after one step, its metrics and the compiled program."""
     mesh = sharding.make_mesh(*mesh_shape)
-    graphdef, abstract = params_lib.describe(functools.partial(make_model, config), mesh)
+    graphdef, abstract = param_trees.describe(functools.partial(make_model, config), mesh)
     params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), fresh(), abstract)
     loss_fn = functools.partial(ra_cm3.loss_fn, config=config)
-    step = step_lib.make_train_step(graphdef, loss_fn, OPTIMIZER, 0, num_parts)
-    before = state_lib.init_state(params, OPTIMIZER, mesh)
+    step = train_step.make_train_step(graphdef, loss_fn, OPTIMIZER, 0, num_parts)
+    before = train_state.init_state(params, OPTIMIZER, mesh)
     # Lowering the bfloat16 gradient of jax's own attention mixes it with float32.
     with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):
         placed = sharding.put_batch(make_batch() if batch is None else batch, mesh)
@@ -135,7 +132,7 @@ def assert_close(left, right, atol):
 def test_every_parameter_and_moment_has_the_spec_it_should():
     """On paper, and in the state that leaves a compiled step on 2x2x2."""
     _, after, _, _ = eight()
-    _, abstract = params_lib.describe(make_model, sharding.make_mesh(2, 2, 2))
+    _, abstract = param_trees.describe(make_model, sharding.make_mesh(2, 2, 2))
     adam = optax.tree_utils.tree_get(after.opt_state, "ScaleByAdamState")
     for tree in (abstract, after.params, adam.mu, adam.nu):
         found = {name: leaf.sharding.spec for name, leaf in names_of(tree).items()}

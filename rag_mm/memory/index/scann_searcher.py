@@ -1,0 +1,183 @@
+"""One native ScaNN searcher: the one file that knows ScaNN and its hazards.
+
+Each guard answers one of design.md section 3: a NaN row aborts the process at build (its caller checks
+rows), missing hits come back as index 0 with distance NaN, `k` above the reorder size is cut silently,
+ids saved by ScaNN are unpickled, nothing is checksummed, an index with SOAR crashes after deletes (so
+none is ever changed in place), and `import scann` breaks beside most TensorFlows.
+"""
+
+import os
+import sys
+import threading
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rag_mm.core import files
+from rag_mm.core.errors import UserError
+from rag_mm.memory.index import protocol
+from rag_mm.memory.index.scann_config import ScannConfig
+
+_CONFIG = "scann_config.pb"
+# The files of an index and their kinds; a folder that holds others is refused.
+_ASSETS = {
+    "ah_codebook.pb": "AH_CENTERS",
+    "serialized_partitioner.pb": "PARTITIONER",
+    "datapoint_to_token.npy": "TOKENIZATION_NPY",
+    "hashed_dataset.npy": "AH_DATASET_NPY",
+    "hashed_dataset_soar.npy": "AH_DATASET_SOAR_NPY",
+    "dataset.npy": "DATASET_NPY",
+    "bfloat16_dataset.npy": "BF16_DATASET_NPY",
+    "int8_dataset.npy": "INT8_DATASET_NPY",
+    "int8_multipliers.npy": "INT8_MULTIPLIERS_NPY",
+    "dp_norms.npy": "INT8_NORMS_NPY",
+}
+_QUERIES_PER_TASK = 64
+_ROWS_PER_LEAF = 100  # of the sample that a tree learns from
+_import_lock = threading.Lock()
+
+
+class Searcher:
+    """Rows that do not change, searched by inner product."""
+
+    def __init__(self, native: Any, num_rows: int, config: ScannConfig):
+        """For `build` and `load`."""
+        self._native = native
+        self._num_rows = num_rows
+        self._config = config
+        self._num_threads = len(os.sched_getaffinity(0))
+        native.set_num_threads(self._num_threads)
+
+    @classmethod
+    def build(cls, rows: np.ndarray, config: ScannConfig) -> "Searcher":
+        """Of finite float32 [R, D], R >= 1; the config is resolved."""
+        module = load_scann()
+        builder = module.builder(rows, min(10, len(rows)), "dot_product")
+        builder.set_n_training_threads(len(os.sched_getaffinity(0)))
+        if config.scoring == "tree":
+            builder = builder.tree(
+                config.num_leaves,
+                config.leaves_to_search,
+                training_sample_size=_ROWS_PER_LEAF * config.num_leaves,
+                # Near the mean of a leaf's share of the sample, which ScaNN's 50 is, half of the leaves are
+                # merged away.
+                min_partition_size=min(10, max(1, len(rows) // (2 * config.num_leaves))),
+                # Rows are unit vectors: by direction a third of the leaves find as much.
+                spherical=True,
+                soar_lambda=config.soar_lambda or None,
+            )
+        if config.scoring == "brute_force":
+            builder = builder.score_brute_force()
+        else:
+            kinds = sys.modules["scann.scann_ops.py.scann_builder"].ReorderType
+            builder = builder.score_ah(
+                config.dims_per_block,
+                anisotropic_quantization_threshold=config.anisotropic_threshold,
+                training_sample_size=config.training_sample_size,
+            ).reorder(config.num_reordered, quantize=kinds[config.reorder.upper()])
+        return cls(builder.build(), len(rows), config)
+
+    @classmethod
+    def load(
+        cls, directory: Path, digests: Mapping[str, str], num_rows: int, config: ScannConfig
+    ) -> "Searcher":
+        """What `save` wrote; its files reach the native reader only with digests right.
+
+        Raises:
+            UserError: a file is missing, changed, or not ScaNN's.
+        """
+        module = load_scann()
+        _check_files(directory, digests)
+        assets = "\n".join(
+            f'assets {{ asset_type: {kind} asset_path: "{name}" }}'
+            for name, kind in _ASSETS.items()
+            if name in digests
+        )
+        # Not `load_searcher`: that one unpickles a file of ids where it finds one.
+        native = module.scann_pybind.ScannNumpy(str(directory), assets)
+        return cls(module.ScannSearcher(native), num_rows, config)
+
+    def save(self, directory: Path) -> dict[str, str]:
+        """Writes ScaNN's files into a folder that is there; their digests by name."""
+        self._native.serialize(str(directory), True)
+        (directory / "scann_assets.pbtxt").unlink()  # `load` writes its own.
+        names = sorted({*_ASSETS, _CONFIG} & set(os.listdir(directory)))
+        return {name: files.file_digest(directory / name) for name in names}
+
+    def search(
+        self, queries: np.ndarray, k: int, thorough: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int32 [Q, k] and scores float32 [Q, k], -1 and -inf where fewer were met.
+
+        Args:
+            queries: finite float32 [Q, D], Q >= 1.
+            k: at most the number of rows.
+            thorough: looks into every leaf, so that none is missing.
+        """
+        found = self.native(queries, k, thorough)
+        ids, scores = np.asarray(found[0]).astype(np.int32), np.asarray(found[1])
+        missing = np.isnan(scores)
+        if missing.any():
+            ids = np.where(missing, protocol.MISSING, ids)
+            scores = np.where(missing, np.float32(-np.inf), scores)
+        return ids, scores
+
+    def native(self, queries: np.ndarray, k: int, thorough: bool = False) -> Any:
+        """ScaNN's own ids and distances, without guards."""
+        config = self._config
+        # Twice k leaves the reordering something to reorder when k is near its size.
+        reordered = max(config.num_reordered, 2 * k) if config.scoring != "brute_force" else None
+        leaves = config.num_leaves if thorough and config.scoring == "tree" else None
+        if self._num_threads > 1 and len(queries) > _QUERIES_PER_TASK:
+            return self._native.search_batched_parallel(
+                queries, k, reordered, leaves, _QUERIES_PER_TASK
+            )
+        return self._native.search_batched(queries, k, reordered, leaves)
+
+
+def _check_files(directory: Path, digests: Mapping[str, str]) -> None:
+    """Raises UserError unless the folder holds the listed files of ScaNN, each as it was saved."""
+    for name in sorted(set(os.listdir(directory)) - set(digests) - {"index.json"}):
+        raise UserError(f"{directory / name} is not a file of a scann index: remove it.")
+    for name in sorted(set(digests) - {*_ASSETS, _CONFIG}):
+        raise UserError(f"{directory / name} is not a file of a scann index: remove it.")
+    for name in sorted({_CONFIG, *digests}):
+        if not (directory / name).is_file():
+            raise UserError(f"{directory / name} is missing: build the memory again.")
+        if files.file_digest(directory / name) != digests.get(name):
+            raise UserError(f"{directory / name} was changed: build the memory again.")
+
+
+def load_scann() -> types.ModuleType:
+    """ScaNN's functions over NumPy, imported so that no TensorFlow is touched.
+
+    The package imports TensorFlow where it can and then loads an op library that fits one release
+    of it alone; its core needs none. The hidden import is undone before returning.
+
+    Raises:
+        UserError: ScaNN is not installed.
+    """
+    with _import_lock:
+        loaded = sys.modules.get("scann.scann_ops.py.scann_ops_pybind")
+        if loaded is not None:
+            return loaded
+        absent = object()
+        modules: dict[str, Any] = sys.modules
+        tensorflow = modules.get("tensorflow", absent)
+        modules["tensorflow"] = None
+        try:
+            from scann.scann_ops.py import scann_ops_pybind
+        except ImportError as error:
+            raise UserError(
+                f"The index scann cannot be loaded here ({error}): "
+                "install scann (Linux only), or use the index exact."
+            ) from error
+        finally:
+            if tensorflow is absent:
+                del modules["tensorflow"]
+            else:
+                modules["tensorflow"] = tensorflow
+        return scann_ops_pybind

@@ -1,0 +1,236 @@
+"""Shards: the rows of a memory on disk, as records for reading one and as arrays for all."""
+
+import dataclasses
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from array_record.python import array_record_data_source, array_record_module
+
+from rag_mm.core import document_types, files
+from rag_mm.core.errors import UserError
+from rag_mm.memory import model_protocols
+from rag_mm.memory.index import live_rows, protocol
+from rag_mm.memory.store import manifest, record
+
+
+def load_rows(root: Path, contents: manifest.Manifest, view: str) -> np.ndarray:
+    """Embeddings of all stored rows in a view, float32 [R, D], mapped where they are one file.
+
+    Raises:
+        UserError: a file is not an array of the manifest's shape.
+    """
+    shards = [
+        load_array(
+            root / shard.file(f"embeddings-{view}", "npy"), (shard.rows, contents.dim), np.float32
+        )
+        for shard in contents.shards
+    ]
+    if not shards:
+        return np.zeros((0, contents.dim), np.float32)
+    return shards[0] if len(shards) == 1 else np.concatenate(shards)
+
+
+def load_live(root: Path, contents: manifest.Manifest) -> live_rows.LiveRows:
+    """Which stored rows are left.
+
+    Raises:
+        UserError: the list of removed rows is damaged.
+    """
+    if not contents.removed:
+        return live_rows.LiveRows(contents.stored)
+    path = root / contents.folder / manifest.REMOVED
+    removed = load_array(path, (contents.removed,), np.int64)
+    live = None
+    if removed.min() >= 0 and removed.max() < contents.stored:
+        live = live_rows.LiveRows(contents.stored, removed)
+    if live is None or live.num_removed != contents.removed:
+        raise UserError(f"{path} names rows that are not there: the memory is damaged.")
+    return live
+
+
+def load_codes(root: Path, contents: manifest.Manifest, shard: manifest.Shard) -> np.ndarray | None:
+    """Codes of a shard's rows, int32 [rows, N], -1 where a row has none; None in a memory without.
+
+    Raises:
+        UserError: the file is not an array of the manifest's shape.
+    """
+    if contents.num_codes is None:
+        return None
+    name, shape = shard.file("codes", "npy"), (shard.rows, contents.num_codes)
+    if name not in contents.files:  # None of its rows has an image.
+        return np.full(shape, protocol.MISSING, np.int32)
+    return load_array(root / name, shape, np.int32)
+
+
+def load_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """Maps an array from disk.
+
+    Raises:
+        UserError: the file is missing, damaged, or of another shape or dtype.
+    """
+    try:
+        values = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # A damaged header raises whatever its parser stumbled over.
+        raise UserError(f"{path} is not a readable array ({error}).") from error
+    if values.shape != shape or values.dtype != dtype:
+        raise UserError(f"{path} holds {values.dtype} {values.shape} instead of {shape}.")
+    return values
+
+
+def load_ids(root: Path, contents: manifest.Manifest) -> list[str]:
+    """The documents' ids in the order of the stored rows.
+
+    Raises:
+        UserError: a file is not a list of the manifest's length.
+    """
+    ids = []
+    for shard in contents.shards:
+        path = root / shard.file("ids", "json")
+        found = files.read_json(path)
+        if not isinstance(found, list) or len(found) != shard.rows:
+            raise UserError(f"{path} does not hold {shard.rows} ids: the memory is damaged.")
+        ids += [str(name) for name in found]
+    return ids
+
+
+@dataclasses.dataclass(frozen=True)
+class Origins:
+    """Where the rows of a shard come from, one entry a row.
+
+    Attributes:
+        url, license: as the documents give them.
+        caption: hash of the text without case, punctuation and spacing; empty where there is none.
+        image: whether there is one.
+    """
+
+    url: list[str | None]
+    license: list[str | None]
+    caption: list[str]
+    image: list[bool]
+
+
+def caption_hash(text: str) -> str:
+    """Equal for texts that differ in case, punctuation and spacing alone; empty for none."""
+    words = re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
+    # A text of signs alone is compared as it is.
+    plain = " ".join(words) or text.strip()
+    return files.digest(plain.encode())[:16] if plain else ""
+
+
+def load_origins(root: Path, contents: manifest.Manifest, shard: manifest.Shard) -> Origins:
+    """The origins of a shard's rows; where an older memory lists none, from its records.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    path = root / shard.file("origins", "json")
+    if path.relative_to(root).as_posix() not in contents.files:
+        records = Records(root, [shard])
+        return _origins_of([records[place].document for place in range(shard.rows)])
+    try:
+        found = Origins(**files.read_json(path))
+        lengths = {len(values) for values in vars(found).values()}
+    except TypeError:
+        lengths = set()
+    if lengths != {shard.rows}:
+        raise UserError(f"{path} does not hold {shard.rows} origins: the memory is damaged.")
+    return found
+
+
+class Records:
+    """The stored records of some shards, read by place from as many threads as there are."""
+
+    def __init__(self, root: Path, shards: Sequence[manifest.Shard]):
+        """Opens nothing yet."""
+        self._root = root
+        paths = [
+            f"{root / shard.file('records', 'arrayrecord')}[0:{shard.rows}]" for shard in shards
+        ]
+        # Of no files the library makes no source; then nobody asks for a record.
+        self._source: Sequence[bytes] = ()
+        if paths:
+            self._source = array_record_data_source.ArrayRecordDataSource(paths)
+
+    def __getitem__(self, place: int) -> record.Record:
+        """The record at a stored place.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        try:
+            return record.from_bytes(self._source[int(place)])
+        except (UserError, RuntimeError) as error:  # RuntimeError: ArrayRecord's own checksum.
+            raise UserError(f"Record {place} of {self._root} cannot be read: {error}") from error
+
+
+class ShardWriter:
+    """One shard: records as they come, arrays when it is closed."""
+
+    def __init__(self, root: Path, folder: str, number: int):
+        """Starts shard `number` in a folder of the memory that exists."""
+        self._root = root
+        self._shard = manifest.Shard(folder, number, 0, 0, 0)
+        self._paths = [root / self._shard.file("records", "arrayrecord")]
+        self._writer = array_record_module.ArrayRecordWriter(str(self._paths[0]), "group_size:1")
+        self._origins = Origins([], [], [], [])
+        self._embeddings: dict[str, list[np.ndarray]] = {v: [] for v in model_protocols.VIEWS}
+        self._codes: list[np.ndarray | None] = []
+        self._ids: list[str] = []
+
+    @property
+    def rows(self) -> int:
+        """How many were written."""
+        return len(self._ids)
+
+    def write(self, records: Iterable[record.Record]) -> None:
+        """Appends records with an embedding of every view."""
+        for entry in records:
+            self._writer.write(record.to_bytes(entry))
+            self._ids.append(entry.document.id)
+            for view, rows in self._embeddings.items():
+                rows.append(entry.embeddings[view])
+            self._codes.append(entry.codes)
+            origins = vars(_origins_of([entry.document]))
+            for name, values in vars(self._origins).items():
+                values += origins[name]
+
+    def close(self) -> tuple[manifest.Shard, dict[str, manifest.FileEntry]]:
+        """Finishes the files and brings them to the disk; the shard, and its files by path."""
+        self._writer.close()
+        self._write_bytes("ids", files.canonical_json(self._ids).encode())
+        self._write_bytes(
+            "origins", files.canonical_json(dataclasses.asdict(self._origins)).encode()
+        )
+        for view, rows in self._embeddings.items():
+            self._write_array(f"embeddings-{view}", np.stack(rows))
+        length = next((len(codes) for codes in self._codes if codes is not None), None)
+        if length is not None:
+            missing = np.full(length, protocol.MISSING, np.int32)
+            self._write_array("codes", np.stack([missing if c is None else c for c in self._codes]))
+        shard = dataclasses.replace(
+            self._shard,
+            rows=self.rows,
+            with_text=sum(caption != "" for caption in self._origins.caption),
+            with_image=sum(self._origins.image),
+        )
+        return shard, manifest.seal_all(self._root, self._paths)
+
+    def _write_bytes(self, what: str, data: bytes) -> None:
+        self._paths.append(self._root / self._shard.file(what, "json"))
+        self._paths[-1].write_bytes(data)
+
+    def _write_array(self, what: str, values: np.ndarray) -> None:
+        self._paths.append(self._root / self._shard.file(what, "npy"))
+        np.save(self._paths[-1], values)
+
+
+def _origins_of(documents: Sequence[document_types.Document]) -> Origins:
+    return Origins(
+        url=[d.url for d in documents],
+        license=[d.license for d in documents],
+        caption=[caption_hash(d.text) for d in documents],
+        image=[d.image is not None for d in documents],
+    )

@@ -1,0 +1,276 @@
+"""Documents into shards: checked, fitted, embedded, filtered, and committed shard by shard."""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rag_mm.core import document_types, image_files
+from rag_mm.core.errors import UserError
+from rag_mm.memory import model_protocols
+from rag_mm.memory.index.scann_config import ScannConfig
+from rag_mm.memory.store import manifest, record, shard_file
+from rag_mm.memory.writing import near_duplicates, staging, stream
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to write.
+
+    Attributes:
+        index: `scann`, `exact` or `device`; a memory keeps its kind.
+        scann: how ScaNN searches, where it does.
+        batch_size: documents encoded at once.
+        shard_size: rows of one file; what is held in RAM beside the index's rows.
+        on_progress: called with (records read, all records, or those read where nobody knows).
+        max_bad: the share of bad records above which nothing is written, one record aside; 0 refuses
+            the first.
+        exclude: what must stay out.
+        dedup: leaves a document out whose text an earlier one has and whose picture has at least
+            this cosine with that one's; None keeps repeats.
+    """
+
+    index: str = "scann"
+    scann: ScannConfig | None = None
+    batch_size: int = 256
+    shard_size: int = 8192
+    on_progress: Callable[[int, int], None] | None = None
+    max_bad: float = 0.0
+    exclude: near_duplicates.Excluded | None = None
+    dedup: float | None = None
+
+
+@dataclasses.dataclass
+class _Draft:
+    """A shard before it is committed."""
+
+    number: int
+    position: int
+    batch: list[document_types.Document] = dataclasses.field(default_factory=list)
+    batch_notes: list[tuple[str, ...]] = dataclasses.field(default_factory=list)
+    writer: shard_file.ShardWriter | None = None
+    rejects: list[stream.Reject] = dataclasses.field(default_factory=list)
+    excluded: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    notes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+
+    @property
+    def rows(self) -> int:
+        return 0 if self.writer is None else self.writer.rows
+
+
+class Ingest:
+    """Writes the shards of one version from one source."""
+
+    def __init__(
+        self,
+        root: Path,
+        before: manifest.Manifest,
+        encoder: model_protocols.Encoder,
+        tokenizer: model_protocols.Tokenizer | None,
+        options: Options,
+    ):
+        """For the version after `before`; reads what must not repeat."""
+        self._root = root
+        self._before = before
+        self._encoder = encoder
+        self._tokenizer = tokenizer
+        self._options = options
+        live = shard_file.load_live(root, before)
+        ids = shard_file.load_ids(root, before)
+        self._known = {ids[place] for place in live.stored}
+        self._repeats = None
+        if options.dedup is not None:
+            self._repeats = near_duplicates.Repeats(options.dedup)
+            self._remember(before.shards, live.mask, shard_file.load_rows(root, before, "image"))
+
+    def plan(self, source: stream.Source, sha256: str) -> dict[str, Any]:
+        """What the shards depend on; `sha256` is the digest of the manifest before."""
+        options = self._options
+        return {
+            "what": "documents",
+            "before": sha256,
+            "source": source.fingerprint,
+            "encoder": self._encoder.fingerprint,
+            "tokenizer": None if self._tokenizer is None else self._tokenizer.fingerprint,
+            "image_size": self._before.image_size,
+            "index": self._before.index,
+            "shard_size": options.shard_size,
+            "exclude": None if options.exclude is None else options.exclude.fingerprint,
+            "dedup": options.dedup,
+        }
+
+    def write(self, stage: staging.Staging, source: stream.Source) -> None:
+        """Reads the source to its end from where the last commit left it.
+
+        Raises:
+            UserError: a bad record where none is allowed, or an encoder that gives no numbers.
+        """
+        for commit in stage.commits:
+            self._recall(commit)
+        items = source.read(stage.position)
+        done = sum(_num_records(commit) for commit in stage.commits)
+        while True:
+            draft = _Draft(len(stage.commits), stage.position)
+            self._fill(draft, items, stage.folder, done, source.size)
+            if draft.position == stage.position:
+                return
+            commit = _commit(draft, stage.folder)
+            done += _num_records(commit)
+            stage.commit(commit)
+
+    def _fill(
+        self,
+        draft: _Draft,
+        items: Iterator[stream.Item],
+        folder: str,
+        done: int,
+        size: int | None,
+    ) -> None:
+        """Reads until the shard is full or the source at its end."""
+        for item in items:
+            draft.position = item.position
+            self._take(item, draft)
+            room = self._options.shard_size - draft.rows
+            if len(draft.batch) == min(self._options.batch_size, room):
+                self._flush(draft, folder)
+                if self._options.on_progress is not None:
+                    read = done + draft.rows + len(draft.rejects) + draft.excluded.total()
+                    self._options.on_progress(read, read if size is None else size)
+            if draft.rows == self._options.shard_size:
+                return
+        if draft.batch:
+            self._flush(draft, folder)
+
+    def _take(self, item: stream.Item, draft: _Draft) -> None:
+        """Puts a good document into the batch and a bad one among the rejects."""
+        reject = item.reject
+        if item.document is not None:
+            reject = self._check(item.document, draft)
+        if reject is None and item.document is not None:
+            draft.batch.append(_fit(item.document, self._before.image_size))
+            draft.batch_notes.append(item.notes)
+        elif reject is not None:
+            if self._options.max_bad == 0:
+                is_named = reject is not item.reject  # Sources leave out their sentence's subject.
+                raise UserError(reject.detail if is_named else f"{reject.name}: {reject.detail}")
+            draft.rejects.append(reject)
+
+    def _check(self, document: document_types.Document, draft: _Draft) -> stream.Reject | None:
+        name = document.id
+        if not name:
+            return stream.Reject(
+                name, "empty-id", "A document has an empty id: give every document one."
+            )
+        if name in self._known or any(name == other.id for other in draft.batch):
+            return stream.Reject(
+                name,
+                "duplicate-id",
+                f"Two documents have the id {name!r}: ids are unique in a memory.",
+            )
+        if document.image is None and not document.text.strip():
+            return stream.Reject(
+                name, "nothing-to-embed", f"Document {name!r} has neither text nor image."
+            )
+        return None
+
+    def _flush(self, draft: _Draft, folder: str) -> None:
+        """Embeds the batch and writes what no filter keeps out."""
+        embeddings = model_protocols.embed(draft.batch, self._encoder, self._options.batch_size)
+        kept = [
+            place
+            for place, reason in enumerate(self._filter(draft.batch, embeddings))
+            if reason is None or draft.excluded.update([reason])
+        ]
+        batch = [draft.batch[place] for place in kept]
+        codes: list[np.ndarray | None] = [None] * len(batch)
+        if self._tokenizer is not None:
+            codes = model_protocols.encode_codes(batch, self._tokenizer, self._options.batch_size)
+        records = [
+            record.Record(
+                document,
+                {view: rows[place] for view, rows in embeddings.items()},
+                values,
+                None if values is None else self._before.tokenizer,
+            )
+            for place, document, values in zip(kept, batch, codes, strict=True)
+        ]
+        if records:
+            draft.writer = draft.writer or shard_file.ShardWriter(self._root, folder, draft.number)
+            draft.writer.write(records)
+        self._known.update(document.id for document in batch)
+        draft.notes.update(note for place in kept for note in draft.batch_notes[place])
+        draft.batch, draft.batch_notes = [], []
+
+    def _filter(
+        self, batch: list[document_types.Document], embeddings: dict[str, np.ndarray]
+    ) -> Iterator[str | None]:
+        """Why each document stays out, or None."""
+        reasons: list[str | None] = [None] * len(batch)
+        if self._options.exclude is not None:
+            reasons = self._options.exclude.reasons(batch, embeddings)
+        for document, row, reason in zip(batch, embeddings["image"], reasons, strict=True):
+            if reason is None and self._repeats is not None:
+                caption = shard_file.caption_hash(document.text)
+                if self._repeats.is_repeat(caption, row):
+                    reason = "near-duplicate"
+                else:
+                    self._repeats.add([caption], [row])
+            yield reason
+
+    def _recall(self, commit: staging.Commit) -> None:
+        """Knows what the documents of an earlier commit were."""
+        if commit.shard.rows == 0:
+            return
+        contents = dataclasses.replace(
+            self._before, shards=(commit.shard,), files=commit.files, removed=0
+        )
+        self._known.update(shard_file.load_ids(self._root, contents))
+        if self._repeats is not None:
+            rows = shard_file.load_rows(self._root, contents, "image")
+            self._remember((commit.shard,), np.ones(len(rows), bool), rows, contents)
+
+    def _remember(
+        self,
+        shards: tuple[manifest.Shard, ...],
+        mask: np.ndarray,
+        rows: np.ndarray,
+        contents: manifest.Manifest | None = None,
+    ) -> None:
+        assert self._repeats is not None
+        captions = [
+            caption
+            for shard in shards
+            for caption in shard_file.load_origins(
+                self._root, contents or self._before, shard
+            ).caption
+        ]
+        places = np.flatnonzero(mask)
+        self._repeats.add([captions[place] for place in places], rows[places])
+
+
+def _commit(draft: _Draft, folder: str) -> staging.Commit:
+    shard = manifest.Shard(folder, draft.number, 0, 0, 0)
+    files: dict[str, manifest.FileEntry] = {}
+    if draft.writer is not None:
+        shard, files = draft.writer.close()
+    return staging.Commit(
+        shard, files, draft.position, draft.rejects, dict(draft.excluded), dict(draft.notes)
+    )
+
+
+def _num_records(commit: staging.Commit) -> int:
+    return commit.shard.rows + len(commit.rejects) + sum(commit.excluded.values())
+
+
+def _fit(document: document_types.Document, image_size: int) -> document_types.Document:
+    """The document with its pictures at the memory's size."""
+    segments = tuple(
+        document_types.Image(image_files.fit(segment.pixels, image_size))
+        if isinstance(segment, document_types.Image)
+        else segment
+        for segment in document.segments
+    )
+    return dataclasses.replace(document, segments=segments)

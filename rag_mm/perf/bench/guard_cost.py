@@ -1,0 +1,58 @@
+"""What `train.guard` costs: our training step with it beside the same step without, rounds by turns."""
+
+import functools
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optax
+
+from rag_mm.perf.bench import ours, timing
+from rag_mm.perf.bench import steps as bench_models
+from rag_mm.train import update_guard
+
+
+def run(
+    config: bench_models.Config, num_steps: int = 1, say: Callable[[str], None] = lambda line: None
+) -> dict[str, Mapping[str, Any]]:
+    """Tokens a second of steps of Adam, guarded (`ours`) and not (`peer`); a case `WIDTH_guard` a width.
+
+    Both go once a round, each after a call of its own kind, so each round has a ratio of its own, in which
+    most of what the machine does besides cancels. `ratio` is their median, below 1 by what the guard costs,
+    and `ci95` its 95 % interval.
+
+    Args:
+        config: shapes as beside transformers, threads, and at least `timing.LEAST_ROUNDS` rounds.
+        num_steps: that are timed together in a round.
+        say: is told what begins.
+    """
+    with timing.on_threads(config.num_threads):
+        cases = {
+            f"{width}_guard": _measure(config, width, num_steps, say) for width in config.widths
+        }
+    return ours.with_machine(cases, config.num_threads)
+
+
+def _measure(
+    config: bench_models.Config, width: int, num_steps: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    say(f"training, {width} wide, with a guard and without")
+    model, rows = config.model(width), config.rows()
+    adam = optax.adam(bench_models.LEARNING_RATE)
+    steps = [
+        ours.make_train_step(model, tx)
+        for tx in (update_guard.guard(adam, update_guard.Config()), adam)
+    ]
+    calls = [functools.partial(step, rows, num_steps) for step in steps]
+    guarded, plain = timing.rounds(calls, config.num_rounds, is_warm=True)
+    ratios = [without / with_ for with_, without in zip(guarded, plain, strict=True)]
+    num_tokens = rows["tokens"].size * num_steps
+    return {
+        "ours": num_tokens / statistics.median(guarded),
+        "peer": num_tokens / statistics.median(plain),
+        "ratio": statistics.median(ratios),
+        "ci95": timing.median_interval(ratios),
+        "unit": "tokens/s",
+        "num_rounds": config.num_rounds,
+        "num_steps": num_steps,
+    }

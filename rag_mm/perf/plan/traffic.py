@@ -1,0 +1,85 @@
+"""Bytes that a step cannot avoid, by hand: what each chip moves through its memory, and keeps in it.
+
+Lower bounds: every operand and result of a product with parameters passes through memory once, scores of
+attention never do, and elementwise work is free.
+"""
+
+import math
+
+import jax.numpy as jnp
+
+from rag_mm.nn.decoder import DecoderConfig
+from rag_mm.perf import flops
+from rag_mm.perf.plan import programs
+
+
+def hbm_bytes(case: programs.Case) -> float:
+    """Through one chip's memory in a training step, or in the step of one decoded token."""
+    config = case.model.decoder
+    data, fsdp, tensor = case.mesh_shape
+    num_params = programs.count_params(case.model)
+    narrow = jnp.dtype(config.dtype).itemsize
+    if case.num_new:
+        rows = case.batch_size / (data * fsdp)
+        keys = config.max_seq_len - case.num_new / 2
+        return narrow * (num_params + rows * _cache_size(config, keys)) / tensor
+    # Weights and both moments are read and written in float32; the gathered form is written and read in
+    # every pass of every part.
+    passes = 2 + (config.remat == "full")
+    weights = 6 * 4 * num_params / math.prod(case.mesh_shape[1:])
+    weights += 2 * narrow * num_params / tensor * passes * case.num_parts
+    tokens = case.batch_size * config.max_seq_len / (data * fsdp)
+    products = 3 + (config.remat == "full")
+    layers = config.num_layers * _product_width(case) * products
+    return weights + narrow * tokens / tensor * (layers + 3 * config.vocab_size)
+
+
+def decode_bytes(config: DecoderConfig, num_keys: float) -> float:
+    """Read for one new token of one row on one chip that sees `num_keys` keys, in the config's dtype.
+
+    Weights that multiply its vector, and the cache; of a table that is looked up one row counts for nothing.
+    """
+    narrow = jnp.dtype(config.dtype).itemsize
+    return narrow * (flops.multiplied_params(config) + _cache_size(config, num_keys))
+
+
+def kept_bytes(case: programs.Case) -> float:
+    """What the layers of one part keep on a chip for the backward pass, by the model's remat."""
+    config = case.model.decoder
+    data, fsdp, tensor = case.mesh_shape
+    tokens = case.batch_size * config.max_seq_len / (data * fsdp * case.num_parts)
+    heads = (2 * config.block.num_heads + 2 * config.block.num_kv_heads) * config.block.head_dim
+    hidden = config.mlp_dim * (2 if config.mlp == "swiglu" else 1)
+    width = (
+        config.embed_dim
+        + {
+            "full": 0,
+            "dots": (heads + hidden) / tensor + 2 * config.embed_dim,
+            # Both norms' outputs and the activation's besides.
+            "none": (heads + 2 * hidden) / tensor + 4 * config.embed_dim,
+        }[config.remat]
+    )
+    return jnp.dtype(config.dtype).itemsize * tokens * config.num_layers * width
+
+
+def dcn_bytes(case: programs.Case, num_slices: int) -> float:
+    """Between slices: float32 gradients, each chip's own part, all-reduced in a ring."""
+    if num_slices == 1 or case.num_new:
+        return 0.0
+    share = 4 * programs.count_params(case.model) / math.prod(case.mesh_shape[1:])
+    return 2 * share * (num_slices - 1) / num_slices * case.num_parts
+
+
+def _cache_size(config: DecoderConfig, num_keys: float) -> float:
+    """Elements of the keys and values of one row."""
+    return 2 * config.num_layers * config.block.num_kv_heads * config.block.head_dim * num_keys
+
+
+def _product_width(case: programs.Case) -> float:
+    """Elements in and out of one layer's products, a token."""
+    config = case.model.decoder
+    q = config.block.num_heads * config.block.head_dim
+    kv = config.block.num_kv_heads * config.block.head_dim
+    matrices = 3 if config.mlp == "swiglu" else 2
+    attention = 4 * config.embed_dim + 2 * q + 2 * kv
+    return attention + matrices * (config.embed_dim + config.mlp_dim)

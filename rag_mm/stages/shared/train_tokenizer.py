@@ -1,0 +1,169 @@
+"""Stage `tokenizer`: the text vocabulary and the image tokenizer, trained on seen classes only."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from flax import nnx
+from jax.sharding import Mesh
+
+from rag_mm.core import run_folder, sharding
+from rag_mm.data import pipeline, vocabulary
+from rag_mm.eval import scene_accuracy
+from rag_mm.models.spae import autoencoder
+from rag_mm.nn.param_trees import Params
+from rag_mm.ops import quantize
+from rag_mm.stages import multiprocess, training
+from rag_mm.stages.shared import frozen, world_config
+from rag_mm.train import loop, optimizer
+from rag_mm.worlds.emoji import emoji_scenes, scene_facts
+
+INPUTS = ()
+FOLDER = "frozen"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """`model` is a `spae.Config`; the text vocabulary is learned from `caption_draws` captions a scene."""
+
+    seed: int
+    world: world_config.World | world_config.Pictures
+    model: autoencoder.Config
+    optimizer: optimizer.Config
+    loop: loop.Config
+    batch_size: int = 128
+    text_size: int = 1024  # entries of the text vocabulary, bytes included
+    num_sentinels: int = 8
+    caption_draws: int = 2
+    num_init_images: int = 2048  # pictures that k-means sees
+    num_eval: int = 1024
+
+    def __post_init__(self):
+        training.check_config(self.optimizer, self.loop, self.batch_size)
+        patches = self.num_init_images * self.model.levels[-1] ** 2
+        if patches < self.model.codebook_size:
+            raise ValueError(
+                f"num_init_images gives {patches} patches for a codebook of "
+                f"{self.model.codebook_size}, give more"
+            )
+        if self.model.image_size != self.world.image_size:
+            raise ValueError(
+                f"model.image_size is {self.model.image_size}, but the world's pictures have "
+                f"{self.world.image_size} pixels a side"
+            )
+
+
+def make_mesh(config: Config) -> Mesh:
+    """What it trains on; raises as `training.make_mesh` does."""
+    return training.make_mesh(config.batch_size, is_explicit=False)
+
+
+def run(config: Config, run: run_folder.Run, stage_dir: epath.Path) -> dict:
+    """Trains both, then measures on test scenes of classes never seen."""
+    source = config.world.scenes("train", *world_config.SEEN)
+    mesh = make_mesh(config)
+    make_model = partial(_make_model, config)
+    pictures = world_config.images(source)
+    batches = pipeline.make_batches(
+        pictures,
+        config.batch_size,
+        config.seed,
+        lambda picture, rng: {"images": picture},
+        rows=sharding.local_rows(config.batch_size, mesh),
+    )
+    params, _ = training.train(
+        "tokenizer",
+        stage_dir,
+        make_model,
+        autoencoder.loss_fn,
+        batches,
+        optimizer_config=config.optimizer,
+        loop_config=config.loop,
+        seed=config.seed,
+        mesh=mesh,
+        prepare=partial(_with_codebook, config, pictures, mesh),
+        derive=_derive,
+    )
+    if not multiprocess.is_leader():
+        return {}
+    words = _make_vocabulary(config, source)
+    frozen.save_tokenizer(stage_dir / FOLDER, config.model, words, params)
+    return _evaluate(config, frozen.Tokenizer(stage_dir / FOLDER))
+
+
+def load_tokenizer(path: epath.PathLike) -> frozen.Tokenizer:
+    """The tokenizer of a run, or of a folder that holds one (as a memory does).
+
+    Raises:
+        UserError: there is none, or its stage is unfinished or edited.
+    """
+    path = epath.Path(path)
+    if (path / "config.json").exists() and (path / frozen.PARAMS).exists():
+        return frozen.Tokenizer(path)
+    return frozen.Tokenizer(run_folder.open_run(path).finished_stage("tokenizer") / FOLDER)
+
+
+def _make_model(config: Config) -> autoencoder.SPAE:
+    return autoencoder.SPAE(config.model, rngs=nnx.Rngs(params=config.seed))
+
+
+def _make_vocabulary(config: Config, source: world_config.Source) -> vocabulary.Vocabulary:
+    texts = [source.caption(i, d) for i in range(len(source)) for d in range(config.caption_draws)]
+    size, sentinels = config.text_size, config.num_sentinels
+    return vocabulary.train_vocabulary(texts, size, config.model.codebook_size, sentinels)
+
+
+def _with_codebook(config: Config, pictures: np.ndarray, mesh: Mesh, params: Params) -> Params:
+    graphdef = nnx.graphdef(jax.eval_shape(partial(_make_model, config)))
+    rows = np.random.default_rng((config.seed, 1)).permutation(len(pictures))
+    rows = rows[: config.num_init_images]
+
+    @jax.jit
+    def init(params, images):
+        model = nnx.merge(graphdef, params)
+        return autoencoder.init_codebook(model, images, jax.random.key(config.seed))
+
+    with jax.set_mesh(mesh):
+        return params | {"codebook": init(params, pictures[rows])}
+
+
+def _derive(averages: dict[str, np.ndarray]) -> dict[str, float]:
+    """Decibels, and how much of the codebook is in use."""
+    frequencies = averages["code_frequencies"]
+    return {
+        "psnr": autoencoder.psnr(float(averages["squared_error"])),
+        "code_usage": float((frequencies > 0).mean()),
+        "perplexity": float(quantize.perplexity(frequencies)),
+    }
+
+
+def _evaluate(config: Config, tokenizer: frozen.Tokenizer) -> dict[str, Any]:
+    held_out = config.world.scenes("test", *world_config.HELD_OUT)
+    rows = world_config.sample_rows(held_out, config.num_eval, config.seed)
+    originals = world_config.images(held_out, rows)
+    codes = tokenizer.encode(originals)
+    error = np.square((tokenizer.decode(codes).astype(np.float64) - originals) / 255).mean()
+    frequencies = np.bincount(codes.ravel(), minlength=config.model.codebook_size) / codes.size
+    measured: dict[str, Any] = {
+        "psnr": autoencoder.psnr(error),
+        "code_usage": float((frequencies > 0).mean()),
+        "perplexity": float(quantize.perplexity(frequencies)),
+    }
+    if isinstance(held_out, emoji_scenes.Scenes):
+        measured["scorer_on_originals"] = _accuracy(held_out, rows, originals)
+        measured["scorer_ceiling"] = _accuracy(held_out, rows, tokenizer.decode(codes))
+    return measured
+
+
+def _accuracy(source: emoji_scenes.Scenes, rows: np.ndarray, pictures: np.ndarray) -> dict:
+    """What the scorer reads in pictures that should show these scenes."""
+    levels = [source.levels[row] for row in rows]
+    asked = [source.facts(int(row)) for row in rows]
+    found = scene_accuracy.outcomes(scene_facts.read(pictures, levels), asked, levels[0])
+    return {
+        name.removesuffix("_accuracy"): value
+        for name, value in scene_accuracy.accuracies(found).items()
+    }

@@ -1,0 +1,27 @@
+"""What a training step carries along."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from rag_mm.nn.param_trees import Params
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Steps taken (int32 []), float32 parameters as nested dicts, and the optimizer's state."""
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Step 0; every moment lies like its parameter."""
+    with jax.set_mesh(mesh):
+        opt_state = jax.jit(optimizer.init)(params)
+        return TrainState(jnp.zeros((), jnp.int32), params, opt_state)

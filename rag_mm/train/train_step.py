@@ -1,0 +1,105 @@
+"""One training step: forward, gradient, update, new state, in that order and nothing else."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from rag_mm.core import sharding
+from rag_mm.nn.param_trees import Params
+from rag_mm.train import update_guard
+from rag_mm.train.train_state import TrainState
+
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+# (model, batch, rng) -> (loss float32 [], sums with their weights)
+LossFn = Callable[[nnx.Module, Mapping[str, jax.Array], jax.Array], tuple[jax.Array, Metrics]]
+
+
+def train_step(
+    state: TrainState,
+    batch: Mapping[str, jax.Array],
+    *,
+    graphdef: nnx.GraphDef,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    num_parts: int = 1,
+) -> tuple[TrainState, Metrics]:
+    """Takes one step; randomness depends on `seed` and `state.step` alone.
+
+    Args:
+        state: where training stands; its buffers may be donated.
+        batch: arrays [B, ...], split over the mesh's batch axes.
+        graphdef: the model's structure, beside `state.params`.
+        loss_fn: the objective.
+        optimizer: an Optax transformation; one that takes `value` is given the loss.
+        seed: of dropout and sampling inside the loss.
+        num_parts: the batch goes through in so many parts, one after the other, to the same gradient.
+            This holds for a loss that is its own `loss` metric, sum over weight (or over one, if that is
+            more), row by row.
+
+    Returns:
+        The next state, and a plain dict name -> (sum, weight): divide outside, after adding up.
+    """
+    rng = jax.random.fold_in(jax.random.key(seed), state.step)
+
+    def compute_loss(params, part, rng):
+        return loss_fn(nnx.merge(graphdef, params), part, rng)
+
+    compute_grads = partial(jax.grad(compute_loss, has_aux=True), state.params)
+    if num_parts == 1:
+        grads, metrics = compute_grads(batch, rng)
+    else:
+        grads, metrics = _accumulate(compute_grads, state.params, batch, rng, num_parts)
+    with jax.numpy_dtype_promotion("standard"):  # Optax raises Python floats to int32 powers.
+        total, weight = metrics["loss"]
+        update = optax.with_extra_args_support(optimizer).update
+        value = total / jnp.maximum(weight, 1)
+        updates, opt_state = update(grads, state.opt_state, state.params, value=value)
+    params = optax.apply_updates(state.params, updates)
+    metrics["grad_norm"] = (optax.global_norm(grads), jnp.float32(1))
+    metrics = update_guard.blank_skipped(state.opt_state, opt_state, metrics)
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def _accumulate(
+    compute_grads: Callable[[Mapping[str, jax.Array], jax.Array], tuple[Params, Metrics]],
+    params: Params,
+    batch: Mapping[str, jax.Array],
+    rng: jax.Array,
+    num_parts: int,
+) -> tuple[Params, Metrics]:
+    """Gradient and metrics of the whole batch: a part's mean counts as its weight does."""
+    parts = sharding.split_batch(dict(batch), num_parts)
+
+    def add(total, inputs):
+        grads, metrics = compute_grads(*inputs)
+        weight = _count(metrics)
+        return jax.tree.map(lambda sum_, grad: sum_ + weight * grad, total, grads), metrics
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    grads, metrics = jax.lax.scan(add, zeros, (parts, jax.random.split(rng, num_parts)))
+    metrics = jax.tree.map(lambda x: x.sum(0), metrics)
+    weight = _count(metrics)
+    return jax.tree.map(lambda grad: grad / weight, grads), metrics
+
+
+def _count(metrics: Metrics) -> jax.Array:
+    """What a loss was divided by; a part without targets must not count as one."""
+    return jnp.maximum(metrics["loss"][1].astype(jnp.float32), 1)
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    num_parts: int = 1,
+) -> jax.stages.Wrapped:
+    """`train_step` compiled, its state donated."""
+    fixed = dict(graphdef=graphdef, loss_fn=loss_fn, optimizer=optimizer, seed=seed)
+    bound = partial(train_step, **fixed, num_parts=num_parts)
+    return jax.jit(bound, donate_argnums=0)

@@ -1,0 +1,367 @@
+"""Scenes composed from the emoji art, with their exact facts, captions and masks.
+
+A scene is a pure function of (level, class, configuration, seed). The levels are a ladder: `easy`
+puts one picture as an opaque white card on the code grid, each further one relaxes one thing of
+the one before it, and `free` cuts out one or two pictures and puts them anywhere.
+"""
+
+import dataclasses
+import functools
+import itertools
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from rag_mm.core.document_types import Document, Image, Text
+from rag_mm.core.errors import UserError
+from rag_mm.worlds.emoji import art, class_splits, classes
+
+COLORS = {
+    "black": (20, 20, 20),
+    "gray": (128, 128, 128),
+    "red": (210, 30, 40),
+    "green": (30, 150, 60),
+    "blue": (30, 60, 210),
+    "yellow": (240, 210, 50),
+    "cyan": (70, 200, 220),
+    "pink": (235, 100, 200),
+}
+ROWS = ("top", "", "bottom")
+COLUMNS = ("left", "", "right")
+NUM_CONFIGURATIONS = 32
+ROLES = {"memory": slice(0, 16), "train": slice(16, 28), "test": slice(28, 32)}
+NUM_RARE_TRAIN = 3
+LICENSE = "OFL-1.1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """How hard a world is; all lengths in pixels.
+
+    Attributes:
+        sizes: sides of the square box an entity may have; pairs take the smallest.
+        step: boxes start at multiples of it.
+        card: whether an entity is an opaque white tile, or cut out along its alpha.
+        max_entities: 1 or 2; with 2, half of the configurations show a pair.
+    """
+
+    name: str
+    image_size: int = 32
+    sizes: tuple[int, ...] = (24,)
+    step: int = 8
+    card: bool = True
+    max_entities: int = 1
+
+    def corners(self, size: int) -> tuple[tuple[int, int], ...]:
+        """All (row, column) at which a box of `size` may start, row by row."""
+        offsets = range(0, self.image_size - size + 1, self.step)
+        return tuple((row, column) for row in offsets for column in offsets)
+
+
+# The ladder: with step 8, every card of 16 or 24 pixels covers whole 4-pixel codes, wherever it
+# stands, and the offsets of each size are places with names of their own.
+LEVELS = {
+    "easy": Level("easy"),
+    "pairs": Level("pairs", sizes=(16,), max_entities=2),
+    "sizes": Level("sizes", sizes=(16, 24), max_entities=2),
+    "off_grid": Level("off_grid", sizes=(16, 24), step=1, max_entities=2),
+    "free": Level("free", sizes=(16, 24), step=1, card=False, max_entities=2),
+}
+# What each level relaxes of the one before it.
+RELAXES = {
+    "pairs": "two entities, hence cards of 16 pixels",
+    "sizes": "cards of 16 or 24 pixels",
+    "off_grid": "cards off the code grid",
+    "free": "no card",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entity:
+    """A class drawn in a square box; row and column are those of its top left pixel."""
+
+    class_id: int
+    size: int
+    row: int
+    column: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """All there is to know about a scene. The first entity is the one it was made for."""
+
+    entities: tuple[Entity, ...]
+    color: str
+
+
+def place(entity: Entity, level: Level) -> str:
+    """Where an entity stands, in words: `top left`, `top`, ..., `center`, ..., `bottom right`."""
+    span = level.image_size - entity.size
+    row, column = (
+        int(2 * offset / span + 0.5) if span else 1 for offset in (entity.row, entity.column)
+    )
+    return " ".join(filter(None, (ROWS[row], COLUMNS[column]))) or "center"
+
+
+def configurations(
+    level: Level, class_id: int, seed: int = 0, class_share: float = 1.0
+) -> tuple[Facts, ...]:
+    """The 32 scenes of a class; no two agree in all of places, colour and partner.
+
+    Where one size on a grid gives exactly 32 (as in `easy`: 4 places x 8 colours), these are all.
+    Otherwise they are drawn at random, half of them pairs if the level has pairs. A partner comes
+    from the same split, of which `class_share` is kept, and of two classes only one ever invites the
+    other, so no pair of classes meets in another class's scenes. A class is not put on a colour on which
+    it cannot be seen.
+    """
+    return _configurations(level, class_id, seed, class_share)
+
+
+@functools.lru_cache(maxsize=8192)
+def _configurations(
+    level: Level, class_id: int, seed: int, class_share: float
+) -> tuple[Facts, ...]:
+    boxes = [(size, *corner) for size in level.sizes for corner in level.corners(size)]
+    if level.max_entities == 1 and len(boxes) * len(COLORS) == NUM_CONFIGURATIONS:
+        return tuple(
+            Facts((Entity(class_id, *box),), color)
+            for box, color in itertools.product(boxes, COLORS)
+        )
+    rng = _rng(f"configurations of {level.name}", seed, class_id)
+    num_pairs = NUM_CONFIGURATIONS // 2 if level.max_entities == 2 else 0
+    found: dict[tuple[object, ...], Facts] = {}
+    while len(found) < NUM_CONFIGURATIONS:
+        if len(found) < NUM_CONFIGURATIONS - num_pairs:
+            facts = _draw_single(level, class_id, rng)
+        else:
+            facts = _draw_pair(level, class_id, _kin(class_id, seed, class_share), rng)
+        # Only what captions ask for is a difference: else a hit could be the answer itself.
+        told = [(entity.class_id, place(entity, level)) for entity in facts.entities]
+        found.setdefault((*told, facts.color), facts)
+    return tuple(found.values())
+
+
+@functools.cache
+def disjoint_corners(level: Level) -> tuple[tuple[tuple[int, int], tuple[int, int]], ...]:
+    """All ordered pairs of corners at which boxes of the smallest size do not overlap."""
+    size = min(level.sizes)
+    return tuple(
+        (one, two)
+        for one, two in itertools.product(level.corners(size), repeat=2)
+        if max(abs(one[0] - two[0]), abs(one[1] - two[1])) >= size
+    )
+
+
+def _draw_single(level: Level, class_id: int, rng: np.random.Generator) -> Facts:
+    size = level.sizes[rng.integers(len(level.sizes))]
+    colors = _visible_colors(level, class_id)
+    color = colors[rng.integers(len(colors))]
+    corners = level.corners(size)
+    return Facts((Entity(class_id, size, *corners[rng.integers(len(corners))]),), color)
+
+
+def _kin(class_id: int, seed: int, class_share: float) -> np.ndarray:
+    """Ids of the kept classes of a class's own split, ascending."""
+    split = class_splits.SPLITS[class_splits.split_of(seed)[class_id]]
+    return class_splits.classes(split, seed=seed, share=class_share)
+
+
+def _draw_pair(level: Level, class_id: int, members: np.ndarray, rng: np.random.Generator) -> Facts:
+    size, pairs = min(level.sizes), disjoint_corners(level)
+    while True:
+        # Only the half of the circle ahead: whoever is invited never invites back.
+        ahead = rng.integers(1, (len(members) - 1) // 2 + 1)
+        partner = int(members[(np.searchsorted(members, class_id) + ahead) % len(members)])
+        visible = _visible_colors(level, partner)
+        shared = [color for color in _visible_colors(level, class_id) if color in visible]
+        if shared:
+            one, two = pairs[rng.integers(len(pairs))]
+            entities = Entity(class_id, size, *one), Entity(partner, size, *two)
+            return Facts(entities, shared[rng.integers(len(shared))])
+
+
+def _visible_colors(level: Level, class_id: int) -> tuple[str, ...]:
+    return tuple(COLORS) if level.card else _contrasting_colors()[class_id]
+
+
+@functools.cache
+def _contrasting_colors() -> tuple[tuple[str, ...], ...]:
+    """For each class, the colours on which its cut-out differs enough from nothing."""
+    drawn = art.load_art().drawn(classes.SMALLEST_SIZE)
+    contrast = []
+    for color in COLORS.values():
+        plain = np.full((*drawn.shape[1:3], 3), color, np.uint8)
+        contrast.append(classes.rms_to(art.lay_on(drawn, color), plain))
+    visible = np.stack(contrast, axis=1) >= classes.DISTINCT_RMS  # [num_classes, 8]
+    return tuple(tuple(itertools.compress(COLORS, row)) for row in visible)
+
+
+def render(facts: Facts, level: Level) -> np.ndarray:
+    """Draws a scene: uint8 [S, S, 3] with S = `level.image_size`."""
+    pictures = art.load_art()
+    image = np.empty((level.image_size, level.image_size, 3), np.uint8)
+    image[:] = COLORS[facts.color]
+    for entity in facts.entities:
+        if level.card:
+            tile = pictures.card(entity.class_id, entity.size)
+        else:
+            tile = art.lay_on(pictures.rgba(entity.class_id, entity.size), COLORS[facts.color])
+        image[_box(entity)] = tile
+    return image
+
+
+def _box(entity: Entity) -> tuple[slice, slice]:
+    rows = slice(entity.row, entity.row + entity.size)
+    return rows, slice(entity.column, entity.column + entity.size)
+
+
+def caption(facts: Facts, level: Level, rng: np.random.Generator | None, drop: bool = True) -> str:
+    """Says what a scene shows, for instance `red apple at the top left on a blue background`.
+
+    Together with its place, what fills no more than half of a side is called `little`, and what is not
+    exactly there stands `near` it. With `drop`, half of the captions only name, a sixth leave out the
+    background, a sixth the places, and a sixth say everything; each name is a random one of its class.
+    Without, everything is said with first names, and `rng` may be None.
+
+    Raises:
+        ValueError: facts are to be dropped without an `rng`.
+    """
+    names = [art.load_art().names[entity.class_id] for entity in facts.entities]
+    says_place = says_color = True
+    if drop:
+        if rng is None:
+            raise ValueError("Dropping facts at random needs an rng; pass one, or drop=False.")
+        names = [(choice[rng.integers(len(choice))],) for choice in names]
+        draw = rng.integers(6)
+        says_place, says_color = draw in (3, 5), draw in (4, 5)
+    parts = [
+        _with_place(choice[0], entity, level) if says_place else choice[0]
+        for choice, entity in zip(names, facts.entities, strict=True)
+    ]
+    return " and ".join(parts) + (f" on a {facts.color} background" if says_color else "")
+
+
+def _with_place(name: str, entity: Entity, level: Level) -> str:
+    span = level.image_size - entity.size
+    size = "little " if 2 * entity.size <= level.image_size else ""
+    where = "near" if span and (2 * entity.row % span or 2 * entity.column % span) else "at"
+    return f"{size}{name} {where} the {place(entity, level)}"
+
+
+def entity_mask(facts: Facts, level: Level, patch: int = 4) -> np.ndarray:
+    """Code positions that any entity's box overlaps: bool [S / patch, S / patch]."""
+    covered = np.zeros((level.image_size, level.image_size), bool)
+    for entity in facts.entities:
+        covered[_box(entity)] = True
+    side = level.image_size // patch
+    return np.asarray(covered.reshape(side, patch, side, patch).any(axis=(1, 3)))
+
+
+def _rng(purpose: str, *key: int) -> np.random.Generator:
+    """A stream of its own for each purpose: NumPy takes (1, 2) and (1, 2, 0) for one seed."""
+    return np.random.default_rng((zlib.crc32(purpose.encode()), *key))
+
+
+class Scenes:
+    """Random access to the scenes of some classes in one role, as documents (a Grain source).
+
+    Item i is a function of i and the arguments alone. Within a level memory, train and test share no facts.
+
+    Attributes:
+        class_ids: int64 [len], the class each item was made for.
+        levels: the level of each item, as long as `class_ids`.
+    """
+
+    def __init__(
+        self,
+        level_names: str | Sequence[str],
+        class_ids: np.ndarray,
+        role: str,
+        seed: int = 0,
+        class_share: float = 1.0,
+    ):
+        """Takes `level_names` from `LEVELS`, `role` from `ROLES`; partners in pairs are of `class_share`.
+
+        A class has 16 scenes in the memory, 12 to train on (3 if it is a rare one) and 4 to test. Several
+        levels take turns at them, each class beginning with another one.
+
+        Raises:
+            UserError: no such level or role.
+        """
+        level_names = [level_names] if isinstance(level_names, str) else list(level_names)
+        for name in level_names:
+            if name not in LEVELS:
+                raise UserError(f"There is no level {name!r}; choose from {', '.join(LEVELS)}.")
+        if role not in ROLES:
+            raise UserError(f"There is no role {role!r}; choose from {', '.join(ROLES)}.")
+        shown = f"{len(class_ids)} classes, partners of {class_share:g}"
+        self._name = f"{'+'.join(level_names)}, {shown}, {role}, seed {seed}"
+        self._seed, self._class_share = seed, class_share
+        rare = class_splits.split_of(seed) == class_splits.SPLITS.index("rare_seen")
+        numbers, levels = [], []
+        for class_id in class_ids:
+            order = _rng("roles", seed, class_id).permutation(NUM_CONFIGURATIONS)
+            chosen = order[ROLES[role]]
+            if role == "train" and rare[class_id]:
+                chosen = chosen[:NUM_RARE_TRAIN]
+            numbers.append(chosen)
+            turns = (int(class_id) + np.arange(len(chosen))) % len(level_names)
+            levels += [LEVELS[level_names[turn]] for turn in turns]
+        self.class_ids = np.repeat(class_ids, [len(chosen) for chosen in numbers])
+        self.levels = tuple(levels)
+        self._numbers = np.concatenate([np.zeros(0, np.int64), *numbers])
+
+    def __repr__(self) -> str:
+        return f"Scenes({self._name})"
+
+    def __len__(self) -> int:
+        return len(self.class_ids)
+
+    def __getitem__(self, index: int) -> Document:
+        """The scene with its caption's draw 0; its id is `level-class-configuration`."""
+        class_id, number = self.class_ids[index], self._numbers[index]
+        return Document(
+            id=f"{self.levels[index].name}-{class_id:04d}-{number:02d}",
+            segments=(Text(self.caption(index, 0)), Image(self.picture(index))),
+            license=LICENSE,
+        )
+
+    def facts(self, index: int) -> Facts:
+        """What item `index` shows."""
+        own = configurations(
+            self.levels[index], int(self.class_ids[index]), self._seed, self._class_share
+        )
+        return own[self._numbers[index]]
+
+    def picture(self, index: int) -> np.ndarray:
+        """Item `index` drawn: uint8 [S, S, 3]."""
+        return render(self.facts(index), self.levels[index])
+
+    def caption(self, index: int, draw: int) -> str:
+        """A caption of item `index` with facts dropped at random; `draw` is any count."""
+        rng = _rng("caption", self._seed, self.class_ids[index], self._numbers[index], draw)
+        return caption(self.facts(index), self.levels[index], rng)
+
+    def full_caption(self, index: int) -> str:
+        """All facts of item `index` in words."""
+        return caption(self.facts(index), self.levels[index], None, drop=False)
+
+    def entity_mask(self, index: int, patch: int = 4) -> np.ndarray:
+        """Codes of item `index` that any entity's box overlaps: bool [S / patch, S / patch]."""
+        return entity_mask(self.facts(index), self.levels[index], patch)
+
+
+def open_documents(spec: str) -> Scenes:
+    """Opens `level/split[+split]/role` with seed 0, for instance `easy/held_out/memory`.
+
+    Raises:
+        UserError: `spec` has another shape, or names a level, split or role that does not exist.
+    """
+    parts = spec.split("/")
+    if len(parts) != 3:
+        raise UserError(
+            f"{spec!r} does not name scenes; write level/split/role, such as easy/common/memory."
+        )
+    level_name, split_names, role = parts
+    return Scenes(level_name, class_splits.classes(*split_names.split("+")), role)

@@ -1,0 +1,139 @@
+"""A finished stage is taken over from another run where it is what would be made here, and only there."""
+
+import pytest
+from etils import epath
+
+from rag_mm.core import costs as clock
+from rag_mm.core import files, reuse, run_folder
+
+
+def words(run, stage_dir):
+    (stage_dir / "words.txt").write_text("a b c")
+    return {"count": 3}
+
+
+def model(run, stage_dir):
+    text = (run.stage_dir("words") / "words.txt").read_text()
+    (stage_dir / "sub").mkdir(exist_ok=True)
+    (stage_dir / "sub" / "model.bin").write_bytes(text.upper().encode())
+    return {"words": {"loss": 0.5}, "own": {"loss": 0.25}}
+
+
+def no_work(run, stage_dir):
+    pytest.fail("it was borrowed")
+
+
+def make(run, dim=8):
+    run_folder.run_stage(run, "words", {"n": (3, 4)}, (), words)
+    return run_folder.run_stage(
+        run, "model", {"dim": dim}, ("words",), model, reports_on_others=True
+    )
+
+
+def take_words(run, source, n=(3, 4)):
+    return reuse.borrow_stage(run, "words", {"n": n}, (), source)
+
+
+def take_model(run, source, dim=8):
+    return reuse.borrow_stage(run, "model", {"dim": dim}, ("words",), source)
+
+
+@pytest.fixture
+def source(tmp_path):
+    run = run_folder.Run(epath.Path(tmp_path / "source"))
+    make(run)
+    return run
+
+
+@pytest.fixture
+def run(tmp_path):
+    return run_folder.Run(epath.Path(tmp_path / "run"))
+
+
+def test_to_borrow_is_to_compute(run, source):
+    """The same manifests, files and metrics; nothing else is left in the folder."""
+    assert take_words(run, source) and take_model(run, source)
+    run_folder.run_stage(run, "words", {"n": (3, 4)}, (), no_work)
+    run_folder.run_stage(run, "model", {"dim": 8}, ("words",), no_work, reports_on_others=True)
+    for stage in ("words", "model"):
+        assert run.manifest(stage) == source.manifest(stage)
+    assert {**run.metrics, "machine": None} == {**source.metrics, "machine": None}
+    assert (run.finished_stage("model") / "sub" / "model.bin").read_bytes() == b"A B C"
+    names = sorted(path.name for path in run.workdir.iterdir())
+    assert names == [".lock", "metrics.json", "model", "words"]
+
+
+def spend(run, stage, seconds):
+    """As if the stage had cost so much."""
+    part = {"wall_seconds": seconds, "peak_rss_mb": 1024, "code": "", "machine": {}}
+    files.write_json(run.stage_dir(stage) / clock.FILE_NAME, {"parts": [part]})
+
+
+def test_costs_come_along_and_say_that_another_run_had_them(run, source):
+    """A total counts them as if they had been made here, and says how much of it was not."""
+    spend(source, "words", 60.0)
+    take_words(run, source)
+    run_folder.run_stage(run, "words", {"n": (3, 4)}, (), no_work)
+    run_folder.run_stage(run, "model", {"dim": 9}, ("words",), model, reports_on_others=True)
+    spend(run, "model", 20.0)
+    costs = run.metrics["machine"]
+    assert (costs["words"]["wall_seconds"], costs["words"]["borrowed_seconds"]) == (60.0, 60.0)
+    assert costs["model"]["borrowed_seconds"] == 0
+    run.save_costs("whole", ["words", "model"])
+    whole = {"wall_seconds": 80.0, "borrowed_seconds": 60.0, "peak_rss_gib": 1.0}
+    assert run.metrics["whole"] == whole
+    source.save_costs("whole", ["words"])
+    assert source.metrics["whole"] == whole | {"wall_seconds": 60.0, "borrowed_seconds": 0.0}
+
+
+def test_a_lent_stage_can_be_lent_again(run, source, tmp_path):
+    """And its costs are still those of the first run."""
+    spend(source, "words", 60.0)
+    third = run_folder.Run(epath.Path(tmp_path / "third"))
+    assert take_words(run, source) and take_words(third, run)
+    assert clock.summary(third.stage_dir("words"))["borrowed_seconds"] == 60.0
+
+
+def test_another_config_or_other_inputs_are_not_borrowed(run, source):
+    assert not take_words(run, source, n=(3, 5))
+    assert not take_model(run, source)  # its input is not there yet
+    run_folder.run_stage(run, "words", {"n": (5,)}, (), words)
+    assert not take_model(run, source)
+    assert not run.stage_dir("model").exists()
+
+
+def test_what_was_begun_here_is_left_alone(run, source):
+    def crash(run, stage_dir):
+        raise FloatingPointError
+
+    with pytest.raises(FloatingPointError):
+        run_folder.run_stage(run, "words", {"n": (3, 4)}, (), crash)
+    assert not take_words(run, source)
+    assert run.manifest("words").status == "running"
+
+
+@pytest.mark.parametrize("spoil", ["edit", "unfinished", "absent"])
+def test_what_is_edited_or_unfinished_there_is_not_taken(run, source, spoil):
+    folder = source.stage_dir("words")
+    if spoil == "edit":
+        (folder / "words.txt").write_text("a b d")
+    elif spoil == "unfinished":
+        manifest = folder / "manifest.json"
+        manifest.write_text(manifest.read_text().replace('"done"', '"running"'))
+    else:
+        folder.rmtree()
+    assert not take_words(run, source)
+    assert not run.stage_dir("words").exists()
+
+
+def test_killed_while_copying_it_leaves_no_stage_and_no_litter(run, source, monkeypatch):
+    def die(stage_dir):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(clock, "mark_borrowed", die)
+    with pytest.raises(KeyboardInterrupt):
+        take_words(run, source)
+    assert not run.stage_dir("words").exists() and len(list(run.workdir.iterdir())) == 2
+    run_folder.run_stage(run, "words", {"n": (3, 4)}, (), words)
+    names = sorted(path.name for path in run.workdir.iterdir())
+    assert names == [".lock", "metrics.json", "words"]

@@ -1,0 +1,316 @@
+"""A run is stages in folders: done once, continued after a kill, refused when what it stands on changed."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from etils import epath
+
+from rag_mm.core import costs, files, run_folder
+from rag_mm.core.errors import UserError
+
+
+@pytest.fixture
+def run(tmp_path):
+    return run_folder.Run(epath.Path(tmp_path / "run"))
+
+
+class Calls(list):
+    """Stage functions that count how often they are called."""
+
+    def words(self, run, stage_dir):
+        self.append("words")
+        (stage_dir / "words.txt").write_text("a b c")
+        return {"count": np.int64(3), "share": {"seen": 0.5}}
+
+    def model(self, run, stage_dir):
+        self.append("model")
+        text = (run.stage_dir("words") / "words.txt").read_text()
+        (stage_dir / "sub").mkdir(exist_ok=True)
+        (stage_dir / "sub" / "model.bin").write_bytes(text.upper().encode())
+        return {"loss": float("nan"), "rates": np.float32([0.5, 0.25])}
+
+
+def _chain(run, calls, words=None, model=None, overwrite=False):
+    run_folder.run_stage(run, "words", words or {"n": 3}, (), calls.words, overwrite)
+    return run_folder.run_stage(
+        run, "model", model or {"dim": 8}, ("words",), calls.model, overwrite
+    )
+
+
+def test_a_done_stage_is_not_done_again(run):
+    calls = Calls()
+    first = _chain(run, calls)
+    assert _chain(run, calls) == first and calls == ["words", "model"]
+    assert first.is_done and set(first.outputs) == {"sub/model.bin"}
+    assert first.inputs == {"words": run.manifest("words").fingerprint}
+
+
+def test_two_runs_from_scratch_are_alike_to_the_bit(run, tmp_path):
+    """Manifests are equal as files; metrics are, the key "machine" aside."""
+    other = run_folder.Run(epath.Path(tmp_path / "other"))
+    for each in (run, other):
+        _chain(each, Calls())
+    for stage in ("words", "model"):
+        paths = [each.stage_dir(stage) / "manifest.json" for each in (run, other)]
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+    metrics = [{**each.metrics, "machine": None} for each in (run, other)]
+    assert metrics[0] == metrics[1]
+
+
+def test_metrics_are_nested_by_stage_in_plain_json(run):
+    _chain(run, Calls())
+    metrics = run.metrics
+    assert metrics["words"] == {"count": 3, "share": {"seen": 0.5}}
+    assert metrics["model"] == {"loss": None, "rates": [0.5, 0.25]}
+    cost = metrics["machine"]["model"]
+    assert cost["wall_seconds"] >= 0 and cost["peak_rss_mb"] > 10 and cost["machine"]["cores"] >= 1
+
+
+def test_a_changed_config_is_refused_by_name_and_rebuilt_with_overwrite(run):
+    calls = Calls()
+    before = _chain(run, calls)
+    with pytest.raises(
+        UserError, match=r"'model' was made with another config \(dim was 8, now 16\)"
+    ):
+        _chain(run, calls, model={"dim": 16})
+    assert run.manifest("model") == before
+    after = _chain(run, calls, model={"dim": 16}, overwrite=True)
+    assert calls == ["words", "model", "model"] and after.fingerprint != before.fingerprint
+    assert sorted(p.name for p in run.workdir.iterdir()) == [
+        ".lock",
+        "metrics.json",
+        "model",
+        "words",
+    ]
+
+
+def test_a_rebuilt_input_makes_the_stage_above_stale(run):
+    calls = Calls()
+    _chain(run, calls)
+    run_folder.run_stage(run, "words", {"n": 4}, (), calls.words, overwrite=True)
+    with pytest.raises(UserError, match="'model' was made from another 'words'"):
+        run_folder.run_stage(run, "model", {"dim": 8}, ("words",), calls.model)
+    _chain(run, calls, words={"n": 4}, overwrite=True)
+    assert calls == ["words", "model", "words", "model"]
+
+
+def test_overwrite_leaves_alone_what_is_as_asked(run):
+    calls = Calls()
+    _chain(run, calls)
+    _chain(run, calls, overwrite=True)
+    assert calls == ["words", "model"]
+
+
+@pytest.mark.parametrize("edit", ["change", "add", "remove", "manifest"])
+def test_an_edited_input_is_refused_by_name(run, edit):
+    calls = Calls()
+    _chain(run, calls)
+    folder = pathlib.Path(run.stage_dir("words"))
+    if edit == "change":
+        (folder / "words.txt").write_text("a b d")
+    elif edit == "add":
+        (folder / "more.txt").write_text("d")
+    elif edit == "remove":
+        (folder / "words.txt").unlink()
+    else:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps({**manifest, "fingerprint": "0" * 64}))
+    for ask in (
+        lambda: run_folder.run_stage(
+            run, "model", {"dim": 9}, ("words",), calls.model, overwrite=True
+        ),
+        lambda: run.finished_stage("words"),
+        lambda: run_folder.check_stage(run, "words", {"n": 3}),
+        lambda: _chain(run, calls),
+    ):
+        with pytest.raises(UserError, match=r"'words' (was edited after|has an edited manifest)"):
+            ask()
+    assert calls == ["words", "model"]
+    _chain(run, calls, overwrite=True)
+    assert calls == ["words", "model", "words"], (
+        "rebuilt with the same bits, it fits what stands on it"
+    )
+
+
+def test_inputs_must_be_done(run):
+    with pytest.raises(UserError, match="no stage 'words'"):
+        run_folder.run_stage(run, "model", {}, ("words",), Calls().model)
+    assert not run.stage_dir("model").exists()
+
+
+def test_other_inputs_are_refused(run):
+    calls = Calls()
+    _chain(run, calls)
+    with pytest.raises(UserError, match="'model' was made from the stages words, not none"):
+        run_folder.run_stage(run, "model", {"dim": 8}, (), calls.model)
+
+
+def test_checking_touches_nothing(run):
+    run_folder.check_stage(run, "model", {"dim": 8}, ("words",))
+    assert not run.workdir.exists()
+    _chain(run, Calls())
+    run_folder.check_stage(run, "model", {"dim": 8}, ("words",))
+    with pytest.raises(UserError, match="dim was 8, now absent"):
+        run_folder.check_stage(run, "model", {}, ("words",))
+
+
+def test_a_mistake_found_inside_leaves_no_stage(run):
+    def fail(run, stage_dir):
+        (stage_dir / "half").write_text("half")
+        raise UserError("No.")
+
+    with pytest.raises(UserError, match="No"):
+        run_folder.run_stage(run, "words", {}, (), fail)
+    assert not run.stage_dir("words").exists()
+
+
+def test_a_full_disk_leaves_what_a_stage_has_made(run):
+    """The same command, run again, goes on from there."""
+
+    def fill(run, stage_dir):
+        (stage_dir / "half").write_text("made")
+        raise UserError("The disk is full.") from OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="full"):
+        run_folder.run_stage(run, "words", {"n": 3}, (), fill)
+    assert (run.stage_dir("words") / "half").exists()
+
+
+def test_a_failed_stage_goes_on_in_its_folder(run):
+    """The second call finds what the first left, except what an atomic write had not finished."""
+    seen = []
+
+    def crash_once(run, stage_dir):
+        seen.append(sorted(path.name for path in stage_dir.iterdir()))
+        (stage_dir / "part").write_text("1")
+        (stage_dir / ".part.ab12cd34").write_text("unfinished")
+        if len(seen) == 1:
+            raise FloatingPointError
+        return {}
+
+    with pytest.raises(FloatingPointError):
+        run_folder.run_stage(run, "words", {"n": 1}, (), crash_once)
+    assert run.manifest("words").status == "running"
+    with pytest.raises(UserError, match="an unfinished stage 'words'"):
+        run.finished_stage("words")
+    with pytest.raises(UserError, match="another config"):
+        run_folder.run_stage(run, "words", {"n": 2}, (), crash_once)
+    run_folder.run_stage(run, "words", {"n": 1}, (), crash_once)
+    assert seen == [["manifest.json", "times.json"], ["manifest.json", "part", "times.json"]]
+    assert costs.summary(run.stage_dir("words"))["parts"] == 2
+
+
+STAGE = """
+import os, signal, sys, time
+from etils import epath
+from rag_mm.core import costs, run_folder as runs
+costs._BEAT_SECONDS = 0.05
+
+def count(run, stage_dir):
+    done = stage_dir / "done.txt"
+    start = int(done.read_text()) if done.exists() else 0
+    for step in range(start + 1, 4):
+        runs.files.write_atomic(done, str(step).encode())
+        if step == int(sys.argv[2]):
+            time.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGKILL)
+    return {"steps": 3}
+
+runs.run_stage(runs.Run(epath.Path(sys.argv[1])), "count", {"n": 3}, (), count)
+"""
+
+
+def _stage(workdir, kill_at):
+    root = pathlib.Path(run_folder.__file__).parents[2]
+    command = [sys.executable, "-c", STAGE, str(workdir), str(kill_at)]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+
+
+def test_killed_and_run_again_is_as_unbroken(tmp_path):
+    """SIGKILL releases the lock; the killed part's seconds are counted up to its last beat."""
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    assert _stage(broken, kill_at=2).returncode == -signal.SIGKILL
+    assert _stage(broken, kill_at=0).returncode == 0
+    assert _stage(whole, kill_at=0).returncode == 0
+    manifests = [(folder / "count/manifest.json").read_bytes() for folder in (broken, whole)]
+    assert manifests[0] == manifests[1]
+    metrics = [run_folder.Run(epath.Path(folder)).metrics for folder in (broken, whole)]
+    assert metrics[0]["count"] == metrics[1]["count"] == {"steps": 3}
+    cost = metrics[0]["machine"]["count"]
+    assert cost["parts"] == 2 and cost["wall_seconds"] >= 0.2
+
+
+def test_one_process_at_a_time(run):
+    holder = (
+        "import sys, time; from etils import epath; from rag_mm.core import run_folder\n"
+        "with run_folder.Run(epath.Path(sys.argv[1])).locked(): print('held', flush=True); time.sleep(60)"
+    )
+    root = pathlib.Path(run_folder.__file__).parents[2]
+    process = subprocess.Popen(
+        [sys.executable, "-c", holder, str(run.workdir)],
+        cwd=root,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="being changed by another process"):
+            _chain(run, Calls())
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    with run.locked():
+        _chain(run, Calls())
+
+
+def test_beats_keep_the_times_file_fresh(tmp_path, monkeypatch):
+    monkeypatch.setattr(costs, "_BEAT_SECONDS", 0.01)
+    folder = epath.Path(tmp_path)
+    with costs.timed(folder):
+        deadline = time.monotonic() + 10
+        while costs.read(folder)["parts"][0]["wall_seconds"] == 0 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert costs.read(folder)["parts"][0]["wall_seconds"] > 0
+    assert len(costs.read(folder)["parts"]) == 1
+
+
+def test_opening_what_is_no_run(tmp_path):
+    with pytest.raises(UserError, match="is not a run"):
+        run_folder.open_run(tmp_path)
+    run_folder.Run(epath.Path(tmp_path)).save_config({"seed": 0})
+    assert run_folder.open_run(tmp_path).config == {"seed": 0}
+
+
+def test_an_unwritable_folder_is_a_users_mistake(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be made"):
+        _chain(run_folder.Run(epath.Path(tmp_path / "file" / "run")), Calls())
+
+
+@pytest.mark.parametrize("name", ["machine", "../x", "A", ""])
+def test_stage_names(run, name):
+    with pytest.raises(ValueError, match="lower-case"):
+        run.stage_dir(name)
+
+
+def test_trash_of_a_killed_deletion_is_emptied(run):
+    _chain(run, Calls())
+    trash = pathlib.Path(run.workdir) / ".deleted-0"
+    os.makedirs(trash / "sub")
+    _chain(run, Calls())
+    assert not trash.exists()
+
+
+def test_an_edited_manifest_of_another_shape(run):
+    _chain(run, Calls())
+    files.write_json(run.stage_dir("words") / "manifest.json", {"status": "done"})
+    with pytest.raises(UserError, match="not a stage's manifest; delete"):
+        run.finished_stage("words")

@@ -1,0 +1,195 @@
+"""ScaNN's own hazards (design.md section 3), each with its guard."""
+
+import json
+import os
+import pathlib
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import rag_mm
+from rag_mm.core.errors import UserError
+from rag_mm.memory.index import exact, scann
+
+HASHED = scann.ScannConfig(scoring="hashed")
+ROOT = pathlib.Path(rag_mm.__file__).parents[1]
+
+
+def unit(rng: np.random.Generator, rows: int, dim: int = 64) -> np.ndarray:
+    values = rng.normal(size=(rows, dim))
+    return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def large():
+    rng = np.random.default_rng(0)
+    rows, queries = unit(rng, 20_000), unit(rng, 200)
+    oracle = exact.ExactIndex()
+    oracle.build(rows)
+    return rows, queries, oracle
+
+
+def test_hashed_recall_at_10_against_exact(large):
+    rows, queries, oracle = large
+    searcher = scann.ScannIndex(HASHED)
+    searcher.build(rows)
+    found, right = searcher.search(queries, 10), oracle.search(queries, 10)
+    recall = np.mean([np.isin(a, b).mean() for a, b in zip(found.ids, right.ids, strict=True)])
+    assert recall >= 0.95
+
+
+def test_hashing_begins_at_the_stated_size(large):
+    rows, _, _ = large
+    searcher = scann.ScannIndex()
+    searcher.build(rows[:19_999])
+    assert searcher.scoring() == "brute_force"
+    searcher.build(rows)
+    assert searcher.scoring() == "hashed"
+
+
+def test_k_above_the_reorder_size_is_not_cut(large):
+    rows, queries, oracle = large
+    searcher = scann.ScannIndex(scann.ScannConfig("hashed", num_reordered=20))
+    searcher.build(rows)
+    found, right = searcher.search(queries, 500), oracle.search(queries, 500)
+    assert (found.ids >= 0).all()
+    # Exact scores, so all 500 were reordered and none kept its hashed one.
+    own = np.einsum("qkd,qd->qk", rows[found.ids], queries)
+    np.testing.assert_allclose(found.scores, own, atol=1e-5)
+    recall = np.mean([np.isin(a, b).mean() for a, b in zip(found.ids, right.ids, strict=True)])
+    assert recall > 0.8
+
+
+def test_saved_hashed_files_are_checked_before_native_code_reads_them(tmp_path):
+    rows = unit(np.random.default_rng(1), 400, 16)
+    searcher = scann.ScannIndex(HASHED)
+    searcher.build(rows)
+    searcher.save(tmp_path)
+    names = sorted(set(os.listdir(tmp_path)) - {"index.json"})
+    assert names == ["ah_codebook.pb", "dataset.npy", "hashed_dataset.npy", "scann_config.pb"]
+    for name in names:
+        path = tmp_path / name
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        with pytest.raises(UserError, match=f"{name} was changed"):
+            scann.ScannIndex().load(tmp_path, rows)
+        path.unlink()
+        with pytest.raises(UserError, match=f"{name} is missing"):
+            scann.ScannIndex().load(tmp_path, rows)
+        path.write_bytes(data)
+    scann.ScannIndex().load(tmp_path, rows)
+
+
+def test_two_trees_share_the_rows(tmp_path, large):
+    rows, queries, oracle = large
+    tree = scann.ScannConfig("tree", num_leaves=4, leaves_to_search=4, num_trees=2)
+    searcher, loaded = scann.ScannIndex(tree), scann.ScannIndex()
+    searcher.build(rows)
+    searcher.save(tmp_path)
+    assert len(json.loads((tmp_path / "index.json").read_text())["files"]) == 2
+    loaded.load(tmp_path, rows)
+    assert loaded.scoring() == "tree"
+    found, right = loaded.search(queries, 10), oracle.search(queries, 10)
+    recall = np.mean([np.isin(a, b).mean() for a, b in zip(found.ids, right.ids, strict=True)])
+    assert recall > 0.9
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was loaded",))
+
+
+def test_a_file_of_pickled_ids_is_refused_and_never_loaded(tmp_path):
+    rows = unit(np.random.default_rng(2), 400, 16)
+    searcher = scann.ScannIndex(HASHED)
+    searcher.build(rows)
+    searcher.save(tmp_path)
+    (tmp_path / "scann_docids.pkl").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UserError, match=r"scann_docids\.pkl is not a file of a scann index"):
+        scann.ScannIndex().load(tmp_path, rows)
+
+
+def test_a_strange_configuration_is_refused(tmp_path):
+    rows = unit(np.random.default_rng(3), 40, 16)
+    searcher = scann.ScannIndex()
+    searcher.build(rows)
+    searcher.save(tmp_path)
+    saved = json.loads((tmp_path / "index.json").read_text())
+    for key, value in (("num_reordered", "9 } evil {"), ("scoring", "forest"), ("unknown", 1)):
+        changed = saved | {"config": saved["config"] | {key: value}}
+        (tmp_path / "index.json").write_text(json.dumps(changed))
+        with pytest.raises(UserError, match="does not describe"):
+            scann.ScannIndex().load(tmp_path, rows)
+
+
+SEARCH = """
+import sys
+import numpy as np
+{before}
+from rag_mm.memory.index import scann as scann_index
+index = scann_index.ScannIndex(scann_index.ScannConfig(scoring="hashed"))
+rows = np.random.default_rng(0).normal(size=(100, 8)).astype(np.float32)
+index.build(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+print(index.search(rows[:1], 1).ids[0, 0])
+{after}
+"""
+RAISING = "raise ImportError('a TensorFlow of another release')"
+NOTHING = "version = 'none'"
+
+
+@pytest.mark.parametrize(
+    ("package", "before", "after"),
+    [
+        (RAISING, "", "assert 'tensorflow' not in sys.modules"),
+        (NOTHING, "import tensorflow as own", "assert sys.modules['tensorflow'] is own"),
+    ],
+)
+def test_a_foreign_tensorflow_breaks_nothing_and_is_left_alone(tmp_path, package, before, after):
+    (tmp_path / "tensorflow").mkdir()
+    (tmp_path / "tensorflow" / "__init__.py").write_text(package)
+    done = _python(SEARCH.format(before=before, after=after), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["0"]
+
+
+def test_without_scann_the_error_names_exact(tmp_path):
+    (tmp_path / "scann").mkdir()
+    (tmp_path / "scann" / "__init__.py").write_text("raise ImportError('no wheel here')")
+    code = """
+from rag_mm.core.errors import UserError
+from rag_mm.memory.index import scann as scann_index
+import sys
+try:
+    scann_index.ScannIndex()
+except UserError as error:
+    print(error)
+assert "tensorflow" not in sys.modules
+"""
+    done = _python(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "use the index exact" in done.stdout
+
+
+def test_importing_the_memory_loads_neither_scann_nor_jax(tmp_path):
+    code = """
+import sys
+from rag_mm.memory import retrieval_memory
+loaded = {name.split(".")[0] for name in sys.modules}
+print(sorted(loaded & {"scann", "jax", "tensorflow", "torch"}))
+"""
+    done = _python(code, tmp_path)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def _python(code: str, first_on_path: pathlib.Path) -> subprocess.CompletedProcess:
+    path = os.pathsep.join([str(first_on_path), str(ROOT)])
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        check=False,
+    )

@@ -1,0 +1,255 @@
+"""What the image tokenizer promises: shapes, codes that do not depend on place, learning."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from rag_mm.core.errors import UserError
+from rag_mm.models.spae import autoencoder
+from rag_mm.ops import quantize
+
+SIZES = dict(image_size=16, patch_size=4, width=16, num_res_blocks=1, codebook_size=64)
+PATCH = dataclasses.replace(autoencoder.Config.tiny(), **SIZES, levels=(4,))
+CONV = dataclasses.replace(
+    PATCH,
+    encoder="conv",
+    patch_size=2,
+    width_multipliers=(1, 2),
+    levels=(1, 2, 4, 4),
+    embed_dim=8,
+    is_turned=False,
+)
+CONFIGS = pytest.mark.parametrize("config", [PATCH, CONV], ids=["patch", "conv"])
+
+
+def _pictures(count, size=16, seed=0):
+    """Flat backgrounds with random tiles of 4 pixels a side on the patch grid."""
+    rng = np.random.default_rng(seed)
+    pictures = np.repeat(rng.integers(256, size=(count, 1, 1, 3)), size, 1).repeat(size, 2)
+    art = rng.integers(256, size=(200, 4, 4, 3))
+    for picture in pictures:
+        for row, column in rng.integers(size // 4, size=(5, 2)) * 4:
+            picture[row : row + 4, column : column + 4] = art[rng.integers(200)]
+    return pictures.astype(np.uint8)
+
+
+@functools.cache
+def _init(config):
+    """Structure and fresh parameters with a k-means codebook; compiled, which is much faster here."""
+    images = jnp.asarray(_pictures(32))
+
+    @jax.jit
+    def init():
+        model = autoencoder.SPAE(config, rngs=nnx.Rngs(0))
+        model.codebook[...] = autoencoder.init_codebook(model, images, jax.random.key(1))
+        return nnx.split(model, nnx.Param)[1]
+
+    model = jax.eval_shape(lambda: autoencoder.SPAE(config, rngs=nnx.Rngs(0)))
+    return nnx.split(model, nnx.Param)[0], init()
+
+
+def _make(config):
+    return nnx.merge(*_init(config))
+
+
+@functools.cache
+def _make_step(config):
+    graphdef, _ = _init(config)
+    batch = {"images": jnp.asarray(_pictures(32))}
+    optimizer = optax.adam(3e-3)
+
+    @jax.jit
+    def step(params, opt_state):
+        def loss(params):
+            return autoencoder.loss_fn(nnx.merge(graphdef, params), batch, jax.random.key(2))
+
+        grads, metrics = jax.grad(loss, has_aux=True)(params)
+        with jax.numpy_dtype_promotion("standard"):  # Optax mixes Python floats and int32 counts.
+            updates, opt_state = optimizer.update(grads, opt_state)
+        return optax.apply_updates(params, updates), opt_state, grads, metrics
+
+    return step, optimizer.init
+
+
+def _train(config, steps):
+    """The model after `steps` of Adam, the last gradients, and the loss at each step."""
+    graphdef, params = _init(config)
+    step, init = _make_step(config)
+    opt_state, losses = init(params), []
+    for _ in range(steps):
+        params, opt_state, grads, metrics = step(params, opt_state)
+        losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
+    return nnx.merge(graphdef, params), grads, losses
+
+
+def test_paper_size_encodes_128_pixels_into_597_codes():
+    model = jax.eval_shape(lambda: autoencoder.SPAE(autoencoder.Config(), rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(model)
+    images = jax.ShapeDtypeStruct((2, 128, 128, 3), jnp.float32)
+    codes = jax.eval_shape(lambda p, x: nnx.merge(graphdef, p).encode(x), params, images)
+    assert (codes.shape, codes.dtype) == ((2, 597), jnp.int32)
+    for count in (85, 341, 597):
+        prefix = jax.ShapeDtypeStruct((2, count), jnp.int32)
+        decoded = jax.eval_shape(lambda p, c: nnx.merge(graphdef, p).decode(c), params, prefix)
+        assert (decoded.shape, decoded.dtype) == (images.shape, images.dtype)
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert 50e6 < count < 65e6  # the sheet recalls about 59M; the codebook's width is not known
+
+
+def test_tiny_gives_64_codes_of_a_32_pixel_scene():
+    config = autoencoder.Config.tiny()
+    assert (config.image_size, config.num_codes, config.encoder) == (32, 64, "patch")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(image_size=20), "must be 16"),
+        (dict(levels=(3, 4)), "pyramid"),
+        (dict(encoder="vit"), "conv or patch"),
+        (dict(width_multipliers=(1, 2), patch_size=2), "one scale"),
+    ],
+)
+def test_configs_that_do_not_fit_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(PATCH, **change)
+
+
+def test_a_picture_that_patches_do_not_divide_is_refused():
+    with pytest.raises(UserError, match="15x16"):
+        _make(PATCH).encode(jnp.zeros((1, 15, 16, 3)))
+
+
+def test_patches_fold_into_channels_and_back():
+    images = jnp.asarray(_pictures(2))
+    folded = autoencoder.conv.space_to_depth(images, 4)
+    np.testing.assert_array_equal(folded[1, 2, 3], images[1, 8:12, 12:16].reshape(-1))
+    np.testing.assert_array_equal(autoencoder.conv.depth_to_space(folded, 4), images)
+
+
+def test_art_has_the_same_codes_wherever_it_stands_on_the_patch_grid():
+    """Copying a retrieved picture is copying codes only if this holds to the bit."""
+    config = dataclasses.replace(autoencoder.Config.tiny(), codebook_size=512)
+    art = np.random.default_rng(0).integers(256, size=(32, 24, 24, 3))  # a card of level `easy`
+    places = [(0, 0, 30), (0, 8, 200), (8, 0, 90), (8, 8, 0)]
+    scenes = np.empty((4, 32, 32, 32, 3), np.uint8)
+    for scene, (row, column, color) in zip(scenes, places, strict=True):
+        scene[:] = color
+        scene[:, row : row + 24, column : column + 24] = art
+
+    @jax.jit
+    def encode(scenes):
+        model = autoencoder.SPAE(config, rngs=nnx.Rngs(0))
+        graphdef, params = nnx.split(model, nnx.Param)
+        # New models pass pixels through; noise makes every layer take part.
+        leaves, treedef = jax.tree.flatten(params)
+        leaves = [
+            leaf + 0.1 * jax.random.normal(jax.random.key(i), leaf.shape)
+            for i, leaf in enumerate(leaves)
+        ]
+        model = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
+        patches = model.embed(autoencoder.to_float(scenes[0]))[:, :6, :6].reshape(
+            -1, config.embed_dim
+        )
+        model.codebook[...] = patches[: config.codebook_size]
+        return [model.encode(autoencoder.to_float(scene)).reshape(-1, 8, 8) for scene in scenes]
+
+    found = [
+        np.asarray(grid)[:, row // 4 : row // 4 + 6, column // 4 : column // 4 + 6]
+        for grid, (row, column, _) in zip(encode(scenes), places, strict=True)
+    ]
+    assert len(np.unique(found[0])) == config.codebook_size
+    for other in found[1:]:
+        np.testing.assert_array_equal(other, found[0])
+
+
+def test_codes_do_not_depend_on_the_batch():
+    model, _, _ = _train(PATCH, 5)
+    images = autoencoder.to_float(jnp.asarray(_pictures(32)))
+    alone = jnp.concatenate([model.encode(image[None]) for image in images[:4]])
+    np.testing.assert_array_equal(alone, model.encode(images)[:4])
+
+
+@CONFIGS
+def test_thirty_steps_lower_the_loss(config):
+    _, _, losses = _train(config, 30)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_new_patch_tokenizer_is_kmeans_on_pixels():
+    """Before any step its picture is the nearest centre of each patch, so training starts there."""
+    model = _make(PATCH)
+    images = autoencoder.to_float(jnp.asarray(_pictures(32)))
+    patches = autoencoder.conv.space_to_depth(images, 4)
+    np.testing.assert_array_equal(model.embed(images), patches)
+    codes = quantize.nearest_codes(patches, model.codebook[...])
+    centers = autoencoder.conv.depth_to_space(model.codebook[...][codes], 4)
+    np.testing.assert_allclose(model.decode(model.encode(images)), centers, atol=1e-6)
+
+
+@CONFIGS
+def test_kmeans_start_uses_most_codes(config):
+    model = _make(config)
+    images = autoencoder.to_float(jnp.asarray(_pictures(32)))
+    codes = quantize.nearest_codes(model.embed(images), model.codebook[...])
+    counts = quantize.code_counts(codes, config.codebook_size)
+    assert float(quantize.usage(counts)) > 0.6
+
+
+@CONFIGS
+def test_gradients_reach_encoder_codebook_and_decoder(config):
+    _, grads, _ = _train(config, 3)  # at first the zeros of last layers hide what lies behind
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        assert jnp.isfinite(grad).all() and grad.any(), jax.tree_util.keystr(path)
+
+
+def test_metrics_are_sums_with_weights_of_the_decoded_pictures():
+    """Straight-through changes gradients only: the loss sees what decode(encode) shows."""
+    graphdef, params = nnx.split(_train(CONV, 3)[0])
+    pixels = jnp.asarray(_pictures(8))
+
+    @jax.jit
+    def measure(params):
+        model, images = nnx.merge(graphdef, params), autoencoder.to_float(pixels)
+        loss, metrics = autoencoder.loss_fn(model, {"images": pixels}, jax.random.key(0))
+        return loss, metrics, jnp.sum((model.decode(model.encode(images)) - images) ** 2)
+
+    loss, metrics, squared_error = measure(params)
+    np.testing.assert_allclose(metrics["loss"][0] / metrics["loss"][1], loss, rtol=1e-6)
+    np.testing.assert_allclose(metrics["squared_error"][0], squared_error, rtol=1e-5)
+    assert metrics["squared_error"][1] == pixels.size
+    counts, total = metrics["code_frequencies"]
+    assert counts.shape == (CONV.codebook_size,)
+    assert float(jnp.sum(counts)) == float(total) == 8 * CONV.num_codes
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((loss, metrics)))
+
+
+def test_turned_images_are_the_eight_symmetries_of_a_square():
+    image = jnp.asarray(_pictures(1))
+    turned = np.asarray(autoencoder.turn(jnp.repeat(image, 64, axis=0), jax.random.key(0)))
+    symmetries = {
+        np.rot90(side, k).tobytes() for side in (image[0], image[0][::-1]) for k in range(4)
+    }
+    assert len(symmetries) == 8
+    assert {picture.tobytes() for picture in turned} == symmetries
+
+
+def test_pixels_survive_the_way_to_floats_and_back():
+    pixels = jnp.arange(256, dtype=jnp.uint8)
+    np.testing.assert_array_equal(autoencoder.to_uint8(autoencoder.to_float(pixels)), pixels)
+    assert autoencoder.to_uint8(jnp.array([-1.0, 2.0])).tolist() == [0, 255]
+
+
+def test_psnr_of_a_pooled_error():
+    assert autoencoder.psnr(0.01) == pytest.approx(20.0)
+
+
+def test_same_seed_same_bits():
+    first, second = (nnx.split(_train(PATCH, 3)[0])[1] for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, second)

@@ -1,0 +1,134 @@
+"""Every parameter's layout follows from its logical axes, and making it there changes no bit."""
+
+import dataclasses
+
+import jax
+import naive_decoder
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from rag_mm.core import sharding
+from rag_mm.nn import decoder, param_trees
+
+CONFIG = decoder.DecoderConfig(
+    vocab_size=16,
+    num_layers=2,
+    embed_dim=8,
+    num_heads=4,
+    num_kv_heads=2,
+    mlp_dim=12,
+    max_seq_len=6,
+    norm="layernorm",
+    positions="learned",
+    qk_norm=True,
+    use_bias=True,
+)
+MESHES = {"1": (1, 1, 1), "8": (8, 1, 1), "4x2x1": (4, 2, 1), "2x2x2": (2, 2, 2)}
+# Axis by axis what a reader of the Megatron and FSDP papers would draw.
+SPECS = {
+    "embedding/table": P("tensor", "fsdp"),
+    "head/table": P("tensor", "fsdp"),
+    "position_embedding/table": P(None, "fsdp"),
+    "norm/scale": P(None),
+    "norm/bias": P(None),
+    **{f"stack/blocks/attention/{n}/kernel": P(None, "fsdp", "tensor", None) for n in "qkv"},
+    **{f"stack/blocks/attention/{n}/bias": P(None, "tensor", None) for n in "qkv"},
+    "stack/blocks/attention/out/kernel": P(None, "tensor", None, "fsdp"),
+    "stack/blocks/attention/out/bias": P(None, "fsdp"),
+    "stack/blocks/attention/q_norm/scale": P(None, None),
+    "stack/blocks/attention/k_norm/scale": P(None, None),
+    **{f"stack/blocks/mlp/{n}/kernel": P(None, "fsdp", "tensor") for n in ("gate", "up")},
+    **{f"stack/blocks/mlp/{n}/bias": P(None, "tensor") for n in ("gate", "up")},
+    "stack/blocks/mlp/down/kernel": P(None, "tensor", "fsdp"),
+    "stack/blocks/mlp/down/bias": P(None, "fsdp"),
+    **{
+        f"stack/blocks/{n}_norm/{which}": P(None, None)
+        for n in ("attention", "mlp")
+        for which in ("scale", "bias")
+    },
+}
+
+
+def make_model():
+    return naive_decoder.make_model(CONFIG)
+
+
+def by_name(tree):
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+@pytest.fixture(scope="module")
+def made():
+    """Fresh parameters on one device and on eight; fewer random numbers compile faster."""
+    config = dataclasses.replace(CONFIG, positions="rope", tie_embeddings=True, mlp="gelu")
+    make_model = lambda: naive_decoder.make_model(config)
+    return {
+        name: param_trees.init_params(make_model, sharding.make_mesh(*MESHES[name]))
+        for name in ("1", "2x2x2")
+    }
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_parameter_has_the_spec_of_its_logical_axes(mesh):
+    _, abstract = param_trees.describe(make_model, sharding.make_mesh(*MESHES[mesh]))
+    leaves = by_name(abstract)
+    assert leaves.keys() == SPECS.keys()
+    for name, leaf in leaves.items():
+        assert leaf.sharding.spec == SPECS[name], name
+        assert leaf.dtype == np.float32, name
+
+
+def test_parameters_are_made_where_they_belong_and_do_not_depend_on_the_mesh(made):
+    one, eight = by_name(made["1"]), by_name(made["2x2x2"])
+    for name, leaf in eight.items():
+        assert leaf.sharding.spec == SPECS[name], name
+        pieces = 2 ** sum(axis is not None for axis in SPECS[name])
+        assert leaf.addressable_shards[0].data.size == leaf.size // pieces, name
+        np.testing.assert_array_equal(leaf, one[name], err_msg=name)
+
+
+def test_layers_and_matrices_start_different_and_with_their_own_spread(made):
+    leaves = by_name(made["1"])
+    kernel = np.asarray(leaves["stack/blocks/attention/q/kernel"])
+    assert not np.array_equal(kernel[0], kernel[1])
+    assert kernel.std() == pytest.approx(0.02, rel=0.3)
+    # What ends in the residual stream is smaller by sqrt(2 L).
+    down = np.asarray(leaves["stack/blocks/mlp/down/kernel"])
+    assert down.std() == pytest.approx(0.02 / 2, rel=0.3)
+    for name, leaf in leaves.items():
+        if name.endswith("scale"):
+            assert (np.asarray(leaf) == 1).all(), name
+        elif name.endswith("bias"):
+            assert (np.asarray(leaf) == 0).all(), name
+
+
+def test_describing_makes_no_array_even_at_seven_billion():
+    large = decoder.DecoderConfig(
+        vocab_size=65_536,
+        num_layers=32,
+        embed_dim=4096,
+        num_heads=32,
+        mlp_dim=16_384,
+        max_seq_len=4096,
+        norm="layernorm_no_params",
+        positions="learned",
+        mlp="gelu",
+        tie_embeddings=True,
+    )
+    mesh = sharding.make_mesh(1, 4, 2)
+    _, abstract = param_trees.describe(lambda: naive_decoder.make_model(large), mesh)
+    leaves = jax.tree.leaves(abstract)
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+    assert sum(leaf.size for leaf in leaves) == pytest.approx(6.7e9, rel=0.02)
+    assert abstract["stack"]["blocks"]["mlp"]["up"]["kernel"].sharding.spec == P(
+        None, "fsdp", "tensor"
+    )
+
+
+def test_too_few_devices_are_an_error():
+    with pytest.raises(ValueError, match="devices"):
+        sharding.make_mesh(16)

@@ -1,0 +1,127 @@
+"""Looking things up: the right column, never oneself, and memories exchanged at will."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from rag_mm.core.errors import UserError
+from rag_mm.models import reco
+from rag_mm.stages.reco import draw_toy_pairs, embed_pairs, train_fusion
+from rag_mm.stages.reco.refinement import Bank, Refiner, Search, is_refined, mean
+from rag_mm.worlds import concepts
+
+N, DIM = 12, 16
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture
+def bank():
+    """Rows that find each other by number in either column, the columns being unlike."""
+    rng = np.random.default_rng(0)
+    return Bank({name: unit(rng.standard_normal((N, DIM))) for name in reco.MODALITIES})
+
+
+@pytest.mark.parametrize("modality", reco.MODALITIES)
+@pytest.mark.parametrize("kind", ["uni", "cross"])
+@pytest.mark.parametrize("fuse", ["uni", "cross"])
+def test_what_is_fused_stands_beside_what_was_found(bank, modality, kind, fuse):
+    """Pitfall 2: the index of one column gathers from the other."""
+    search = Search(**{modality: reco.Lookup(kind, fuse)}, num_neighbors=1)
+    searched, fused = reco.Lookup(kind, fuse).columns(modality)
+    found = search.find(bank, modality, bank.columns[searched])
+    assert found.ids[:, 0].tolist() == list(range(N))
+    retrieved, is_there = found.take()
+    np.testing.assert_array_equal(retrieved[:, 0], bank.columns[fused])
+    assert is_there.all()
+
+
+def test_nothing_retrieves_itself_nor_a_near_copy(bank):
+    search, own = Search(num_neighbors=3), np.arange(N)
+    queries = bank.columns["image"]
+    assert (search.find(bank, "image", queries).ids[:, 0] == own).all()
+    masked = search.find(bank, "image", queries, own).ids
+    assert not (masked == own[:, None]).any() and (masked >= 0).all()
+    far = dataclasses.replace(search, max_similarity=0.95)
+    assert not (far.find(bank, "image", queries).ids == own[:, None]).any()
+
+
+def test_more_neighbors_than_rows_are_missing(bank):
+    found = Search(num_neighbors=N + 3).find(bank, "text", bank.columns["text"][:2])
+    retrieved, is_there = found.take(np.array([1]))
+    assert is_there.sum() == N and retrieved.shape == (1, N + 3, DIM)
+
+
+def test_controls(bank):
+    queries = bank.columns["image"][:4]
+    retrieved, _ = Search(control="query", num_neighbors=2).find(bank, "image", queries).take()
+    np.testing.assert_array_equal(retrieved, np.repeat(queries[:, None], 2, axis=1))
+    drawn = [Search(control="random", seed=s).find(bank, "image", queries).ids for s in (0, 0, 1)]
+    assert (drawn[0] == drawn[1]).all() and (drawn[0] != drawn[2]).any()
+
+
+def test_a_memory_is_exchanged_without_touching_the_model(bank):
+    refiner = Refiner(mean(), bank, Search(num_neighbors=2))
+    queries = bank.columns["image"][:5]
+    before = refiner.refine("image", queries)
+    refiner.bank = Bank({name: rows[:1] for name, rows in bank.columns.items()})
+    assert np.abs(refiner.refine("image", queries) - before).max() > 0.1
+    refiner.bank = bank
+    np.testing.assert_array_equal(refiner.refine("image", queries), before)
+    assert refiner.refine("image", queries[:0]).shape == (0, DIM)
+
+
+def test_which_side_is_refined():
+    chosen = {r: [m for m in reco.MODALITIES if is_refined(m, r)] for r in reco.REFINE}
+    assert chosen == {"none": [], "image": ["image"], "text": ["text"], "both": ["image", "text"]}
+    with pytest.raises(UserError, match="refine is one of none, image, text, both"):
+        is_refined("image", "all")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({"num_neighbors": 0}, "at least 1"), ({"control": "oracle"}, "none, query, random")],
+)
+def test_searches_that_cannot_be(changes, says):
+    with pytest.raises(ValueError, match=says):
+        Search(**changes)
+
+
+WORLD = concepts.Config(num_classes=40, num_common=20, num_held_out=8, dim=16)
+TOY = draw_toy_pairs.Config(0, WORLD, num_train=64, rows_per_class=3, num_test=2)
+
+
+def test_toy_pairs_keep_held_out_classes_from_training(tmp_path):
+    found = draw_toy_pairs.draw(TOY)
+    held_out = np.flatnonzero(found.splits == 2)
+    assert not np.isin(found.train.class_ids, held_out).any()
+    assert not np.isin(found.seen_memory.class_ids, held_out).any()
+    rest = found.memory.class_ids[found.num_seen :]
+    assert sorted(set(rest)) == held_out.tolist() and len(rest) == 3 * 8
+    embed_pairs.save(tmp_path, found)
+    again = embed_pairs.load(tmp_path)
+    np.testing.assert_array_equal(again.prompts, found.prompts)
+    np.testing.assert_array_equal(again.memory.text, found.memory.text)
+    assert again.split_names == found.split_names and again.towers == found.towers
+
+
+def test_training_retrieves_seen_rows_and_never_itself():
+    page = dict(model=dict(num_heads=4), optimizer=dict(), loop=dict(num_steps=1))
+    found = draw_toy_pairs.draw(TOY)
+    for in_memory, masked in ((False, True), (True, True), (True, False)):
+        config = train_fusion.Config(
+            seed=0,
+            world={},
+            model=page["model"],
+            optimizer=train_fusion.optimizer.Config(),
+            loop=train_fusion.loop.Config(num_steps=1),
+            train_in_memory=in_memory,
+            mask_self=masked,
+        )
+        ids = train_fusion.find_for_training(config, found)["image"].ids
+        own = found.num_seen + np.arange(len(found.train))[:, None]
+        assert (ids == own).any() == (in_memory and not masked)
+        assert ids.max() < found.num_seen + (len(found.train) if in_memory else 0)
