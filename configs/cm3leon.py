@@ -17,10 +17,10 @@ PRESETS = ("tiny", "350m", "760m", "7b")
 def get_config(preset: str) -> dict:
     """The config of a preset: nested plain values."""
     model, learning_rate, num_steps = {
-        "tiny": (cm3leon.Config.tiny(), 1e-3, 100),
-        "350m": (cm3leon.Config.m350(), 6e-4, 175_000),
-        "760m": (cm3leon.Config.m760(), 5e-4, 238_000),
-        "7b": (cm3leon.Config.b7(), 1.2e-4, 300_000),
+        "tiny": (cm3leon.CM3LeonConfig.tiny(), 1e-3, 100),
+        "350m": (cm3leon.CM3LeonConfig.m350(), 6e-4, 175_000),
+        "760m": (cm3leon.CM3LeonConfig.m760(), 5e-4, 238_000),
+        "7b": (cm3leon.CM3LeonConfig.b7(), 1.2e-4, 300_000),
     }[preset]
     is_tiny = preset == "tiny"
     return dict(

@@ -40,7 +40,7 @@ ABLATION = dict(
         "lag 1": WHOLE | {"copy_probe.model.smear_lags": ((1,),)},
         "one lag a head": WHOLE | {"copy_probe.model.smear_lags": ((1,), (8,), (), ())},
         "no induction at the start": WHOLE | {"copy_probe.model.induction_init": False},
-        "no masks": WHOLE | {"copy_probe.mask_probability": 0.0},
+        "no masks": WHOLE | {"copy_probe.mask_prob": 0.0},
     },
 )
 

@@ -28,12 +28,13 @@ def get_config(preset: str) -> dict:
         world=dict(documents="", image_size=32, held_out_share=0.1),
         # Captions are longer and more varied than the quickstart's.
         tokenizer=config["tokenizer"] | dict(text_size=4096 if preset == "small" else 512),
-        retriever=config["retriever"] | dict(splits=("common",), caption_draws=1, max_text=40),
+        retriever=config["retriever"]
+        | dict(splits=("common",), captions_per_image=1, max_text_len=40),
         memory=config["memory"],
         # Without classes there is nothing to calibrate on. The bound only keeps copies out: in a small
         # retriever's space the right documents are nearer than the papers' 0.9.
         neighbors=config["neighbors"]
-        | dict(caption_draws=2, max_similarity=0.98, min_same_class=0.0),
+        | dict(captions_per_image=2, max_similarity=0.98, min_same_class=0.0),
         decoder=config["decoder"]
-        | dict(caption_draws=2, max_text=40, docs_text=24, full_captions=1.0),
+        | dict(captions_per_image=2, max_text_len=40, mean_doc_text_len=24, full_caption_prob=1.0),
     )

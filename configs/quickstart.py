@@ -24,7 +24,7 @@ STAGES = (
 PRESETS = ("quick", "full", "tiny")
 
 LEVELS = ("easy", "pairs", "sizes", "off_grid", "free")
-CONTROLS = (
+DOCUMENT_ABLATIONS = (
     "oracle_documents",
     "counterfactual_documents",
     "image_only_documents",
@@ -54,7 +54,7 @@ def get_config(preset: str) -> dict:
 
 def quick() -> dict:
     """16 to 20 minutes on two cores."""
-    caption_draws = 4
+    captions_per_image = 4
     decoder = dict(
         model=dict(
             num_layers=2,
@@ -75,17 +75,17 @@ def quick() -> dict:
             learning_rate=3e-3, warmup_steps=60, schedule="wsd", b2=0.98, weight_decay=0.05
         ),
         loop=dict(num_steps=1400, log_every=20, checkpoint_every=100, guard=None),
-        caption_draws=caption_draws,
+        captions_per_image=captions_per_image,
         max_docs=2,
-        docs_shares=(0.2, 0.4, 0.4),
-        max_text=24,
-        full_captions=0.5,
+        num_docs_weights=(0.2, 0.4, 0.4),
+        max_text_len=24,
+        full_caption_prob=0.5,
         code_noise=0.1,
-        docs_text=8,  # captions that drop facts have 7 tokens on average
+        mean_doc_text_len=8,  # captions that drop facts have 7 tokens on average
         max_spans=3,
-        mask_probability=0.5,
-        segment_probability=0.5,
-        caption_probability=0.2,
+        mask_prob=0.5,
+        segment_mask_prob=0.5,
+        caption_mask_prob=0.2,
         alpha=0.1,
         batch_size=16,
     )
@@ -105,7 +105,7 @@ def quick() -> dict:
                 codebook_size=1024,
                 levels=(8,),
                 commitment_weight=1.0,  # 0.25 costs 0.1 dB on unseen classes, 3.0 costs 0.2, 0.05 costs 0.8
-                is_turned=True,
+                random_flip_rotate=True,
             ),
             optimizer=dict(learning_rate=5e-3, warmup_steps=20, schedule="cosine"),
             loop=dict(num_steps=1600, log_every=100, checkpoint_every=400, guard=None),
@@ -118,20 +118,20 @@ def quick() -> dict:
             ),
             loop=dict(num_steps=280, log_every=20, checkpoint_every=80, guard=None),
             batch_size=256,
-            caption_draws=2,
+            captions_per_image=2,
             splits=("common", "rare_seen", "held_out"),
         ),
         memory=dict(index="scann"),
         neighbors=dict(
             num_neighbors=2,
-            caption_draws=caption_draws,
+            captions_per_image=captions_per_image,
             max_similarity=None,
             num_test=256,
             min_same_class=0.9,
         ),
         decoder=decoder,
         control=dict(num_steps=None),  # as many as the decoder's
-        generation=dict(num_held_out=256, num_seen=128, temperature=0.4, controls=()),
+        generation=dict(num_held_out=256, num_seen=128, temperature=0.4, document_ablations=()),
         evaluation=dict(),
         report=dict(
             title="rag_mm quickstart",
@@ -146,16 +146,18 @@ def full() -> dict:
     """All levels in one world, more controls: 25 minutes, and 45 for the trained controls (`ablation`)."""
     config = quick()
     loop = dict(num_steps=1600, log_every=20, checkpoint_every=200, guard=None)
-    decoder = config["decoder"] | dict(max_text=40, docs_text=14, loop=loop)
+    decoder = config["decoder"] | dict(max_text_len=40, mean_doc_text_len=14, loop=loop)
     # Five levels with few scenes of each: fewer classes, captions that mostly name, and room for two names.
     loop = dict(num_steps=800, log_every=20, checkpoint_every=100, guard=None)
     return config | dict(
         world=dict(levels=LEVELS, class_share=0.35),
         retriever=config["retriever"]
-        | dict(max_text=40, caption_draws=4, roles=("train", "memory"), loop=loop),
-        neighbors=config["neighbors"] | dict(num_test=500, by_phrase=True),
+        | dict(max_text_len=40, captions_per_image=4, roles=("train", "memory"), loop=loop),
+        neighbors=config["neighbors"] | dict(num_test=500, split_phrases=True),
         decoder=decoder,
-        generation=dict(num_held_out=500, num_seen=256, temperature=0.7, controls=CONTROLS),
+        generation=dict(
+            num_held_out=500, num_seen=256, temperature=0.7, document_ablations=DOCUMENT_ABLATIONS
+        ),
         report=dict(
             title="rag_mm quickstart (full)",
             command="rag-mm quickstart --config=configs/quickstart.py:full",
@@ -200,7 +202,7 @@ def tiny() -> dict:
         memory=dict(index="exact", num_queries=64),
         neighbors=config["neighbors"] | dict(num_test=16, min_same_class=0.0),
         decoder=decoder,
-        generation=dict(num_held_out=16, num_seen=16, controls=()),
+        generation=dict(num_held_out=16, num_seen=16, document_ablations=()),
         report=dict(
             title="rag_mm quickstart (tiny)",
             command="rag-mm quickstart --config=configs/quickstart.py:tiny",

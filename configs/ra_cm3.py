@@ -16,7 +16,7 @@ PRESETS = ("tiny", "2.7b")
 def get_config(preset: str) -> dict:
     """The config of a preset: nested plain values."""
     is_tiny = preset == "tiny"
-    model = ra_cm3.Config.tiny() if is_tiny else ra_cm3.Config.b2_7()
+    model = ra_cm3.RACM3Config.tiny() if is_tiny else ra_cm3.RACM3Config.b2_7()
     return dict(
         family="ra_cm3",
         model=dataclasses.asdict(model),

@@ -89,8 +89,8 @@ def _ablation(stage: str) -> dict:
             "uni search uni fusion": lookups("uni", "uni"),
             "cross search cross fusion": lookups("cross", "cross"),
             "cross search uni fusion": lookups("cross", "uni"),
-            "query as neighbor": {f"{stage}.search.control": "query"},
-            "random rows": {f"{stage}.search.control": "random"},
+            "query as neighbor": {f"{stage}.search.retrieval_override": "query"},
+            "random rows": {f"{stage}.search.retrieval_override": "random"},
             "no mixed terms": {f"{stage}.model.loss_terms": ("refined_refined",)},
             "pairs in memory": {f"{stage}.train_in_memory": True},
             "pairs in memory unmasked": {
@@ -124,7 +124,7 @@ def _fusion(num_steps: int) -> dict:
             text=dict(search="uni", fuse="cross"),
             num_neighbors=10,
             max_similarity=2.0,  # above 1: no row is too similar
-            control="none",
+            retrieval_override="none",
         ),
         batch_size=256,
         train_in_memory=False,
@@ -186,7 +186,7 @@ def tiny() -> dict:
             num_eval=1000,
         ),
         memory=dict(index="exact", num_queries=500),
-        pairs=dict(caption_draws=2, rare_repeats=4, max_test=1000),
+        pairs=dict(captions_per_image=2, rare_repeats=4, max_test=1000),
         fusion=_fusion(600) | dict(curve_rows=(1, 5, 10), question_weight=0.25),
         ablation=_ablation("fusion"),
     )

@@ -21,7 +21,7 @@ FAMILIES = importing.FAMILIES | {"cm3": cm3_format.FAMILY}
 NAMES = "names.json"
 
 
-class Source(Protocol):
+class TensorSource(Protocol):
     """A model's parameters, a piece at a time."""
 
     def dtype(self, piece: table.Piece) -> np.dtype:
@@ -63,11 +63,11 @@ class TreeSource:
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class ExportedModel:
     """What is to be written: our config, the weights, config.json and the files beside it."""
 
     config: Any
-    source: Source
+    source: TensorSource
     values: Mapping[str, Any]
     side_files: Mapping[str, bytes]
     is_verbatim: bool = False  # `values` are the checkpoint's own
@@ -122,7 +122,7 @@ def export_checkpoint(
     }
 
 
-def open_model(name: str, workdir: pathlib.Path) -> Model:
+def open_model(name: str, workdir: pathlib.Path) -> ExportedModel:
     """The model of a run that is, or can be said to be, of a family.
 
     Raises:
@@ -137,11 +137,11 @@ def open_model(name: str, workdir: pathlib.Path) -> Model:
     return _trained_clip(run) if name == "clip" else _trained_decoder(run, FAMILIES[name])
 
 
-def _imported(run: run_folder.Run, family: table.Family) -> Model:
+def _imported(run: run_folder.Run, family: table.Family) -> ExportedModel:
     stage_dir = run.finished_stage(importing.STAGES[family.name])
     folder, source = stage_dir / importing.FOLDER, stage_dir / importing.SOURCE
     side = {p.name: p.read_bytes() for p in source.iterdir() if p.name != frozen.CONFIG}
-    return Model(
+    return ExportedModel(
         config=importing.load_config(family, folder),
         source=FileSource(shards.read_header(folder / frozen.PARAMS)),
         values=files.read_json(source / frozen.CONFIG),
@@ -150,7 +150,7 @@ def _imported(run: run_folder.Run, family: table.Family) -> Model:
     )
 
 
-def _trained_clip(run: run_folder.Run) -> Model:
+def _trained_clip(run: run_folder.Run) -> ExportedModel:
     folder = run.finished_stage("retriever") / importing.FOLDER
     family = FAMILIES["clip"]
     config = importing.load_config(family, folder)
@@ -169,10 +169,10 @@ def _trained_clip(run: run_folder.Run) -> Model:
         "preprocessor_config.json": _json(preprocessor),
         frozen.VOCABULARY: (folder / frozen.VOCABULARY).read_bytes(),
     }
-    return Model(config, FileSource(specs), values, side)
+    return ExportedModel(config, FileSource(specs), values, side)
 
 
-def _trained_decoder(run: run_folder.Run, family: table.Family) -> Model:
+def _trained_decoder(run: run_folder.Run, family: table.Family) -> ExportedModel:
     stage_dir = run.finished_stage("decoder")
     record = files.read_json(stage_dir / "decoder.json")
     config = DecoderConfig(**record["model"]["decoder"])
@@ -182,9 +182,9 @@ def _trained_decoder(run: run_folder.Run, family: table.Family) -> Model:
             "vocabulary map. Export it as cm3."
         )
     values = family.write_config(config)
-    codec = train_tokenizer.load_tokenizer(run.workdir)
+    image_tokenizer = train_tokenizer.load_tokenizer(run.workdir)
     arrays = checkpoint.load_params(stage_dir / "params", family.describe(config)[1])
-    text = codec.vocabulary.tokenizer.to_str().encode()
+    text = image_tokenizer.vocabulary.tokenizer.to_str().encode()
     folder = run.finished_stage("tokenizer") / importing.FOLDER
     side = {
         public_text.TOKENIZER: text,
@@ -193,8 +193,11 @@ def _trained_decoder(run: run_folder.Run, family: table.Family) -> Model:
     }
     if family is not FAMILIES["cm3"]:
         del side[NAMES]
-        values |= {"bos_token_id": codec.vocabulary.eod, "eos_token_id": codec.vocabulary.eod}
-    return Model(config, TreeSource(table.named(arrays)), values, side)
+        values |= {
+            "bos_token_id": image_tokenizer.vocabulary.eod,
+            "eos_token_id": image_tokenizer.vocabulary.eod,
+        }
+    return ExportedModel(config, TreeSource(table.named(arrays)), values, side)
 
 
 def _json(value: Any) -> bytes:

@@ -17,8 +17,8 @@ from rag_mm.core import compilation_cache, files, run_folder
 from rag_mm.core.errors import UserError
 from rag_mm.data import preprocess, public_text
 from rag_mm.models import chameleon
-from rag_mm.models.spae import autoencoder
 from rag_mm.nn.decoder import Decoder
+from rag_mm.ops import images as image_ops
 from rag_mm.stages.shared import frozen
 
 
@@ -26,7 +26,7 @@ from rag_mm.stages.shared import frozen
 class DualEncoder:
     """A CLIP: pictures and texts to unit vectors that can be compared."""
 
-    retriever: frozen.Retriever
+    retriever: frozen.FrozenRetriever
 
     def encode_image(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
         """Unit rows, float32 [B, D], of uint8 [H, W, 3] of any size, prepared as CLIP was trained."""
@@ -43,7 +43,7 @@ class DualEncoder:
 class Chameleon(language_model.LanguageModel):
     """A Chameleon: prompts of texts and pictures, continued in text."""
 
-    model: chameleon.Config
+    model: chameleon.ChameleonConfig
     vq: frozen.Mounted
 
     def encode_image(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
@@ -51,7 +51,7 @@ class Chameleon(language_model.LanguageModel):
         size = self.model.vq.image_size
         fitted = np.stack([preprocess.scale_and_crop(p, size, "lanczos") for p in pictures])
         encode = self.vq.compile("encode")
-        codes = frozen.in_batches(lambda batch: encode(autoencoder.to_float(batch)), fitted, 8)
+        codes = frozen.in_batches(lambda batch: encode(image_ops.to_float(batch)), fitted, 8)
         return np.asarray(self.model.code_tokens, np.int32)[codes]
 
     def prompt(self, parts: Sequence[str | np.ndarray]) -> list[int]:
@@ -85,7 +85,7 @@ class Chameleon(language_model.LanguageModel):
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
-    ) -> language_model.Continued:
+    ) -> language_model.Completions:
         """As `LanguageModel.generate`; a prompt may be what `prompt` gives. Only text is written."""
         several = [prompts] if isinstance(prompts, str) else list(prompts)
         allowed = np.ones(self.config.vocab_size, bool)
@@ -119,7 +119,7 @@ class Chameleon(language_model.LanguageModel):
             codes = chameleon.codes_of(self.model.code_tokens, tokens)
         except ValueError as error:
             raise UserError(f"{error}.") from None
-        return np.asarray(autoencoder.to_uint8(self.vq.compile("decode")(codes)))
+        return np.asarray(image_ops.to_uint8(self.vq.compile("decode")(codes)))
 
 
 Imported = DualEncoder | language_model.LanguageModel
@@ -147,17 +147,17 @@ def load(workdir: epath.PathLike, dtype: str | None = None) -> Imported:
     stage_dir = run.finished_stage(importing.STAGES[family.name])
     folder = stage_dir / importing.FOLDER
     if family.name == "clip":
-        return DualEncoder(frozen.Retriever(folder))
+        return DualEncoder(frozen.FrozenRetriever(folder))
     config = importing.load_config(family, folder)
     wanted = importing.find_dtype(dtype)
     params = weights.load_file(folder / frozen.PARAMS, family.describe(config)[1], wanted)
     first = table.named(params)[_embedding_path(config)].dtype
     shape = dataclasses.replace(importing.decoder_config(config), dtype=first.name)
-    decoder = params["decoder"] if isinstance(config, chameleon.Config) else params
+    decoder = params["decoder"] if isinstance(config, chameleon.ChameleonConfig) else params
     graphdef, _ = nnx.split(jax.eval_shape(lambda: Decoder(shape, rngs=nnx.Rngs(0))), nnx.Param)
     text = public_text.load_text(folder)
     ends = _read_ends(stage_dir / importing.SOURCE)
-    if not isinstance(config, chameleon.Config):
+    if not isinstance(config, chameleon.ChameleonConfig):
         return language_model.LanguageModel(shape, graphdef, decoder, text, ends)
     vq_graphdef, _ = nnx.split(jax.eval_shape(functools.partial(_make_vq, config)), nnx.Param)
     vq = frozen.Mounted(vq_graphdef, jax.tree.map(_to_float32, params["vq"]))
@@ -175,11 +175,11 @@ def _read_ends(folder: epath.Path) -> tuple[int, ...]:
 
 
 def _embedding_path(config: Any) -> str:
-    return ("decoder/" if isinstance(config, chameleon.Config) else "") + "embedding/table"
+    return ("decoder/" if isinstance(config, chameleon.ChameleonConfig) else "") + "embedding/table"
 
 
-def _make_vq(config: chameleon.Config) -> nnx.Module:
-    return chameleon.Model(config, rngs=nnx.Rngs(0)).vq
+def _make_vq(config: chameleon.ChameleonConfig) -> nnx.Module:
+    return chameleon.Chameleon(config, rngs=nnx.Rngs(0)).vq
 
 
 def _to_float32(leaf: jax.Array) -> jax.Array:

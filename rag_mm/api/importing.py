@@ -14,7 +14,7 @@ from rag_mm.convert import chameleon_format, clip_format, llama_format, shards, 
 from rag_mm.core import configuration, files, progress, run_folder
 from rag_mm.core.errors import UserError
 from rag_mm.data import public_text
-from rag_mm.models import chameleon as chameleon_model
+from rag_mm.models import chameleon
 from rag_mm.nn.decoder import DecoderConfig
 from rag_mm.stages.shared import frozen
 
@@ -88,7 +88,7 @@ def open_checkpoint(name: str, folder: pathlib.Path) -> Checkpoint:
     specs = shards.open_folder(epath.Path(folder))
     side = folder / _PREPROCESSOR
     preprocessor = files.read_json(side) if side.exists() else {}
-    config = family.read_config(table.Outside(values, preprocessor, frozenset(specs)))
+    config = family.read_config(table.CheckpointFolder(values, preprocessor, frozenset(specs)))
     pieces = weights.check(family, config, specs)
     text = public_text.load_text(folder)
     size = config.vocab_size if name == "clip" else decoder_config(config).vocab_size
@@ -173,7 +173,7 @@ def _copy_side_files(folder: pathlib.Path, target: pathlib.Path, names: tuple[st
 
 def decoder_config(config: Any) -> DecoderConfig:
     """The decoder of a language model's config."""
-    return config.decoder if isinstance(config, chameleon_model.Config) else config
+    return config.decoder if isinstance(config, chameleon.ChameleonConfig) else config
 
 
 def load_config(family: table.Family, folder: epath.Path) -> Any:

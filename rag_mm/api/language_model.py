@@ -20,7 +20,7 @@ _MULTIPLE = 16
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Continued:
+class Completions:
     """What was written after each prompt: its ids up to the end, and its text where there is a tokenizer."""
 
     tokens: list[list[int]]
@@ -49,7 +49,7 @@ class LanguageModel:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
-    ) -> Continued:
+    ) -> Completions:
         """Goes on from prompts of different lengths, all in one batch.
 
         Args:
@@ -80,7 +80,7 @@ class LanguageModel:
         temperature: float,
         top_p: float,
         seed: int,
-    ) -> Continued:
+    ) -> Completions:
         c = self.config
         longest = max(map(len, ids), default=0)
         if not ids or not all(ids):
@@ -107,7 +107,7 @@ class LanguageModel:
         )
         rows = [_cut(row, self.ends) for row in np.asarray(drawn.tokens).tolist()]
         texts = None if self.text is None else [self.text.decode_text(row) for row in rows]
-        return Continued(rows, texts)
+        return Completions(rows, texts)
 
 
 def need_text(text: public_text.PublicText | None) -> public_text.PublicText:

@@ -29,7 +29,7 @@ Found = list[dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Pictures:
+class GeneratedImages:
     """Drawn pictures, uint8 [N, H, W, 3], and the documents that were read first, best first.
 
     A document is {"id", "score", "text", "url", "license"}; `score` is None for one given by hand.
@@ -40,7 +40,7 @@ class Pictures:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Written:
+class GeneratedCaptions:
     """Captions with their log-probabilities in nats, likeliest first, and the documents read first."""
 
     captions: list[str]
@@ -53,11 +53,11 @@ class Session:
     """Models and memory of a run, loaded."""
 
     generator: tasks.Generator
-    codec: frozen.Tokenizer
-    encoder: frozen.Retriever
+    image_tokenizer: frozen.FrozenTokenizer
+    encoder: frozen.FrozenRetriever
     memory: Memory
     max_similarity: float  # of the retrieval policy; see `stages.neighbors`
-    by_phrase: bool = False  # of the same
+    split_phrases: bool = False  # of the same
 
     def generate(
         self,
@@ -70,7 +70,7 @@ class Session:
         temperature: float = 0.7,
         top_p: float = 0.95,
         best_of: int = 1,
-    ) -> Pictures:
+    ) -> GeneratedImages:
         """Draws pictures of a caption.
 
         Args:
@@ -92,14 +92,18 @@ class Session:
         found, examples = self._documents(documents, docs, {"text": prompt})
         wanted = self.encoder.encode_text([prompt])
 
-        def draw(seeds: np.ndarray) -> tasks.Drawn:
-            return tasks.draw_codes(self.generator, [text] * num, [examples] * num, seeds, sampling)
+        def draw(seeds: np.ndarray) -> tasks.SampledCodes:
+            return tasks.generate_codes(
+                self.generator, [text] * num, [examples] * num, seeds, sampling
+            )
 
         def score(codes: np.ndarray) -> np.ndarray:
-            return (self.encoder.encode_image(self.codec.decode(codes)) * wanted).sum(axis=1)
+            return (self.encoder.encode_image(self.image_tokenizer.decode(codes)) * wanted).sum(
+                axis=1
+            )
 
         codes = tasks.best_of(draw, score, num, best_of, seed)
-        return Pictures(self.codec.decode(codes), found)
+        return GeneratedImages(self.image_tokenizer.decode(codes), found)
 
     def caption(
         self,
@@ -111,13 +115,15 @@ class Session:
         seed: int = 0,
         temperature: float = 0.0,
         top_p: float = 1.0,
-    ) -> Written:
+    ) -> GeneratedCaptions:
         """Puts a picture, uint8 [H, W, 3] of any size, into words; arguments as `generate`."""
         sampling = _sampling(temperature, top_p)
         _check_count("num", num)
-        codes = self.codec.encode(image_files.fit(image, self.codec.image_size)[None])
+        codes = self.image_tokenizer.encode(
+            image_files.fit(image, self.image_tokenizer.image_size)[None]
+        )
         found, examples = self._documents(documents, docs, {"image": image})
-        captions, log_probs = tasks.write_captions(
+        captions, log_probs = tasks.generate_captions(
             self.generator,
             np.repeat(codes, num, axis=0),
             [examples] * num,
@@ -125,7 +131,7 @@ class Session:
             sampling,
         )
         order = np.argsort(-log_probs, kind="stable")
-        return Written([captions[i] for i in order], log_probs[order].tolist(), found)
+        return GeneratedCaptions([captions[i] for i in order], log_probs[order].tolist(), found)
 
     def infill(
         self,
@@ -139,7 +145,7 @@ class Session:
         seed: int = 0,
         temperature: float = 0.7,
         top_p: float = 0.95,
-    ) -> Pictures:
+    ) -> GeneratedImages:
         """Draws a band of a picture anew, seeing what is above and below it.
 
         The band is of whole rows, since a masked span is a run of codes in raster order.
@@ -156,7 +162,9 @@ class Session:
         sampling = _sampling(temperature, top_p)
         _check_count("num", num)
         hole = self._hole(band)
-        codes = self.codec.encode(image_files.fit(image, self.codec.image_size)[None])[0]
+        codes = self.image_tokenizer.encode(
+            image_files.fit(image, self.image_tokenizer.image_size)[None]
+        )[0]
         main = sequences.Example(self._text(prompt), codes)
         found, examples = self._documents(documents, docs, {"text": prompt})
         drawn = tasks.infill_codes(
@@ -167,17 +175,17 @@ class Session:
             tasks.row_seeds(seed, num),
             sampling,
         )
-        return Pictures(self.codec.decode(drawn.codes), found)
+        return GeneratedImages(self.image_tokenizer.decode(drawn.codes), found)
 
     def _text(self, prompt: str) -> list[int]:
         if not prompt.strip():
             raise UserError("The prompt is empty; write a caption.")
         layout = self.generator.layout
-        ids, num_cut = sequences.encode_text(layout, self.codec.vocabulary, prompt)
+        ids, num_cut = sequences.encode_text(layout, self.image_tokenizer.vocabulary, prompt)
         if num_cut:
             raise UserError(
                 f"The prompt has {len(ids) + num_cut} tokens, more than the model's "
-                f"{layout.max_text}; shorten it."
+                f"{layout.max_text_len}; shorten it."
             )
         return ids
 
@@ -209,7 +217,7 @@ class Session:
         """By the policy that training saw; documents without a picture are passed over."""
         counts = None
         if "text" in query:
-            parts, counts = policy.split_queries([query["text"]], self.by_phrase)
+            parts, counts = policy.split_queries([query["text"]], self.split_phrases)
             query = {"text": parts}
         found = policy.find_neighbors(
             self.memory.index("mixed").search,
@@ -231,17 +239,23 @@ class Session:
     def _example(self, document: Document) -> sequences.Example:
         if document.image is None:
             raise UserError(f"Document {document.id!r} has no picture, which the model needs.")
-        codes = self.codec.encode(image_files.fit(document.image, self.codec.image_size)[None])[0]
-        corpus = coded_corpus.Corpus(self.generator.layout, self.codec)
+        codes = self.image_tokenizer.encode(
+            image_files.fit(document.image, self.image_tokenizer.image_size)[None]
+        )[0]
+        corpus = coded_corpus.Corpus(self.generator.layout, self.image_tokenizer)
         return corpus.example(document.text, codes)
 
     def _hole(self, band: tuple[int, int]) -> tuple[int, int]:
         side = round(self.generator.layout.num_codes**0.5)
-        height = self.codec.image_size // side
+        height = self.image_tokenizer.image_size // side
         start, end = band
-        if not 0 <= start < end <= self.codec.image_size or start % height or end % height:
+        if (
+            not 0 <= start < end <= self.image_tokenizer.image_size
+            or start % height
+            or end % height
+        ):
             raise UserError(
-                f"The rows {start}:{end} are no band of a picture of {self.codec.image_size} rows; "
+                f"The rows {start}:{end} are no band of a picture of {self.image_tokenizer.image_size} rows; "
                 f"give multiples of {height}, the first below the second."
             )
         return start // height * side, end // height * side
@@ -255,14 +269,16 @@ def load(workdir: epath.PathLike) -> Session:
     """
     run = run_folder.open_run(workdir)
     compilation_cache.keep_programs(run.workdir)
-    codec = train_tokenizer.load_tokenizer(run.workdir)
-    generator = train_decoder.load_generator(run, "decoder", codec)
+    image_tokenizer = train_tokenizer.load_tokenizer(run.workdir)
+    generator = train_decoder.load_generator(run, "decoder", image_tokenizer)
     encoder = train_retriever.load_encoder(run.workdir)
     # Not `finished_stage`: documents may be added to a run's memory by hand, which it checks itself.
     memory = Memory.open(run.stage_dir("memory"), encoder)
     rules = files.read_json(run.finished_stage("neighbors") / find_neighbors.POLICY)
-    by_phrase = rules.get("by_phrase", False)  # Older runs do not tell.
-    return Session(generator, codec, encoder, memory, rules["max_similarity"], by_phrase)
+    split_phrases = rules.get("split_phrases", False)  # Older runs do not tell.
+    return Session(
+        generator, image_tokenizer, encoder, memory, rules["max_similarity"], split_phrases
+    )
 
 
 def _sampling(temperature: float, top_p: float) -> Sampling:

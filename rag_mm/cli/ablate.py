@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of those of the config")
     parser.add_argument(
-        "--borrow",
+        "--reuse",
         nargs="+",
         default=[],
         metavar="RUN",
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         config,
         args.workdir,
         seeds=args.seeds,
-        borrow_from=args.borrow,
+        reuse_from=args.reuse,
         overwrite=args.overwrite,
     )
     return {"workdir": args.workdir, "ok": not table["missing"], "table": table}

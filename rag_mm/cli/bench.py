@@ -111,7 +111,7 @@ def _run_memory(args: argparse.Namespace) -> dict[str, Any]:
     from rag_mm.perf.bench import faiss_peer, indexes
 
     faiss_peer.load()  # Its absence is found before minutes of work.
-    config = indexes.Config(
+    config = indexes.IndexBenchConfig(
         rows=args.rows,
         dim=args.dim,
         recall=args.recall,
@@ -143,7 +143,7 @@ def _run_unguarded(args: argparse.Namespace) -> dict[str, Any]:
     from rag_mm.perf.bench import guard_cost, steps, timing
 
     _check_least(args, rounds=timing.LEAST_ROUNDS)
-    config = steps.Config(**_shape(args), batch_size=args.batch)
+    config = steps.StepBenchConfig(**_shape(args), batch_size=args.batch)
     return guard_cost.run(config, args.steps, progress.say)
 
 
@@ -153,11 +153,13 @@ def _run_model(args: argparse.Namespace) -> dict[str, Any]:
 
     torch_peer.load()  # Its absence is found before minutes of work.
     if args.what == "train":
-        config = steps.Config(**shape, batch_size=args.batch, with_compiled=not args.no_compiled)
+        config = steps.StepBenchConfig(
+            **shape, batch_size=args.batch, with_compiled=not args.no_compiled
+        )
         return steps.train(config, progress.say)
     if min(args.batches) < 1 or args.new >= args.length:
         raise UserError("--batches are at least 1, and --new leaves room for a prompt in --length.")
-    config = steps.Config(**shape, batch_sizes=tuple(args.batches), num_new=args.new)
+    config = steps.StepBenchConfig(**shape, batch_sizes=tuple(args.batches), num_new=args.new)
     return steps.decode(config, progress.say)
 
 

@@ -14,9 +14,9 @@ from rag_mm.core import progress
 from rag_mm.core.errors import UserError
 
 if TYPE_CHECKING:
-    from rag_mm.memory.model_protocols import Encoder, Tokenizer
+    from rag_mm.memory.model_protocols import Encoder, ImageTokenizer
     from rag_mm.memory.retrieval_memory import Memory
-    from rag_mm.memory.writing.stream import Documents, Source
+    from rag_mm.memory.writing.stream import Documents, RecordStream
     from rag_mm.memory.writing.writer import Options
 
 _DOCUMENTS = (
@@ -161,7 +161,7 @@ def _build_joined(
     args: argparse.Namespace,
     retriever: pathlib.Path,
     out: pathlib.Path,
-    documents: "Documents | Source",
+    documents: "Documents | RecordStream",
 ) -> dict[str, Any]:
     import jax
 
@@ -204,7 +204,7 @@ def _add(args: argparse.Namespace) -> dict[str, Any]:
 @contextlib.contextmanager
 def _ingestion(
     args: argparse.Namespace,
-    documents: "Documents | Source",
+    documents: "Documents | RecordStream",
     encoder: "Encoder",
     batch_size: int = _BATCH_SIZE,
 ) -> "Iterator[Options]":
@@ -215,7 +215,7 @@ def _ingestion(
         _check_share(name, getattr(args, name))
     excluded = None
     if args.exclude is not None:
-        excluded = near_duplicates.Excluded.of(
+        excluded = near_duplicates.ExclusionSet.of(
             _open_documents(args.exclude), encoder, args.similarity
         )
     size = getattr(documents, "size", None) or 0
@@ -326,7 +326,7 @@ def show(result: dict[str, Any], console: "rich.console.Console") -> None:
     memory_show.show(result, console)
 
 
-def _open_documents(spec: str) -> "Documents | Source":
+def _open_documents(spec: str) -> "Documents | RecordStream":
     if spec.startswith(_SCENES):
         from rag_mm.worlds.emoji import emoji_scenes
 
@@ -343,7 +343,7 @@ def load_encoder(folder: pathlib.Path) -> "Encoder":
     return train_retriever.load_encoder(folder)
 
 
-def load_tokenizer(folder: pathlib.Path) -> "Tokenizer":
+def load_tokenizer(folder: pathlib.Path) -> "ImageTokenizer":
     """The image tokenizer of a run or of a memory's `tokenizer` folder."""
     from rag_mm.stages.shared import train_tokenizer
 

@@ -73,11 +73,11 @@ def joined(args: argparse.Namespace) -> Iterator[None]:
         processes.join()
     else:
         processes.join(args.coordinator, args.num_processes, args.process_id)
-    told = lambda: processes.end_all(preemption.EXIT_CODE, "it was told to.")
+    told = lambda: processes.abort_all(preemption.EXIT_CODE, "it was told to.")
     with processes.watch_others() as heard, preemption.listen(told):
         try:
             yield
-            processes.word_of_first()  # Until here the end of another would be one's own.
+            processes.broadcast_from_leader()  # Until here the end of another would be one's own.
         except (Exception, KeyboardInterrupt) as error:
             code = main.explain(error)
             if code is None and (other := heard()) is not None:
@@ -85,4 +85,4 @@ def joined(args: argparse.Namespace) -> Iterator[None]:
             if code is None:
                 traceback.print_exc()
             # Whatever it was, the work is not done: not even where a reader of stdout has left.
-            processes.end_all(code or 1, f"{error}" or type(error).__name__)
+            processes.abort_all(code or 1, f"{error}" or type(error).__name__)

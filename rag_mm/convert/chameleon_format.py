@@ -10,7 +10,7 @@ from typing import Any
 from flax import nnx
 
 from rag_mm.convert import llama_format
-from rag_mm.convert.table import Convolution, Family, Matrix, Outside, Reader, Rule
+from rag_mm.convert.table import CheckpointFolder, Convolution, Family, Matrix, Reader, Rule
 from rag_mm.core.errors import UserError
 from rag_mm.models import chameleon, chameleon_vq
 
@@ -20,7 +20,7 @@ _POINT = Matrix(tail=(1, 1))
 _LAYER = "model.layers.{}.self_attn."
 
 
-def read_config(outside: Outside) -> chameleon.Config:
+def read_config(outside: CheckpointFolder) -> chameleon.ChameleonConfig:
     """The model that a config.json describes.
 
     Raises:
@@ -37,12 +37,14 @@ def read_config(outside: Outside) -> chameleon.Config:
     )
     words = v.get("vocabulary_map", dict)
     try:
-        return chameleon.Config(decoder, _read_vq(outside), chameleon.read_code_tokens(words))
+        return chameleon.ChameleonConfig(
+            decoder, _read_vq(outside), chameleon.read_code_tokens(words)
+        )
     except ValueError as error:
         raise UserError(f"config.json: {error}.") from None
 
 
-def _read_vq(outside: Outside) -> chameleon_vq.Config:
+def _read_vq(outside: CheckpointFolder) -> chameleon_vq.ChameleonVQConfig:
     v = Reader(outside.config.get("vq_config") or {}, "config.json: vq_config")
     v.require("attn_type", "vanilla", "vanilla")
     v.require("double_latent", False, False)
@@ -50,7 +52,7 @@ def _read_vq(outside: Outside) -> chameleon_vq.Config:
     p = Reader(outside.preprocessor, "preprocessor_config.json")
     for key in ("image_mean", "image_std"):
         p.require(key, [1.0, 1.0, 1.0], [1.0, 1.0, 1.0])
-    return chameleon_vq.Config(
+    return chameleon_vq.ChameleonVQConfig(
         image_size=v.get("resolution", int, 512),
         width=v.get("base_channels", int, 128),
         width_multipliers=tuple(v.get("channel_multiplier", list, [1, 1, 2, 2, 4])),
@@ -64,7 +66,7 @@ def _read_vq(outside: Outside) -> chameleon_vq.Config:
     )
 
 
-def write_config(config: chameleon.Config) -> dict[str, Any]:
+def write_config(config: chameleon.ChameleonConfig) -> dict[str, Any]:
     """The config.json of a Chameleon; raises UserError where the decoder is none."""
     d, vq = config.decoder, config.vq
     fixed = dict(qk_norm=True, qk_norm_kind="layernorm_per_head")
@@ -92,7 +94,7 @@ def write_config(config: chameleon.Config) -> dict[str, Any]:
     }
 
 
-def rules(config: chameleon.Config) -> list[Rule]:
+def rules(config: chameleon.ChameleonConfig) -> list[Rule]:
     """LLaMA's table with the norms of q and k, and the image tokenizer's."""
     found = llama_format.rules(config.decoder, prefix="decoder/")
     blocks = "decoder/stack/blocks/attention/"
@@ -166,14 +168,20 @@ def _point(ours: str, theirs: str) -> list[Rule]:
     return [weight, Rule(f"{ours}/bias", f"{theirs}.bias")]
 
 
-def _is_ignored(config: chameleon.Config, name: str) -> bool:
+def _is_ignored(config: chameleon.ChameleonConfig, name: str) -> bool:
     return llama_format.is_ignored(config.decoder, name)
 
 
-def _make_model(config: chameleon.Config) -> nnx.Module:
-    return chameleon.Model(config, rngs=nnx.Rngs(params=0))
+def _make_model(config: chameleon.ChameleonConfig) -> nnx.Module:
+    return chameleon.Chameleon(config, rngs=nnx.Rngs(params=0))
 
 
 FAMILY = Family(
-    "chameleon", chameleon.Config, read_config, write_config, _make_model, rules, _is_ignored
+    "chameleon",
+    chameleon.ChameleonConfig,
+    read_config,
+    write_config,
+    _make_model,
+    rules,
+    _is_ignored,
 )

@@ -5,7 +5,7 @@ from typing import Any
 
 from flax import nnx
 
-from rag_mm.convert.table import Family, Matrix, Outside, Patches, Reader, Rule, Same
+from rag_mm.convert.table import CheckpointFolder, Family, Matrix, Patches, Reader, Rule, Same
 from rag_mm.core.errors import UserError
 from rag_mm.models import clip
 
@@ -24,7 +24,7 @@ _BUFFERS = ("text_model.embeddings.position_ids", "vision_model.embeddings.posit
 _LEGACY_END = 2
 
 
-def read_config(outside: Outside) -> clip.Config:
+def read_config(outside: CheckpointFolder) -> clip.CLIPConfig:
     """The towers that a config.json, and a preprocessor_config.json, describe.
 
     Raises:
@@ -47,13 +47,13 @@ def read_config(outside: Outside) -> clip.Config:
     mean = p.get("image_mean", list, list(clip.IMAGE_MEAN))
     std = p.get("image_std", list, list(clip.IMAGE_STD))
     try:
-        return clip.Config(
+        return clip.CLIPConfig(
             image_size=vision.get("image_size", int, 224),
             patch_size=vision.get("patch_size", int, 32),
             vision=_read_tower(vision, 768, 12, 12, 3072),
             text=_read_tower(text, 512, 12, 8, 2048),
             vocab_size=vocab_size,
-            max_text=text.get("max_position_embeddings", int, 77),
+            max_text_len=text.get("max_position_embeddings", int, 77),
             end_of_text=vocab_size - 1 if is_legacy else end,
             projection_dim=top.get("projection_dim", int, 512),
             mlp=mlp,
@@ -82,7 +82,7 @@ def _read_tower(r: Reader, width: int, layers: int, heads: int, mlp_dim: int) ->
     )
 
 
-def write_config(config: clip.Config) -> dict[str, Any]:
+def write_config(config: clip.CLIPConfig) -> dict[str, Any]:
     """The config.json of a CLIP."""
     c = config
     shared = {
@@ -111,7 +111,7 @@ def write_config(config: clip.Config) -> dict[str, Any]:
         | shared
         | {
             "vocab_size": c.vocab_size,
-            "max_position_embeddings": c.max_text,
+            "max_position_embeddings": c.max_text_len,
             "eos_token_id": end,
             "model_type": "clip_text_model",
         },
@@ -127,7 +127,7 @@ def _write_tower(tower: clip.TowerConfig) -> dict[str, Any]:
     }
 
 
-def rules(config: clip.Config) -> list[Rule]:
+def rules(config: clip.CLIPConfig) -> list[Rule]:
     """The table of names."""
     vision, text = "vision_model.", "text_model."
     found = [
@@ -162,13 +162,13 @@ def _norm(ours: str, theirs: str) -> list[Rule]:
     return [Rule(f"{ours}/scale", f"{theirs}.weight"), Rule(f"{ours}/bias", f"{theirs}.bias")]
 
 
-def _make_model(config: clip.Config) -> nnx.Module:
-    return clip.Model(config, rngs=nnx.Rngs(0))
+def _make_model(config: clip.CLIPConfig) -> nnx.Module:
+    return clip.CLIP(config, rngs=nnx.Rngs(0))
 
 
-def _is_ignored(config: clip.Config, name: str) -> bool:
+def _is_ignored(config: clip.CLIPConfig, name: str) -> bool:
     del config
     return name in _BUFFERS
 
 
-FAMILY = Family("clip", clip.Config, read_config, write_config, _make_model, rules, _is_ignored)
+FAMILY = Family("clip", clip.CLIPConfig, read_config, write_config, _make_model, rules, _is_ignored)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from rag_mm.convert.table import Family, Outside, Rule
+from rag_mm.convert.table import CheckpointFolder, Family, Rule
 from rag_mm.core.errors import UserError
 from rag_mm.nn.decoder import Decoder, DecoderConfig
 
@@ -62,7 +62,7 @@ def _unsplit_axis(path: str) -> str:
     return "head_dim" if "attention/" in path else "embed"
 
 
-def _read_config(outside: Outside) -> DecoderConfig:
+def _read_config(outside: CheckpointFolder) -> DecoderConfig:
     raise UserError("Decoders trained here are exported, not imported; use their run.")
 
 

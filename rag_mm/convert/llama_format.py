@@ -6,7 +6,7 @@ from typing import Any
 
 from flax import nnx
 
-from rag_mm.convert.table import Family, Matrix, Outside, Reader, Rule, Same
+from rag_mm.convert.table import CheckpointFolder, Family, Matrix, Reader, Rule, Same
 from rag_mm.core.errors import UserError
 from rag_mm.nn.decoder import Decoder, DecoderConfig
 from rag_mm.ops import rope
@@ -25,7 +25,7 @@ FLAT = Same(1)  # a bias [N, H] is [N * H] outside
 NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 
 
-def read_config(outside: Outside) -> DecoderConfig:
+def read_config(outside: CheckpointFolder) -> DecoderConfig:
     """The decoder that a config.json describes.
 
     Raises:

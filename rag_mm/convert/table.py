@@ -136,7 +136,7 @@ class Piece:
 
 
 @dataclasses.dataclass(frozen=True)
-class Outside:
+class CheckpointFolder:
     """What a checkpoint folder says of itself beside its weights; an absent file is an empty table."""
 
     config: Mapping[str, Any]
@@ -161,7 +161,7 @@ class Family:
 
     name: str
     config_class: type
-    read_config: Callable[[Outside], Any]
+    read_config: Callable[[CheckpointFolder], Any]
     write_config: Callable[[Any], dict[str, Any]]
     make_model: Callable[[Any], nnx.Module]
     rules: Callable[[Any], Sequence[Rule]]

@@ -68,7 +68,7 @@ def read(stage_dir: epath.Path) -> dict[str, Any]:
     return files.read_json(path) if path.exists() else {"parts": []}
 
 
-def mark_borrowed(stage_dir: epath.Path) -> None:
+def mark_reused(stage_dir: epath.Path) -> None:
     """Says of all parts so far that another run spent them."""
     parts = [{**part, "borrowed": True} for part in read(stage_dir)["parts"]]
     files.write_json(stage_dir / FILE_NAME, {"parts": parts})

@@ -87,7 +87,7 @@ def join(
         progress.be_quiet()
 
 
-def word_of_first(text: str = "") -> str:
+def broadcast_from_leader(text: str = "") -> str:
     """What process 0 says, in every process; the others wait for it as long as it takes.
 
     All call it alike. It goes by the network between hosts, not by the devices: while process 0 works alone,
@@ -109,7 +109,7 @@ def word_of_first(text: str = "") -> str:
 
 @contextlib.contextmanager
 def watch_others() -> Iterator[Callable[[], End | None]]:
-    """Ends this process when another calls `end_all` while the body runs.
+    """Ends this process when another calls `abort_all` while the body runs.
 
     Gives a function that says whose end was heard; None as long as nobody's was.
     """
@@ -146,7 +146,7 @@ def end_with(end: End) -> NoReturn:
     _exit(end.code)
 
 
-def end_all(code: int, reason: str) -> NoReturn:
+def abort_all(code: int, reason: str) -> NoReturn:
     """Ends this process at once, and with it all others, which `watch_others`.
 
     Nothing is cleaned up, as in a kill: leaving in good order would wait for those that are told here.

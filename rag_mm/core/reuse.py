@@ -10,7 +10,7 @@ from rag_mm.core import costs, run_folder
 from rag_mm.core.errors import UserError
 
 
-def borrow_stage(
+def reuse_stage(
     run: run_folder.Run,
     stage: str,
     config: Mapping[str, Any],
@@ -38,7 +38,7 @@ def borrow_stage(
             place.finished_stage(stage)
         except UserError:
             return False
-        costs.mark_borrowed(place.stage_dir(stage))
+        costs.mark_reused(place.stage_dir(stage))
         place.stage_dir(stage).rename(run.stage_dir(stage))
         place.workdir.rmtree()
         return True

@@ -35,7 +35,7 @@ StageFn = Callable[["Run", epath.Path], Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Manifest:
+class StageManifest:
     """What a stage was made from and what it made.
 
     `config` is its slice of the config, `inputs` the input stages' fingerprints, `outputs` the
@@ -69,14 +69,14 @@ class Run:
             raise ValueError(f"a stage has a lower-case name other than {MACHINE!r}, not {stage!r}")
         return self.workdir / stage
 
-    def manifest(self, stage: str) -> Manifest | None:
+    def manifest(self, stage: str) -> StageManifest | None:
         """The stage's manifest, or None if it was never started."""
         path = self.stage_dir(stage) / MANIFEST
         if not path.exists():
             return None
         fields = files.read_json(path)
         try:
-            return Manifest(**fields)
+            return StageManifest(**fields)
         except TypeError:
             raise UserError(f"{path} is not a stage's manifest; delete {path.parent}.") from None
 
@@ -199,7 +199,7 @@ def run_stage(
     fn: StageFn,
     overwrite: bool = False,
     reports_on_others: bool = False,
-) -> Manifest:
+) -> StageManifest:
     """Makes one stage, or does nothing if it is done and nothing it depends on has changed.
 
     `fn(run, stage_dir)` writes into `stage_dir` and returns metrics: nested dicts of numbers,
@@ -233,11 +233,13 @@ def run_stage(
                 # went with them where these were rebuilt since.
                 _merge_metrics(run, old.metrics, {stage: clock.summary(run.stage_dir(stage))})
                 return old
-        manifest = Manifest(stage, "running", config, _fingerprints(run, inputs))
+        manifest = StageManifest(stage, "running", config, _fingerprints(run, inputs))
         return _execute(run, manifest, fn, reports_on_others)
 
 
-def _execute(run: Run, manifest: Manifest, fn: StageFn, reports_on_others: bool) -> Manifest:
+def _execute(
+    run: Run, manifest: StageManifest, fn: StageFn, reports_on_others: bool
+) -> StageManifest:
     stage_dir = run.stage_dir(manifest.stage)
     is_new = not stage_dir.exists()
     if not is_new:
@@ -263,7 +265,7 @@ def _execute(run: Run, manifest: Manifest, fn: StageFn, reports_on_others: bool)
 
 
 def _why_stale(
-    run: Run, manifest: Manifest, config: Mapping[str, Any], inputs: Sequence[str]
+    run: Run, manifest: StageManifest, config: Mapping[str, Any], inputs: Sequence[str]
 ) -> str:
     stage, remedy = manifest.stage, "rebuild it with --overwrite or choose another --workdir"
     changed = _first_difference(manifest.config, config)
@@ -286,7 +288,7 @@ def _why_stale(
     return ""
 
 
-def _verify_outputs(run: Run, manifest: Manifest) -> None:
+def _verify_outputs(run: Run, manifest: StageManifest) -> None:
     stage = manifest.stage
     remedy = "restore it or rebuild the stage with --overwrite"
     try:
@@ -303,7 +305,7 @@ def _verify_outputs(run: Run, manifest: Manifest) -> None:
         raise UserError(f"Stage {stage!r} has an edited {MANIFEST}; {remedy}.")
 
 
-def _fingerprint(manifest: Manifest) -> str:
+def _fingerprint(manifest: StageManifest) -> str:
     content = {
         "stage": manifest.stage,
         "config": manifest.config,
@@ -344,7 +346,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _write_manifest(stage_dir: epath.Path, manifest: Manifest) -> None:
+def _write_manifest(stage_dir: epath.Path, manifest: StageManifest) -> None:
     files.write_json(stage_dir / MANIFEST, dataclasses.asdict(manifest))
 
 

@@ -32,7 +32,7 @@ class Range:
 
 
 @dataclasses.dataclass(frozen=True)
-class Written:
+class RangeResult:
     """What became of a range: documents written, bad records, and how often what was done to read them."""
 
     number: int
@@ -96,7 +96,7 @@ def ingest(
     return counts
 
 
-def split(source: stream.Source, records_per_file: int) -> list[Range]:
+def split(source: stream.RecordStream, records_per_file: int) -> list[Range]:
     """Ranges that together are the whole source."""
     if isinstance(source, webdataset.TarSource):
         cuts = source.starts
@@ -108,7 +108,7 @@ def split(source: stream.Source, records_per_file: int) -> list[Range]:
     return [Range(number, start, stop) for number, (start, stop) in pairs]
 
 
-def write_range(which: Range, spec: str, out: str) -> Written:
+def write_range(which: Range, spec: str, out: str) -> RangeResult:
     """Writes one range of a source, on any worker; a range without a good record writes no file."""
     rejects: list[stream.Reject] = []
     notes: dict[str, int] = {}
@@ -128,10 +128,10 @@ def write_range(which: Range, spec: str, out: str) -> Written:
     added = array_records.write_documents(path, documents())
     if not added:
         path.unlink()
-    return Written(which.number, added, rejects, notes)
+    return RangeResult(which.number, added, rejects, notes)
 
 
-def write_summary(written: Sequence[Written], out: str, max_bad: float) -> None:
+def write_summary(written: Sequence[RangeResult], out: str, max_bad: float) -> None:
     """Writes what all ranges came to."""
     written = sorted(written, key=lambda each: each.number)
     rejects = [reject for each in written for reject in each.rejects]

@@ -30,7 +30,7 @@ class BadRecord(UserError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Beside:
+class SidecarCaption:
     """A caption with its provenance."""
 
     caption: str
@@ -62,7 +62,7 @@ def decode_text(data: bytes) -> str:
         raise BadRecord("not-utf8", "is not UTF-8.") from None
 
 
-def check(fields: dict[str, Any], name: str) -> Beside:
+def check(fields: dict[str, Any], name: str) -> SidecarCaption:
     """`caption`, `url` and `license` of a record.
 
     Args:
@@ -78,7 +78,7 @@ def check(fields: dict[str, Any], name: str) -> Beside:
     for key in ("url", "license"):
         if not isinstance(fields.get(key), str | None):
             raise BadRecord("bad-field", f"gives {name} a {key} that is not text.")
-    beside = Beside(caption, fields.get("url"), fields.get("license"))
+    beside = SidecarCaption(caption, fields.get("url"), fields.get("license"))
     check_encodable(f"{caption}{beside.url}{beside.license}{name}")
     return beside
 

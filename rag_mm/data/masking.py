@@ -21,19 +21,19 @@ class Masking:
 
     Attributes:
         min_spans: 0 as in the public code (37 % of rows stay plain) or 1 as in the paper.
-        segment_probability: how often whole segments are masked instead of random spans; without
+        segment_mask_prob: how often whole segments are masked instead of random spans; without
             it captions, which are short, are hardly ever masked.
-        mask_probability: how often a row is masked at all.
+        mask_prob: how often a row is masked at all.
     """
 
     min_spans: int = 0
-    segment_probability: float = 0.0
-    mask_probability: float = 1.0
+    segment_mask_prob: float = 0.0
+    mask_prob: float = 1.0
 
     def __post_init__(self):
         if self.min_spans not in (0, 1):
             raise UserError(f"min_spans is {self.min_spans!r}; give 0 or 1.")
-        for name in ("segment_probability", "mask_probability"):
+        for name in ("segment_mask_prob", "mask_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)!r}; give a number in [0, 1].")
 
@@ -46,7 +46,7 @@ def sample_spans(
     End points are uniform over the whole row, retrieved documents included, so long segments are
     masked more often. A span is clipped to the segment that it overlaps most; empty spans, spans
     on a boundary token and overlaps are rejected, which can leave fewer than n but, for n > 0, at
-    least one. Whole segments (`segment_probability`) are chosen uniformly instead.
+    least one. Whole segments (`segment_mask_prob`) are chosen uniformly instead.
 
     Args:
         masking: the probabilities.
@@ -61,9 +61,9 @@ def sample_spans(
     length = int(segments[-1, 1]) + 1
     segments = segments[segments[:, 0] < segments[:, 1]]
     num_spans = min(max(int(rng.poisson(1.0)), masking.min_spans), max_spans)
-    if not num_spans or not len(segments) or rng.random() >= masking.mask_probability:
+    if not num_spans or not len(segments) or rng.random() >= masking.mask_prob:
         return np.zeros((0, 2), np.int32)
-    if rng.random() < masking.segment_probability:
+    if rng.random() < masking.segment_mask_prob:
         chosen = rng.permutation(len(segments))[:num_spans]
         return segments[np.sort(chosen)].astype(np.int32)
     spans: list[tuple[int, int]] = []

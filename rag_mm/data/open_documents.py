@@ -12,7 +12,7 @@ TFDS = "tfds:"
 _TFDS_SPEC = re.compile(r"(.+?):(\w+(?:\[[^\]]*\])?)")
 
 
-def open_documents(spec: str) -> stream.Source:
+def open_documents(spec: str) -> stream.RecordStream:
     """The source that a text names.
 
     Args:

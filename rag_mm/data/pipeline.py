@@ -17,7 +17,7 @@ T = TypeVar("T", covariant=True)
 RECORDS = "records"
 
 
-class Source(Protocol[T]):
+class RecordSource(Protocol[T]):
     """Records that can be read in any order, by several threads at once."""
 
     def __len__(self) -> int: ...
@@ -29,7 +29,7 @@ Transform = Callable[[T, np.random.Generator], dict[str, Any]]
 
 
 def make_batches(
-    source: Source[T],
+    source: RecordSource[T],
     batch_size: int,
     seed: int,
     *transforms: Transform,
@@ -96,7 +96,7 @@ def make_batches(
 class _Chosen:
     """Records in batches, of each the rows that one process makes."""
 
-    source: Source
+    source: RecordSource
     batch_size: int
     rows: range
     num_epochs: int | None
@@ -118,7 +118,7 @@ class _Chosen:
 
 
 def _make_example(
-    source: Source, transform: Transform, index: int, rng: np.random.Generator
+    source: RecordSource, transform: Transform, index: int, rng: np.random.Generator
 ) -> dict[str, Any]:
     return {RECORDS: np.int64(index), **transform(source[index], rng)}
 

@@ -22,19 +22,24 @@ class Layout:
     """What a row has room for: `max_docs` retrieved documents, the main one, `max_spans` spans."""
 
     max_docs: int = 2
-    max_text: int = 24
+    max_text_len: int = 24
     num_codes: int = 64
     max_spans: int = 4
 
     def __post_init__(self):
-        for name, least in (("max_docs", 0), ("max_text", 1), ("num_codes", 1), ("max_spans", 0)):
+        for name, least in (
+            ("max_docs", 0),
+            ("max_text_len", 1),
+            ("num_codes", 1),
+            ("max_spans", 0),
+        ):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}; give at least {least}.")
 
     @property
     def slot(self) -> int:
         """Positions of one document: text, BRK, image, and the BRK or EOD that closes it."""
-        return self.max_text + 1 + self.num_codes + 1
+        return self.max_text_len + 1 + self.num_codes + 1
 
     @property
     def moved_start(self) -> int:
@@ -49,7 +54,7 @@ class Layout:
     @property
     def num_positions(self) -> int:
         """Positions are below this number: all texts and images moved, with two marks a span."""
-        everything = (self.max_docs + 1) * (self.max_text + self.num_codes)
+        everything = (self.max_docs + 1) * (self.max_text_len + self.num_codes)
         return self.moved_start + everything + 2 * self.max_spans
 
 
@@ -66,9 +71,9 @@ class Example:
 
 
 def encode_text(layout: Layout, vocabulary: Vocabulary, text: str) -> tuple[list[int], int]:
-    """The first `max_text` ids of `text`, and how many more there were."""
+    """The first `max_text_len` ids of `text`, and how many more there were."""
     ids = vocabulary.encode_text(text)
-    return ids[: layout.max_text], max(0, len(ids) - layout.max_text)
+    return ids[: layout.max_text_len], max(0, len(ids) - layout.max_text_len)
 
 
 def make_example(layout: Layout, vocabulary: Vocabulary, text: str, codes: np.ndarray) -> Example:
@@ -228,9 +233,9 @@ def _lay_out(
     grid = np.full((len(examples), layout.slot), -1, np.int32)  # -1: the gap after a short text.
     for i, example in enumerate(examples):
         grid[i, : len(example.text)] = example.text
-        grid[i, layout.max_text + 1 : -1] = example.codes
-    grid[:, layout.max_text + 1 : -1] += vocabulary.code_offset
-    grid[:, layout.max_text] = grid[:, -1] = vocabulary.brk
+        grid[i, layout.max_text_len + 1 : -1] = example.codes
+    grid[:, layout.max_text_len + 1 : -1] += vocabulary.code_offset
+    grid[:, layout.max_text_len] = grid[:, -1] = vocabulary.brk
     grid[-1, -1] = vocabulary.eod
     cells = np.flatnonzero(grid >= 0)
     # The opening EOD stands right before the first slot in use, as in a row without documents.
@@ -251,9 +256,9 @@ def _check(layout: Layout, vocabulary: Vocabulary, main: Example, docs: Sequence
         )
     for example in (*docs, main):
         codes = example.codes
-        if len(example.text) > layout.max_text:
+        if len(example.text) > layout.max_text_len:
             raise ValueError(
-                f"a text of {len(example.text)} tokens is longer than {layout.max_text};"
+                f"a text of {len(example.text)} tokens is longer than {layout.max_text_len};"
                 " make examples with make_example"
             )
         if len(example.text) and not 0 <= min(example.text) <= max(example.text) < (

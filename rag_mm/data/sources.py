@@ -90,7 +90,7 @@ class FolderSource:
         """The picture that a good line names."""
         return _parse(self._lines[place])[0]["image"]
 
-    def _item(self, position: int, name: str, beside: captions.Beside) -> stream.Item:
+    def _item(self, position: int, name: str, beside: captions.SidecarCaption) -> stream.Item:
         path = self._directory / name
         ending = path.suffix.removeprefix(".")
         picture = image_decoding.decode(read_file(path), ending, min_pixels=2)
@@ -173,7 +173,7 @@ def _read_lines(directory: epath.Path) -> list[bytes]:
     return [line for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()]
 
 
-def _parse(line: bytes) -> tuple[dict[str, Any], captions.Beside]:
+def _parse(line: bytes) -> tuple[dict[str, Any], captions.SidecarCaption]:
     """A line's fields; errors lack the subject of their sentence."""
     fields = captions.parse_json(line)
     if not isinstance(fields, dict) or not isinstance(fields.get("image"), str):

@@ -43,26 +43,26 @@ class Generator:
         return self.allow(slice(start, start + self.vocabulary.codebook_size))
 
 
-class Drawn(NamedTuple):
+class SampledCodes(NamedTuple):
     """Codes int32 [B, N] and each row's log-probability, float32 [B], in nats."""
 
     codes: np.ndarray
     log_probs: np.ndarray
 
 
-def draw_codes(
+def generate_codes(
     generator: Generator,
     texts: Sequence[Sequence[int]],
     docs: Sequence[Docs],
     seeds: np.ndarray,
     sampling: sampler.Sampling,
     batch_size: int = 64,
-) -> Drawn:
+) -> SampledCodes:
     """Caption to image: exactly `layout.num_codes` codes for each text.
 
     Args:
         generator: the model.
-        texts: text ids, at most `layout.max_text` each.
+        texts: text ids, at most `layout.max_text_len` each.
         docs: for each text the documents to read first; at most `layout.max_docs`.
         seeds: uint32 [B]; a row depends on its own seed, text and documents alone.
         sampling: temperature and top-p.
@@ -73,7 +73,7 @@ def draw_codes(
         sequences.caption_to_image_prompt(layout, words, text, found)
         for text, found in zip(texts, docs, strict=True)
     ]
-    longest = 1 + layout.max_text + 1 + layout.max_docs * layout.slot
+    longest = 1 + layout.max_text_len + 1 + layout.max_docs * layout.slot
     sampled = _sample(
         generator,
         prompts,
@@ -84,10 +84,10 @@ def draw_codes(
         layout.num_codes,
         batch_size,
     )
-    return Drawn(sampled.tokens - words.code_offset, sampled.log_probs.sum(axis=1))
+    return SampledCodes(sampled.tokens - words.code_offset, sampled.log_probs.sum(axis=1))
 
 
-def write_captions(
+def generate_captions(
     generator: Generator,
     codes: np.ndarray,
     docs: Sequence[Docs],
@@ -100,7 +100,7 @@ def write_captions(
     Args:
         generator: the model.
         codes: int32 [B, num_codes] of the pictures.
-        docs, seeds, sampling, batch_size: as in `draw_codes`.
+        docs, seeds, sampling, batch_size: as in `generate_codes`.
 
     Returns:
         Captions, and each one's log-probability, float32 [B].
@@ -112,7 +112,7 @@ def write_captions(
     ]
     longest = 1 + 1 + 1 + layout.num_codes + 1 + 1 + layout.max_docs * layout.slot
     allowed = generator.allow(slice(words.text_size), words.eoss)
-    steps = layout.max_text + 1
+    steps = layout.max_text_len + 1
     sampled = _sample(
         generator, prompts, longest, seeds, sampling, allowed, steps, batch_size, stop=words.eoss
     )
@@ -128,14 +128,14 @@ def infill_codes(
     seeds: np.ndarray,
     sampling: sampler.Sampling,
     batch_size: int = 64,
-) -> Drawn:
+) -> SampledCodes:
     """Fills codes [start, end) of pictures, seeing what stands on both sides of the hole.
 
     Args:
         generator: the model.
         mains: captions with their pictures; codes inside the hole do not matter.
         hole: start and end, in raster order.
-        docs, seeds, sampling, batch_size: as in `draw_codes`.
+        docs, seeds, sampling, batch_size: as in `generate_codes`.
 
     Returns:
         Whole pictures' codes, the hole filled.
@@ -166,11 +166,11 @@ def infill_codes(
     )
     codes = np.stack([main.codes for main in mains])
     codes[:, start:end] = sampled.tokens - words.code_offset
-    return Drawn(codes, sampled.log_probs.sum(axis=1))
+    return SampledCodes(codes, sampled.log_probs.sum(axis=1))
 
 
 def best_of(
-    draw: Callable[[np.ndarray], Drawn],
+    draw: Callable[[np.ndarray], SampledCodes],
     score: Callable[[np.ndarray], np.ndarray],
     num_rows: int,
     num_candidates: int,

@@ -32,7 +32,7 @@ class Encoder(Protocol):
         ...
 
 
-class Tokenizer(Protocol):
+class ImageTokenizer(Protocol):
     """A frozen image tokenizer."""
 
     fingerprint: str
@@ -126,7 +126,7 @@ def unit_rows(rows: np.ndarray, names: Sequence[str]) -> np.ndarray:
 
 
 def encode_codes(
-    documents: Sequence[document_types.Document], tokenizer: Tokenizer, batch_size: int
+    documents: Sequence[document_types.Document], tokenizer: ImageTokenizer, batch_size: int
 ) -> list[np.ndarray | None]:
     """Codes, int32 [N], of each document's first image; None for a document without one."""
     pictures = {

@@ -47,14 +47,14 @@ def make_query(
     return " ".join(kept) if kept else words[int(draws.argmax())]
 
 
-def split_queries(texts: Sequence[str], by_phrase: bool) -> tuple[list[str], np.ndarray]:
+def split_queries(texts: Sequence[str], split_phrases: bool) -> tuple[list[str], np.ndarray]:
     """What to ask the retriever for each text, and how many queries in a row are one text's, int64 [Q].
 
-    One embedding seldom holds two entities; `by_phrase` asks for what `and` joins one after the other, and so
+    One embedding seldom holds two entities; `split_phrases` asks for what `and` joins one after the other, and so
     for both halves of a name like `bow and arrow`, which it cannot tell from two.
     """
     each = [
-        (by_phrase and [part for part in text.split(" and ") if part.strip()]) or [text]
+        (split_phrases and [part for part in text.split(" and ") if part.strip()]) or [text]
         for text in texts
     ]
     counts = np.array([len(parts) for parts in each], np.int64)

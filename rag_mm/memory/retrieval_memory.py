@@ -26,7 +26,7 @@ class Memory:
     """
 
     def __init__(
-        self, path: Path, contents: manifest.Manifest, encoder: model_protocols.Encoder | None
+        self, path: Path, contents: manifest.MemoryManifest, encoder: model_protocols.Encoder | None
     ):
         """For `Memory.open`."""
         self.path = path
@@ -80,9 +80,9 @@ class Memory:
     def build(
         cls,
         path: epath.PathLike,
-        documents: stream.Documents | stream.Source,
+        documents: stream.Documents | stream.RecordStream,
         encoder: model_protocols.Encoder,
-        tokenizer: model_protocols.Tokenizer | None = None,
+        tokenizer: model_protocols.ImageTokenizer | None = None,
         *,
         carried: Mapping[str, epath.PathLike] | None = None,
         options: writer.Options | None = None,
@@ -113,8 +113,8 @@ class Memory:
 
     def add(
         self,
-        documents: stream.Documents | stream.Source,
-        tokenizer: model_protocols.Tokenizer | None = None,
+        documents: stream.Documents | stream.RecordStream,
+        tokenizer: model_protocols.ImageTokenizer | None = None,
         *,
         options: writer.Options | None = None,
     ) -> "Memory":

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from rag_mm.memory.model_protocols import Encoder, Tokenizer
+from rag_mm.memory.model_protocols import Encoder, ImageTokenizer
 
 _END, _TEXT, _IMAGE, _CODES = range(4)
 
@@ -40,8 +40,8 @@ def gather(own: np.ndarray, num_rows: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def lead(
-    encoder: Encoder, tokenizer: Tokenizer | None
-) -> Iterator[tuple[Encoder, Tokenizer | None]]:
+    encoder: Encoder, tokenizer: ImageTokenizer | None
+) -> Iterator[tuple[Encoder, ImageTokenizer | None]]:
     """For process 0: an encoder and a tokenizer whose work all processes share, while the block runs.
 
     The others call `follow` with the same models meanwhile; the end of the block ends it, also by an error.
@@ -56,7 +56,7 @@ def lead(
         _send(_END, np.zeros(0, np.uint8))
 
 
-def follow(encoder: Encoder, tokenizer: Tokenizer | None) -> None:
+def follow(encoder: Encoder, tokenizer: ImageTokenizer | None) -> None:
     """For the other processes: encodes what `lead` sends, until it ends."""
     team = _Team(encoder, tokenizer)
     while True:
@@ -69,7 +69,7 @@ def follow(encoder: Encoder, tokenizer: Tokenizer | None) -> None:
 class _Team:
     """The models of one process, and its part of a piece of work."""
 
-    def __init__(self, encoder: Encoder, tokenizer: Tokenizer | None):
+    def __init__(self, encoder: Encoder, tokenizer: ImageTokenizer | None):
         self.encoder = encoder
         self.tokenizer = tokenizer
 

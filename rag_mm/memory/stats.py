@@ -12,7 +12,7 @@ from rag_mm.memory.store import manifest, shard_file
 from rag_mm.memory.writing import ingest_report
 
 
-def fingerprint(contents: manifest.Manifest, live: live_rows.LiveRows) -> str:
+def fingerprint(contents: manifest.MemoryManifest, live: live_rows.LiveRows) -> str:
     """Digest of the rows and what made them; indexes, which may differ by machine, aside."""
     shards = {
         shard.file(what, ending)
@@ -32,7 +32,9 @@ def fingerprint(contents: manifest.Manifest, live: live_rows.LiveRows) -> str:
     return files.digest(files.canonical_json(made).encode())
 
 
-def summarize(root: Path, contents: manifest.Manifest, live: live_rows.LiveRows) -> dict[str, Any]:
+def summarize(
+    root: Path, contents: manifest.MemoryManifest, live: live_rows.LiveRows
+) -> dict[str, Any]:
     """What `Memory.stats` says, ready for JSON."""
     with_text, with_image = _parts(root, contents, live)
     counts, _ = ingest_report.read(root, contents)
@@ -57,7 +59,9 @@ def summarize(root: Path, contents: manifest.Manifest, live: live_rows.LiveRows)
     }
 
 
-def _parts(root: Path, contents: manifest.Manifest, live: live_rows.LiveRows) -> tuple[int, int]:
+def _parts(
+    root: Path, contents: manifest.MemoryManifest, live: live_rows.LiveRows
+) -> tuple[int, int]:
     """How many rows have text, and how many an image."""
     if not live.num_removed:
         return (

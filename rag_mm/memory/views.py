@@ -13,7 +13,7 @@ from rag_mm.memory.store import manifest, shard_file
 class Views:
     """Embeddings, codes and indexes of the rows that are left; safe to use from several threads."""
 
-    def __init__(self, root: Path, contents: manifest.Manifest, live: live_rows.LiveRows):
+    def __init__(self, root: Path, contents: manifest.MemoryManifest, live: live_rows.LiveRows):
         """Opens nothing yet."""
         self._root = root
         self._manifest = contents

@@ -21,11 +21,11 @@ _DIGITS = {chr(ord("A") + digit): str(digit) for digit in range(10)}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class ChameleonConfig:
     """The decoder, the image tokenizer, and the token of every code."""
 
     decoder: DecoderConfig
-    vq: chameleon_vq.Config
+    vq: chameleon_vq.ChameleonVQConfig
     code_tokens: tuple[int, ...]  # by code
 
     def __post_init__(self):
@@ -50,7 +50,7 @@ class Config:
             qk_norm_kind="layernorm_per_head",
         )
         # The published map; a checkpoint brings its own.
-        vq = chameleon_vq.Config()
+        vq = chameleon_vq.ChameleonVQConfig()
         return cls(decoder, vq, tuple(range(4, 4 + vq.codebook_size)))
 
 
@@ -83,13 +83,13 @@ def write_code_tokens(code_tokens: tuple[int, ...]) -> dict[str, int]:
     }
 
 
-class Model(nnx.Module):
+class Chameleon(nnx.Module):
     """Decoder and image tokenizer; `encode` and `decode` speak in tokens."""
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+    def __init__(self, config: ChameleonConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.decoder = Decoder(config.decoder, rngs=rngs)
-        self.vq = chameleon_vq.Model(config.vq, rngs=rngs)
+        self.vq = chameleon_vq.ChameleonVQ(config.vq, rngs=rngs)
 
     def encode(self, images: jax.Array) -> jax.Array:
         """float32 [B, S, S, 3] in 0..1 -> tokens int32 [B, N] in raster order."""

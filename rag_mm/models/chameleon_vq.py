@@ -19,7 +19,7 @@ _EPS = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class ChameleonVQConfig:
     """Sizes; the defaults are Chameleon's, 512 pixels to 32x32 codes."""
 
     image_size: int = 512
@@ -43,10 +43,10 @@ class Config:
         return (self.image_size // 2 ** (len(self.width_multipliers) - 1)) ** 2
 
 
-class Attention(nnx.Module):
+class SpatialAttention(nnx.Module):
     """One head over all positions of a grid, added to its input."""
 
-    def __init__(self, config: Config, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: ChameleonVQConfig, width: int, *, rngs: nnx.Rngs):
         self.norm = _norm(config, width, rngs=rngs)
         self.q, self.k, self.v, self.out = (nnx.Linear(width, width, rngs=rngs) for _ in range(4))
 
@@ -61,7 +61,10 @@ class Scale(nnx.Module):
     """The blocks of one grid, and the convolution that leads to the next one."""
 
     def __init__(
-        self, blocks: list[conv.ResBlock], attentions: list[Attention], change: nnx.Conv | None
+        self,
+        blocks: list[conv.ResBlock],
+        attentions: list[SpatialAttention],
+        change: nnx.Conv | None,
     ):
         self.blocks, self.attentions = nnx.List(blocks), nnx.List(attentions)
         self.change = change
@@ -78,9 +81,9 @@ class Scale(nnx.Module):
 class Middle(nnx.Module):
     """Block, attention, block on the grid of codes."""
 
-    def __init__(self, config: Config, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: ChameleonVQConfig, width: int, *, rngs: nnx.Rngs):
         self.block1 = _res_block(config, width, width, rngs=rngs)
-        self.attention = Attention(config, width, rngs=rngs)
+        self.attention = SpatialAttention(config, width, rngs=rngs)
         self.block2 = _res_block(config, width, width, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -88,10 +91,10 @@ class Middle(nnx.Module):
         return self.block2(self.attention(self.block1(x)))
 
 
-class Encoder(nnx.Module):
+class VQEncoder(nnx.Module):
     """Pictures to latents."""
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+    def __init__(self, config: ChameleonVQConfig, *, rngs: nnx.Rngs):
         c, widths = config, [config.width * m for m in config.width_multipliers]
         self.stem = conv.conv3x3(3, c.width, rngs=rngs)
         scales, previous = [], c.width
@@ -122,10 +125,10 @@ class Encoder(nnx.Module):
         return self.to_latent(nnx.silu(self.norm(self.middle(x))))
 
 
-class Decoder(nnx.Module):
+class VQDecoder(nnx.Module):
     """Latents to pictures: the mirror, with one block more a grid; `scales` run from the smallest grid up."""
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+    def __init__(self, config: ChameleonVQConfig, *, rngs: nnx.Rngs):
         c = config
         widths = [c.width * m for m in reversed(c.width_multipliers)]
         previous = widths[0]
@@ -153,16 +156,16 @@ class Decoder(nnx.Module):
         return self.to_pixels(nnx.silu(self.norm(x)))
 
 
-class Model(nnx.Module):
+class ChameleonVQ(nnx.Module):
     """Pictures, float32 [B, H, W, 3] in 0..1, to codes and, with a decoder, back."""
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+    def __init__(self, config: ChameleonVQConfig, *, rngs: nnx.Rngs):
         c = self.config = config
-        self.encoder = Encoder(c, rngs=rngs)
+        self.encoder = VQEncoder(c, rngs=rngs)
         self.to_embedding = nnx.Linear(c.latent_dim, c.embed_dim, rngs=rngs)
         self.codebook = nnx.Embed(c.codebook_size, c.embed_dim, rngs=rngs)
         self.from_embedding = nnx.Linear(c.embed_dim, c.latent_dim, rngs=rngs)
-        self.decoder = Decoder(c, rngs=rngs) if c.has_decoder else None
+        self.decoder = VQDecoder(c, rngs=rngs) if c.has_decoder else None
 
     def embed(self, images: jax.Array) -> jax.Array:
         """What is quantised: float32 [B, S, S, embed_dim]."""
@@ -186,18 +189,22 @@ class Model(nnx.Module):
         return jnp.clip((self.decoder(self.from_embedding(z)) + 1) / self.config.gain, 0, 1)
 
 
-def _norm(config: Config, width: int, *, rngs: nnx.Rngs) -> nnx.GroupNorm:
+def _norm(config: ChameleonVQConfig, width: int, *, rngs: nnx.Rngs) -> nnx.GroupNorm:
     return nnx.GroupNorm(width, num_groups=config.num_groups, epsilon=_EPS, rngs=rngs)
 
 
-def _res_block(config: Config, in_dim: int, out_dim: int, *, rngs: nnx.Rngs) -> conv.ResBlock:
+def _res_block(
+    config: ChameleonVQConfig, in_dim: int, out_dim: int, *, rngs: nnx.Rngs
+) -> conv.ResBlock:
     return conv.ResBlock(in_dim, out_dim, norm=partial(_norm, config), use_bias=True, rngs=rngs)
 
 
 def _blocks(
-    config: Config, in_dim: int, out_dim: int, count: int, side: int, *, rngs: nnx.Rngs
-) -> tuple[list[conv.ResBlock], list[Attention]]:
+    config: ChameleonVQConfig, in_dim: int, out_dim: int, count: int, side: int, *, rngs: nnx.Rngs
+) -> tuple[list[conv.ResBlock], list[SpatialAttention]]:
     dims = [in_dim] + [out_dim] * count
     blocks = [_res_block(config, a, b, rngs=rngs) for a, b in itertools.pairwise(dims)]
     attends = side in config.attention_sizes
-    return blocks, [Attention(config, out_dim, rngs=rngs) for _ in range(count if attends else 0)]
+    return blocks, [
+        SpatialAttention(config, out_dim, rngs=rngs) for _ in range(count if attends else 0)
+    ]

@@ -45,7 +45,7 @@ class TowerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class CLIPConfig:
     """Two towers and the space they share."""
 
     image_size: int
@@ -53,7 +53,7 @@ class Config:
     vision: TowerConfig
     text: TowerConfig
     vocab_size: int
-    max_text: int
+    max_text_len: int
     end_of_text: int
     projection_dim: int
     mlp: str = "quick_gelu"  # quick_gelu | gelu
@@ -75,17 +75,17 @@ class Config:
         return (self.image_size // self.patch_size) ** 2
 
     @classmethod
-    def b32(cls) -> "Config":
+    def b32(cls) -> "CLIPConfig":
         """ViT-B/32 at 224 pixels (table 20 of the paper)."""
         return _published(TowerConfig(768, 12, 12, 3072), 512, 224, 32)
 
     @classmethod
-    def l14(cls) -> "Config":
+    def l14(cls) -> "CLIPConfig":
         """ViT-L/14 at 224 pixels."""
         return _published(TowerConfig(1024, 24, 16, 4096), 768, 224, 14)
 
     @classmethod
-    def l14_336(cls) -> "Config":
+    def l14_336(cls) -> "CLIPConfig":
         """ViT-L/14 at 336 pixels."""
         return _published(TowerConfig(1024, 24, 16, 4096), 768, 336, 14)
 
@@ -94,14 +94,14 @@ IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def _published(vision: TowerConfig, width: int, image_size: int, patch_size: int) -> Config:
-    return Config(
+def _published(vision: TowerConfig, width: int, image_size: int, patch_size: int) -> CLIPConfig:
+    return CLIPConfig(
         image_size=image_size,
         patch_size=patch_size,
         vision=vision,
         text=TowerConfig(width, 12, width // 64, 4 * width),
         vocab_size=49_408,
-        max_text=77,
+        max_text_len=77,
         end_of_text=49_407,
         projection_dim=width,
         image_mean=IMAGE_MEAN,
@@ -112,7 +112,7 @@ def _published(vision: TowerConfig, width: int, image_size: int, patch_size: int
 class VisionTower(nnx.Module):
     """Images to unprojected features."""
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+    def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
         c, width = config, config.vision.embed_dim
         self.config = c
         self.patches = layers.Linear(
@@ -148,14 +148,14 @@ class VisionTower(nnx.Module):
 class TextTower(nnx.Module):
     """Token ids to unprojected features."""
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+    def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
         c, width = config, config.text.embed_dim
         self.config = c
         self.embedding = layers.Embedding(
             c.vocab_size, width, std=0.02, rngs=rngs, axes=("vocab", "embed")
         )
         self.position_embedding = layers.make_param(
-            rngs, (c.max_text, width), (None, "embed"), 0.01
+            rngs, (c.max_text_len, width), (None, "embed"), 0.01
         )
         self.stack = Stack(c.text.block(c.mlp, c.norm_eps), c.text.num_layers, rngs=rngs)
         self.norm = layers.Norm("layernorm", width, rngs=rngs, eps=c.norm_eps)
@@ -172,10 +172,10 @@ class TextTower(nnx.Module):
         return jnp.einsum("bt,btd->bd", first, self.norm(x))
 
 
-class Model(nnx.Module):
+class CLIP(nnx.Module):
     """Both towers, their projections and the temperature."""
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+    def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
         c = self.config = config
         self.vision = VisionTower(c, rngs=rngs)
         self.text = TextTower(c, rngs=rngs)
@@ -195,7 +195,7 @@ class Model(nnx.Module):
 
 
 def loss_fn(
-    model: Model, batch: Mapping[str, jax.Array], rng: jax.Array
+    model: CLIP, batch: Mapping[str, jax.Array], rng: jax.Array
 ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
     """Symmetric InfoNCE over the batch.
 

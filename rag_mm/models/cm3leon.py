@@ -27,29 +27,29 @@ ZERO_OUTPUTS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(ra_cm3.Config):
+class CM3LeonConfig(ra_cm3.RACM3Config):
     """RA-CM3's config with the uniform loss; the sizes of the paper's Table 3 as functions."""
 
     alpha: float = 1.0
 
     @classmethod
-    def tiny(cls, zero_outputs: str = "blocks") -> "Config":
+    def tiny(cls, zero_outputs: str = "blocks") -> "CM3LeonConfig":
         """Two layers, for tests and a first look."""
         sizes = dict(vocab_size=512, max_seq_len=128)
         return make_config(2, 64, 4, zero_outputs, code_offset=384, dtype="float32", **sizes)
 
     @classmethod
-    def m350(cls, zero_outputs: str = "blocks") -> "Config":
+    def m350(cls, zero_outputs: str = "blocks") -> "CM3LeonConfig":
         """350 M parameters."""
         return make_config(24, 1024, 16, zero_outputs)
 
     @classmethod
-    def m760(cls, zero_outputs: str = "blocks") -> "Config":
+    def m760(cls, zero_outputs: str = "blocks") -> "CM3LeonConfig":
         """760 M parameters."""
         return make_config(24, 1536, 16, zero_outputs)
 
     @classmethod
-    def b7(cls, zero_outputs: str = "blocks") -> "Config":
+    def b7(cls, zero_outputs: str = "blocks") -> "CM3LeonConfig":
         """7 B parameters."""
         return make_config(32, 4096, 32, zero_outputs)
 
@@ -64,7 +64,7 @@ def make_config(
     max_seq_len: int = SEQ_LEN,
     code_offset: int = CODE_OFFSET,
     dtype: str = "bfloat16",
-) -> Config:
+) -> CM3LeonConfig:
     """The family at any size; an MLP is four times as wide as the stream, its activation OPT's ReLU.
 
     Raises:
@@ -89,4 +89,4 @@ def make_config(
         dtype=dtype,
         **outputs,
     )
-    return Config(decoder, code_offset)
+    return CM3LeonConfig(decoder, code_offset)

@@ -16,7 +16,7 @@ from rag_mm.nn.decoder import Decoder, DecoderConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class RACM3Config:
     """A decoder, the weight of retrieved documents, and how many a training row holds."""
 
     decoder: DecoderConfig
@@ -25,12 +25,12 @@ class Config:
     loss_chunks: int = 1  # runs of positions whose logits are made one after the other
 
     @classmethod
-    def tiny(cls) -> "Config":
+    def tiny(cls) -> "RACM3Config":
         """Two layers of the family, for tests and a first look."""
         return cls(_family(512, 2, 64, 4, 128, "float32"), 384)
 
     @classmethod
-    def b2_7(cls) -> "Config":
+    def b2_7(cls) -> "RACM3Config":
         """The paper's 2.7 B; its shape is CM3-Medium's (CM3 appendix A.1), which the paper builds on.
 
         Our vocabulary: GPT-2's 50,257 words, which CM3 reads, room for specials, and 8,192 codes.
@@ -62,7 +62,7 @@ Model = Decoder
 
 
 def loss_fn(
-    model: Model, batch: Mapping[str, jax.Array], rng: jax.Array, *, config: Config
+    model: Model, batch: Mapping[str, jax.Array], rng: jax.Array, *, config: RACM3Config
 ) -> tuple[jax.Array, cm3.Metrics]:
     """CM3's loss with retrieved targets weighted by alpha; see `cm3.loss_fn`. `rng` is unused."""
     del rng

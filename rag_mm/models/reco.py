@@ -48,7 +48,7 @@ class Lookup:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class RecoConfig:
     """Two fusion modules over embeddings of one width.
 
     Attributes:
@@ -107,12 +107,12 @@ class Config:
         )
 
     @classmethod
-    def b32(cls) -> "Config":
+    def b32(cls) -> "RecoConfig":
         """For CLIP ViT-B/32."""
         return cls(dim=512)
 
     @classmethod
-    def l14(cls) -> "Config":
+    def l14(cls) -> "RecoConfig":
         """For CLIP ViT-L/14."""
         return cls(dim=768)
 
@@ -120,7 +120,7 @@ class Config:
 class Fusion(nnx.Module):
     """One query and the set that was retrieved for it, to one refined vector (section 5)."""
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+    def __init__(self, config: RecoConfig, *, rngs: nnx.Rngs):
         c = self.config = config
         below = c.num_layers - 1
         self.stack = Stack(c.block, below, rngs=rngs) if below else None
@@ -128,7 +128,9 @@ class Fusion(nnx.Module):
         zeros = jnp.zeros((2, c.dim), jnp.float32)
         self.types = nnx.Param(zeros, axes=(None, None)) if c.type_embedding else None
 
-    def __call__(self, query: jax.Array, retrieved: jax.Array, is_there: jax.Array) -> jax.Array:
+    def __call__(
+        self, query: jax.Array, retrieved: jax.Array, neighbor_mask: jax.Array
+    ) -> jax.Array:
         """Refines.
 
         Args:
@@ -144,7 +146,7 @@ class Fusion(nnx.Module):
             kinds = sharding.gather(self.types[...], (None, None))
             first = (jnp.arange(x.shape[1]) == 0)[:, None]
             x = x + jnp.where(first, kinds[:1], kinds[1:])[None]
-        present = jnp.pad(is_there, ((0, 0), (1, 0)), constant_values=True).astype(jnp.int32)
+        present = jnp.pad(neighbor_mask, ((0, 0), (1, 0)), constant_values=True).astype(jnp.int32)
         if self.stack is not None:
             x, _ = self.stack(x, None, lambda heads, _: (_attend(heads, present, None), None))
         # Of the last layer only the query's place is read, so only that is computed.
@@ -158,10 +160,10 @@ class Fusion(nnx.Module):
         return _unit(x + query if self.config.extra_skip else x)
 
 
-class Model(nnx.Module):
+class RECO(nnx.Module):
     """A fusion module for images, one for texts, and the temperature."""
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+    def __init__(self, config: RecoConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.image_fusion = Fusion(config, rngs=rngs)
         self.text_fusion = Fusion(config, rngs=rngs)
@@ -169,24 +171,26 @@ class Model(nnx.Module):
         self.logit_scale = nnx.Param(scale, axes=())
 
     def refine_image(
-        self, query: jax.Array, retrieved: jax.Array, is_there: jax.Array
+        self, query: jax.Array, retrieved: jax.Array, neighbor_mask: jax.Array
     ) -> jax.Array:
         """An image's embeddings refined, as `Fusion`."""
-        return self.image_fusion(query, retrieved, is_there)
+        return self.image_fusion(query, retrieved, neighbor_mask)
 
-    def refine_text(self, query: jax.Array, retrieved: jax.Array, is_there: jax.Array) -> jax.Array:
+    def refine_text(
+        self, query: jax.Array, retrieved: jax.Array, neighbor_mask: jax.Array
+    ) -> jax.Array:
         """A text's embeddings refined, as `Fusion`."""
-        return self.text_fusion(query, retrieved, is_there)
+        return self.text_fusion(query, retrieved, neighbor_mask)
 
 
-def mean_fusion(query: jax.Array, retrieved: jax.Array, is_there: jax.Array) -> jax.Array:
+def mean_fusion(query: jax.Array, retrieved: jax.Array, neighbor_mask: jax.Array) -> jax.Array:
     """The plain mean of a query and what was retrieved, rescaled: nothing is learned. As `Fusion`."""
-    kept = jnp.where(is_there[:, :, None], retrieved, 0.0)
+    kept = jnp.where(neighbor_mask[:, :, None], retrieved, 0.0)
     return _unit(query + kept.sum(axis=1))
 
 
 def loss_fn(
-    model: Model, batch: Mapping[str, jax.Array], rng: jax.Array
+    model: RECO, batch: Mapping[str, jax.Array], rng: jax.Array
 ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
     """The chosen terms of L = NCE(v', t') + NCE(v', t) + NCE(v, t') (section 6).
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from rag_mm.core import sharding
 from rag_mm.nn import layers
-from rag_mm.nn.smear import Before, Recent, lags_of_dims, smear
+from rag_mm.nn.smear import Recent, SmearContext, lags_of_dims, smear
 from rag_mm.ops import rope, splash
 
 
@@ -149,7 +149,7 @@ class Attention(nnx.Module):
                 smeared[...] = smeared[...] + INDUCTION_SMEAR
 
     def heads(
-        self, x: jax.Array, rotation: rope.Rotation | None, before: Before | None = None
+        self, x: jax.Array, rotation: rope.Rotation | None, before: SmearContext | None = None
     ) -> Heads:
         """x: [B, T, D]; `rotation` as `BlockConfig.rotation`, `before` where heads are smeared."""
         q, k, v = self.q(x), self.k(x), self.v(x)
@@ -214,7 +214,7 @@ class Block(nnx.Module):
         rotation: rope.Rotation | None,
         attend: Attend,
         handed: Any = None,
-        before: Before | None = None,
+        before: SmearContext | None = None,
     ) -> tuple[jax.Array, Any]:
         """x: [B, T, D] -> ([B, T, D], what `attend` hands back)."""
         asks = x if self.post_norm else self.attention_norm(x)
@@ -245,7 +245,7 @@ class Stack(nnx.Module):
         x: jax.Array,
         rotation: rope.Rotation | None,
         attend: Attend,
-        before: Before | None = None,
+        before: SmearContext | None = None,
     ) -> tuple[jax.Array, Any]:
         """Scans over layers; what every layer hands back comes stacked along axis 0."""
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from rag_mm.nn import layers
 from rag_mm.nn.block import REMAT, Attend, Block, BlockConfig, Heads, Stack
-from rag_mm.nn.smear import Before
+from rag_mm.nn.smear import SmearContext
 from rag_mm.ops import attention, rope
 
 
@@ -180,7 +180,7 @@ class Decoder(nnx.Module):
 
         before = None
         if self.config.smear_lags:
-            before = Before(jnp.ones_like(tokens) if segment_ids is None else segment_ids)
+            before = SmearContext(jnp.ones_like(tokens) if segment_ids is None else segment_ids)
         rotation = self.config.block.rotation(positions)
         return self.stack(self.embed(tokens, positions), rotation, attend, before)
 
@@ -203,7 +203,7 @@ class Decoder(nnx.Module):
         x, updated = self.embed(tokens, positions), []
         same = jnp.ones_like(tokens)
         for block, layer_cache in zip(blocks, cache, strict=True):
-            before = Before(same, layer_cache.recent) if self.config.smear_lags else None
+            before = SmearContext(same, layer_cache.recent) if self.config.smear_lags else None
             x, layer_cache = block(x, rotation, attend, layer_cache, before)
             updated.append(layer_cache)
         return self.norm(x), tuple(updated)

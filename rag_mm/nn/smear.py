@@ -14,7 +14,7 @@ class Recent(NamedTuple):
     k: jax.Array
 
 
-class Before(NamedTuple):
+class SmearContext(NamedTuple):
     """What smearing must know of the past: each token's segment, int32 [B, T], and what stands right before
     the first token in the last one's segment; None where nothing does."""
 

@@ -94,7 +94,7 @@ class Generation:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class WrittenCaption:
+class CaptionExample:
     """A test picture, its true caption, and what each variant wrote."""
 
     image: np.ndarray
@@ -153,6 +153,6 @@ class ReportData:
     reconstructions: Sequence[Reconstruction] = ()
     retrievals: Sequence[Retrieval] = ()
     generations: Sequence[Generation] = ()
-    captions: Sequence[WrittenCaption] = ()
+    captions: Sequence[CaptionExample] = ()
     curves: Sequence[Curve] = ()
     band_note: str = ""

@@ -11,7 +11,7 @@ MISSING = "not measured"
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class Figure:
     """A figure; `ci95` is the half width of its 95 % interval, where it is a sample of `n`."""
 
     value: float
@@ -24,7 +24,7 @@ class Measured:
         return None if self.ci95 is None else self.ci95 / statistics.Z95
 
 
-def find(metrics: Mapping[str, Any], path: str) -> Measured | None:
+def find(metrics: Mapping[str, Any], path: str) -> Figure | None:
     """The figure at a dotted path: a number, or {"accuracy" or "mean", "ci95", "n"}; or None."""
     node: Any = metrics
     for key in path.split("."):
@@ -32,7 +32,7 @@ def find(metrics: Mapping[str, Any], path: str) -> Measured | None:
     return as_measured(node)
 
 
-def as_measured(node: Any) -> Measured | None:
+def as_measured(node: Any) -> Figure | None:
     """`node` of the metrics as a figure, or None if it is no finite figure."""
     if isinstance(node, Mapping):
         value = node.get("accuracy", node.get("mean"))
@@ -41,10 +41,10 @@ def as_measured(node: Any) -> Measured | None:
         value, ci95, n = node, None, None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
-    return Measured(float(value), ci95, n)
+    return Figure(float(value), ci95, n)
 
 
-def percent(figure: Measured | None) -> str:
+def percent(figure: Figure | None) -> str:
     """A share as "62.1 % ± 5.9"."""
     if figure is None:
         return MISSING
@@ -52,7 +52,7 @@ def percent(figure: Measured | None) -> str:
     return f"{100 * figure.value:.1f} %{error}"
 
 
-def number(figure: Measured | None, digits: int = 2, unit: str = "") -> str:
+def number(figure: Figure | None, digits: int = 2, unit: str = "") -> str:
     """A figure as "5.41 ± 0.12 nats"."""
     if figure is None:
         return MISSING

@@ -126,7 +126,7 @@ def fact_ceiling(metrics: Mapping[str, Any]) -> list[Cell]:
     return [_cell(measured.find(metrics, f"tokenizer.scorer_ceiling.{fact}")) for fact in _FACTS]
 
 
-def _cell(figure: measured.Measured | None) -> Cell:
+def _cell(figure: measured.Figure | None) -> Cell:
     return measured.percent(figure), None if figure is None else 100 * figure.value
 
 

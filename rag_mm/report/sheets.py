@@ -10,9 +10,9 @@ from PIL import Image, ImageDraw, ImageFont
 from rag_mm.core import files
 from rag_mm.report import curves
 from rag_mm.report.content import (
+    CaptionExample,
     Generation,
     ReportData,
-    WrittenCaption,
     fact_verdict,
     variant_label,
 )
@@ -179,7 +179,7 @@ def _write(path: epath.Path, content: bytes) -> epath.Path:
     return path
 
 
-def _written_lines(row: WrittenCaption) -> list[str]:
+def _written_lines(row: CaptionExample) -> list[str]:
     return [f"truth: {row.truth}"] + [
         f"{variant_label(key)}: {text or '(nothing)'}" for key, text in row.written.items()
     ]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rag_mm.report.figures import MISSING, Measured, duration, find, number, percent
+from rag_mm.report.figures import MISSING, Figure, duration, find, number, percent
 
 _DOCS = {"docs0": "0 docs", "docs1": "1 doc", "docs2": "2 docs"}
 
@@ -15,7 +15,7 @@ def summary_table(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     "not measured".
     """
 
-    def at(path: str) -> Measured | None:
+    def at(path: str) -> Figure | None:
         return find(metrics, path)
 
     ceiling = at("tokenizer.scorer_ceiling.joint")
@@ -108,9 +108,7 @@ def _cost(metrics: Mapping[str, Any]) -> str:
     return " · ".join(parts + ([] if share is None else [f"retrieval {percent(share)}"]))
 
 
-def _list(
-    figures: list[tuple[str, Measured | None]], write: Callable[[Measured | None], str]
-) -> str:
+def _list(figures: list[tuple[str, Figure | None]], write: Callable[[Figure | None], str]) -> str:
     if all(figure is None for _, figure in figures):
         return MISSING
     return " · ".join(f"{label}: {write(figure)}" for label, figure in figures)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from rag_mm.report.figures import Measured, find, number, percent
+from rag_mm.report.figures import Figure, find, number, percent
 
 CEILING_BAR = 0.90  # Below it the tokenizer, not the decoder, decides what can be drawn.
 SAME_CLASS_BAR = 0.90
@@ -30,7 +30,7 @@ class Verdict:
     sentence: str
 
 
-def exceeds(high: Measured | None, low: Measured | None) -> bool | None:
+def exceeds(high: Figure | None, low: Figure | None) -> bool | None:
     """Whether `high` is above `low` by more than two standard errors of the difference.
 
     None where a figure or its interval is missing.
@@ -43,7 +43,7 @@ def exceeds(high: Measured | None, low: Measured | None) -> bool | None:
 
 
 def differs(
-    metrics: Mapping[str, Any], pair: str, high: Measured | None, low: Measured | None
+    metrics: Mapping[str, Any], pair: str, high: Figure | None, low: Figure | None
 ) -> bool | None:
     """`exceeds`, by the difference paired over documents where `decoder.paired` holds one.
 
@@ -112,7 +112,7 @@ def _copying(metrics: Mapping[str, Any]) -> list[Verdict]:
 
 def _drawing(metrics: Mapping[str, Any]) -> list[Verdict]:
 
-    def at(path: str) -> Measured | None:
+    def at(path: str) -> Figure | None:
         return find(metrics, path)
 
     ours, vanilla = at("decoder.joint_accuracy.docs2"), at("control.joint_accuracy")

@@ -45,62 +45,72 @@ class Stage:
     function: Callable[[Any, run_folder.Run, epath.Path], Mapping[str, Any]]
     shares: tuple[str, ...] = ()
     reports_on_others: bool = False
-    worlds: tuple[type, ...] = (world_config.World, world_config.Pictures)
+    worlds: tuple[type, ...] = (world_config.EmojiWorld, world_config.OwnImages)
     mesh: Callable[[Any], Mesh] | None = None
     is_shared: bool = False
 
 
-SCENES = (world_config.World,)  # Emoji scenes alone tell facts to score by.
-TOYS = (concepts.Config,)
-EVERY = (world_config.World, world_config.Pictures, concepts.Config)
+SCENES = (world_config.EmojiWorld,)  # Emoji scenes alone tell facts to score by.
+TOYS = (concepts.ConceptWorld,)
+EVERY = (world_config.EmojiWorld, world_config.OwnImages, concepts.ConceptWorld)
 STAGES = {
     "tokenizer": Stage(
-        train_tokenizer.Config,
+        train_tokenizer.TokenizerStageConfig,
         train_tokenizer.INPUTS,
         train_tokenizer.run,
         mesh=train_tokenizer.make_mesh,
     ),
     "retriever": Stage(
-        train_retriever.Config,
+        train_retriever.RetrieverStageConfig,
         train_retriever.INPUTS,
         train_retriever.run,
         mesh=train_retriever.make_mesh,
     ),
-    "memory": Stage(build_memory.Config, build_memory.INPUTS, build_memory.run, is_shared=True),
+    "memory": Stage(
+        build_memory.MemoryStageConfig, build_memory.INPUTS, build_memory.run, is_shared=True
+    ),
     "neighbors": Stage(
-        find_neighbors.Config,
+        find_neighbors.NeighborsStageConfig,
         find_neighbors.INPUTS,
         find_neighbors.run,
         reports_on_others=True,
         is_shared=True,
     ),
     "decoder": Stage(
-        train_decoder.Config, train_decoder.INPUTS, train_decoder.run, mesh=train_decoder.make_mesh
+        train_decoder.DecoderStageConfig,
+        train_decoder.INPUTS,
+        train_decoder.run,
+        mesh=train_decoder.make_mesh,
     ),
     "control": Stage(
-        train_decoder.Config,
+        train_decoder.DecoderStageConfig,
         train_decoder.CONTROL_INPUTS,
         train_decoder.run,
         mesh=train_decoder.make_mesh,
     ),
     "copy_probe": Stage(
-        copy_probe.Config,
+        copy_probe.CopyProbeStageConfig,
         copy_probe.INPUTS,
         copy_probe.run,
         worlds=SCENES,
         mesh=train_decoder.make_mesh,
     ),
-    "few_shot": Stage(few_shot.Config, few_shot.INPUTS, few_shot.run, worlds=SCENES),
-    "pairs": Stage(embed_pairs.Config, embed_pairs.INPUTS, embed_pairs.run, worlds=SCENES),
+    "few_shot": Stage(few_shot.FewShotStageConfig, few_shot.INPUTS, few_shot.run, worlds=SCENES),
+    "pairs": Stage(
+        embed_pairs.PairsStageConfig, embed_pairs.INPUTS, embed_pairs.run, worlds=SCENES
+    ),
     "toy_pairs": Stage(
-        draw_toy_pairs.Config, draw_toy_pairs.INPUTS, draw_toy_pairs.run, worlds=TOYS
+        draw_toy_pairs.ToyPairsStageConfig, draw_toy_pairs.INPUTS, draw_toy_pairs.run, worlds=TOYS
     ),
     "document_pairs": Stage(
-        embed_documents.Config, embed_documents.INPUTS, embed_documents.run, worlds=EVERY
+        embed_documents.DocumentPairsStageConfig,
+        embed_documents.INPUTS,
+        embed_documents.run,
+        worlds=EVERY,
     ),
     **{
         f"{kind}fusion": Stage(
-            train_fusion.Config,
+            train_fusion.FusionStageConfig,
             (f"{kind}pairs",),
             partial(train_fusion.run, source=f"{kind}pairs"),
             worlds=EVERY,
@@ -109,13 +119,20 @@ STAGES = {
         for kind in ("", "toy_", "document_")
     },
     "generation": Stage(
-        generate_samples.Config, generate_samples.INPUTS, generate_samples.run, worlds=SCENES
+        generate_samples.GenerationStageConfig,
+        generate_samples.INPUTS,
+        generate_samples.run,
+        worlds=SCENES,
     ),
     "evaluation": Stage(
-        evaluate.Config, evaluate.INPUTS, evaluate.run, ("generation",), True, SCENES
+        evaluate.EvaluationStageConfig, evaluate.INPUTS, evaluate.run, ("generation",), True, SCENES
     ),
     "report": Stage(
-        write_report.Config, write_report.INPUTS, write_report.run, ("generation",), worlds=SCENES
+        write_report.ReportStageConfig,
+        write_report.INPUTS,
+        write_report.run,
+        ("generation",),
+        worlds=SCENES,
     ),
 }
 
@@ -149,7 +166,7 @@ def run_chain(
     *,
     only: str | None = None,
     overwrite: bool = False,
-    borrow_from: Sequence[epath.PathLike] = (),
+    reuse_from: Sequence[epath.PathLike] = (),
 ) -> run_folder.Run:
     """Runs the stages of a config in order, or one of them; finished ones are passed over.
 
@@ -160,7 +177,7 @@ def run_chain(
         workdir: the run; made if it does not exist.
         only: one stage's name.
         overwrite: rebuild stages that would be refused.
-        borrow_from: runs whose finished stages are copied where they are what would be made here.
+        reuse_from: runs whose finished stages are copied where they are what would be made here.
 
     Raises:
         UserError: the config, the devices or the run do not fit; nothing has been touched then.
@@ -192,7 +209,7 @@ def run_chain(
             if not overwrite:
                 run_folder.check_stage(run, name, slice_of(configs[name]), STAGES[name].inputs)
         run.save_config(config)
-        sources = [run_folder.Run(epath.Path(source)) for source in borrow_from]
+        sources = [run_folder.Run(epath.Path(source)) for source in reuse_from]
         has_worked = [_run_stage(run, name, configs[name], overwrite, sources) for name in chosen]
         is_missing = not (run.workdir / write_report.PAGE).exists()
         if "report" in chosen and (any(has_worked) or is_missing):
@@ -238,7 +255,7 @@ def _run_stage(
         progress.say(f"{name}: {'done before, checking' if before.is_done else 'going on'}")
     else:
         wanted = (run, name, slice_of(config), stage.inputs)
-        lender = next((each for each in sources if reuse.borrow_stage(*wanted, each)), None)
+        lender = next((each for each in sources if reuse.reuse_stage(*wanted, each)), None)
         progress.say(f"{name}: {f'taken over from {lender.workdir}' if lender else 'begins'}")
     after = run_folder.run_stage(
         run,
@@ -283,7 +300,7 @@ def _check_agreement(configs: Mapping[str, Any]) -> None:
     neighbors, readers = (
         configs.get("neighbors"),
         [
-            ("decoder", "caption_draws", "caption_draws"),
+            ("decoder", "captions_per_image", "captions_per_image"),
             ("decoder", "max_docs", "num_neighbors"),
             ("generation", "num_held_out", "num_test"),
             ("generation", "num_seen", "num_test"),

@@ -2,7 +2,7 @@
 
 Process 0 runs the chain as it would alone: it holds the lock, and writes manifests, metrics and times. Where
 a stage is shared it says so first, and the others go into the stage's function with it; where it is not,
-they wait for the next word. What ends one of them ends all (`core.processes.end_all`).
+they wait for the next word. What ends one of them ends all (`core.processes.abort_all`).
 """
 
 import contextlib
@@ -37,7 +37,7 @@ def agree(asked: Mapping[str, Any]) -> None:
         UserError: this one was asked for something else than process 0.
     """
     own = files.digest(files.canonical_json(asked).encode())
-    if processes.word_of_first(own) != own:
+    if processes.broadcast_from_leader(own) != own:
         raise UserError(
             f"Process {jax.process_index()} was started with another config or other options than "
             "process 0; start all with the same command."
@@ -48,12 +48,12 @@ def agree(asked: Mapping[str, Any]) -> None:
 def leading() -> Iterator[None]:
     """For process 0: the chain, at whose good end the others are dismissed."""
     yield
-    processes.word_of_first(_OVER)
+    processes.broadcast_from_leader(_OVER)
 
 
 def share(stage: str) -> None:
     """For process 0: the others enter this stage now."""
-    processes.word_of_first(stage)
+    processes.broadcast_from_leader(stage)
 
 
 def follow(run: run_folder.Run, stages: Mapping[str, Callable[[], Any]]) -> None:
@@ -62,7 +62,7 @@ def follow(run: run_folder.Run, stages: Mapping[str, Callable[[], Any]]) -> None
     Raises:
         UserError: this process does not see the folder of process 0.
     """
-    while stage := processes.word_of_first():
+    while stage := processes.broadcast_from_leader():
         _await_stage(run, stage)
         stages[stage]()
 

@@ -65,12 +65,12 @@ def run_ablation(
     workdir: epath.PathLike,
     *,
     seeds: Sequence[int] | None = None,
-    borrow_from: Sequence[epath.PathLike] = (),
+    reuse_from: Sequence[epath.PathLike] = (),
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Runs the cells that are not measured yet, and writes `table.json` and `table.md` after each.
 
-    A cell is the run `workdir/VARIANT/seedN`. A stage that another cell, or a run of `borrow_from`, has
+    A cell is the run `workdir/VARIANT/seedN`. A stage that another cell, or a run of `reuse_from`, has
     finished from the same config and inputs is copied instead of computed.
 
     Args:
@@ -89,7 +89,7 @@ def run_ablation(
     folder = epath.Path(workdir)
     if (folder / "config.json").exists():
         raise UserError(f"{workdir} is a run; an ablation wants a folder of its own.")
-    lenders = [run_folder.open_run(source).workdir for source in borrow_from]
+    lenders = [run_folder.open_run(source).workdir for source in reuse_from]
     cells = _cells(config, plan, folder)
     if not overwrite:
         _check_runs(cells)
@@ -100,7 +100,7 @@ def run_ablation(
             cells[cell].config,
             cells[cell].workdir,
             overwrite=overwrite,
-            borrow_from=[*others, *lenders],
+            reuse_from=[*others, *lenders],
         )
         return _flatten(files.read_json(run.finished_stage(plan.stage) / evaluate.PER_DOCUMENT))
 

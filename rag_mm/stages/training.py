@@ -20,7 +20,7 @@ from rag_mm.train import train_state as state
 
 
 def check_config(
-    optimizer_config: optimizer.Config, loop_config: loop.Config, batch_size: int
+    optimizer_config: optimizer.OptimizerConfig, loop_config: loop.LoopConfig, batch_size: int
 ) -> None:
     """Refuses before a run is touched what would fail, or teach nothing, in the middle of it.
 
@@ -85,8 +85,8 @@ def train(
     loss_fn: train_step.LossFn,
     batches: grain.DatasetIterator,
     *,
-    optimizer_config: optimizer.Config,
-    loop_config: loop.Config,
+    optimizer_config: optimizer.OptimizerConfig,
+    loop_config: loop.LoopConfig,
     seed: int,
     mesh: Mesh,
     prepare: Callable[[Params], Params] | None = None,

@@ -38,7 +38,7 @@ _NUM_NAMED = 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class LoopConfig:
     """How long, and how often to look; a checkpoint falls on a logged step and is watched over.
 
     `guard` leaves out updates that would harm, and says how many in a row end the run; None leaves out none.
@@ -47,7 +47,7 @@ class Config:
     num_steps: int
     log_every: int = 20
     checkpoint_every: int = 200
-    guard: update_guard.Config | None = None
+    guard: update_guard.GuardConfig | None = None
 
     def __post_init__(self):
         least = min(self.num_steps, self.log_every, self.checkpoint_every)
@@ -56,7 +56,7 @@ class Config:
                 "num_steps is at least 1 and checkpoint_every a multiple of log_every, not "
                 f"{self.num_steps}, {self.checkpoint_every} and {self.log_every}"
             )
-        if self.guard is not None and not isinstance(self.guard, update_guard.Config):
+        if self.guard is not None and not isinstance(self.guard, update_guard.GuardConfig):
             raise ValueError(
                 f"guard is {self.guard!r}, give None or its settings, such as {{'window': 128}}"
             )
@@ -75,7 +75,7 @@ class Extras:
     """
 
     keep_every: int | None = None
-    max_skipped: int = update_guard.Config.max_in_a_row
+    max_skipped: int = update_guard.GuardConfig.max_in_a_row
     cost: throughput.Cost | None = None
     profile: tuple[int, int] | None = None
     stall_seconds: float = 900.0
@@ -103,7 +103,7 @@ def fit(
     iterator: grain.DatasetIterator,
     mesh: Mesh,
     directory: epath.PathLike,
-    config: Config,
+    config: LoopConfig,
     derive: Derive | None = None,
     watch: Watch | None = None,
     extras: Extras | None = None,
@@ -175,7 +175,7 @@ class _Run:
         name: str,
         mesh: Mesh,
         directory: epath.Path,
-        config: Config,
+        config: LoopConfig,
         derive: Derive | None,
         watch: Watch | None,
         extras: Extras,

@@ -9,7 +9,7 @@ from rag_mm.train import update_guard
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class OptimizerConfig:
     """One optimizer; the defaults are RA-CM3's (ra_cm3 section 6) where the paper gives them."""
 
     learning_rate: float = 1e-4
@@ -23,7 +23,7 @@ class Config:
     clip_norm: float = 1.0
 
 
-def make_schedule(config: Config, num_steps: int) -> optax.Schedule:
+def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     """Learning rate of each step: linear warm-up from zero, then the chosen decay.
 
     `wsd` is warm-up, stable, decay (MiniCPM, Hu et al. 2024): constant, then in the last 30 % of the
@@ -48,7 +48,7 @@ def make_schedule(config: Config, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: Config, num_steps: int, guard: update_guard.Config | None = None
+    config: OptimizerConfig, num_steps: int, guard: update_guard.GuardConfig | None = None
 ) -> optax.GradientTransformation:
     """Clip, Adam with decay (norms, biases, temperatures aside), schedule; `guard` leaves out bad updates."""
     chained = optax.chain(

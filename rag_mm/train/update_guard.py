@@ -14,7 +14,7 @@ import optax
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class GuardConfig:
     """When an update is skipped, and when a run gives up.
 
     Attributes:
@@ -46,7 +46,7 @@ class State(NamedTuple):
 
 
 def guard(
-    inner: optax.GradientTransformation, config: Config
+    inner: optax.GradientTransformation, config: GuardConfig
 ) -> optax.GradientTransformationExtraArgs:
     """`inner`, whose update and state stay as they were wherever a step is skipped.
 
@@ -107,7 +107,7 @@ def counts(opt_state: optax.OptState) -> tuple[int, int]:
     return int(np.asarray(found[0])), int(np.asarray(found[1]))
 
 
-def _is_spike(value: jax.Array, state: State, config: Config) -> jax.Array:
+def _is_spike(value: jax.Array, state: State, config: GuardConfig) -> jax.Array:
     mean = state.losses.mean()
     # A loss that has settled spreads by rounding alone; a jump is at least a hundredth of it.
     spread = jnp.maximum(state.losses.std(), 0.01 * jnp.abs(mean) / config.sigmas)

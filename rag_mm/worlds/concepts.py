@@ -14,7 +14,7 @@ SPLITS = ("common", "rare_seen", "held_out")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class ConceptWorld:
     """What the world is like.
 
     Attributes:
@@ -60,7 +60,7 @@ class Concepts:
         groups: int64 [C], which classes lie close together.
     """
 
-    def __init__(self, config: Config, seed: int):
+    def __init__(self, config: ConceptWorld, seed: int):
         """Draws the classes."""
         self.config = c = config
         rng = np.random.default_rng((seed, 0))

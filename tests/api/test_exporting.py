@@ -25,13 +25,13 @@ from rag_mm.train import checkpoint
 DECODER = decoder_lib.DecoderConfig(300, 2, 16, 2, 24, 32)
 SMEARED = dataclasses.replace(DECODER, smear_lags=((1,),), qk_norm=True)
 WORDS = vocabulary.train_vocabulary(["a red apple on blue"], 262, codebook_size=16, num_sentinels=2)
-CLIP = clip.Config(
+CLIP = clip.CLIPConfig(
     image_size=8,
     patch_size=4,
     vision=clip.TowerConfig(16, 2, 2, 32),
     text=clip.TowerConfig(8, 1, 2, 16),
     vocab_size=WORDS.code_offset,
-    max_text=6,
+    max_text_len=6,
     end_of_text=WORDS.eod,
     projection_dim=8,
 )
@@ -54,13 +54,13 @@ def make_run(folder, config):
     run = run_folder.Run(epath.Path(folder))
 
     def tokenizer(run, stage_dir):
-        shape = autoencoder.Config.tiny()
+        shape = autoencoder.SPAEConfig.tiny()
         params = random_params(lambda: autoencoder.SPAE(shape, rngs=nnx.Rngs(0)))[1]
         frozen.save_tokenizer(stage_dir / "frozen", shape, WORDS, params)
         return {}
 
     def retriever(run, stage_dir):
-        params = random_params(lambda: clip.Model(CLIP, rngs=nnx.Rngs(0)))[1]
+        params = random_params(lambda: clip.CLIP(CLIP, rngs=nnx.Rngs(0)))[1]
         frozen.save_retriever(stage_dir / "frozen", CLIP, WORDS, params)
         return {}
 
@@ -85,9 +85,9 @@ def make_run(folder, config):
     ("config", "named"),
     [
         (SMEARED, "stack.1.attention.k_smear"),
-        (ra_cm3.Config.tiny().decoder, "stack.1.mlp.down.bias"),
-        (cm3leon.Config.tiny("blocks").decoder, "position_embedding.table"),
-        (cm3leon.Config.tiny("head").decoder, "head.table"),
+        (ra_cm3.RACM3Config.tiny().decoder, "stack.1.mlp.down.bias"),
+        (cm3leon.CM3LeonConfig.tiny("blocks").decoder, "position_embedding.table"),
+        (cm3leon.CM3LeonConfig.tiny("head").decoder, "head.table"),
     ],
     ids=["quickstart", "ra_cm3", "cm3leon_blocks", "cm3leon_head"],
 )
@@ -147,7 +147,7 @@ def test_a_retriever_goes_out_as_clip_and_comes_back(tmp_path):
     exporting.export_checkpoint("clip", run, tmp_path / "out", 1 << 30)
     importing.import_checkpoint("clip", tmp_path / "out", tmp_path / "again")
     pictures = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3)).astype(np.uint8)
-    before = frozen.Retriever(run / "retriever" / "frozen").encode_image(pictures)
+    before = frozen.FrozenRetriever(run / "retriever" / "frozen").encode_image(pictures)
     again = imported.load(tmp_path / "again")
     np.testing.assert_array_equal(again.encode_image(list(pictures)), before)
     with pytest.raises(UserError, match="has no tokenizer, so it takes no text"):

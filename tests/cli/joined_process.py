@@ -14,7 +14,9 @@ if __name__ == "__main__":
     args = argparse.Namespace(coordinator=address, num_processes=int(count), process_id=int(me))
     process_args.check_arguments(args)
     with process_args.joined(args):
-        (pathlib.Path(folder) / f"here-{me}").write_text(processes.word_of_first(f"from {me}"))
+        (pathlib.Path(folder) / f"here-{me}").write_text(
+            processes.broadcast_from_leader(f"from {me}")
+        )
         if what == "mistake" and me == "0":
             raise UserError("The page is wrong.")
         if what == "bug" and me == "1":

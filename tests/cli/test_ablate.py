@@ -75,13 +75,13 @@ def test_a_page_spells_out_overrides_in_dotted_keys(desk):
 
 
 def test_it_ends_with_the_table_and_fails_where_a_cell_is_missing(desk, measured, capsys):
-    words = ["ablate", "--config=page.py", "--workdir=out", "--seeds", "3", "7", "--borrow", "run"]
+    words = ["ablate", "--config=page.py", "--workdir=out", "--seeds", "3", "7", "--reuse", "run"]
     assert main.main([*words, "--overwrite"]) == 1
     out = capsys.readouterr().out
     assert out.startswith("| variant | nll (n = 4) | minus a |\n")
     assert "| b | 6.0 ± 1.3 (1 of 2 seeds, ± over documents) |" in out
     assert "Missing: b, seed 7." in out and out.splitlines()[-1] == "Table: out/table.md"
-    wanted = {"seeds": [3, 7], "borrow_from": ["run"], "overwrite": True, "workdir": "out"}
+    wanted = {"seeds": [3, 7], "reuse_from": ["run"], "overwrite": True, "workdir": "out"}
     assert {name: measured[name] for name in wanted} == wanted
 
 
@@ -105,7 +105,7 @@ def test_json_holds_the_table(desk, measured, capsys):
         ("--config=page.py --workdir=out --seeds x", "--seeds: invalid int value"),
         ("--config=page.py --workdir=out --seeds -1", "no seed -1"),
         ("--config=page.py --workdir=out --seeds 1 1", "each seed once"),
-        ("--config=page.py --workdir=out --borrow no", "no is not a run"),
+        ("--config=page.py --workdir=out --reuse no", "no is not a run"),
         ("--config=page.py --workdir=page.py", "page.py/alpha 0.1/seed0 cannot be made"),
         ("--config=page.py --workdir=out --config.ablation.baseline=x", "'x' is no variant"),
         ("--config=page.py --workdir=out --config.ablation.stage=report", "stage is 'report'"),
@@ -124,12 +124,12 @@ def test_a_mistake_is_one_sentence_and_nothing_is_made(desk, capsys, words, says
 @pytest.mark.slow
 def test_the_real_chain_at_two_seeds(desk, tiny_run, capsys):
     """Seed 0 is borrowed from a finished run; what differs in the decoder shares all that is before it."""
-    words = ["ablate", "--config=page.py", "--workdir=out", f"--borrow={tiny_run.workdir}"]
+    words = ["ablate", "--config=page.py", "--workdir=out", f"--reuse={tiny_run.workdir}"]
     assert main.main([*words, "--json"]) == 0
     table = json.loads(capsys.readouterr().out)["table"]
     assert table["missing"] == [] and table["seeds"] == [0, 1]
 
-    def stage(variant: str, seed: int, name: str) -> run_folder.Manifest:
+    def stage(variant: str, seed: int, name: str) -> run_folder.StageManifest:
         return run_folder.open_run(desk / "out" / variant / f"seed{seed}").manifest(name)
 
     for name in ("tokenizer", "decoder", "evaluation"):

@@ -186,7 +186,7 @@ def test_a_prompt_longer_than_the_model_reads(refused):
         (f"{CONFIG} --config.retriever.splits=rare", "splits are ('rare',)"),
         (f"{CONFIG} --config.retriever.optimizer.schedule=x", "schedule is one of"),
         (f"{CONFIG} --config.memory.index=x", "no index 'x'"),
-        (f"{CONFIG} --config.decoder.docs_shares=1,1", "docs_shares has 2 values"),
+        (f"{CONFIG} --config.decoder.num_docs_weights=1,1", "num_docs_weights has 2 values"),
         (f"{CONFIG} --config.decoder.model.num_heads=5", "num_heads is 5"),
         (f"{CONFIG} --config.decoder.optimizer.learning_rate=-1", "learning_rate is -1.0"),
         (f"{CONFIG} --config.generation.num_seen=0", "num_seen is 0"),

@@ -7,22 +7,21 @@ import tiny
 from rag_mm.api import importing
 from rag_mm.convert import llama_format, table
 from rag_mm.core.errors import UserError
-from rag_mm.models import chameleon, clip
-from rag_mm.models import llama as llama_model
+from rag_mm.models import chameleon, clip, llama
 from rag_mm.nn.decoder import DecoderConfig
 from rag_mm.ops import rope
 
 
 def read(name, **change):
     family, values = tiny.CHECKPOINTS[name]
-    return importing.FAMILIES[family].read_config(table.Outside(values | change))
+    return importing.FAMILIES[family].read_config(table.CheckpointFolder(values | change))
 
 
 @pytest.mark.parametrize("name", tiny.CHECKPOINTS)
 def test_a_config_that_is_written_reads_as_it_was(name):
     family = importing.FAMILIES[tiny.CHECKPOINTS[name][0]]
     config = read(name)
-    assert family.read_config(table.Outside(family.write_config(config))) == config
+    assert family.read_config(table.CheckpointFolder(family.write_config(config))) == config
 
 
 def test_settings_of_before_transformers_5_mean_the_same():
@@ -94,11 +93,11 @@ def count(family, config):
 @pytest.mark.parametrize(
     ("family", "config", "parameters"),
     [
-        ("llama", llama_model.llama_7b(), 6_738_415_616),
-        ("llama", llama_model.llama_13b(), 13_015_864_320),
-        ("clip", clip.Config.b32(), 151_277_313),
-        ("clip", clip.Config.l14(), 427_616_513),
-        ("clip", clip.Config.l14_336(), 427_944_193),
+        ("llama", llama.llama_7b(), 6_738_415_616),
+        ("llama", llama.llama_13b(), 13_015_864_320),
+        ("clip", clip.CLIPConfig.b32(), 151_277_313),
+        ("clip", clip.CLIPConfig.l14(), 427_616_513),
+        ("clip", clip.CLIPConfig.l14_336(), 427_944_193),
     ],
     ids=["llama_7b", "llama_13b", "clip_b32", "clip_l14", "clip_l14_336"],
 )
@@ -108,7 +107,7 @@ def test_published_sizes(family, config, parameters):
 
 
 def test_chameleon_7b_has_its_published_shapes():
-    family, config = importing.FAMILIES["chameleon"], chameleon.Config.chameleon_7b()
+    family, config = importing.FAMILIES["chameleon"], chameleon.ChameleonConfig.chameleon_7b()
     leaves = table.named(family.describe(config)[1])
     decoder = sum(leaf.size for name, leaf in leaves.items() if name.startswith("decoder/"))
     # LLaMA-7B's blocks, 2 x 65,536 rows, and scale and bias of 32 heads of 128, for q and k, in 32 layers.

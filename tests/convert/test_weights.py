@@ -86,7 +86,7 @@ def test_our_file_is_read_onto_a_mesh(tmp_path):
 
 def _config(name):
     family, values = tiny.CHECKPOINTS[name]
-    return importing.FAMILIES[family].read_config(table.Outside(values))
+    return importing.FAMILIES[family].read_config(table.CheckpointFolder(values))
 
 
 def test_casting_rounds_once(tmp_path):

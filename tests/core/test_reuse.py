@@ -31,11 +31,11 @@ def make(run, dim=8):
 
 
 def take_words(run, source, n=(3, 4)):
-    return reuse.borrow_stage(run, "words", {"n": n}, (), source)
+    return reuse.reuse_stage(run, "words", {"n": n}, (), source)
 
 
 def take_model(run, source, dim=8):
-    return reuse.borrow_stage(run, "model", {"dim": dim}, ("words",), source)
+    return reuse.reuse_stage(run, "model", {"dim": dim}, ("words",), source)
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_killed_while_copying_it_leaves_no_stage_and_no_litter(run, source, monk
     def die(stage_dir):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(clock, "mark_borrowed", die)
+    monkeypatch.setattr(clock, "mark_reused", die)
     with pytest.raises(KeyboardInterrupt):
         take_words(run, source)
     assert not run.stage_dir("words").exists() and len(list(run.workdir.iterdir())) == 2

@@ -45,14 +45,14 @@ def test_two_spans_keep_their_order_and_may_touch():
     num_codes=st.integers(1, 9),
     max_spans=st.integers(0, 8),
     min_spans=st.integers(0, 1),
-    segment_probability=st.sampled_from([0.0, 0.5, 1.0]),
+    segment_mask_prob=st.sampled_from([0.0, 0.5, 1.0]),
 )
 def test_unmasking_restores_every_row(
-    seed, num_docs, num_text, num_codes, max_spans, min_spans, segment_probability
+    seed, num_docs, num_text, num_codes, max_spans, min_spans, segment_mask_prob
 ):
     rng = np.random.default_rng(seed)
     segments = find_segments(num_docs, num_text, num_codes)
-    options = masking.Masking(min_spans, segment_probability)
+    options = masking.Masking(min_spans, segment_mask_prob)
     spans = masking.sample_spans(options, segments, rng, max_spans)
 
     assert len(spans) <= max_spans and spans.dtype == np.int32
@@ -94,8 +94,8 @@ def test_short_images_put_some_spans_in_captions_and_whole_segments_put_half():
     segments = find_segments(2, 12, 64)
     rng = np.random.default_rng(0)
     shares = []
-    for segment_probability in (0.0, 1.0):
-        options = masking.Masking(1, segment_probability)
+    for segment_mask_prob in (0.0, 1.0):
+        options = masking.Masking(1, segment_mask_prob)
         draws = [masking.sample_spans(options, segments, rng, 4) for _ in range(3000)]
         starts = np.concatenate(draws)[:, 0]
         text = (np.searchsorted(segments[:, 0], starts, side="right") - 1) % 2 == 0
@@ -118,7 +118,7 @@ def test_mask_probability_leaves_rows_plain():
     segments = find_segments(1, 3, 5)
     rng = np.random.default_rng(0)
     for probability in (0.0, 0.3, 1.0):
-        options = masking.Masking(min_spans=1, mask_probability=probability)
+        options = masking.Masking(min_spans=1, mask_prob=probability)
         masked = [len(masking.sample_spans(options, segments, rng, 4)) > 0 for _ in range(2000)]
         assert np.mean(masked) == pytest.approx(probability, abs=0.04)
 
@@ -165,5 +165,5 @@ def test_a_row_that_no_masking_makes_is_refused():
 def test_options_out_of_range_are_named():
     with pytest.raises(UserError, match="min_spans is 2"):
         masking.Masking(min_spans=2)
-    with pytest.raises(UserError, match=r"segment_probability is 1\.5"):
-        masking.Masking(segment_probability=1.5)
+    with pytest.raises(UserError, match=r"segment_mask_prob is 1\.5"):
+        masking.Masking(segment_mask_prob=1.5)

@@ -14,14 +14,14 @@ V = VOCABULARY
 E, B, X = V.eod, V.brk, V.eoss
 S0, S1 = V.sentinel(0), V.sentinel(1)
 C = V.code_offset
-LAYOUT = sequences.Layout(max_docs=2, max_text=3, num_codes=4, max_spans=2)  # slots of 9
+LAYOUT = sequences.Layout(max_docs=2, max_text_len=3, num_codes=4, max_spans=2)  # slots of 9
 MAIN = sequences.Example([11, 12], np.array([1, 2, 3, 4], np.int32))
 DOC = sequences.Example([21], np.array([5, 6, 7, 8], np.int32))
 EMPTY = sequences.Example([], np.array([9, 9, 9, 9], np.int32))
 
 
 def make_example(rng, layout):
-    text = rng.integers(0, V.text_size, rng.integers(0, layout.max_text + 1)).tolist()
+    text = rng.integers(0, V.text_size, rng.integers(0, layout.max_text_len + 1)).tolist()
     return sequences.Example(
         text, rng.integers(0, V.codebook_size, layout.num_codes).astype(np.int32)
     )
@@ -184,8 +184,8 @@ def test_mistakes_are_named():
     make = sequences.make_row
     with pytest.raises(UserError, match="at most 2"):
         make(LAYOUT, VOCABULARY, MAIN, [DOC] * 3)
-    with pytest.raises(UserError, match="max_text is 0"):
-        sequences.Layout(max_text=0)
+    with pytest.raises(UserError, match="max_text_len is 0"):
+        sequences.Layout(max_text_len=0)
     bad_examples = {
         "longer than 3": sequences.Example([1] * 4, MAIN.codes),
         "not below": sequences.Example([V.eoss], MAIN.codes),

@@ -14,7 +14,7 @@ from rag_mm.decode import sampler, tasks
 from rag_mm.nn import decoder, param_trees
 
 WORDS = vocabulary.train_vocabulary([], 256, 16, 4)
-LAYOUT = sequences.Layout(max_docs=2, max_text=3, num_codes=6, max_spans=2)
+LAYOUT = sequences.Layout(max_docs=2, max_text_len=3, num_codes=6, max_spans=2)
 # A vocabulary rounded up, as the stage does: the last ids mean nothing and must never be drawn.
 CONFIG = decoder.DecoderConfig(
     vocab_size=WORDS.size + 8,
@@ -65,7 +65,7 @@ def full_log_probs(generator):
 def draw(generator, docs=COUNTS, **options):
     texts = [main.text for main in MAINS]
     seeds = np.arange(3, dtype=np.uint32)
-    return tasks.draw_codes(generator, texts, docs, seeds, WARM, **options)
+    return tasks.generate_codes(generator, texts, docs, seeds, WARM, **options)
 
 
 def test_a_caption_becomes_exactly_the_codes_of_one_picture(generator):
@@ -101,13 +101,13 @@ def test_batches_of_any_size_and_unused_documents_change_nothing(generator):
 def test_a_picture_becomes_a_caption_that_ends(generator, full_log_probs):
     codes = np.stack([main.codes for main in MAINS])
     seeds = np.zeros(3, np.uint32)
-    captions, log_probs = tasks.write_captions(generator, codes, COUNTS, seeds, GREEDY)
+    captions, log_probs = tasks.generate_captions(generator, codes, COUNTS, seeds, GREEDY)
     assert len(captions) == 3 and log_probs.shape == (3,)
     for i, docs in enumerate(COUNTS):
         prompt = sequences.image_to_caption_prompt(LAYOUT, WORDS, codes[i], docs)
         tokens, positions = prompt.tokens.tolist(), prompt.positions.tolist()
         written, total = [], 0.0
-        for step in range(LAYOUT.max_text + 1):
+        for step in range(LAYOUT.max_text_len + 1):
             whole = np.zeros((2, LAYOUT.length + 4), np.int32)
             whole[0, : len(tokens)], whole[1, : len(tokens)] = tokens, positions
             logits = full_log_probs(*whole)[len(tokens) - 1]
@@ -120,7 +120,7 @@ def test_a_picture_becomes_a_caption_that_ends(generator, full_log_probs):
             tokens.append(best)
             positions.append(prompt.next_position + step)
         # One that does not end by itself is cut to what a training row has room for.
-        assert captions[i] == WORDS.decode_text(written[: LAYOUT.max_text])
+        assert captions[i] == WORDS.decode_text(written[: LAYOUT.max_text_len])
         assert log_probs[i] == pytest.approx(total, abs=1e-4)
 
 
@@ -133,7 +133,7 @@ def test_a_caption_stops_at_the_end_of_its_span(generator):
     for token, letters in ((WORDS.eoss, set()), (WORDS.encode_text("a")[0], {"a"})):
         head = {"table": params["head"]["table"].at[token].set(9.0)}
         model = tasks.Generator(generator.graphdef, params | {"head": head}, WORDS, LAYOUT)
-        captions, _ = tasks.write_captions(model, codes, COUNTS, seeds, GREEDY)
+        captions, _ = tasks.generate_captions(model, codes, COUNTS, seeds, GREEDY)
         assert [set(caption) for caption in captions] == [letters] * 3
 
 
@@ -181,7 +181,7 @@ def test_more_documents_than_the_layout_has_room_for_are_refused(generator):
     codes = np.stack([main.codes for main in MAINS])
     for ask in (
         lambda: draw(generator, docs=three),
-        lambda: tasks.write_captions(generator, codes, three, seeds, WARM),
+        lambda: tasks.generate_captions(generator, codes, three, seeds, WARM),
         lambda: tasks.infill_codes(generator, MAINS, (0, 2), three, seeds, WARM),
     ):
         with pytest.raises(UserError, match="at most 2"):
@@ -193,7 +193,7 @@ def test_best_of_keeps_the_candidate_that_scores_best_row_by_row():
 
     def draw(seeds):
         seen.append(seeds)
-        return tasks.Drawn(np.full((2, 4), len(seen), np.int32), np.zeros(2))
+        return tasks.SampledCodes(np.full((2, 4), len(seen), np.int32), np.zeros(2))
 
     liking = np.array([[0.1, 0.9], [0.7, 0.2], [0.3, 0.8]])  # candidates x rows
     score = lambda codes: liking[codes[:, 0] - 1, [0, 1]]
@@ -204,7 +204,7 @@ def test_best_of_keeps_the_candidate_that_scores_best_row_by_row():
 
 
 def test_best_of_one_scores_nothing():
-    draw = lambda seeds: tasks.Drawn(seeds[:, None].astype(np.int32), np.zeros(len(seeds)))
+    draw = lambda seeds: tasks.SampledCodes(seeds[:, None].astype(np.int32), np.zeros(len(seeds)))
     best = tasks.best_of(draw, lambda codes: 1 / 0, num_rows=3, num_candidates=1, seed=0)
     assert best.shape == (3, 1)
 

@@ -13,7 +13,7 @@ def get_config(preset: str) -> dict:
         name: config[name] | dict(loop=loop) for name in ("tokenizer", "retriever", "decoder")
     }
     shrunk["tokenizer"]["num_eval"] = 16
-    shrunk["decoder"]["docs_shares"] = (
+    shrunk["decoder"]["num_docs_weights"] = (
         0.0,
         0.0,
         1.0,

@@ -39,7 +39,7 @@ def workdir(tiny_run, tmp_path_factory):
     pixels = np.full((32, 32, 3), (250, 10, 250), np.uint8)
     segments = (Text(HOSTILE), Image(pixels))
     stranger = Document("stranger", segments, "javascript:document.title=1", HOSTILE)
-    run.memory.add([stranger], run.codec)
+    run.memory.add([stranger], run.image_tokenizer)
     return folder
 
 
@@ -160,9 +160,9 @@ def test_mistakes(capsys, words, complaint):
 
 
 def test_without_the_libraries_the_extra_is_named(capsys, monkeypatch):
-    from rag_mm.cli import explore as command
+    from rag_mm.cli import explore
 
-    monkeypatch.setattr(command, "_LIBRARIES", ("no_such_library",))
+    monkeypatch.setattr(explore, "_LIBRARIES", ("no_such_library",))
     assert main.main(["explore", "nowhere"]) == 2
     assert "[explore]" in capsys.readouterr().err
 

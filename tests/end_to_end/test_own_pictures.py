@@ -68,7 +68,7 @@ def test_from_a_folder_to_a_picture(world, capsys, monkeypatch):
 def test_from_a_folder_to_a_trained_run(tmp_path, capsys, monkeypatch):
     """Tokenizer, retriever, memory, neighbors and decoder of one's own, then a picture drawn from them."""
     monkeypatch.chdir(tmp_path)
-    scenes = world_config.World(class_share=0.02).scenes("memory", "common")
+    scenes = world_config.EmojiWorld(class_share=0.02).scenes("memory", "common")
     (tmp_path / "pictures").mkdir()
     lines = []
     for i in range(120):

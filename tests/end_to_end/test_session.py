@@ -49,8 +49,8 @@ def test_it_draws_after_reading_so_many_documents(run, docs):
 def test_a_caption_of_two_is_asked_phrase_by_phrase_where_the_run_says_so(run):
     first, second = run.memory.document(0).text, run.memory.document(len(run.memory) - 1).text
     alone = [run.generate(text, docs=1).neighbors[0]["id"] for text in (first, second)]
-    by_phrase = dataclasses.replace(run, by_phrase=True, max_similarity=2.0)
-    both = by_phrase.generate(f"{first} and {second}", docs=2).neighbors
+    split_phrases = dataclasses.replace(run, split_phrases=True, max_similarity=2.0)
+    both = split_phrases.generate(f"{first} and {second}", docs=2).neighbors
     assert {found["id"] for found in both} == set(alone)
 
 
@@ -93,7 +93,7 @@ def test_a_picture_of_any_size_is_put_into_words(run, picture):
 def test_infill_redraws_the_band_alone(run, picture):
     """The tokenizer's decoder looks a little beyond a code, so other rows move, but hardly."""
     drawn = run.infill(picture, PROMPT, (8, 16), docs=1, seed=2).images
-    whole = run.codec.decode(run.codec.encode(picture[None]))
+    whole = run.image_tokenizer.decode(run.image_tokenizer.encode(picture[None]))
     moved = np.abs(drawn.astype(int) - whole)[0].mean(axis=(1, 2))
     assert drawn.shape == whole.shape
     assert moved[20:].max() < 0.2 * moved[8:16].mean()

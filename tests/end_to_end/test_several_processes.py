@@ -43,7 +43,7 @@ def run_all(commands: list[list[str]]) -> None:
 @pytest.fixture
 def pictures(tmp_path):
     """300 pictures, so that the second batch is not full, two of them bad."""
-    source = world_config.World(class_share=0.02).scenes("memory", "common")
+    source = world_config.EmojiWorld(class_share=0.02).scenes("memory", "common")
     folder = tmp_path / "pictures"
     folder.mkdir()
     lines = []

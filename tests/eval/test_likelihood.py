@@ -13,7 +13,7 @@ from rag_mm.eval import likelihood
 from rag_mm.nn import decoder, param_trees
 
 WORDS = vocabulary.train_vocabulary([], 256, 16, 4)
-LAYOUT = sequences.Layout(max_docs=2, max_text=3, num_codes=5, max_spans=2)
+LAYOUT = sequences.Layout(max_docs=2, max_text_len=3, num_codes=5, max_spans=2)
 CONFIG = decoder.DecoderConfig(WORDS.size, 1, 8, 2, 16, LAYOUT.num_positions)
 
 

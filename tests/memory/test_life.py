@@ -216,7 +216,7 @@ def test_a_document_finds_itself_in_every_view(built):
 def test_evaluation_items_and_their_likes_stay_out(tmp_path, encoder):
     documents = make_documents(12)
     held = [documents[2], make_documents(1, 50)[0]]
-    excluded = near_duplicates.Excluded.of(held, encoder)
+    excluded = near_duplicates.ExclusionSet.of(held, encoder)
     # The same picture by another name, and the same name with another picture.
     twin = make_documents(1, 50)[0]
     twin = type(twin)("twin", twin.segments)

@@ -145,9 +145,9 @@ def test_find_neighbors_does_not_depend_on_the_batches():
 
 def test_texts_are_asked_phrase_by_phrase():
     texts = ["a cat and a dog on red", "a cow", " and "]
-    parts, counts = policy.split_queries(texts, by_phrase=True)
+    parts, counts = policy.split_queries(texts, split_phrases=True)
     assert parts == ["a cat", "a dog on red", "a cow", " and "] and counts.tolist() == [2, 1, 1]
-    parts, counts = policy.split_queries(texts, by_phrase=False)
+    parts, counts = policy.split_queries(texts, split_phrases=False)
     assert parts == texts and counts.tolist() == [1, 1, 1]
 
 

@@ -15,30 +15,30 @@ from rag_mm.nn import param_trees
 from rag_mm.train import train_state, train_step
 
 END = 11
-TINY = clip.Config(
+TINY = clip.CLIPConfig(
     image_size=8,
     patch_size=4,
     vision=clip.TowerConfig(16, 1, 2, 32),
     text=clip.TowerConfig(8, 1, 2, 16),
     vocab_size=12,
-    max_text=6,
+    max_text_len=6,
     end_of_text=END,
     projection_dim=8,
 )
-VIT_L_14 = clip.Config(
+VIT_L_14 = clip.CLIPConfig(
     image_size=224,
     patch_size=14,
     vision=clip.TowerConfig(1024, 24, 16, 4096),
     text=clip.TowerConfig(768, 12, 12, 3072),
     vocab_size=49_408,
-    max_text=77,
+    max_text_len=77,
     end_of_text=49_407,
     projection_dim=768,
 )
 
 
 def make_model(config=TINY):
-    return clip.Model(config, rngs=nnx.Rngs(params=0))
+    return clip.CLIP(config, rngs=nnx.Rngs(params=0))
 
 
 def batch_of(size, seed=0):

@@ -97,12 +97,12 @@ def test_a_batch_without_main_targets_is_finite():
 def test_rows_of_the_project_give_alpha_its_meaning():
     """Over a uniform model a row's loss is log V (main + alpha retrieved) / main targets."""
     words = vocabulary.train_vocabulary([], 256, 16, 4)
-    layout = sequences.Layout(max_docs=1, max_text=3, num_codes=4, max_spans=1)
+    layout = sequences.Layout(max_docs=1, max_text_len=3, num_codes=4, max_spans=1)
     example = sequences.Example([1, 2], np.arange(4, dtype=np.int32))
     # The main image's middle is masked: one sentinel in place, one at the end, one eoss more.
     row = sequences.make_row(layout, words, example, [example], np.array([[13, 15]]))
     batch = {name: jnp.asarray(value)[None] for name, value in row.items()}
-    config = ra_cm3.Config(
+    config = ra_cm3.RACM3Config(
         decoder.DecoderConfig(words.size, 1, 8, 1, 8, 8), words.code_offset, alpha=0.5
     )
     logits = jnp.zeros((1, layout.length, words.size))

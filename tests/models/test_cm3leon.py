@@ -27,7 +27,7 @@ def make_model(config):
 
 def from_page(name):
     values = configuration.to_dict(configuration.load_config(name))
-    family = {"cm3leon": cm3leon.Config, "ra_cm3": ra_cm3.Config}[values["family"]]
+    family = {"cm3leon": cm3leon.CM3LeonConfig, "ra_cm3": ra_cm3.RACM3Config}[values["family"]]
     return configuration.make(family, values["model"], "model")
 
 
@@ -54,19 +54,19 @@ def test_real_sizes_by_abstract_evaluation(name):
 
 def test_the_page_says_what_the_config_says():
     for preset, config in {
-        "tiny": cm3leon.Config.tiny(),
-        "350m": cm3leon.Config.m350(),
-        "760m": cm3leon.Config.m760(),
-        "7b": cm3leon.Config.b7(),
+        "tiny": cm3leon.CM3LeonConfig.tiny(),
+        "350m": cm3leon.CM3LeonConfig.m350(),
+        "760m": cm3leon.CM3LeonConfig.m760(),
+        "7b": cm3leon.CM3LeonConfig.b7(),
     }.items():
         assert from_page(f"configs/cm3leon.py:{preset}") == config
-    assert from_page("configs/ra_cm3.py:tiny") == ra_cm3.Config.tiny()
-    assert config.alpha == 1.0 and ra_cm3.Config.b2_7().alpha == 0.1
+    assert from_page("configs/ra_cm3.py:tiny") == ra_cm3.RACM3Config.tiny()
+    assert config.alpha == 1.0 and ra_cm3.RACM3Config.b2_7().alpha == 0.1
 
 
 @pytest.mark.parametrize("reading", ["blocks", "head"])
 def test_weights_are_cut_at_three_sigma_and_positions_are_small(reading):
-    config = cm3leon.Config.tiny(reading)
+    config = cm3leon.CM3LeonConfig.tiny(reading)
     make = functools.partial(make_model, config)
     params = param_trees.init_params(make, sharding.make_mesh())
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -119,13 +119,13 @@ def test_reading_a_blocks_give_zero_and_a_token_predicts_itself():
 
 
 def test_reading_b_starts_at_exactly_log_v():
-    loss, hidden, embedded = loss_at_start(cm3leon.Config.tiny("head"))
+    loss, hidden, embedded = loss_at_start(cm3leon.CM3LeonConfig.tiny("head"))
     assert loss == pytest.approx(np.log(512), abs=1e-5)
     assert np.abs(hidden - embedded).max() > 0
 
 
 def test_unknown_readings_and_a_tied_head_of_its_own_are_refused():
     with pytest.raises(ValueError, match="zero_outputs"):
-        cm3leon.Config.tiny("both")
+        cm3leon.CM3LeonConfig.tiny("both")
     with pytest.raises(ValueError, match="tied"):
-        dataclasses.replace(cm3leon.Config.tiny().decoder, head_init_std=0.0)
+        dataclasses.replace(cm3leon.CM3LeonConfig.tiny().decoder, head_init_std=0.0)

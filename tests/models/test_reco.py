@@ -13,7 +13,7 @@ from rag_mm.core import sharding
 from rag_mm.models import reco
 
 DIM, HEADS, B, K = 16, 4, 6, 5
-CONFIG = reco.Config(dim=DIM, num_heads=HEADS, mlp_ratio=2.0)
+CONFIG = reco.RecoConfig(dim=DIM, num_heads=HEADS, mlp_ratio=2.0)
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -25,10 +25,10 @@ def rng():
     return np.random.default_rng(0)
 
 
-def make_model(**changes) -> reco.Model:
+def make_model(**changes) -> reco.RECO:
     """With random weights everywhere, so that nothing is zero by its initialisation."""
     config = dataclasses.replace(CONFIG, **changes)
-    model = reco.Model(config, rngs=nnx.Rngs(params=0))
+    model = reco.RECO(config, rngs=nnx.Rngs(params=0))
     rng = np.random.default_rng(1)
     graphdef, state = nnx.split(model)
     drawn = jax.tree.map(
@@ -66,10 +66,10 @@ def naive_layer(block, x):
 
 
 def test_the_fusion_is_an_encoder_layer_read_at_the_query(rng):
-    query, retrieved, is_there = draw(rng)
+    query, retrieved, neighbor_mask = draw(rng)
     fusion = make_model().image_fusion
     for row, given in zip(
-        np.asarray(fusion(query, retrieved, is_there)),
+        np.asarray(fusion(query, retrieved, neighbor_mask)),
         np.concatenate([query[:, None], retrieved], axis=1),
         strict=True,
     ):
@@ -88,52 +88,52 @@ def test_the_fusion_is_an_encoder_layer_read_at_the_query(rng):
     ids=str,
 )
 def test_step_0_is_the_frozen_model(rng, changes):
-    model = reco.Model(dataclasses.replace(CONFIG, **changes), rngs=nnx.Rngs(params=0))
+    model = reco.RECO(dataclasses.replace(CONFIG, **changes), rngs=nnx.Rngs(params=0))
     query, *found = draw(rng)
     for refined in (model.refine_image(query, *found), model.refine_text(query, *found)):
         np.testing.assert_allclose(refined, query, atol=1e-5)
 
 
 def test_without_zero_init_it_is_not(rng):
-    model = reco.Model(dataclasses.replace(CONFIG, is_zero_init=False), rngs=nnx.Rngs(params=0))
+    model = reco.RECO(dataclasses.replace(CONFIG, is_zero_init=False), rngs=nnx.Rngs(params=0))
     query, *found = draw(rng)
     assert np.abs(np.asarray(model.refine_image(query, *found)) - query).max() > 0.01
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_layers": 2}, {"type_embedding": True}], ids=str)
 def test_what_was_retrieved_is_a_set(rng, changes):
-    query, retrieved, is_there = draw(rng)
-    is_there[:, -2:] = False
+    query, retrieved, neighbor_mask = draw(rng)
+    neighbor_mask[:, -2:] = False
     fusion = make_model(**changes).text_fusion
     order = rng.permutation(K)
     np.testing.assert_allclose(
-        fusion(query, retrieved[:, order], is_there[:, order]),
-        fusion(query, retrieved, is_there),
+        fusion(query, retrieved[:, order], neighbor_mask[:, order]),
+        fusion(query, retrieved, neighbor_mask),
         atol=1e-5,
     )
 
 
 @pytest.mark.parametrize("fusion", [make_model().image_fusion, reco.mean_fusion])
 def test_what_is_missing_does_not_count(rng, fusion):
-    query, retrieved, is_there = draw(rng)
-    is_there[:, 2:] = False
+    query, retrieved, neighbor_mask = draw(rng)
+    neighbor_mask[:, 2:] = False
     other = retrieved.copy()
     other[:, 2:] = 7.0
     alone = np.ones((B, 2), bool)
     wanted = fusion(query, retrieved[:, :2], alone)
     for given in (retrieved, other):
-        np.testing.assert_allclose(fusion(query, given, is_there), wanted, atol=1e-5)
+        np.testing.assert_allclose(fusion(query, given, neighbor_mask), wanted, atol=1e-5)
 
 
 def test_with_nothing_retrieved_the_mean_is_the_query(rng):
-    query, retrieved, is_there = draw(rng)
-    np.testing.assert_allclose(reco.mean_fusion(query, retrieved, ~is_there), query, atol=1e-6)
+    query, retrieved, neighbor_mask = draw(rng)
+    np.testing.assert_allclose(reco.mean_fusion(query, retrieved, ~neighbor_mask), query, atol=1e-6)
 
 
 def test_the_mean_by_hand(rng):
-    query, retrieved, is_there = draw(rng)
+    query, retrieved, neighbor_mask = draw(rng)
     wanted = unit((query + retrieved.sum(1)) / (1 + K))
-    np.testing.assert_allclose(reco.mean_fusion(query, retrieved, is_there), wanted, atol=1e-6)
+    np.testing.assert_allclose(reco.mean_fusion(query, retrieved, neighbor_mask), wanted, atol=1e-6)
 
 
 def batch_of(rng) -> dict[str, np.ndarray]:
@@ -250,13 +250,13 @@ def test_the_four_pairs_of_search_and_fusion(search, fuse, image, text):
 
 
 def test_published_sizes_are_described_at_no_cost():
-    def count(config: reco.Config) -> int:
-        shapes = jax.eval_shape(lambda: reco.Model(config, rngs=nnx.Rngs(0)))
+    def count(config: reco.RecoConfig) -> int:
+        shapes = jax.eval_shape(lambda: reco.RECO(config, rngs=nnx.Rngs(0)))
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(shapes, nnx.Param)))
 
     # Section 5's arithmetic: one layer with an MLP of 4 d has 3.152M, and there are two.
-    assert count(reco.Config.b32()) == pytest.approx(2 * 3.152e6, rel=1e-3)
-    assert reco.Config.l14().dim == 768
+    assert count(reco.RecoConfig.b32()) == pytest.approx(2 * 3.152e6, rel=1e-3)
+    assert reco.RecoConfig.l14().dim == 768
 
 
 @pytest.mark.parametrize(

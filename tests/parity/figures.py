@@ -52,7 +52,7 @@ def llama_config(size: str) -> dict:
 def write(folder: pathlib.Path, values: dict, dtype: np.dtype, max_bytes: int) -> int:
     """A checkpoint of random weights; its bytes."""
     family = importing.FAMILIES[values["model_type"]]
-    pieces = family.pieces(family.read_config(table.Outside(values)))
+    pieces = family.pieces(family.read_config(table.CheckpointFolder(values)))
     shapes = {p.theirs: (dtype, p.shape) for p in sorted(pieces, key=lambda p: p.theirs)}
     rng = np.random.default_rng(0)
 

@@ -8,7 +8,7 @@ import tiny
 
 import rag_mm
 from rag_mm.api import importing
-from rag_mm.models.spae import autoencoder
+from rag_mm.ops import images as image_ops
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -61,7 +61,7 @@ def test_image_tokens(open_tiny, name):
     model, golden = open_tiny(name)
     pictures = tiny.pictures(2, 16)
     embed = model.vq.compile("embed")
-    np.testing.assert_allclose(embed(autoencoder.to_float(pictures)), golden["latents"], atol=1e-4)
+    np.testing.assert_allclose(embed(image_ops.to_float(pictures)), golden["latents"], atol=1e-4)
     found = model.encode_image(list(pictures))
     np.testing.assert_array_equal(found, golden["image_tokens"])
     assert len(np.unique(found)) > 4 and set(found.ravel()) <= set(model.model.code_tokens)

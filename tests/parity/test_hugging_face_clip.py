@@ -12,13 +12,13 @@ from rag_mm.nn import param_trees
 pytestmark = pytest.mark.parity
 
 END = 29
-CONFIG = clip.Config(
+CONFIG = clip.CLIPConfig(
     image_size=12,
     patch_size=4,
     vision=clip.TowerConfig(24, 2, 3, 40),
     text=clip.TowerConfig(16, 3, 2, 32),
     vocab_size=30,
-    max_text=7,
+    max_text_len=7,
     end_of_text=END,
     projection_dim=10,
 )
@@ -95,7 +95,7 @@ def theirs(torch):
 
 @pytest.fixture(scope="module")
 def ours(theirs):
-    make_model = lambda: clip.Model(CONFIG, rngs=nnx.Rngs(params=0))
+    make_model = lambda: clip.CLIP(CONFIG, rngs=nnx.Rngs(params=0))
     graphdef, abstract = param_trees.describe(make_model, None)
     weights = {
         name: weight.numpy()

@@ -148,7 +148,7 @@ def test_a_decoder_of_pictures_is_the_vqgan_that_janus_has(torch, tmp_path):
     theirs = modeling_janus.JanusVQVAEDecoder(
         configuration_janus.JanusVQVAEConfig(embed_dim=6, num_embeddings=16, **sizes)
     ).eval()
-    config = chameleon_vq.Config(
+    config = chameleon_vq.ChameleonVQConfig(
         image_size=16,
         width=32,
         width_multipliers=(1, 2),
@@ -191,9 +191,13 @@ def _swap(name: str) -> str:
 def _vq_family() -> table.Family:
     from rag_mm.convert import chameleon_format
 
-    make = lambda config: chameleon_vq.Model(config, rngs=nnx.Rngs(0))
+    make = lambda config: chameleon_vq.ChameleonVQ(config, rngs=nnx.Rngs(0))
     return table.Family(
-        "vq", chameleon_vq.Config, *[chameleon_format.read_config] * 2, make, lambda c: []
+        "vq",
+        chameleon_vq.ChameleonVQConfig,
+        *[chameleon_format.read_config] * 2,
+        make,
+        lambda c: [],
     )
 
 
@@ -203,6 +207,6 @@ def _vq_rules() -> list[table.Rule]:
     from rag_mm.convert import chameleon_format
 
     family = importing.FAMILIES["chameleon"]
-    config = family.read_config(table.Outside(tiny.CHECKPOINTS["chameleon"][1]))
+    config = family.read_config(table.CheckpointFolder(tiny.CHECKPOINTS["chameleon"][1]))
     found = [r for r in chameleon_format.rules(config) if r.ours.startswith("vq/")]
     return [dataclasses.replace(r, ours=r.ours.removeprefix("vq/")) for r in found]

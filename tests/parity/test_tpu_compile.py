@@ -17,7 +17,7 @@ from rag_mm.train import optimizer, train_state, train_step
 
 pytestmark = pytest.mark.slow
 
-CONFIG = ra_cm3.Config(
+CONFIG = ra_cm3.RACM3Config(
     decoder.DecoderConfig(
         vocab_size=1024,
         num_layers=2,
@@ -47,7 +47,7 @@ def test_train_step_compiles_for_four_chips(topology, shape):
     mesh = Mesh(devices, sharding.MESH_AXES, axis_types=(AxisType.Explicit,) * 3)
     make_model = lambda: ra_cm3.Model(CONFIG.decoder, rngs=nnx.Rngs(params=0))
     graphdef, params = param_trees.describe(make_model, mesh)
-    tx = optimizer.make_optimizer(optimizer.Config(), num_steps=10)
+    tx = optimizer.make_optimizer(optimizer.OptimizerConfig(), num_steps=10)
     loss_fn = functools.partial(ra_cm3.loss_fn, config=CONFIG)
     batch_sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     batch = {

@@ -146,7 +146,7 @@ def write(
     family_name, values = CHECKPOINTS[name]
     values = config or values
     family = importing.FAMILIES[family_name]
-    pieces = family.pieces(family.read_config(table.Outside(values)))
+    pieces = family.pieces(family.read_config(table.CheckpointFolder(values)))
     folder.mkdir(parents=True, exist_ok=True)
     # Sorted by name, as most writers do: layer 10 stands before layer 2, q far from the embedding.
     shapes = {p.theirs: (np.dtype(dtype), p.shape) for p in sorted(pieces, key=lambda p: p.theirs)}

@@ -34,7 +34,7 @@ def test_forward_flops_are_those_that_xla_counts(mlp):
 
 
 def test_a_7b_token_costs_six_flops_a_weight_and_its_scores():
-    config = cm3leon.Config.b7().decoder
+    config = cm3leon.CM3LeonConfig.b7().decoder
     weights = flops.multiplied_params(config)
     assert weights == 32 * 12 * 4096**2 + 65_536 * 4096
     scores = 12 * 32 * 4096 * 4097 / 2

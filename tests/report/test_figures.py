@@ -16,9 +16,9 @@ METRICS = {
 
 
 def test_figures_are_found_by_path():
-    assert figures.find(METRICS, "memory.rows") == figures.Measured(27392.0)
+    assert figures.find(METRICS, "memory.rows") == figures.Figure(27392.0)
     figure = figures.find(METRICS, "decoder.joint_accuracy.docs2")
-    assert figure == figures.Measured(0.621, 0.059, 256)
+    assert figure == figures.Figure(0.621, 0.059, 256)
     assert figure.standard_error == pytest.approx(0.0301, abs=1e-4)
 
 
@@ -31,9 +31,9 @@ def test_what_is_no_finite_figure_is_missing(path):
 
 
 def test_figures_are_written_with_their_interval():
-    assert figures.percent(figures.Measured(0.621, 0.059, 256)) == "62.1 % ± 5.9"
-    assert figures.percent(figures.Measured(0.95)) == "95.0 %"
-    assert figures.number(figures.Measured(5.41, 0.123), unit="nats") == "5.41 ± 0.12 nats"
+    assert figures.percent(figures.Figure(0.621, 0.059, 256)) == "62.1 % ± 5.9"
+    assert figures.percent(figures.Figure(0.95)) == "95.0 %"
+    assert figures.number(figures.Figure(5.41, 0.123), unit="nats") == "5.41 ± 0.12 nats"
     assert figures.percent(None) == figures.number(None) == "not measured"
 
 

@@ -41,7 +41,7 @@ def sample(text="a rocket", **changes):
         "story": [row],
         "choice": f"Chosen by lot: {text}",
         "generations": [row],
-        "captions": [report.WrittenCaption(picture(7), text, {"docs2": text, "control": ""})],
+        "captions": [report.CaptionExample(picture(7), text, {"docs2": text, "control": ""})],
         "curves": [report.Curve(text, text, [0, 1, 2], [3.0, 2.0, 1.0])],
         "band_note": text,
     }

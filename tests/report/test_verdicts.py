@@ -3,7 +3,7 @@
 import pytest
 
 from rag_mm.report import summary, verdicts
-from rag_mm.report.figures import Measured
+from rag_mm.report.figures import Figure
 
 
 def accuracy(share, ci95=0.02):
@@ -95,7 +95,7 @@ def test_one_claim_of_two_that_fails_is_enough():
 def test_nothing_measured_nothing_claimed():
     assert set(status({}).values()) == {"unknown"}
     assert verdicts.headline({}).status == "unknown"
-    assert verdicts.exceeds(Measured(0.9), Measured(0.1)) is None  # No interval, no claim.
+    assert verdicts.exceeds(Figure(0.9), Figure(0.1)) is None  # No interval, no claim.
 
 
 def test_the_summary_has_ten_rows_and_invents_nothing():

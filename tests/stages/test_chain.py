@@ -68,9 +68,9 @@ def test_a_stage_is_refused_in_a_world_it_cannot_work_in(config, world, stage, s
     [
         ("decoder.model.layers", 3, "decoder: .*'layers'"),
         ("decoder.model.positions", "none", "decoder: positions are rope"),
-        ("decoder.mask_probability", 2.0, "mask_probability is 2.0"),
-        ("decoder.docs_shares", [0.0, 0.0, 0.0], "docs_shares are"),
-        ("decoder.caption_draws", 0, "caption_draws is 0"),
+        ("decoder.mask_prob", 2.0, "mask_prob is 2.0"),
+        ("decoder.num_docs_weights", [0.0, 0.0, 0.0], "num_docs_weights are"),
+        ("decoder.captions_per_image", 0, "captions_per_image is 0"),
         ("retriever.num_heads", 3, "num_heads divides embed_dim"),
         ("retriever.patch_size", 5, "patch_size the pictures' side"),
         ("tokenizer.model.image_size", 64, "image_size=64 does not fit"),
@@ -116,7 +116,7 @@ def test_the_control_follows_what_is_changed_of_the_decoder():
 @pytest.mark.parametrize(
     "override",
     [
-        {"neighbors.caption_draws": "2"},
+        {"neighbors.captions_per_image": "2"},
         {"neighbors.num_neighbors": "1"},
         {"generation.num_held_out": "1000"},
         {"neighbors.num_test": "0"},

@@ -42,15 +42,15 @@ def train(directory, poisoned, guarded, num_steps=8):
         Line,
         loss_fn,
         pipeline.make_batches(np.arange(NUM_RECORDS), BATCH, 0, make_example),
-        optimizer_config=optimizer.Config(learning_rate=0.1, warmup_steps=1),
-        loop_config=loop.Config(num_steps, log_every=4, checkpoint_every=4, guard=guarded),
+        optimizer_config=optimizer.OptimizerConfig(learning_rate=0.1, warmup_steps=1),
+        loop_config=loop.LoopConfig(num_steps, log_every=4, checkpoint_every=4, guard=guarded),
         seed=0,
         mesh=sharding.make_mesh(),
     )
 
 
 def test_a_poisoned_batch_is_left_out(tmp_path):
-    params, rows = train(tmp_path, {5}, update_guard.Config(max_in_a_row=2))
+    params, rows = train(tmp_path, {5}, update_guard.GuardConfig(max_in_a_row=2))
     assert np.isfinite(jax.device_get(params["kernel"])).all()
     # Eight steps of two are two epochs of eight records.
     assert rows[-1]["skipped"] == 2 and np.isfinite(rows[-1]["loss"])
@@ -58,7 +58,12 @@ def test_a_poisoned_batch_is_left_out(tmp_path):
 
 def test_a_run_of_them_ends_with_their_records(tmp_path):
     with pytest.raises(FloatingPointError, match="4 updates in a row") as caught:
-        train(tmp_path, set(range(NUM_RECORDS)), update_guard.Config(max_in_a_row=3), num_steps=12)
+        train(
+            tmp_path,
+            set(range(NUM_RECORDS)),
+            update_guard.GuardConfig(max_in_a_row=3),
+            num_steps=12,
+        )
     # Noticed when the log is written, a step later than it could be.
     named = json.loads((tmp_path / loop.SKIPPED).read_text())
     assert all(str(record) in str(caught.value) for ids in named.values() for record in ids)
@@ -72,7 +77,7 @@ def test_without_a_guard_a_poisoned_batch_ends_the_run(tmp_path):
 
 def test_a_guard_that_skips_nothing_changes_rounding_at_most(tmp_path):
     plain, _ = train(tmp_path / "plain", set(), None)
-    guarded, _ = train(tmp_path / "guarded", set(), update_guard.Config())
+    guarded, _ = train(tmp_path / "guarded", set(), update_guard.GuardConfig())
     # Its update is a branch, which XLA compiles by itself.
     kernels = [jax.device_get(params["kernel"]) for params in (plain, guarded)]
     np.testing.assert_array_max_ulp(*kernels, maxulp=4)
@@ -87,17 +92,21 @@ def test_a_guard_is_named_on_the_page_or_by_an_override():
     assert {load()[name].loop.guard for name in ("tokenizer", "retriever", "decoder")} == {None}
     made = load(**{"decoder.loop.guard": "{'window': 64}"})
     assert (
-        made["decoder"].loop.guard == made["control"].loop.guard == update_guard.Config(window=64)
+        made["decoder"].loop.guard
+        == made["control"].loop.guard
+        == update_guard.GuardConfig(window=64)
     )
     assert made["retriever"].loop.guard is None  # Though the page gives both one loop.
-    assert load(**{"tokenizer.loop.guard": "{}"})["tokenizer"].loop.guard == update_guard.Config()
+    assert (
+        load(**{"tokenizer.loop.guard": "{}"})["tokenizer"].loop.guard == update_guard.GuardConfig()
+    )
 
 
 def test_a_manifest_tells_of_a_guard_only_where_there_is_one():
     """So that what was made before loops could have one is gone on with."""
     assert "guard" not in chain.slice_of(load()["decoder"])["loop"]
     made = load(**{"decoder.loop.guard": "{}"})["decoder"]
-    assert chain.slice_of(made)["loop"]["guard"]["window"] == update_guard.Config.window
+    assert chain.slice_of(made)["loop"]["guard"]["window"] == update_guard.GuardConfig.window
 
 
 @pytest.mark.parametrize(

@@ -134,10 +134,10 @@ def test_a_run_by_hand_can_lend_too(made, config, tmp_path):
     chain.run_chain(alone, tmp_path / "alone")
     made.clear()
     lender = tmp_path / "alone"
-    run_ablation.run_ablation(config, tmp_path / "table", seeds=[0], borrow_from=[lender])
+    run_ablation.run_ablation(config, tmp_path / "table", seeds=[0], reuse_from=[lender])
     assert made == [("model", 0, 2.0), ("exam", 0, 2.0)]
     with pytest.raises(UserError, match="is not a run"):
-        run_ablation.run_ablation(config, tmp_path / "new", borrow_from=[tmp_path])
+        run_ablation.run_ablation(config, tmp_path / "new", reuse_from=[tmp_path])
     assert not (tmp_path / "new").exists()
 
 

@@ -16,7 +16,7 @@ from rag_mm.data import pipeline
 from rag_mm.train import checkpoint, loop, preemption, train_metrics
 
 # Long enough that a random instant falls into any part of it.
-LONG = loop.Config(num_steps=120, log_every=3, checkpoint_every=6)
+LONG = loop.LoopConfig(num_steps=120, log_every=3, checkpoint_every=6)
 # Where a run of `test_loop.SCHEDULE` (8 steps, a log every 2, a checkpoint every 4) dies: what is called
 # there, which call, whether before or after it, and which checkpoints are whole by then.
 POINTS = {
@@ -64,7 +64,7 @@ class Told:
         return getattr(self._iterator, name)
 
 
-def run(folder: pathlib.Path, config: loop.Config, step_fn=None) -> dict:
+def run(folder: pathlib.Path, config: loop.LoopConfig, step_fn=None) -> dict:
     """A run from its newest checkpoint to its end: digests of state and log, and the order of the data."""
     parts = test_loop.begin()
     told = parts["iterator"] = Told(parts["iterator"])

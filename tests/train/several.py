@@ -36,7 +36,7 @@ def loss_fn(model, batch, rng):
 
 
 def make_state(mesh):
-    tx = optimizer.make_optimizer(optimizer.Config(learning_rate=0.1, warmup_steps=2), 8)
+    tx = optimizer.make_optimizer(optimizer.OptimizerConfig(learning_rate=0.1, warmup_steps=2), 8)
     return train_state.init_state(param_trees.init_params(Wide, mesh), tx, mesh)
 
 
@@ -47,7 +47,7 @@ def make_batches(rows=None):
 def main(folder: pathlib.Path, me: int, num_steps: int, what: str) -> None:
     mesh = sharding.make_mesh(*MESH)
     graphdef, _ = param_trees.describe(Wide, mesh)
-    tx = optimizer.make_optimizer(optimizer.Config(learning_rate=0.1, warmup_steps=2), 8)
+    tx = optimizer.make_optimizer(optimizer.OptimizerConfig(learning_rate=0.1, warmup_steps=2), 8)
     told = Told(make_batches(sharding.local_rows(BATCH, mesh)))
     step_fn, count = train_step.make_train_step(graphdef, loss_fn, tx, seed=0), 0
 
@@ -74,7 +74,7 @@ def main(folder: pathlib.Path, me: int, num_steps: int, what: str) -> None:
         told,
         mesh,
         folder / "run",
-        loop.Config(num_steps=num_steps, log_every=2, checkpoint_every=4),
+        loop.LoopConfig(num_steps=num_steps, log_every=2, checkpoint_every=4),
         extras=loop.Extras(stall_seconds=8.0 if what == "stuck" else 900.0),
     )
     result = {"rows": rows, "order": told.order}

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*:RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
 )
 
-SCHEDULE = loop.Config(num_steps=8, log_every=2, checkpoint_every=4)
+SCHEDULE = loop.LoopConfig(num_steps=8, log_every=2, checkpoint_every=4)
 
 
 class Line(nnx.Module):
@@ -59,7 +59,7 @@ def begin(make_model=Line, loss_fn=loss_fn):
     mesh = sharding.make_mesh(2, 1, 1)
     graphdef, _ = param_trees.describe(make_model, mesh)
     params = param_trees.init_params(make_model, mesh)
-    tx = optimizer.make_optimizer(optimizer.Config(learning_rate=1.0, warmup_steps=2), 8)
+    tx = optimizer.make_optimizer(optimizer.OptimizerConfig(learning_rate=1.0, warmup_steps=2), 8)
     return {
         "state": train_state.init_state(params, tx, mesh),
         "step_fn": train_step.make_train_step(graphdef, loss_fn, tx, seed=0),
@@ -122,7 +122,7 @@ def test_a_run_logs_and_learns(unbroken):
 
 def test_eight_steps_are_four_and_four_more(unbroken, tmp_path):
     """The second half is a run of its own: new iterator, new compiled step, fresh parameters."""
-    half = loop.Config(num_steps=4, log_every=2, checkpoint_every=4)
+    half = loop.LoopConfig(num_steps=4, log_every=2, checkpoint_every=4)
     first, rows, _ = fit(tmp_path, half)
     assert first.step == 4 and len(rows) == 2
     state, rows, iterator = fit(tmp_path)
@@ -152,7 +152,7 @@ def test_a_finished_run_is_not_run_again(unbroken, tmp_path):
 
 
 def test_the_last_step_is_logged_and_saved_wherever_it_falls(tmp_path):
-    _, rows, _ = fit(tmp_path, loop.Config(num_steps=3, log_every=2, checkpoint_every=4))
+    _, rows, _ = fit(tmp_path, loop.LoopConfig(num_steps=3, log_every=2, checkpoint_every=4))
     assert [row["step"] for row in rows] == [2, 3]
     saved = checkpoint.Checkpoints(tmp_path / "checkpoints")
     assert saved.latest_step == 3
@@ -161,7 +161,7 @@ def test_the_last_step_is_logged_and_saved_wherever_it_falls(tmp_path):
 
 def test_derived_figures_stand_beside_the_averages(tmp_path):
     root = lambda values: {"root_loss": float(np.sqrt(values["loss"]))}
-    _, rows, _ = fit(tmp_path, loop.Config(4, 2, 2), derive=root)
+    _, rows, _ = fit(tmp_path, loop.LoopConfig(4, 2, 2), derive=root)
     for row in rows:
         assert row["root_loss"] == pytest.approx(np.sqrt(row["loss"]), abs=1e-5)
 
@@ -170,10 +170,10 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(tmp_path):
     def poisoned(index, rng):
         return make_example(index, rng) | {"y": np.float32(np.nan)}
 
-    fit(tmp_path, loop.Config(num_steps=4, log_every=2, checkpoint_every=2))
+    fit(tmp_path, loop.LoopConfig(num_steps=4, log_every=2, checkpoint_every=2))
     bad = lambda _: pipeline.make_batches(np.arange(6), 4, 1, poisoned)
     with pytest.raises(FloatingPointError, match="line: the loss at step 6 is not finite"):
-        fit(tmp_path, loop.Config(num_steps=8, log_every=2, checkpoint_every=2), iterator=bad)
+        fit(tmp_path, loop.LoopConfig(num_steps=8, log_every=2, checkpoint_every=2), iterator=bad)
     saved = checkpoint.Checkpoints(tmp_path / "checkpoints")
     assert saved.latest_step == 4
     saved.close()
@@ -181,7 +181,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(tmp_path):
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    fit(tmp_path, loop.Config(4, 2, 2))
+    fit(tmp_path, loop.LoopConfig(4, 2, 2))
     with pytest.raises(UserError, match="does not fit this model"):
         fit(tmp_path, make_model=lambda: Line(width=4))
 
@@ -189,7 +189,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 @pytest.mark.parametrize("sizes", [(0, 2, 4), (8, 3, 4), (8, 0, 4), (8, 2, 0)])
 def test_checkpoints_fall_on_logged_steps(sizes):
     with pytest.raises(ValueError, match="multiple"):
-        loop.Config(*sizes)
+        loop.LoopConfig(*sizes)
 
 
 def poisoned_from(first, last):
@@ -217,7 +217,9 @@ def fit_guarded(directory, first, last, max_skipped=3, config=SCHEDULE):
     mesh = sharding.make_mesh(2, 1, 1)
     graphdef, _ = param_trees.describe(Line, mesh)
     tx = optimizer.make_optimizer(
-        optimizer.Config(learning_rate=1.0, warmup_steps=2), 8, update_guard.Config(window=4)
+        optimizer.OptimizerConfig(learning_rate=1.0, warmup_steps=2),
+        8,
+        update_guard.GuardConfig(window=4),
     )
     parts = begin()
     parts["state"] = train_state.init_state(param_trees.init_params(Line, mesh), tx, mesh)

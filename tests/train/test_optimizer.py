@@ -12,7 +12,9 @@ from rag_mm.train import optimizer
 
 
 def rates(num_steps, **config):
-    schedule = optimizer.make_schedule(optimizer.Config(learning_rate=2.0, **config), num_steps)
+    schedule = optimizer.make_schedule(
+        optimizer.OptimizerConfig(learning_rate=2.0, **config), num_steps
+    )
     return np.array([schedule(step) for step in range(num_steps + 1)])
 
 
@@ -56,7 +58,7 @@ def decayed(make_model):
     """Names of the parameters that an optimizer with nothing but decay changes."""
     _, abstract = param_trees.describe(make_model, None)
     ones = jax.tree.map(lambda leaf: np.ones((1,), np.float32), abstract)
-    config = optimizer.Config(warmup_steps=0, schedule="constant", weight_decay=0.5)
+    config = optimizer.OptimizerConfig(warmup_steps=0, schedule="constant", weight_decay=0.5)
     tx = optimizer.make_optimizer(config, 1)
     zeros = jax.tree.map(np.zeros_like, ones)
     with jax.numpy_dtype_promotion("standard"):
@@ -76,14 +78,14 @@ def test_decay_shrinks_matrices_and_tables_and_leaves_norms_biases_and_temperatu
         assert is_decayed == (name.rsplit("/")[-1] in ("kernel", "table")), name
     tower = clip.TowerConfig(8, 1, 2, 8)
     found = decayed(
-        lambda: clip.Model(clip.Config(8, 4, tower, tower, 8, 4, 7, 8), rngs=nnx.Rngs(0))
+        lambda: clip.CLIP(clip.CLIPConfig(8, 4, tower, tower, 8, 4, 7, 8), rngs=nnx.Rngs(0))
     )
     assert not found["logit_scale"] and not found["vision/post_norm/scale"]
     assert found["image_projection"] and found["vision/patches/kernel"]
 
 
 def test_gradients_are_clipped_by_their_global_norm():
-    tx = optimizer.make_optimizer(optimizer.Config(clip_norm=1.0, warmup_steps=0), 2)
+    tx = optimizer.make_optimizer(optimizer.OptimizerConfig(clip_norm=1.0, warmup_steps=0), 2)
     params = {"kernel": np.zeros((2, 2), np.float32)}
     with jax.numpy_dtype_promotion("standard"):
         _, state = tx.update({"kernel": np.full((2, 2), 50, np.float32)}, tx.init(params), params)

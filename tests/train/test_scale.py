@@ -17,7 +17,7 @@ from rag_mm.models import ra_cm3
 from rag_mm.nn import decoder, param_trees
 from rag_mm.train import optimizer, train_state, train_step
 
-CONFIG = ra_cm3.Config(
+CONFIG = ra_cm3.RACM3Config(
     decoder.DecoderConfig(
         vocab_size=48,
         num_layers=2,
@@ -67,7 +67,7 @@ SPECS = {
     f"{BLOCKS}/mlp/down/bias": (None, "fsdp"),
 }
 OPTIMIZER = optimizer.make_optimizer(
-    optimizer.Config(learning_rate=1e-2, warmup_steps=0, weight_decay=0.1), num_steps=9
+    optimizer.OptimizerConfig(learning_rate=1e-2, warmup_steps=0, weight_decay=0.1), num_steps=9
 )
 
 

@@ -22,7 +22,7 @@ EIGHT = [
     "2x2x2",
 ]
 MESHES = {"1": (1, 1, 1), "8": (8, 1, 1), "4x2x1": (4, 2, 1), "2x2x2": (2, 2, 2)}
-CONFIG = ra_cm3.Config(
+CONFIG = ra_cm3.RACM3Config(
     decoder.DecoderConfig(
         vocab_size=24,
         num_layers=2,
@@ -38,7 +38,7 @@ CONFIG = ra_cm3.Config(
     code_offset=16,
 )
 OPTIMIZER = optimizer_lib.make_optimizer(
-    optimizer_lib.Config(learning_rate=1e-2, warmup_steps=1, weight_decay=0.1), num_steps=9
+    optimizer_lib.OptimizerConfig(learning_rate=1e-2, warmup_steps=1, weight_decay=0.1), num_steps=9
 )
 
 
@@ -152,7 +152,7 @@ def linear_loss(model, batch, rng):
 
 
 def make_linear(seed=0):
-    config = optimizer_lib.Config(
+    config = optimizer_lib.OptimizerConfig(
         learning_rate=0.1, warmup_steps=2, b1=0.8, b2=0.95, weight_decay=0.2, clip_norm=2.0
     )
     optimizer = optimizer_lib.make_optimizer(config, num_steps=6)

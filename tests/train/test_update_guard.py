@@ -10,7 +10,7 @@ from rag_mm.train import optimizer, update_guard
 
 PARAMS = {"kernel": jnp.arange(6.0).reshape(2, 3)}
 GRADS = {"kernel": jnp.full((2, 3), 0.5)}
-CONFIG = update_guard.Config(window=4, sigmas=3.0)
+CONFIG = update_guard.GuardConfig(window=4, sigmas=3.0)
 
 
 def run(losses, grads=None, config=CONFIG):
@@ -91,10 +91,12 @@ def test_skipped_steps_weigh_nothing_in_averages():
 
 
 def test_the_house_optimizer_takes_a_guard():
-    tx = optimizer.make_optimizer(optimizer.Config(warmup_steps=0), 9, CONFIG)
+    tx = optimizer.make_optimizer(optimizer.OptimizerConfig(warmup_steps=0), 9, CONFIG)
     state = tx.init(PARAMS)
     assert isinstance(state, update_guard.State) and state.losses.shape == (4,)
-    assert update_guard.counts(optimizer.make_optimizer(optimizer.Config(), 9).init(PARAMS)) == (
+    assert update_guard.counts(
+        optimizer.make_optimizer(optimizer.OptimizerConfig(), 9).init(PARAMS)
+    ) == (
         0,
         0,
     )
@@ -103,7 +105,7 @@ def test_the_house_optimizer_takes_a_guard():
 def test_windows_and_sigmas_that_mean_nothing_are_refused():
     for options in (dict(window=1), dict(sigmas=0.0), dict(max_in_a_row=0)):
         with pytest.raises(ValueError, match="guard"):
-            update_guard.Config(**options)
+            update_guard.GuardConfig(**options)
 
 
 def test_no_second_copy_of_the_state_is_made():

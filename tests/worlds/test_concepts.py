@@ -7,7 +7,7 @@ import pytest
 
 from rag_mm.worlds import concepts
 
-CONFIG = concepts.Config(num_classes=40, num_common=20, num_held_out=8)
+CONFIG = concepts.ConceptWorld(num_classes=40, num_common=20, num_held_out=8)
 
 
 @pytest.fixture

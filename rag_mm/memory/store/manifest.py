@@ -58,7 +58,7 @@ class FileEntry:
 
 
 @dataclasses.dataclass(frozen=True)
-class Manifest:
+class MemoryManifest:
     """One version of a memory.
 
     Attributes:
@@ -140,7 +140,7 @@ def seal_all(root: Path, paths: Iterable[Path]) -> dict[str, FileEntry]:
     return {path.relative_to(root).as_posix(): seal(path) for path in paths}
 
 
-def write(root: Path, manifest: Manifest) -> str:
+def write(root: Path, manifest: MemoryManifest) -> str:
     """Writes a version's manifest and its digest, which is returned."""
     text = files.canonical_json({"format": FORMAT, **dataclasses.asdict(manifest)}) + "\n"
     sha256 = files.digest(text.encode())
@@ -176,7 +176,7 @@ def read_current(root: Path) -> tuple[int, str]:
     return int(match[1]), match[2]
 
 
-def read(root: Path, version: int, sha256: str | None = None) -> Manifest:
+def read(root: Path, version: int, sha256: str | None = None) -> MemoryManifest:
     """Reads a version's manifest and holds it against its digest.
 
     Args:
@@ -225,7 +225,7 @@ def check_file(root: Path, name: str, entry: FileEntry, deep: bool) -> str | Non
     return None
 
 
-def check_sizes(root: Path, manifest: Manifest) -> None:
+def check_sizes(root: Path, manifest: MemoryManifest) -> None:
     """Raises UserError where a file of a version is missing or of another size."""
     for name, entry in manifest.files.items():
         problem = check_file(root, name, entry, deep=False)
@@ -233,7 +233,7 @@ def check_sizes(root: Path, manifest: Manifest) -> None:
             raise UserError(problem)
 
 
-def check_folder(root: Path, manifest: Manifest, folder: str) -> None:
+def check_folder(root: Path, manifest: MemoryManifest, folder: str) -> None:
     """Raises UserError where a version has no such folder, or a file in it was changed."""
     entries = {n: e for n, e in manifest.files.items() if n.startswith(f"{folder}/")}
     if not entries:
@@ -248,7 +248,7 @@ def _digest_line(sha256: str) -> str:
     return f"{sha256}  manifest.json\n"
 
 
-def _parse(fields: Any) -> Manifest:
+def _parse(fields: Any) -> MemoryManifest:
     fields = dict(fields)
     if fields.pop("format") != FORMAT:
         raise ValueError("another format")
@@ -260,4 +260,4 @@ def _parse(fields: Any) -> Manifest:
         parts = pathlib.PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts:
             raise ValueError(f"a path leads outside: {name}")
-    return Manifest(**fields)
+    return MemoryManifest(**fields)

@@ -16,7 +16,7 @@ from rag_mm.memory.index import live_rows, protocol
 from rag_mm.memory.store import manifest, record
 
 
-def load_rows(root: Path, contents: manifest.Manifest, view: str) -> np.ndarray:
+def load_rows(root: Path, contents: manifest.MemoryManifest, view: str) -> np.ndarray:
     """Embeddings of all stored rows in a view, float32 [R, D], mapped where they are one file.
 
     Raises:
@@ -33,7 +33,7 @@ def load_rows(root: Path, contents: manifest.Manifest, view: str) -> np.ndarray:
     return shards[0] if len(shards) == 1 else np.concatenate(shards)
 
 
-def load_live(root: Path, contents: manifest.Manifest) -> live_rows.LiveRows:
+def load_live(root: Path, contents: manifest.MemoryManifest) -> live_rows.LiveRows:
     """Which stored rows are left.
 
     Raises:
@@ -51,7 +51,9 @@ def load_live(root: Path, contents: manifest.Manifest) -> live_rows.LiveRows:
     return live
 
 
-def load_codes(root: Path, contents: manifest.Manifest, shard: manifest.Shard) -> np.ndarray | None:
+def load_codes(
+    root: Path, contents: manifest.MemoryManifest, shard: manifest.Shard
+) -> np.ndarray | None:
     """Codes of a shard's rows, int32 [rows, N], -1 where a row has none; None in a memory without.
 
     Raises:
@@ -80,7 +82,7 @@ def load_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
     return values
 
 
-def load_ids(root: Path, contents: manifest.Manifest) -> list[str]:
+def load_ids(root: Path, contents: manifest.MemoryManifest) -> list[str]:
     """The documents' ids in the order of the stored rows.
 
     Raises:
@@ -120,7 +122,7 @@ def caption_hash(text: str) -> str:
     return files.digest(plain.encode())[:16] if plain else ""
 
 
-def load_origins(root: Path, contents: manifest.Manifest, shard: manifest.Shard) -> Origins:
+def load_origins(root: Path, contents: manifest.MemoryManifest, shard: manifest.Shard) -> Origins:
     """The origins of a shard's rows; where an older memory lists none, from its records.
 
     Raises:

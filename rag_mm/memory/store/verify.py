@@ -50,7 +50,7 @@ def verify(path: epath.PathLike) -> list[str]:
     return problems
 
 
-def _check_files(root: Path) -> tuple[list[str], manifest.Manifest | None]:
+def _check_files(root: Path) -> tuple[list[str], manifest.MemoryManifest | None]:
     problems: list[str] = []
     current, version, sha256 = None, None, None
     try:
@@ -108,7 +108,7 @@ def _check_unlisted(root: Path, listed: set[str], current: int | None) -> Iterat
             yield top, f"{path} belongs to no version of the memory."
 
 
-def _check_rows(root: Path, contents: manifest.Manifest) -> list[str]:
+def _check_rows(root: Path, contents: manifest.MemoryManifest) -> list[str]:
     problems = []
     try:
         ids = shard_file.load_ids(root, contents)
@@ -131,7 +131,7 @@ def _check_rows(root: Path, contents: manifest.Manifest) -> list[str]:
 
 
 def _check_records(
-    root: Path, contents: manifest.Manifest, ids: list[str], rows: dict[str, np.ndarray]
+    root: Path, contents: manifest.MemoryManifest, ids: list[str], rows: dict[str, np.ndarray]
 ) -> Iterator[str]:
     first = 0
     rng = np.random.default_rng(0)
@@ -170,7 +170,7 @@ def _has_codes(found: record.Record, codes: np.ndarray) -> bool:
     return np.array_equal(found.codes, codes)
 
 
-def _check_recall(root: Path, contents: manifest.Manifest) -> Iterator[str]:
+def _check_recall(root: Path, contents: manifest.MemoryManifest) -> Iterator[str]:
     """Recall of each index against exact search over the same rows, on sampled rows as queries."""
     if contents.index == "exact":
         return

@@ -95,7 +95,7 @@ def compact(
 
 def _find(
     root: Path,
-    contents: manifest.Manifest,
+    contents: manifest.MemoryManifest,
     mask: np.ndarray,
     ids: set[str],
     urls: set[str],
@@ -132,7 +132,7 @@ def _copy(
     stage: staging.Staging,
     root: Path,
     source: Path,
-    contents: manifest.Manifest,
+    contents: manifest.MemoryManifest,
     shard_size: int,
     on_progress: Progress | None,
 ) -> None:

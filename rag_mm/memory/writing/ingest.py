@@ -39,7 +39,7 @@ class Options:
     shard_size: int = 8192
     on_progress: Callable[[int, int], None] | None = None
     max_bad: float = 0.0
-    exclude: near_duplicates.Excluded | None = None
+    exclude: near_duplicates.ExclusionSet | None = None
     dedup: float | None = None
 
 
@@ -67,9 +67,9 @@ class Ingest:
     def __init__(
         self,
         root: Path,
-        before: manifest.Manifest,
+        before: manifest.MemoryManifest,
         encoder: model_protocols.Encoder,
-        tokenizer: model_protocols.Tokenizer | None,
+        tokenizer: model_protocols.ImageTokenizer | None,
         options: Options,
     ):
         """For the version after `before`; reads what must not repeat."""
@@ -86,7 +86,7 @@ class Ingest:
             self._repeats = near_duplicates.Repeats(options.dedup)
             self._remember(before.shards, live.mask, shard_file.load_rows(root, before, "image"))
 
-    def plan(self, source: stream.Source, sha256: str) -> dict[str, Any]:
+    def plan(self, source: stream.RecordStream, sha256: str) -> dict[str, Any]:
         """What the shards depend on; `sha256` is the digest of the manifest before."""
         options = self._options
         return {
@@ -102,7 +102,7 @@ class Ingest:
             "dedup": options.dedup,
         }
 
-    def write(self, stage: staging.Staging, source: stream.Source) -> None:
+    def write(self, stage: staging.Staging, source: stream.RecordStream) -> None:
         """Reads the source to its end from where the last commit left it.
 
         Raises:
@@ -237,7 +237,7 @@ class Ingest:
         shards: tuple[manifest.Shard, ...],
         mask: np.ndarray,
         rows: np.ndarray,
-        contents: manifest.Manifest | None = None,
+        contents: manifest.MemoryManifest | None = None,
     ) -> None:
         assert self._repeats is not None
         captions = [

@@ -55,7 +55,9 @@ def write_rejects(path: Path, rejects: Sequence[stream.Reject]) -> None:
     files.write_atomic(path, "".join(lines).encode())
 
 
-def read(root: Path, contents: manifest.Manifest) -> tuple[dict[str, Any], list[stream.Reject]]:
+def read(
+    root: Path, contents: manifest.MemoryManifest
+) -> tuple[dict[str, Any], list[stream.Reject]]:
     """The counts and the rejects of the documents that a version brought; empty if it brought none."""
     folder = root / contents.folder
     if not (folder / COUNTS).exists():

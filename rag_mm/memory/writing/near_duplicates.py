@@ -12,7 +12,7 @@ from rag_mm.memory.writing import stream
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Excluded:
+class ExclusionSet:
     """Documents that, like whatever is nearly the same, stay out of a memory.
 
     A document is kept out for an id of theirs, for a picture whose embedding has a cosine of at least
@@ -34,11 +34,11 @@ class Excluded:
     @classmethod
     def of(
         cls,
-        documents: stream.Documents | stream.Source,
+        documents: stream.Documents | stream.RecordStream,
         encoder: model_protocols.Encoder,
         similarity: float = 0.98,
         batch_size: int = 256,
-    ) -> "Excluded":
+    ) -> "ExclusionSet":
         """Embeds the documents; bad records among them are passed over."""
         ids, captions, pictures = [], [], [np.zeros((0, encoder.dim), np.float32)]
         for batch in _batches(stream.as_source(documents).read(0), batch_size):

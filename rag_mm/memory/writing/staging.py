@@ -48,7 +48,7 @@ class Staging:
         commits: of finished shards, in order.
     """
 
-    def __init__(self, root: Path, before: manifest.Manifest, plan: Mapping[str, Any]):
+    def __init__(self, root: Path, before: manifest.MemoryManifest, plan: Mapping[str, Any]):
         """Goes on where a writer with the same plan was killed, else begins.
 
         Args:

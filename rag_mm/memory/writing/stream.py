@@ -43,7 +43,7 @@ class Item:
 
 
 @runtime_checkable
-class Source(Protocol):
+class RecordStream(Protocol):
     """Records in an order that does not change, read from any position on.
 
     Attributes:
@@ -87,9 +87,9 @@ class DocumentSource:
             yield Item(i + 1, self._documents[i])
 
 
-def as_source(documents: Documents | Source) -> Source:
+def as_source(documents: Documents | RecordStream) -> RecordStream:
     """A source as it is, documents as one."""
-    return documents if isinstance(documents, Source) else DocumentSource(documents)
+    return documents if isinstance(documents, RecordStream) else DocumentSource(documents)
 
 
 def count_reasons(rejects: Iterable[Reject]) -> dict[str, int]:

@@ -30,9 +30,9 @@ __all__ = ["Documents", "Options", "add", "build", "check_vacant"]
 
 def build(
     root: Path,
-    documents: Documents | stream.Source,
+    documents: Documents | stream.RecordStream,
     encoder: model_protocols.Encoder,
-    tokenizer: model_protocols.Tokenizer | None,
+    tokenizer: model_protocols.ImageTokenizer | None,
     carried: Mapping[str, Path],
     options: Options,
 ) -> None:
@@ -47,7 +47,7 @@ def build(
             entries: dict[str, manifest.FileEntry] = {}
             for name, folder in carried.items():
                 entries |= _copy_folder(folder, root, name)
-            start = manifest.Manifest(
+            start = manifest.MemoryManifest(
                 version=0,
                 dim=encoder.dim,
                 image_size=(encoder if tokenizer is None else tokenizer).image_size,
@@ -69,9 +69,9 @@ def build(
 
 def add(
     root: Path,
-    documents: Documents | stream.Source,
+    documents: Documents | stream.RecordStream,
     encoder: model_protocols.Encoder,
-    tokenizer: model_protocols.Tokenizer | None,
+    tokenizer: model_protocols.ImageTokenizer | None,
     options: Options,
 ) -> None:
     """Makes the next version of a memory; see `Memory.add`."""
@@ -95,7 +95,7 @@ def add(
 
 
 @contextlib.contextmanager
-def next_version(root: Path) -> Iterator[tuple[manifest.Manifest, str]]:
+def next_version(root: Path) -> Iterator[tuple[manifest.MemoryManifest, str]]:
     """The one writer's turn: the current manifest and its digest.
 
     A mistake of the user removes what was begun; an interruption leaves it, to go on from.
@@ -115,7 +115,7 @@ def next_version(root: Path) -> Iterator[tuple[manifest.Manifest, str]]:
 
 def finish(
     root: Path,
-    before: manifest.Manifest,
+    before: manifest.MemoryManifest,
     stage: staging.Staging,
     scann: ScannConfig | None,
     removed: np.ndarray,
@@ -152,7 +152,7 @@ def finish(
     publish(root, after)
 
 
-def publish(root: Path, after: manifest.Manifest) -> None:
+def publish(root: Path, after: manifest.MemoryManifest) -> None:
     """Seals what lies in a version's folder and is not listed yet, and switches to the version."""
     folder = root / after.folder
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -162,19 +162,19 @@ def publish(root: Path, after: manifest.Manifest) -> None:
     manifest.switch(root, after.version, manifest.write(root, after))
 
 
-def _open_source(documents: Documents | stream.Source) -> stream.Source:
-    if not isinstance(documents, stream.Source) and len(documents) == 0:
+def _open_source(documents: Documents | stream.RecordStream) -> stream.RecordStream:
+    if not isinstance(documents, stream.RecordStream) and len(documents) == 0:
         raise UserError("There are no documents: a memory needs at least one.")
     return stream.as_source(documents)
 
 
 def _write_documents(
     root: Path,
-    before: manifest.Manifest,
+    before: manifest.MemoryManifest,
     sha256: str,
-    source: stream.Source,
+    source: stream.RecordStream,
     encoder: model_protocols.Encoder,
-    tokenizer: model_protocols.Tokenizer | None,
+    tokenizer: model_protocols.ImageTokenizer | None,
     options: Options,
 ) -> None:
     """Writes the version after `before` and switches to it."""

@@ -13,7 +13,9 @@ from rag_mm.train import update_guard
 
 
 def run(
-    config: bench_models.Config, num_steps: int = 1, say: Callable[[str], None] = lambda line: None
+    config: bench_models.StepBenchConfig,
+    num_steps: int = 1,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Mapping[str, Any]]:
     """Tokens a second of steps of Adam, guarded (`ours`) and not (`peer`); a case `WIDTH_guard` a width.
 
@@ -34,14 +36,14 @@ def run(
 
 
 def _measure(
-    config: bench_models.Config, width: int, num_steps: int, say: Callable[[str], None]
+    config: bench_models.StepBenchConfig, width: int, num_steps: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
     say(f"training, {width} wide, with a guard and without")
     model, rows = config.model(width), config.rows()
     adam = optax.adam(bench_models.LEARNING_RATE)
     steps = [
         ours.make_train_step(model, tx)
-        for tx in (update_guard.guard(adam, update_guard.Config()), adam)
+        for tx in (update_guard.guard(adam, update_guard.GuardConfig()), adam)
     ]
     calls = [functools.partial(step, rows, num_steps) for step in steps]
     guarded, plain = timing.rounds(calls, config.num_rounds, is_warm=True)

@@ -29,7 +29,7 @@ _WARM_ROWS = 2_048
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class IndexBenchConfig:
     """What is measured.
 
     Attributes:
@@ -63,7 +63,7 @@ class _Data:
 
 
 def run(
-    config: Config, say: Callable[[str], None] = lambda line: None
+    config: IndexBenchConfig, say: Callable[[str], None] = lambda line: None
 ) -> dict[str, Mapping[str, Any]]:
     """All cases, each `{"ours", "peer", "ratio", "unit", ...}` with machine and versions.
 
@@ -87,7 +87,7 @@ def run(
     return {name: {**case, **common} for name, case in cases.items()}
 
 
-def _run(config: Config, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+def _run(config: IndexBenchConfig, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
     say(f"{config.rows} x {config.dim} rows and {config.num_queries} queries")
     cones = Cones(dim=config.dim)
     rows, queries = cones.rows(config.rows), cones.queries(config.num_queries)
@@ -133,7 +133,7 @@ def true_neighbors(
     return best.ids
 
 
-def _warm_up(config: Config, rows: np.ndarray) -> None:
+def _warm_up(config: IndexBenchConfig, rows: np.ndarray) -> None:
     """Loads both libraries and starts their threads, which belong to no index's build."""
     few = rows[: min(len(rows), _WARM_ROWS)]
     scann.ScannIndex(ScannConfig(scoring="hashed")).build(few)
@@ -141,7 +141,7 @@ def _warm_up(config: Config, rows: np.ndarray) -> None:
         make(few, config.num_threads)
 
 
-def _peers(config: Config) -> dict[str, Callable]:
+def _peers(config: IndexBenchConfig) -> dict[str, Callable]:
     peers: dict[str, Callable] = {"ivf": faiss_peer.build_ivf}
     return peers | ({"hnsw": faiss_peer.build_hnsw} if config.with_hnsw else {})
 
@@ -173,7 +173,7 @@ def _ratio(ours: float, peer: float, unit: str, more_is_better: bool, **more: An
 
 
 def _beside(
-    config: Config,
+    config: IndexBenchConfig,
     ours: scann.ScannIndex,
     peer: tuple[str, object, list[faiss_peer.Candidate]],
     data: _Data,
@@ -215,7 +215,7 @@ def _beside(
 
 
 def _tune(
-    config: Config, candidates: list[faiss_peer.Candidate], data: _Data
+    config: IndexBenchConfig, candidates: list[faiss_peer.Candidate], data: _Data
 ) -> tuple[faiss_peer.Candidate, float]:
     """The fastest setting that reaches the recall, or the most accurate where none does."""
     recalls, seconds = [], []
@@ -241,7 +241,7 @@ def _num_bytes(index: Index) -> int:
         return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
-def _exact(config: Config, data: _Data) -> dict[str, Any]:
+def _exact(config: IndexBenchConfig, data: _Data) -> dict[str, Any]:
     """Beside FAISS's flat index."""
     faiss = faiss_peer.load()
     faiss.omp_set_num_threads(config.num_threads)
@@ -257,7 +257,7 @@ def _exact(config: Config, data: _Data) -> dict[str, Any]:
     return _ratio(count / seconds[0], count / seconds[1], "queries/s", True, rows=len(rows))
 
 
-def _wrapper(config: Config, ours: scann.ScannIndex, data: _Data) -> dict[str, Any]:
+def _wrapper(config: IndexBenchConfig, ours: scann.ScannIndex, data: _Data) -> dict[str, Any]:
     """Our search beside ScaNN's own call with the same settings."""
     bare = ours.native()
     batches = [data.queries[i : i + _BATCH] for i in range(0, len(data.queries), _BATCH)]
@@ -272,7 +272,7 @@ def _wrapper(config: Config, ours: scann.ScannIndex, data: _Data) -> dict[str, A
     return _ratio(count / seconds[0], count / seconds[1], "queries/s", True)
 
 
-def _scaling(config: Config, rows: np.ndarray) -> dict[str, Any]:
+def _scaling(config: IndexBenchConfig, rows: np.ndarray) -> dict[str, Any]:
     """Seconds a row of all rows over those of fewer: ours, and FAISS's."""
     growth = []
     for make in (_build, lambda part: faiss_peer.build_ivf(part, config.num_threads)):
@@ -285,7 +285,7 @@ def _scaling(config: Config, rows: np.ndarray) -> dict[str, Any]:
     return _ratio(growth[0], growth[1], "s/row at full size over s/row at num_small", False)
 
 
-def _device(config: Config, data: _Data) -> dict[str, Any]:
+def _device(config: IndexBenchConfig, data: _Data) -> dict[str, Any]:
     """The index beside the bare program on one device: scores, then the best k."""
     rows = data.rows[: config.device_rows]
     index = device.DeviceIndex()

@@ -33,7 +33,7 @@ def make_rows(rng: np.random.Generator, shape: tuple[int, int], vocab_size: int)
 
 
 def make_train_step(
-    config: ra_cm3.Config, optimizer: optax.GradientTransformation
+    config: ra_cm3.RACM3Config, optimizer: optax.GradientTransformation
 ) -> Callable[..., float]:
     """`train.step` with RA-CM3's loss on a mesh of one device, from fresh parameters on.
 

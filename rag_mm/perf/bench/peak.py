@@ -36,7 +36,7 @@ Say = Callable[[str], None]
 class Size:
     """A model, and the rows and remat of a training step that leave room on an H200."""
 
-    model: cm3leon.Config
+    model: cm3leon.CM3LeonConfig
     batch_size: int
     remat: str
 
@@ -45,9 +45,9 @@ _TINY: dict[str, Any] = dict(vocab_size=512, max_seq_len=128, code_offset=384)
 SIZES = {
     "tiny": Size(cm3leon.make_config(2, 64, 4, **_TINY), 2, "none"),
     "1.3b": Size(cm3leon.make_config(24, 2048, 16), 8, "dots"),
-    "7b": Size(cm3leon.Config.b7(), 4, "full"),
+    "7b": Size(cm3leon.CM3LeonConfig.b7(), 4, "full"),
 }
-_ADAM = optimizer.Config(learning_rate=1.2e-4, b2=0.95, weight_decay=0.1)  # CM3Leon's, 7 B
+_ADAM = optimizer.OptimizerConfig(learning_rate=1.2e-4, b2=0.95, weight_decay=0.1)  # CM3Leon's, 7 B
 _SCHEDULED_STEPS = 300_000
 
 

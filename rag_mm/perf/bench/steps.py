@@ -17,7 +17,7 @@ Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class StepBenchConfig:
     """What is measured; the defaults are the quickstart's decoder when this was first measured.
 
     Attributes:
@@ -43,7 +43,7 @@ class Config:
     num_rounds: int = 5
     with_compiled: bool = True
 
-    def model(self, width: int) -> ra_cm3.Config:
+    def model(self, width: int) -> ra_cm3.RACM3Config:
         """LLaMA's family in float32: heads of 32, a gated MLP of 8/3 the width."""
         decoder = DecoderConfig(
             vocab_size=self.vocab_size,
@@ -53,7 +53,7 @@ class Config:
             mlp_dim=width * 8 // 3,
             max_seq_len=self.length,
         )
-        return ra_cm3.Config(decoder, code_offset=self.vocab_size)
+        return ra_cm3.RACM3Config(decoder, code_offset=self.vocab_size)
 
     def rows(self) -> dict[str, np.ndarray]:
         """The batch of every training step."""
@@ -61,14 +61,14 @@ class Config:
         return ours.make_rows(np.random.default_rng(0), shape, self.vocab_size)
 
 
-def train(config: Config, say: Say = lambda line: None) -> dict[str, Mapping[str, Any]]:
+def train(config: StepBenchConfig, say: Say = lambda line: None) -> dict[str, Mapping[str, Any]]:
     """Tokens a second of a step of Adam, prepared batch to new parameters; a case a width and peer."""
     with timing.on_threads(config.num_threads):
         cases = _train(config, say)
     return ours.with_machine(cases, config.num_threads, torch_peer.versions())
 
 
-def decode(config: Config, say: Say = lambda line: None) -> dict[str, Mapping[str, Any]]:
+def decode(config: StepBenchConfig, say: Say = lambda line: None) -> dict[str, Mapping[str, Any]]:
     """New tokens a second, greedy, prefill included; a case a batch size.
 
     `two_streams` is what a second row costs at batch 1, as guidance by a second stream would: seconds of
@@ -79,7 +79,7 @@ def decode(config: Config, say: Say = lambda line: None) -> dict[str, Mapping[st
     return ours.with_machine(cases, config.num_threads, torch_peer.versions())
 
 
-def _train(config: Config, say: Say) -> dict[str, dict[str, Any]]:
+def _train(config: StepBenchConfig, say: Say) -> dict[str, dict[str, Any]]:
     cases: dict[str, dict[str, Any]] = {}
     rows = config.rows()
     ids = rows["tokens"]
@@ -106,7 +106,7 @@ def _train(config: Config, say: Say) -> dict[str, dict[str, Any]]:
     return cases
 
 
-def _decode(config: Config, say: Say) -> dict[str, dict[str, Any]]:
+def _decode(config: StepBenchConfig, say: Say) -> dict[str, dict[str, Any]]:
     decoder = config.model(config.widths[0]).decoder
     mine, theirs = (
         ours.make_generate(decoder),

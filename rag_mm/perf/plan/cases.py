@@ -11,9 +11,9 @@ from rag_mm.perf import chips
 from rag_mm.perf.plan import programs
 from rag_mm.train import optimizer
 
-FAMILIES: dict[str, type[ra_cm3.Config]] = {
-    "cm3leon": cm3leon.Config,
-    "ra_cm3": ra_cm3.Config,
+FAMILIES: dict[str, type[ra_cm3.RACM3Config]] = {
+    "cm3leon": cm3leon.CM3LeonConfig,
+    "ra_cm3": ra_cm3.RACM3Config,
 }
 # Float32 logits of one run of positions take no more of a chip than this.
 LOGITS_BYTES = 1 << 29
@@ -57,7 +57,9 @@ def make_case(
     parts = 1 if num_new else num_parts or config.get("accumulate", 1)
     case = programs.Case(
         model=_prepare(model, remat, rows / (shape[0] * shape[1] * parts), shape[2], bool(num_new)),
-        optimizer=configuration.make(optimizer.Config, config.get("optimizer", {}), "optimizer"),
+        optimizer=configuration.make(
+            optimizer.OptimizerConfig, config.get("optimizer", {}), "optimizer"
+        ),
         mesh_shape=shape,
         batch_size=rows,
         num_parts=parts,
@@ -68,8 +70,8 @@ def make_case(
 
 
 def _prepare(
-    model: ra_cm3.Config, remat: str | None, rows: float, tensor: int, is_decoding: bool
-) -> ra_cm3.Config:
+    model: ra_cm3.RACM3Config, remat: str | None, rows: float, tensor: int, is_decoding: bool
+) -> ra_cm3.RACM3Config:
     """Remat and loss chunks for so many rows a chip."""
     decoder = model.decoder
     if is_decoding:
@@ -86,7 +88,7 @@ def _prepare(
 
 
 def _mesh_shape(
-    model: ra_cm3.Config, topology: chips.Topology, mesh: str | None, is_decoding: bool
+    model: ra_cm3.RACM3Config, topology: chips.Topology, mesh: str | None, is_decoding: bool
 ) -> tuple[int, int, int]:
     chips_a_slice = topology.num_chips // topology.num_slices
     if mesh is not None:

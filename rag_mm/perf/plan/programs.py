@@ -45,8 +45,8 @@ class Case:
         num_new: tokens to decode behind prompts that leave room for them; 0 is the training step.
     """
 
-    model: ra_cm3.Config
-    optimizer: optimizer.Config
+    model: ra_cm3.RACM3Config
+    optimizer: optimizer.OptimizerConfig
     mesh_shape: tuple[int, int, int]
     batch_size: int
     num_parts: int = 1
@@ -199,11 +199,11 @@ def read_refusal(message: str) -> tuple[int, int] | None:
     return int(float(wanted) * units[unit]), int(float(limit) * units[limit_unit])
 
 
-def count_params(model: ra_cm3.Config) -> int:
+def count_params(model: ra_cm3.RACM3Config) -> int:
     """Of the whole model, by abstract evaluation."""
     _, abstract = param_trees.describe(partial(_make_model, model), None)
     return sum(leaf.size for leaf in jax.tree.leaves(abstract))
 
 
-def _make_model(config: ra_cm3.Config) -> ra_cm3.Model:
+def _make_model(config: ra_cm3.RACM3Config) -> ra_cm3.Model:
     return ra_cm3.Model(config.decoder, rngs=nnx.Rngs(params=0))

@@ -22,7 +22,7 @@ PER_DOCUMENT = "per_document.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(train_decoder.Config):
+class CopyProbeStageConfig(train_decoder.DecoderStageConfig):
     """A decoder's config.
 
     Attributes:
@@ -31,28 +31,28 @@ class Config(train_decoder.Config):
         num_test: unseen scenes measured at the end.
     """
 
-    world: world_config.World
+    world: world_config.EmojiWorld
     min_gain: float = 0.0
     num_test: int = 256
 
 
-def run(config: Config, run: run_folder.Run, stage_dir: epath.Path) -> dict:
+def run(config: CopyProbeStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict:
     """Trains, then measures on unseen classes; writes `per_document.json` as `evaluation` does."""
-    codec = train_tokenizer.load_tokenizer(run.workdir)
-    corpus = coded_corpus.Corpus(config.layout(codec.config.num_codes), codec)
+    image_tokenizer = train_tokenizer.load_tokenizer(run.workdir)
+    corpus = coded_corpus.Corpus(config.layout(image_tokenizer.config.num_codes), image_tokenizer)
     seen, held_out = (
         _documents(corpus, config.world.scenes("memory", *splits))
         for splits in (world_config.SEEN, world_config.HELD_OUT)
     )
     source = config.world.scenes("train", *world_config.SEEN)
-    neighbors = _draw(config, source.class_ids, seen, config.caption_draws + 1)
+    neighbors = _draw(config, source.class_ids, seen, config.captions_per_image + 1)
     row_source = train_decoder.make_rows(config, corpus, source, seen.examples, neighbors)
     tests = config.world.scenes("test", *world_config.HELD_OUT)
     chosen = world_config.sample_rows(tests, config.num_test, config.seed)
     mains, art = corpus.test(tests, chosen)
     found = _draw(config, tests.class_ids[chosen], held_out, 1)[:, 0]
     docs = [[held_out.examples[i] for i in ids] for ids in found]
-    few = world_config.spread(np.arange(len(mains)), config.num_watched)
+    few = world_config.evenly_spaced(np.arange(len(mains)), config.num_watched)
     watch = copy_metrics.CopyWatch(
         [mains[i] for i in few],
         [docs[i][:1] for i in few],
@@ -60,10 +60,10 @@ def run(config: Config, run: run_folder.Run, stage_dir: epath.Path) -> dict:
         config.loop.num_steps,
         config.min_gain,
     )
-    metrics = train_decoder.fit(config, stage_dir, codec, row_source, watch)
+    metrics = train_decoder.fit(config, stage_dir, image_tokenizer, row_source, watch)
     if not multiprocess.is_leader():
         return {}
-    generator = train_decoder.load_params(stage_dir, codec)
+    generator = train_decoder.load_params(stage_dir, image_tokenizer)
     values = {}
     for count in range(config.max_docs + 1):
         given = [some[:count] for some in docs]
@@ -96,7 +96,7 @@ def _documents(corpus: coded_corpus.Corpus, source: emoji_scenes.Scenes) -> _Doc
 
 
 def _draw(
-    config: Config, class_ids: np.ndarray, documents: _Documents, num_draws: int
+    config: CopyProbeStageConfig, class_ids: np.ndarray, documents: _Documents, num_draws: int
 ) -> np.ndarray:
     """Rows of `documents` that show each class, int32 [Q, num_draws, max_docs], without repeats in a draw."""
     rng = np.random.default_rng((config.seed, 6))

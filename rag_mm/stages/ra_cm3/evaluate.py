@@ -33,20 +33,22 @@ PER_DOCUMENT = "per_document.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class EvaluationStageConfig:
     """What is measured follows from what `generation` drew."""
 
     seed: int
-    world: world_config.World
-    generation: generate_samples.Config
+    world: world_config.EmojiWorld
+    generation: generate_samples.GenerationStageConfig
 
 
-def run(config: Config, run: run_folder.Run, stage_dir: epath.Path) -> dict[str, Any]:
+def run(
+    config: EvaluationStageConfig, run: run_folder.Run, stage_dir: epath.Path
+) -> dict[str, Any]:
     """Measures; figures of the decoder, the control and the baselines come under their own names.
 
     Writes `per_document.json`: {split: {variant: {figure: one value a test document}}}.
     """
-    bench = generate_samples.open_bench(config.generation, run)
+    bench = generate_samples.open_eval_context(config.generation, run)
     drawn = run.finished_stage("generation")
     measured = {split: _measure(config, bench, run, drawn, split) for split in bench.tests}
     values = {
@@ -64,7 +66,7 @@ def run(config: Config, run: run_folder.Run, stage_dir: epath.Path) -> dict[str,
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Measured:
+class SplitFigures:
     """Figures of one split by variant, and the values [Q] by test document that they are means of.
 
     `groups` names, for each way of dividing the test documents, the group of each.
@@ -76,14 +78,14 @@ class Measured:
 
 
 def _measure(
-    config: Config,
-    bench: generate_samples.Bench,
+    config: EvaluationStageConfig,
+    bench: generate_samples.EvalContext,
     run: run_folder.Run,
     drawn: epath.Path,
     split: str,
-) -> Measured:
+) -> SplitFigures:
     test = bench.tests[split]
-    measured = Measured(groups=_groups(config, test))
+    measured = SplitFigures(groups=_groups(config, test))
     scenes = list(zip(test.facts, test.levels, strict=True))
     art = np.stack([emoji_scenes.entity_mask(*scene, PATCH).ravel() for scene in scenes])
 
@@ -97,7 +99,9 @@ def _measure(
 
     real_features = bench.encoder.encode_image(test.pictures)
     for variant in test.variants:
-        pictures = bench.codec.decode(files.read_array(drawn / f"{split}_{variant.name}_codes.npy"))
+        pictures = bench.image_tokenizer.decode(
+            files.read_array(drawn / f"{split}_{variant.name}_codes.npy")
+        )
         judge(variant.name, pictures, variant.wanted)
         summary, values = measured.summary[variant.name], measured.values[variant.name]
         features = bench.encoder.encode_image(pictures)
@@ -116,7 +120,7 @@ def _measure(
     return measured
 
 
-def _groups(config: Config, test: generate_samples.TestSet) -> dict[str, list[str]]:
+def _groups(config: EvaluationStageConfig, test: generate_samples.TestSet) -> dict[str, list[str]]:
     """By level, by how many entities are asked for, by how many training scenes show the class."""
     trained = config.world.scenes("train", *world_config.SEEN).class_ids
     groups = {
@@ -127,7 +131,7 @@ def _groups(config: Config, test: generate_samples.TestSet) -> dict[str, list[st
     return {name: each for name, each in groups.items() if len(set(each)) > 1}
 
 
-def _pasted(config: Config, test: generate_samples.TestSet) -> np.ndarray:
+def _pasted(config: EvaluationStageConfig, test: generate_samples.TestSet) -> np.ndarray:
     """The art of the best hits where and on what was asked: what copying without a fault would draw."""
     shown = find_neighbors.memory_facts(config.world)
 
@@ -154,7 +158,7 @@ def _hits(run: run_folder.Run, test: generate_samples.TestSet) -> np.ndarray:
     return np.stack(found)
 
 
-def _arrange(measured: Measured) -> dict[str, Any]:
+def _arrange(measured: SplitFigures) -> dict[str, Any]:
     """{variant: {figure: value}} turned into decoder.FIGURE.docsK, control.FIGURE, baselines.NAME.FIGURE."""
     summary, values = measured.summary, measured.values
     decoder: dict[str, Any] = {}

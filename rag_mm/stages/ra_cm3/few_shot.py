@@ -29,7 +29,7 @@ PER_DOCUMENT = "per_document.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class FewShotStageConfig:
     """What is asked.
 
     Attributes:
@@ -42,7 +42,7 @@ class Config:
     """
 
     seed: int
-    world: world_config.World
+    world: world_config.EmojiWorld
     shots: tuple[int, ...] = (0, 1, 2)
     views: tuple[str, ...] = model_protocols.VIEWS
     order: rices.Order = "nearest_last"
@@ -62,20 +62,20 @@ class Config:
         Sampling(self.temperature)
 
 
-def run(config: Config, run: run_folder.Run, stage_dir: epath.Path) -> dict[str, Any]:
+def run(config: FewShotStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict[str, Any]:
     """{selection: {figure: {"shotsK": value}}}, a selection being a view or `random`.
 
     Figures are `cider` and `names`, the share of captions that name every entity shown. Writes
     `SELECTION_shotsK.json` with the captions, and `per_document.json`.
     """
-    codec = train_tokenizer.load_tokenizer(run.workdir)
-    generator = train_decoder.load_generator(run, "decoder", codec)
+    image_tokenizer = train_tokenizer.load_tokenizer(run.workdir)
+    generator = train_decoder.load_generator(run, "decoder", image_tokenizer)
     memory = build_memory.open_memory(run)
-    examples = coded_corpus.Corpus(generator.layout, codec).memory(memory)
+    examples = coded_corpus.Corpus(generator.layout, image_tokenizer).memory(memory)
     source = config.world.scenes("test", *world_config.HELD_OUT)
     asked = world_config.sample_rows(source, config.num_test, config.seed)
     pictures = world_config.images(source, asked)
-    codes, queries = codec.encode(pictures), memory.encode(image=pictures)
+    codes, queries = image_tokenizer.encode(pictures), memory.encode(image=pictures)
     summary: dict[str, Any] = {}
     values: dict[str, Any] = {}
     jobs = [(name, shots) for name in (*config.views, RANDOM) for shots in config.shots]
@@ -98,7 +98,11 @@ def run(config: Config, run: run_folder.Run, stage_dir: epath.Path) -> dict[str,
 
 
 def select(
-    config: Config, memory: retrieval_memory.Memory, queries: np.ndarray, selection: str, shots: int
+    config: FewShotStageConfig,
+    memory: retrieval_memory.Memory,
+    queries: np.ndarray,
+    selection: str,
+    shots: int,
 ) -> protocol.Neighbors:
     """The examples of each query [Q, shots] in the prompt's order, by a view or by lot."""
     rng = np.random.default_rng((config.seed, 5, shots))
@@ -111,7 +115,7 @@ def select(
 
 
 def _write(
-    config: Config,
+    config: FewShotStageConfig,
     generator: tasks.Generator,
     codes: np.ndarray,
     docs: Sequence[Sequence[sequences.Example]],
@@ -120,7 +124,7 @@ def _write(
     """Captions, read where an earlier run of the stage wrote them."""
     if not path.exists():
         seeds, sampling = tasks.row_seeds(config.seed, len(codes)), Sampling(config.temperature)
-        captions, _ = tasks.write_captions(generator, codes, docs, seeds, sampling)
+        captions, _ = tasks.generate_captions(generator, codes, docs, seeds, sampling)
         files.write_json(path, {"captions": captions})
     return files.read_json(path)["captions"]
 

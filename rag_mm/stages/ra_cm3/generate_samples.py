@@ -13,7 +13,7 @@ from rag_mm.core import files, progress, run_folder
 from rag_mm.data import sequences
 from rag_mm.decode import tasks
 from rag_mm.decode.sampler import Sampling
-from rag_mm.stages.ra_cm3 import document_controls, train_decoder
+from rag_mm.stages.ra_cm3 import document_ablations, train_decoder
 from rag_mm.stages.shared import (
     build_memory,
     coded_corpus,
@@ -29,27 +29,27 @@ INPUTS = ("tokenizer", "retriever", "memory", "neighbors", "decoder", "control")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class GenerationStageConfig:
     """How many test documents of each split are drawn, and how.
 
     `num_candidates` above 1 keeps the picture that the retriever finds nearest to its caption.
-    `controls` names further documents to draw from, see `stages.controls`.
+    `document_ablations` names further documents to draw from, see `stages.ra_cm3.document_ablations`.
     """
 
     seed: int
-    world: world_config.World
+    world: world_config.EmojiWorld
     num_held_out: int = 256
     num_seen: int = 128
     temperature: float = 0.7
     top_p: float = 0.95
     caption_temperature: float = 0.0
     num_candidates: int = 1
-    controls: tuple[str, ...] = ()
+    document_ablations: tuple[str, ...] = ()
 
     def __post_init__(self):
-        for name in self.controls:
-            if name not in document_controls.CONTROLS:
-                known = ", ".join(document_controls.CONTROLS)
+        for name in self.document_ablations:
+            if name not in document_ablations.ABLATIONS:
+                known = ", ".join(document_ablations.ABLATIONS)
                 raise ValueError(f"there is no control {name!r}, choose from {known}")
         Sampling(self.temperature, self.top_p)
         Sampling(self.caption_temperature)
@@ -97,13 +97,13 @@ class TestSet:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Bench:
+class EvalContext:
     """Everything that generation and evaluation read: two models, a memory as examples, test sets."""
 
     decoder: tasks.Generator
     control: tasks.Generator
-    codec: frozen.Tokenizer
-    encoder: frozen.Retriever
+    image_tokenizer: frozen.FrozenTokenizer
+    encoder: frozen.FrozenRetriever
     memory: list[sequences.Example]
     tests: dict[str, TestSet]
 
@@ -112,9 +112,9 @@ class Bench:
         return _docs(self.memory, ids)
 
 
-def run(config: Config, run: run_folder.Run, stage_dir: epath.Path) -> dict:
+def run(config: GenerationStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict:
     """Writes `SPLIT_VARIANT_codes.npy` and `SPLIT_VARIANT_captions.json`."""
-    bench = open_bench(config, run)
+    bench = open_eval_context(config, run)
     jobs = [
         (split, test, variant) for split, test in bench.tests.items() for variant in test.variants
     ]
@@ -128,16 +128,16 @@ def run(config: Config, run: run_folder.Run, stage_dir: epath.Path) -> dict:
     return {split: len(test.facts) for split, test in bench.tests.items()}
 
 
-def open_bench(config: Config, run: run_folder.Run) -> Bench:
+def open_eval_context(config: GenerationStageConfig, run: run_folder.Run) -> EvalContext:
     """Loads what is compared.
 
     Raises:
         UserError: a stage is missing, unfinished or edited.
     """
-    codec = train_tokenizer.load_tokenizer(run.workdir)
-    decoder = train_decoder.load_generator(run, "decoder", codec)
-    control = train_decoder.load_generator(run, "control", codec)
-    corpus = coded_corpus.Corpus(decoder.layout, codec)
+    image_tokenizer = train_tokenizer.load_tokenizer(run.workdir)
+    decoder = train_decoder.load_generator(run, "decoder", image_tokenizer)
+    control = train_decoder.load_generator(run, "control", image_tokenizer)
+    corpus = coded_corpus.Corpus(decoder.layout, image_tokenizer)
     memory = corpus.memory(build_memory.open_memory(run))
     folder = run.finished_stage("neighbors")
     encoder = train_retriever.load_encoder(run.workdir)
@@ -148,25 +148,25 @@ def open_bench(config: Config, run: run_folder.Run) -> Bench:
             kind: files.read_array(folder / f"{split}_{kind}.npy")
             for kind in ("rows", *find_neighbors.QUERIES)
         }
-        few = world_config.spread(np.arange(len(found["rows"])), count)
+        few = world_config.evenly_spaced(np.arange(len(found["rows"])), count)
         found = {kind: array[few] for kind, array in found.items()}
         chosen = [int(row) for row in found["rows"]]
         captions = [source.full_caption(row) for row in chosen]
         pictures = world_config.images(source, found["rows"])
-        codes = codec.encode(pictures)
+        codes = image_tokenizer.encode(pictures)
         facts = [source.facts(row) for row in chosen]
         rng = np.random.default_rng((config.seed, 4, count))
         variants = _variants(found, decoder, control, rng, memory)
-        if config.controls:
-            asked = document_controls.Asked(
+        if config.document_ablations:
+            asked = document_ablations.AblationInputs(
                 facts,
                 _docs(memory, found["text"][:, : decoder.layout.max_docs]),
                 memory,
                 find_neighbors.memory_facts(config.world),
-                codec,
+                image_tokenizer,
             )
-            for name in config.controls:
-                docs, wanted = document_controls.CONTROLS[name](asked, rng)
+            for name in config.document_ablations:
+                docs, wanted = document_ablations.ABLATIONS[name](asked, rng)
                 variants.append(Variant(name, decoder, docs, wanted=wanted))
         tests[split] = TestSet(
             source.class_ids[chosen],
@@ -178,7 +178,7 @@ def open_bench(config: Config, run: run_folder.Run) -> Bench:
             found["text"],
             variants,
         )
-    return Bench(decoder, control, codec, encoder, memory, tests)
+    return EvalContext(decoder, control, image_tokenizer, encoder, memory, tests)
 
 
 def _docs(memory: list[sequences.Example], ids: np.ndarray) -> list[tasks.Docs]:
@@ -208,8 +208,8 @@ def _variants(
 
 
 def _draw(
-    config: Config,
-    bench: Bench,
+    config: GenerationStageConfig,
+    bench: EvalContext,
     path: epath.Path,
     test: TestSet,
     variant: Variant,
@@ -221,18 +221,24 @@ def _draw(
     texts = [main.text for main in test.mains]
     wanted = bench.encoder.encode_text(test.captions)
 
-    def draw(seeds: np.ndarray) -> tasks.Drawn:
-        return tasks.draw_codes(variant.model, texts, docs, seeds, sampling)
+    def draw(seeds: np.ndarray) -> tasks.SampledCodes:
+        return tasks.generate_codes(variant.model, texts, docs, seeds, sampling)
 
     def score(codes: np.ndarray) -> np.ndarray:
-        return (bench.encoder.encode_image(bench.codec.decode(codes)) * wanted).sum(axis=1)
+        return (bench.encoder.encode_image(bench.image_tokenizer.decode(codes)) * wanted).sum(
+            axis=1
+        )
 
     codes = tasks.best_of(draw, score, len(texts), config.num_candidates, config.seed)
     files.write_array(path, codes)
 
 
 def _caption(
-    config: Config, bench: Bench, path: epath.Path, test: TestSet, variant: Variant
+    config: GenerationStageConfig,
+    bench: EvalContext,
+    path: epath.Path,
+    test: TestSet,
+    variant: Variant,
 ) -> None:
     if path.exists() or variant.by_image is None:
         return
@@ -240,5 +246,5 @@ def _caption(
     docs = variant.by_image
     seeds = tasks.row_seeds(config.seed, len(codes))
     sampling = Sampling(config.caption_temperature)
-    captions, _ = tasks.write_captions(variant.model, codes, docs, seeds, sampling)
+    captions, _ = tasks.generate_captions(variant.model, codes, docs, seeds, sampling)
     files.write_json(path, {"captions": captions})

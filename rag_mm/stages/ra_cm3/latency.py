@@ -22,7 +22,9 @@ _BUDGET_SECONDS = 3.0  # for the repeats of one measurement
 
 
 def measure(
-    config: generate_samples.Config, run: run_folder.Run, bench: generate_samples.Bench
+    config: generate_samples.GenerationStageConfig,
+    run: run_folder.Run,
+    bench: generate_samples.EvalContext,
 ) -> dict[str, float]:
     """One batch of held-out captions, retrieved for and drawn as `generation` does.
 
@@ -43,7 +45,7 @@ def measure(
 
 
 def _make_retrieval(
-    run: run_folder.Run, bench: generate_samples.Bench, captions: list[str]
+    run: run_folder.Run, bench: generate_samples.EvalContext, captions: list[str]
 ) -> Callable[[], object]:
     memory = build_memory.open_memory(run)
     rules = files.read_json(run.finished_stage("neighbors") / find_neighbors.POLICY)
@@ -51,7 +53,7 @@ def _make_retrieval(
     unknown = np.full(len(memory), policy.NO_KEY)
 
     def retrieve() -> object:
-        asked, counts = policy.split_queries(captions, rules.get("by_phrase", False))
+        asked, counts = policy.split_queries(captions, rules.get("split_phrases", False))
         return policy.find_neighbors(
             search,
             bench.encoder.encode_text(asked),
@@ -68,8 +70,8 @@ def _make_retrieval(
 
 
 def _make_drawing(
-    config: generate_samples.Config,
-    bench: generate_samples.Bench,
+    config: generate_samples.GenerationStageConfig,
+    bench: generate_samples.EvalContext,
     test: generate_samples.TestSet,
     size: int,
 ) -> Callable[[], object]:
@@ -80,8 +82,8 @@ def _make_drawing(
 
     def draw() -> object:
         docs = bench.docs(found)
-        codes = tasks.draw_codes(bench.decoder, texts, docs, seeds, sampling, BATCH_SIZE).codes
-        return bench.codec.decode(codes)
+        codes = tasks.generate_codes(bench.decoder, texts, docs, seeds, sampling, BATCH_SIZE).codes
+        return bench.image_tokenizer.decode(codes)
 
     return draw
 

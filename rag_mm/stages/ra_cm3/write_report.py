@@ -23,7 +23,7 @@ INPUTS = (*generate_samples.INPUTS, "generation", "evaluation")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class ReportStageConfig:
     """What is shown follows from the order of the test documents, see `report.choice`.
 
     Attributes:
@@ -35,8 +35,8 @@ class Config:
     """
 
     seed: int
-    world: world_config.World
-    generation: generate_samples.Config
+    world: world_config.EmojiWorld
+    generation: generate_samples.GenerationStageConfig
     num_flags: int = 4
     num_others: int = 6
     num_rows: int = 12
@@ -53,7 +53,7 @@ class Config:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Shown:
+class SelectedExamples:
     """Places in the held-out test set, one a class: the story's, then further ones; int64 [R]."""
 
     places: np.ndarray
@@ -66,16 +66,16 @@ class Shown:
         return selection.rule(self.num_flags, self.num_story - self.num_flags)
 
 
-def run(config: Config, run: run_folder.Run, stage_dir: epath.Path) -> dict[str, Any]:
+def run(config: ReportStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict[str, Any]:
     """Writes the figures into the stage; `finish` makes the page once all costs are known."""
-    bench = generate_samples.open_bench(config.generation, run)
+    bench = generate_samples.open_eval_context(config.generation, run)
     report.save_figures(gather(config, run, bench, {}), stage_dir / "figures")
     return {}
 
 
-def finish(config: Config, run: run_folder.Run, stages: Sequence[str]) -> epath.Path:
+def finish(config: ReportStageConfig, run: run_folder.Run, stages: Sequence[str]) -> epath.Path:
     """Adds up what the stages cost, measures speed, and writes `report.html` beside metrics.json."""
-    bench = generate_samples.open_bench(config.generation, run)
+    bench = generate_samples.open_eval_context(config.generation, run)
     run.save_costs(COSTS, stages, **latency.measure(config.generation, run, bench))
     page = run.workdir / PAGE
     data = gather(config, run, bench, run.metrics)
@@ -84,7 +84,10 @@ def finish(config: Config, run: run_folder.Run, stages: Sequence[str]) -> epath.
 
 
 def gather(
-    config: Config, run: run_folder.Run, bench: generate_samples.Bench, metrics: dict[str, Any]
+    config: ReportStageConfig,
+    run: run_folder.Run,
+    bench: generate_samples.EvalContext,
+    metrics: dict[str, Any],
 ) -> report.ReportData:
     """Everything on the page."""
     memory = build_memory.open_memory(run)
@@ -116,14 +119,14 @@ def gather(
     )
 
 
-def choose(config: Config, test: generate_samples.TestSet) -> Shown:
+def choose(config: ReportStageConfig, test: generate_samples.TestSet) -> SelectedExamples:
     """One document of every class shown, the same in every panel."""
     class_ids = test.class_ids
     is_flag = art.load_art().is_flag[class_ids]
     story = selection.choose(class_ids, is_flag, config.num_flags, config.num_others)
     further = np.setdiff1d(selection.first_of_each_class(class_ids), story)
     places = np.concatenate([story, further[: max(0, config.num_rows - len(story))]])
-    return Shown(places, len(story), int(is_flag[story].sum()))
+    return SelectedExamples(places, len(story), int(is_flag[story].sum()))
 
 
 def _machine() -> str:
@@ -133,9 +136,11 @@ def _machine() -> str:
     return f"{cores}, Python {machine['python']}, jax {versions['jax']}, flax {versions['flax']}"
 
 
-def _setting(config: Config, num_rows: int, whole: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _setting(
+    config: ReportStageConfig, num_rows: int, whole: Mapping[str, Any]
+) -> list[tuple[str, str]]:
     world = config.world
-    taught = whole.get("retriever", {}).get("splits", train_retriever.Config.splits)
+    taught = whole.get("retriever", {}).get("splits", train_retriever.RetrieverStageConfig.splits)
     return [
         ("Level of the scenes", ", ".join(world.levels)),
         ("Classes seen in training", f"{len(world.classes(*world_config.SEEN)):,}"),
@@ -146,10 +151,10 @@ def _setting(config: Config, num_rows: int, whole: Mapping[str, Any]) -> list[tu
 
 
 def _reconstructions(
-    bench: generate_samples.Bench, places: np.ndarray
+    bench: generate_samples.EvalContext, places: np.ndarray
 ) -> list[report.Reconstruction]:
     test = bench.tests["held_out"]
-    decoded = bench.codec.decode(np.stack([test.mains[i].codes for i in places]))
+    decoded = bench.image_tokenizer.decode(np.stack([test.mains[i].codes for i in places]))
     return [
         report.Reconstruction(test.captions[i], test.pictures[i], back)
         for i, back in zip(places, decoded, strict=True)
@@ -157,7 +162,7 @@ def _reconstructions(
 
 
 def _retrievals(
-    bench: generate_samples.Bench, memory: Memory, places: np.ndarray
+    bench: generate_samples.EvalContext, memory: Memory, places: np.ndarray
 ) -> Iterator[report.Retrieval]:
     test = bench.tests["held_out"]
     queries = bench.encoder.encode_text([test.captions[i] for i in places])
@@ -172,8 +177,8 @@ def _retrievals(
 
 
 def _generations(
-    config: Config,
-    bench: generate_samples.Bench,
+    config: ReportStageConfig,
+    bench: generate_samples.EvalContext,
     run: run_folder.Run,
     memory: Memory,
     places: np.ndarray,
@@ -183,7 +188,7 @@ def _generations(
     drawn, right = {}, {}
     for name in (v.name for v in test.variants):
         codes = files.read_array(folder / f"held_out_{name}_codes.npy")[places]
-        drawn[name] = bench.codec.decode(codes)
+        drawn[name] = bench.image_tokenizer.decode(codes)
         right[name] = [
             scene_facts.compare(got, wanted, level)
             for got, wanted, level in zip(
@@ -201,15 +206,15 @@ def _generations(
 
 
 def _captions(
-    bench: generate_samples.Bench, run: run_folder.Run, places: np.ndarray
-) -> list[report.WrittenCaption]:
+    bench: generate_samples.EvalContext, run: run_folder.Run, places: np.ndarray
+) -> list[report.CaptionExample]:
     test, folder = bench.tests["held_out"], run.finished_stage("generation")
     written = {
         name: files.read_json(folder / f"held_out_{name}_captions.json")["captions"]
         for name in (v.name for v in test.variants if v.by_image is not None)
     }
     return [
-        report.WrittenCaption(
+        report.CaptionExample(
             test.pictures[i], test.captions[i], {name: texts[i] for name, texts in written.items()}
         )
         for i in places

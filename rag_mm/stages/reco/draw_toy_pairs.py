@@ -13,7 +13,7 @@ INPUTS = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class ToyPairsStageConfig:
     """How many pairs there are.
 
     Attributes:
@@ -25,7 +25,7 @@ class Config:
     """
 
     seed: int
-    world: concepts.Config
+    world: concepts.ConceptWorld
     num_train: int = 20_000
     rare_weight: float = 0.3
     rows_per_class: int = 20
@@ -40,14 +40,14 @@ class Config:
             raise ValueError(f"rare_weight is {self.rare_weight}, give more than 0")
 
 
-def run(config: Config, run: run_folder.Run, stage_dir: epath.Path) -> dict:
+def run(config: ToyPairsStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict:
     """Draws the pairs."""
     found = draw(config)
     embed_pairs.save(stage_dir, found)
     return {"train": len(found.train), "memory": len(found.memory)}
 
 
-def draw(config: Config) -> embed_pairs.Embedded:
+def draw(config: ToyPairsStageConfig) -> embed_pairs.Embedded:
     """The pairs of a seed, the same for the same config."""
     world = concepts.Concepts(config.world, config.seed)
     rng = np.random.default_rng((config.seed, 1))

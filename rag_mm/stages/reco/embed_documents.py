@@ -22,7 +22,7 @@ INPUTS = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class DocumentPairsStageConfig:
     """What is paired.
 
     Attributes:
@@ -50,7 +50,7 @@ class Config:
             )
 
 
-def run(config: Config, run: run_folder.Run, stage_dir: epath.Path) -> dict:
+def run(config: DocumentPairsStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict:
     """Embeds the documents; a bad record is passed over, and one without picture or text."""
     memory, encoder = open_memory(config.memory)
     train = _embed(config, encoder)
@@ -71,19 +71,19 @@ def run(config: Config, run: run_folder.Run, stage_dir: epath.Path) -> dict:
     return {"train": len(train), "memory": len(memory)}
 
 
-def open_memory(path: epath.PathLike) -> tuple[retrieval_memory.Memory, frozen.Retriever]:
+def open_memory(path: epath.PathLike) -> tuple[retrieval_memory.Memory, frozen.FrozenRetriever]:
     """A memory and the towers that it carries, attached.
 
     Raises:
         UserError: there is no memory, or it carries no retriever.
     """
     memory = retrieval_memory.Memory.open(path)
-    encoder = frozen.Retriever(memory.carried("retriever"))
+    encoder = frozen.FrozenRetriever(memory.carried("retriever"))
     memory.attach(encoder)
     return memory, encoder
 
 
-def _embed(config: Config, encoder: frozen.Retriever) -> embed_pairs.Pairs:
+def _embed(config: DocumentPairsStageConfig, encoder: frozen.FrozenRetriever) -> embed_pairs.Pairs:
     parts = [embed_pairs.no_pairs(encoder.dim)]
     source = open_documents.open_documents(config.documents)
     total = config.max_documents or source.size or 0
@@ -100,7 +100,9 @@ def _embed(config: Config, encoder: frozen.Retriever) -> embed_pairs.Pairs:
     return sum(parts[1:], parts[0])
 
 
-def _batches(source: stream.Source, config: Config) -> Iterator[list[document_types.Document]]:
+def _batches(
+    source: stream.RecordStream, config: DocumentPairsStageConfig
+) -> Iterator[list[document_types.Document]]:
     batch: list[document_types.Document] = []
     taken = 0
     for item in source.read(0):

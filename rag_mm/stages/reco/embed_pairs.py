@@ -120,21 +120,21 @@ def load(folder: epath.Path) -> Embedded:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class PairsStageConfig:
     """How scenes become pairs.
 
     Attributes:
         train_splits: whose scenes the fusion learns from.
-        caption_draws: captions of each training scene, with facts dropped at random.
+        captions_per_image: captions of each training scene, with facts dropped at random.
         rare_repeats: how often scenes of rare classes count, which have a quarter of the scenes.
         templates: of which the mean names a class.
         max_test: pictures to classify, of each split; questions and captioned pictures as many.
     """
 
     seed: int
-    world: world_config.World
+    world: world_config.EmojiWorld
     train_splits: tuple[str, ...] = ("common", "rare_seen")
-    caption_draws: int = 2
+    captions_per_image: int = 2
     rare_repeats: int = 1
     templates: tuple[str, ...] = zeroshot.NAME_ONLY
     max_test: int = 1000
@@ -143,12 +143,12 @@ class Config:
         known = ("common", "rare_seen")
         if not self.train_splits or not set(self.train_splits) <= set(known):
             raise ValueError(f"train_splits are some of {', '.join(known)}")
-        if min(self.caption_draws, self.rare_repeats, self.max_test) < 1:
-            raise ValueError("caption_draws, rare_repeats and max_test are at least 1")
+        if min(self.captions_per_image, self.rare_repeats, self.max_test) < 1:
+            raise ValueError("captions_per_image, rare_repeats and max_test are at least 1")
         zeroshot.prompts(["name"], self.templates)
 
 
-def run(config: Config, run: run_folder.Run, stage_dir: epath.Path) -> dict:
+def run(config: PairsStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict:
     """Embeds scenes by the run's retriever."""
     encoder = train_retriever.load_encoder(run.workdir)
     memory = build_memory.open_memory(run)
@@ -189,33 +189,39 @@ def _sum(dim: int, parts: Iterable[Pairs]) -> Pairs:
     return sum(parts, no_pairs(dim))
 
 
-def _train(config: Config, encoder: frozen.Retriever, numbers: Numbers) -> Pairs:
+def _train(config: PairsStageConfig, encoder: frozen.FrozenRetriever, numbers: Numbers) -> Pairs:
     parts = []
     for split in config.train_splits:
         source = config.world.scenes("train", split)
         image, rows = encoder.encode_image(world_config.images(source)), range(len(source))
         repeats = config.rare_repeats if split == "rare_seen" else 1
-        for draw in range(config.caption_draws * repeats):
+        for draw in range(config.captions_per_image * repeats):
             text = encoder.encode_text([source.caption(row, draw) for row in rows])
             parts.append(Pairs(image, text, numbers(source.class_ids)))
     return _sum(encoder.dim, parts)
 
 
 def _test(
-    config: Config, encoder: frozen.Retriever, source: emoji_scenes.Scenes, numbers: Numbers
+    config: PairsStageConfig,
+    encoder: frozen.FrozenRetriever,
+    source: emoji_scenes.Scenes,
+    numbers: Numbers,
 ) -> Pairs:
     """Scenes of one entity, since a picture of two has no one class."""
     alone = [row for row in range(len(source)) if len(source.facts(row).entities) == 1]
-    rows = world_config.spread(np.array(alone, np.int64), config.max_test)
+    rows = world_config.evenly_spaced(np.array(alone, np.int64), config.max_test)
     return _embed(encoder, source, rows, [source.caption(int(r), 0) for r in rows], numbers)
 
 
 def _questions(
-    config: Config, encoder: frozen.Retriever, source: emoji_scenes.Scenes, numbers: Numbers
+    config: PairsStageConfig,
+    encoder: frozen.FrozenRetriever,
+    source: emoji_scenes.Scenes,
+    numbers: Numbers,
 ) -> Pairs:
     """What stands at the place of a picture's first entity, where a level may show two (OVEN)."""
     asked_of = [row for row, level in enumerate(source.levels) if level.max_entities == 2]
-    rows = world_config.spread(np.array(asked_of, np.int64), config.max_test)
+    rows = world_config.evenly_spaced(np.array(asked_of, np.int64), config.max_test)
     if not len(rows):
         return no_pairs(encoder.dim)
     asked = [
@@ -225,11 +231,13 @@ def _questions(
     return _embed(encoder, source, rows, asked, numbers)
 
 
-def _captioned(config: Config, encoder: frozen.Retriever, numbers: Numbers) -> dict[str, Any]:
+def _captioned(
+    config: PairsStageConfig, encoder: frozen.FrozenRetriever, numbers: Numbers
+) -> dict[str, Any]:
     level = config.world.levels[-1]
     ids = config.world.classes(*class_splits.SPLITS)
     source = emoji_scenes.Scenes(level, ids, "test", class_share=config.world.class_share)
-    rows = world_config.spread(np.arange(len(source)), config.max_test)
+    rows = world_config.evenly_spaced(np.arange(len(source)), config.max_test)
     texts = [source.full_caption(int(row)) for row in rows]
     keys = np.array([policy.twin_key(text) for text in texts], np.int64)
     return {
@@ -239,7 +247,7 @@ def _captioned(config: Config, encoder: frozen.Retriever, numbers: Numbers) -> d
 
 
 def _embed(
-    encoder: frozen.Retriever,
+    encoder: frozen.FrozenRetriever,
     source: emoji_scenes.Scenes,
     rows: np.ndarray,
     texts: list[str],

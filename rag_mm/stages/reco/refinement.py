@@ -14,7 +14,7 @@ from rag_mm.models import reco
 from rag_mm.stages.reco.embed_pairs import Pairs
 from rag_mm.stages.shared import frozen
 
-CONTROLS = ("none", "query", "random")
+RETRIEVAL_OVERRIDES = ("none", "query", "random")
 # More similar than any two unit rows are: nothing is a near copy.
 NO_BOUND = 2.0
 _SPARE = 8  # Hits beyond k, of which the query's own row may be one.
@@ -61,7 +61,7 @@ class Bank:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Found:
+class RetrievedRows:
     """What queries retrieved: rows of a table, float32 [N, D], by number, int32 [Q, K], -1 for none."""
 
     table: np.ndarray
@@ -74,7 +74,7 @@ class Found:
 
 
 @dataclasses.dataclass(frozen=True)
-class Search:
+class SearchSettings:
     """How queries look things up; every field may change without training anew.
 
     Attributes:
@@ -82,7 +82,7 @@ class Search:
         num_neighbors: k.
         max_similarity: rows more similar to the query, or to one that it has already, are near copies
             and passed over; `NO_BOUND` passes over none.
-        control: `query` retrieves the query itself k times, `random` rows drawn by lot; for comparison.
+        retrieval_override: `query` retrieves the query itself k times, `random` rows drawn by lot; for comparison.
         seed: of `random`.
     """
 
@@ -90,18 +90,20 @@ class Search:
     text: reco.Lookup = dataclasses.field(default_factory=reco.Lookup)
     num_neighbors: int = 10
     max_similarity: float = NO_BOUND
-    control: str = "none"
+    retrieval_override: str = "none"
     seed: int = 0
 
     def __post_init__(self):
         if self.num_neighbors < 1:
             raise ValueError(f"num_neighbors is {self.num_neighbors}, give at least 1")
-        if self.control not in CONTROLS:
-            raise ValueError(f"control is one of {', '.join(CONTROLS)}, not {self.control!r}")
+        if self.retrieval_override not in RETRIEVAL_OVERRIDES:
+            raise ValueError(
+                f"retrieval_override is one of {', '.join(RETRIEVAL_OVERRIDES)}, not {self.retrieval_override!r}"
+            )
 
     def find(
         self, bank: Bank, modality: str, queries: np.ndarray, own_rows: np.ndarray | None = None
-    ) -> Found:
+    ) -> RetrievedRows:
         """Looks up unit rows float32 [Q, D].
 
         Args:
@@ -113,12 +115,12 @@ class Search:
         lookup: reco.Lookup = getattr(self, modality)
         searched, fused = lookup.columns(modality)
         shape = (len(queries), self.num_neighbors)
-        if self.control == "query":
+        if self.retrieval_override == "query":
             own = np.broadcast_to(np.arange(len(queries), dtype=np.int32)[:, None], shape)
-            return Found(queries, own)
-        if self.control == "random":
+            return RetrievedRows(queries, own)
+        if self.retrieval_override == "random":
             drawn = np.random.default_rng((self.seed, 7)).integers(len(bank), size=shape)
-            return Found(bank.columns[fused], drawn.astype(np.int32))
+            return RetrievedRows(bank.columns[fused], drawn.astype(np.int32))
         nothing = np.full(len(queries), protocol.MISSING)
         found = policy.find_neighbors(
             bank.index(searched).search,
@@ -132,7 +134,7 @@ class Search:
             num_candidates=self.num_neighbors
             + (_SPARE if self.max_similarity >= NO_BOUND else _FAR),
         )
-        return Found(bank.columns[fused], found.ids)
+        return RetrievedRows(bank.columns[fused], found.ids)
 
 
 Fuse = Callable[..., Any]
@@ -141,7 +143,7 @@ Fuse = Callable[..., Any]
 class Refiner:
     """Refines embeddings of both modalities with one memory."""
 
-    def __init__(self, fusions: Mapping[str, Fuse], bank: Bank, search: Search):
+    def __init__(self, fusions: Mapping[str, Fuse], bank: Bank, search: SearchSettings):
         """Takes a function (query, retrieved, is_there) for each modality, as `reco.Fusion`."""
         self.fusions, self.bank, self.search = fusions, bank, search
 
@@ -152,7 +154,9 @@ class Refiner:
         return fuse(self.fusions[modality], queries, self.search.find(self.bank, modality, queries))
 
 
-def fuse(fusion: Fuse, queries: np.ndarray, found: Found, batch_size: int = 256) -> np.ndarray:
+def fuse(
+    fusion: Fuse, queries: np.ndarray, found: RetrievedRows, batch_size: int = 256
+) -> np.ndarray:
     """Fuses what was found into unit rows float32 [Q, D], some at a time."""
     parts = []
     for start in range(0, len(queries), batch_size):

@@ -24,7 +24,16 @@ from rag_mm.nn.param_trees import Params
 from rag_mm.stages import multiprocess, training
 from rag_mm.stages.ra_cm3 import evaluate
 from rag_mm.stages.reco import embed_pairs
-from rag_mm.stages.reco.refinement import Bank, Found, Fuse, Refiner, Search, fuse, learned, mean
+from rag_mm.stages.reco.refinement import (
+    Bank,
+    Fuse,
+    Refiner,
+    RetrievedRows,
+    SearchSettings,
+    fuse,
+    learned,
+    mean,
+)
 from rag_mm.stages.shared import frozen
 from rag_mm.train import checkpoint, loop, optimizer, train_step
 
@@ -35,12 +44,12 @@ PARAMS = "params"
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class FusionStageConfig:
     """How the fusion is trained and looked at.
 
     Attributes:
         world: of the pairs; for the record.
-        model: fields of `reco.Config`; `dim` comes with the embeddings.
+        model: fields of `reco.RecoConfig`; `dim` comes with the embeddings.
         search: what is retrieved, in training and, unless changed, at inference.
         train_in_memory: the training pairs stand among the rows that they may retrieve.
         mask_self: then none retrieves itself.
@@ -51,9 +60,9 @@ class Config:
     seed: int
     world: Any
     model: Mapping[str, Any]
-    optimizer: optimizer.Config
-    loop: loop.Config
-    search: Search = dataclasses.field(default_factory=Search)
+    optimizer: optimizer.OptimizerConfig
+    loop: loop.LoopConfig
+    search: SearchSettings = dataclasses.field(default_factory=SearchSettings)
     batch_size: int = 256
     train_in_memory: bool = False
     mask_self: bool = True
@@ -69,18 +78,18 @@ class Config:
             raise ValueError("curve_neighbors and curve_rows are at least 1 each")
         self.reco(8 * self.model.get("num_heads", 8))
 
-    def reco(self, dim: int) -> reco.Config:
+    def reco(self, dim: int) -> reco.RecoConfig:
         """The model over embeddings of a width; raises UserError where its settings do not fit."""
-        return configuration.make(reco.Config, {"dim": dim} | dict(self.model), "model")
+        return configuration.make(reco.RecoConfig, {"dim": dim} | dict(self.model), "model")
 
 
-def make_mesh(config: Config) -> Mesh:
+def make_mesh(config: FusionStageConfig) -> Mesh:
     """What it trains on; raises as `training.make_mesh` does."""
     return training.make_mesh(config.batch_size // GROUP)
 
 
 def run(
-    config: Config, run: run_folder.Run, stage_dir: epath.Path, *, source: str = "pairs"
+    config: FusionStageConfig, run: run_folder.Run, stage_dir: epath.Path, *, source: str = "pairs"
 ) -> dict:
     """Trains; then, where there is something to classify, writes `per_document.json`."""
     found = embed_pairs.load(run.finished_stage(source))
@@ -101,7 +110,7 @@ def run(
     last = {name: rows[-1][name] for name in rows[-1] if name != "step"}
     metrics = last | {"num_params": sum(leaf.size for leaf in jax.tree.leaves(params))}
     if len(found.test):
-        values = Measured(config, found, mounted, make_model).all()
+        values = FusionEvaluation(config, found, mounted, make_model).all()
         files.write_json(stage_dir / evaluate.PER_DOCUMENT, _lists(values))
         metrics |= {"accuracy": _summary(values)}
     if run.manifest("retriever") is not None:
@@ -111,34 +120,34 @@ def run(
 
 
 @dataclasses.dataclass(frozen=True)
-class Fusion:
+class TrainedFusion:
     """A trained fusion: its model, how it searched, and the fingerprint of its towers."""
 
     mounted: frozen.Mounted
-    search: Search
+    search: SearchSettings
     towers: str
 
 
-def load_fusion(folder: epath.Path) -> Fusion:
+def load_fusion(folder: epath.Path) -> TrainedFusion:
     """What the stage left in its folder.
 
     Raises:
         UserError: nothing is there, or it is another model's.
     """
     record = files.read_json(folder / RECORD)
-    model_config = configuration.make(reco.Config, record["model"], str(folder / RECORD))
-    search = configuration.make(Search, record["search"], str(folder / RECORD))
+    model_config = configuration.make(reco.RecoConfig, record["model"], str(folder / RECORD))
+    search = configuration.make(SearchSettings, record["search"], str(folder / RECORD))
     mounted = frozen.load_params(folder / PARAMS, partial(_make_model, model_config, 0))
-    return Fusion(mounted, search, record["towers"])
+    return TrainedFusion(mounted, search, record["towers"])
 
 
-def _make_model(config: reco.Config, seed: int) -> reco.Model:
-    return reco.Model(config, rngs=nnx.Rngs(params=seed))
+def _make_model(config: reco.RecoConfig, seed: int) -> reco.RECO:
+    return reco.RECO(config, rngs=nnx.Rngs(params=seed))
 
 
 def _train(
-    config: Config,
-    make_model: Callable[[], reco.Model],
+    config: FusionStageConfig,
+    make_model: Callable[[], reco.RECO],
     found: embed_pairs.Embedded,
     stage_dir: epath.Path,
 ) -> tuple[Params, list[dict[str, float]]]:
@@ -174,7 +183,9 @@ def _train(
     )
 
 
-def find_for_training(config: Config, found: embed_pairs.Embedded) -> dict[str, Found]:
+def find_for_training(
+    config: FusionStageConfig, found: embed_pairs.Embedded
+) -> dict[str, RetrievedRows]:
     """What each training pair retrieves, by modality; a pair may stand among the rows itself."""
     rows, own_rows = found.seen_memory, None
     if config.train_in_memory:
@@ -197,22 +208,22 @@ def _loss_of_groups(
         spec = sharding.activation_spec("batch", *(None,) * (len(shape) - 1))
         return jax.lax.reshape(x, shape, out_sharding=spec)
 
-    assert isinstance(model, reco.Model)
+    assert isinstance(model, reco.RECO)
     return reco.loss_fn(model, jax.tree.map(flatten, dict(batch)), rng)
 
 
 Values = dict[str, dict[str, np.ndarray]]
 
 
-class Measured:
+class FusionEvaluation:
     """Accuracy under every condition of section 12, picture by picture."""
 
     def __init__(
         self,
-        config: Config,
+        config: FusionStageConfig,
         found: embed_pairs.Embedded,
         mounted: frozen.Mounted,
-        make_model: Callable[[], reco.Model],
+        make_model: Callable[[], reco.RECO],
     ):
         """Takes what was trained, and how a fresh one is made."""
         self._config, self._found, self._make_model = config, found, make_model
@@ -241,7 +252,7 @@ class Measured:
         }
         fresh = nnx.split(self._make_model(), nnx.Param)
         untrained = frozen.Mounted(fresh[0], nnx.to_pure_dict(fresh[1]))
-        others: dict[str, tuple[Mapping[str, Fuse], Bank, Search]] = {
+        others: dict[str, tuple[Mapping[str, Fuse], Bank, SearchSettings]] = {
             "step 0": (learned(untrained), self._bank, config.search),
             "mean": (mean(), self._bank, config.search),
         }
@@ -251,7 +262,7 @@ class Measured:
             search = dataclasses.replace(config.search, num_neighbors=k)
             others[f"k{k}"] = (self._fusions, self._bank, search)
         for control in ("query", "random"):
-            search = dataclasses.replace(config.search, control=control)
+            search = dataclasses.replace(config.search, retrieval_override=control)
             others[f"{control} at test"] = (self._fusions, self._bank, search)
         return hits | {name: self._hits(*self._refine(*how)) for name, how in others.items()}
 
@@ -271,7 +282,7 @@ class Measured:
         return banks
 
     def _refine(
-        self, fusions: Mapping[str, Fuse], bank: Bank, search: Search
+        self, fusions: Mapping[str, Fuse], bank: Bank, search: SearchSettings
     ) -> tuple[np.ndarray, np.ndarray]:
         refiner = Refiner(fusions, bank, search)
         return refiner.refine("image", self._found.test.image), refiner.refine("text", self._names)

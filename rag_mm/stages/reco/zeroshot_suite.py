@@ -26,7 +26,7 @@ _BATCH = 64
 class Classifier:
     """A run's towers, its fusion and a memory, loaded."""
 
-    encoder: frozen.Retriever
+    encoder: frozen.FrozenRetriever
     memory: retrieval_memory.Memory
     refiner: refinement.Refiner
 
@@ -153,7 +153,7 @@ def evaluate(
 
 
 def _embed(
-    pictures: labelled.Labelled, encoder: frozen.Retriever, max_kept: int
+    pictures: labelled.Labelled, encoder: frozen.FrozenRetriever, max_kept: int
 ) -> tuple[np.ndarray, np.ndarray, dict[int, np.ndarray]]:
     """Unit rows float32 [Q, D], classes int64 [Q], and some of the pictures, evenly spaced, by number.
 

@@ -23,11 +23,11 @@ SEEN_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class MemoryStageConfig:
     """`index` is `scann` or `exact`; recall is measured with `num_queries` captions."""
 
     seed: int
-    world: world_config.World | world_config.Pictures
+    world: world_config.EmojiWorld | world_config.OwnImages
     index: str = "scann"
     num_queries: int = 500
 
@@ -38,12 +38,12 @@ class Config:
             registry.make_index(self.index)
 
 
-def run(config: Config, run: run_folder.Run, stage_dir: epath.Path) -> dict:
+def run(config: MemoryStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict:
     """Builds version 1, adds version 2, measures the index against exact search.
 
     Several processes share the embedding; the first one does all else.
     """
-    encoder, codec = (
+    encoder, image_tokenizer = (
         train_retriever.load_encoder(run.workdir),
         train_tokenizer.load_tokenizer(run.workdir),
     )
@@ -53,11 +53,11 @@ def run(config: Config, run: run_folder.Run, stage_dir: epath.Path) -> dict:
         "tokenizer": run.workdir / "tokenizer" / train_tokenizer.FOLDER,
     }
     if not multiprocess.is_leader():
-        shared_encoding.follow(encoder, codec)
+        shared_encoding.follow(encoder, image_tokenizer)
         return {}
     batch_size = writer.Options.batch_size * jax.process_count()
     with (
-        shared_encoding.lead(encoder, codec) as (shared_encoder, shared_codec),
+        shared_encoding.lead(encoder, image_tokenizer) as (shared_encoder, shared_codec),
         progress.track("memory", total=len(seen) + len(held_out)) as bar,
     ):
         if not (stage_dir / "CURRENT").exists():
@@ -80,8 +80,8 @@ def run(config: Config, run: run_folder.Run, stage_dir: epath.Path) -> dict:
 
 
 def sources(
-    world: world_config.World | world_config.Pictures,
-) -> tuple[world_config.Source, world_config.Source]:
+    world: world_config.EmojiWorld | world_config.OwnImages,
+) -> tuple[world_config.DocumentSource, world_config.DocumentSource]:
     """The memory's documents in row order: seen classes, then held-out ones."""
     return world.scenes("memory", *world_config.SEEN), world.scenes(
         "memory", *world_config.HELD_OUT
@@ -100,7 +100,7 @@ def open_memory(run: run_folder.Run, version: int | None = None) -> retrieval_me
     )
 
 
-def _recall(config: Config, memory: retrieval_memory.Memory) -> float:
+def _recall(config: MemoryStageConfig, memory: retrieval_memory.Memory) -> float:
     """Share of the ten exact neighbors of unseen captions that the index finds too."""
     source = config.world.scenes("test", *world_config.SEEN, *world_config.HELD_OUT)
     rows = world_config.sample_rows(source, config.num_queries, config.seed)

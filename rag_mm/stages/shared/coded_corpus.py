@@ -16,11 +16,11 @@ class Corpus:
     """Makes examples of one layout and vocabulary."""
 
     layout: sequences.Layout
-    codec: frozen.Tokenizer
+    image_tokenizer: frozen.FrozenTokenizer
 
     def example(self, text: str, codes: np.ndarray) -> sequences.Example:
         """One document; a text too long for the layout is cut."""
-        return sequences.make_example(self.layout, self.codec.vocabulary, text, codes)
+        return sequences.make_example(self.layout, self.image_tokenizer.vocabulary, text, codes)
 
     def memory(self, memory: Memory) -> list[sequences.Example]:
         """Every row of a memory.
@@ -34,10 +34,10 @@ class Corpus:
         return [self.example(memory.document(i).text, codes[i]) for i in range(len(memory))]
 
     def test(
-        self, source: world_config.Source, chosen: np.ndarray
+        self, source: world_config.DocumentSource, chosen: np.ndarray
     ) -> tuple[list[sequences.Example], np.ndarray]:
         """Scenes with all facts told, and which of their codes show an entity: bool [Q, N]."""
-        model, codes = self.codec.config, self.codes(source, chosen)
+        model, codes = self.image_tokenizer.config, self.codes(source, chosen)
         patch = model.image_size // model.levels[-1]
         masks = [source.entity_mask(int(row), patch).ravel() for row in chosen]
         mains = [
@@ -46,9 +46,11 @@ class Corpus:
         ]
         return mains, np.stack(masks)
 
-    def codes(self, source: world_config.Source, chosen: np.ndarray | None = None) -> np.ndarray:
+    def codes(
+        self, source: world_config.DocumentSource, chosen: np.ndarray | None = None
+    ) -> np.ndarray:
         """Codes of scenes, int32 [R, N]."""
-        return self.codec.encode(world_config.images(source, chosen))
+        return self.image_tokenizer.encode(world_config.images(source, chosen))
 
 
 def picture(memory: Memory, row: int) -> np.ndarray:

@@ -28,12 +28,12 @@ QUERIES = ("text", "image", "text_of_seen")  # the last one asks the memory with
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class NeighborsStageConfig:
     """`max_similarity` None calibrates it on the memory; 0.9 is the papers' value for CLIP weights.
 
     Pictures of one's own have no classes: there, it must be given, and the gate stays open.
 
-    `by_phrase` asks a text's parts that `and` joins one by one (`memory.policy.split_queries`), at inference
+    `split_phrases` asks a text's parts that `and` joins one by one (`memory.policy.split_queries`), at inference
     too. Words are dropped first, so that a fifth of the training captions of two entities are asked whole.
 
     `min_same_class` is the gate before the decoder: the least share of neighbors of held-out
@@ -41,34 +41,34 @@ class Config:
     """
 
     seed: int
-    world: world_config.World | world_config.Pictures
+    world: world_config.EmojiWorld | world_config.OwnImages
     num_neighbors: int = 2
-    caption_draws: int = 4
+    captions_per_image: int = 4
     token_dropout: float = 0.2
     max_similarity: float | None = None
-    by_phrase: bool = False
+    split_phrases: bool = False
     num_test: int = 256
     min_same_class: float = 0.0
 
     def __post_init__(self):
-        for name in ("num_neighbors", "caption_draws", "num_test"):
+        for name in ("num_neighbors", "captions_per_image", "num_test"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, give at least 1")
         if not 0 <= self.token_dropout < 1:
             raise ValueError(f"token_dropout is {self.token_dropout}, give 0 up to 1")
         if not 0 <= self.min_same_class <= 1:
             raise ValueError(f"min_same_class is {self.min_same_class}, give 0 to 1")
-        if isinstance(self.world, world_config.Pictures) and not self.max_similarity:
+        if isinstance(self.world, world_config.OwnImages) and not self.max_similarity:
             raise ValueError(
                 "max_similarity is calibrated by classes, which your own pictures have none of; "
                 "give a cosine, such as 0.9"
             )
 
 
-def run(config: Config, run: run_folder.Run, stage_dir: epath.Path) -> dict:
+def run(config: NeighborsStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict:
     """Writes rows of the memory, int32, -1 where there is no neighbor:
 
-    `train.npy` [R, caption_draws + 1, K], the last column asked by image; and for each test split
+    `train.npy` [R, captions_per_image + 1, K], the last column asked by image; and for each test split
     `SPLIT_rows.npy` [Q] (which test scenes) and, for each of `QUERIES`, `SPLIT_QUERY.npy` [Q, K].
 
     Raises:
@@ -76,7 +76,7 @@ def run(config: Config, run: run_folder.Run, stage_dir: epath.Path) -> dict:
     """
     seen_memory = build_memory.open_memory(run, version=build_memory.SEEN_VERSION)
     whole_memory = build_memory.open_memory(run)
-    facts = memory_facts(config.world) if isinstance(config.world, world_config.World) else []
+    facts = memory_facts(config.world) if isinstance(config.world, world_config.EmojiWorld) else []
     bound = config.max_similarity or _calibrate(config, seen_memory, facts)
     same_class = {}
     for split, names in TEST_SPLITS.items():
@@ -98,7 +98,7 @@ def run(config: Config, run: run_folder.Run, stage_dir: epath.Path) -> dict:
         _check_gate(config, same_class["held_out"])
     _write(stage_dir / "train.npy", _train_neighbors(config, seen_memory, bound))
     if jax.process_index() == 0:
-        rules = {"max_similarity": bound, "by_phrase": config.by_phrase}
+        rules = {"max_similarity": bound, "split_phrases": config.split_phrases}
         files.write_json(stage_dir / POLICY, rules)
     if not same_class:
         return {"neighbors": {"max_similarity": bound}}
@@ -113,33 +113,35 @@ def _write(path: epath.Path, array: np.ndarray) -> None:
         files.write_array(path, array)
 
 
-def _check_gate(config: Config, same_class: float) -> None:
+def _check_gate(config: NeighborsStageConfig, same_class: float) -> None:
     if same_class < config.min_same_class:
         raise UserError(
             f"The gate before the decoder is shut: {same_class:.3f} of the neighbors of held-out "
             f"captions show what was asked for, and neighbors.min_same_class is "
             f"{config.min_same_class}; show the retriever more captions that only name "
-            "(retriever.caption_draws), train it longer (retriever.loop.num_steps), or lower the gate."
+            "(retriever.captions_per_image), train it longer (retriever.loop.num_steps), or lower the gate."
         )
 
 
-def _train_neighbors(config: Config, memory: retrieval_memory.Memory, bound: float) -> np.ndarray:
+def _train_neighbors(
+    config: NeighborsStageConfig, memory: retrieval_memory.Memory, bound: float
+) -> np.ndarray:
     source = config.world.scenes("train", *world_config.SEEN)
     part, columns = range(len(source))[shared_encoding.own_part(len(source))], []
     rows = part or range(1)  # One of many processes may have none, and asks all the same.
-    with progress.track("neighbors", total=config.caption_draws + 1) as bar:
-        for draw in range(config.caption_draws):
+    with progress.track("neighbors", total=config.captions_per_image + 1) as bar:
+        for draw in range(config.captions_per_image):
             texts = [_dropped_caption(config, source, i, draw) for i in rows]
             queries = _encode(config, memory, texts)
             columns.append(_find(config, memory, *queries, source, rows, bound))
             bar.update(draw + 1)
         by_image = memory.encode(image=world_config.images(source, np.array(rows)))
         columns.append(_find(config, memory, by_image, None, source, rows, bound))
-        bar.update(config.caption_draws + 1)
+        bar.update(config.captions_per_image + 1)
     return shared_encoding.gather(np.stack(columns, axis=1)[: len(part)], len(source))
 
 
-def memory_facts(world: world_config.World) -> list[emoji_scenes.Facts]:
+def memory_facts(world: world_config.EmojiWorld) -> list[emoji_scenes.Facts]:
     """What each row of the memory shows."""
     parts = (
         world.scenes("memory", *splits) for splits in (world_config.SEEN, world_config.HELD_OUT)
@@ -147,24 +149,26 @@ def memory_facts(world: world_config.World) -> list[emoji_scenes.Facts]:
     return [source.facts(row) for source in parts for row in range(len(source))]
 
 
-def _keys(source: world_config.Source, rows: Iterable[int]) -> np.ndarray:
+def _keys(source: world_config.DocumentSource, rows: Iterable[int]) -> np.ndarray:
     """Scenes of which all captions say the same are twins: one must not be the other's answer."""
     return np.array([policy.twin_key(source.full_caption(int(row))) for row in rows], np.int64)
 
 
-def _memory_keys(world: world_config.World | world_config.Pictures) -> np.ndarray:
+def _memory_keys(world: world_config.EmojiWorld | world_config.OwnImages) -> np.ndarray:
     parts = [_keys(source, range(len(source))) for source in build_memory.sources(world)]
     return np.concatenate(parts)
 
 
-def _dropped_caption(config: Config, source: world_config.Source, row: int, draw: int) -> str:
+def _dropped_caption(
+    config: NeighborsStageConfig, source: world_config.DocumentSource, row: int, draw: int
+) -> str:
     rng = np.random.default_rng((config.seed, 3, row, draw))
     asked = Document(id="", segments=(Text(source.caption(row, draw)),))
     return str(policy.make_query(asked, "text", rng, config.token_dropout))
 
 
 def _calibrate(
-    config: Config, memory: retrieval_memory.Memory, facts: list[emoji_scenes.Facts]
+    config: NeighborsStageConfig, memory: retrieval_memory.Memory, facts: list[emoji_scenes.Facts]
 ) -> float:
     seen = facts[: len(memory)]
     classes = np.array([shown.entities[0].class_id for shown in seen])
@@ -173,19 +177,19 @@ def _calibrate(
 
 
 def _encode(
-    config: Config, memory: retrieval_memory.Memory, texts: list[str]
+    config: NeighborsStageConfig, memory: retrieval_memory.Memory, texts: list[str]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Queries float32 [P, D] and how many each text asks."""
-    asked, counts = policy.split_queries(texts, config.by_phrase)
+    asked, counts = policy.split_queries(texts, config.split_phrases)
     return memory.encode(text=asked), counts
 
 
 def _find(
-    config: Config,
+    config: NeighborsStageConfig,
     memory: retrieval_memory.Memory,
     queries: np.ndarray,
     counts: np.ndarray | None,
-    source: world_config.Source,
+    source: world_config.DocumentSource,
     rows: Iterable[int],
     bound: float,
 ) -> np.ndarray:

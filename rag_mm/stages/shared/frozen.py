@@ -23,6 +23,7 @@ from rag_mm.models import clip
 from rag_mm.models.spae import autoencoder
 from rag_mm.nn import param_trees
 from rag_mm.nn.param_trees import Params
+from rag_mm.ops import images as image_ops
 from rag_mm.train import checkpoint
 
 Words = vocabulary.Vocabulary | public_text.PublicText
@@ -46,7 +47,7 @@ class Mounted:
         return functools.partial(call, self.params)
 
 
-class Retriever:
+class FrozenRetriever:
     """A frozen CLIP and its text tokenizer: what a memory embeds and searches with."""
 
     def __init__(self, folder: epath.PathLike):
@@ -58,7 +59,7 @@ class Retriever:
         self.folder = folder = epath.Path(folder)
         config = _read_config(folder, "clip")
         towers = {side: clip.TowerConfig(**config[side]) for side in ("vision", "text")}
-        self.config = clip.Config(**{k: _tuples(v) for k, v in config.items()} | towers)
+        self.config = clip.CLIPConfig(**{k: _tuples(v) for k, v in config.items()} | towers)
         self.vocabulary = _load_words(folder)
         self.fingerprint = fingerprint(folder)
         self.dim, self.image_size = self.config.projection_dim, self.config.image_size
@@ -68,7 +69,7 @@ class Retriever:
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         """Unit rows, float32 [B, D], of uint8 [B, image_size, image_size, 3]."""
-        return in_batches(lambda batch: self._encode_image(autoencoder.to_float(batch)), pixels)
+        return in_batches(lambda batch: self._encode_image(image_ops.to_float(batch)), pixels)
 
     def encode_text(self, texts: list[str]) -> np.ndarray:
         """Unit rows, float32 [B, D]; a longer text than the tower's is cut.
@@ -84,13 +85,13 @@ class Retriever:
         return in_batches(self._encode_text, text_tokens(self.config, self.vocabulary, texts))
 
 
-class Tokenizer:
+class FrozenTokenizer:
     """A frozen image tokenizer and the vocabulary that shares its ids."""
 
     def __init__(self, folder: epath.PathLike):
         """Loads what `save_tokenizer` wrote; raises as `Retriever`."""
         folder = epath.Path(folder)
-        self.config = autoencoder.Config(
+        self.config = autoencoder.SPAEConfig(
             **{k: _tuples(v) for k, v in _read_config(folder, "spae").items()}
         )
         self.vocabulary = vocabulary.load_vocabulary(folder / VOCABULARY)
@@ -101,22 +102,22 @@ class Tokenizer:
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """Codes, int32 [B, N], of uint8 [B, image_size, image_size, 3]."""
-        return in_batches(lambda batch: self._encode(autoencoder.to_float(batch)), pixels)
+        return in_batches(lambda batch: self._encode(image_ops.to_float(batch)), pixels)
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Pictures, uint8 [B, image_size, image_size, 3], of codes int32 [B, N]."""
-        return in_batches(lambda batch: autoencoder.to_uint8(self._decode(batch)), codes)
+        return in_batches(lambda batch: image_ops.to_uint8(self._decode(batch)), codes)
 
 
 def save_retriever(
-    folder: epath.Path, config: clip.Config, words: vocabulary.Vocabulary, params: Params
+    folder: epath.Path, config: clip.CLIPConfig, words: vocabulary.Vocabulary, params: Params
 ) -> None:
     """Writes a folder that `Retriever` loads."""
     _save(folder, {"family": "clip", **dataclasses.asdict(config)}, words, params)
 
 
 def save_tokenizer(
-    folder: epath.Path, config: autoencoder.Config, words: vocabulary.Vocabulary, params: Params
+    folder: epath.Path, config: autoencoder.SPAEConfig, words: vocabulary.Vocabulary, params: Params
 ) -> None:
     """Writes a folder that `Tokenizer` loads."""
     _save(folder, {"family": "spae", **dataclasses.asdict(config)}, words, params)
@@ -137,11 +138,11 @@ def fingerprint(folder: epath.Path) -> str:
     return files.digest(files.canonical_json(digests.folder_digests(folder)).encode())
 
 
-def text_tokens(config: clip.Config, words: Words, texts: list[str]) -> np.ndarray:
-    """Rows of token ids closed and filled up by end-of-text: int32 [B, max_text]."""
-    tokens = np.full((len(texts), config.max_text), config.end_of_text, np.int32)
+def text_tokens(config: clip.CLIPConfig, words: Words, texts: list[str]) -> np.ndarray:
+    """Rows of token ids closed and filled up by end-of-text: int32 [B, max_text_len]."""
+    tokens = np.full((len(texts), config.max_text_len), config.end_of_text, np.int32)
     for row, text in enumerate(texts):
-        ids = words.encode_text(text)[: config.max_text - 1]
+        ids = words.encode_text(text)[: config.max_text_len - 1]
         tokens[row, : len(ids)] = ids
     return tokens
 
@@ -158,11 +159,11 @@ def in_batches(
     return np.concatenate(found)
 
 
-def _make_clip(config: clip.Config) -> clip.Model:
-    return clip.Model(config, rngs=nnx.Rngs(0))
+def _make_clip(config: clip.CLIPConfig) -> clip.CLIP:
+    return clip.CLIP(config, rngs=nnx.Rngs(0))
 
 
-def _make_spae(config: autoencoder.Config) -> autoencoder.SPAE:
+def _make_spae(config: autoencoder.SPAEConfig) -> autoencoder.SPAE:
     return autoencoder.SPAE(config, rngs=nnx.Rngs(0))
 
 

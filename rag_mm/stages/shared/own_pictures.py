@@ -18,7 +18,7 @@ _MAX_BAD = 0.01  # As `rag-mm memory build`: more bad records say that something
 
 
 @dataclasses.dataclass(frozen=True)
-class Pictures:
+class OwnImages:
     """What `opening.open_documents` reads, held in RAM at the models' size.
 
     The split of a document follows from its id: `held_out_share` of them are `held_out`, the rest `common`,
@@ -105,7 +105,7 @@ class Captioned:
 
 
 @functools.lru_cache(maxsize=2)
-def _read(world: Pictures) -> list[Document]:
+def _read(world: OwnImages) -> list[Document]:
     """All good documents.
 
     Raises:

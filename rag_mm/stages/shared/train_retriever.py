@@ -21,13 +21,13 @@ FOLDER = "frozen"
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class RetrieverStageConfig:
     """Both towers have one width; `splits` and `roles` say which scenes the retriever may have seen.
 
     Beside those of the role `train` these may be the memory's own, `memory`, as a CLIP of the public web
     may have seen what a memory of public pictures holds; never those of tests.
 
-    A picture is shown with the shortest of `caption_draws` captions: the more, the more often with
+    A picture is shown with the shortest of `captions_per_image` captions: the more, the more often with
     nothing but names, and the more the entity outweighs place and colour in a query that tells them all.
 
     All three splits make `clip:all`, which stands for an off-the-shelf CLIP; `common` alone makes
@@ -35,9 +35,9 @@ class Config:
     """
 
     seed: int
-    world: world_config.World | world_config.Pictures
-    optimizer: optimizer.Config
-    loop: loop.Config
+    world: world_config.EmojiWorld | world_config.OwnImages
+    optimizer: optimizer.OptimizerConfig
+    loop: loop.LoopConfig
     splits: tuple[str, ...] = ("common", "rare_seen", "held_out")
     roles: tuple[str, ...] = ("train",)
     embed_dim: int = 128
@@ -46,8 +46,8 @@ class Config:
     text_layers: int = 2
     patch_size: int = 8
     projection_dim: int = 64
-    max_text: int = 24
-    caption_draws: int = 1
+    max_text_len: int = 24
+    captions_per_image: int = 1
     batch_size: int = 256
     num_eval: int = 1000
 
@@ -59,7 +59,7 @@ class Config:
             "vision_layers",
             "text_layers",
             "patch_size",
-            "caption_draws",
+            "captions_per_image",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, give at least 1")
@@ -74,7 +74,7 @@ class Config:
                 f"{self.num_heads} and {self.patch_size} do not"
             )
 
-    def model(self, words: vocabulary.Vocabulary) -> clip.Config:
+    def model(self, words: vocabulary.Vocabulary) -> clip.CLIPConfig:
         """The towers over a vocabulary's text ids; its `eod` closes a text."""
         tower = partial(
             clip.TowerConfig,
@@ -82,24 +82,24 @@ class Config:
             num_heads=self.num_heads,
             mlp_dim=4 * self.embed_dim,
         )
-        return clip.Config(
+        return clip.CLIPConfig(
             image_size=self.world.image_size,
             patch_size=self.patch_size,
             vision=tower(num_layers=self.vision_layers),
             text=tower(num_layers=self.text_layers),
             vocab_size=words.code_offset,
-            max_text=self.max_text,
+            max_text_len=self.max_text_len,
             end_of_text=words.eod,
             projection_dim=self.projection_dim,
         )
 
 
-def make_mesh(config: Config) -> Mesh:
+def make_mesh(config: RetrieverStageConfig) -> Mesh:
     """What it trains on; raises as `training.make_mesh` does."""
     return training.make_mesh(config.batch_size)
 
 
-def run(config: Config, run: run_folder.Run, stage_dir: epath.Path) -> dict:
+def run(config: RetrieverStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict:
     """Trains, freezes, and measures on unseen scenes."""
     words = train_tokenizer.load_tokenizer(run.workdir).vocabulary
     model_config = config.model(words)
@@ -109,7 +109,7 @@ def run(config: Config, run: run_folder.Run, stage_dir: epath.Path) -> dict:
 
     def make_pair(index: np.int64, rng: np.random.Generator) -> dict[str, np.ndarray]:
         source, row = places[index]
-        draws = rng.integers(1 << 30, size=config.caption_draws)
+        draws = rng.integers(1 << 30, size=config.captions_per_image)
         text = min((source.caption(row, int(draw)) for draw in draws), key=len)
         tokens = frozen.text_tokens(model_config, words, [text])[0]
         return {"images": pictures[index].astype(np.float32) / 255, "tokens": tokens}
@@ -125,7 +125,7 @@ def run(config: Config, run: run_folder.Run, stage_dir: epath.Path) -> dict:
     params, rows = training.train(
         "retriever",
         stage_dir,
-        lambda: clip.Model(model_config, rngs=nnx.Rngs(params=config.seed)),
+        lambda: clip.CLIP(model_config, rngs=nnx.Rngs(params=config.seed)),
         clip.loss_fn,
         batches,
         optimizer_config=config.optimizer,
@@ -136,11 +136,11 @@ def run(config: Config, run: run_folder.Run, stage_dir: epath.Path) -> dict:
     if not multiprocess.is_leader():
         return {}
     frozen.save_retriever(stage_dir / FOLDER, model_config, words, params)
-    retriever = frozen.Retriever(stage_dir / FOLDER)
+    retriever = frozen.FrozenRetriever(stage_dir / FOLDER)
     return {"loss": rows[-1]["loss"], "recall_at_1": _recall(config, retriever)}
 
 
-def load_encoder(path: epath.PathLike) -> frozen.Retriever:
+def load_encoder(path: epath.PathLike) -> frozen.FrozenRetriever:
     """The retriever of a run, or of a folder that holds one (as a memory does).
 
     Raises:
@@ -148,13 +148,13 @@ def load_encoder(path: epath.PathLike) -> frozen.Retriever:
     """
     path = epath.Path(path)
     if (path / "config.json").exists() and (path / frozen.PARAMS).exists():
-        return frozen.Retriever(path)
-    return frozen.Retriever(run_folder.open_run(path).finished_stage("retriever") / FOLDER)
+        return frozen.FrozenRetriever(path)
+    return frozen.FrozenRetriever(run_folder.open_run(path).finished_stage("retriever") / FOLDER)
 
 
-def _recall(config: Config, retriever: frozen.Retriever) -> dict[str, float]:
+def _recall(config: RetrieverStageConfig, retriever: frozen.FrozenRetriever) -> dict[str, float]:
     """Recall at 1 among unseen documents with all facts told; any that satisfies a caption is a hit."""
-    is_own = isinstance(config.world, world_config.Pictures)  # Its seen ones were trained on.
+    is_own = isinstance(config.world, world_config.OwnImages)  # Its seen ones were trained on.
     splits = world_config.HELD_OUT if is_own else (*world_config.SEEN, *world_config.HELD_OUT)
     source = config.world.scenes("test", *splits)
     rows = world_config.sample_rows(source, config.num_eval, config.seed)
@@ -167,7 +167,7 @@ def _recall(config: Config, retriever: frozen.Retriever) -> dict[str, float]:
 
 
 def _share_right(
-    source: world_config.Source, rows: np.ndarray, hits: np.ndarray, texts: list[str]
+    source: world_config.DocumentSource, rows: np.ndarray, hits: np.ndarray, texts: list[str]
 ) -> float:
     """Share of the rows whose hit, a place among them, shows what their caption tells."""
     if not isinstance(source, emoji_scenes.Scenes):

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from rag_mm.core import run_folder, sharding
 from rag_mm.data import pipeline, vocabulary
 from rag_mm.eval import scene_accuracy
-from rag_mm.models.spae import autoencoder
+from rag_mm.models.spae import autoencoder, objective
 from rag_mm.nn.param_trees import Params
 from rag_mm.ops import quantize
 from rag_mm.stages import multiprocess, training
@@ -26,18 +26,18 @@ FOLDER = "frozen"
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """`model` is a `spae.Config`; the text vocabulary is learned from `caption_draws` captions a scene."""
+class TokenizerStageConfig:
+    """`model` is a `spae.Config`; the text vocabulary is learned from `captions_per_image` captions a scene."""
 
     seed: int
-    world: world_config.World | world_config.Pictures
-    model: autoencoder.Config
-    optimizer: optimizer.Config
-    loop: loop.Config
+    world: world_config.EmojiWorld | world_config.OwnImages
+    model: autoencoder.SPAEConfig
+    optimizer: optimizer.OptimizerConfig
+    loop: loop.LoopConfig
     batch_size: int = 128
     text_size: int = 1024  # entries of the text vocabulary, bytes included
     num_sentinels: int = 8
-    caption_draws: int = 2
+    captions_per_image: int = 2
     num_init_images: int = 2048  # pictures that k-means sees
     num_eval: int = 1024
 
@@ -56,12 +56,12 @@ class Config:
             )
 
 
-def make_mesh(config: Config) -> Mesh:
+def make_mesh(config: TokenizerStageConfig) -> Mesh:
     """What it trains on; raises as `training.make_mesh` does."""
     return training.make_mesh(config.batch_size, is_explicit=False)
 
 
-def run(config: Config, run: run_folder.Run, stage_dir: epath.Path) -> dict:
+def run(config: TokenizerStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict:
     """Trains both, then measures on test scenes of classes never seen."""
     source = config.world.scenes("train", *world_config.SEEN)
     mesh = make_mesh(config)
@@ -78,7 +78,7 @@ def run(config: Config, run: run_folder.Run, stage_dir: epath.Path) -> dict:
         "tokenizer",
         stage_dir,
         make_model,
-        autoencoder.loss_fn,
+        objective.loss_fn,
         batches,
         optimizer_config=config.optimizer,
         loop_config=config.loop,
@@ -91,10 +91,10 @@ def run(config: Config, run: run_folder.Run, stage_dir: epath.Path) -> dict:
         return {}
     words = _make_vocabulary(config, source)
     frozen.save_tokenizer(stage_dir / FOLDER, config.model, words, params)
-    return _evaluate(config, frozen.Tokenizer(stage_dir / FOLDER))
+    return _evaluate(config, frozen.FrozenTokenizer(stage_dir / FOLDER))
 
 
-def load_tokenizer(path: epath.PathLike) -> frozen.Tokenizer:
+def load_tokenizer(path: epath.PathLike) -> frozen.FrozenTokenizer:
     """The tokenizer of a run, or of a folder that holds one (as a memory does).
 
     Raises:
@@ -102,21 +102,27 @@ def load_tokenizer(path: epath.PathLike) -> frozen.Tokenizer:
     """
     path = epath.Path(path)
     if (path / "config.json").exists() and (path / frozen.PARAMS).exists():
-        return frozen.Tokenizer(path)
-    return frozen.Tokenizer(run_folder.open_run(path).finished_stage("tokenizer") / FOLDER)
+        return frozen.FrozenTokenizer(path)
+    return frozen.FrozenTokenizer(run_folder.open_run(path).finished_stage("tokenizer") / FOLDER)
 
 
-def _make_model(config: Config) -> autoencoder.SPAE:
+def _make_model(config: TokenizerStageConfig) -> autoencoder.SPAE:
     return autoencoder.SPAE(config.model, rngs=nnx.Rngs(params=config.seed))
 
 
-def _make_vocabulary(config: Config, source: world_config.Source) -> vocabulary.Vocabulary:
-    texts = [source.caption(i, d) for i in range(len(source)) for d in range(config.caption_draws)]
+def _make_vocabulary(
+    config: TokenizerStageConfig, source: world_config.DocumentSource
+) -> vocabulary.Vocabulary:
+    texts = [
+        source.caption(i, d) for i in range(len(source)) for d in range(config.captions_per_image)
+    ]
     size, sentinels = config.text_size, config.num_sentinels
     return vocabulary.train_vocabulary(texts, size, config.model.codebook_size, sentinels)
 
 
-def _with_codebook(config: Config, pictures: np.ndarray, mesh: Mesh, params: Params) -> Params:
+def _with_codebook(
+    config: TokenizerStageConfig, pictures: np.ndarray, mesh: Mesh, params: Params
+) -> Params:
     graphdef = nnx.graphdef(jax.eval_shape(partial(_make_model, config)))
     rows = np.random.default_rng((config.seed, 1)).permutation(len(pictures))
     rows = rows[: config.num_init_images]
@@ -124,7 +130,7 @@ def _with_codebook(config: Config, pictures: np.ndarray, mesh: Mesh, params: Par
     @jax.jit
     def init(params, images):
         model = nnx.merge(graphdef, params)
-        return autoencoder.init_codebook(model, images, jax.random.key(config.seed))
+        return objective.init_codebook(model, images, jax.random.key(config.seed))
 
     with jax.set_mesh(mesh):
         return params | {"codebook": init(params, pictures[rows])}
@@ -134,13 +140,13 @@ def _derive(averages: dict[str, np.ndarray]) -> dict[str, float]:
     """Decibels, and how much of the codebook is in use."""
     frequencies = averages["code_frequencies"]
     return {
-        "psnr": autoencoder.psnr(float(averages["squared_error"])),
+        "psnr": objective.psnr(float(averages["squared_error"])),
         "code_usage": float((frequencies > 0).mean()),
         "perplexity": float(quantize.perplexity(frequencies)),
     }
 
 
-def _evaluate(config: Config, tokenizer: frozen.Tokenizer) -> dict[str, Any]:
+def _evaluate(config: TokenizerStageConfig, tokenizer: frozen.FrozenTokenizer) -> dict[str, Any]:
     held_out = config.world.scenes("test", *world_config.HELD_OUT)
     rows = world_config.sample_rows(held_out, config.num_eval, config.seed)
     originals = world_config.images(held_out, rows)
@@ -148,7 +154,7 @@ def _evaluate(config: Config, tokenizer: frozen.Tokenizer) -> dict[str, Any]:
     error = np.square((tokenizer.decode(codes).astype(np.float64) - originals) / 255).mean()
     frequencies = np.bincount(codes.ravel(), minlength=config.model.codebook_size) / codes.size
     measured: dict[str, Any] = {
-        "psnr": autoencoder.psnr(error),
+        "psnr": objective.psnr(error),
         "code_usage": float((frequencies > 0).mean()),
         "perplexity": float(quantize.perplexity(frequencies)),
     }

@@ -8,7 +8,7 @@ import numpy as np
 
 from rag_mm.core import configuration
 from rag_mm.core.document_types import Document
-from rag_mm.stages.shared.own_pictures import Pictures
+from rag_mm.stages.shared.own_pictures import OwnImages
 from rag_mm.worlds import concepts
 from rag_mm.worlds.emoji import class_splits, emoji_scenes
 
@@ -16,7 +16,7 @@ SEEN = ("common", "rare_seen")
 HELD_OUT = ("held_out",)
 
 
-class Source(Protocol):
+class DocumentSource(Protocol):
     """Documents of one split and role, as the stages read them."""
 
     def __len__(self) -> int: ...
@@ -41,7 +41,7 @@ class Source(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class World:
+class EmojiWorld:
     """Emoji scenes. `class_share` keeps that share of every split's classes, partners in pairs too.
 
     With several `levels` each class shows scenes of all of them.
@@ -83,13 +83,13 @@ class World:
 
 
 KINDS = {
-    World: "emoji scenes",
-    Pictures: "pictures of one's own, which tell no facts to score by",
-    concepts.Config: "a toy of embeddings",
+    EmojiWorld: "emoji scenes",
+    OwnImages: "pictures of one's own, which tell no facts to score by",
+    concepts.ConceptWorld: "a toy of embeddings",
 }
 
 
-def make(values: Mapping[str, Any]) -> World | Pictures | concepts.Config:
+def make(values: Mapping[str, Any]) -> EmojiWorld | OwnImages | concepts.ConceptWorld:
     """The world that a config's `world` describes.
 
     One with `documents` is one's own, one with a setting of a toy of embeddings is that; any other is of
@@ -99,25 +99,25 @@ def make(values: Mapping[str, Any]) -> World | Pictures | concepts.Config:
         UserError: an unknown setting, or a value that the world refuses.
     """
     if "documents" in values:
-        return configuration.make(Pictures, values, "world")
-    if {field.name for field in dataclasses.fields(concepts.Config)} & set(values):
-        return configuration.make(concepts.Config, values, "world")
-    return configuration.make(World, values, "world")
+        return configuration.make(OwnImages, values, "world")
+    if {field.name for field in dataclasses.fields(concepts.ConceptWorld)} & set(values):
+        return configuration.make(concepts.ConceptWorld, values, "world")
+    return configuration.make(EmojiWorld, values, "world")
 
 
-def images(source: Source, rows: np.ndarray | None = None) -> np.ndarray:
+def images(source: DocumentSource, rows: np.ndarray | None = None) -> np.ndarray:
     """Pictures of the given rows (all if None): uint8 [R, H, W, 3]."""
     rows = np.arange(len(source)) if rows is None else rows
     return np.stack([source.picture(int(row)) for row in rows])
 
 
-def spread(rows: np.ndarray, count: int) -> np.ndarray:
+def evenly_spaced(rows: np.ndarray, count: int) -> np.ndarray:
     """At most `count` of sorted rows, evenly spaced: a share of every split and kind of class."""
     count = min(count, len(rows))
     return rows[np.linspace(0, len(rows) - 1, count).round().astype(np.int64)]
 
 
-def sample_rows(source: Source, count: int, seed: int) -> np.ndarray:
+def sample_rows(source: DocumentSource, count: int, seed: int) -> np.ndarray:
     """At most `count` distinct rows, the same for the same seed, sorted."""
     order = np.random.default_rng((seed, len(source))).permutation(len(source))
     return np.sort(order[:count])

@@ -13,7 +13,7 @@ def test_figures_come_under_their_owners_names():
     for i, name in enumerate(variants[:4]):
         values[name] |= {"art_nll": np.full(4, float(i)), "cider": np.full(4, float(i))}
     values["random_documents"]["art_nll"] = np.full(4, 3.0)
-    arranged = evaluate._arrange(evaluate.Measured(summary, values))
+    arranged = evaluate._arrange(evaluate.SplitFigures(summary, values))
     assert arranged["decoder"]["joint_accuracy"]["docs2"] == {"accuracy": 0.2}
     assert arranged["control"]["joint_accuracy"] == {"accuracy": 0.3}
     assert tuple(arranged["baselines"]) == baselines

@@ -17,11 +17,11 @@ WORDS = vocabulary.train_vocabulary([], 256, 64, 4)
 NUM_CODES, DRAWS = 4, 2
 CONFIG = dataclasses.replace(
     chain.stage_configs(quickstart.tiny())["decoder"],
-    caption_draws=DRAWS,
-    mask_probability=0.0,
-    full_captions=0.0,
+    captions_per_image=DRAWS,
+    mask_prob=0.0,
+    full_caption_prob=0.0,
     code_noise=0.0,
-    caption_probability=0.0,
+    caption_mask_prob=0.0,
 )
 
 
@@ -32,7 +32,9 @@ def example(code: int, text: int = 1) -> sequences.Example:
 
 def make_source(neighbors, **changes) -> train_decoder.RowSource:
     """Two main documents with codes 0 and 1, whose text is the draw; memory rows have 10, 11, ..."""
-    config = dataclasses.replace(CONFIG, **dict(batch_size=4, max_text=4, docs_text=1) | changes)
+    config = dataclasses.replace(
+        CONFIG, **dict(batch_size=4, max_text_len=4, mean_doc_text_len=1) | changes
+    )
     texts = [[example(i, draw) for draw in range(DRAWS)] for i in range(2)]
     memory = [example(10 + i) for i in range(8)]
     layout = config.layout(NUM_CODES)
@@ -67,7 +69,7 @@ def test_the_control_sees_the_same_main_documents_in_the_same_order():
 
 
 def test_a_batch_is_as_long_as_its_number_of_documents_wants():
-    source = make_source(NEIGHBORS, docs_shares=(0.25, 0.25, 0.5))
+    source = make_source(NEIGHBORS, num_docs_weights=(0.25, 0.25, 0.5))
     batches = take(source, 8)
     lengths = [batch["tokens"].shape[1] for batch in batches]
     assert sorted(lengths) == sorted(
@@ -101,7 +103,7 @@ def test_documents_come_from_the_caption_that_is_shown_or_from_the_image():
 
 
 def test_a_full_caption_stands_before_what_a_shorter_one_retrieved():
-    source = make_source(NEIGHBORS, full_captions=1.0)
+    source = make_source(NEIGHBORS, full_caption_prob=1.0)
     for draws in source.texts:
         draws.append(example(int(draws[0].codes[0]), text=9))
     made = [source.make(0, np.random.default_rng(seed), 2) for seed in range(40)]
@@ -126,7 +128,7 @@ def test_noise_is_read_in_the_main_image_and_never_foreseen():
 
 
 def test_the_main_caption_alone_is_masked_where_describing_is_practised():
-    source = make_source(NEIGHBORS, caption_probability=1.0)
+    source = make_source(NEIGHBORS, caption_mask_prob=1.0)
     for seed in range(20):
         row = source.make(0, np.random.default_rng(seed), 2)
         tokens = row["tokens"][row["segment_ids"] > 0].tolist()
@@ -145,14 +147,14 @@ def test_a_missing_neighbor_is_left_out():
 
 def test_a_row_that_is_too_long_loses_its_first_document():
     """There is room for four tokens of text, and one document of main document 0 has four itself."""
-    source = make_source(NEIGHBORS, docs_text=0)
+    source = make_source(NEIGHBORS, mean_doc_text_len=0)
     source.memory[0] = sequences.Example([1] * 4, np.full(NUM_CODES, 9, np.int32))
     found = {tuple(codes_of(source.make(0, np.random.default_rng(s), 2))) for s in range(80)}
     whole = {(12, 13, 0), (13, 12, 0), (14, 15, 0), (15, 14, 0)}
     assert found == whole | {(11, 0), (9, 0)}
 
 
-@pytest.mark.parametrize("name", ["full_captions", "code_noise", "caption_probability"])
+@pytest.mark.parametrize("name", ["full_caption_prob", "code_noise", "caption_mask_prob"])
 def test_a_share_of_rows_is_a_share(name):
     with pytest.raises(ValueError, match=name):
         dataclasses.replace(CONFIG, **{name: 1.5})
@@ -160,4 +162,4 @@ def test_a_share_of_rows_is_a_share(name):
 
 def test_shares_are_one_for_each_count():
     with pytest.raises(UserError, match="give 3"):
-        dataclasses.replace(CONFIG, docs_shares=(1.0,))
+        dataclasses.replace(CONFIG, num_docs_weights=(1.0,))

@@ -9,11 +9,13 @@ from rag_mm.stages.ra_cm3 import generate_samples, write_report
 from rag_mm.stages.shared import world_config
 from rag_mm.worlds.emoji import art
 
-WORLD = world_config.World(("easy",), class_share=0.2)
+WORLD = world_config.EmojiWorld(("easy",), class_share=0.2)
 
 
 def shown(**changes):
-    config = write_report.Config(0, WORLD, generate_samples.Config(0, WORLD), **changes)
+    config = write_report.ReportStageConfig(
+        0, WORLD, generate_samples.GenerationStageConfig(0, WORLD), **changes
+    )
     source = WORLD.scenes("test", *world_config.HELD_OUT)
     rows = world_config.sample_rows(source, 100, 0)
     # Only which classes these are matters.

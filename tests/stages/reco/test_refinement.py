@@ -8,7 +8,7 @@ import pytest
 from rag_mm.core.errors import UserError
 from rag_mm.models import reco
 from rag_mm.stages.reco import draw_toy_pairs, embed_pairs, train_fusion
-from rag_mm.stages.reco.refinement import Bank, Refiner, Search, is_refined, mean
+from rag_mm.stages.reco.refinement import Bank, Refiner, SearchSettings, is_refined, mean
 from rag_mm.worlds import concepts
 
 N, DIM = 12, 16
@@ -30,17 +30,17 @@ def bank():
 @pytest.mark.parametrize("fuse", ["uni", "cross"])
 def test_what_is_fused_stands_beside_what_was_found(bank, modality, kind, fuse):
     """Pitfall 2: the index of one column gathers from the other."""
-    search = Search(**{modality: reco.Lookup(kind, fuse)}, num_neighbors=1)
+    search = SearchSettings(**{modality: reco.Lookup(kind, fuse)}, num_neighbors=1)
     searched, fused = reco.Lookup(kind, fuse).columns(modality)
     found = search.find(bank, modality, bank.columns[searched])
     assert found.ids[:, 0].tolist() == list(range(N))
-    retrieved, is_there = found.take()
+    retrieved, neighbor_mask = found.take()
     np.testing.assert_array_equal(retrieved[:, 0], bank.columns[fused])
-    assert is_there.all()
+    assert neighbor_mask.all()
 
 
 def test_nothing_retrieves_itself_nor_a_near_copy(bank):
-    search, own = Search(num_neighbors=3), np.arange(N)
+    search, own = SearchSettings(num_neighbors=3), np.arange(N)
     queries = bank.columns["image"]
     assert (search.find(bank, "image", queries).ids[:, 0] == own).all()
     masked = search.find(bank, "image", queries, own).ids
@@ -50,21 +50,28 @@ def test_nothing_retrieves_itself_nor_a_near_copy(bank):
 
 
 def test_more_neighbors_than_rows_are_missing(bank):
-    found = Search(num_neighbors=N + 3).find(bank, "text", bank.columns["text"][:2])
-    retrieved, is_there = found.take(np.array([1]))
-    assert is_there.sum() == N and retrieved.shape == (1, N + 3, DIM)
+    found = SearchSettings(num_neighbors=N + 3).find(bank, "text", bank.columns["text"][:2])
+    retrieved, neighbor_mask = found.take(np.array([1]))
+    assert neighbor_mask.sum() == N and retrieved.shape == (1, N + 3, DIM)
 
 
 def test_controls(bank):
     queries = bank.columns["image"][:4]
-    retrieved, _ = Search(control="query", num_neighbors=2).find(bank, "image", queries).take()
+    retrieved, _ = (
+        SearchSettings(retrieval_override="query", num_neighbors=2)
+        .find(bank, "image", queries)
+        .take()
+    )
     np.testing.assert_array_equal(retrieved, np.repeat(queries[:, None], 2, axis=1))
-    drawn = [Search(control="random", seed=s).find(bank, "image", queries).ids for s in (0, 0, 1)]
+    drawn = [
+        SearchSettings(retrieval_override="random", seed=s).find(bank, "image", queries).ids
+        for s in (0, 0, 1)
+    ]
     assert (drawn[0] == drawn[1]).all() and (drawn[0] != drawn[2]).any()
 
 
 def test_a_memory_is_exchanged_without_touching_the_model(bank):
-    refiner = Refiner(mean(), bank, Search(num_neighbors=2))
+    refiner = Refiner(mean(), bank, SearchSettings(num_neighbors=2))
     queries = bank.columns["image"][:5]
     before = refiner.refine("image", queries)
     refiner.bank = Bank({name: rows[:1] for name, rows in bank.columns.items()})
@@ -87,11 +94,11 @@ def test_which_side_is_refined():
 )
 def test_searches_that_cannot_be(changes, says):
     with pytest.raises(ValueError, match=says):
-        Search(**changes)
+        SearchSettings(**changes)
 
 
-WORLD = concepts.Config(num_classes=40, num_common=20, num_held_out=8, dim=16)
-TOY = draw_toy_pairs.Config(0, WORLD, num_train=64, rows_per_class=3, num_test=2)
+WORLD = concepts.ConceptWorld(num_classes=40, num_common=20, num_held_out=8, dim=16)
+TOY = draw_toy_pairs.ToyPairsStageConfig(0, WORLD, num_train=64, rows_per_class=3, num_test=2)
 
 
 def test_toy_pairs_keep_held_out_classes_from_training(tmp_path):
@@ -112,12 +119,12 @@ def test_training_retrieves_seen_rows_and_never_itself():
     page = dict(model=dict(num_heads=4), optimizer=dict(), loop=dict(num_steps=1))
     found = draw_toy_pairs.draw(TOY)
     for in_memory, masked in ((False, True), (True, True), (True, False)):
-        config = train_fusion.Config(
+        config = train_fusion.FusionStageConfig(
             seed=0,
             world={},
             model=page["model"],
-            optimizer=train_fusion.optimizer.Config(),
-            loop=train_fusion.loop.Config(num_steps=1),
+            optimizer=train_fusion.optimizer.OptimizerConfig(),
+            loop=train_fusion.loop.LoopConfig(num_steps=1),
             train_in_memory=in_memory,
             mask_self=masked,
         )

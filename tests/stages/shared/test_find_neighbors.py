@@ -25,7 +25,7 @@ def test_no_training_document_reads_its_own_facts_or_one_document_twice(tiny_run
     source = config.world.scenes("train", *world_config.SEEN)
     facts = find_neighbors.memory_facts(config.world)
     assert found.dtype == np.int32
-    assert found.shape == (len(source), config.caption_draws + 1, config.num_neighbors)
+    assert found.shape == (len(source), config.captions_per_image + 1, config.num_neighbors)
     for row in range(0, len(source), 7):
         own = source.facts(row)
         assert all(facts[i] != own for i in found[row].ravel() if i >= 0)
@@ -58,8 +58,8 @@ def test_the_test_sets_are_scenes_of_their_split(tiny_run, config, split):
 
 def test_by_phrase_asks_what_holds_no_and_as_before(tiny_run, config, tmp_path):
     run = run_folder.open_run(tiny_run.workdir)
-    find_neighbors.run(dataclasses.replace(config, by_phrase=True), run, epath.Path(tmp_path))
-    assert files.read_json(tmp_path / find_neighbors.POLICY)["by_phrase"]
+    find_neighbors.run(dataclasses.replace(config, split_phrases=True), run, epath.Path(tmp_path))
+    assert files.read_json(tmp_path / find_neighbors.POLICY)["split_phrases"]
     source = config.world.scenes("test", *world_config.SEEN)
     rows = files.read_array(tmp_path / "seen_rows.npy")
     whole = np.array([" and " not in source.full_caption(int(row)) for row in rows])

@@ -24,7 +24,7 @@ def test_batches_have_one_size_and_leave_no_padding():
 def test_a_copy_is_the_same_model(tiny_run, tmp_path):
     folder = tiny_run.workdir / "retriever" / "frozen"
     copy = shutil.copytree(folder, tmp_path / "copy")
-    original, copied = frozen.Retriever(folder), frozen.Retriever(copy)
+    original, copied = frozen.FrozenRetriever(folder), frozen.FrozenRetriever(copy)
     assert original.fingerprint == copied.fingerprint
     texts = ["red apple", "a green frog on a blue background " * 9]
     np.testing.assert_array_equal(original.encode_text(texts), copied.encode_text(texts))
@@ -34,7 +34,7 @@ def test_a_copy_is_the_same_model(tiny_run, tmp_path):
 
 
 def test_a_row_does_not_depend_on_its_companions(tiny_run):
-    tokenizer = frozen.Tokenizer(tiny_run.workdir / "tokenizer" / "frozen")
+    tokenizer = frozen.FrozenTokenizer(tiny_run.workdir / "tokenizer" / "frozen")
     pictures = np.random.default_rng(0).integers(256, size=(3, 32, 32, 3), dtype=np.uint8)
     codes = tokenizer.encode(pictures)
     assert codes.shape == (3, 64) and codes.dtype == np.int32
@@ -45,13 +45,13 @@ def test_a_row_does_not_depend_on_its_companions(tiny_run):
 
 def test_another_family_is_refused(tiny_run, tmp_path):
     with pytest.raises(UserError, match="family clip"):
-        frozen.Retriever(tiny_run.workdir / "tokenizer" / "frozen")
+        frozen.FrozenRetriever(tiny_run.workdir / "tokenizer" / "frozen")
     with pytest.raises(UserError, match="does not exist"):
-        frozen.Tokenizer(tmp_path)
+        frozen.FrozenTokenizer(tmp_path)
 
 
 def test_missing_parameters_are_named(tiny_run, tmp_path):
     copy = shutil.copytree(tiny_run.workdir / "tokenizer" / "frozen", tmp_path / "copy")
     (copy / frozen.PARAMS).unlink()
     with pytest.raises(UserError, match="cannot be read"):
-        frozen.Tokenizer(copy)
+        frozen.FrozenTokenizer(copy)

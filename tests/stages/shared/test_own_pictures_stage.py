@@ -102,5 +102,5 @@ def test_bad_records_are_passed_over_while_they_are_few(folder, capsys):
 def test_a_world_of_scenes_needs_no_bound():
     page = configuration.load_config("configs/quickstart.py:tiny")
     made = chain.stage_configs(configuration.to_dict(page))
-    assert isinstance(made["neighbors"], find_neighbors.Config)
+    assert isinstance(made["neighbors"], find_neighbors.NeighborsStageConfig)
     assert made["neighbors"].max_similarity is None

@@ -6,11 +6,11 @@ import pytest
 from rag_mm.stages.shared import world_config
 from rag_mm.worlds.emoji import class_splits
 
-SMALL = world_config.World(class_share=0.01)
+SMALL = world_config.EmojiWorld(class_share=0.01)
 
 
 def test_a_share_is_taken_of_every_split():
-    whole = world_config.World()
+    whole = world_config.EmojiWorld()
     every = np.arange(len(class_splits.split_of()))
     np.testing.assert_array_equal(np.sort(whole.classes(*class_splits.SPLITS)), every)
     sizes = [len(SMALL.classes(name)) for name in class_splits.SPLITS]
@@ -21,7 +21,7 @@ def test_a_share_is_taken_of_every_split():
 
 
 def test_partners_are_kept_classes_too():
-    world = world_config.World(levels=("pairs",), class_share=0.05)
+    world = world_config.EmojiWorld(levels=("pairs",), class_share=0.05)
     for split in class_splits.SPLITS:
         source = world.scenes("memory", split)
         shown = {e.class_id for i in range(len(source)) for e in source.facts(i).entities}
@@ -51,4 +51,4 @@ def test_a_sample_is_sorted_distinct_and_decided_by_the_seed():
 @pytest.mark.parametrize("share", [0.0, -1.0, 1.5, float("nan")])
 def test_a_share_is_a_share(share):
     with pytest.raises(ValueError, match="class_share"):
-        world_config.World(class_share=share)
+        world_config.EmojiWorld(class_share=share)

@@ -12,22 +12,22 @@ from rag_mm.worlds.emoji.emoji_scenes import Facts
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Asked:
+class AblationInputs:
     """Q test documents, their facts and retrieved documents; R rows of the memory and their facts."""
 
     facts: Sequence[Facts]
     docs: Sequence[Docs]
     memory: Sequence[sequences.Example]
     memory_facts: Sequence[Facts]
-    codec: frozen.Tokenizer
+    image_tokenizer: frozen.FrozenTokenizer
 
 
 # (asked, rng) -> the documents of each query, and what pictures should show if not what captions say.
-Control = Callable[[Asked, np.random.Generator], tuple[list[Docs], list[Facts] | None]]
+Ablation = Callable[[AblationInputs, np.random.Generator], tuple[list[Docs], list[Facts] | None]]
 
 
 def oracle_documents(
-    asked: Asked, rng: np.random.Generator
+    asked: AblationInputs, rng: np.random.Generator
 ) -> tuple[list[Docs], list[Facts] | None]:
     """As many documents as were retrieved, each of an entity that was asked for, in turns, drawn by lot."""
     showing: dict[int, list[int]] = {}
@@ -46,7 +46,7 @@ def oracle_documents(
 
 
 def counterfactual_documents(
-    asked: Asked, rng: np.random.Generator
+    asked: AblationInputs, rng: np.random.Generator
 ) -> tuple[list[Docs], list[Facts] | None]:
     """The captions of the retrieved documents beside pictures of what another query retrieved.
 
@@ -67,18 +67,18 @@ def counterfactual_documents(
 
 
 def image_only_documents(
-    asked: Asked, rng: np.random.Generator
+    asked: AblationInputs, rng: np.random.Generator
 ) -> tuple[list[Docs], list[Facts] | None]:
     """The retrieved documents without their captions."""
     return [[dataclasses.replace(doc, text=()) for doc in docs] for docs in asked.docs], None
 
 
 def text_only_documents(
-    asked: Asked, rng: np.random.Generator
+    asked: AblationInputs, rng: np.random.Generator
 ) -> tuple[list[Docs], list[Facts] | None]:
     """The retrieved documents with plain grey pictures: a row has room for a picture in any case."""
-    side = asked.codec.config.image_size
-    blank = asked.codec.encode(np.full((1, side, side, 3), 128, np.uint8))[0]
+    side = asked.image_tokenizer.config.image_size
+    blank = asked.image_tokenizer.encode(np.full((1, side, side, 3), 128, np.uint8))[0]
     return [[dataclasses.replace(doc, codes=blank) for doc in docs] for docs in asked.docs], None
 
 
@@ -87,7 +87,7 @@ def _is_other(own: Facts, other: Facts) -> bool:
     return len(mine) == len(theirs) and not mine & theirs
 
 
-CONTROLS: dict[str, Control] = {
+ABLATIONS: dict[str, Ablation] = {
     control.__name__: control
     for control in (
         oracle_documents,

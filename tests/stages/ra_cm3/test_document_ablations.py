@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rag_mm.data.sequences import Example
-from rag_mm.stages.ra_cm3 import document_controls
+from rag_mm.stages.ra_cm3 import document_ablations
 from rag_mm.worlds.emoji.emoji_scenes import Entity, Facts
 
 SHOWN = [Facts((Entity(c, 24, 0, 0),), "red") for c in (1, 1, 2, 2, 3)] + [
@@ -28,11 +28,11 @@ def asked():
         Facts((Entity(4, 16, 0, 0), Entity(5, 16, 16, 0)), "pink"),
     ]
     docs = [[MEMORY[0], MEMORY[1]], [MEMORY[2]], [MEMORY[5], MEMORY[5]]]
-    return document_controls.Asked(facts, docs, MEMORY, SHOWN, CODEC)
+    return document_ablations.AblationInputs(facts, docs, MEMORY, SHOWN, CODEC)
 
 
 def run(name, asked):
-    return document_controls.CONTROLS[name](asked, np.random.default_rng(0))
+    return document_ablations.ABLATIONS[name](asked, np.random.default_rng(0))
 
 
 def test_oracle_documents_show_each_entity_in_turn(asked):

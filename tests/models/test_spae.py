@@ -11,11 +11,12 @@ import pytest
 from flax import nnx
 
 from rag_mm.core.errors import UserError
-from rag_mm.models.spae import autoencoder
+from rag_mm.models.spae import autoencoder, objective
+from rag_mm.ops import images as image_ops
 from rag_mm.ops import quantize
 
 SIZES = dict(image_size=16, patch_size=4, width=16, num_res_blocks=1, codebook_size=64)
-PATCH = dataclasses.replace(autoencoder.Config.tiny(), **SIZES, levels=(4,))
+PATCH = dataclasses.replace(autoencoder.SPAEConfig.tiny(), **SIZES, levels=(4,))
 CONV = dataclasses.replace(
     PATCH,
     encoder="conv",
@@ -23,7 +24,7 @@ CONV = dataclasses.replace(
     width_multipliers=(1, 2),
     levels=(1, 2, 4, 4),
     embed_dim=8,
-    is_turned=False,
+    random_flip_rotate=False,
 )
 CONFIGS = pytest.mark.parametrize("config", [PATCH, CONV], ids=["patch", "conv"])
 
@@ -47,7 +48,7 @@ def _init(config):
     @jax.jit
     def init():
         model = autoencoder.SPAE(config, rngs=nnx.Rngs(0))
-        model.codebook[...] = autoencoder.init_codebook(model, images, jax.random.key(1))
+        model.codebook[...] = objective.init_codebook(model, images, jax.random.key(1))
         return nnx.split(model, nnx.Param)[1]
 
     model = jax.eval_shape(lambda: autoencoder.SPAE(config, rngs=nnx.Rngs(0)))
@@ -67,7 +68,7 @@ def _make_step(config):
     @jax.jit
     def step(params, opt_state):
         def loss(params):
-            return autoencoder.loss_fn(nnx.merge(graphdef, params), batch, jax.random.key(2))
+            return objective.loss_fn(nnx.merge(graphdef, params), batch, jax.random.key(2))
 
         grads, metrics = jax.grad(loss, has_aux=True)(params)
         with jax.numpy_dtype_promotion("standard"):  # Optax mixes Python floats and int32 counts.
@@ -89,7 +90,7 @@ def _train(config, steps):
 
 
 def test_paper_size_encodes_128_pixels_into_597_codes():
-    model = jax.eval_shape(lambda: autoencoder.SPAE(autoencoder.Config(), rngs=nnx.Rngs(0)))
+    model = jax.eval_shape(lambda: autoencoder.SPAE(autoencoder.SPAEConfig(), rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(model)
     images = jax.ShapeDtypeStruct((2, 128, 128, 3), jnp.float32)
     codes = jax.eval_shape(lambda p, x: nnx.merge(graphdef, p).encode(x), params, images)
@@ -103,7 +104,7 @@ def test_paper_size_encodes_128_pixels_into_597_codes():
 
 
 def test_tiny_gives_64_codes_of_a_32_pixel_scene():
-    config = autoencoder.Config.tiny()
+    config = autoencoder.SPAEConfig.tiny()
     assert (config.image_size, config.num_codes, config.encoder) == (32, 64, "patch")
 
 
@@ -135,7 +136,7 @@ def test_patches_fold_into_channels_and_back():
 
 def test_art_has_the_same_codes_wherever_it_stands_on_the_patch_grid():
     """Copying a retrieved picture is copying codes only if this holds to the bit."""
-    config = dataclasses.replace(autoencoder.Config.tiny(), codebook_size=512)
+    config = dataclasses.replace(autoencoder.SPAEConfig.tiny(), codebook_size=512)
     art = np.random.default_rng(0).integers(256, size=(32, 24, 24, 3))  # a card of level `easy`
     places = [(0, 0, 30), (0, 8, 200), (8, 0, 90), (8, 8, 0)]
     scenes = np.empty((4, 32, 32, 32, 3), np.uint8)
@@ -154,11 +155,11 @@ def test_art_has_the_same_codes_wherever_it_stands_on_the_patch_grid():
             for i, leaf in enumerate(leaves)
         ]
         model = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
-        patches = model.embed(autoencoder.to_float(scenes[0]))[:, :6, :6].reshape(
+        patches = model.embed(image_ops.to_float(scenes[0]))[:, :6, :6].reshape(
             -1, config.embed_dim
         )
         model.codebook[...] = patches[: config.codebook_size]
-        return [model.encode(autoencoder.to_float(scene)).reshape(-1, 8, 8) for scene in scenes]
+        return [model.encode(image_ops.to_float(scene)).reshape(-1, 8, 8) for scene in scenes]
 
     found = [
         np.asarray(grid)[:, row // 4 : row // 4 + 6, column // 4 : column // 4 + 6]
@@ -171,7 +172,7 @@ def test_art_has_the_same_codes_wherever_it_stands_on_the_patch_grid():
 
 def test_codes_do_not_depend_on_the_batch():
     model, _, _ = _train(PATCH, 5)
-    images = autoencoder.to_float(jnp.asarray(_pictures(32)))
+    images = image_ops.to_float(jnp.asarray(_pictures(32)))
     alone = jnp.concatenate([model.encode(image[None]) for image in images[:4]])
     np.testing.assert_array_equal(alone, model.encode(images)[:4])
 
@@ -185,7 +186,7 @@ def test_thirty_steps_lower_the_loss(config):
 def test_new_patch_tokenizer_is_kmeans_on_pixels():
     """Before any step its picture is the nearest centre of each patch, so training starts there."""
     model = _make(PATCH)
-    images = autoencoder.to_float(jnp.asarray(_pictures(32)))
+    images = image_ops.to_float(jnp.asarray(_pictures(32)))
     patches = autoencoder.conv.space_to_depth(images, 4)
     np.testing.assert_array_equal(model.embed(images), patches)
     codes = quantize.nearest_codes(patches, model.codebook[...])
@@ -196,7 +197,7 @@ def test_new_patch_tokenizer_is_kmeans_on_pixels():
 @CONFIGS
 def test_kmeans_start_uses_most_codes(config):
     model = _make(config)
-    images = autoencoder.to_float(jnp.asarray(_pictures(32)))
+    images = image_ops.to_float(jnp.asarray(_pictures(32)))
     codes = quantize.nearest_codes(model.embed(images), model.codebook[...])
     counts = quantize.code_counts(codes, config.codebook_size)
     assert float(quantize.usage(counts)) > 0.6
@@ -216,8 +217,8 @@ def test_metrics_are_sums_with_weights_of_the_decoded_pictures():
 
     @jax.jit
     def measure(params):
-        model, images = nnx.merge(graphdef, params), autoencoder.to_float(pixels)
-        loss, metrics = autoencoder.loss_fn(model, {"images": pixels}, jax.random.key(0))
+        model, images = nnx.merge(graphdef, params), image_ops.to_float(pixels)
+        loss, metrics = objective.loss_fn(model, {"images": pixels}, jax.random.key(0))
         return loss, metrics, jnp.sum((model.decode(model.encode(images)) - images) ** 2)
 
     loss, metrics, squared_error = measure(params)
@@ -232,7 +233,9 @@ def test_metrics_are_sums_with_weights_of_the_decoded_pictures():
 
 def test_turned_images_are_the_eight_symmetries_of_a_square():
     image = jnp.asarray(_pictures(1))
-    turned = np.asarray(autoencoder.turn(jnp.repeat(image, 64, axis=0), jax.random.key(0)))
+    turned = np.asarray(
+        image_ops.random_flip_rotate(jnp.repeat(image, 64, axis=0), jax.random.key(0))
+    )
     symmetries = {
         np.rot90(side, k).tobytes() for side in (image[0], image[0][::-1]) for k in range(4)
     }
@@ -242,12 +245,12 @@ def test_turned_images_are_the_eight_symmetries_of_a_square():
 
 def test_pixels_survive_the_way_to_floats_and_back():
     pixels = jnp.arange(256, dtype=jnp.uint8)
-    np.testing.assert_array_equal(autoencoder.to_uint8(autoencoder.to_float(pixels)), pixels)
-    assert autoencoder.to_uint8(jnp.array([-1.0, 2.0])).tolist() == [0, 255]
+    np.testing.assert_array_equal(image_ops.to_uint8(image_ops.to_float(pixels)), pixels)
+    assert image_ops.to_uint8(jnp.array([-1.0, 2.0])).tolist() == [0, 255]
 
 
 def test_psnr_of_a_pooled_error():
-    assert autoencoder.psnr(0.01) == pytest.approx(20.0)
+    assert objective.psnr(0.01) == pytest.approx(20.0)
 
 
 def test_same_seed_same_bits():
