@@ -19,6 +19,7 @@ BASE = [
     "grain>=0.2.15",
     "importlib_resources",  # tensorflow-datasets imports it without saying so.
     "jax>=0.10,<0.13",
+    "jaxtyping>=0.3.11,<0.4",
     "jinja2",
     "markupsafe",
     "matplotlib",
@@ -33,6 +34,7 @@ BASE = [
     "rich",
     "safetensors",
     "scann>=1.4.2; sys_platform == 'linux' and python_version < '3.14'",
+    "scipy>=1.15",
     "tensorflow-datasets>=4.9.9",
     "tensorstore",
     "tokenizers",
@@ -52,6 +54,7 @@ EXTRAS = {
     "explore": ["starlette>=1,<2", "uvicorn>=0.30"],  # the page of `rag-mm explore`
     "parity": ["torch==2.13.0", "transformers>=5,<6"],
     "test": [
+        "beartype",
         "emoji",
         "hypothesis",
         "ipykernel",

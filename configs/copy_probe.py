@@ -1,9 +1,14 @@
-"""Does copying from documents emerge? The decoder of the quickstart, with every document the right one.
+"""Does copying from documents emerge? The decoder of the quickstart, with oracle documents.
 
     rag-mm train --config=configs/copy_probe.py:quick --workdir=runs/copy_probe
+    rag-mm ablate --config=configs/copy_probe.py:quick --workdir=runs/copy_ablation
 
-`quick` takes 10 to 12 minutes on two cores and gives up at half time where nothing is copied:
-the decoder of `configs/quickstart.py` is tuned here. Codes are those of k-means; no tokenizer is trained.
+The decoder of `configs/quickstart.py` is tuned here. Codes are those of k-means; no tokenizer is trained.
+
+    preset  cost on two cores  what to expect
+    quick   10 to 12 minutes   NLL per art code of held-out classes about 0.1 with an oracle document, 3
+                               without (docs/results/copy_probe.md); stops half way if nothing is copied
+    tiny    half a minute      runs every stage, copies nothing
 """
 
 from rag_mm.configs import quickstart
@@ -22,12 +27,12 @@ def quick() -> dict:
 
 
 def tiny() -> dict:
-    """A first look, and for tests; copies nothing."""
+    """Half a minute; for tests and a first look, copies nothing."""
     config = _probe(quickstart.tiny())
     return config | dict(copy_probe=config["copy_probe"] | dict(min_gain=0.0, num_test=16))
 
 
-# No cell of a table may stop at half time: only the lucky seeds would be left.
+# No cell of a table may stop half way: only the lucky seeds would be left.
 WHOLE = {"copy_probe.min_gain": 0.0}
 ABLATION = dict(
     stage="copy_probe",
@@ -40,13 +45,13 @@ ABLATION = dict(
         "lag 1": WHOLE | {"copy_probe.model.smear_lags": ((1,),)},
         "one lag a head": WHOLE | {"copy_probe.model.smear_lags": ((1,), (8,), (), ())},
         "no induction at the start": WHOLE | {"copy_probe.model.induction_init": False},
-        "no masks": WHOLE | {"copy_probe.mask_prob": 0.0},
+        "no masks": WHOLE | {"copy_probe.masking.prob": 0.0},
     },
 )
 
 
 def _probe(config: dict) -> dict:
-    # One step: the codebook stays what k-means made it.
+    # One step: the codebook stays that of k-means.
     loop = dict(num_steps=1, log_every=1, checkpoint_every=1)
     return dict(
         stages=("tokenizer", "copy_probe"),

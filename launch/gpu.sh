@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# One machine with NVIDIA GPUs: `launch/gpu.sh [--dry-run] COMMAND ...` is rag-mm with what a GPU wants set.
+# One machine with NVIDIA GPUs: `launch/gpu.sh [--dry-run] COMMAND ...` runs rag-mm with GPU settings.
 #   launch/gpu.sh train --config=configs/quickstart.py:quick --workdir=runs/quickstart
-# One process; `train` uses one GPU, or all with --coordinator=localhost:8476 --num-processes=1 --process-id=0 behind it.
+# One process. `train` uses one GPU; for all, append --coordinator=localhost:8476 --num-processes=1 --process-id=0.
 set -euo pipefail
 dry=
 [ "${1:-}" != --dry-run ] || { dry=1; shift; }
 [ $# -gt 0 ] || { sed -n '2,4s/^# \{0,1\}//p' "$0" >&2; exit 2; }
-# Nearly all of the card for jax, and gathers that run beside arithmetic. A variable that is set wins.
+# Gives jax most of the GPU memory and overlaps collectives with compute. Variables that are already set win.
 environment=(
   "XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}"
   "XLA_FLAGS=${XLA_FLAGS:---xla_gpu_enable_latency_hiding_scheduler=true}"
@@ -17,5 +17,5 @@ if [ -n "$dry" ]; then
   echo
   exit 0
 fi
-[ -x "$(dirname "$0")/../.venv/bin/rag-mm" ] || { echo "launch/gpu.sh: there is no .venv yet; run make first, then pip install '.[gpu]' in it." >&2; exit 2; }
+[ -x "$(dirname "$0")/../.venv/bin/rag-mm" ] || { echo "launch/gpu.sh: there is no .venv; run make first, then .venv/bin/pip install '.[gpu]'." >&2; exit 2; }
 exec "${command[@]}"

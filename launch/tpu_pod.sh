@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# A TPU slice of Cloud TPU VMs: ask for it, install on every worker, run one command on all, give it back.
+# A slice of Cloud TPU VMs: create it, install on every worker, run a command on all, delete it.
 #   export NAME=pod ZONE=us-west4-a TYPE=v5litepod-256
 #   launch/tpu_pod.sh create
 #   launch/tpu_pod.sh install https://example.org/rag_mm.git
 #   launch/tpu_pod.sh run train --config=configs/quickstart.py:quick --workdir=/mnt/shared/run \
-#     --config.tokenizer.batch_size=256 --config.decoder.batch_size=256      which split evenly over the chips
-# (a folder that all workers mount, such as Filestore's or a bucket's by Cloud Storage FUSE)
+#     --config.tokenizer.batch_size=256 --config.decoder.batch_size=256
 #   launch/tpu_pod.sh delete
-# `run train` and `run memory build` are one program on all workers; any other command runs once on each.
-# --dry-run before the verb prints the exact command instead. SPOT=1 asks for preemptible chips.
+# The workdir is a folder that all workers mount, such as Filestore or a bucket with Cloud Storage FUSE. Batch sizes
+# must be divisible by the number of chips.
+# `run train` and `run memory build` run as one program across all workers; any other command runs once on each.
+# --dry-run before the verb only prints the command. SPOT=1 requests preemptible chips.
 set -euo pipefail
 
-usage() { sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
-need() { [ -n "${!1:-}" ] || { echo "launch/tpu_pod.sh: set $1 first, as in NAME=pod ZONE=us-west4-a TYPE=v5litepod-256." >&2; exit 2; }; }
+usage() { sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+need() { [ -n "${!1:-}" ] || { echo "launch/tpu_pod.sh: set $1 first, such as NAME=pod ZONE=us-west4-a TYPE=v5litepod-256." >&2; exit 2; }; }
 
 dry=
 [ "${1:-}" != --dry-run ] || { dry=1; shift; }
@@ -41,8 +42,8 @@ case $verb in
       *--coordinator*) ;;
       train\ * | "memory build"*) set -- "$@" --coordinator=auto ;;
     esac
-    printf -v words '%q ' "$@"
-    command=("${on_all[@]}" "--command=cd rag_mm && .venv/bin/rag-mm ${words% }")
+    printf -v arguments '%q ' "$@"
+    command=("${on_all[@]}" "--command=cd rag_mm && .venv/bin/rag-mm ${arguments% }")
     ;;
   delete)
     command=(gcloud compute tpus queued-resources delete "$NAME" "--zone=$ZONE" --force --quiet)

@@ -2,31 +2,39 @@
 
 import rag_mm
 run = rag_mm.load("runs/quickstart")
-run.generate("red apple at the top left on a blue background", docs=2).images
-run.caption(image).captions
+run.generate("red apple at the top left on a blue background", docs=2).images  # uint8 [1, H, W, 3]
+run.caption(image).captions  # image: uint8 [H, W, 3]
 run.memory.search(text="red apple")
 """
 
 import typing
 
 if typing.TYPE_CHECKING:
-    from rag_mm.api.imported import Imported
+    from rag_mm.api.imported import ImportedModel
     from rag_mm.api.session import Session
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 
-def load(workdir: str) -> "Session | Imported":
-    """Loads a finished run, or an imported one.
+def load(workdir: str) -> "Session | ImportedModel":
+    """Loads a finished run, or a run made by `rag-mm import`.
 
-    A finished run is a `rag_mm.api.session.Session`; what a CLIP, a LLaMA or a Chameleon can do stands
-    in `rag_mm.api.imported`.
+    Example:
+        run = rag_mm.load("runs/quickstart")
+        image = run.generate("red apple on a blue background").images[0]
+
+    Args:
+        workdir: the run folder.
+
+    Returns:
+        `rag_mm.api.session.Session` (generate, caption, infill, memory) for a run trained with rag-mm; for
+        an imported CLIP, LLaMA or Chameleon a class of `rag_mm.api.imported`.
 
     Raises:
-        rag_mm.core.errors.UserError: there is no such run, or it is not finished.
+        rag_mm.core.errors.UserError: there is no run in `workdir`, or it is unfinished or was edited.
     """
-    # Here, not above: importing the package loads no framework.
+    # Imported here, so that `import rag_mm` loads no framework.
     from rag_mm.api import imported, session
 
     return imported.load(workdir) if imported.is_imported(workdir) else session.load(workdir)

@@ -25,6 +25,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+pytest_plugins = ["resident_memory"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Finished:

@@ -1,14 +1,15 @@
 """The house stands on its floors: imports run downwards only, and name nothing that setup.py does not."""
 
 import ast
+import collections
 import importlib.metadata
 import pathlib
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from unittest import mock
 
+import fresh_python
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -90,6 +91,55 @@ def test_imports_run_down(floor):
     assert not upward
 
 
+# Inside stages: what each system may import besides itself, the engine and `shared`.
+SYSTEMS = {
+    "shared": set(),
+    "ra_cm3": set(),
+    "reco": set(),
+    "cm3leon": {"ra_cm3"},
+    "spae": set(),
+    "emu": set(),
+}
+# The engine's only files that know the systems: the one that collects their tables of stages.
+COLLECTS = {"stages/chain_config.py"}
+
+
+def _system(parts: list[str]) -> str:
+    """The folder in `rag_mm.stages` of a dotted name, or "" for the engine."""
+    return parts[2] if len(parts) > 2 and parts[2] in SYSTEMS else ""
+
+
+def test_a_system_imports_the_engine_shared_and_what_its_paper_builds_on():
+    """So that the engine knows no paper, and a paper can be read without the others."""
+    wrong = []
+    for path in (PACKAGE / "stages").rglob("*.py"):
+        own = _system(["rag_mm", *path.relative_to(PACKAGE).with_suffix("").parts])
+        may = {"shared", own} | SYSTEMS.get(own, set()) if own else {"shared"}
+        where = path.relative_to(PACKAGE).as_posix()
+        for name, _ in _imports(path):
+            other = _system(name.split(".")) if name.startswith("rag_mm.stages.") else ""
+            if other and other not in may and where not in COLLECTS:
+                wrong.append(f"{where} imports {name}")
+    assert not wrong
+
+
+def test_every_system_of_stages_is_listed():
+    folders = {path.name for path in (PACKAGE / "stages").iterdir() if path.is_dir()}
+    assert folders - {"__pycache__"} <= set(SYSTEMS)
+
+
+def test_file_and_class_names_are_unique():
+    """A name is enough to find a file or a class, and no import needs an alias for want of another."""
+    files, classes = collections.Counter(), collections.Counter()
+    for path in _sources():
+        # A command is named after what it does, a system's table of stages after what it is.
+        if path.stem not in ("__init__", "stages") and _floor(path) != "cli":
+            files[path.stem] += 1
+        tree = ast.parse(path.read_text())
+        classes.update(node.name for node in tree.body if isinstance(node, ast.ClassDef))
+    assert [name for name, count in (files + classes).items() if count > 1] == []
+
+
 def test_every_folder_is_a_floor():
     folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
     assert folders <= set(FLOORS)
@@ -124,11 +174,7 @@ def test_the_training_step_needs_no_data_libraries():
 
 
 def test_importing_the_package_is_light():
-    code = "import sys, rag_mm; print({m.split('.')[0] for m in sys.modules})"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    loaded = ast.literal_eval(done.stdout)
+    loaded = fresh_python.modules_loaded_by("rag_mm")
     assert not loaded & {"tensorflow", "torch", "scann", "tensorflow_datasets"}
 
 

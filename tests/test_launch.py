@@ -1,4 +1,4 @@
-"""Launch scripts set an environment and hand over to the command; `--dry-run` prints it exactly."""
+"""Launch scripts set the environment and run the command; `--dry-run` prints exactly that."""
 
 import json
 import os
@@ -18,7 +18,7 @@ LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(path.name for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch"))
 POD = {"NAME": "pod", "ZONE": "us-west4-a", "TYPE": "v5litepod-256"}
 JOIN = "--coordinator=auto"
-# Words that a shell would take apart once more if they were not quoted.
+# Arguments that a shell would split again if they were not quoted.
 TRAIN = ["train", "--config=configs/quickstart.py:quick", "--workdir=runs/a b"]
 
 
@@ -38,14 +38,14 @@ def run(script, *words, **environment):
 
 
 def printed(script, *words, **environment):
-    """The words of the command that a dry run prints."""
+    """The arguments of the command that a dry run prints."""
     done = run(script, "--dry-run", *words, **environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1
     return shlex.split(done.stdout)
 
 
-def test_local_hands_over_with_the_flag_that_the_locked_jax_knows():
+def test_local_passes_a_flag_that_the_locked_jax_supports():
     if not (ROOT / ".venv" / "bin" / "rag-mm").exists():
         pytest.skip("the project is not installed in .venv")
     command = [LAUNCH / "local.sh", "doctor", "--json"]
@@ -70,12 +70,12 @@ def test_local_and_gpu_print_the_environment_and_the_command():
         assert words[-4].endswith(".venv/bin/rag-mm")
     assert any(word.startswith("XLA_FLAGS=--xla_cpu") for word in local)
     assert "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92" in gpu
-    # What the user sets wins.
+    # Variables set by the user win.
     words = printed("gpu.sh", *TRAIN, XLA_PYTHON_CLIENT_MEM_FRACTION="0.5", XLA_FLAGS="--a")
     assert words[1:3] == ["XLA_PYTHON_CLIENT_MEM_FRACTION=0.5", "XLA_FLAGS=--a"]
 
 
-def test_slurm_runs_the_gpu_script_once_a_node():
+def test_slurm_runs_the_gpu_script_once_per_node():
     words = printed("slurm.sbatch", *TRAIN, SLURM_SUBMIT_DIR="/shared/rag_mm")
     assert words[:3] == ["env", "JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7", "srun"]
     assert words[-5:] == ["/shared/rag_mm/launch/gpu.sh", *TRAIN, JOIN]
@@ -85,7 +85,7 @@ def test_slurm_runs_the_gpu_script_once_a_node():
     assert "#SBATCH --ntasks-per-node=1\n" in text and "#SBATCH --signal=TERM@" in text
 
 
-def test_a_pod_is_asked_for_installed_used_and_given_back():
+def test_a_pod_is_created_installed_used_and_deleted():
     create = printed("tpu_pod.sh", "create", **POD, SPOT="1")
     assert create[:6] == ["gcloud", "compute", "tpus", "queued-resources", "create", "pod"]
     assert {"--zone=us-west4-a", "--accelerator-type=v5litepod-256", "--spot"} <= set(create)
@@ -102,7 +102,7 @@ def test_a_pod_is_asked_for_installed_used_and_given_back():
 
 
 @pytest.mark.parametrize("script", ["slurm.sbatch", "tpu_pod.sh"])
-def test_processes_join_in_the_commands_that_several_share(script):
+def test_processes_join_for_multi_process_commands(script):
     verb, environment = (["run"], POD) if script == "tpu_pod.sh" else ([], {})
 
     def joins(*words):
@@ -123,7 +123,7 @@ def test_processes_join_in_the_commands_that_several_share(script):
         ([], {}, "launch/tpu_pod.sh create"),
     ],
 )
-def test_a_mistake_is_said_and_runs_nothing(words, environment, says):
+def test_a_user_error_is_reported_and_runs_nothing(words, environment, says):
     done = run("tpu_pod.sh", *words, **environment, PATH=os.environ["PATH"])
     assert done.returncode == 2 and says in done.stderr and done.stdout == ""
 
@@ -141,7 +141,7 @@ def test_gke_runs_a_command_that_exists_on_every_host_of_a_slice():
     assert pod["containers"][0]["ports"][-1]["containerPort"] == int(
         cloud_tpu_cluster.coordinator_port
     )
-    # Longer than the half minute that a last checkpoint may take.
+    # Longer than the 30 s that a last checkpoint may take.
     assert pod["terminationGracePeriodSeconds"] > 30
 
 
@@ -156,8 +156,8 @@ def test_scripts_are_clean(script):
 
 
 @pytest.mark.parametrize("script", ["slurm.sbatch", "tpu_pod.sh"])
-def test_a_meeting_place_of_ones_own_is_kept(script):
-    own = "--coordinator=10.0.0.1:8476"
+def test_a_given_coordinator_is_kept(script):
+    coordinator = "--coordinator=10.0.0.1:8476"
     verb = ["run"] if script == "tpu_pod.sh" else []
-    words = printed(script, *verb, *TRAIN, own, NAME="pod", ZONE="a")
-    assert own in " ".join(words) and "--coordinator=auto" not in " ".join(words)
+    words = printed(script, *verb, *TRAIN, coordinator, NAME="pod", ZONE="a")
+    assert coordinator in " ".join(words) and "--coordinator=auto" not in " ".join(words)

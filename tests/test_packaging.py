@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 
+import fresh_python
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -42,17 +43,6 @@ def test_the_wheel_holds_all_files(wheel):
 def test_an_installed_wheel_finds_its_pages(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "import rag_mm; from rag_mm.core import configuration\n"
-        "assert rag_mm.__file__.startswith(sys.argv[1]), rag_mm.__file__\n"
-        "print(configuration.load_config('configs/quickstart.py:tiny').to_json()[:1])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    program = fresh_python.PROGRAMS / "load_installed_page.py"
+    done = fresh_python.run(program, tmp_path, cwd=tmp_path, env=None, check=True)
     assert done.stdout == "{\n"

@@ -1,8 +1,8 @@
-"""The page of `rag-mm explore`: search a run's memory, and see beside the hits what its models make of them.
+"""Web server of `rag-mm explore`: search a run's memory and try its models on the query.
 
-A page of some other site can reach a server on this machine through its reader's browser. So only requests
-that name this machine are answered, and only bodies of two content types are read, which a browser lets
-no other site send. What documents say reaches the page as JSON, and its script sets it as text.
+A page of another site can send requests to this server through the user's browser. Therefore only requests
+whose Host header names this machine are answered, and only bodies of two content types that browsers do not
+send across sites are read. Document text reaches the page as JSON, and the script inserts it as text only.
 """
 
 import dataclasses
@@ -31,9 +31,9 @@ from rag_mm.memory import hits, model_protocols
 HOSTS = ("127.0.0.1", "localhost")
 MAX_HITS = 60
 MAX_SEED = (1 << 31) - 1
-MAX_UPLOAD = 1 << 25  # 32 MiB; a picture for a search need not be larger.
+MAX_UPLOAD = 1 << 25  # 32 MiB, ample for a query image.
 _MAX_JSON = 1 << 16
-_JSON, _PICTURE = "application/json", "application/octet-stream"
+_JSON, _IMAGE = "application/json", "application/octet-stream"
 _HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src data: blob:; "
@@ -47,52 +47,52 @@ _HEADERS = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Explorer:
-    """What the page asks of a run; each method takes the fields of a request and answers with JSON."""
+    """The requests that the page makes; each method takes the request's fields and returns JSON values."""
 
     session: Session
     name: str
-    # Two decodings at once would each take twice as long.
+    # Only one decoding at a time: two at once would each take twice as long.
     _decoding: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     def search(self, fields: dict[str, Any], image: np.ndarray | None) -> dict[str, Any]:
-        """Hits of `text`, of the document with the id `document`, or of a picture, in `view`."""
+        """Hits in `view` for a text, for the document with id `document`, or for an image."""
         view = _text(fields, "view", "mixed" if image is None else "image")
         model_protocols.check_view(view)
         k = _number(fields, "k", 12, 1, MAX_HITS)
         memory = self.session.memory
         if image is not None:
-            found = memory.search(image=image, view=view, k=k)
+            results = memory.search(image=image, view=view, k=k)
         elif "document" in fields:
-            asked = _text(fields, "document")
-            if asked not in memory.ids:
-                raise UserError(f"The memory has no document with the id {asked!r}.")
-            vector = memory.embeddings(view)[memory.ids.index(asked)]
-            found = memory.search(vectors=vector[None], view=view, k=k)
+            document_id = _text(fields, "document")
+            if document_id not in memory.ids:
+                raise UserError(f"The memory has no document with the id {document_id!r}.")
+            vector = memory.embeddings(view)[memory.ids.index(document_id)]
+            results = memory.search(vectors=vector[None], view=view, k=k)
         else:
             text = _text(fields, "text")
             if not text.strip():
-                raise UserError("The text is empty; say what to look for.")
-            found = memory.search(text=text, view=view, k=k)
-        return {"view": view, "hits": hits.describe(memory, found)}
+                raise UserError("The text is empty; enter a query.")
+            results = memory.search(text=text, view=view, k=k)
+        return {"view": view, "hits": hits.describe(memory, results)}
 
     def generate(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """A picture of `text`, drawn after reading `docs` retrieved documents."""
+        """Generates an image of `text`, given `docs` retrieved documents."""
         docs, seed = self._docs(fields), _number(fields, "seed", 0, 0, MAX_SEED)
         with self._decoding:
-            drawn = self.session.generate(_text(fields, "text"), docs=docs, seed=seed)
-        return {"image": hits.data_url(drawn.images[0]), "neighbors": drawn.neighbors}
+            generated = self.session.generate(_text(fields, "text"), docs=docs, seed=seed)
+        return {"image": hits.data_url(generated.images[0]), "neighbors": generated.neighbors}
 
     def caption(self, fields: dict[str, Any], image: np.ndarray | None) -> dict[str, Any]:
-        """A picture in words, written after reading `docs` retrieved documents."""
+        """Captions an image, given `docs` retrieved documents."""
         if image is None:
-            raise UserError("There is no picture to put into words.")
+            raise UserError("The request has no image to caption.")
         docs = self._docs(fields)
         with self._decoding:
-            written = self.session.caption(image, docs=docs)
-        return {"text": written.captions[0], "neighbors": written.neighbors}
+            generated = self.session.caption(image, docs=docs)
+        return {"text": generated.captions[0], "neighbors": generated.neighbors}
 
     def page(self) -> str:
-        """The page itself."""
+        """The HTML page."""
         environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
         return environment.from_string(_file("explore.html.j2")).render(
             name=self.name,
@@ -106,20 +106,20 @@ class Explorer:
 
 
 def make_app(session: Session, name: str) -> Starlette:
-    """The web application over a loaded run; `name` is what the page calls it."""
+    """The web application for a loaded run; `name` is the page's title for it."""
     explorer = Explorer(session, name)
 
     async def search(request: Request) -> Response:
         fields, image = await _read(request)
-        return await _answer(lambda: explorer.search(fields, image))
+        return await _respond(lambda: explorer.search(fields, image))
 
     async def generate(request: Request) -> Response:
         fields, _ = await _read(request)
-        return await _answer(lambda: explorer.generate(fields))
+        return await _respond(lambda: explorer.generate(fields))
 
     async def caption(request: Request) -> Response:
         fields, image = await _read(request)
-        return await _answer(lambda: explorer.caption(fields, image))
+        return await _respond(lambda: explorer.caption(fields, image))
 
     return Starlette(
         routes=[
@@ -130,25 +130,25 @@ def make_app(session: Session, name: str) -> Starlette:
             Route("/generate", generate, methods=["POST"]),
             Route("/caption", caption, methods=["POST"]),
         ],
-        # A name that a stranger's server points to this machine is not one of these.
+        # Refuses other host names that resolve to this machine (DNS rebinding).
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)],
-        exception_handlers={UserError: _refuse, HTTPException: _refuse},
+        exception_handlers={UserError: _error_response, HTTPException: _error_response},
     )
 
 
 async def _read(request: Request) -> tuple[dict[str, Any], np.ndarray | None]:
-    """The fields of a JSON body, or those of the address and the picture that is the body."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == _JSON:
+    """The fields of a JSON body; or, for an image body, the fields of the URL and the image."""
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type == _JSON:
         return _parse(await _body(request, _MAX_JSON)), None
-    if kind == _PICTURE:
+    if content_type == _IMAGE:
         data = await _body(request, MAX_UPLOAD)
         return dict(request.query_params), await run_in_threadpool(_decode, data)
-    raise HTTPException(415, f"The body is neither {_JSON} nor {_PICTURE}.")
+    raise HTTPException(415, f"The body is neither {_JSON} nor {_IMAGE}.")
 
 
 async def _body(request: Request, limit: int) -> bytes:
-    """The body, of which never more than `limit` bytes are held."""
+    """The request's body, refused as soon as it exceeds `limit` bytes."""
     data = bytearray()
     async for chunk in request.stream():
         data += chunk
@@ -170,42 +170,42 @@ def _parse(data: bytes) -> dict[str, Any]:
 def _decode(data: bytes) -> np.ndarray:
     try:
         return image_decoding.decode(data).pixels
-    except image_decoding.BadPicture as error:
-        raise UserError(f"The picture {error}") from None
+    except image_decoding.BadImage as error:
+        raise UserError(f"The image {error}") from None
 
 
 def _text(fields: dict[str, Any], name: str, default: str | None = None) -> str:
     value = fields.get(name, default)
     if not isinstance(value, str):
-        raise UserError(f"The field {name} is missing or no text.")
+        raise UserError(f"The field {name} is missing or not a text.")
     return value
 
 
-def _number(fields: dict[str, Any], name: str, default: int, least: int, most: int) -> int:
+def _number(fields: dict[str, Any], name: str, default: int, minimum: int, maximum: int) -> int:
     try:
         value = int(fields.get(name, default))
     except (TypeError, ValueError, OverflowError):
-        value = least - 1
-    if not least <= value <= most:
-        raise UserError(f"The field {name} is no number from {least} to {most}.")
+        value = minimum - 1
+    if not minimum <= value <= maximum:
+        raise UserError(f"The field {name} must be an integer from {minimum} to {maximum}.")
     return value
 
 
-async def _answer(work: Callable[[], dict[str, Any]]) -> Response:
+async def _respond(work: Callable[[], dict[str, Any]]) -> Response:
     return JSONResponse(await run_in_threadpool(work), headers=_HEADERS)
 
 
-def _refuse(request: Request, error: Exception) -> Response:
+def _error_response(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 400
-    said = error.detail if isinstance(error, HTTPException) else str(error)
-    return JSONResponse({"error": said}, status, headers=_HEADERS)
+    message = error.detail if isinstance(error, HTTPException) else str(error)
+    return JSONResponse({"error": message}, status, headers=_HEADERS)
 
 
 def _static(path: str, content: str, media_type: str) -> Route:
-    async def answer(request: Request) -> Response:
+    async def respond(request: Request) -> Response:
         return Response(content, media_type=media_type, headers=_HEADERS)
 
-    return Route(path, answer)
+    return Route(path, respond)
 
 
 def _file(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Public checkpoints made of runs: imported ones go back bit for bit, those trained here where it fits."""
+"""Runs to public checkpoints: imported runs bitwise, trained runs if the family has their architecture."""
 
 import dataclasses
 import math
@@ -22,55 +22,59 @@ NAMES = "names.json"
 
 
 class TensorSource(Protocol):
-    """A model's parameters, a piece at a time."""
+    """Where a model's parameters are read from, one tensor at a time."""
 
-    def dtype(self, piece: table.Piece) -> np.dtype:
-        """What the piece is stored as."""
+    def dtype(self, mapping: table.TensorMapping) -> np.dtype:
+        """The dtype in which the mapping's tensor is stored."""
 
-    def read(self, piece: table.Piece) -> np.ndarray:
-        """The piece as its tensor outside."""
+    def read(self, mapping: table.TensorMapping) -> np.ndarray:
+        """The tensor under its public name and in its public layout."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FileSource:
-    """Our own file, read as it is asked for."""
+    """Parameters of a run's weight file, read on demand."""
 
-    specs: Mapping[str, shards.Spec]
+    specs: Mapping[str, shards.TensorSpec]
 
-    def dtype(self, piece: table.Piece) -> np.dtype:
-        """See `Source`."""
-        return shards.DTYPES[self.specs[piece.ours].dtype]
+    def dtype(self, mapping: table.TensorMapping) -> np.dtype:
+        """See `TensorSource`."""
+        return shards.DTYPES[self.specs[mapping.ours].dtype]
 
-    def read(self, piece: table.Piece) -> np.ndarray:
-        """See `Source`."""
-        return weights.read_piece(self.specs, piece)
+    def read(self, mapping: table.TensorMapping) -> np.ndarray:
+        """See `TensorSource`."""
+        return weights.read_mapped(self.specs, mapping)
 
 
 @dataclasses.dataclass(frozen=True)
 class TreeSource:
-    """Parameters in memory, from a checkpoint of training; float32."""
+    """Parameters in host memory, such as from a training checkpoint; float32."""
 
     arrays: Mapping[str, Any]
 
-    def dtype(self, piece: table.Piece) -> np.dtype:
-        """See `Source`."""
-        return np.dtype(self.arrays[piece.ours].dtype)
+    def dtype(self, mapping: table.TensorMapping) -> np.dtype:
+        """See `TensorSource`."""
+        return np.dtype(self.arrays[mapping.ours].dtype)
 
-    def read(self, piece: table.Piece) -> np.ndarray:
-        """See `Source`."""
-        array = self.arrays[piece.ours]
-        return piece.form.save(np.asarray(array if piece.layer is None else array[piece.layer]))
+    def read(self, mapping: table.TensorMapping) -> np.ndarray:
+        """See `TensorSource`."""
+        array = self.arrays[mapping.ours]
+        return mapping.transform.save(
+            np.asarray(array if mapping.layer is None else array[mapping.layer])
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportedModel:
-    """What is to be written: our config, the weights, config.json and the files beside it."""
+    """A model to export: its config here, its weights, its config.json and its other files."""
 
     config: Any
     source: TensorSource
     values: Mapping[str, Any]
     side_files: Mapping[str, bytes]
-    is_verbatim: bool = False  # `values` are the checkpoint's own
+    is_verbatim: bool = (
+        False  # whether `values` are the imported checkpoint's config.json, unchanged
+    )
 
 
 def export_checkpoint(
@@ -80,35 +84,37 @@ def export_checkpoint(
     max_bytes: int,
     dtype: np.dtype | None = None,
 ) -> dict[str, Any]:
-    """Writes a run's model as a checkpoint of the family, whole or not at all.
+    """Writes a run's model as a checkpoint of the family; on failure nothing is left in `out`.
 
     Args:
-        name: llama, chameleon, clip, or cm3: a decoder trained here under its own names.
-        workdir: an imported run, or one trained here whose model is of the family.
-        out: a new folder.
-        max_bytes: of one file of weights.
-        dtype: what to write; None keeps what the run has, bit for bit.
+        name: llama, chameleon or clip; or cm3, a trained decoder under its own tensor names.
+        workdir: an imported run, or a trained one whose model has the family's architecture.
+        out: new folder.
+        max_bytes: maximum size of one weight file.
+        dtype: dtype to write; None keeps the stored one, bitwise identical.
 
     Returns:
         family, out, files, tensors, bytes, dtypes.
 
     Raises:
-        UserError: the run has no such model, `out` is in the way, or the disk is too small.
+        UserError: the run has no such model, `out` exists, or the disk has too little space.
     """
     if name not in FAMILIES:
-        raise UserError(f"There is no family {name!r}; there are {', '.join(FAMILIES)}.")
+        raise UserError(f"There is no family {name!r}; the families are {', '.join(FAMILIES)}.")
     model, family = open_model(name, workdir), FAMILIES[name]
-    pieces = family.pieces(model.config)
-    dtype_of = lambda piece: dtype or model.source.dtype(piece)
-    total = sum(math.prod(piece.shape) * dtype_of(piece).itemsize for piece in pieces)
-    dtypes = sorted({dtype_of(piece).name for piece in pieces})
+    mappings = family.mappings(model.config)
+    dtype_of = lambda mapping: dtype or model.source.dtype(mapping)
+    total = sum(math.prod(mapping.shape) * dtype_of(mapping).itemsize for mapping in mappings)
+    dtypes = sorted({dtype_of(mapping).name for mapping in mappings})
     values = dict(model.values)
     if dtype is not None or not model.is_verbatim:
         values.pop("torch_dtype", None)
         values["dtype"] = dtypes[0]
     files.check_room(out, total)
-    with files.whole_folder(out) as folder, importing.megabytes("export", total) as tell:
-        written = weights.write_shards(folder, pieces, dtype_of, model.source.read, max_bytes, tell)
+    with files.whole_folder(out) as folder, importing.megabytes("export", total) as update:
+        written = weights.write_shards(
+            folder, mappings, dtype_of, model.source.read, max_bytes, update
+        )
         for path, data in model.side_files.items():
             files.write_atomic(folder / path, data)
         files.write_json(folder / frozen.CONFIG, values)
@@ -116,22 +122,22 @@ def export_checkpoint(
         "family": name,
         "out": str(out),
         "files": written,
-        "tensors": len(pieces),
+        "tensors": len(mappings),
         "bytes": total,
         "dtypes": dtypes,
     }
 
 
 def open_model(name: str, workdir: pathlib.Path) -> ExportedModel:
-    """The model of a run that is, or can be said to be, of a family.
+    """The model of a run, if it is of the family or has the family's architecture.
 
     Raises:
-        UserError: the run has none, or it computes something else.
+        UserError: the run has no such model, or its architecture differs.
     """
     run = run_folder.open_run(workdir)
     imported = run.config.get(importing.IMPORTED)
     if imported is not None and imported != name:
-        raise UserError(f"{workdir} holds a {imported} checkpoint, which is no {name}.")
+        raise UserError(f"{workdir} holds a {imported} checkpoint, not {name}.")
     if imported is not None:
         return _imported(run, FAMILIES[name])
     return _trained_clip(run) if name == "clip" else _trained_decoder(run, FAMILIES[name])
@@ -178,7 +184,7 @@ def _trained_decoder(run: run_folder.Run, family: table.Family) -> ExportedModel
     config = DecoderConfig(**record["model"]["decoder"])
     if family.config_class is not DecoderConfig:
         raise UserError(
-            f"{run.workdir} cannot be a {family.name}: that has an image tokenizer inside, and a "
+            f"{run.workdir} cannot be exported as {family.name}, which includes an image tokenizer and a "
             "vocabulary map. Export it as cm3."
         )
     values = family.write_config(config)
@@ -197,7 +203,7 @@ def _trained_decoder(run: run_folder.Run, family: table.Family) -> ExportedModel
             "bos_token_id": image_tokenizer.vocabulary.eod,
             "eos_token_id": image_tokenizer.vocabulary.eod,
         }
-    return ExportedModel(config, TreeSource(table.named(arrays)), values, side)
+    return ExportedModel(config, TreeSource(table.leaves_by_path(arrays)), values, side)
 
 
 def _json(value: Any) -> bytes:

@@ -1,4 +1,4 @@
-"""Imported runs in the hand: `rag_mm.load` of a CLIP, a LLaMA or a Chameleon."""
+"""What `rag_mm.load` returns for an imported CLIP, LLaMA or Chameleon checkpoint."""
 
 import dataclasses
 import functools
@@ -24,57 +24,80 @@ from rag_mm.stages.shared import frozen
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DualEncoder:
-    """A CLIP: pictures and texts to unit vectors that can be compared."""
+    """An imported CLIP: images and texts to unit vectors of one embedding space.
+
+    Example:
+        clip = rag_mm.load("runs/clip")
+        clip.encode_image([image]) @ clip.encode_text(["a red apple"]).T  # cosine similarity [1, 1]
+    """
 
     retriever: frozen.FrozenRetriever
 
-    def encode_image(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
-        """Unit rows, float32 [B, D], of uint8 [H, W, 3] of any size, prepared as CLIP was trained."""
+    def encode_image(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Unit vectors, float32 [B, D], of images uint8 [H, W, 3] of any size, preprocessed for CLIP."""
         size = self.retriever.image_size
-        fitted = [preprocess.scale_and_crop(p, size, "bicubic") for p in pictures]
+        fitted = [preprocess.scale_and_crop(image, size, "bicubic") for image in images]
         return self.retriever.encode_image(np.stack(fitted))
 
     def encode_text(self, texts: Sequence[str]) -> np.ndarray:
-        """Unit rows, float32 [B, D]; raises UserError where it was imported without a tokenizer."""
+        """Unit vectors, float32 [B, D], of B texts.
+
+        Raises:
+            UserError: the checkpoint was imported without a tokenizer.
+        """
         return self.retriever.encode_text(list(texts))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Chameleon(language_model.LanguageModel):
-    """A Chameleon: prompts of texts and pictures, continued in text."""
+class ImportedChameleon(language_model.LanguageModel):
+    """An imported Chameleon: completes prompts of text and images with text or image tokens.
+
+    Example:
+        model = rag_mm.load("runs/chameleon")
+        prompt = model.prompt([image, "What is in the image?"])
+        model.generate([prompt], num_tokens=32).texts[0]
+
+    Attributes:
+        model: the sizes of decoder and image tokenizer, and the token id of each image code.
+        vq: the image tokenizer.
+    """
 
     model: chameleon.ChameleonConfig
     vq: frozen.Mounted
 
-    def encode_image(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
-        """Tokens int32 [B, N] of uint8 [H, W, 3] of any size, prepared as Chameleon was trained."""
+    def encode_image(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Image tokens, int32 [B, N], of images uint8 [H, W, 3] of any size, preprocessed for Chameleon."""
         size = self.model.vq.image_size
-        fitted = np.stack([preprocess.scale_and_crop(p, size, "lanczos") for p in pictures])
+        fitted = np.stack([preprocess.scale_and_crop(image, size, "lanczos") for image in images])
         encode = self.vq.compile("encode")
         codes = frozen.in_batches(lambda batch: encode(image_ops.to_float(batch)), fitted, 8)
         return np.asarray(self.model.code_tokens, np.int32)[codes]
 
     def prompt(self, parts: Sequence[str | np.ndarray]) -> list[int]:
-        """Ids of a prompt that mixes texts and pictures uint8 [H, W, 3].
+        """Token ids of a prompt that mixes texts and images uint8 [H, W, 3].
 
         Raises:
-            UserError: there is no tokenizer, or it has no token for a picture.
+            UserError: there is no tokenizer, it lacks the image placeholder, or a text contains it.
         """
         text, placeholder = language_model.need_text(self.text), "<image>"
-        place = text.tokenizer.token_to_id(placeholder)
+        placeholder_id = text.tokenizer.token_to_id(placeholder)
         begin, end = "<racm3:break>", "<eoss>"
-        if None in (place, text.tokenizer.token_to_id(begin), text.tokenizer.token_to_id(end)):
-            raise UserError(f"The tokenizer lacks {placeholder}, {begin} or {end}.")
-        image = begin + placeholder * self.model.vq.num_codes + end
-        joined = "".join(part if isinstance(part, str) else image for part in parts)
+        if None in (
+            placeholder_id,
+            text.tokenizer.token_to_id(begin),
+            text.tokenizer.token_to_id(end),
+        ):
+            raise UserError(f"The tokenizer has no token {placeholder}, {begin} or {end}.")
+        image_text = begin + placeholder * self.model.vq.num_codes + end
+        joined = "".join(part if isinstance(part, str) else image_text for part in parts)
         ids = np.asarray(text.encode_text(joined))
-        pictures = [part for part in parts if not isinstance(part, str)]
-        if (ids == place).sum() != self.model.vq.num_codes * len(pictures):
+        images = [part for part in parts if not isinstance(part, str)]
+        if (ids == placeholder_id).sum() != self.model.vq.num_codes * len(images):
             raise UserError(
-                f"A text of the prompt holds {placeholder}, which stands for a picture."
+                f"A text of the prompt contains {placeholder}, the placeholder for an image."
             )
-        if pictures:
-            ids[ids == place] = self.encode_image(pictures).ravel()
+        if images:
+            ids[ids == placeholder_id] = self.encode_image(images).ravel()
         return ids.tolist()
 
     def generate(
@@ -86,60 +109,72 @@ class Chameleon(language_model.LanguageModel):
         top_p: float = 1.0,
         seed: int = 0,
     ) -> language_model.Completions:
-        """As `LanguageModel.generate`; a prompt may be what `prompt` gives. Only text is written."""
-        several = [prompts] if isinstance(prompts, str) else list(prompts)
+        """As `LanguageModel.generate`; prompts may come from `prompt`. Image tokens are never sampled."""
+        batch = [prompts] if isinstance(prompts, str) else list(prompts)
         allowed = np.ones(self.config.vocab_size, bool)
         allowed[list(self.model.code_tokens)] = False
-        ids = [self._ids(prompt) for prompt in several]
-        return self._go_on(ids, allowed, num_tokens, temperature, top_p, seed)
+        ids = [self._ids(prompt) for prompt in batch]
+        return self._complete(ids, allowed, num_tokens, temperature, top_p, seed)
 
-    def draw(
+    def generate_image(
         self, prompt: Sequence[int], *, temperature: float = 1.0, top_p: float = 0.9, seed: int = 0
     ) -> np.ndarray:
-        """Tokens int32 [N] of one picture after a prompt; `decode_image` makes pixels of them."""
-        allowed = np.zeros(self.config.vocab_size, bool)
-        allowed[list(self.model.code_tokens)] = True
-        unending = dataclasses.replace(self, ends=())
-        count = self.model.vq.num_codes
-        drawn = unending._go_on([list(prompt)], allowed, count, temperature, top_p, seed)
-        return np.asarray(drawn.tokens[0], np.int32)
+        """Samples the image tokens, int32 [N], of one image after a prompt; see `decode_image`.
 
-    def decode_image(self, tokens: np.ndarray) -> np.ndarray:
-        """uint8 [B, S, S, 3] of image tokens int32 [B, N].
+        Args:
+            prompt: token ids, such as from `prompt`.
+            temperature, top_p, seed: as for `generate`.
 
         Raises:
-            UserError: the checkpoint has no decoder of pictures (the public ones have none).
+            UserError: the prompt and the image's N tokens exceed the maximum sequence length.
+        """
+        allowed = np.zeros(self.config.vocab_size, bool)
+        allowed[list(self.model.code_tokens)] = True
+        without_stop = dataclasses.replace(self, stop_tokens=())
+        count = self.model.vq.num_codes
+        sampled = without_stop._complete([list(prompt)], allowed, count, temperature, top_p, seed)
+        return np.asarray(sampled.tokens[0], np.int32)
+
+    def decode_image(self, tokens: np.ndarray) -> np.ndarray:
+        """Images, uint8 [B, S, S, 3], of image tokens int32 [B, N].
+
+        Raises:
+            UserError: a token is not an image token, or the checkpoint lacks the image tokenizer's decoder
+                (the public ones do).
         """
         if not self.model.vq.has_decoder:
             raise UserError(
-                "This Chameleon was imported without the decoder of its image tokenizer, so it cannot "
-                "make pixels; its tokens are right."
+                "This Chameleon was imported without the decoder of its image tokenizer, so its image "
+                "tokens cannot be decoded to pixels."
             )
         try:
-            codes = chameleon.codes_of(self.model.code_tokens, tokens)
+            codes = chameleon.tokens_to_codes(self.model.code_tokens, tokens)
         except ValueError as error:
             raise UserError(f"{error}.") from None
         return np.asarray(image_ops.to_uint8(self.vq.compile("decode")(codes)))
 
 
-Imported = DualEncoder | language_model.LanguageModel
+ImportedModel = DualEncoder | language_model.LanguageModel
 
 
 def is_imported(workdir: epath.PathLike) -> bool:
-    """Whether a folder is a run that an import made."""
+    """Whether a folder is a run made by `rag-mm import`."""
     path = epath.Path(workdir) / "config.json"
     return path.exists() and importing.IMPORTED in files.read_json(path)
 
 
-def load(workdir: epath.PathLike, dtype: str | None = None) -> Imported:
+def load(workdir: epath.PathLike, dtype: str | None = None) -> ImportedModel:
     """Loads an imported run.
 
     Args:
-        workdir: the run.
-        dtype: of a language model's weights and activations; None takes the stored one.
+        workdir: the run folder.
+        dtype: dtype of a language model's weights and activations; None keeps the stored one.
+
+    Returns:
+        `DualEncoder` for CLIP, `LanguageModel` for LLaMA, `Chameleon` for Chameleon.
 
     Raises:
-        UserError: there is no such run, or its stage is unfinished or edited.
+        UserError: there is no imported run in `workdir`, or it is unfinished or was edited.
     """
     run = run_folder.open_run(workdir)
     family = importing.find_family(str(run.config.get(importing.IMPORTED)))
@@ -149,28 +184,30 @@ def load(workdir: epath.PathLike, dtype: str | None = None) -> Imported:
     if family.name == "clip":
         return DualEncoder(frozen.FrozenRetriever(folder))
     config = importing.load_config(family, folder)
-    wanted = importing.find_dtype(dtype)
-    params = weights.load_file(folder / frozen.PARAMS, family.describe(config)[1], wanted)
-    first = table.named(params)[_embedding_path(config)].dtype
-    shape = dataclasses.replace(importing.decoder_config(config), dtype=first.name)
+    weights_dtype = importing.find_dtype(dtype)
+    params = weights.load_file(folder / frozen.PARAMS, family.describe(config)[1], weights_dtype)
+    stored_dtype = table.leaves_by_path(params)[_embedding_path(config)].dtype
+    decoder_config = dataclasses.replace(importing.decoder_config(config), dtype=stored_dtype.name)
     decoder = params["decoder"] if isinstance(config, chameleon.ChameleonConfig) else params
-    graphdef, _ = nnx.split(jax.eval_shape(lambda: Decoder(shape, rngs=nnx.Rngs(0))), nnx.Param)
-    text = public_text.load_text(folder)
-    ends = _read_ends(stage_dir / importing.SOURCE)
+    graphdef, _ = nnx.split(
+        jax.eval_shape(lambda: Decoder(decoder_config, rngs=nnx.Rngs(0))), nnx.Param
+    )
+    text = public_text.load_tokenizer(folder)
+    stop_tokens = _read_stop_tokens(stage_dir / importing.SOURCE)
     if not isinstance(config, chameleon.ChameleonConfig):
-        return language_model.LanguageModel(shape, graphdef, decoder, text, ends)
+        return language_model.LanguageModel(decoder_config, graphdef, decoder, text, stop_tokens)
     vq_graphdef, _ = nnx.split(jax.eval_shape(functools.partial(_make_vq, config)), nnx.Param)
     vq = frozen.Mounted(vq_graphdef, jax.tree.map(_to_float32, params["vq"]))
-    return Chameleon(shape, graphdef, decoder, text, ends, config, vq)
+    return ImportedChameleon(decoder_config, graphdef, decoder, text, stop_tokens, config, vq)
 
 
-def _read_ends(folder: epath.Path) -> tuple[int, ...]:
-    # Generation settings, where there are any, know ends that the config does not (of turns).
+def _read_stop_tokens(folder: epath.Path) -> tuple[int, ...]:
+    # generation_config.json, if present, also lists end-of-turn tokens, which config.json does not.
     for name in ("generation_config.json", "config.json"):
         values = files.read_json(folder / name) if (folder / name).exists() else {}
-        found = values.get("eos_token_id") if isinstance(values, dict) else None
-        if found is not None:
-            return tuple(found) if isinstance(found, list) else (found,)
+        eos = values.get("eos_token_id") if isinstance(values, dict) else None
+        if eos is not None:
+            return tuple(eos) if isinstance(eos, list) else (eos,)
     return ()
 
 

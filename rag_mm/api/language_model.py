@@ -1,4 +1,4 @@
-"""A public language model in the hand: ids to logits, prompts to continuations."""
+"""What `rag_mm.load` returns for an imported LLaMA: token ids to logits, prompts to completions."""
 
 import dataclasses
 import functools
@@ -15,13 +15,18 @@ from rag_mm.decode import sampler
 from rag_mm.nn.decoder import Decoder, DecoderConfig
 from rag_mm.nn.param_trees import Params
 
-# Prompts are filled up to a multiple of this, so that few lengths are compiled.
-_MULTIPLE = 16
+# Prompts are padded to a multiple of this length, so that few shapes are compiled.
+_PAD_MULTIPLE = 16
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Completions:
-    """What was written after each prompt: its ids up to the end, and its text where there is a tokenizer."""
+    """Completions of a batch of prompts, without the prompts.
+
+    Attributes:
+        tokens: the token ids of each completion, up to and excluding the first stop token.
+        texts: the same decoded; None without a tokenizer.
+    """
 
     tokens: list[list[int]]
     texts: list[str] | None
@@ -29,16 +34,27 @@ class Completions:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LanguageModel:
-    """A LLaMA: ids to logits, prompts to continuations."""
+    """An imported LLaMA.
+
+    Example:
+        model = rag_mm.load("runs/llama")
+        model.generate("The capital of France is", num_tokens=8).texts[0]
+        model.logits(np.asarray([[1, 15043, 3186]]))  # float32 [1, 3, V]
+
+    Attributes:
+        config, graphdef, params: the decoder's sizes, structure and parameters.
+        text: the tokenizer, or None if the checkpoint has none.
+        stop_tokens: token ids that end a text.
+    """
 
     config: DecoderConfig
     graphdef: nnx.GraphDef
     params: Params
-    text: public_text.PublicText | None
-    ends: tuple[int, ...]  # ids that end a text
+    text: public_text.PublicTokenizer | None
+    stop_tokens: tuple[int, ...]
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
-        """float32 [B, T, V] of ids int32 [B, T]."""
+        """Next-token logits, float32 [B, T, V], of token ids int32 [B, T]."""
         return np.asarray(_logits(self.params, jnp.asarray(tokens, jnp.int32), self.graphdef))
 
     def generate(
@@ -50,29 +66,33 @@ class LanguageModel:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> Completions:
-        """Goes on from prompts of different lengths, all in one batch.
+        """Completes prompts of different lengths in one batch.
 
         Args:
-            prompts: one text, or several texts or lists of ids.
-            num_tokens: at most this many for each.
-            temperature: 0 takes the likeliest.
-            top_p: keeps the likeliest tokens up to this probability.
-            seed: the same seed draws the same tokens.
+            prompts: one text, or a sequence of texts or lists of token ids.
+            num_tokens: maximum number of new tokens per prompt, at least 1.
+            temperature: softmax temperature, at least 0; 0 is greedy.
+            top_p: nucleus sampling, in (0, 1]; keeps the likeliest tokens up to this probability.
+            seed: the same seed gives the same tokens.
+
+        Returns:
+            One completion per prompt.
 
         Raises:
-            UserError: a prompt is empty or too long, or is a text and there is no tokenizer.
+            UserError: an argument is out of range, a prompt is empty or too long, or a prompt is a text and
+                the model has no tokenizer.
         """
-        several = [prompts] if isinstance(prompts, str) else list(prompts)
-        ids = [self._ids(prompt) for prompt in several]
+        batch = [prompts] if isinstance(prompts, str) else list(prompts)
+        ids = [self._ids(prompt) for prompt in batch]
         allowed = np.ones(self.config.vocab_size, bool)
-        return self._go_on(ids, allowed, num_tokens, temperature, top_p, seed)
+        return self._complete(ids, allowed, num_tokens, temperature, top_p, seed)
 
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
             return need_text(self.text).encode_text(prompt)
         return [int(token) for token in prompt]
 
-    def _go_on(
+    def _complete(
         self,
         ids: list[list[int]],
         allowed: np.ndarray,
@@ -87,15 +107,16 @@ class LanguageModel:
             raise UserError("A prompt is empty; give at least one token.")
         if num_tokens < 1 or longest + num_tokens > c.max_seq_len:
             raise UserError(
-                f"{longest} tokens and {num_tokens} more do not fit: the model has {c.max_seq_len} places."
+                f"A prompt of {longest} tokens and {num_tokens} new ones exceed the model's maximum "
+                f"sequence length of {c.max_seq_len}."
             )
-        if any(not 0 <= token < c.vocab_size for row in ids for token in row):
-            raise UserError(f"An id lies outside the model's {c.vocab_size:,}.")
+        if any(not 0 <= token < c.vocab_size for prompt in ids for token in prompt):
+            raise UserError(f"A token id is outside the model's vocabulary of {c.vocab_size:,}.")
         try:
             sampling = sampler.Sampling(temperature, top_p)
         except ValueError as error:
             raise UserError(f"{error}.") from None
-        drawn = sampler.sample(
+        sampled = sampler.sample(
             self.params,
             pad_prompts(ids),
             np.arange(len(ids), dtype=np.uint32) + np.uint32(seed),
@@ -103,26 +124,30 @@ class LanguageModel:
             graphdef=self.graphdef,
             num_steps=num_tokens,
             sampling=sampling,
-            stop=self.ends[0] if self.ends else None,
+            stop=self.stop_tokens[0] if self.stop_tokens else None,
         )
-        rows = [_cut(row, self.ends) for row in np.asarray(drawn.tokens).tolist()]
-        texts = None if self.text is None else [self.text.decode_text(row) for row in rows]
-        return Completions(rows, texts)
+        completions = [
+            _cut_at_stop(tokens, self.stop_tokens) for tokens in np.asarray(sampled.tokens).tolist()
+        ]
+        texts = None
+        if self.text is not None:
+            texts = [self.text.decode_text(tokens) for tokens in completions]
+        return Completions(completions, texts)
 
 
-def need_text(text: public_text.PublicText | None) -> public_text.PublicText:
-    """The tokenizer; raises UserError where the checkpoint brought none."""
+def need_text(text: public_text.PublicTokenizer | None) -> public_text.PublicTokenizer:
+    """The tokenizer; raises UserError if the checkpoint has none."""
     if text is None:
         raise UserError(
-            "This model was imported without a tokenizer; give ids, or import it from a folder with "
+            "This model was imported without a tokenizer; give token ids, or import it from a folder with "
             f"{public_text.TOKENIZER}."
         )
     return text
 
 
 def pad_prompts(ids: Sequence[Sequence[int]]) -> sampler.Prompts:
-    """Prompts of different lengths as one batch, filled up on the left."""
-    length = -(-max(map(len, ids)) // _MULTIPLE) * _MULTIPLE
+    """Prompts of different lengths as one batch, padded on the left."""
+    length = -(-max(map(len, ids)) // _PAD_MULTIPLE) * _PAD_MULTIPLE
     tokens, positions, segment_ids = np.zeros((3, len(ids), length), np.int32)
     for row, prompt in enumerate(ids):
         tokens[row, -len(prompt) :] = prompt
@@ -139,6 +164,6 @@ def _logits(params: Params, tokens: jax.Array, graphdef: nnx.GraphDef) -> jax.Ar
     return model.logits(model(tokens, positions, jnp.ones_like(tokens)))
 
 
-def _cut(row: list[int], ends: tuple[int, ...]) -> list[int]:
-    places = [row.index(end) for end in ends if end in row]
-    return row[: min(places)] if places else row
+def _cut_at_stop(tokens: list[int], stop_tokens: tuple[int, ...]) -> list[int]:
+    stops = [tokens.index(token) for token in stop_tokens if token in tokens]
+    return tokens[: min(stops)] if stops else tokens

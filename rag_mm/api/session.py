@@ -1,4 +1,4 @@
-"""A finished run in the hand: draw, describe, fill in, search (the public face, `rag_mm.load`)."""
+"""What `rag_mm.load` returns for a finished run: generate, caption and infill images, search its memory."""
 
 import dataclasses
 import math
@@ -25,39 +25,64 @@ from rag_mm.stages.shared import (
     train_tokenizer,
 )
 
-Found = list[dict[str, Any]]
+RetrievedDocuments = list[dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GeneratedImages:
-    """Drawn pictures, uint8 [N, H, W, 3], and the documents that were read first, best first.
+    """Generated images, and the documents that the model read first.
 
-    A document is {"id", "score", "text", "url", "license"}; `score` is None for one given by hand.
+    Attributes:
+        images: uint8 [N, H, W, 3], RGB; H = W = the run's image size.
+        neighbors: one {"id", "score", "text", "url", "license"} per document, best first. `score` is the
+            cosine similarity to the query, None for a document passed in as `documents`.
     """
 
     images: np.ndarray
-    neighbors: Found
+    neighbors: RetrievedDocuments
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GeneratedCaptions:
-    """Captions with their log-probabilities in nats, likeliest first, and the documents read first."""
+    """Captions, and the documents that the model read first.
+
+    Attributes:
+        captions: N texts, likeliest first.
+        log_probs: the log-probability of each caption, in nats.
+        neighbors: the documents read, as in `GeneratedImages`.
+    """
 
     captions: list[str]
     log_probs: list[float]
-    neighbors: Found
+    neighbors: RetrievedDocuments
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Session:
-    """Models and memory of a run, loaded."""
+    """The loaded models and memory of a finished run; `rag_mm.load` makes one.
+
+    Example:
+        run = rag_mm.load("runs/quickstart")
+        image = run.generate("red apple on a blue background", docs=2).images[0]  # uint8 [H, W, 3]
+        text = run.caption(image).captions[0]
+        hits = run.memory.search(text="red apple", k=5)
+
+    Attributes:
+        generator: the decoder, with its prompt layout and image-code vocabulary.
+        image_tokenizer: images to codes and back.
+        encoder: the retriever, images and texts to unit vectors.
+        memory: the retrieval memory; see `rag_mm.memory.retrieval_memory.Memory`.
+        max_similarity: retrieval skips documents with a higher cosine similarity to the query, or to a
+            document already chosen.
+        split_phrases: whether retrieval splits captions at " and " and searches for each phrase.
+    """
 
     generator: tasks.Generator
     image_tokenizer: frozen.FrozenTokenizer
     encoder: frozen.FrozenRetriever
     memory: Memory
-    max_similarity: float  # of the retrieval policy; see `stages.neighbors`
-    split_phrases: bool = False  # of the same
+    max_similarity: float
+    split_phrases: bool = False
 
     def generate(
         self,
@@ -71,39 +96,47 @@ class Session:
         top_p: float = 0.95,
         best_of: int = 1,
     ) -> GeneratedImages:
-        """Draws pictures of a caption.
+        """Generates images from a caption.
+
+        Example:
+            run.generate("red apple at the top left", docs=2, num=4, seed=1).images  # uint8 [4, H, W, 3]
 
         Args:
-            prompt: the caption.
-            docs: how many documents to retrieve for it, 0 for none.
-            documents: read these instead of retrieving.
-            num: pictures.
-            seed: the same seed draws the same pictures.
-            temperature, top_p: see `decode.sampler.Sampling`.
-            best_of: candidates a picture; the one the retriever finds nearest to the caption is kept.
+            prompt: the caption; not empty, at most `generator.layout.max_text_len` tokens.
+            docs: number of documents to retrieve, 0 to `generator.layout.max_docs`; 0 turns retrieval off.
+            documents: condition on these documents, best first, instead of retrieving. Each needs an image.
+            num: number of images, at least 1.
+            seed: the same seed gives the same images.
+            temperature: softmax temperature, at least 0; 0 is greedy.
+            top_p: nucleus sampling, in (0, 1]; keeps the likeliest tokens up to this probability.
+            best_of: number of candidates per image; the one whose retriever embedding is closest to the
+                caption's is kept.
+
+        Returns:
+            The images, uint8 [num, H, W, 3], and the documents read.
 
         Raises:
-            UserError: an empty caption, a caption too long, or a value out of range.
+            UserError: an argument is out of range, the caption is empty or too long, or a document has no
+                image.
         """
         sampling = _sampling(temperature, top_p)
         _check_count("num", num)
         _check_count("best_of", best_of)
         text = self._text(prompt)
-        found, examples = self._documents(documents, docs, {"text": prompt})
-        wanted = self.encoder.encode_text([prompt])
+        retrieved, examples = self._documents(documents, docs, {"text": prompt})
+        caption_embedding = self.encoder.encode_text([prompt])
 
-        def draw(seeds: np.ndarray) -> tasks.SampledCodes:
+        def sample(seeds: np.ndarray) -> tasks.SampledCodes:
             return tasks.generate_codes(
                 self.generator, [text] * num, [examples] * num, seeds, sampling
             )
 
         def score(codes: np.ndarray) -> np.ndarray:
-            return (self.encoder.encode_image(self.image_tokenizer.decode(codes)) * wanted).sum(
-                axis=1
-            )
+            embeddings = self.encoder.encode_image(self.image_tokenizer.decode(codes))
+            return (embeddings * caption_embedding).sum(axis=1)
 
-        codes = tasks.best_of(draw, score, num, best_of, seed)
-        return GeneratedImages(self.image_tokenizer.decode(codes), found)
+        codes = tasks.best_of(sample, score, num, best_of, seed)
+        return GeneratedImages(self.image_tokenizer.decode(codes), retrieved)
 
     def caption(
         self,
@@ -116,22 +149,37 @@ class Session:
         temperature: float = 0.0,
         top_p: float = 1.0,
     ) -> GeneratedCaptions:
-        """Puts a picture, uint8 [H, W, 3] of any size, into words; arguments as `generate`."""
+        """Captions an image.
+
+        Example:
+            run.caption(image, docs=0).captions[0]
+
+        Args:
+            image: uint8 [H, W, 3], RGB, of any size; scaled and center-cropped to the model's size.
+            docs, documents, seed, temperature, top_p: as for `generate`; greedy by default.
+            num: number of captions; sample several with a temperature above 0.
+
+        Returns:
+            `num` captions, likeliest first, with log-probabilities in nats, and the documents read.
+
+        Raises:
+            UserError: an argument is out of range, or a document has no image.
+        """
         sampling = _sampling(temperature, top_p)
         _check_count("num", num)
         codes = self.image_tokenizer.encode(
             image_files.fit(image, self.image_tokenizer.image_size)[None]
         )
-        found, examples = self._documents(documents, docs, {"image": image})
+        retrieved, examples = self._documents(documents, docs, {"image": image})
         captions, log_probs = tasks.generate_captions(
             self.generator,
             np.repeat(codes, num, axis=0),
             [examples] * num,
-            tasks.row_seeds(seed, num),
+            tasks.make_seeds(seed, num),
             sampling,
         )
         order = np.argsort(-log_probs, kind="stable")
-        return GeneratedCaptions([captions[i] for i in order], log_probs[order].tolist(), found)
+        return GeneratedCaptions([captions[i] for i in order], log_probs[order].tolist(), retrieved)
 
     def infill(
         self,
@@ -146,60 +194,68 @@ class Session:
         temperature: float = 0.7,
         top_p: float = 0.95,
     ) -> GeneratedImages:
-        """Draws a band of a picture anew, seeing what is above and below it.
+        """Regenerates a horizontal band of an image, given what is above and below it.
 
-        The band is of whole rows, since a masked span is a run of codes in raster order.
+        The band has the full width, because a masked span is a run of codes in raster order.
+
+        Example:
+            run.infill(image, "red apple on blue", band=(8, 24), num=4).images  # uint8 [4, H, W, 3]
 
         Args:
-            image: uint8 [H, W, 3], fitted to the model's size first.
-            prompt: the whole picture's caption.
-            band: first row of pixels and the one after the last, multiples of a code's height.
-            docs, documents, num, seed, temperature, top_p: as `generate`.
+            image: uint8 [H, W, 3], RGB, of any size; scaled and center-cropped to the model's size.
+            prompt: caption of the whole image.
+            band: (first pixel row, last pixel row + 1) at the model's size; multiples of a code's height.
+            docs, documents, num, seed, temperature, top_p: as for `generate`.
+
+        Returns:
+            The whole images, uint8 [num, H, W, 3], decoded from their codes, and the documents read.
 
         Raises:
-            UserError: as `generate`, or the band does not fall on codes.
+            UserError: as for `generate`, or the band is not aligned to codes.
         """
         sampling = _sampling(temperature, top_p)
         _check_count("num", num)
-        hole = self._hole(band)
+        masked_codes = self._codes_in_band(band)
         codes = self.image_tokenizer.encode(
             image_files.fit(image, self.image_tokenizer.image_size)[None]
         )[0]
         main = sequences.Example(self._text(prompt), codes)
-        found, examples = self._documents(documents, docs, {"text": prompt})
-        drawn = tasks.infill_codes(
+        retrieved, examples = self._documents(documents, docs, {"text": prompt})
+        sampled = tasks.infill_codes(
             self.generator,
             [main] * num,
-            hole,
+            masked_codes,
             [examples] * num,
-            tasks.row_seeds(seed, num),
+            tasks.make_seeds(seed, num),
             sampling,
         )
-        return GeneratedImages(self.image_tokenizer.decode(drawn.codes), found)
+        return GeneratedImages(self.image_tokenizer.decode(sampled.codes), retrieved)
 
     def _text(self, prompt: str) -> list[int]:
         if not prompt.strip():
-            raise UserError("The prompt is empty; write a caption.")
+            raise UserError("The prompt is empty; give a caption.")
         layout = self.generator.layout
         ids, num_cut = sequences.encode_text(layout, self.image_tokenizer.vocabulary, prompt)
         if num_cut:
             raise UserError(
-                f"The prompt has {len(ids) + num_cut} tokens, more than the model's "
+                f"The prompt has {len(ids) + num_cut} tokens, but the model takes at most "
                 f"{layout.max_text_len}; shorten it."
             )
         return ids
 
     def _documents(
         self, given: Sequence[Document], count: int, query: dict[str, Any]
-    ) -> tuple[Found, list[sequences.Example]]:
-        """What to read before the prompt: best first to report, best last to read."""
-        most, chosen = self.generator.layout.max_docs, list(given)
-        if not 0 <= count <= most or len(given) > most:
-            raise UserError(f"This model reads 0 to {most} documents, not {len(given) or count}.")
+    ) -> tuple[RetrievedDocuments, list[sequences.Example]]:
+        """The documents to condition on: best first for the report, best last for the model."""
+        max_docs, documents = self.generator.layout.max_docs, list(given)
+        if not 0 <= count <= max_docs or len(given) > max_docs:
+            raise UserError(
+                f"This model reads 0 to {max_docs} documents, not {len(given) or count}."
+            )
         scores: list[float | None] = [None] * len(given)
         if not given and count:
-            chosen, scores = self._retrieve(query, count)
-        found = [
+            documents, scores = self._retrieve(query, count)
+        retrieved = [
             {
                 "id": document.id,
                 "score": score,
@@ -207,45 +263,46 @@ class Session:
                 "url": document.url,
                 "license": document.license,
             }
-            for document, score in zip(chosen, scores, strict=False)
+            for document, score in zip(documents, scores, strict=False)
         ]
-        return found, [self._example(document) for document in chosen][::-1]
+        return retrieved, [self._example(document) for document in documents][::-1]
 
     def _retrieve(
         self, query: dict[str, Any], count: int
     ) -> tuple[list[Document], list[float | None]]:
-        """By the policy that training saw; documents without a picture are passed over."""
+        """Retrieves with the policy used in training; documents without an image are skipped."""
         counts = None
         if "text" in query:
-            parts, counts = policy.split_queries([query["text"]], self.split_phrases)
-            query = {"text": parts}
-        found = policy.find_neighbors(
+            phrases, counts = policy.split_queries([query["text"]], self.split_phrases)
+            query = {"text": phrases}
+        neighbors = policy.find_neighbors(
             self.memory.index("mixed").search,
             self.memory.encode(**query),
             self.memory.embeddings("mixed"),
             num_neighbors=4 * count,
             max_similarity=self.max_similarity,
-            own_rows=np.array([-1]),
-            own_keys=np.array([policy.NO_KEY]),
+            query_rows=np.array([-1]),
+            query_keys=np.array([policy.NO_KEY]),
             row_keys=np.full(len(self.memory), policy.NO_KEY),
             counts=counts,
         )
-        present = found.ids[0] >= 0
-        documents = [self.memory.document(int(row)) for row in found.ids[0][present]]
-        pairs = zip(documents, found.scores[0][present].tolist(), strict=True)
-        with_picture = [pair for pair in pairs if pair[0].image is not None][:count]
-        return [document for document, _ in with_picture], [score for _, score in with_picture]
+        present = neighbors.ids[0] >= 0
+        documents = [self.memory.document(int(row)) for row in neighbors.ids[0][present]]
+        pairs = zip(documents, neighbors.scores[0][present].tolist(), strict=True)
+        with_image = [pair for pair in pairs if pair[0].image is not None][:count]
+        return [document for document, _ in with_image], [score for _, score in with_image]
 
     def _example(self, document: Document) -> sequences.Example:
         if document.image is None:
-            raise UserError(f"Document {document.id!r} has no picture, which the model needs.")
+            raise UserError(f"Document {document.id!r} has no image, which this model needs.")
         codes = self.image_tokenizer.encode(
             image_files.fit(document.image, self.image_tokenizer.image_size)[None]
         )[0]
         corpus = coded_corpus.Corpus(self.generator.layout, self.image_tokenizer)
         return corpus.example(document.text, codes)
 
-    def _hole(self, band: tuple[int, int]) -> tuple[int, int]:
+    def _codes_in_band(self, band: tuple[int, int]) -> tuple[int, int]:
+        """(first code, last code + 1) in raster order of a band of pixel rows."""
         side = round(self.generator.layout.num_codes**0.5)
         height = self.image_tokenizer.image_size // side
         start, end = band
@@ -255,35 +312,36 @@ class Session:
             or end % height
         ):
             raise UserError(
-                f"The rows {start}:{end} are no band of a picture of {self.image_tokenizer.image_size} rows; "
-                f"give multiples of {height}, the first below the second."
+                f"The rows {start}:{end} are not a band of an image of "
+                f"{self.image_tokenizer.image_size} rows; give multiples of {height}, the first less than "
+                "the second."
             )
         return start // height * side, end // height * side
 
 
 def load(workdir: epath.PathLike) -> Session:
-    """Loads the decoder, tokenizer, retriever and memory of a finished run.
+    """Loads the decoder, image tokenizer, retriever and memory of a finished run; see `rag_mm.load`.
 
     Raises:
-        UserError: there is no run, or a stage is missing, unfinished or edited.
+        UserError: there is no run in `workdir`, or one of its stages is missing, unfinished or edited.
     """
     run = run_folder.open_run(workdir)
     compilation_cache.keep_programs(run.workdir)
     image_tokenizer = train_tokenizer.load_tokenizer(run.workdir)
     generator = train_decoder.load_generator(run, "decoder", image_tokenizer)
     encoder = train_retriever.load_encoder(run.workdir)
-    # Not `finished_stage`: documents may be added to a run's memory by hand, which it checks itself.
+    # Not `finished_stage`: users may add documents to a run's memory, and Memory.open checks it itself.
     memory = Memory.open(run.stage_dir("memory"), encoder)
-    rules = files.read_json(run.finished_stage("neighbors") / find_neighbors.POLICY)
-    split_phrases = rules.get("split_phrases", False)  # Older runs do not tell.
+    settings = files.read_json(run.finished_stage("neighbors") / find_neighbors.POLICY)
+    split_phrases = settings.get("split_phrases", False)  # Absent in older runs.
     return Session(
-        generator, image_tokenizer, encoder, memory, rules["max_similarity"], split_phrases
+        generator, image_tokenizer, encoder, memory, settings["max_similarity"], split_phrases
     )
 
 
 def _sampling(temperature: float, top_p: float) -> Sampling:
     if not math.isfinite(temperature):
-        raise UserError(f"temperature is {temperature}; give a finite number, at least 0.")
+        raise UserError(f"temperature is {temperature}; give a finite number of at least 0.")
     try:
         return Sampling(temperature, top_p)
     except ValueError as error:

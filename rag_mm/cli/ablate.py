@@ -1,35 +1,34 @@
-"""`rag-mm ablate`: a config's variants at several seeds, as one table of paired differences."""
+"""`rag-mm ablate`: a config's variants at several seeds, compared in a table of paired differences."""
 
 import argparse
 from typing import Any
 
 import rich.console
 
-from rag_mm.core import configuration
 from rag_mm.core.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments."""
+    """Adds the options of `rag-mm ablate`."""
     parser.add_argument(
         "--config",
         required=True,
         metavar="PAGE[:PRESET]",
-        help="a config with the key `ablation`; single values by --config.key=value",
+        help="config page with an `ablation` section; override a value with --config.key=value",
     )
     parser.add_argument(
         "--workdir",
         required=True,
         metavar="DIR",
-        help="folder of the table and of a run a cell; a killed or finished one is gone on with",
+        help="folder for the table and one run per cell; an interrupted ablation resumes",
     )
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of those of the config")
+    parser.add_argument("--seeds", type=int, nargs="+", help="replace the config's seeds")
     parser.add_argument(
         "--reuse",
         nargs="+",
         default=[],
         metavar="RUN",
-        help="runs whose finished stages are copied where a cell would make the same",
+        help="copy finished stages from these runs where config and inputs are the same",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="rebuild stages whose config or inputs changed"
@@ -37,14 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs the cells; `table` as `eval.ablation.results`, and `ok` if no cell is missing."""
+    """Runs the cells. Returns `table` (see `ablation_table.results`) and `ok`: no cell is missing."""
     if not args.workdir:
-        raise UserError("--workdir is empty; name the table's folder.")
-    config = configuration.to_dict(configuration.load_config(args.config, args.overrides))
+        raise UserError("--workdir is empty. Give the folder for the table.")
+    from rag_mm.stages import chain_config, run_ablation
 
-    # The config is right before jax starts.
-    from rag_mm.stages import run_ablation
-
+    config = chain_config.load(args.config, args.overrides)
     table = run_ablation.run_ablation(
         config,
         args.workdir,
@@ -56,7 +53,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any], console: rich.console.Console) -> None:
-    """Prints the table and where it is."""
+    """Prints the table and its path."""
     from rag_mm.eval import ablation_table
 
     console.print(ablation_table.markdown(result["table"]), markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`rag-mm caption`: a picture in words, and the documents that were read for it."""
+"""`rag-mm caption`: captions for an image, using retrieved documents."""
 
 import argparse
 from typing import Any
@@ -9,22 +9,22 @@ from rag_mm.cli import session_args
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments."""
-    parser.add_argument("--image", required=True, help="a JPEG, PNG or WebP file")
+    """Adds the options of `rag-mm caption`."""
+    parser.add_argument("--image", required=True, help="JPEG, PNG or WebP file")
     session_args.add_arguments(parser, temperature=0.0, top_p=1.0)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Describes; `captions` likeliest first with their `log_probs`, `neighbors` the documents read."""
+    """Captions. Returns `captions`, likeliest first, their `log_probs` in nats, and `neighbors`."""
     from rag_mm.data import sources
 
     image = sources.load_image(args.image)
     options = session_args.options(args)
-    written = session_args.load_session(args.workdir).caption(image, **options)
+    generated = session_args.load_session(args.workdir).caption(image, **options)
     return {
-        "captions": written.captions,
-        "log_probs": written.log_probs,
-        "neighbors": written.neighbors,
+        "captions": generated.captions,
+        "log_probs": generated.log_probs,
+        "neighbors": generated.neighbors,
     }
 
 

@@ -1,4 +1,4 @@
-"""`rag-mm doctor`: versions, devices, flags, disk, and what of it does not fit together."""
+"""`rag-mm doctor`: checks versions, devices, flags and disk space, and lists problems."""
 
 import argparse
 import contextlib
@@ -26,27 +26,15 @@ PACKAGES = (
 )  # fmt: skip
 FONTS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts")
 LOW_DISK_GB = 5
-# In processes of their own: an unknown XLA flag or a ScaNN beside the wrong TensorFlow ends them.
-_TRY_JAX = """
-import json, jax
-names = [f"{device.device_kind} {device.id}" for device in jax.devices()]
-print(json.dumps({"backend": jax.default_backend(), "devices": names}))
-"""
-_TRY_SCANN = """
-import numpy as np
-from rag_mm.memory.index import scann
-index = scann.ScannIndex()
-index.build(np.eye(8, dtype=np.float32))
-"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds `--workdir`, whose disk is looked at."""
-    parser.add_argument("--workdir", default=".", help="where runs will be written (default: .)")
+    """Adds `--workdir`, whose disk is checked."""
+    parser.add_argument("--workdir", default=".", help="folder whose disk is checked (default: .)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Looks at everything; `problems` are sentences with their remedies, `ok` is their absence."""
+    """Runs every check. Returns the facts, `problems` as sentences with remedies, and `ok`: no problems."""
     workdir = pathlib.Path(args.workdir)
     if not workdir.is_dir():
         raise errors.UserError(f"{args.workdir} is not a folder.")
@@ -58,9 +46,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if versions["scann"] and scann != "loads":
         problems.append(f"ScaNN {scann}; use the exact index.")
     if free_gb < LOW_DISK_GB:
-        problems.append(f"Only {free_gb} GB of disk are free in {args.workdir}; make room.")
+        problems.append(f"Only {free_gb} GB of disk space are free in {args.workdir}; free some.")
     if not os.access(workdir, os.W_OK):
-        problems.append(f"{args.workdir} cannot be written; choose another --workdir.")
+        problems.append(f"{args.workdir} is not writable; choose another --workdir.")
     return {
         "ok": not problems,
         "problems": problems,
@@ -84,7 +72,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any], console: rich.console.Console) -> None:
-    """Prints a table, then the problems."""
+    """Prints the facts as a table, then the problems."""
     table = rich.table.Table(show_header=False, box=None)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -92,13 +80,13 @@ def show(result: dict[str, Any], console: rich.console.Console) -> None:
         if key in ("ok", "problems"):
             continue
         pairs = value.items() if isinstance(value, dict) else [(None, value)]
-        for inner, text in pairs:
-            table.add_row(f"{key} {inner}" if inner else key, _text(text))
+        for subkey, item in pairs:
+            table.add_row(f"{key} {subkey}" if subkey else key, _text(item))
     console.print(table)
     for problem in result["problems"]:
         console.print(f"! {problem}", markup=False)
     if result["ok"]:
-        console.print("Nothing is wrong.")
+        console.print("No problems found.")
 
 
 def _text(value: Any) -> str:
@@ -110,7 +98,7 @@ def _text(value: Any) -> str:
 
 
 def _devices() -> dict[str, Any]:
-    output, failure = _probe(_TRY_JAX)
+    output, failure = _probe("jax")
     if failure:
         return {"backend": None, "devices": [], "problems": [f"jax does not start ({failure})."]}
     return {**json.loads(output), "problems": []}
@@ -119,16 +107,16 @@ def _devices() -> dict[str, Any]:
 def _scann() -> str:
     if _version("scann") is None:
         return "is not installed"
-    _, failure = _probe(_TRY_SCANN)
+    _, failure = _probe("scann")
     return f"does not load ({failure})" if failure else "loads"
 
 
-def _probe(code: str) -> tuple[str, str]:
-    """Runs `code` in another process: (the last line it prints, empty or why it failed)."""
+def _probe(library: str) -> tuple[str, str]:
+    """Starts `jax` or `scann` in a subprocess. Returns (last line printed, why it failed or "")."""
     path = os.pathsep.join([str(pathlib.Path(rag_mm.__file__).parent.parent), *sys.path])
     try:
         done = subprocess.run(
-            [sys.executable, "-c", code],
+            [sys.executable, "-m", "rag_mm.cli.probes", library],
             capture_output=True,
             text=True,
             timeout=120,
@@ -136,11 +124,11 @@ def _probe(code: str) -> tuple[str, str]:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return "", "no answer within two minutes"
+        return "", "no response within two minutes"
     if done.returncode:
-        said = done.stderr.strip().splitlines()
-        telling = [line for line in said if "rror" in line or "nknown flag" in line] or said
-        return "", telling[-1] if telling else f"exit code {done.returncode}"
+        lines = done.stderr.strip().splitlines()
+        reasons = [line for line in lines if "rror" in line or "nknown flag" in line] or lines
+        return "", reasons[-1] if reasons else f"exit code {done.returncode}"
     return (done.stdout.strip().splitlines() or [""])[-1], ""
 
 
@@ -148,17 +136,20 @@ def _version_problems(versions: dict[str, str | None]) -> list[str]:
     problems = []
     jax_version, jaxlib, libtpu = versions["jax"], versions["jaxlib"], versions["libtpu"]
     if jax_version != jaxlib:
-        problems.append(f"jax {jax_version} and jaxlib {jaxlib} differ; pip install jax=={jaxlib}.")
-    wanted = libtpu_wanted()
-    if libtpu and wanted and not _matches(libtpu, wanted):
         problems.append(
-            f"jax {jax_version} wants libtpu {wanted}, not {libtpu}; pip install 'rag_mm[tpu]'."
+            f"jax {jax_version} and jaxlib {jaxlib} differ; run pip install jax=={jaxlib}."
+        )
+    required = required_libtpu()
+    if libtpu and required and not _matches(libtpu, required):
+        problems.append(
+            f"jax {jax_version} requires libtpu {required}, not {libtpu}; "
+            "run pip install 'rag_mm[tpu]'."
         )
     return problems
 
 
-def libtpu_wanted() -> str | None:
-    """The libtpu that the installed jax asks for in its extra, as `0.0.42.*`; None if unknown."""
+def required_libtpu() -> str | None:
+    """The libtpu version that the installed jax's `tpu` extra requires, as `0.0.42.*`; None if unknown."""
     for line in importlib.metadata.requires("jax") or []:
         requirement, _, marker = line.partition(";")
         if requirement.strip().startswith("libtpu==") and '"tpu"' in marker:

@@ -1,4 +1,4 @@
-"""`rag-mm eval`: a published protocol on a run and pictures of your own."""
+"""`rag-mm eval`: a published evaluation protocol on a run and your own images."""
 
 import argparse
 import pathlib
@@ -13,47 +13,54 @@ REFINE = ("none", "image", "text", "both")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the suite, the run, the pictures and the memory."""
-    parser.add_argument("--suite", required=True, choices=SUITES, help="what is measured")
-    parser.add_argument("--workdir", required=True, metavar="RUN", help="a run of configs/reco.py")
-    pictures = parser.add_mutually_exclusive_group(required=True)
-    pictures.add_argument("--images", metavar="DIR", help="pictures as DIR/CLASS/picture.jpg")
-    pictures.add_argument(
+    """Adds the options of `rag-mm eval`."""
+    parser.add_argument("--suite", required=True, choices=SUITES, help="evaluation protocol")
+    parser.add_argument(
+        "--workdir", required=True, metavar="RUN", help="finished run of configs/reco.py"
+    )
+    images = parser.add_mutually_exclusive_group(required=True)
+    images.add_argument("--images", metavar="DIR", help="labelled images as DIR/CLASS/IMAGE.jpg")
+    images.add_argument(
         "--dataset",
         metavar="NAME[:SPLIT]",
-        help="a labelled TFDS dataset in ArrayRecord form, such as caltech_birds2011 (split: test)",
+        help="labelled TFDS dataset in ArrayRecord form, such as caltech_birds2011 (default split: test)",
     )
     parser.add_argument(
-        "--refine", choices=REFINE, default="both", help="which side looks things up (both)"
+        "--refine",
+        choices=REFINE,
+        default="both",
+        help="which embeddings retrieval refines (default: both)",
     )
-    parser.add_argument("--memory", metavar="MEM", help="instead of the run's own")
-    parser.add_argument("-k", type=int, dest="k", help="neighbors, if not as in training")
+    parser.add_argument("--memory", metavar="MEM", help="memory to use instead of the run's own")
+    parser.add_argument(
+        "-k", type=int, dest="k", help="number of neighbors (default: as in training)"
+    )
     parser.add_argument(
         "--template",
         action="append",
         metavar="TEXT",
-        help="of a prompt, with {} for the class; given several times, their mean counts",
+        help="prompt template with {} for the class; repeat it to average several templates",
     )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """`accuracy`, `ci95`, `n`, `frozen`, `gain`, and beside them what `stages.zeroshot` says."""
+    """Evaluates. Returns `accuracy`, `ci95`, `n`, `frozen`, `gain` and more; see `zeroshot_suite`."""
     from rag_mm.data import labelled
 
     if args.k is not None and args.k < 1:
         raise UserError(f"-k is {args.k}; give at least 1.")
-    pictures: labelled.Labelled
+    images: labelled.Labelled
     if args.images is not None:
-        pictures = labelled.LabelledFolder(pathlib.Path(args.images))
+        images = labelled.LabelledFolder(pathlib.Path(args.images))
     else:
-        pictures = labelled.open_dataset(args.dataset)
+        images = labelled.open_dataset(args.dataset)
 
-    # The pictures are there before jax starts.
+    # Imported only now, so that missing images are reported before jax starts.
     from rag_mm.stages.reco import zeroshot_suite
 
     return zeroshot_suite.evaluate(
         args.workdir,
-        pictures,
+        images,
         refine=args.refine,
         memory=args.memory,
         num_neighbors=args.k,
@@ -62,14 +69,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any], console: rich.console.Console) -> None:
-    """Says the accuracy, what the memory adds, and where the page is."""
+    """Prints the accuracy, the gain from the memory, and the page's path."""
     lines = [
-        f"accuracy {result['accuracy']:.1%} ± {result['ci95']:.1%} of {result['n']} pictures, "
+        f"accuracy {result['accuracy']:.1%} ± {result['ci95']:.1%} of {result['n']} images, "
         f"{result['classes']} classes, refine={result['refine']}",
         f"frozen   {result['frozen']:.1%}, gain {100 * result['gain']:+.1f} points",
         f"page     {result['page']}",
     ]
     for name, reason in result["rejected"][:5]:
-        lines.append(f"left out {name}: {reason}")
+        lines.append(f"skipped {name}: {reason}")
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`rag-mm explore`: one page on this machine, to search a run's memory and see what its models make of it."""
+"""`rag-mm explore`: local web page to search a run's memory and try its models."""
 
 import argparse
 import contextlib
@@ -13,48 +13,53 @@ from rag_mm.cli import session_args
 from rag_mm.core import progress
 from rag_mm.core.errors import UserError
 
-_HOST = "127.0.0.1"  # Nobody else's machine may ask: there is no login.
+_HOST = "127.0.0.1"  # Reachable from this machine only: there is no login.
 _LIBRARIES = ("starlette", "uvicorn")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the run and the port."""
-    parser.add_argument("run", metavar="RUN", help="a finished run")
+    """Adds the options of `rag-mm explore`."""
+    parser.add_argument("run", metavar="RUN", help="finished run")
     parser.add_argument(
-        "--port", type=int, default=8765, help="on 127.0.0.1; 0 takes a free one (default: 8765)"
+        "--port",
+        type=int,
+        default=8765,
+        help="port on 127.0.0.1; 0 picks a free one (default: 8765)",
     )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Serves until it is interrupted; `address` was the page's."""
+    """Serves until interrupted. Returns `address`, the page's URL."""
     if not 0 <= args.port < 1 << 16:
-        raise UserError(f"--port={args.port} is no port; give 0 to 65535.")
+        raise UserError(f"--port={args.port} is not a port; give 0 to 65535.")
     for name in _LIBRARIES:
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"{name} is not installed: pip install '.[explore]' brings it.")
+            raise UserError(f"{name} is not installed; run pip install '.[explore]'.")
     with _listen(args.port) as listener:
         session = session_args.load_session(args.run)
-        listener.listen()  # From here on a browser waits for its answer and is not turned away.
+        listener.listen()  # From here on a browser waits for its answer instead of being refused.
         address = f"http://{_HOST}:{listener.getsockname()[1]}"
-        progress.say(f"{args.run}: {address} (Ctrl-C ends it)")
+        progress.say(f"{args.run}: {address} (press Ctrl-C to stop)")
         _serve(session, pathlib.Path(args.run).resolve().name, listener)
     return {"address": address}
 
 
 def show(result: dict[str, Any], console: rich.console.Console) -> None:
-    """Says that it has ended."""
-    console.print(f"{result['address']} is closed.", markup=False)
+    """Prints that the server has stopped."""
+    console.print(f"{result['address']} has stopped.", markup=False)
 
 
 def _listen(port: int) -> socket.socket:
-    """The socket, before minutes of loading: a port in use is a mistake."""
+    """Binds the port before the minutes of loading, so that a port in use is reported at once."""
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((_HOST, port))
     except OSError as error:
         listener.close()
-        raise UserError(f"Port {port} cannot be had ({error.strerror}); name another.") from None
+        raise UserError(
+            f"Port {port} is not available ({error.strerror}); choose another with --port."
+        ) from None
     return listener
 
 
@@ -64,7 +69,7 @@ def _serve(session: Any, name: str, listener: socket.socket) -> None:
     from rag_mm.api import explore_server
 
     app = explore_server.make_app(session, name)
-    # No log of requests: what was searched for is nobody's business, nor are proxies expected.
+    # No request log, since queries are private, and no proxy headers, since no proxy is expected.
     config = uvicorn.Config(app, log_level="warning", access_log=False, proxy_headers=False)
     with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listener])

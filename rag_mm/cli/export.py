@@ -1,4 +1,4 @@
-"""`rag-mm export`: a run's model as a public checkpoint."""
+"""`rag-mm export`: writes a run's model as a public checkpoint."""
 
 import argparse
 import pathlib
@@ -14,47 +14,52 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments."""
+    """Adds the options of `rag-mm export`."""
     parser.add_argument(
-        "family", metavar="FAMILY", help="clip, llama, chameleon; cm3 for a decoder trained here"
+        "family",
+        metavar="FAMILY",
+        help="clip, llama or chameleon; cm3 for a decoder trained with rag-mm",
     )
-    parser.add_argument("workdir", metavar="RUN", help="an imported or a finished run")
-    parser.add_argument("out", metavar="OUT", help="a new folder")
+    parser.add_argument("workdir", metavar="RUN", help="imported or finished run")
+    parser.add_argument("out", metavar="OUT", help="new folder to write")
     parser.add_argument(
-        "--dtype", help="float32, float16 or bfloat16 (default: as the run has it, bit for bit)"
+        "--dtype",
+        help="float32, float16 or bfloat16 (default: the stored dtype, bitwise identical)",
     )
     parser.add_argument(
-        "--shard-size", default="5GB", help="most bytes of one file, as 500MB (default: 5GB)"
+        "--shard-size",
+        default="5GB",
+        help="maximum size of one weight file, such as 500MB (default: 5GB)",
     )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Exports; family, out, files, tensors, bytes, dtypes and seconds."""
+    """Exports. Returns family, out, files, tensors, bytes, dtypes and seconds."""
     from rag_mm.api import exporting, importing
 
-    began = time.monotonic()
+    start = time.monotonic()
     dtype, max_bytes = importing.find_dtype(args.dtype), parse_size(args.shard_size)
-    made = exporting.export_checkpoint(
+    exported = exporting.export_checkpoint(
         args.family, pathlib.Path(args.workdir), pathlib.Path(args.out), max_bytes, dtype
     )
-    return made | {"seconds": round(time.monotonic() - began, 3)}
+    return exported | {"seconds": round(time.monotonic() - start, 3)}
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a text such as 5GB, 1.5GB or 800MB.
+    """Number of bytes in a text such as 5GB, 1.5GB or 800MB.
 
     Raises:
-        UserError: it is no size.
+        UserError: the text is not a size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(KB|MB|GB)", text.strip().upper())
     size = float(match[1]) * _UNITS[match[2]] if match else 0
     if size < 1:
-        raise UserError(f"--shard-size={text} is no size; write 500MB or 5GB.")
+        raise UserError(f"--shard-size={text} is not a size; write 500MB or 5GB.")
     return round(size)
 
 
 def show(result: dict[str, Any], console: rich.console.Console) -> None:
-    """Says what was written."""
+    """Prints what was written."""
     size, dtypes = result["bytes"] / 1e6, ", ".join(result["dtypes"])
     console.print(
         f"{result['out']}: {result['family']}, {result['tensors']} tensors in {len(result['files'])} "

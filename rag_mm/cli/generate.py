@@ -1,4 +1,4 @@
-"""`rag-mm generate`: pictures from a caption, and the documents that were read for them."""
+"""`rag-mm generate`: images from a caption and retrieved documents."""
 
 import argparse
 from typing import Any
@@ -10,35 +10,36 @@ from rag_mm.core.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments."""
-    parser.add_argument("--prompt", required=True, help="the caption to draw")
+    """Adds the options of `rag-mm generate`."""
+    parser.add_argument("--prompt", required=True, help="caption of the image")
     session_args.add_arguments(parser, temperature=0.7, top_p=0.95)
     parser.add_argument(
         "--best-of",
         type=int,
         default=1,
-        help="candidates a picture, the retriever keeps the best (default: 1)",
+        metavar="N",
+        help="generate N candidates per image and keep the one the retriever scores best (default: 1)",
     )
     session_args.add_out(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Draws; `images` are paths, `neighbors` the documents read."""
+    """Generates. Returns `images`, the paths written, and `neighbors`, the documents read."""
     session_args.check_out(args.out)
     options = session_args.options(args)
     if args.best_of < 1:
-        raise UserError(f"--best-of={args.best_of} leaves no candidate; give at least 1.")
-    drawn = session_args.load_session(args.workdir).generate(
+        raise UserError(f"--best-of is {args.best_of}; give at least 1.")
+    generated = session_args.load_session(args.workdir).generate(
         args.prompt, best_of=args.best_of, **options
     )
     return {
-        "images": session_args.save_pictures(args.out, drawn.images),
-        "neighbors": drawn.neighbors,
+        "images": session_args.save_images(args.out, generated.images),
+        "neighbors": generated.neighbors,
     }
 
 
 def show(result: dict[str, Any], console: rich.console.Console) -> None:
-    """Prints the paths and the documents."""
+    """Prints the documents and the paths."""
     session_args.show_neighbors(result, console)
     for path in result["images"]:
         console.print(path, markup=False, soft_wrap=True)

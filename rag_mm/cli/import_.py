@@ -1,4 +1,4 @@
-"""`rag-mm import`: a public checkpoint becomes a run."""
+"""`rag-mm import`: converts a public checkpoint into a run."""
 
 import argparse
 import pathlib
@@ -11,35 +11,36 @@ from rag_mm.core.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments."""
+    """Adds the options of `rag-mm import`."""
     parser.add_argument("family", metavar="FAMILY", help="clip, llama or chameleon")
     parser.add_argument(
         "folder",
         metavar="DIR",
-        help="config.json, safetensors and, if at hand, the tokenizer's files",
+        help="folder with config.json, safetensors and, optionally, the tokenizer's files",
     )
-    parser.add_argument("--out", required=True, metavar="RUN", help="the new run's folder")
+    parser.add_argument("--out", required=True, metavar="RUN", help="folder of the new run")
     parser.add_argument(
-        "--dtype", help="float32, float16 or bfloat16 (default: as stored, bit for bit)"
+        "--dtype",
+        help="float32, float16 or bfloat16 (default: the stored dtype, bitwise identical)",
     )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Imports; family, run, tensors, bytes, dtypes, has_tokenizer and seconds."""
+    """Imports. Returns family, run, tensors, bytes, dtypes, has_tokenizer and seconds."""
     from rag_mm.api import importing
 
     if "://" in args.out:
-        raise UserError(f"--out={args.out} is not a local folder; import there, then copy it.")
-    began = time.monotonic()
+        raise UserError(f"--out={args.out} is not a local folder; import to one, then copy it.")
+    start = time.monotonic()
     dtype = importing.find_dtype(args.dtype)
-    made = importing.import_checkpoint(
+    imported = importing.import_checkpoint(
         args.family, pathlib.Path(args.folder), pathlib.Path(args.out), dtype
     )
-    return made | {"seconds": round(time.monotonic() - began, 3)}
+    return imported | {"seconds": round(time.monotonic() - start, 3)}
 
 
 def show(result: dict[str, Any], console: rich.console.Console) -> None:
-    """Says what was made and how to use it."""
+    """Prints what was imported and how to use it."""
     size, dtypes = result["bytes"] / 1e6, ", ".join(result["dtypes"])
     console.print(
         f"{result['run']}: {result['family']}, {result['tensors']} tensors, {size:,.1f} MB of {dtypes}, "
@@ -47,7 +48,9 @@ def show(result: dict[str, Any], console: rich.console.Console) -> None:
         markup=False,
     )
     if not result["has_tokenizer"]:
-        console.print("There was no tokenizer: it takes ids and pictures, no text.")
+        console.print(
+            "The checkpoint has no tokenizer: the model takes token ids and images, not text."
+        )
     if result["family"] == "clip":
         console.print(
             f"rag-mm memory build --documents=DIR --retriever={result['run']} --out=MEM",

@@ -1,10 +1,10 @@
-"""The command `rag-mm`: picks one command's module, and turns a user's mistake into exit code 2.
+"""The `rag-mm` command: one module per subcommand; a user error is one sentence and exit code 2.
 
-A command NAME is the module `rag_mm.cli.NAME` (`import` is `import_`), imported when it is chosen:
-    add_arguments(parser)   declares its arguments
-    run(args) -> dict       does the work, and --json prints what it returns; `"ok": False` exits 1
-    show(result, console)   the same for people, on a rich Console on stdout
-A command that declares `--config` finds `--config.key=value` in `args.overrides`, key -> text.
+Subcommand NAME is the module NAME of `rag_mm.cli` (`import_` for `import`), imported only when chosen:
+    add_arguments(parser)   declares its options
+    run(args) -> dict       does the work; --json prints the result; `"ok": False` exits with 1
+    show(result, console)   prints the result for people, on a rich Console on stdout
+A subcommand that declares `--config` gets each `--config.key=value` in `args.overrides`, key -> text.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from rag_mm.core.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """One line for the list and examples for the command's own help."""
+    """A line for `rag-mm --help`, and examples for `rag-mm COMMAND --help`."""
 
     summary: str
     examples: tuple[str, ...]
@@ -36,14 +36,14 @@ class Command:
 
 COMMANDS = {
     "quickstart": Command(
-        "the whole chain on emoji scenes, on two CPU cores, with a report at the end",
+        "train and evaluate every model on emoji scenes, on two CPU cores, and write a report",
         (
             "rag-mm quickstart",
             "rag-mm quickstart --workdir=runs/tiny --config=configs/quickstart.py:tiny",
         ),
     ),
     "train": Command(
-        "run a config's stages in order, or one of them",
+        "run all stages of a config in order, or one of them",
         (
             "rag-mm train --config=configs/quickstart.py:quick --workdir=runs/quickstart",
             "rag-mm train --config=configs/quickstart.py --workdir=runs/a --stage=tokenizer",
@@ -52,33 +52,33 @@ COMMANDS = {
         ),
     ),
     "ablate": Command(
-        "run a config's variants at several seeds, and compare them document by document",
+        "train a config's variants at several seeds and compare them, paired by test document",
         (
             "rag-mm ablate --config=configs/copy_probe.py:quick --workdir=runs/ablation",
             "rag-mm ablate --config=configs/copy_probe.py:quick --workdir=runs/ablation --seeds 0 1 2",
         ),
     ),
     "eval": Command(
-        "a published protocol on a run and pictures of your own",
+        "run a published evaluation protocol on a run and your own images",
         (
-            "rag-mm eval --suite=zeroshot --workdir=runs/reco --images=pictures",
+            "rag-mm eval --suite=zeroshot --workdir=runs/reco --images=photos",
             "rag-mm eval --suite=zeroshot --workdir=runs/reco --dataset=cars196 --memory=mem",
         ),
     ),
     "memory": Command(
         "build, extend, search and check a retrieval memory",
         (
-            "rag-mm memory build --documents=pictures --retriever=runs/quickstart --out=mem",
+            "rag-mm memory build --documents=photos --retriever=runs/quickstart --out=mem",
             'rag-mm memory search mem --text="a red apple" -k 5',
             "rag-mm memory verify mem",
         ),
     ),
     "explore": Command(
-        "a local page: search a run's memory, and see what its models make of a text or a picture",
+        "local web page: search a run's memory and try its models",
         ("rag-mm explore runs/quickstart", "rag-mm explore runs/quickstart --port=0"),
     ),
     "bench": Command(
-        "measure beside a peer in the same process, or against a device's published peak",
+        "compare speed with a peer library or a device's published peak",
         (
             "rag-mm bench memory --rows=300000 --json",
             "rag-mm bench train --against=transformers --json",
@@ -89,25 +89,25 @@ COMMANDS = {
         ),
     ),
     "generate": Command(
-        "draw a picture from a caption, with the documents that were retrieved for it",
+        "generate images from a caption and the documents retrieved for it",
         (
             'rag-mm generate --workdir=runs/quickstart --prompt="red apple" --out=apple.png',
             'rag-mm generate --workdir=runs/quickstart --prompt="red apple" --docs=0 --out=b.png',
         ),
     ),
     "caption": Command(
-        "put a picture into words",
+        "caption an image",
         ("rag-mm caption --workdir=runs/quickstart --image=apple.png",),
     ),
     "infill": Command(
-        "redraw a band of a picture from what is around it",
+        "regenerate a band of an image from the rest of the image and a caption",
         (
             'rag-mm infill --workdir=runs/quickstart --image=a.png --prompt="red apple" '
             "--rows=8:24 --out=b.png",
         ),
     ),
     "plan": Command(
-        "compile a training or decoding step for TPUs that are not here: does it fit, what bounds it",
+        "compile ahead of time for a TPU topology: memory, collectives, MFU bound",
         (
             "rag-mm plan --config=configs/cm3leon.py:7b --topology=v5e:16x16",
             "rag-mm plan --config=configs/cm3leon.py:7b --topology=v5p:4x4x4 --search",
@@ -116,7 +116,7 @@ COMMANDS = {
         ),
     ),
     "import": Command(
-        "make a run of a public CLIP, LLaMA or Chameleon checkpoint (safetensors)",
+        "convert a public CLIP, LLaMA or Chameleon checkpoint (safetensors) into a run",
         (
             "rag-mm import clip clip-vit-base-patch32 --out=runs/clip",
             "rag-mm import llama TinyLlama-1.1B --out=runs/llama --dtype=float32",
@@ -131,21 +131,21 @@ COMMANDS = {
         ),
     ),
     "doctor": Command(
-        "versions, devices, flags, disk: what this machine has and what does not fit",
+        "check this machine: versions, devices, flags, disk space",
         ("rag-mm doctor", "rag-mm doctor --json"),
     ),
 }
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one sentence; subparsers made from it are of its kind."""
+    """An ArgumentParser that reports errors as UserError; its subparsers do too."""
 
     def __init__(self, **kwargs: Any):
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(**{**kwargs, "allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
-        """Raises UserError instead of printing the usage."""
+        """Raises UserError instead of printing the usage and exiting."""
         raise UserError(f"{message[:1].upper()}{message[1:]} (see {self.prog} --help).")
 
 
@@ -153,8 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        0 when done, 1 when what was checked or computed is wrong, 2 for a user's mistake, 130 when
-        interrupted.
+        Exit code: 0 for success, 1 for a failed check or a diverged run, 2 for a user error, 130 for Ctrl-C.
     """
     try:
         return _main(sys.argv[1:] if argv is None else list(argv))
@@ -166,26 +165,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def explain(error: BaseException) -> int | None:
-    """Says on stderr, in one sentence, what ended a command; the exit code, or None where it is a bug's."""
+    """Prints the error as one sentence on stderr. Returns the exit code, or None for a bug (no output)."""
     match error:
         case UserError():
-            said, code = f"{error}", 2
+            message, code = f"{error}", 2
         case FloatingPointError():
-            said, code = f"{error}; a smaller learning_rate may mend it.", 1
+            message, code = f"{error}; a smaller learning_rate may help.", 1
         case KeyboardInterrupt():
-            said, code = "interrupted.", 130
+            message, code = "interrupted.", 130
         case BrokenPipeError():
-            # The reader of stdout is gone; without this Python complains once more at exit.
+            # The reader of stdout has exited; without this Python reports the error again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return 0
         case OSError(filename=filename, errno=number) if (
             filename is not None or number == errno.ENOSPC
         ):
             where = "" if filename is None else f"{os.fsdecode(filename)}: "
-            said, code = f"{where}{error.strerror}.", 2
+            message, code = f"{where}{error.strerror}.", 2
         case _:
             return None
-    print(f"rag-mm: {said}", file=sys.stderr)
+    print(f"rag-mm: {message}", file=sys.stderr)
     return code
 
 
@@ -198,8 +197,9 @@ def _main(argv: list[str]) -> int:
         return 0
     name = argv[0]
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}."
+        similar = difflib.get_close_matches(name, COMMANDS, n=1)
+        choices = f"the commands are {', '.join(COMMANDS)}."
+        hint = f"did you mean {similar[0]!r}?" if similar else choices
         raise UserError(f"There is no command {name!r}; {hint}")
     choose_platform()
     module = load_command(name)
@@ -211,21 +211,21 @@ def _main(argv: list[str]) -> int:
     else:
         import rich.console
 
-        # Where nobody looks at a screen, lines are as long as they are.
+        # Without a terminal, do not wrap lines at 80 columns.
         width = None if sys.stdout.isatty() else 200
         module.show(result, rich.console.Console(highlight=False, width=width))
     return 1 if result.get("ok") is False else 0
 
 
 def load_command(name: str) -> types.ModuleType:
-    """The module of a command; one that is a word of Python has an underscore behind it."""
+    """The module of a subcommand; the name of a Python keyword gets a trailing underscore."""
     return importlib.import_module(f"rag_mm.cli.{name}{'_' * keyword.iskeyword(name)}")
 
 
 def choose_platform() -> None:
-    """Keeps jax on the CPU where no accelerator is plugged in, before jax looks and complains.
+    """Keeps jax on the CPU where no accelerator is present; call it before jax is imported.
 
-    libtpu, once installed, would search for a TPU for minutes; a JAX_PLATFORMS that is set wins.
+    An installed libtpu would otherwise search for a TPU for minutes. A JAX_PLATFORMS that is set wins.
     """
     devices = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")
     if any(glob.glob(pattern) for pattern in devices):
@@ -244,13 +244,13 @@ def _help() -> str:
             "",
             "Retrieval-augmented multimodal models in JAX.",
             "",
-            "commands (rag-mm COMMAND --help says more):",
+            "commands (see rag-mm COMMAND --help):",
             *lines,
             "",
             "examples:",
             *examples,
             "",
-            "With --json a command prints one JSON object on stdout and nothing else there.",
+            "With --json, a command prints exactly one JSON object on stdout.",
         ]
     )
 
@@ -263,29 +263,29 @@ def _parse(name: str, module: Any, argv: list[str]) -> argparse.Namespace:
         epilog="\n".join(["examples:", *(f"  {example}" for example in command.examples)]),
     )
     parser.add_argument(
-        "--json", action="store_true", help="print one JSON object on stdout, nothing else"
+        "--json", action="store_true", help="print exactly one JSON object on stdout"
     )
     module.add_arguments(parser)
-    # Taken out first: behind a subcommand argparse would not know it.
+    # Removed before parsing: argparse would not accept it after a nested subcommand.
     end = argv.index("--") if "--" in argv else len(argv)
     as_json = "--json" in argv[:end]
-    rest = [word for i, word in enumerate(argv) if i >= end or word != "--json"]
+    rest = [arg for i, arg in enumerate(argv) if i >= end or arg != "--json"]
     args, extra = parser.parse_known_args(rest)
     args.json = as_json
     args.overrides = {}
-    for word in extra:
-        key, equals, value = word.removeprefix("--config.").partition("=")
-        if not word.startswith("--config.") or not hasattr(args, "config"):
-            parser.error(f"unknown argument {word!r}")
+    for arg in extra:
+        key, equals, value = arg.removeprefix("--config.").partition("=")
+        if not arg.startswith("--config.") or not hasattr(args, "config"):
+            parser.error(f"unknown argument {arg!r}")
         if not equals or not key:
-            parser.error(f"{word} has no value; write --config.key=value")
+            parser.error(f"{arg} has no value; write --config.key=value")
         args.overrides[key] = value
     return args
 
 
 @contextlib.contextmanager
 def _stdout_for_result(is_json: bool) -> Iterator[None]:
-    # Libraries below may print, in C too; until the result is there, all of it goes to stderr.
+    # Libraries may print, from C too; until the result is printed, all of that goes to stderr.
     if not is_json:
         yield
         return

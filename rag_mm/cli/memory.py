@@ -1,4 +1,4 @@
-"""`rag-mm memory`: build, extend, search and check a retrieval memory by hand."""
+"""`rag-mm memory`: build, extend, search and verify a retrieval memory."""
 
 import argparse
 import contextlib
@@ -24,55 +24,72 @@ _DOCUMENTS = (
     "or scenes:LEVEL/SPLIT[+SPLIT]/ROLE"
 )
 _SCENES = "scenes:"
-_BATCH_SIZE = 256  # documents that a process encodes at once
+_BATCH_SIZE = 256  # documents that each process encodes at once
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the actions and their arguments."""
+    """Adds the actions and their options."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    build = actions.add_parser("build", help="make a memory of documents")
-    build.add_argument("--retriever", required=True, metavar="RUN", help="a run with a retriever")
-    build.add_argument("--out", required=True, metavar="MEM", help="the memory's folder")
-    build.add_argument("--index", default="scann", help="scann (default), exact or device")
+    build = actions.add_parser("build", help="build a memory from documents")
+    build.add_argument(
+        "--retriever", required=True, metavar="RUN", help="run with a trained or imported retriever"
+    )
+    build.add_argument("--out", required=True, metavar="MEM", help="folder of the new memory")
+    build.add_argument("--index", default="scann", help="index: scann (default), exact or device")
     _add_ingestion(build)
     process_args.add_arguments(
-        build, "that share the embedding; start all of them, with one folder as --out"
+        build,
+        "Several processes share the encoding. Start each with the same command and --out.",
     )
     ingest = actions.add_parser(
-        "ingest", help="check documents and write them as ArrayRecord files, by Apache Beam"
+        "ingest", help="check documents and write them as ArrayRecord files, with Apache Beam"
     )
     ingest.add_argument("--documents", required=True, help=_DOCUMENTS)
-    ingest.add_argument("--out", required=True, metavar="DIR", help="a folder that is not there")
-    ingest.add_argument("--records-per-file", type=int, default=8192, help="but for tars (8192)")
-    ingest.add_argument("--max-bad", type=float, default=0.01, help="as in build (0.01)")
+    ingest.add_argument("--out", required=True, metavar="DIR", help="new folder to write")
     ingest.add_argument(
-        "--beam", metavar="OPTIONS", help="options of Beam (default: two processes here)"
+        "--records-per-file",
+        type=int,
+        default=8192,
+        help="records per output file, except for .tar inputs (default: 8192)",
     )
-    add = actions.add_parser("add", help="add documents, as a new version")
+    ingest.add_argument("--max-bad", type=float, default=0.01, help="as in build (default: 0.01)")
+    ingest.add_argument(
+        "--beam", metavar="OPTIONS", help="Beam pipeline options (default: two local processes)"
+    )
+    add = actions.add_parser("add", help="add documents, in a new version")
     add.add_argument("memory", metavar="MEM")
     _add_ingestion(add)
-    remove = actions.add_parser("remove", help="take documents out, as a new version")
+    remove = actions.add_parser("remove", help="remove documents, in a new version")
     remove.add_argument("memory", metavar="MEM")
     for name in ("id", "url", "license"):
-        remove.add_argument(f"--{name}", action="append", default=[], help="may be given again")
-    merge = actions.add_parser("merge", help="take over another memory's documents")
+        remove.add_argument(
+            f"--{name}",
+            action="append",
+            default=[],
+            help=f"remove documents with this {name}; repeatable",
+        )
+    merge = actions.add_parser("merge", help="add another memory's documents, in a new version")
     merge.add_argument("memory", metavar="MEM")
     merge.add_argument("other", metavar="OTHER")
-    compact = actions.add_parser("compact", help="leave behind what was removed, as a new version")
+    compact = actions.add_parser(
+        "compact", help="rewrite without removed documents, in a new version"
+    )
     compact.add_argument("memory", metavar="MEM")
     compact.add_argument("--prune", action="store_true", help="delete all earlier versions")
-    search = actions.add_parser("search", help="find documents")
+    search = actions.add_parser("search", help="search for documents")
     search.add_argument("memory", metavar="MEM")
     query = search.add_mutually_exclusive_group(required=True)
-    query.add_argument("--text", help="what to look for; searches the view mixed")
-    query.add_argument("--image", help="a picture to look for; searches the view image")
-    query.add_argument("--document", metavar="ID", help="a document of the memory to look for")
-    search.add_argument("--view", help="image, text or mixed")
-    search.add_argument("-k", type=int, default=5, help="how many hits (default: 5)")
-    search.add_argument("--html", metavar="FILE", help="writes the hits as a contact sheet")
-    verify = actions.add_parser("verify", help="check every file; exit code 1 if one is wrong")
+    query.add_argument("--text", help="text query; default view: mixed")
+    query.add_argument("--image", help="image query, a JPEG, PNG or WebP file; default view: image")
+    query.add_argument(
+        "--document", metavar="ID", help="use this document of the memory as the query"
+    )
+    search.add_argument("--view", help="embeddings to search: image, text or mixed")
+    search.add_argument("-k", type=int, default=5, help="number of hits (default: 5)")
+    search.add_argument("--html", metavar="FILE", help="also write the hits as a contact sheet")
+    verify = actions.add_parser("verify", help="check every file; exit code 1 if one is damaged")
     verify.add_argument("memory", metavar="MEM")
-    stats = actions.add_parser("stats", help="say what a memory holds")
+    stats = actions.add_parser("stats", help="show what a memory holds")
     stats.add_argument("memory", metavar="MEM")
 
 
@@ -82,22 +99,29 @@ def _add_ingestion(parser: argparse.ArgumentParser) -> None:
         "--max-bad",
         type=float,
         default=0.01,
-        help="share of bad records that passes (0.01), one aside; 0: none",
-    )
-    parser.add_argument("--rejects", metavar="FILE", help="lists the bad records, also on failure")
-    parser.add_argument(
-        "--exclude", metavar="DIR", help="documents to keep out, with what is nearly the same"
+        help="largest tolerated share of bad records; one is always tolerated unless 0 (default: 0.01)",
     )
     parser.add_argument(
-        "--dedup", action="store_true", help="leave out repeats of a caption and its picture"
+        "--rejects", metavar="FILE", help="write the list of bad records here, also on failure"
     )
     parser.add_argument(
-        "--similarity", type=float, default=0.98, help="cosine of pictures nearly the same (0.98)"
+        "--exclude",
+        metavar="DIR",
+        help="exclude these documents and their near-duplicates, such as a test set",
+    )
+    parser.add_argument(
+        "--dedup", action="store_true", help="leave out duplicates of a caption and image"
+    )
+    parser.add_argument(
+        "--similarity",
+        type=float,
+        default=0.98,
+        help="cosine similarity above which images are near-duplicates (default: 0.98)",
     )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Does the chosen action; `hits`, `problems`, or what `Memory.stats` says."""
+    """Runs the chosen action. Returns `hits`, `problems`, or the memory's statistics (`Memory.stats`)."""
     actions = {
         "ingest": _ingest,
         "build": _build,
@@ -113,7 +137,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         args.action not in ("ingest", "build")
         and (pathlib.Path(args.memory) / "config.json").exists()
     ):
-        raise UserError(f"{args.memory} is a run; name its memory, {args.memory}/memory.")
+        raise UserError(f"{args.memory} is a run; give its memory, {args.memory}/memory.")
     return actions[args.action](args)
 
 
@@ -121,16 +145,16 @@ def _ingest(args: argparse.Namespace) -> dict[str, Any]:
     from rag_mm.data import beam_ingest
 
     if args.records_per_file < 1:
-        raise UserError(f"--records-per-file={args.records_per_file}; give at least 1.")
+        raise UserError(f"--records-per-file is {args.records_per_file}; give at least 1.")
     _check_share("max_bad", args.max_bad)
-    done = beam_ingest.ingest(
+    counts = beam_ingest.ingest(
         args.documents,
         pathlib.Path(args.out),
         records_per_file=args.records_per_file,
         max_bad=args.max_bad,
         beam_options=args.beam or beam_ingest.LOCAL,
     )
-    return {"out": args.out, **done}
+    return {"out": args.out, **counts}
 
 
 def _check_share(name: str, value: float) -> None:
@@ -144,16 +168,15 @@ def _build(args: argparse.Namespace) -> dict[str, Any]:
 
     retriever = pathlib.Path(args.retriever)
     if not retriever.is_dir():
-        raise UserError(f"There is no run {args.retriever}; name one with a trained retriever.")
+        raise UserError(f"There is no run {args.retriever}; give one with a trained retriever.")
     out = pathlib.Path(args.out)
-    if (out / "config.json").exists():  # A memory's leftovers and a run have names in common.
-        raise UserError(f"--out={args.out} is in the way: a run or a model. Name another folder.")
+    if (out / "config.json").exists():  # An unfinished memory shares file names with a run.
+        raise UserError(f"--out={args.out} already holds a run or a model; choose another folder.")
     process_args.check_arguments(args)
     writer.check_vacant(out, ("retriever", "tokenizer"))
     documents = _open_documents(args.documents)
-    with process_args.joined(
-        args
-    ):  # Mistakes were found: nobody waits for a process that has ended.
+    # Join only after the checks above: a process that exits early would leave the others waiting.
+    with process_args.joined(args):
         return _build_joined(args, retriever, out, documents)
 
 
@@ -168,7 +191,7 @@ def _build_joined(
     from rag_mm.memory import retrieval_memory, shared_encoding
 
     encoder, tokenizer = load_encoder(retriever), None
-    # A run keeps its models deeper than a folder that is nothing but a model.
+    # In a run the weights are in a subfolder; a folder that holds only a model has no such subfolder.
     weights = {name: retriever / name / "frozen" for name in ("retriever", "tokenizer")}
     carried = {"retriever": retriever}
     carried |= {name: folder for name, folder in weights.items() if folder.is_dir()}
@@ -208,14 +231,14 @@ def _ingestion(
     encoder: "Encoder",
     batch_size: int = _BATCH_SIZE,
 ) -> "Iterator[Options]":
-    """The options that the arguments ask for, with a bar; lists rejects of a failure too."""
+    """The ingestion options from the arguments, with a progress bar; writes --rejects on failure too."""
     from rag_mm.memory.writing import ingest_report, near_duplicates, writer
 
     for name in ("max_bad", "similarity"):
         _check_share(name, getattr(args, name))
     excluded = None
     if args.exclude is not None:
-        excluded = near_duplicates.ExclusionSet.of(
+        excluded = near_duplicates.ExclusionSet.from_documents(
             _open_documents(args.exclude), encoder, args.similarity
         )
     size = getattr(documents, "size", None) or 0
@@ -262,12 +285,12 @@ def _remove(args: argparse.Namespace) -> dict[str, Any]:
 def _merge(args: argparse.Namespace) -> dict[str, Any]:
     from rag_mm.memory import retrieval_memory
 
-    mine, other = (
+    memory, other = (
         retrieval_memory.Memory.open(args.memory),
         retrieval_memory.Memory.open(args.other),
     )
     with progress.track("documents", len(other)) as bar:
-        after = mine.merge(other, on_progress=lambda done, _: bar.update(done))
+        after = memory.merge(other, on_progress=lambda done, _: bar.update(done))
     return {**after.stats(), "added": len(other)}
 
 
@@ -285,9 +308,9 @@ def _search(args: argparse.Namespace) -> dict[str, Any]:
     from rag_mm.memory import hits, model_protocols, retrieval_memory
 
     if args.k < 1:
-        raise UserError(f"-k is {args.k}; ask for at least 1 hit.")
+        raise UserError(f"-k is {args.k}; give at least 1.")
     if args.text is not None and not args.text.strip():
-        raise UserError("--text is empty; say what to look for.")
+        raise UserError("--text is empty; give a query.")
     view = args.view or ("mixed" if args.image is None else "image")
     model_protocols.check_view(view)
     image = None if args.image is None else sources.load_image(args.image)
@@ -296,14 +319,14 @@ def _search(args: argparse.Namespace) -> dict[str, Any]:
         if args.document not in opened.ids:
             raise UserError(f"{args.memory} has no document with the id {args.document!r}.")
         row = opened.ids.index(args.document)
-        found = opened.search(vectors=opened.embeddings(view)[row][None], view=view, k=args.k)
+        results = opened.search(vectors=opened.embeddings(view)[row][None], view=view, k=args.k)
     else:
         opened.attach(load_encoder(opened.carried("retriever")))
-        found = opened.search(text=args.text, image=image, view=view, k=args.k)
-    result = {"memory": str(args.memory), "view": view, "hits": hits.describe(opened, found)}
+        results = opened.search(text=args.text, image=image, view=view, k=args.k)
+    result = {"memory": str(args.memory), "view": view, "hits": hits.describe(opened, results)}
     if args.html is not None:
-        asked = args.text or args.image or f"document {args.document}"
-        memory_show.write_sheet(pathlib.Path(args.html), asked, result)
+        query = args.text or args.image or f"document {args.document}"
+        memory_show.write_sheet(pathlib.Path(args.html), query, result)
         result["html"] = str(args.html)
     return result
 
@@ -322,7 +345,7 @@ def _stats(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any], console: "rich.console.Console") -> None:
-    """Prints hits, problems, or what the memory holds."""
+    """Prints hits, problems, or statistics."""
     memory_show.show(result, console)
 
 
@@ -337,14 +360,14 @@ def _open_documents(spec: str) -> "Documents | RecordStream":
 
 
 def load_encoder(folder: pathlib.Path) -> "Encoder":
-    """The retriever of a run or of a memory's `retriever` folder."""
+    """Loads the retriever of a run, or of a memory's `retriever` folder."""
     from rag_mm.stages.shared import train_retriever
 
     return train_retriever.load_encoder(folder)
 
 
 def load_tokenizer(folder: pathlib.Path) -> "ImageTokenizer":
-    """The image tokenizer of a run or of a memory's `tokenizer` folder."""
+    """Loads the image tokenizer of a run, or of a memory's `tokenizer` folder."""
     from rag_mm.stages.shared import train_tokenizer
 
     return train_tokenizer.load_tokenizer(folder)

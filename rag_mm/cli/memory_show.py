@@ -1,4 +1,4 @@
-"""What `rag-mm memory` found, for people: tables, and a contact sheet of pictures."""
+"""Text output of `rag-mm memory`: tables of hits and statistics, and an HTML contact sheet."""
 
 import pathlib
 from typing import Any
@@ -8,29 +8,29 @@ import rich.markup
 import rich.table
 
 _LISTS = ("rejected", "rejected_by_reason", "excluded", "notes", "last_ingest")
-_MOST_REJECTS = 20
+_MAX_REJECTS_SHOWN = 20
 
 
-def write_sheet(path: pathlib.Path, asked: str, result: dict[str, Any]) -> None:
-    """Writes the hits as one page that needs nothing else."""
+def write_sheet(path: pathlib.Path, query: str, result: dict[str, Any]) -> None:
+    """Writes the hits as one self-contained HTML page."""
     from rag_mm.core import files
     from rag_mm.report import contact_sheet
 
-    page = contact_sheet.render(asked, result["view"], result["hits"])
+    page = contact_sheet.render(query, result["view"], result["hits"])
     files.write_atomic(path, page.encode())
 
 
 def show(result: dict[str, Any], console: rich.console.Console) -> None:
-    """Prints hits, problems, or what the memory holds."""
+    """Prints hits, problems, or statistics."""
     if "hits" in result:
         _show_hits(result, console)
     elif "process" in result:
-        console.print(f"process {result['process']} has done its part.", markup=False)
+        console.print(f"process {result['process']} has finished.", markup=False)
     elif "problems" in result:
         for problem in result["problems"]:
             console.print(problem, markup=False)
         if result["ok"]:
-            console.print(f"{result['memory']}: nothing is wrong.", markup=False)
+            console.print(f"{result['memory']}: no problems found.", markup=False)
     else:
         table = rich.table.Table(show_header=False, box=None)
         table.add_column(no_wrap=True)
@@ -39,19 +39,19 @@ def show(result: dict[str, Any], console: rich.console.Console) -> None:
             if key not in _LISTS:
                 table.add_row(key, rich.markup.escape(_text(value)))
         console.print(table)
-        _show_left_out(result, console)
+        _show_skipped(result, console)
 
 
-def _show_left_out(result: dict[str, Any], console: rich.console.Console) -> None:
+def _show_skipped(result: dict[str, Any], console: rich.console.Console) -> None:
     rejects = result.get("rejected", ())
-    for reject in rejects[:_MOST_REJECTS]:
+    for reject in rejects[:_MAX_REJECTS_SHOWN]:
         line = f"skipped {reject['name']} ({reject['reason']}): {reject['detail']}"
         console.print(line, markup=False)
-    if len(rejects) > _MOST_REJECTS:
-        more = ", ".join(f"{n} {reason}" for reason, n in result["rejected_by_reason"].items())
-        console.print(f"skipped {len(rejects)} in all: {more}", markup=False)
+    if len(rejects) > _MAX_REJECTS_SHOWN:
+        by_reason = ", ".join(f"{n} {reason}" for reason, n in result["rejected_by_reason"].items())
+        console.print(f"skipped {len(rejects)} in total: {by_reason}", markup=False)
     for reason, count in result.get("excluded", {}).items():
-        console.print(f"kept out {count}: {reason}", markup=False)
+        console.print(f"excluded {count}: {reason}", markup=False)
 
 
 def _show_hits(result: dict[str, Any], console: rich.console.Console) -> None:

@@ -1,4 +1,4 @@
-"""`rag-mm plan`: a step or a search compiled for TPUs that are not here: does it fit, and what bounds it."""
+"""`rag-mm plan`: ahead-of-time compilation for a TPU topology: memory, collectives and an MFU bound."""
 
 import argparse
 import os
@@ -13,50 +13,61 @@ from rag_mm.core.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments."""
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
+    """Adds the options of `rag-mm plan`."""
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument(
         "--config",
         metavar="PAGE[:PRESET]",
-        help="such as configs/cm3leon.py:7b; single values by --config.key=value",
+        help="config page, such as configs/cm3leon.py:7b; override a value with --config.key=value",
     )
-    what.add_argument(
+    target.add_argument(
         "--memory",
         metavar="ROWSxDIM",
-        help="the search of a memory over all chips instead, such as 1000000000x512",
+        help="plan a search over a memory sharded across all chips, such as 1000000000x512",
     )
     parser.add_argument(
-        "--topology", required=True, metavar="CHIP:SIDES", help="such as v5e:16x16 or v5p:4x4x4"
+        "--topology",
+        required=True,
+        metavar="CHIP:SIDES",
+        help="chip and slice shape, such as v5e:16x16 or v5p:4x4x4",
     )
-    parser.add_argument("--slices", type=int, default=1, metavar="N", help="slices joined by DCN")
     parser.add_argument(
-        "--batch", type=int, metavar="ROWS", help="rows of a step, all chips together"
+        "--slices",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of slices joined by DCN (default: 1)",
     )
-    parser.add_argument("--parts", type=int, metavar="N", help="parts a step cuts its batch into")
-    parser.add_argument("--remat", choices=("none", "dots", "full"), help="default: full")
+    parser.add_argument(
+        "--batch", type=int, metavar="B", help="global batch size (default: the config's)"
+    )
+    parser.add_argument("--parts", type=int, metavar="N", help="microbatches per step")
+    parser.add_argument(
+        "--remat", choices=("none", "dots", "full"), help="rematerialization (default: full)"
+    )
     parser.add_argument(
         "--mesh",
         metavar="D,F,T",
-        help="data, fsdp, tensor; default: all chips of a slice under fsdp",
+        help="mesh axes data, fsdp, tensor (default: all chips of a slice on fsdp)",
     )
     parser.add_argument(
         "--decode", type=int, nargs="?", const=-1, metavar="TOKENS",
-        help="plan decoding of so many tokens instead (default: 1024, or half a row)",
+        help="plan decoding of TOKENS tokens instead (default: 1024 or half the sequence length, if less)",
     )  # fmt: skip
     parser.add_argument(
-        "--search", action="store_true", help="find the largest batch and leanest remat that fit"
+        "--search", action="store_true", help="find the largest batch and the least remat that fit"
     )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The plan as plain values; it is done, exit code 0, also where the program does not fit."""
+    """Compiles. Returns the plan as JSON values; a program that does not fit still exits with 0."""
     if args.memory:
         return _run_memory(args)
     config = configuration.to_dict(configuration.load_config(args.config, args.overrides))
     missing = [key for key in ("family", "model", "batch_size") if key not in config]
     if missing:
         raise UserError(
-            f"{args.config} has no {missing[0]!r}: a plan is made of a page of one model's sizes, "
+            f"{args.config} has no {missing[0]!r}; plan needs a config page of a single model, "
             "such as configs/cm3leon.py:7b."
         )
     _set_environment()
@@ -75,7 +86,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         num_new=args.decode,
     )
     if args.search and case.num_new:
-        raise UserError("--search is for training steps; leave --decode out.")
+        raise UserError("--search applies to training steps only; leave out --decode.")
     result = (
         compile_plan.search(case, topology)
         if args.search
@@ -85,25 +96,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run_memory(args: argparse.Namespace) -> dict[str, Any]:
-    found = re.fullmatch(r"(\d{1,15})x(\d{1,6})", args.memory)
-    if found is None or not all(int(size) for size in found.groups()):
-        raise UserError(f"--memory={args.memory} does not read as ROWSxDIM; write 1000000000x512.")
+    match = re.fullmatch(r"(\d{1,15})x(\d{1,6})", args.memory)
+    if match is None or not all(int(size) for size in match.groups()):
+        raise UserError(f"--memory={args.memory} is not ROWSxDIM, such as 1000000000x512.")
     _set_environment()
 
     from rag_mm.perf import chips
     from rag_mm.perf.plan import index_search
 
     topology = chips.parse_topology(args.topology, args.slices)
-    return index_search.make_plan(int(found[1]), int(found[2]), topology)
+    return index_search.make_plan(int(match[1]), int(match[2]), topology)
 
 
 def _set_environment() -> None:
-    """The compiler alone is wanted, beside other processes that may hold it."""
+    """Only libtpu's compiler is needed, even while another process has libtpu loaded."""
     os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 
 
 def show(result: dict[str, Any], console: rich.console.Console) -> None:
-    """Prints a table and one sentence."""
+    """Prints the plan as a table, and whether it fits."""
     table = rich.table.Table(show_header=False, box=None)
     gib = lambda value: "-" if value is None else f"{value / (1 << 30):.2f} GiB"
     plain = ("program", "topology", "num_chips", "mesh", "batch_size", "num_parts", "remat")

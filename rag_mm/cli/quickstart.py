@@ -1,4 +1,4 @@
-"""`rag-mm quickstart`: the whole chain on emoji scenes, ending in a report and a ten-line table."""
+"""`rag-mm quickstart`: every stage on emoji scenes, then a report and a ten-line summary table."""
 
 import argparse
 from typing import Any
@@ -11,18 +11,18 @@ from rag_mm.cli import train
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments."""
+    """Adds the options of `rag-mm quickstart`."""
     parser.add_argument(
         "--workdir",
         default="runs/quickstart",
         metavar="RUN",
-        help="the run's folder; a killed or finished one is gone on with (default: %(default)s)",
+        help="run folder; an interrupted run resumes (default: %(default)s)",
     )
     parser.add_argument(
         "--config",
         default="configs/quickstart.py:quick",
         metavar="PAGE[:PRESET]",
-        help="the config; single values by --config.key=value (default: %(default)s)",
+        help="config page; override a value with --config.key=value (default: %(default)s)",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="rebuild stages whose config or inputs changed"
@@ -30,9 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs the chain; `report`, `metrics` and the headline `table`."""
-    alone = dict(coordinator=None, num_processes=None, process_id=None)
-    result = train.run(argparse.Namespace(**vars(args), stage=None, profile=None, **alone))
+    """Runs every stage. Returns `workdir`, `metrics`, the `report` path and the summary `table`."""
+    options = dict(stage=None, profile=None, show=False)
+    options |= dict(coordinator=None, num_processes=None, process_id=None)
+    result = train.run(argparse.Namespace(**vars(args), **options))
 
     from rag_mm import report
 
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any], console: rich.console.Console) -> None:
-    """Prints the ten headline rows and where the report is."""
+    """Prints the ten summary lines and the report's path."""
     table = rich.table.Table(box=None, show_header=False, pad_edge=False)
     for label, value, _ in result["table"]:
         table.add_row(rich.text.Text(label), rich.text.Text(value))

@@ -1,4 +1,4 @@
-"""What the commands that ask a run have in common: arguments, documents by hand, pictures written."""
+"""Options and output that generate, caption and infill share: sampling, given documents, PNG files."""
 
 import argparse
 import math
@@ -20,72 +20,86 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser, temperature: float, top_p: float) -> None:
-    """Adds the run, the documents and the sampling arguments."""
-    parser.add_argument("--workdir", required=True, metavar="RUN", help="a finished run")
+    """Adds --workdir, the document options and the sampling options."""
+    parser.add_argument("--workdir", required=True, metavar="RUN", help="finished run")
     parser.add_argument(
-        "--docs", type=int, default=2, metavar="K", help="documents to retrieve (default: 2)"
+        "--docs",
+        type=int,
+        default=2,
+        metavar="K",
+        help="number of documents to retrieve (default: 2)",
     )
     parser.add_argument(
-        "--documents", metavar="DIR", help="read this folder's documents instead of retrieving"
+        "--documents",
+        metavar="DIR",
+        help="condition on this folder's documents instead of retrieving",
     )
-    parser.add_argument("--num", type=int, default=1, help="how many answers (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same answer (default: 0)")
+    parser.add_argument("--num", type=int, default=1, help="number of outputs (default: 1)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="sampling seed; the same seed gives the same output (default: 0)",
+    )
     parser.add_argument(
         "--temperature",
         type=float,
         default=temperature,
-        help="0 takes the likeliest token (default: %(default)s)",
+        help="sampling temperature; 0 is greedy (default: %(default)s)",
     )
     parser.add_argument(
         "--top-p",
         type=float,
         default=top_p,
-        help="keep the likeliest tokens up to this probability (default: %(default)s)",
+        help="nucleus sampling: keep the likeliest tokens up to this probability (default: %(default)s)",
     )
 
 
 def add_out(parser: argparse.ArgumentParser) -> None:
-    """Adds where pictures go."""
+    """Adds --out."""
     parser.add_argument(
-        "--out", required=True, metavar="PNG", help="with --num, a-0.png, a-1.png, ... beside it"
+        "--out",
+        required=True,
+        metavar="PNG",
+        help="output file; several images of a.png are named a-0.png, a-1.png, ...",
     )
 
 
 def check_out(path: str) -> None:
-    """Refuses a path that cannot take a picture, before any work is done.
+    """Checks before any work is done that `path` can be written as a PNG file.
 
     Raises:
         UserError: it does not end in .png, or its folder does not exist or cannot be written.
     """
     out = pathlib.Path(path)
     if out.suffix.lower() != ".png":
-        raise UserError(f"--out={path} is no PNG file; let it end in .png.")
+        raise UserError(f"--out={path} is not a PNG file; give a name that ends in .png.")
     if not out.parent.is_dir():
-        raise UserError(f"--out={path}: there is no folder {out.parent}; make it first.")
+        raise UserError(f"--out={path}: there is no folder {out.parent}; create it first.")
     if not os.access(out.parent, os.W_OK):
-        raise UserError(f"--out={path}: the folder {out.parent} cannot be written.")
+        raise UserError(f"--out={path}: no permission to write to the folder {out.parent}.")
     if out.is_dir():
-        raise UserError(f"--out={path} is a folder; name a file.")
+        raise UserError(f"--out={path} is a folder; give a file.")
 
 
 def options(args: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments for the methods of a session.
+    """The keyword arguments that `Session.generate`, `caption` and `infill` share.
 
     Raises:
-        UserError: a number out of range, or --documents names no documents.
+        UserError: a number is out of range, or the --documents folder holds no readable documents.
     """
     if args.seed < 0:
         raise UserError(f"--seed={args.seed} is negative; give 0 or more.")
     if args.docs < 0:
-        raise UserError(f"--docs={args.docs} is negative; give 0 to read none.")
+        raise UserError(f"--docs={args.docs} is negative; give 0 for no retrieval.")
     if args.num < 1:
-        raise UserError(f"--num={args.num} asks for nothing; give at least 1.")
+        raise UserError(f"--num is {args.num}; give at least 1.")
     if not 0 <= args.temperature < math.inf:
         raise UserError(
-            f"--temperature={args.temperature} is no number from 0 on; 0 takes the best."
+            f"--temperature={args.temperature} is out of range; give a finite number of at least 0."
         )
     if not 0 < args.top_p <= 1:
-        raise UserError(f"--top-p={args.top_p} is no probability; give more than 0 and at most 1.")
+        raise UserError(f"--top-p={args.top_p} is out of range; give more than 0 and at most 1.")
     return dict(
         docs=args.docs,
         documents=_open_documents(args.documents),
@@ -97,23 +111,27 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_session(workdir: str) -> "Session":
-    """A finished run, as these commands ask it.
+    """Loads a finished run.
 
     Raises:
-        UserError: there is none, or it is an imported checkpoint.
+        UserError: there is no finished run, or it is an imported checkpoint.
     """
     from rag_mm.api import imported, session
 
     if imported.is_imported(workdir):
         raise UserError(
-            f"{workdir} is an imported checkpoint, which this command cannot ask; "
-            f'in Python, rag_mm.load("{workdir}") can.'
+            f"{workdir} is an imported checkpoint, which this command does not support; "
+            f'use it from Python: rag_mm.load("{workdir}").'
         )
     return session.load(workdir)
 
 
-def save_pictures(out: str, images: np.ndarray) -> list[str]:
-    """Writes PNG files atomically: `out` itself for one picture, numbered ones for several."""
+def save_images(out: str, images: np.ndarray) -> list[str]:
+    """Writes uint8 [N, H, W, 3] as PNG files, atomically: `out` for one image, STEM-i.png for several.
+
+    Returns:
+        The paths written.
+    """
     from rag_mm.core import image_files
 
     path = pathlib.Path(out)
@@ -126,16 +144,16 @@ def save_pictures(out: str, images: np.ndarray) -> list[str]:
 
 
 def show_neighbors(result: dict[str, Any], console: rich.console.Console) -> None:
-    """Says which documents were read, with url and licence."""
+    """Prints the documents that the model read, with url and license."""
     if not result["neighbors"]:
-        console.print("No documents were read.")
+        console.print("No documents were retrieved.")
         return
     table = rich.table.Table(box=None, pad_edge=False)
     for name in ("document", "score", "text", "url", "license"):
         table.add_column(name)
-    for found in result["neighbors"]:
-        score = "by hand" if found["score"] is None else f"{found['score']:.3f}"
-        cells = (found["id"], score, found["text"], found["url"], found["license"])
+    for document in result["neighbors"]:
+        score = "given" if document["score"] is None else f"{document['score']:.3f}"
+        cells = (document["id"], score, document["text"], document["url"], document["license"])
         table.add_row(*(rich.text.Text(cell or "-") for cell in cells))
     console.print(table)
 

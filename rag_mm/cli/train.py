@@ -1,65 +1,83 @@
-"""`rag-mm train`: a config's stages in order, or one of them; what is finished is passed over."""
+"""`rag-mm train`: runs a config's stages in order, or one of them; finished stages are skipped."""
 
 import argparse
 from typing import Any
 
 import rich.console
 
-from rag_mm.cli import process_args
-from rag_mm.core import configuration
+from rag_mm.cli import process_args, show_config
 from rag_mm.core.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments."""
+    """Adds the options of `rag-mm train`."""
     parser.add_argument(
         "--config",
         required=True,
         metavar="PAGE[:PRESET]",
-        help="such as configs/quickstart.py:quick; single values by --config.key=value",
+        help="config page, such as configs/quickstart.py:quick; override a value with --config.key=value",
     )
-    parser.add_argument("--workdir", required=True, metavar="RUN", help="the run's folder")
-    parser.add_argument("--stage", help="run this stage alone")
+    parser.add_argument("--workdir", metavar="RUN", help="run folder, created if missing")
+    parser.add_argument(
+        "--show",
+        action="store_true",
+        help="print every value of the config with its meaning, and run nothing",
+    )
+    parser.add_argument("--stage", help="run only this stage")
     parser.add_argument(
         "--profile",
         metavar="A:B",
-        help="trace steps A to B of each stage that trains, for TensorBoard, into its folder profile/",
+        help="profile steps A to B of each training stage; TensorBoard traces go to the stage's profile/",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="rebuild stages whose config or inputs changed"
     )
     process_args.add_arguments(
-        parser, "that train together; start all of them alike, with one folder as --workdir"
+        parser, "Several processes train one model. Start each with the same command and --workdir."
     )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs the stages; `workdir` and everything measured so far, `metrics`."""
-    if not args.workdir:
-        raise UserError("--workdir is empty; name the run's folder.")
-    process_args.check_arguments(args)
-    config = configuration.to_dict(configuration.load_config(args.config, args.overrides))
-    steps = _read_steps(args.profile)
+    """Runs the stages. Returns `workdir` and `metrics`, every metric measured in the run so far.
 
-    # The config is right before jax starts.
-    from rag_mm.stages import chain
+    With `--show` it returns what `show_config.run` does.
+    """
+    if args.show:
+        return show_config.run(args)
+    if args.workdir is None:
+        raise UserError(
+            "The following arguments are required: --workdir (see rag-mm train --help)."
+        )
+    if not args.workdir:
+        raise UserError("--workdir is empty. Give the run folder.")
+    process_args.check_arguments(args)
+    profile_steps = _read_profile_steps(args.profile)
+
+    from rag_mm.stages import chain, chain_config
     from rag_mm.train import loop
 
-    chain.stage_configs(config)  # And all of it before others are met, which would wait in vain.
-    with process_args.joined(args), loop.profiled(steps):
+    config = chain_config.load(args.config, args.overrides)
+    # Check every stage before joining the other processes, which would wait for a failed one.
+    chain_config.stage_configs(config)
+    with process_args.joined(args), loop.profiled(profile_steps):
         finished = chain.run_chain(config, args.workdir, only=args.stage, overwrite=args.overwrite)
     return {"workdir": args.workdir, "metrics": finished.metrics}
 
 
-def _read_steps(text: str | None) -> tuple[int, int] | None:
+def _read_profile_steps(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     first, colon, last = text.partition(":")
     if not (colon and first.isdigit() and last.isdigit() and 0 < int(first) <= int(last)):
-        raise UserError(f"--profile={text} does not read as first:last step; write 10:12.")
+        raise UserError(
+            f"--profile={text} is not FIRST:LAST with 0 < FIRST <= LAST, such as 10:12."
+        )
     return int(first), int(last)
 
 
 def show(result: dict[str, Any], console: rich.console.Console) -> None:
-    """Says where the figures are."""
+    """Prints the path of the metrics file, or the config."""
+    if "settings" in result:
+        show_config.show(result, console)
+        return
     console.print(f"Metrics: {result['workdir']}/metrics.json", markup=False, soft_wrap=True)

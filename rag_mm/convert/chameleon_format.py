@@ -1,8 +1,7 @@
-"""Chameleon checkpoints of Hugging Face (`model_type` chameleon): decoder, vocabulary map, image tokenizer.
+"""Hugging Face checkpoints of Chameleon (`model_type` chameleon): decoder, vocabulary map, image tokenizer.
 
-The public ones hold the image tokenizer's encoder and codebook only. Where a decoder's tensors are present,
-under the names of the VQGAN that it is (`model.vqmodel.decoder.up.0...`, up 0 being the finest grid), they
-are read too.
+Public checkpoints hold only the encoder and the codebook of the image tokenizer. Its decoder's tensors
+are read if present, under the VQGAN's names (`model.vqmodel.decoder.up.0...`, where up.0 is the finest grid).
 """
 
 from typing import Any
@@ -10,24 +9,31 @@ from typing import Any
 from flax import nnx
 
 from rag_mm.convert import llama_format
-from rag_mm.convert.table import CheckpointFolder, Convolution, Family, Matrix, Reader, Rule
+from rag_mm.convert.table import (
+    CheckpointFolder,
+    ConfigReader,
+    ConvKernel,
+    Family,
+    LinearKernel,
+    Rule,
+)
 from rag_mm.core.errors import UserError
 from rag_mm.models import chameleon, chameleon_vq
 
 _VQ = "model.vqmodel."
 _RESCALE = 0.0078
-_POINT = Matrix(tail=(1, 1))
+_POINT = LinearKernel(tail=(1, 1))
 _LAYER = "model.layers.{}.self_attn."
 
 
-def read_config(outside: CheckpointFolder) -> chameleon.ChameleonConfig:
+def read_config(checkpoint: CheckpointFolder) -> chameleon.ChameleonConfig:
     """The model that a config.json describes.
 
     Raises:
-        UserError: a setting is missing, or asks for something that the model does not compute.
+        UserError: a setting is missing, or our model does not support it.
     """
-    values = outside.config
-    v = Reader(values, "config.json")
+    values = checkpoint.config
+    v = ConfigReader(values, "config.json")
     decoder = llama_format.read_decoder(
         values,
         default_eps=1e-5,
@@ -35,21 +41,21 @@ def read_config(outside: CheckpointFolder) -> chameleon.ChameleonConfig:
         qk_norm_kind="layernorm_per_head",
         post_norm=v.get("swin_norm", bool, False),
     )
-    words = v.get("vocabulary_map", dict)
+    vocabulary_map = v.get("vocabulary_map", dict)
     try:
         return chameleon.ChameleonConfig(
-            decoder, _read_vq(outside), chameleon.read_code_tokens(words)
+            decoder, _read_vq(checkpoint), chameleon.parse_vocabulary_map(vocabulary_map)
         )
     except ValueError as error:
         raise UserError(f"config.json: {error}.") from None
 
 
-def _read_vq(outside: CheckpointFolder) -> chameleon_vq.ChameleonVQConfig:
-    v = Reader(outside.config.get("vq_config") or {}, "config.json: vq_config")
+def _read_vq(checkpoint: CheckpointFolder) -> chameleon_vq.ChameleonVQConfig:
+    v = ConfigReader(checkpoint.config.get("vq_config") or {}, "config.json: vq_config")
     v.require("attn_type", "vanilla", "vanilla")
     v.require("double_latent", False, False)
     v.require("in_channels", 3, 3)
-    p = Reader(outside.preprocessor, "preprocessor_config.json")
+    p = ConfigReader(checkpoint.preprocessor, "preprocessor_config.json")
     for key in ("image_mean", "image_std"):
         p.require(key, [1.0, 1.0, 1.0], [1.0, 1.0, 1.0])
     return chameleon_vq.ChameleonVQConfig(
@@ -62,24 +68,31 @@ def _read_vq(outside: CheckpointFolder) -> chameleon_vq.ChameleonVQConfig:
         embed_dim=v.get("embed_dim", int, 256),
         codebook_size=v.get("num_embeddings", int, 8192),
         gain=255 * p.get("rescale_factor", float, _RESCALE),
-        has_decoder=any(name.startswith(f"{_VQ}decoder.") for name in outside.names),
+        has_decoder=any(name.startswith(f"{_VQ}decoder.") for name in checkpoint.names),
     )
 
 
 def write_config(config: chameleon.ChameleonConfig) -> dict[str, Any]:
-    """The config.json of a Chameleon; raises UserError where the decoder is none."""
+    """The config.json of a Chameleon.
+
+    Raises:
+        UserError: the decoder has settings that Chameleon's does not.
+    """
     d, vq = config.decoder, config.vq
     fixed = dict(qk_norm=True, qk_norm_kind="layernorm_per_head")
     llama_format.check_family(d, "Chameleon", **fixed)
     table = llama_format.write_decoder(d)
-    del table["head_dim"]  # There it is hidden_size / num_attention_heads, always.
+    del table["head_dim"]  # Chameleon's is always hidden_size / num_attention_heads.
     if d.block.head_dim * d.num_heads != d.embed_dim:
-        raise UserError(f"Chameleon has no heads of {d.block.head_dim} in {d.embed_dim}.")
+        raise UserError(
+            f"Chameleon's head_dim is embed_dim / num_heads = {d.embed_dim / d.num_heads:g}, not "
+            f"{d.block.head_dim}."
+        )
     return table | {
         "architectures": ["ChameleonForConditionalGeneration"],
         "model_type": "chameleon",
         "swin_norm": d.post_norm,
-        "vocabulary_map": chameleon.write_code_tokens(config.code_tokens),
+        "vocabulary_map": chameleon.make_vocabulary_map(config.code_tokens),
         "vq_config": {
             "model_type": "chameleon_vqgan",
             "resolution": vq.image_size,
@@ -95,29 +108,29 @@ def write_config(config: chameleon.ChameleonConfig) -> dict[str, Any]:
 
 
 def rules(config: chameleon.ChameleonConfig) -> list[Rule]:
-    """LLaMA's table with the norms of q and k, and the image tokenizer's."""
-    found = llama_format.rules(config.decoder, prefix="decoder/")
+    """LLaMA's name table, the norms of q and k, and the image tokenizer."""
+    name_rules = llama_format.rules(config.decoder, prefix="decoder/")
     blocks = "decoder/stack/blocks/attention/"
     for name in ("q_norm", "k_norm"):
-        found.append(Rule(f"{blocks}{name}/scale", f"{_LAYER}{name}.weight"))
-        found.append(Rule(f"{blocks}{name}/bias", f"{_LAYER}{name}.bias"))
+        name_rules.append(Rule(f"{blocks}{name}/scale", f"{_LAYER}{name}.weight"))
+        name_rules.append(Rule(f"{blocks}{name}/bias", f"{_LAYER}{name}.bias"))
     num = len(config.vq.width_multipliers)
-    found.append(Rule("vq/codebook/embedding", f"{_VQ}quantize.embedding.weight"))
-    found += _point("vq/to_embedding", f"{_VQ}quant_conv")
-    found += _point("vq/from_embedding", f"{_VQ}post_quant_conv")
-    found += _half(
+    name_rules.append(Rule("vq/codebook/embedding", f"{_VQ}quantize.embedding.weight"))
+    name_rules += _point("vq/to_embedding", f"{_VQ}quant_conv")
+    name_rules += _point("vq/from_embedding", f"{_VQ}post_quant_conv")
+    name_rules += _half(
         "vq/encoder", f"{_VQ}encoder", "to_latent", "down", list(range(num)), "downsample"
     )
     coarse_first = list(reversed(range(num)))
-    found += _half("vq/decoder", f"{_VQ}decoder", "to_pixels", "up", coarse_first, "upsample")
-    return found
+    name_rules += _half("vq/decoder", f"{_VQ}decoder", "to_pixels", "up", coarse_first, "upsample")
+    return name_rules
 
 
 def _half(
     ours: str, theirs: str, last: str, scales: str, order: list[int], change: str
 ) -> list[Rule]:
-    """Encoder or decoder: `order` gives their number of each of our scales."""
-    found = [
+    """Encoder or decoder of the image tokenizer; `order` is their index of each of our scales."""
+    name_rules = [
         *_conv(f"{ours}/stem", f"{theirs}.conv_in"),
         *_norm(f"{ours}/norm", f"{theirs}.norm_out"),
         *_conv(f"{ours}/{last}", f"{theirs}.conv_out"),
@@ -127,14 +140,14 @@ def _half(
     ]
     for scale, number in enumerate(order):
         here, there = f"{ours}/scales/{scale}", f"{theirs}.{scales}.{number}"
-        found += _conv(f"{here}/change", f"{there}.{change}.conv")
+        name_rules += _conv(f"{here}/change", f"{there}.{change}.conv")
         for block in range(_MAX_BLOCKS):
-            found += _block(f"{here}/blocks/{block}", f"{there}.block.{block}")
-            found += _attention(f"{here}/attentions/{block}", f"{there}.attn.{block}")
-    return found
+            name_rules += _block(f"{here}/blocks/{block}", f"{there}.block.{block}")
+            name_rules += _attention(f"{here}/attentions/{block}", f"{there}.attn.{block}")
+    return name_rules
 
 
-_MAX_BLOCKS = 16  # Rules without a parameter are never asked for.
+_MAX_BLOCKS = 16  # Rules without a parameter are ignored.
 
 
 def _block(ours: str, theirs: str) -> list[Rule]:
@@ -148,10 +161,10 @@ def _block(ours: str, theirs: str) -> list[Rule]:
 
 
 def _attention(ours: str, theirs: str) -> list[Rule]:
-    found = _norm(f"{ours}/norm", f"{theirs}.norm")
+    name_rules = _norm(f"{ours}/norm", f"{theirs}.norm")
     for here, there in {"q": "q", "k": "k", "v": "v", "out": "proj_out"}.items():
-        found += _point(f"{ours}/{here}", f"{theirs}.{there}")
-    return found
+        name_rules += _point(f"{ours}/{here}", f"{theirs}.{there}")
+    return name_rules
 
 
 def _norm(ours: str, theirs: str) -> list[Rule]:
@@ -159,7 +172,7 @@ def _norm(ours: str, theirs: str) -> list[Rule]:
 
 
 def _conv(ours: str, theirs: str) -> list[Rule]:
-    weight = Rule(f"{ours}/kernel", f"{theirs}.weight", Convolution())
+    weight = Rule(f"{ours}/kernel", f"{theirs}.weight", ConvKernel())
     return [weight, Rule(f"{ours}/bias", f"{theirs}.bias")]
 
 

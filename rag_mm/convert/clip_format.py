@@ -1,11 +1,19 @@
-"""CLIP checkpoints of Hugging Face (`model_type` clip): config and table of names."""
+"""Hugging Face checkpoints of CLIP (`model_type` clip): config and name table."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from flax import nnx
 
-from rag_mm.convert.table import CheckpointFolder, Family, Matrix, Patches, Reader, Rule, Same
+from rag_mm.convert.table import (
+    CheckpointFolder,
+    ConfigReader,
+    Family,
+    LinearKernel,
+    PatchEmbedding,
+    Reshape,
+    Rule,
+)
 from rag_mm.core.errors import UserError
 from rag_mm.models import clip
 
@@ -20,20 +28,20 @@ _MODULES = {
 }
 _NORMS = {"attention_norm": "layer_norm1", "mlp_norm": "layer_norm2"}
 _BUFFERS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
-# Configs before 2023 name this end-of-text id whatever the vocabulary; there the highest id is read.
+# Configs before 2023 give this end-of-text id for any vocabulary; transformers then pools at the highest id.
 _LEGACY_END = 2
 
 
-def read_config(outside: CheckpointFolder) -> clip.CLIPConfig:
-    """The towers that a config.json, and a preprocessor_config.json, describe.
+def read_config(checkpoint: CheckpointFolder) -> clip.CLIPConfig:
+    """The model that a config.json and a preprocessor_config.json describe.
 
     Raises:
-        UserError: a setting is missing, or asks for something that the model does not compute.
+        UserError: a setting is missing, or our model does not support it.
     """
-    values = outside.config
-    top = Reader(values, "config.json")
+    values = checkpoint.config
+    top = ConfigReader(values, "config.json")
     vision, text = (
-        Reader(_tower(values, side), f"config.json: {side}") for side in ("vision", "text")
+        ConfigReader(_tower(values, side), f"config.json: {side}") for side in ("vision", "text")
     )
     mlp = vision.require("hidden_act", "quick_gelu", "quick_gelu", "gelu")
     text.require("hidden_act", "quick_gelu", mlp)
@@ -43,7 +51,7 @@ def read_config(outside: CheckpointFolder) -> clip.CLIPConfig:
     end = text.get("eos_token_id", int, 49_407)
     vocab_size = text.get("vocab_size", int, 49_408)
     is_legacy = end == _LEGACY_END
-    p = Reader(outside.preprocessor, "preprocessor_config.json")
+    p = ConfigReader(checkpoint.preprocessor, "preprocessor_config.json")
     mean = p.get("image_mean", list, list(clip.IMAGE_MEAN))
     std = p.get("image_std", list, list(clip.IMAGE_STD))
     try:
@@ -67,13 +75,15 @@ def read_config(outside: CheckpointFolder) -> clip.CLIPConfig:
 
 
 def _tower(values: Mapping[str, Any], side: str) -> Any:
-    # Old files repeat the settings in `text_config_dict`, which then win.
+    # Old files repeat settings in `text_config_dict`, which take precedence.
     tables = [values.get(f"{side}_config") or {}, values.get(f"{side}_config_dict") or {}]
-    wrong = [table for table in tables if not isinstance(table, Mapping)]
-    return wrong[0] if wrong else {**tables[0], **tables[1]}
+    invalid = [table for table in tables if not isinstance(table, Mapping)]
+    return invalid[0] if invalid else {**tables[0], **tables[1]}
 
 
-def _read_tower(r: Reader, width: int, layers: int, heads: int, mlp_dim: int) -> clip.TowerConfig:
+def _read_tower(
+    r: ConfigReader, width: int, layers: int, heads: int, mlp_dim: int
+) -> clip.TowerConfig:
     return clip.TowerConfig(
         embed_dim=r.get("hidden_size", int, width),
         num_layers=r.get("num_hidden_layers", int, layers),
@@ -83,18 +93,22 @@ def _read_tower(r: Reader, width: int, layers: int, heads: int, mlp_dim: int) ->
 
 
 def write_config(config: clip.CLIPConfig) -> dict[str, Any]:
-    """The config.json of a CLIP."""
+    """The config.json of a CLIP.
+
+    Raises:
+        UserError: config.json cannot express its pooling.
+    """
     c = config
     shared = {
         "hidden_act": c.mlp,
         "layer_norm_eps": c.norm_eps,
         "projection_dim": c.projection_dim,
     }
-    # Theirs reads the highest id exactly where the config names the id 2.
+    # transformers pools at the highest id exactly if the config gives 2.
     end = _LEGACY_END if c.pooling == "highest_id" else c.end_of_text
     if c.pooling != "highest_id" and end == _LEGACY_END:
         raise UserError(
-            "A CLIP whose end-of-text id is 2 cannot be told from one that reads the highest id."
+            "A CLIP whose end-of-text id is 2 would be read as one that pools at the highest id."
         )
     return {
         "architectures": ["CLIPModel"],
@@ -128,34 +142,36 @@ def _write_tower(tower: clip.TowerConfig) -> dict[str, Any]:
 
 
 def rules(config: clip.CLIPConfig) -> list[Rule]:
-    """The table of names."""
+    """The name table."""
     vision, text = "vision_model.", "text_model."
-    found = [
+    name_rules = [
         Rule(
             "vision/patches/kernel",
             f"{vision}embeddings.patch_embedding.weight",
-            Patches(config.patch_size),
+            PatchEmbedding(config.patch_size),
         ),
         Rule("vision/class_embedding", f"{vision}embeddings.class_embedding"),
         Rule("vision/position_embedding", f"{vision}embeddings.position_embedding.weight"),
-        *_norm("vision/pre_norm", f"{vision}pre_layrnorm"),  # spelt so in every checkpoint
+        *_norm("vision/pre_norm", f"{vision}pre_layrnorm"),  # sic, in every checkpoint
         *_norm("vision/post_norm", f"{vision}post_layernorm"),
         Rule("text/embedding/table", f"{text}embeddings.token_embedding.weight"),
         Rule("text/position_embedding", f"{text}embeddings.position_embedding.weight"),
         *_norm("text/norm", f"{text}final_layer_norm"),
-        Rule("image_projection", "visual_projection.weight", Matrix()),
-        Rule("text_projection", "text_projection.weight", Matrix()),
+        Rule("image_projection", "visual_projection.weight", LinearKernel()),
+        Rule("text_projection", "text_projection.weight", LinearKernel()),
         Rule("logit_scale", "logit_scale"),
     ]
     for side, theirs in (("vision", vision), ("text", text)):
         blocks = f"{side}/stack/blocks/"
         for ours, name in _NORMS.items():
-            found += _norm(f"{blocks}{ours}", f"{theirs}{_LAYER}{name}")
+            name_rules += _norm(f"{blocks}{ours}", f"{theirs}{_LAYER}{name}")
         for ours, (name, num_in) in _MODULES.items():
-            outside = f"{theirs}{_LAYER}{name}"
-            found.append(Rule(f"{blocks}{ours}/kernel", f"{outside}.weight", Matrix(num_in)))
-            found.append(Rule(f"{blocks}{ours}/bias", f"{outside}.bias", Same(1)))
-    return found
+            module = f"{theirs}{_LAYER}{name}"
+            name_rules.append(
+                Rule(f"{blocks}{ours}/kernel", f"{module}.weight", LinearKernel(num_in))
+            )
+            name_rules.append(Rule(f"{blocks}{ours}/bias", f"{module}.bias", Reshape(1)))
+    return name_rules
 
 
 def _norm(ours: str, theirs: str) -> list[Rule]:

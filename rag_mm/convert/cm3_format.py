@@ -1,7 +1,7 @@
-"""Decoders trained here (CM3, RA-CM3) as safetensors under their own names, and the table of these.
+"""Export of decoders trained here (CM3, RA-CM3) as safetensors, with a table of tensor names and axes.
 
-Names are paths in the model. A stack's parameter is written layer by layer, `{}` counting layers; every array
-has the shape that it has here, whose axes the table names.
+Names are paths in the model. Stacked parameters are written layer by layer, with the layer in place of `{}`;
+every array keeps the shape of our parameter.
 """
 
 import dataclasses
@@ -23,33 +23,33 @@ def write_config(config: DecoderConfig) -> dict[str, Any]:
 
 
 def rules(config: DecoderConfig) -> list[Rule]:
-    """Every parameter under its own path, `stack.{}.mlp.up.kernel`."""
-    return [Rule(path, _outside(path)) for path in _axes(config)]
+    """Every parameter under its path with dots, `stack.{}.mlp.up.kernel`."""
+    return [Rule(path, _tensor_name(path)) for path in _axes(config)]
 
 
 def name_table(config: DecoderConfig) -> dict[str, Any]:
-    """What a reader of the file needs: name, shape and axes of every parameter, {} counting layers.
+    """Shape, axes and number of layers of every tensor by name, where `{}` stands for the layer.
 
     A kernel maps its first axes to its last ones: q [embed, heads, head_dim], out [heads, head_dim, embed].
     """
-    rows = {}
+    entries = {}
     for path, (shape, axes) in _axes(config).items():
         is_stacked = path.startswith(_STACK)
-        rows[_outside(path)] = {
+        entries[_tensor_name(path)] = {
             "shape": list(shape[1:] if is_stacked else shape),
             "axes": [axis or _unsplit_axis(path) for axis in axes],
             "layers": shape[0] if is_stacked else None,
         }
-    return rows
+    return entries
 
 
-def _outside(path: str) -> str:
+def _tensor_name(path: str) -> str:
     name = path.replace("/", ".")
     return name.replace("stack.blocks.", "stack.{}.", 1) if path.startswith(_STACK) else name
 
 
 def _axes(config: DecoderConfig) -> dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]:
-    """Shape and logical axes of every parameter by path; those of a layer do not name `layers`."""
+    """Shape and logical axes of every parameter by path; the axes leave out `layers`."""
     abstract = nnx.split(jax.eval_shape(lambda: _make_model(config)), nnx.Param)[1]
     return {
         "/".join(map(str, path)): (variable.get_value().shape, variable.get_metadata()["axes"])
@@ -58,12 +58,12 @@ def _axes(config: DecoderConfig) -> dict[str, tuple[tuple[int, ...], tuple[str |
 
 
 def _unsplit_axis(path: str) -> str:
-    # Axes that no mesh ever splits have no logical name.
+    # Axes that are never sharded have no logical name.
     return "head_dim" if "attention/" in path else "embed"
 
 
-def _read_config(outside: CheckpointFolder) -> DecoderConfig:
-    raise UserError("Decoders trained here are exported, not imported; use their run.")
+def _read_config(checkpoint: CheckpointFolder) -> DecoderConfig:
+    raise UserError("A decoder trained here cannot be imported; load its run instead.")
 
 
 def _make_model(config: DecoderConfig) -> nnx.Module:

@@ -1,4 +1,4 @@
-"""LLaMA checkpoints of Hugging Face (`model_type` llama): config and table of names."""
+"""Hugging Face checkpoints of LLaMA (`model_type` llama): config and name table."""
 
 import re
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 from flax import nnx
 
-from rag_mm.convert.table import CheckpointFolder, Family, Matrix, Reader, Rule, Same
+from rag_mm.convert.table import CheckpointFolder, ConfigReader, Family, LinearKernel, Reshape, Rule
 from rag_mm.core.errors import UserError
 from rag_mm.nn.decoder import Decoder, DecoderConfig
 from rag_mm.ops import rope
@@ -21,22 +21,22 @@ MODULES = {
     "mlp/up": ("mlp.up_proj", 1),
     "mlp/down": ("mlp.down_proj", 1),
 }
-FLAT = Same(1)  # a bias [N, H] is [N * H] outside
+FLAT = Reshape(1)  # our bias [N, H] is their [N * H]
 NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 
 
-def read_config(outside: CheckpointFolder) -> DecoderConfig:
+def read_config(checkpoint: CheckpointFolder) -> DecoderConfig:
     """The decoder that a config.json describes.
 
     Raises:
-        UserError: a setting is missing, or asks for something that the decoder does not compute.
+        UserError: a setting is missing, or our decoder does not support it.
     """
-    return read_decoder(outside.config, default_eps=1e-6)
+    return read_decoder(checkpoint.config, default_eps=1e-6)
 
 
-def read_decoder(values: Mapping[str, Any], default_eps: float, **more: Any) -> DecoderConfig:
-    """What LLaMA and Chameleon say in common; `more` are further fields of the decoder."""
-    v = Reader(values, "config.json")
+def read_decoder(values: Mapping[str, Any], default_eps: float, **fields: Any) -> DecoderConfig:
+    """The settings that LLaMA and Chameleon share; `fields` are further fields of our config."""
+    v = ConfigReader(values, "config.json")
     v.require("hidden_act", "silu", "silu")
     use_bias = v.require("attention_bias", False, False, True, None) or False
     v.require("mlp_bias", False, use_bias, None)
@@ -60,19 +60,21 @@ def read_decoder(values: Mapping[str, Any], default_eps: float, **more: Any) -> 
             rope_scaling=scaling,
             use_bias=use_bias,
             tie_embeddings=v.get("tie_word_embeddings", bool, False),
-            **more,
+            **fields,
         )
     except ValueError as error:
         raise UserError(f"config.json: {error}.") from None
 
 
-def _read_rope(values: Mapping[str, Any], v: Reader) -> tuple[float, rope.Llama3Scaling | None]:
-    # transformers 5 has one table; before it the base stood beside `rope_scaling`.
+def _read_rope(
+    values: Mapping[str, Any], v: ConfigReader
+) -> tuple[float, rope.Llama3Scaling | None]:
+    # transformers 5 has one object; before it, the base was a key next to `rope_scaling`.
     table = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    r = Reader(table, "config.json: rope_parameters")
+    r = ConfigReader(table, "config.json: rope_parameters")
     theta = r.get("rope_theta", float, v.get("rope_theta", float, 10_000.0))
-    kind = "rope_type" if "rope_type" in table else "type"
-    if r.require(kind, "default", "default", "llama3") == "default":
+    type_key = "rope_type" if "rope_type" in table else "type"
+    if r.require(type_key, "default", "default", "llama3") == "default":
         return theta, None
     return theta, rope.Llama3Scaling(
         r.get("factor", float),
@@ -86,24 +88,24 @@ def write_config(config: DecoderConfig) -> dict[str, Any]:
     """The config.json of a decoder of this family.
 
     Raises:
-        UserError: it has something that LLaMA does not.
+        UserError: it has a setting that LLaMA does not.
     """
     check_family(config, "LLaMA", qk_norm=False, post_norm=False)
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | write_decoder(config)
 
 
-def check_family(config: DecoderConfig, family: str, **more: Any) -> None:
-    """Refuses a decoder that computes something else; `more` are settings the family also fixes."""
-    fixed = {"norm": "rmsnorm", "positions": "rope", "mlp": "swiglu", "smear_lags": ()} | more
-    for name, value in fixed.items():
-        if (found := getattr(config, name)) != value:
+def check_family(config: DecoderConfig, family: str, **settings: Any) -> None:
+    """Raises UserError if a decoder is not of a family; `settings` are further ones that the family fixes."""
+    fixed = {"norm": "rmsnorm", "positions": "rope", "mlp": "swiglu", "smear_lags": ()}
+    for name, expected in (fixed | settings).items():
+        if (value := getattr(config, name)) != expected:
             raise UserError(
-                f"This decoder is no {family}: its {name} is {found!r}, {family}'s is {value!r}."
+                f"This decoder is not a {family}: its {name} is {value!r}, {family}'s is {expected!r}."
             )
 
 
 def write_decoder(config: DecoderConfig) -> dict[str, Any]:
-    """What LLaMA and Chameleon say in common."""
+    """The config.json keys that LLaMA and Chameleon share."""
     c, table = config, {"rope_type": "default", "rope_theta": config.rope_theta}
     if c.rope_scaling is not None:
         table |= {
@@ -132,22 +134,22 @@ def write_decoder(config: DecoderConfig) -> dict[str, Any]:
 
 
 def rules(config: DecoderConfig, prefix: str = "") -> list[Rule]:
-    """The table of names; `prefix` stands before every path of ours."""
+    """The name table; `prefix` precedes each of our paths."""
     blocks = f"{prefix}stack/blocks/"
-    found = [
+    name_rules = [
         Rule(f"{prefix}embedding/table", "model.embed_tokens.weight"),
         Rule(f"{prefix}norm/scale", "model.norm.weight"),
         Rule(f"{prefix}head/table", "lm_head.weight"),
         *(Rule(f"{blocks}{a}/scale", f"{_LAYER}{b}.weight") for a, b in NORMS.items()),
     ]
     for ours, (theirs, num_in) in MODULES.items():
-        weight = Rule(f"{blocks}{ours}/kernel", f"{_LAYER}{theirs}.weight", Matrix(num_in))
-        found += [weight, Rule(f"{blocks}{ours}/bias", f"{_LAYER}{theirs}.bias", FLAT)]
-    return found
+        weight = Rule(f"{blocks}{ours}/kernel", f"{_LAYER}{theirs}.weight", LinearKernel(num_in))
+        name_rules += [weight, Rule(f"{blocks}{ours}/bias", f"{_LAYER}{theirs}.bias", FLAT)]
+    return name_rules
 
 
 def is_ignored(config: DecoderConfig, name: str) -> bool:
-    """The frequencies of old checkpoints, and a head that is the embedding once more."""
+    """RoPE frequencies of old checkpoints, and a head that is tied to the embedding."""
     if config.tie_embeddings and name == "lm_head.weight":
         return True
     return re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", name) is not None

@@ -1,7 +1,7 @@
-"""Safetensors files, one or many with an index: read tensor by tensor, written as they come, never whole.
+"""Safetensors files, single or sharded with an index, read and written one tensor at a time.
 
-The format is a length, a JSON header and raw bytes, so a tensor costs one read of its own range. Nothing here
-unpickles. What a header claims is held against the file before anything is read from it.
+A file is a length, a JSON header and raw bytes, so reading a tensor is reading one range. Headers are checked
+against the file before any tensor is read, and nothing is ever unpickled.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1}
 _WIDTHS |= {"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1} | {n: d.itemsize for n, d in DTYPES.items()}
 _MAX_HEADER = 100 << 20
@@ -33,25 +33,25 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclasses.dataclass(frozen=True)
-class Spec:
-    """Where a tensor lies; `dtype` is the format's own name for it."""
+class TensorSpec:
+    """Where a tensor is stored; `dtype` is its name in the format, such as F32."""
 
     path: epath.Path
     dtype: str
     shape: tuple[int, ...]
-    offset: int  # in the file
+    offset: int  # of its first byte in the file
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor."""
+        """Size of the tensor."""
         return math.prod(self.shape) * _WIDTHS[self.dtype]
 
 
-def read_header(path: epath.Path) -> dict[str, Spec]:
-    """The tensors of one file by name, in the order of its bytes.
+def read_header(path: epath.Path) -> dict[str, TensorSpec]:
+    """The tensors of one file by name, in the order of their bytes.
 
     Raises:
-        UserError: the file is missing, cut short, or its header contradicts it.
+        UserError: the file is missing or truncated, or its header is invalid or does not match it.
     """
     try:
         with path.open("rb") as file:
@@ -59,50 +59,52 @@ def read_header(path: epath.Path) -> dict[str, Spec]:
             file.seek(0)
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER):
-                raise UserError(f"{path} is cut short or is no safetensors file.")
+                raise UserError(f"{path} is truncated or not a safetensors file.")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         specs = [_spec(path, name, entry, 8 + length) for name, entry in header.items()]
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} has no readable safetensors header ({error}).") from error
-    found = dict(sorted(specs, key=lambda item: (item[1].offset, item[1].nbytes)))
+        raise UserError(f"{path} has no valid safetensors header ({error}).") from error
+    by_name = dict(sorted(specs, key=lambda item: (item[1].offset, item[1].nbytes)))
     end = 8 + length
-    for name, spec in found.items():
+    for name, spec in by_name.items():
         if spec.offset != end:
-            raise UserError(f"{path}: tensor {name} overlaps another or leaves a gap before it.")
+            raise UserError(f"{path}: tensor {name} overlaps another or follows a gap.")
         end = spec.offset + spec.nbytes
     if end != size:
-        state = "is cut short" if end > size else "goes on behind its last tensor"
-        raise UserError(f"{path} {state}: it has {size:,} bytes, its header speaks of {end:,}.")
-    return found
+        problem = "is truncated" if end > size else "has extra bytes after its last tensor"
+        raise UserError(f"{path} {problem}: it has {size:,} bytes, but its header says {end:,}.")
+    return by_name
 
 
-def _spec(path: epath.Path, name: str, entry: Mapping[str, Any], start: int) -> tuple[str, Spec]:
+def _spec(
+    path: epath.Path, name: str, entry: Mapping[str, Any], start: int
+) -> tuple[str, TensorSpec]:
     shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
     if entry["dtype"] not in _WIDTHS:
-        raise UserError(f"{path}: tensor {name} has dtype {entry['dtype']!r}, which is unknown.")
+        raise UserError(f"{path}: tensor {name} has unknown dtype {entry['dtype']!r}.")
     if any(type(n) is not int or n < 0 for n in (*shape, first, last)):
-        raise ValueError(f"tensor {name} has a size that is none")
-    spec = Spec(path, entry["dtype"], shape, start + first)
+        raise ValueError(f"tensor {name} has an invalid size")
+    spec = TensorSpec(path, entry["dtype"], shape, start + first)
     if last - first != spec.nbytes:
         raise UserError(f"{path}: tensor {name} has {last - first} bytes, not {spec.nbytes}.")
     return name, spec
 
 
-def open_folder(folder: epath.Path) -> dict[str, Spec]:
-    """All tensors of a checkpoint folder, file by file.
+def open_folder(folder: epath.Path) -> dict[str, TensorSpec]:
+    """All tensors of a checkpoint folder by name, file by file.
 
     Raises:
-        UserError: no safetensors there; or an index that names an absent file, leads outside, or
-            disagrees with the files.
+        UserError: it holds no safetensors, or its index names a missing file or one outside the folder, or
+            does not match the files.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder with a checkpoint.")
+        raise UserError(f"{folder} is not a folder.")
     if not (folder / INDEX).exists():
         if not (folder / FILE).exists():
-            raise UserError(_nothing_here(folder))
+            raise UserError(_no_checkpoint(folder))
         return read_header(folder / FILE)
     index = files.read_json(folder / INDEX)
     places = index.get("weight_map") if isinstance(index, dict) else None
@@ -110,31 +112,32 @@ def open_folder(folder: epath.Path) -> dict[str, Spec]:
         raise UserError(f"{folder / INDEX} has no weight_map.")
     for name, place in places.items():
         _check_place(folder, name, place)
-    specs: dict[str, Spec] = {}
+    specs: dict[str, TensorSpec] = {}
     for place in sorted(set(places.values())):
-        found = read_header(folder / place)
-        for name, spec in found.items():
+        for name, spec in read_header(folder / place).items():
             if places.get(name) != place:
-                raise UserError(f"{folder / place} holds {name}, of which {INDEX} says otherwise.")
+                raise UserError(
+                    f"{folder / place} holds {name}, but {INDEX} does not place it there."
+                )
             specs[name] = spec
     for name, place in places.items():
         if name not in specs:
-            raise UserError(f"{folder / place} does not hold {name}, though {INDEX} says so.")
+            raise UserError(f"{folder / place} does not hold {name}, where {INDEX} places it.")
     return specs
 
 
 def _check_place(folder: epath.Path, name: str, place: Any) -> None:
     if not isinstance(place, str) or not re.fullmatch(r"[\w-][\w.-]*", place, re.ASCII):
-        raise UserError(f"{INDEX} puts {name} into {place!r}, which is no plain file name.")
+        raise UserError(f"{INDEX} puts {name} into {place!r}, which is not a plain file name.")
     if place.endswith(_PICKLES):
         raise UserError(_pickled(place))
     if not place.endswith(".safetensors"):
-        raise UserError(f"{INDEX} puts {name} into {place!r}, which is no safetensors file.")
+        raise UserError(f"{INDEX} puts {name} into {place!r}, which is not a safetensors file.")
     if not (folder / place).is_file():
         raise UserError(f"{INDEX} names {place}, which is not in {folder}.")
 
 
-def _nothing_here(folder: epath.Path) -> str:
+def _no_checkpoint(folder: epath.Path) -> str:
     for path in sorted(folder.iterdir()):
         if path.name.endswith(_PICKLES):
             return _pickled(path.name)
@@ -143,19 +146,19 @@ def _nothing_here(folder: epath.Path) -> str:
 
 def _pickled(name: str) -> str:
     return (
-        f"{name} is a pickle file, which can run anything when it is opened: only safetensors are "
-        "read. Save the model anew with its own library (save_pretrained writes safetensors)."
+        f"{name} is a pickle file, which can execute arbitrary code when loaded; only safetensors are "
+        "supported. Save the model again with its library (save_pretrained writes safetensors)."
     )
 
 
-def read(spec: Spec) -> np.ndarray:
+def read_tensor(spec: TensorSpec) -> np.ndarray:
     """A tensor as a new array.
 
     Raises:
-        UserError: its dtype is none of float32, float16 and bfloat16, or the file got shorter.
+        UserError: its dtype is not float32, float16 or bfloat16, or the file has been truncated.
     """
     if spec.dtype not in DTYPES:
-        raise UserError(f"{spec.path}: dtype {spec.dtype} is none of {', '.join(DTYPES)}.")
+        raise UserError(f"{spec.path}: dtype {spec.dtype} is not one of {', '.join(DTYPES)}.")
     array = np.empty(spec.shape, DTYPES[spec.dtype])
     with spec.path.open("rb") as file:
         file.seek(spec.offset)
@@ -163,31 +166,31 @@ def read(spec: Spec) -> np.ndarray:
         while done < spec.nbytes and (count := file.readinto(view[done:])):
             done += count
     if done != spec.nbytes:
-        raise UserError(f"{spec.path} is cut short.")
+        raise UserError(f"{spec.path} is truncated.")
     return array
 
 
-def layer_of(spec: Spec, layer: int) -> Spec:
-    """The part of a stacked tensor that belongs to one layer: one range of bytes."""
+def layer_spec(spec: TensorSpec, layer: int) -> TensorSpec:
+    """One layer of a stacked tensor: a contiguous range of its bytes."""
     shape = spec.shape[1:]
-    one = math.prod(shape) * _WIDTHS[spec.dtype]
-    return dataclasses.replace(spec, shape=shape, offset=spec.offset + layer * one)
+    layer_bytes = math.prod(shape) * _WIDTHS[spec.dtype]
+    return dataclasses.replace(spec, shape=shape, offset=spec.offset + layer * layer_bytes)
 
 
 def make_header(shapes: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> bytes:
-    """The bytes before the tensors of a file that holds them in this order."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
+    """The header of a file that holds these tensors in this order: length and JSON."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     end = 0
     for name, (dtype, shape) in shapes.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
 def reserve(path: epath.Path, header: bytes, nbytes: int) -> None:
-    """Makes a file with this header and room for `nbytes` behind it, to be filled by `write_at`."""
+    """Creates a file with this header followed by `nbytes` zero bytes, to be filled by `write_at`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         file.write(header)
@@ -195,7 +198,7 @@ def reserve(path: epath.Path, header: bytes, nbytes: int) -> None:
 
 
 def write_at(descriptor: int, array: np.ndarray, offset: int) -> None:
-    """Writes an array's bytes at a place of an open file."""
+    """Writes an array's bytes to an open file at an offset."""
     view = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     while view:
         count = os.pwrite(descriptor, view, offset)
@@ -205,13 +208,21 @@ def write_at(descriptor: int, array: np.ndarray, offset: int) -> None:
 def write_folder(
     folder: epath.Path,
     shapes: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
-    read_tensor: Callable[[str], np.ndarray],
+    load: Callable[[str], np.ndarray],
     max_bytes: int,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
-    """Writes tensors, read one by one, into files of at most `max_bytes` each, and their index.
+    """Writes tensors one by one to files of at most `max_bytes` each, and an index if there are several.
 
-    A tensor larger than that gets a file of its own. `on_progress` is told the bytes written so far.
+    Args:
+        folder: an existing folder.
+        shapes: dtype and shape of each tensor by name, in the order of writing.
+        load: name -> the tensor.
+        max_bytes: of one file; a larger tensor gets a file of its own.
+        on_progress: called with the bytes written so far.
+
+    Returns:
+        The names of the files.
     """
     groups = list(_group(shapes, max_bytes))
     names = [FILE]
@@ -223,7 +234,7 @@ def write_folder(
         with (folder / file_name).open("wb") as file:
             file.write(make_header({name: shapes[name] for name in group}))
             for name in group:
-                array = np.ascontiguousarray(read_tensor(name))
+                array = np.ascontiguousarray(load(name))
                 file.write(array.reshape(-1).view(np.uint8).data)
                 places[name] = file_name
                 done += array.nbytes
@@ -241,12 +252,12 @@ def _group(
     shapes: Mapping[str, tuple[np.dtype, tuple[int, ...]]], max_bytes: int
 ) -> Iterator[Sequence[str]]:
     group: list[str] = []
-    filled = 0
+    group_bytes = 0
     for name, (dtype, shape) in shapes.items():
         nbytes = math.prod(shape) * dtype.itemsize
-        if group and filled + nbytes > max_bytes:
+        if group and group_bytes + nbytes > max_bytes:
             yield group
-            group, filled = [], 0
+            group, group_bytes = [], 0
         group.append(name)
-        filled += nbytes
+        group_bytes += nbytes
     yield group

@@ -1,4 +1,8 @@
-"""Tables of names: which tensor outside is which parameter here, and in what form it lies."""
+"""Tables of names: which checkpoint tensor is which parameter of ours, and how their layouts differ.
+
+In all of `convert`, `ours` is a parameter of our model (its path, shape or array) and `theirs` the tensor of
+an external checkpoint.
+"""
 
 import dataclasses
 import functools
@@ -16,22 +20,22 @@ from rag_mm.nn import param_trees
 Shape = tuple[int, ...]
 
 
-class Form(Protocol):
-    """How a tensor outside relates to a parameter here; both ways only move values about."""
+class Transform(Protocol):
+    """How the layouts of a checkpoint tensor and our parameter differ; values are only rearranged."""
 
     def shape(self, ours: Shape) -> Shape:
-        """Shape outside of a parameter that has shape `ours` here."""
+        """Shape of the tensor whose parameter has shape `ours`."""
 
     def load(self, theirs: np.ndarray, ours: Shape) -> np.ndarray:
-        """The parameter, of shape `ours`, from the tensor."""
+        """Tensor to parameter of shape `ours`."""
 
     def save(self, ours: np.ndarray) -> np.ndarray:
-        """The tensor from the parameter."""
+        """Parameter to tensor."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Same:
-    """The same values in the same order; outside they have `num_axes` axes, the last ones made one."""
+class Reshape:
+    """Same values in the same order; the tensor has `num_axes` axes (None: ours), joining our last ones."""
 
     num_axes: int | None = None
 
@@ -48,11 +52,11 @@ class Same:
 
 
 @dataclasses.dataclass(frozen=True)
-class Matrix:
-    """PyTorch's [out, in] and our [*in, *out]; `num_in` axes of ours are inputs, `tail` is put behind."""
+class LinearKernel:
+    """PyTorch's [out, in, *tail] against our [*in, *out], whose first `num_in` axes are inputs."""
 
     num_in: int = 1
-    tail: Shape = ()  # (1, 1) where they have a convolution of one pixel
+    tail: Shape = ()  # (1, 1) for a 1x1 convolution
 
     def shape(self, ours: Shape) -> Shape:
         return (math.prod(ours[self.num_in :]), math.prod(ours[: self.num_in]), *self.tail)
@@ -61,28 +65,28 @@ class Matrix:
         return transpose(theirs.reshape(theirs.shape[:2])).reshape(ours)
 
     def save(self, ours: np.ndarray) -> np.ndarray:
-        out, into, *_ = shape = self.shape(ours.shape)
-        return transpose(ours.reshape(into, out)).reshape(shape)
+        out_dim, in_dim, *_ = shape = self.shape(ours.shape)
+        return transpose(ours.reshape(in_dim, out_dim)).reshape(shape)
 
 
 _BAND = 16
 
 
 def transpose(matrix: np.ndarray) -> np.ndarray:
-    """The transpose of [A, B] as a new array [B, A], any dtype of fixed width.
+    """The transpose of [A, B] as a new contiguous array [B, A] of the same dtype.
 
-    In bands of rows that fit a cache: six times as fast as NumPy's own on bfloat16, three on float32.
+    Works on bands of rows that fit the cache: 6x as fast as NumPy on bfloat16, 3x on float32.
     """
     bits = matrix.view(f"u{matrix.dtype.itemsize}")
-    turned = np.empty(matrix.shape[::-1], bits.dtype)
+    transposed = np.empty(matrix.shape[::-1], bits.dtype)
     for start in range(0, len(bits), _BAND):
-        turned[:, start : start + _BAND] = bits[start : start + _BAND].T
-    return turned.view(matrix.dtype)
+        transposed[:, start : start + _BAND] = bits[start : start + _BAND].T
+    return transposed.view(matrix.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
-class Patches:
-    """A convolution without overlap, [out, 3, P, P], and our matrix [P * P * 3, out] over patches."""
+class PatchEmbedding:
+    """A ViT's patch convolution [out, 3, P, P] against our matrix [P * P * 3, out] over flat patches."""
 
     size: int
 
@@ -97,8 +101,8 @@ class Patches:
 
 
 @dataclasses.dataclass(frozen=True)
-class Convolution:
-    """PyTorch's [out, in, rows, columns] and Flax's [rows, columns, in, out]."""
+class ConvKernel:
+    """PyTorch's convolution kernel [out, in, height, width] against Flax's [height, width, in, out]."""
 
     def shape(self, ours: Shape) -> Shape:
         return (ours[3], ours[2], ours[0], ours[1])
@@ -112,51 +116,71 @@ class Convolution:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One row of a table: our path, their name with {} for the layer that ours has stacked, the form."""
+    """One entry of a name table.
+
+    Attributes:
+        ours: path of our parameter.
+        theirs: name of the tensor, where `{}` is the layer if ours stacks all layers.
+        transform: between their layouts.
+    """
 
     ours: str
     theirs: str
-    form: Form = Same()
+    transform: Transform = Reshape()
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """One tensor outside: parameter `ours`, whole or its `layer`, of `ours_shape` without that axis."""
+class TensorMapping:
+    """One checkpoint tensor and its parameter.
+
+    Attributes:
+        ours: path of our parameter.
+        layer: index on its layers axis; None if the tensor is the whole parameter.
+        theirs: name of the tensor.
+        transform: between their layouts.
+        ours_shape: shape of the parameter, without the layers axis.
+    """
 
     ours: str
     layer: int | None
     theirs: str
-    form: Form
+    transform: Transform
     ours_shape: Shape
 
     @property
     def shape(self) -> Shape:
-        """Shape outside."""
-        return self.form.shape(self.ours_shape)
+        """Shape of the tensor."""
+        return self.transform.shape(self.ours_shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointFolder:
-    """What a checkpoint folder says of itself beside its weights; an absent file is an empty table."""
+    """A checkpoint folder's metadata.
+
+    Attributes:
+        config: contents of config.json.
+        preprocessor: contents of preprocessor_config.json; empty if absent.
+        names: of its tensors.
+    """
 
     config: Mapping[str, Any]
     preprocessor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    names: frozenset[str] = frozenset()  # of its tensors
+    names: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A checkpoint family outside.
+    """A family of external checkpoints, such as LLaMA's.
 
     Attributes:
-        name: what its config.json calls `model_type`.
-        config_class: of our config.
-        read_config: its config as ours; raises UserError on what we cannot compute.
-        write_config: the config.json of ours, without keys that say nothing about the model; raises
-            UserError where ours is of no such family.
-        make_model: a model of our config.
-        rules: the table of a config.
-        is_ignored: (our config, name) -> whether a tensor says nothing, as a buffer that is computed anyway.
+        name: `model_type` in its config.json.
+        config_class: class of our config.
+        read_config: their config to ours; raises UserError for settings that our model does not support.
+        write_config: our config to config.json, limited to keys that describe the model; raises UserError
+            if our model is not of this family.
+        make_model: our config to a model.
+        rules: our config to its name table.
+        is_ignored: (our config, name) -> whether a tensor is redundant, such as a buffer that we compute.
     """
 
     name: str
@@ -168,69 +192,75 @@ class Family:
     is_ignored: Callable[[Any, str], bool] = lambda config, name: False
 
     def describe(self, config: Any, mesh: Any = None) -> tuple[nnx.GraphDef, param_trees.Params]:
-        """Structure and parameters as shapes, see `nn.params.describe`."""
+        """Structure and abstract parameters of our model, see `nn.param_trees.describe`."""
         return param_trees.describe(functools.partial(self.make_model, config), mesh)
 
-    def pieces(self, config: Any) -> list[Piece]:
-        """Every tensor of a checkpoint with this config, parameter by parameter."""
-        return list(make_pieces(self.describe(config)[1], self.rules(config)))
+    def mappings(self, config: Any) -> list[TensorMapping]:
+        """Every tensor of a checkpoint with this config, in the order of our parameters."""
+        return list(apply_rules(self.describe(config)[1], self.rules(config)))
 
 
-def named(params: param_trees.Params) -> dict[str, Any]:
-    """Leaves by path, such as `stack/blocks/mlp/up/kernel`, in the tree's order."""
+def leaves_by_path(params: param_trees.Params) -> dict[str, Any]:
+    """Leaves by path, such as `stack/blocks/mlp/up/kernel`, in the order of the tree."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     join = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
     return {join(path): leaf for path, leaf in leaves}
 
 
-def make_pieces(params: param_trees.Params, rules: Sequence[Rule]) -> Iterator[Piece]:
-    """Applies a table to a model's parameters.
+def apply_rules(params: param_trees.Params, rules: Sequence[Rule]) -> Iterator[TensorMapping]:
+    """The tensors of a model, by applying a name table to its parameters.
 
     Raises:
-        KeyError: a parameter has no rule; the table is wrong, not the user.
+        KeyError: a parameter has no rule, which is an error in the table and not in the checkpoint.
     """
     by_path = {rule.ours: rule for rule in rules}
-    for path, leaf in named(params).items():
+    for path, leaf in leaves_by_path(params).items():
         rule = by_path[path]
         if "{}" not in rule.theirs:
-            yield Piece(path, None, rule.theirs, rule.form, leaf.shape)
+            yield TensorMapping(path, None, rule.theirs, rule.transform, leaf.shape)
             continue
         for layer in range(leaf.shape[0]):
-            yield Piece(path, layer, rule.theirs.format(layer), rule.form, leaf.shape[1:])
+            yield TensorMapping(
+                path, layer, rule.theirs.format(layer), rule.transform, leaf.shape[1:]
+            )
 
 
-class Reader:
-    """A mapping's values by name, each of the type asked for; complaints name the key."""
+class ConfigReader:
+    """Reads typed values from a JSON object; errors name the file and the key."""
 
     def __init__(self, values: Any, where: str):
         if not isinstance(values, Mapping):
-            raise UserError(f"{where} is not a table of settings.")
+            raise UserError(f"{where} is not a JSON object.")
         self._values, self._where = values, where
 
-    def get(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
-        """The value, or the default where it is absent or null.
+    def get(self, key: str, types: type | tuple[type, ...], default: Any = None) -> Any:
+        """The value; the default where it is absent or null. An int is accepted for a float.
 
         Raises:
-            UserError: it is of another type, or absent without a default.
+            UserError: the value is of another type, or absent without a default.
         """
         value = self._values.get(key)
         value = default if value is None else value
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        if float in kinds and type(value) is int:
+        types = types if isinstance(types, tuple) else (types,)
+        if float in types and type(value) is int:
             value = float(value)
-        if type(value) not in kinds:
-            has = "is missing" if value is None else f"is {value!r}"
-            raise UserError(f"{self._where}: {key} {has}, which no model of this family has.")
+        if type(value) not in types:
+            if value is None:
+                raise UserError(f"{self._where}: {key} is missing.")
+            names = " or ".join(t.__name__ for t in types)
+            raise UserError(f"{self._where}: {key} is {value!r}, which is not of type {names}.")
         return value
 
     def require(self, key: str, default: Any, *allowed: Any) -> Any:
-        """The value, which must be one of those that the model here computes.
+        """The value, which must be one of `allowed`: those that our model supports.
 
         Raises:
-            UserError: it is another one.
+            UserError: it is not.
         """
         value = self._values.get(key, default)
         if value not in allowed:
-            known = " or ".join(repr(a) for a in allowed)
-            raise UserError(f"{self._where}: {key} is {value!r}; this converter knows {known}.")
+            supported = " or ".join(repr(a) for a in allowed)
+            raise UserError(
+                f"{self._where}: {key} is {value!r}; this converter supports {supported}."
+            )
         return value

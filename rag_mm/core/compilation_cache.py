@@ -1,14 +1,14 @@
-"""Compiled programs kept on disk, so that a run's later commands start without compiling again."""
+"""Keeps jax's compilation cache in the run folder, so that later commands start without recompiling."""
 
 import jax
 from etils import epath
 
 
 def keep_programs(workdir: epath.PathLike) -> None:
-    """Keeps programs in `workdir/.jax_cache`, or where JAX_COMPILATION_CACHE_DIR or an earlier call says.
+    """Caches programs in `workdir/.jax_cache`, or where JAX_COMPILATION_CACHE_DIR or an earlier call says.
 
-    Jax takes up one folder in a process, so the runs of one process share it. A folder that cannot be
-    written is passed over: the cache is a convenience.
+    jax uses one cache folder per process, so all runs of a process share it. A folder that cannot be
+    written is ignored.
     """
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(epath.Path(workdir) / ".jax_cache"))

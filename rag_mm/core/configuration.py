@@ -1,4 +1,4 @@
-"""Experiment pages: `configs/NAME.py:preset` makes a config, dotted overrides change it."""
+"""Config pages: `configs/NAME.py:preset` makes a config, dataclasses fill it, dotted overrides change it."""
 
 import ast
 import dataclasses
@@ -6,69 +6,104 @@ import difflib
 import importlib.util
 import math
 import pathlib
+import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import ml_collections
 
+from rag_mm.core import renames
 from rag_mm.core.errors import UserError
 
 T = TypeVar("T")
 _PACKAGE = pathlib.Path(__file__).parent.parent
-# In an installed wheel the pages lie in the package, in a checkout beside it.
+# In an installed wheel the pages are inside the package, in a checkout next to it.
 _SHIPPED = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
-def load_config(name: str, overrides: Mapping[str, str] | None = None) -> ml_collections.ConfigDict:
-    """Loads `configs/NAME.py` or `configs/NAME.py:preset` and applies `overrides`.
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """The dataclass that defines a part of a config, less the fields that are set elsewhere."""
+
+    cls: type
+    without: tuple[str, ...] = ()
+
+
+# From a page's values to the sections that they name; the section "" defines top-level settings.
+Sections = Callable[[Mapping[str, Any]], Mapping[str, Section]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One value of a config: its dotted path, its meaning, and whether it differs from the default."""
+
+    path: str
+    value: Any
+    meaning: str
+    is_default: bool
+
+
+def load_config(
+    name: str,
+    overrides: Mapping[str, Any] | None = None,
+    sections: Sections | None = None,
+) -> ml_collections.ConfigDict:
+    """Loads `configs/NAME.py` or `configs/NAME.py:preset`, fills it and applies `overrides`.
 
     A page defines `PRESETS`, a tuple of names with the default first, and `get_config(preset)`,
-    which returns a ConfigDict or a nested dict of numbers, strings, booleans, None and tuples.
+    which returns a ConfigDict or a nested dict of numbers, strings, booleans, None and tuples. It
+    spells only what differs from the defaults of the dataclasses.
 
     Args:
         name: the path as given if it exists, else the page of that name shipped with rag_mm.
-        overrides: dotted key -> text, as `{"decoder.num_steps": "300"}`; see `apply_overrides`.
+        overrides: dotted key -> text, as `{"decoder.loop.num_steps": "300"}`; see `apply_overrides`.
+        sections: the dataclasses that define the page; None leaves it as it is written.
 
     Raises:
-        UserError: no such page, no such preset, or an override that does not fit.
+        UserError: unknown page, preset or setting, or an override of the wrong type.
     """
     path_text, _, preset = name.partition(":")
     page = _load_page(_find(path_text))
     presets = tuple(page.PRESETS)
     if preset and preset not in presets:
         raise UserError(f"{path_text} has no preset {preset!r}; it has {_list(presets)}.")
-    # An ablation's page spells out overrides, whose keys are dotted.
-    config = ml_collections.ConfigDict(
-        _apart(page.get_config(preset or presets[0])), allow_dotted_keys=True
-    )
+    values = to_dict(page.get_config(preset or presets[0]), keep_tuples=True)
+    if sections is not None:
+        values = fill(values, sections)
+    # The variants of an ablation are overrides, whose keys are dotted.
+    config = ml_collections.ConfigDict(values, allow_dotted_keys=True)
     apply_overrides(config, overrides or {})
+    if sections is not None:  # An override may have replaced a None by part of a group.
+        filled = fill(to_dict(config, keep_tuples=True), sections)
+        config = ml_collections.ConfigDict(filled, allow_dotted_keys=True)
     return config.lock()
 
 
-def apply_overrides(config: ml_collections.ConfigDict, overrides: Mapping[str, str]) -> None:
-    """Sets existing keys in place, each text read as the type of the value that it replaces.
+def apply_overrides(config: ml_collections.ConfigDict, overrides: Mapping[str, Any]) -> None:
+    """Sets existing keys in place, each value read as the type of the one that it replaces.
 
-    Tuples are written `16,24` or `(16, 24)`; where the page says None, any Python literal or text
-    will do.
+    A value is text from a command line, or a plain value. Tuples are written `16,24` or
+    `((1, 8), ())`; a setting that is None takes any Python literal, or else the text itself.
 
     Raises:
-        UserError: an unknown key (the nearest one is named) or a text of the wrong type.
+        UserError: an unknown key (the nearest one, or the new name of a renamed one, is given) or a
+            value of the wrong type.
     """
     known = dict(_flatten(config))
-    for key, text in overrides.items():
+    for key, given in overrides.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-            hint = f"; the nearest is {near[0]}" if near else ""
+            hint = renames.hint(key) or (f"; the nearest is {near[0]}" if near else "")
             raise UserError(f"The config has no key {key!r}{hint}.")
         try:
-            value = _parse(text, known[key])
+            value = _parse(given, known[key])
         except (ValueError, SyntaxError, KeyError):
             kind = type(known[key]).__name__
             raise UserError(
-                f"--config.{key}={text} does not fit: the page has {known[key]!r}, of type {kind}."
+                f"--config.{key}={given} does not fit: the current value is {known[key]!r}, of type {kind}."
             ) from None
         *parents, last = key.split(".")
         node = config
@@ -78,9 +113,99 @@ def apply_overrides(config: ml_collections.ConfigDict, overrides: Mapping[str, s
             node[last] = value
 
 
-def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The config as nested plain dicts with JSON's types only (tuples become lists)."""
-    return {key: _plain(value) for key, value in config.items()}
+def fill(values: Mapping[str, Any], sections: Sections) -> dict[str, Any]:
+    """The config with every setting of its sections, defaults where the page has none.
+
+    Raises:
+        UserError: a setting that the section's dataclass does not have.
+    """
+    known = sections(values)
+    filled = dict(values)
+    if "" in known:
+        top = {key: value for key, value in values.items() if key not in known}
+        filled = fill_dataclass(known[""], top, "") | filled
+    for name, section in known.items():
+        if name:
+            filled[name] = fill_dataclass(section, values.get(name, {}), name)
+    return filled
+
+
+def fill_dataclass(section: Section, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`values` with every field of the section's dataclass, nested ones too; required ones may be absent."""
+    filled = {}
+    fields = _fields(section)
+    _refuse_unknown(values, fields, where)
+    for name, field in fields.items():
+        value = values[name] if name in values else _default(field)
+        if value is dataclasses.MISSING:
+            continue
+        inner = _section_of(section.cls, field)
+        if inner is not None and dataclasses.is_dataclass(value) and not isinstance(value, type):
+            value = dataclasses.asdict(value)
+        if inner is not None and isinstance(value, Mapping):
+            value = fill_dataclass(inner, value, f"{where}.{name}".lstrip("."))
+        filled[name] = value
+    return filled
+
+
+def settings(config: Mapping[str, Any], sections: Sections) -> list[Setting]:
+    """Every value of a filled config with its meaning, in the order of its sections."""
+    return [
+        setting
+        for name, section in sections(config).items()
+        for setting in _describe(section, config[name] if name else config, name)
+    ]
+
+
+def meanings(cls: type) -> dict[str, str]:
+    """Field -> meaning, from the `Attributes:` part of the docstrings of a dataclass and its bases."""
+    found: dict[str, str] = {}
+    for each in reversed(cls.__mro__):
+        doc = each.__dict__.get("__doc__") or ""
+        _, _, listed = doc.partition("Attributes:\n")
+        entry: list[str] = []
+        indent = re.match(r" *", listed).group()  # type: ignore[union-attr]
+        for line in listed.splitlines():
+            start = re.match(rf"{indent}(\w+(?:, \w+)*): (.+)", line)
+            if start:
+                entry = start[1].split(", ")
+                found |= dict.fromkeys(entry, start[2].strip())
+            elif line.startswith(f"{indent}  ") and entry:
+                found |= dict.fromkeys(entry, f"{found[entry[0]]} {line.strip()}")
+            else:
+                entry = []
+    return found
+
+
+def part_of(cls: type, without: tuple[str, ...] = ()) -> dict[str, Section]:
+    """Metadata of a field, typed Mapping, that holds `cls`'s values except those known only later."""
+    return {"section": Section(cls, without)}
+
+
+def to_dict(config: Mapping[str, Any], keep_tuples: bool = False) -> dict[str, Any]:
+    """The config as nested plain dicts with JSON's types only (tuples become lists unless kept)."""
+    return {key: _plain(value, keep_tuples) for key, value in config.items()}
+
+
+def make(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """A frozen dataclass from nested plain values; lists become tuples.
+
+    Raises:
+        UserError: an unknown or missing key, or a value that the class refuses; `where` is named.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = _fields(Section(cls))
+    _refuse_unknown(values, fields, where)
+    made = {}
+    for key, value in values.items():
+        own = _dataclass_of(hints[key])
+        if isinstance(value, Mapping) and own is not None:
+            value = make(own, value, f"{where}.{key}")
+        made[key] = tuple(value) if isinstance(value, list) else value
+    try:
+        return cls(**made)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: {error}.") from error
 
 
 def _find(path_text: str) -> pathlib.Path:
@@ -94,14 +219,8 @@ def _find(path_text: str) -> pathlib.Path:
             if (folder / file_name).is_file():
                 return folder / file_name
     shipped = sorted({f"configs/{p.name}" for folder in _SHIPPED for p in folder.glob("[!_]*.py")})
-    raise UserError(f"There is no config {path_text!r}; shipped are {_list(shipped)}.")
-
-
-def _apart(value: Any) -> Any:
-    """Where a page gives two stages one dict, an override of one must not reach the other."""
-    if isinstance(value, dict):
-        return {key: _apart(item) for key, item in value.items()}
-    return value
+    hint = renames.hint(f"configs/{file_name}") or f"; shipped are {_list(shipped)}"
+    raise UserError(f"There is no config {path_text!r}{hint}.")
 
 
 def _load_page(path: pathlib.Path) -> types.ModuleType:
@@ -115,7 +234,7 @@ def _load_page(path: pathlib.Path) -> types.ModuleType:
         raise UserError(f"{path} is not a readable Python page ({error}).") from error
     missing = [name for name in ("PRESETS", "get_config") if not hasattr(page, name)]
     if missing:
-        raise UserError(f"{path} is not a config page: it defines no {' and no '.join(missing)}.")
+        raise UserError(f"{path} is not a config page: it does not define {' or '.join(missing)}.")
     return page
 
 
@@ -131,41 +250,52 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any
     return pairs
 
 
-def _parse(text: str, current: Any) -> Any:
+def _parse(given: Any, current: Any) -> Any:
+    """A value, or the text of one, as the type of the current one."""
     if isinstance(current, bool):
-        return _BOOLEANS[text.lower()]
+        return given if isinstance(given, bool) else _BOOLEANS[str(given).lower()]
     if isinstance(current, int):
-        return int(text)
+        return int(str(given))
     if isinstance(current, float):
-        value = float(text)
+        value = float(given)
         if not math.isfinite(value):
-            raise ValueError(text)
+            raise ValueError(given)
         return value
     if isinstance(current, str):
-        return text
+        return str(given)
     if isinstance(current, tuple | list):
-        return _parse_sequence(text, current)
+        return _parse_sequence(given, current)
+    if not isinstance(given, str):
+        return given
     try:
-        return ast.literal_eval(text)
+        return ast.literal_eval(given)
     except (ValueError, SyntaxError):
-        return text
+        return given
 
 
-def _parse_sequence(text: str, current: tuple[Any, ...] | list[Any]) -> Any:
-    inner = text.strip()
-    if inner[:1] + inner[-1:] in ("()", "[]"):
-        inner = inner[1:-1]
-    parts = [part.strip().strip("'\"") for part in inner.split(",") if part.strip()]
-    if not current:
-        return type(current)(_parse(part, None) for part in parts)
-    return type(current)(_parse(part, current[0]) for part in parts)
+def _parse_sequence(given: Any, current: tuple[Any, ...] | list[Any]) -> Any:
+    items = given
+    if isinstance(given, str):
+        inner = given.strip()
+        try:
+            items = ast.literal_eval(inner)
+        except (ValueError, SyntaxError):
+            inner = inner[1:-1] if inner[:1] + inner[-1:] in ("()", "[]") else inner
+            items = [part.strip().strip("'\"") for part in inner.split(",") if part.strip()]
+    if not isinstance(items, tuple | list):
+        items = (items,)
+    example = current[0] if current else None
+    return type(current)(
+        tuple(item) if isinstance(item, tuple | list) else _parse(item, example) for item in items
+    )
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, keep_tuples: bool = False) -> Any:
     if isinstance(value, Mapping | ml_collections.ConfigDict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _plain(item, keep_tuples) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
+        items = [_plain(item, keep_tuples) for item in value]
+        return tuple(items) if keep_tuples else items
     return value
 
 
@@ -173,33 +303,53 @@ def _list(names: Sequence[str]) -> str:
     return ", ".join(names) if names else "none"
 
 
-def make(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """A frozen dataclass from nested plain values; lists become tuples.
+def _fields(section: Section) -> dict[str, "dataclasses.Field[Any]"]:
+    fields = dataclasses.fields(section.cls)
+    return {field.name: field for field in fields if field.name not in section.without}
 
-    Raises:
-        UserError: an unknown or missing key, or a value that the class refuses; `where` is named.
-    """
-    hints = typing.get_type_hints(cls)
-    fields = set(cls.__dataclass_fields__)  # type: ignore[attr-defined]
-    unknown = sorted(set(values) - fields)
-    if unknown:
-        raise UserError(f"{where} has no setting {unknown[0]!r}; it has {_list(sorted(fields))}.")
-    made = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and (own := _dataclass_of(hints[key])) is not None:
-            value = make(own, value, f"{where}.{key}")
-        made[key] = tuple(value) if isinstance(value, list) else value
-    try:
-        return cls(**made)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: {error}.") from error
+
+def _refuse_unknown(values: Mapping[str, Any], fields: Mapping[str, Any], where: str) -> None:
+    for name in values:
+        if name not in fields:
+            path = f"{where}.{name}".lstrip(".")
+            hint = renames.hint(path) or f"; it has {_list(sorted(fields))}"
+            raise UserError(f"{where or 'The config'} has no setting {name!r}{hint}.")
+
+
+def _default(field: "dataclasses.Field[Any]") -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _section_of(cls: type, field: "dataclasses.Field[Any]") -> Section | None:
+    """The section that a field's values make up, or None for a single value."""
+    if "section" in field.metadata:
+        return field.metadata["section"]
+    own = _dataclass_of(typing.get_type_hints(cls)[field.name])
+    return None if own is None else Section(own)
 
 
 def _dataclass_of(hint: Any) -> type | None:
-    """The one dataclass that a field may hold, beside None; None where it holds other values."""
-    kinds = [
-        kind
-        for kind in typing.get_args(hint) or (hint,)
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind)
+    """The one dataclass that a field may hold, other than None; None where it holds other values."""
+    classes = [
+        each
+        for each in typing.get_args(hint) or (hint,)
+        if isinstance(each, type) and dataclasses.is_dataclass(each)
     ]
-    return kinds[0] if len(kinds) == 1 else None
+    return classes[0] if len(classes) == 1 else None
+
+
+def _describe(section: Section, values: Mapping[str, Any], where: str) -> Iterator[Setting]:
+    """The settings of a section; the fields of a nested section one by one."""
+    meaning = meanings(section.cls)
+    for name, field in _fields(section).items():
+        if name not in values:
+            continue
+        value, path = values[name], f"{where}.{name}".lstrip(".")
+        inner = _section_of(section.cls, field)
+        if inner is not None and isinstance(value, Mapping):
+            yield from _describe(inner, value, path)
+            continue
+        default = _default(field)
+        yield Setting(path, value, meaning.get(name, ""), _plain(value) == _plain(default))

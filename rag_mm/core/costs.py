@@ -1,4 +1,4 @@
-"""What a stage cost: wall seconds over all its parts, peak memory, code and machine."""
+"""What a stage cost: wall time over all its parts, peak memory, code version and machine."""
 
 import contextlib
 import functools
@@ -19,65 +19,65 @@ from etils import epath
 from rag_mm.core import files
 
 FILE_NAME = "times.json"
-# Step times beside a training log, a trace, and TensorBoard's events, which carry times too.
+# Step times of a training stage, its profile, and TensorBoard events (which contain times too).
 SPEED_NAME = "speed.jsonl"
 PROFILE_NAME = "profile"
 BOARD_NAME = "tensorboard"
-# A killed part is charged up to its last beat.
-_BEAT_SECONDS = 5.0
+# `times.json` is updated this often, so a killed part is counted up to its last update.
+_UPDATE_SECONDS = 5.0
 
 
 @contextlib.contextmanager
 def timed(stage_dir: epath.Path) -> Iterator[None]:
-    """Adds one part to `stage_dir/times.json`, kept up to date while the body runs.
+    """Adds one part (one start of the stage) to `stage_dir/times.json`, updated while the body runs.
 
-    This file stays out of the manifest: it may differ between two runs of the same bits.
+    The manifest leaves this file out: it may differ between two bitwise identical runs.
     """
     parts = read(stage_dir)["parts"]
-    began = time.monotonic()
+    start = time.monotonic()
 
-    def beat() -> None:
+    def update() -> None:
         part = {
-            "wall_seconds": round(time.monotonic() - began, 2),
+            "wall_seconds": round(time.monotonic() - start, 2),
             "peak_rss_mb": _peak_rss_mb(),
             "code": code_version(),
             "machine": machine(),
         }
         files.write_json(stage_dir / FILE_NAME, {"parts": [*parts, part]})
 
-    def keep_beating() -> None:
-        while not stopped.wait(_BEAT_SECONDS):
-            with contextlib.suppress(Exception):  # A full disk is the body's to report.
-                beat()
+    def keep_updating() -> None:
+        while not stopped.wait(_UPDATE_SECONDS):
+            with contextlib.suppress(Exception):  # Errors such as a full disk are left to the body.
+                update()
 
-    beat()
+    update()
     stopped = threading.Event()
-    thread = threading.Thread(target=keep_beating, daemon=True)
+    thread = threading.Thread(target=keep_updating, daemon=True)
     thread.start()
     try:
         yield
     finally:
         stopped.set()
         thread.join()
-    beat()
+    update()
 
 
 def read(stage_dir: epath.Path) -> dict[str, Any]:
-    """The side file: `parts`, one for each time the stage was started; none if it never was."""
+    """The content of `times.json`: `parts`, one for each time the stage was started; empty if never."""
     path = stage_dir / FILE_NAME
     return files.read_json(path) if path.exists() else {"parts": []}
 
 
 def mark_reused(stage_dir: epath.Path) -> None:
-    """Says of all parts so far that another run spent them."""
+    """Marks all parts so far as spent by another run (key `borrowed`)."""
     parts = [{**part, "borrowed": True} for part in read(stage_dir)["parts"]]
     files.write_json(stage_dir / FILE_NAME, {"parts": parts})
 
 
 def summary(stage_dir: epath.Path) -> dict[str, Any]:
-    """Total wall seconds, greatest peak RSS in MB, number of parts, and the last part's machine.
+    """Total wall seconds, largest peak RSS in MiB, number of parts, and the last part's machine.
 
-    `borrowed_seconds` are those of the total that another run spent.
+    `borrowed_seconds` is the share of the total that another run spent, for reused stages.
     """
     parts = read(stage_dir)["parts"]
     borrowed = [part["wall_seconds"] for part in parts if part.get("borrowed")]
@@ -93,7 +93,7 @@ def summary(stage_dir: epath.Path) -> dict[str, Any]:
 
 @functools.cache
 def machine() -> dict[str, Any]:
-    """Processor, cores, system, and the versions on which the bits depend."""
+    """Processor, cores, system, and the library versions that results depend on."""
     versions = {}
     for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -110,7 +110,7 @@ def machine() -> dict[str, Any]:
 
 @functools.cache
 def code_version() -> str:
-    """The package's version, with the commit where it runs from a checkout (`-dirty` if edited)."""
+    """The package's version; in a git checkout with the commit (`-dirty` if edited)."""
     import rag_mm
 
     root = pathlib.Path(rag_mm.__file__).parent.parent
@@ -125,7 +125,7 @@ def code_version() -> str:
 
 
 def _peak_rss_mb() -> int:
-    # Linux counts kilobytes, macOS bytes.
+    # ru_maxrss is in KiB on Linux and in bytes on macOS.
     unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
 

@@ -1,4 +1,4 @@
-"""Digests of all files in a folder by content: same bits, same digests, in every run."""
+"""Content digests of all files in a folder: equal content gives equal digests in every run."""
 
 import fnmatch
 from collections.abc import Iterator
@@ -9,19 +9,19 @@ from etils import epath
 from rag_mm.core import files
 from rag_mm.core.errors import UserError
 
-# Orbax keeps the arrays of one save in an OCDBT store whose files have random names, and stamps
-# times and places beside it; so the arrays are read out of the store, and the rest is passed over.
+# Orbax keeps the arrays of a save in an OCDBT store whose files have random names, next to files with
+# times and paths. So the arrays are read from the store, and those files are skipped.
 _STORE = "manifest.ocdbt"
 _STORE_FILES = (_STORE, "d", "ocdbt.process_*")
-_STAMPS = ("_CHECKPOINT_METADATA", "commit_success.txt")
-# Left by a kill in the middle of a save or of an atomic write.
+_METADATA_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
+# Left by a process that was killed during a save or an atomic write.
 _UNFINISHED = ("*.orbax-checkpoint-tmp*", ".*")
 
 
 def folder_digests(folder: epath.PathLike, exclude: tuple[str, ...] = ()) -> dict[str, str]:
-    """Digest of every file below `folder` by relative path; an Orbax array store is one file.
+    """SHA-256 of every file below `folder`, by relative path; an Orbax array store counts as one file.
 
-    Names in `exclude` are left out at the top, names that start with a dot everywhere.
+    Names in `exclude` are skipped at the top level, names that start with a dot at every level.
 
     Raises:
         UserError: an array store cannot be read.
@@ -31,12 +31,12 @@ def folder_digests(folder: epath.PathLike, exclude: tuple[str, ...] = ()) -> dic
 
 
 def _walk(entries: list[epath.Path], prefix: str) -> Iterator[tuple[str, str]]:
-    passed_over: tuple[str, ...] = _STAMPS + _UNFINISHED
+    skipped: tuple[str, ...] = _METADATA_FILES + _UNFINISHED
     if any(entry.name == _STORE for entry in entries):
-        passed_over += _STORE_FILES
+        skipped += _STORE_FILES
         yield f"{prefix}arrays", _store_digest(entries[0].parent)
     for entry in entries:
-        if any(fnmatch.fnmatch(entry.name, pattern) for pattern in passed_over):
+        if any(fnmatch.fnmatch(entry.name, pattern) for pattern in skipped):
             continue
         if entry.is_dir():
             yield from _walk(list(entry.iterdir()), f"{prefix}{entry.name}/")
@@ -45,7 +45,7 @@ def _walk(entries: list[epath.Path], prefix: str) -> Iterator[tuple[str, str]]:
 
 
 def _store_digest(folder: epath.Path) -> str:
-    # A value in the store is an encoded chunk or its description, which depend on the array alone.
+    # A value in the store is an encoded chunk or its metadata; both depend only on the array.
     url = str(folder) if "://" in str(folder) else f"file://{folder.resolve()}"
     try:
         store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"{url}/"}).result()

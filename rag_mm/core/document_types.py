@@ -1,4 +1,4 @@
-"""Documents: the one input type everywhere, an ordered list of text and image segments."""
+"""Documents, the input type of the whole library: ordered lists of text and image segments."""
 
 import dataclasses
 
@@ -7,14 +7,18 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A run of text."""
+    """A text segment."""
 
     text: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Image:
-    """A picture: `pixels` is uint8 [H, W, 3], RGB."""
+    """An image segment; `pixels` is uint8 [H, W, 3], RGB.
+
+    Raises:
+        ValueError: `pixels` has another dtype or shape.
+    """
 
     pixels: np.ndarray
 
@@ -30,7 +34,7 @@ Segment = Text | Image
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Document:
-    """Segments with an id that is unique in its memory, and where they came from."""
+    """A document: its segments, an id that is unique within a memory, and optionally its URL and license."""
 
     id: str
     segments: tuple[Segment, ...]
@@ -39,7 +43,7 @@ class Document:
 
     @property
     def text(self) -> str:
-        """All text segments joined by a space; empty if there is none."""
+        """All text segments joined by spaces; empty if there are none."""
         return " ".join(s.text for s in self.segments if isinstance(s, Text))
 
     @property

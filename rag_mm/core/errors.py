@@ -1,5 +1,5 @@
-"""The one exception that means "the user can mend this": commands turn it into exit code 2."""
+"""The exception for errors that the user can fix; commands report it and exit with code 2."""
 
 
 class UserError(Exception):
-    """A mistake in what was asked for; its message is one sentence naming the value and the remedy."""
+    """A user error; its message is one sentence that names the value and the remedy."""

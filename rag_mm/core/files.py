@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic writes, JSON in one canonical form, digests."""
+"""Atomic file writes, canonical JSON, .npy arrays and SHA-256 digests."""
 
 import contextlib
 import hashlib
@@ -18,15 +18,15 @@ from rag_mm.core.errors import UserError
 
 
 def write_atomic(path: epath.PathLike, data: bytes) -> None:
-    """Writes `data` so that a reader, or a kill at any instant, sees the old file or the new one.
+    """Writes `data` atomically: a reader, or a kill at any time, finds the old file or the new one.
 
     Raises:
-        UserError: the folder cannot be made or written.
+        UserError: the folder cannot be created or written.
     """
     path = epath.Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not os.path.isdir(path.parent):  # A remote object store replaces whole objects itself.
+        if not os.path.isdir(path.parent):  # Remote object stores replace objects atomically.
             path.write_bytes(data)
             return
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -46,18 +46,18 @@ def write_atomic(path: epath.PathLike, data: bytes) -> None:
 
 @contextlib.contextmanager
 def whole_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder to fill, which gets its name when the block ends and is gone if it raises.
+    """Yields a temporary folder that is renamed to `path` on success and deleted on an exception.
 
     Raises:
-        UserError: something is there, or the folder around it cannot be written.
+        UserError: `path` is a file or a non-empty folder, or its parent cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{path} is in the way; remove it or name another folder.")
+            raise UserError(f"{path} already exists; remove it or choose another folder.")
         temporary = pathlib.Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     except OSError as error:
-        raise UserError(f"{path} cannot be made: {error.strerror or error}.") from error
+        raise UserError(f"{path} cannot be created: {error.strerror or error}.") from error
     try:
         yield temporary
         temporary.chmod(0o755)
@@ -68,26 +68,26 @@ def whole_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def check_room(path: pathlib.Path, num_bytes: int) -> None:
-    """Refuses to begin what would fill the disk that `path`, which need not exist, lies on.
+    """Checks that the disk of `path`, which need not exist, has enough free space.
 
     Raises:
-        UserError: less than `num_bytes` are free.
+        UserError: fewer than `num_bytes` bytes are free.
     """
-    around = next(p for p in (path, *path.absolute().parents) if p.exists())
-    free = shutil.disk_usage(around).free
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
     if free < num_bytes:
         raise UserError(
-            f"{path} needs {num_bytes / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free."
+            f"{path} needs {num_bytes / 1e9:.2f} GB, but its disk has only {free / 1e9:.2f} GB free."
         )
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces, so that equal values have equal text."""
+    """JSON with sorted keys and no spaces, so that equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def write_json(path: epath.PathLike, value: Mapping[str, Any]) -> None:
-    """Writes readable JSON atomically; NaN and infinity raise ValueError."""
+    """Writes indented JSON atomically; NaN and infinity raise ValueError."""
     text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
     write_atomic(path, text.encode())
 
@@ -113,11 +113,11 @@ def digest(data: bytes) -> str:
 
 
 def file_digest(path: epath.PathLike) -> str:
-    """SHA-256 of a file's bytes in hex, read in pieces of 1 MiB."""
+    """SHA-256 of a file's bytes in hex, read in chunks of 1 MiB."""
     sha = hashlib.sha256()
     with epath.Path(path).open("rb") as file:
-        while piece := file.read(1 << 20):
-            sha.update(piece)
+        while chunk := file.read(1 << 20):
+            sha.update(chunk)
     return sha.hexdigest()
 
 

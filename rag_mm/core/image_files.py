@@ -1,4 +1,4 @@
-"""Pictures as the memory keeps them: one square size, and PNG bytes that are not trusted."""
+"""Images as a memory stores them: square, one size, as PNG bytes that are checked when read."""
 
 import io
 
@@ -8,13 +8,13 @@ import PIL.Image
 from rag_mm.core.errors import UserError
 
 MAX_PIXELS = 1 << 26
-"""No picture with more pixels is decoded (64 Mi: 8192 x 8192); its header tells."""
+"""Images whose header declares more pixels (64 Mi, as 8192 x 8192) are not decoded."""
 
 
 def fit(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Scales the shorter side to `size` and crops the middle: uint8 [H, W, 3] -> [size, size, 3].
+    """Scales the shorter side to `size` and center-crops: uint8 [H, W, 3] -> [size, size, 3].
 
-    A picture that has this size already comes back as it is.
+    An image that already has this size is returned unchanged.
     """
     height, width = pixels.shape[:2]
     if (height, width) == (size, size):
@@ -37,17 +37,17 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 
 def decode_png(data: bytes) -> np.ndarray:
-    """The uint8 [H, W, 3] that `encode_png` was given.
+    """Decodes the bytes of `encode_png` to uint8 [H, W, 3].
 
     Raises:
-        UserError: the bytes are not an RGB PNG of a bearable size.
+        UserError: the bytes are not an RGB PNG, or the image has more than `MAX_PIXELS` pixels.
     """
     try:
         with PIL.Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             if image.mode != "RGB" or image.width * image.height > MAX_PIXELS:
-                raise UserError(f"A stored picture is {image.mode} {image.width}x{image.height}.")
+                raise UserError(f"A stored image is {image.mode} {image.width}x{image.height}.")
             return np.array(image)
     except UserError:
         raise
-    except Exception as error:  # Damaged bytes raise whatever the decoder stumbled over.
-        raise UserError(f"A stored picture cannot be decoded ({error}).") from error
+    except Exception as error:  # Damaged bytes can raise many types.
+        raise UserError(f"A stored image cannot be decoded ({error}).") from error

@@ -1,4 +1,4 @@
-"""Progress on stderr with the time left: a bar on a terminal, elsewhere a line now and then."""
+"""Progress with remaining time on stderr: a bar on a terminal, otherwise a line every 30 seconds."""
 
 import contextlib
 import sys
@@ -11,21 +11,21 @@ _is_quiet = False
 
 
 def be_quiet() -> None:
-    """From now on this process shows nothing but warnings: another of the same program does."""
+    """Limits this process to warnings from now on; the leader of a multi-process run shows the progress."""
     global _is_quiet
     _is_quiet = True
 
 
 class Bar(Protocol):
-    """What `track` hands out."""
+    """What `track` yields."""
 
     def update(self, position: float, **values: float) -> None:
-        """Says that `position` of the total is reached, and the latest values worth seeing."""
+        """Reports that `position` of the total is reached, with the latest values to display."""
 
 
 @contextlib.contextmanager
 def track(name: str, total: int, start: int = 0) -> Iterator[Bar]:
-    """A bar from `start`, where a resumed loop goes on, to `total`, in the caller's unit."""
+    """Yields a bar that counts from `start` (the step a loop resumes at) to `total`, in the caller's unit."""
     if _is_quiet or not sys.stderr.isatty():
         yield _Lines(name, total, start)
         return
@@ -45,13 +45,13 @@ def track(name: str, total: int, start: int = 0) -> Iterator[Bar]:
 
 
 def say(message: str) -> None:
-    """One line on stderr: what begins, what was skipped."""
+    """Prints one line on stderr, such as that a stage starts or was skipped."""
     if not _is_quiet:
         warn(message)
 
 
 def warn(message: str) -> None:
-    """One line on stderr that no process keeps to itself."""
+    """Prints one line on stderr, in quiet processes too."""
     print(message, file=sys.stderr, flush=True)
 
 
@@ -69,16 +69,16 @@ class _Lines:
         self._name = name
         self._total = total
         self._start = start
-        self._began = self._spoke = time.monotonic()
+        self._start_time = self._last_printed = time.monotonic()
 
     def update(self, position: float, **values: float) -> None:
         now = time.monotonic()
-        if now - self._spoke < QUIET_SECONDS:
+        if now - self._last_printed < QUIET_SECONDS:
             return
-        self._spoke = now
+        self._last_printed = now
         done = position - self._start
         if done > 0:
-            left = _duration((now - self._began) / done * (self._total - position))
+            left = _duration((now - self._start_time) / done * (self._total - position))
             say(f"{self._name} {position}/{self._total}, {left} left {_format(values)}".rstrip())
 
 

@@ -1,4 +1,4 @@
-"""Finished stages taken over from another run, so that runs which differ late share what is early."""
+"""Copies finished stages from another run, so that runs that differ only in late stages share early ones."""
 
 import uuid
 from collections.abc import Mapping, Sequence
@@ -17,30 +17,33 @@ def reuse_stage(
     inputs: Sequence[str],
     source: run_folder.Run,
 ) -> bool:
-    """Copies what `run_lib.run_stage` would make, if `source` finished it; whether it did.
+    """Copies the finished stage of `source` that `run_folder.run_stage` would otherwise build in `run`.
 
-    It is the same where config and input fingerprints are; `run_stage` then finds the stage done. A
-    stage that was begun here is left alone, one that was edited there is not taken. What it cost comes
-    with it, marked as borrowed.
+    The results are equal if the config and the input fingerprints are; `run_stage` then finds the stage
+    finished. A stage that `run` has already started is not replaced, and one that was edited in `source` is
+    not copied. Its costs are copied too, marked as `borrowed`.
+
+    Returns:
+        Whether the stage was copied.
     """
     with run.locked():
         manifest = source.manifest(stage)
         if manifest is None or not manifest.is_done or run.stage_dir(stage).exists():
             return False
-        found = {name: run.manifest(name) for name in inputs}
-        if manifest.inputs != {name: made.fingerprint for name, made in found.items() if made}:
+        inputs_here = {name: run.manifest(name) for name in inputs}
+        if manifest.inputs != {name: m.fingerprint for name, m in inputs_here.items() if m}:
             return False
-        # A run of one stage, in which the copy is checked before it gets its name.
-        place = run_folder.Run(run.workdir / f"{run_folder.TRASH}{uuid.uuid4().hex}")
+        # The copy is checked in a temporary run before it is moved into place.
+        temporary = run_folder.Run(run.workdir / f"{run_folder.TRASH}{uuid.uuid4().hex}")
         try:
             run_folder.check_stage(source, stage, config, inputs)
-            _copy(source.stage_dir(stage), place.stage_dir(stage))
-            place.finished_stage(stage)
+            _copy(source.stage_dir(stage), temporary.stage_dir(stage))
+            temporary.finished_stage(stage)
         except UserError:
             return False
-        costs.mark_reused(place.stage_dir(stage))
-        place.stage_dir(stage).rename(run.stage_dir(stage))
-        place.workdir.rmtree()
+        costs.mark_reused(temporary.stage_dir(stage))
+        temporary.stage_dir(stage).rename(run.stage_dir(stage))
+        temporary.workdir.rmtree()
         return True
 
 

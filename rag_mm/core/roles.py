@@ -1,5 +1,5 @@
-"""What a target token is to the loss; values of a row's `roles`."""
+"""How a target token counts in the loss: the values of a sequence's `roles`."""
 
 IGNORED = 0  # padding and sentinels
-MAIN = 1  # the document being modelled
-RETRIEVED = 2  # a document that retrieval put before it
+MAIN = 1  # the main document
+RETRIEVED = 2  # a retrieved document before the main document

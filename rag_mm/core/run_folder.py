@@ -1,4 +1,4 @@
-"""Run folders: stages with manifests and fingerprints, safe to kill, refusing changed inputs."""
+"""Run folders: resumable stages with manifests and fingerprints that detect changed configs and inputs."""
 
 import contextlib
 import dataclasses
@@ -13,21 +13,20 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from rag_mm.core import costs as clock
-from rag_mm.core import digests, files
+from rag_mm.core import costs, digests, files
 from rag_mm.core.errors import UserError
 
 MANIFEST = "manifest.json"
-# Key of metrics.json that holds what may differ between two runs of the same bits.
+# Key of metrics.json for values that may differ between two bitwise identical runs.
 MACHINE = "machine"
 _SIDE_FILES = (
     MANIFEST,
-    clock.FILE_NAME,
-    clock.SPEED_NAME,
-    clock.PROFILE_NAME,
-    clock.BOARD_NAME,
+    costs.FILE_NAME,
+    costs.SPEED_NAME,
+    costs.PROFILE_NAME,
+    costs.BOARD_NAME,
 )
-# Folders named so are deleted when the run is next changed.
+# Folders whose names start like this are deleted when the run is next changed.
 TRASH = ".deleted-"
 _ABSENT = object()
 
@@ -36,11 +35,16 @@ StageFn = Callable[["Run", epath.Path], Mapping[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class StageManifest:
-    """What a stage was made from and what it made.
+    """What a stage was built from and what it produced.
 
-    `config` is its slice of the config, `inputs` the input stages' fingerprints, `outputs` the
-    digests of its files by content, `metrics` what it measured, nested by the stages spoken of.
-    `status` is "running" or "done"; `fingerprint` hashes all of these and is empty until then.
+    Attributes:
+        stage: name of the stage.
+        status: "running" or "done".
+        config: the part of the config that the stage depends on.
+        inputs: the fingerprint of each input stage.
+        outputs: the content digest of each of its files.
+        metrics: what it measured, keyed by the stage that the metrics describe.
+        fingerprint: hash of all of the above except `status`; empty until the stage is done.
     """
 
     stage: str
@@ -53,20 +57,20 @@ class StageManifest:
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether the stage is finished."""
         return self.status == "done"
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One working directory. Making the object touches no disk; see `open_run`."""
+    """A run: one working directory. Creating the object does not access the disk; see `open_run`."""
 
     workdir: epath.Path
 
     def stage_dir(self, stage: str) -> epath.Path:
-        """Folder of one stage, which need not exist."""
+        """Folder of one stage; it need not exist."""
         if not re.fullmatch(r"[a-z][a-z0-9_]*", stage) or stage == MACHINE:
-            raise ValueError(f"a stage has a lower-case name other than {MACHINE!r}, not {stage!r}")
+            raise ValueError(f"a stage name is lower-case and not {MACHINE!r}, got {stage!r}")
         return self.workdir / stage
 
     def manifest(self, stage: str) -> StageManifest | None:
@@ -78,13 +82,15 @@ class Run:
         try:
             return StageManifest(**fields)
         except TypeError:
-            raise UserError(f"{path} is not a stage's manifest; delete {path.parent}.") from None
+            raise UserError(
+                f"{path} is not a valid stage manifest; delete {path.parent}."
+            ) from None
 
     def finished_stage(self, stage: str) -> epath.Path:
-        """Folder of a stage that is done and whose files are as it left them.
+        """Folder of a finished stage, after verifying that its files are unchanged.
 
         Raises:
-            UserError: it is missing, unfinished or edited.
+            UserError: the stage is missing, unfinished or was edited.
         """
         manifest = self.manifest(stage)
         if manifest is None or not manifest.is_done:
@@ -101,57 +107,59 @@ class Run:
         return files.read_json(self.workdir / "config.json")
 
     def save_config(self, config: Mapping[str, Any]) -> None:
-        """Writes config.json; do so after `check_stage` passed for every stage of the config."""
+        """Writes config.json; call it only after `check_stage` passed for every stage of the config."""
         files.write_json(self.workdir / "config.json", config)
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """Everything measured, by stage; key "machine" holds times, memory and machine by stage."""
+        """All metrics by stage; key "machine" holds time, memory and machine by stage. Empty if none."""
         path = self.workdir / "metrics.json"
         return files.read_json(path) if path.exists() else {}
 
     def save_costs(self, name: str, stages: Sequence[str], **more: float) -> None:
-        """Puts the stages' wall seconds, added up, and their peak memory under `name` in metrics.json.
+        """Writes the total wall seconds and the peak memory of `stages` under `name` in metrics.json.
 
-        Borrowed stages count as if made here; `borrowed_seconds` is what another run spent of it.
-        `more` are further costs, which like these may differ between two runs of the same bits.
+        Reused stages count as if built here; `borrowed_seconds` is the share that another run spent.
+        `more` are further costs that, like these, may differ between two bitwise identical runs.
         """
-        costs = [clock.summary(self.stage_dir(stage)) for stage in stages]
+        summaries = [costs.summary(self.stage_dir(stage)) for stage in stages]
         total = {
-            "wall_seconds": round(sum(cost["wall_seconds"] for cost in costs), 1),
-            "borrowed_seconds": round(sum(cost["borrowed_seconds"] for cost in costs), 1),
-            "peak_rss_gib": round(max(cost["peak_rss_mb"] for cost in costs) / 1024, 3),
+            "wall_seconds": round(sum(each["wall_seconds"] for each in summaries), 1),
+            "borrowed_seconds": round(sum(each["borrowed_seconds"] for each in summaries), 1),
+            "peak_rss_gib": round(max(each["peak_rss_mb"] for each in summaries) / 1024, 3),
         }
         _merge_metrics(self, {name: total | more}, {})
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other processes from changing this run; a kill releases it. May be nested.
+        """Locks the run against changes by other processes. Reentrant; a kill releases the lock.
 
         Raises:
-            UserError: another process holds it, or the folder cannot be made.
+            UserError: another process holds the lock, or the folder cannot be created.
         """
         try:
             self.workdir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{self.workdir} cannot be made: {error.strerror or error}.") from error
+            raise UserError(
+                f"{self.workdir} cannot be created: {error.strerror or error}."
+            ) from error
         if not os.path.isdir(self.workdir) or str(self.workdir.resolve()) in _held:
-            yield  # Remote folders have no locks.
+            yield  # Remote folders cannot be locked.
             return
         name = str(self.workdir.resolve())
         try:
-            file = open(self.workdir / ".lock", "w")  # noqa: SIM115 - a generator's finally closes it.
+            file = open(self.workdir / ".lock", "w")  # noqa: SIM115 - closed in the finally block
         except OSError as error:
             raise UserError(
                 f"{self.workdir} cannot be written: {error.strerror or error}."
             ) from error
         try:
             try:
-                # A record lock: children that were forked do not keep it alive.
+                # A POSIX record lock: forked children do not inherit it.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise UserError(
-                    f"{self.workdir} is being changed by another process; wait for it or end it."
+                    f"{self.workdir} is in use by another process; wait until it ends or stop it."
                 ) from None
             _held.add(name)
             yield
@@ -164,7 +172,7 @@ _held: set[str] = set()
 
 
 def open_run(workdir: epath.PathLike) -> Run:
-    """A run that exists.
+    """Opens an existing run.
 
     Raises:
         UserError: the folder has no config.json.
@@ -178,7 +186,7 @@ def open_run(workdir: epath.PathLike) -> Run:
 def check_stage(
     run: Run, stage: str, config: Mapping[str, Any], inputs: Sequence[str] = ()
 ) -> None:
-    """Refuses what `run_stage` would refuse, touching nothing; inputs not yet made are passed over.
+    """Raises what `run_stage` would raise, without changing anything; inputs not yet built are ignored.
 
     Raises:
         UserError: see `run_stage`.
@@ -200,21 +208,27 @@ def run_stage(
     overwrite: bool = False,
     reports_on_others: bool = False,
 ) -> StageManifest:
-    """Makes one stage, or does nothing if it is done and nothing it depends on has changed.
+    """Builds one stage, or does nothing if it is done and nothing it depends on has changed.
 
     `fn(run, stage_dir)` writes into `stage_dir` and returns metrics: nested dicts of numbers,
-    strings, booleans and lists; NaN and infinity become null. After a kill it is called again in
-    the same folder, goes on from what lies there, and ends with the same files and metrics.
+    strings, booleans and lists; NaN and infinity become null. After a kill, `fn` is called again in
+    the same folder; it must resume from the files there and end with the same files and metrics.
 
     Args:
-        config: the slice of the config that this stage depends on.
-        inputs: stages it reads; each must be done and its files untouched.
-        overwrite: rebuild the stage where it would be refused.
-        reports_on_others: the metrics are nested by the stages they speak of, and stand beside theirs.
+        run: the run; locked while the stage runs.
+        stage: name of the stage.
+        config: the part of the config that this stage depends on.
+        inputs: the stages it reads; each must be done and its files unchanged.
+        fn: builds the stage.
+        overwrite: rebuild the stage instead of raising because of a change.
+        reports_on_others: the metrics are keyed by the stages that they describe, and are merged into theirs.
+
+    Returns:
+        The manifest of the finished stage.
 
     Raises:
-        UserError: an input is missing, unfinished or edited; or the stage was made from another
-            config or other inputs, or its own files were edited, and `overwrite` is false.
+        UserError: an input is missing, unfinished or edited; or the stage was built with another config or
+            other inputs, or its files were edited, and `overwrite` is false.
     """
     config = _plain(config)
     with run.locked():
@@ -229,9 +243,9 @@ def run_stage(
             if reason:
                 _delete(run, stage)
             elif old.is_done:
-                # A borrowed stage says it here for the first time, and what one says of other stages
-                # went with them where these were rebuilt since.
-                _merge_metrics(run, old.metrics, {stage: clock.summary(run.stage_dir(stage))})
+                # Merged again because a reused stage has no metrics in this run yet, and because metrics
+                # about another stage were deleted if that stage was rebuilt.
+                _merge_metrics(run, old.metrics, {stage: costs.summary(run.stage_dir(stage))})
                 return old
         manifest = StageManifest(stage, "running", config, _fingerprints(run, inputs))
         return _execute(run, manifest, fn, reports_on_others)
@@ -246,11 +260,11 @@ def _execute(
         _remove_unfinished(stage_dir)
     _write_manifest(stage_dir, manifest)
     try:
-        with clock.timed(stage_dir):
+        with costs.timed(stage_dir):
             metrics = fn(run, stage_dir)
     except UserError as error:
-        # The remedy is often another config, which a half-made stage would refuse; where a disk is full
-        # it is the same config again, which goes on from what lies there.
+        # The remedy is often another config, which a half-built stage would refuse, so a new stage is
+        # deleted. After a full disk the same config is run again and resumes, so its files are kept.
         if is_new and not isinstance(error.__cause__, OSError):
             _delete(run, manifest.stage)
         raise
@@ -258,8 +272,8 @@ def _execute(
     metrics = _plain(metrics) if reports_on_others else {manifest.stage: _plain(metrics)}
     manifest = dataclasses.replace(manifest, status="done", outputs=outputs, metrics=metrics)
     manifest = dataclasses.replace(manifest, fingerprint=_fingerprint(manifest))
-    # Metrics first: killed between the two, the stage runs again and gives the same ones.
-    _merge_metrics(run, metrics, {manifest.stage: clock.summary(stage_dir)})
+    # Metrics before the manifest: after a kill in between, the stage runs again and gives the same metrics.
+    _merge_metrics(run, metrics, {manifest.stage: costs.summary(stage_dir)})
     _write_manifest(stage_dir, manifest)
     return manifest
 
@@ -270,15 +284,15 @@ def _why_stale(
     stage, remedy = manifest.stage, "rebuild it with --overwrite or choose another --workdir"
     changed = _first_difference(manifest.config, config)
     if changed:
-        return f"Stage {stage!r} was made with another config ({changed}); {remedy}."
+        return f"Stage {stage!r} was built with another config ({changed}); {remedy}."
     if sorted(manifest.inputs) != sorted(inputs):
         old, new = (", ".join(sorted(names)) or "none" for names in (manifest.inputs, inputs))
-        return f"Stage {stage!r} was made from the stages {old}, not {new}; {remedy}."
+        return f"Stage {stage!r} was built from the stages {old}, not {new}; {remedy}."
     for name, fingerprint in manifest.inputs.items():
         current = run.manifest(name)
         if current is not None and current.is_done and current.fingerprint != fingerprint:
             return (
-                f"Stage {stage!r} was made from another {name!r} than the one there now; {remedy}."
+                f"Stage {stage!r} was built from a {name!r} that has since been rebuilt; {remedy}."
             )
     if manifest.is_done:
         try:
@@ -292,12 +306,12 @@ def _verify_outputs(run: Run, manifest: StageManifest) -> None:
     stage = manifest.stage
     remedy = "restore it or rebuild the stage with --overwrite"
     try:
-        found = digests.folder_digests(run.stage_dir(stage), exclude=_SIDE_FILES)
+        current = digests.folder_digests(run.stage_dir(stage), exclude=_SIDE_FILES)
     except UserError as error:
         raise UserError(
-            f"Stage {stage!r} was edited after it was done: {error} So {remedy}."
+            f"Stage {stage!r} was edited after it was done: {error} {remedy.capitalize()}."
         ) from None
-    differing = sorted(found.items() ^ manifest.outputs.items())
+    differing = sorted(current.items() ^ manifest.outputs.items())
     if differing:
         name = differing[0][0]
         raise UserError(f"Stage {stage!r} was edited after it was done ({name} differs); {remedy}.")
@@ -350,18 +364,18 @@ def _write_manifest(stage_dir: epath.Path, manifest: StageManifest) -> None:
     files.write_json(stage_dir / MANIFEST, dataclasses.asdict(manifest))
 
 
-def _merge_metrics(run: Run, metrics: Mapping[str, Any], costs: Mapping[str, Any]) -> None:
-    merged = _merge(run.metrics, {**metrics, MACHINE: costs})
+def _merge_metrics(run: Run, metrics: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
+    merged = _merge(run.metrics, {**metrics, MACHINE: machine})
     files.write_json(run.workdir / "metrics.json", merged)
 
 
 def _merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """`new` over `old`, tables in both joined two levels deep: a figure is replaced whole."""
-    joined = dict(old)
+    """`new` merged into `old` two levels deep; deeper values are replaced as a whole."""
+    merged = dict(old)
     for key, value in new.items():
         both = isinstance(value, Mapping) and isinstance(old.get(key), Mapping)
-        joined[key] = {**old[key], **value} if both else value
-    return joined
+        merged[key] = {**old[key], **value} if both else value
+    return merged
 
 
 def _delete(run: Run, stage: str) -> None:
@@ -369,7 +383,7 @@ def _delete(run: Run, stage: str) -> None:
     if metrics.pop(stage, None) is not None or stage in metrics.get(MACHINE, {}):
         metrics.get(MACHINE, {}).pop(stage, None)
         files.write_json(run.workdir / "metrics.json", metrics)
-    # Moved away in one step, so that a kill never leaves half a stage under its name.
+    # Renamed atomically first, so that a kill never leaves half a stage under its name.
     trash = run.workdir / f"{TRASH}{uuid.uuid4().hex}"
     run.stage_dir(stage).rename(trash)
     trash.rmtree()
@@ -382,7 +396,7 @@ def _empty_trash(run: Run) -> None:
 
 
 def _remove_unfinished(stage_dir: epath.Path) -> None:
-    # Names that files.write_atomic gives to files it has not finished; it makes them on local disks only.
+    # The temporary names of files.write_atomic, which uses them only on local disks.
     for folder, _, names in os.walk(stage_dir):
         for name in names:
             if re.fullmatch(r"\..+\.[a-z0-9_]{8}", name):

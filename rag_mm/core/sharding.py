@@ -1,8 +1,8 @@
-"""One mesh, `data x fsdp x tensor`, and one table from logical axis names to its axes.
+"""Sharding: one mesh, `data x fsdp x tensor`, and one table from logical axis names to mesh axes.
 
-Parameters name their logical axes; explicit sharding then carries the layout in every array's type. Inside
-a layer a parameter is gathered over `fsdp` (FSDP's all-gather) and stays split over `tensor`. Without a mesh
-in context every function here is the identity, so a model also runs in a plain notebook cell.
+Parameters name their logical axes; explicit sharding then carries the layout in every array's type. A layer
+gathers its parameters over `fsdp` (FSDP's all-gather) and keeps them split over `tensor`. Without a mesh in
+context the layout functions return their input unchanged, so a model also runs in a plain notebook cell.
 """
 
 import functools
@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-# What a logical axis of a parameter is split over.
+# The mesh axes over which a logical axis of a parameter is split.
 PARAMETER_AXES: dict[str | None, str | tuple[str, ...] | None] = {
     "embed": "fsdp",
     "vocab": "tensor",
@@ -27,7 +27,7 @@ PARAMETER_AXES: dict[str | None, str | tuple[str, ...] | None] = {
     "layers": None,
     None: None,
 }
-# What a logical axis of an activation is split over: its width is whole on every device.
+# The same for an activation, whose embedding dimension is not split.
 ACTIVATION_AXES = PARAMETER_AXES | {
     "batch": ("data", "fsdp"),
     "embed": None,
@@ -37,23 +37,25 @@ ACTIVATION_AXES = PARAMETER_AXES | {
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, is_explicit: bool = True) -> Mesh:
     """A mesh over the first data * fsdp * tensor devices.
 
-    Its axes are explicit, except for models of stock convolutions, which are only ever split by batch
-    and leave the rest to the partitioner.
+    Args:
+        data, fsdp, tensor: sizes of the mesh axes.
+        is_explicit: whether the axes are explicit. False for models that use stock convolutions, which are
+            split by batch only and leave the rest to the partitioner.
 
     Raises:
-        ValueError: fewer devices are present.
+        ValueError: there are fewer devices.
     """
-    kind = AxisType.Explicit if is_explicit else AxisType.Auto
-    return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=(kind,) * 3)
+    axis_type = AxisType.Explicit if is_explicit else AxisType.Auto
+    return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=(axis_type,) * 3)
 
 
 def parameter_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
-    """Where a parameter with these logical axes rests between steps."""
+    """The layout of a parameter with these logical axes between steps."""
     return PartitionSpec(*(PARAMETER_AXES[axis] for axis in axes))
 
 
 def activation_spec(*axes: str | None) -> PartitionSpec | None:
-    """The layout of an activation, or None where no mesh is in context."""
+    """The layout of an activation, or None without a mesh in context."""
     if jax.sharding.get_abstract_mesh().empty:
         return None
     return PartitionSpec(*(ACTIVATION_AXES[axis] for axis in axes))
@@ -65,16 +67,17 @@ def sum_over_batch(
     layouts: Sequence[tuple[str | None, ...]],
     axes: tuple[str | None, ...],
 ) -> jax.Array:
-    """function(*activations), a sum over rows, in the layout of a parameter with these logical axes.
+    """function(*activations), a sum over the batch, in the layout of a parameter with these logical axes.
 
-    Each device applies `function` to its own rows; the sums are then reduce-scattered over `fsdp`. Asked for
-    a product in that layout, the partitioner would all-reduce it, or go round the ring device by device.
+    Each device applies `function` to its part of the batch; the partial sums are reduce-scattered over
+    `fsdp`. For a plain product in that layout the partitioner would all-reduce instead, or pass the parts
+    around the ring of devices.
 
     Args:
-        function: of one device's activations; linear in their rows.
+        function: sums over the batch axis of one device's activations.
         activations: arrays whose first axis is `batch`.
-        layouts: the logical axes of each.
-        axes: those of the result.
+        layouts: the logical axes of each activation.
+        axes: the logical axes of the result.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return function(*activations)
@@ -91,10 +94,10 @@ def sum_over_batch(
 
 
 def _scatter(total: jax.Array, at: int) -> jax.Array:
-    """The sum of all `fsdp` devices' arrays, axis `at` split over them.
+    """The sum of the arrays of all `fsdp` devices, with axis `at` split over these devices.
 
-    The TPU compiler (libtpu 0.0.42) makes an all-reduce of a reduce-scatter over a whole torus, or over any
-    axis but the last; one side of the torus after the other, along the last axis, it takes as it stands.
+    The TPU compiler (libtpu 0.0.42) turns a reduce-scatter over a whole torus, or along any axis but the
+    last, into an all-reduce. It keeps one along the last axis over one side of the torus, hence two stages.
     """
     size = jax.lax.axis_size("fsdp")
     inner = max(k for k in range(1, math.isqrt(size) + 1) if size % k == 0)
@@ -112,7 +115,7 @@ def _scatter(total: jax.Array, at: int) -> jax.Array:
 
 
 def gather(parameter: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """The parameter as a layer uses it: whole over `fsdp`, still split over `tensor`."""
+    """The parameter as a layer uses it: gathered over `fsdp`, still split over `tensor`."""
     if jax.sharding.get_abstract_mesh().empty:
         return parameter
     spec = (None if axis == "embed" else PARAMETER_AXES[axis] for axis in axes)
@@ -120,35 +123,37 @@ def gather(parameter: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 
 
 def platform() -> str:
-    """What the program being traced is for: the context mesh's devices, which need not be here."""
+    """The target platform of the program being traced: that of the context mesh, which may be abstract."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def local_rows(num_rows: int, mesh: Mesh) -> range:
-    """The rows of a batch that this process has devices for: all of them where it is the only one.
+    """The examples of a batch of `num_rows` that this process's devices hold; all of them for one process.
 
     Raises:
-        ValueError: the batch axes do not divide the rows, or the process's rows do not follow one another.
+        ValueError: the batch axes do not divide the batch, or the process's examples are not contiguous.
     """
     placed = NamedSharding(mesh, PartitionSpec(ACTIVATION_AXES["batch"]))
     parts = placed.addressable_devices_indices_map((num_rows,)).values()
     bounds = sorted({part.indices(num_rows)[:2] for (part,) in parts})
     if any(end != start for (_, end), (start, _) in itertools.pairwise(bounds)):
-        raise ValueError(f"the devices of process {jax.process_index()} do not lie side by side")
+        raise ValueError(
+            f"the devices of process {jax.process_index()} are not adjacent in the mesh"
+        )
     return range(bounds[0][0], bounds[-1][1])
 
 
 def batch_parts() -> int:
-    """Over how many devices of the mesh in context a batch is split; 1 without one."""
+    """The number of parts that the mesh in context splits a batch into; 1 without a mesh."""
     shape = jax.sharding.get_abstract_mesh().shape
     return math.prod(shape.get(axis, 1) for axis in ACTIVATION_AXES["batch"] or ())
 
 
 def put_batch(batch: dict, mesh: Mesh) -> dict:
-    """A host batch (arrays [B, ...]) split over the batch axes of the mesh.
+    """Puts a host batch (arrays [B, ...]) on devices, split over the batch axes of the mesh.
 
-    Each of several processes has its own `local_rows`, which together are the batch.
+    With several processes each passes only its `local_rows` of the batch.
     """
     sharding = NamedSharding(mesh, PartitionSpec(ACTIVATION_AXES["batch"]))
     if jax.process_count() == 1:
@@ -170,7 +175,7 @@ def _put_rows(x: np.ndarray, sharding: NamedSharding, mesh: Mesh) -> jax.Array:
 
 
 def split_batch(batch: dict, num_parts: int) -> dict:
-    """Arrays [B, ...] as [num_parts, B / num_parts, ...]; every device splits the rows that it has.
+    """Reshapes arrays [B, ...] to [num_parts, B / num_parts, ...]; every device splits its own examples.
 
     Raises:
         ValueError: B is not a multiple of num_parts.
@@ -179,7 +184,7 @@ def split_batch(batch: dict, num_parts: int) -> dict:
     def split(x: jax.Array) -> jax.Array:
         rows, rest = divmod(x.shape[0], num_parts)
         if rest:
-            raise ValueError(f"a batch of {x.shape[0]} rows does not split into {num_parts} parts")
+            raise ValueError(f"a batch of {x.shape[0]} does not split into {num_parts} equal parts")
         tail = (None,) * (x.ndim - 1)
         parts = jax.lax.reshape(
             x, (rows, num_parts, *x.shape[1:]), out_sharding=activation_spec("batch", None, *tail)
@@ -190,6 +195,6 @@ def split_batch(batch: dict, num_parts: int) -> dict:
 
 
 def place(x: jax.Array, *axes: str | None) -> jax.Array:
-    """The activation laid out by its logical axes; all None puts it whole on every device."""
+    """The activation in the layout of its logical axes; all None replicates it on every device."""
     spec = activation_spec(*axes)
     return x if spec is None else jax.sharding.reshard(x, spec)

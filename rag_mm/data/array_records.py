@@ -1,4 +1,4 @@
-"""Documents in ArrayRecord files: our own records, and TFDS datasets kept in that form."""
+"""Documents in ArrayRecord files: records in this project's format, and TFDS datasets."""
 
 import contextlib
 import pathlib
@@ -14,13 +14,13 @@ from rag_mm.data import captions, image_decoding
 from rag_mm.memory.store import record
 from rag_mm.memory.writing import stream
 
-REFUSALS = {"damaged-record": "a record whose bytes are not those that were written"}
+REJECT_REASONS = {"damaged-record": "a record whose bytes were changed"}
 
 
 def write_documents(path: pathlib.Path, documents: Iterable[document_types.Document]) -> int:
-    """Writes an ArrayRecord file, whole or not at all; how many documents it holds.
+    """Writes documents to an ArrayRecord file, atomically; returns their number.
 
-    Pictures are kept as PNG, in the size they have.
+    Images are stored as PNG, in their original size.
     """
     temporary = path.with_name(f".{path.name}.part")
     count = 0
@@ -28,8 +28,8 @@ def write_documents(path: pathlib.Path, documents: Iterable[document_types.Docum
         with contextlib.closing(
             array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
         ) as writer:
-            for found in documents:
-                writer.write(record.to_bytes(record.Record(found, {})))
+            for document in documents:
+                writer.write(record.to_bytes(record.Record(document, {})))
                 count += 1
         temporary.replace(path)
     finally:
@@ -37,14 +37,14 @@ def write_documents(path: pathlib.Path, documents: Iterable[document_types.Docum
     return count
 
 
-class RecordSource:
-    """Records of ArrayRecord files, those of `write_documents` or of a memory, in file order."""
+class ArrayRecordSource:
+    """Records of ArrayRecord files, written by `write_documents` or by a memory, in file order."""
 
     def __init__(self, paths: Sequence[pathlib.Path]):
         """Opens the files.
 
         Raises:
-            UserError: no file, or one that is no ArrayRecord file.
+            UserError: there are no files, or one is not an ArrayRecord file.
         """
         if not paths:
             raise UserError("There are no ArrayRecord files to read.")
@@ -55,34 +55,34 @@ class RecordSource:
 
     def read(self, start: int) -> Iterator[stream.Item]:
         """All records from number `start` on."""
-        for place in range(start, len(self._records)):
+        for i in range(start, len(self._records)):
             try:
-                found = record.from_bytes(self._records[place]).document
-                yield stream.Item(place + 1, found)
-            except (RuntimeError, UserError) as error:  # RuntimeError: ArrayRecord's own checksum.
-                bad = stream.Reject(f"record {place}", "damaged-record", f"cannot be read: {error}")
-                yield stream.Item(place + 1, reject=bad)
+                document = record.from_bytes(self._records[i]).document
+                yield stream.Item(i + 1, document)
+            except (RuntimeError, UserError) as error:  # RuntimeError: ArrayRecord's checksum.
+                reject = stream.Reject(f"record {i}", "damaged-record", f"cannot be read: {error}")
+                yield stream.Item(i + 1, reject=reject)
 
 
 class TfdsSource:
-    """A TFDS dataset in ArrayRecord form, without TensorFlow: one picture and its caption a record.
+    """A TFDS dataset in ArrayRecord format, with one image and its caption per record; needs no TensorFlow.
 
-    The id is `NAME-SPLIT-NUMBER`. Pictures come as the files that TFDS keeps, so that their headers are
-    checked before anything is decoded.
+    Document ids are `NAME-SPLIT-NUMBER`. Images are read as the encoded files that TFDS stores, so that their
+    headers are checked before they are decoded.
     """
 
     def __init__(self, name: str, split: str, image: str | None = None, caption: str | None = None):
         """Opens a dataset.
 
         Args:
-            name: a dataset that TFDS has prepared in its data folder, or the folder of one.
-            split: such as `train`, or `train[:100]`.
-            image: the feature that holds the picture; the only one of that kind if None.
-            caption: the feature that holds the caption, a text or a label, `/` leading into nested
-                ones; `caption`, `text`, `captions` or `label`, whichever is first there, if None.
+            name: a dataset that TFDS has prepared in its data folder, or a dataset's folder.
+            split: a split or slice, such as `train` or `train[:100]`.
+            image: path of the image feature; if None, the dataset's only image feature.
+            caption: path of the caption, a text or a label, with `/` between nested features; if None,
+                the first of `caption`, `text`, `captions` and `label` that exists.
 
         Raises:
-            UserError: no such dataset, split or feature, or one in another form.
+            UserError: no such dataset, split or feature, or not in ArrayRecord format.
         """
         self._features, self._records = open_tfds(name, split)
         self._name = f"{pathlib.PurePath(name).name}-{split}"
@@ -93,20 +93,20 @@ class TfdsSource:
 
     def read(self, start: int) -> Iterator[stream.Item]:
         """All records from number `start` on."""
-        for place in range(start, len(self._records)):
-            name = f"{self._name}-{place}"
+        for i in range(start, len(self._records)):
+            name = f"{self._name}-{i}"
             try:
-                yield self._item(place + 1, name, self._records[place])
-            except (captions.BadRecord, image_decoding.BadPicture) as error:
+                yield self._item(i + 1, name, self._records[i])
+            except (captions.BadRecord, image_decoding.BadImage) as error:
                 bad = captions.BadRecord(error.reason, str(error))
-                yield stream.Item(place + 1, reject=bad.as_reject(name))
+                yield stream.Item(i + 1, reject=bad.as_reject(name))
 
     def _item(self, position: int, name: str, fields: Any) -> stream.Item:
-        text = self._text(walk(fields, self._caption))
-        beside = captions.check({"caption": text}, name)
-        picture = image_decoding.decode(walk(fields, self._image), min_pixels=2)
-        segments = (document_types.Text(beside.caption), document_types.Image(picture.pixels))
-        return stream.Item(position, document_types.Document(name, segments), notes=picture.notes)
+        text = self._text(get_feature(fields, self._caption))
+        sidecar = captions.check({"caption": text}, name)
+        image = image_decoding.decode(get_feature(fields, self._image), min_pixels=2)
+        segments = (document_types.Text(sidecar.caption), document_types.Image(image.pixels))
+        return stream.Item(position, document_types.Document(name, segments), notes=image.notes)
 
     def _text(self, value: Any) -> str:
         """A text, the first of several, or a label's name."""
@@ -114,7 +114,7 @@ class TfdsSource:
             value = value[0] if len(value) else b""
         if isinstance(value, bytes):
             return captions.decode_text(value)
-        feature = walk(self._features, self._caption)
+        feature = get_feature(self._features, self._caption)
         return feature.int2str(int(value)) if hasattr(feature, "int2str") else str(value)
 
 
@@ -124,18 +124,18 @@ def _open(paths: Sequence[str]) -> array_record_data_source.ArrayRecordDataSourc
         len(source)
         return source
     except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(
-            f"{paths[0]} or one beside it is no ArrayRecord file ({_reason(error)})."
-        ) from error
+        many = f"One of {len(paths)} files, {paths[0]} to {paths[-1]},"
+        name = paths[0] if len(paths) == 1 else many
+        raise UserError(f"{name} is not an ArrayRecord file ({_reason(error)}).") from error
 
 
 def open_tfds(name: str, split: str) -> tuple[Any, Any]:
-    """The features of a dataset and its records, pictures as the bytes that TFDS keeps.
+    """The features of a dataset and its records, with images as encoded bytes.
 
     Raises:
-        UserError: TFDS cannot read it, or it has not exactly one picture a record.
+        UserError: TFDS cannot read it, or its records do not have exactly one image.
     """
-    import tensorflow_datasets as tfds  # Takes seconds, which nobody else should wait for.
+    import tensorflow_datasets as tfds  # Imported here because it takes seconds.
 
     try:
         folder = pathlib.Path(name)
@@ -147,36 +147,36 @@ def open_tfds(name: str, split: str) -> tuple[Any, Any]:
         return builder.info.features, builder.as_data_source(split, decoders=decoders)
     except UserError:
         raise
-    except Exception as error:  # Every builder fails in its own way.
+    except Exception as error:  # Dataset builders raise many types of errors.
         raise UserError(
-            f"TFDS cannot read {name!r}, split {split!r}, in ArrayRecord form: {_reason(error)}"
+            f"TFDS cannot read {name!r}, split {split!r}, in ArrayRecord format: {_reason(error)}"
         ) from error
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what an error says, which may be nothing."""
+    """The first line of an error's message, or its repr if the message is empty."""
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def only_image(features: Any) -> str:
-    """The path of the one picture, parts joined by `/`; raises UserError where there is not one."""
-    found = [path for path, kind in _leaves(features) if kind == "Image"]
-    if len(found) != 1:
-        raise UserError(f"The dataset has the pictures {found}: it should have one.")
-    return found[0]
+    """The path of the only image feature, joined by `/`; raises UserError if there is not exactly one."""
+    paths = [path for path, kind in _leaves(features) if kind == "Image"]
+    if len(paths) != 1:
+        raise UserError(f"The dataset has {len(paths)} image features ({paths}); it must have one.")
+    return paths[0]
 
 
 def _first_caption(features: Any) -> str:
     paths = dict(_leaves(features))
-    for wanted in ("caption", "text", "captions", "label"):
+    for name in ("caption", "text", "captions", "label"):
         for path, kind in paths.items():
-            if wanted in path.split("/") and kind in ("Text", "ClassLabel"):
+            if name in path.split("/") and kind in ("Text", "ClassLabel"):
                 return path
     raise UserError(f"The dataset has no caption, text or label among {sorted(paths)}.")
 
 
 def _leaves(features: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Path and kind of every feature."""
+    """Path and type name of every feature."""
     inner = getattr(features, "feature", features)  # A sequence wraps its element.
     if hasattr(inner, "items"):
         for name, feature in inner.items():
@@ -185,8 +185,8 @@ def _leaves(features: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         yield prefix.rstrip("/"), type(inner).__name__
 
 
-def walk(fields: Any, path: str) -> Any:
-    """What lies at a path of nested features."""
+def get_feature(fields: Any, path: str) -> Any:
+    """The value at a `/`-separated path of nested features."""
     for part in path.split("/"):
         fields = getattr(fields, "feature", fields)
         fields = fields[part]

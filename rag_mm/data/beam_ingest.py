@@ -1,9 +1,9 @@
-"""Ingestion larger than one machine: an Apache Beam pipeline that checks records and writes them as our own.
+"""Distributed ingestion: an Apache Beam pipeline that checks records and rewrites them as ArrayRecord files.
 
-A source is cut into ranges of its positions. Each is read, checked and written by itself, as one ArrayRecord
-file, by whichever worker gets it; what a file holds follows from the source and the range alone, so that
-a worker that is tried again writes the same. `rag-mm memory build` then reads the files in their order.
-Source and output lie where all workers see them under one path.
+The source is split into ranges of positions. A worker reads and checks each range and writes it as one
+ArrayRecord file. The file depends only on the source and the range, so a retried worker writes the same
+bytes. `rag-mm memory build` then reads the files in order. All workers must see source and output under the
+same paths.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ LOCAL = "--runner=DirectRunner --direct_running_mode=multi_processing --direct_n
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The records behind position `start`, up to `stop`, which become file `number`."""
+    """The records after position `start` up to and including `stop`; they are written to file `number`."""
 
     number: int
     start: int
@@ -33,7 +33,7 @@ class Range:
 
 @dataclasses.dataclass(frozen=True)
 class RangeResult:
-    """What became of a range: documents written, bad records, and how often what was done to read them."""
+    """The outcome of a range: number of documents written, bad records, and counts of notes."""
 
     number: int
     added: int
@@ -49,21 +49,21 @@ def ingest(
     max_bad: float = 0.01,
     beam_options: str = LOCAL,
 ) -> dict[str, Any]:
-    """Runs the pipeline and waits for it.
+    """Runs the pipeline and waits for it to finish.
 
     Args:
-        spec: what `opening.open_documents` reads.
-        out: a folder that does not exist yet; `documents-00000.arrayrecord` and so on, `ingest.json`, and
-            `rejects.jsonl` where there are any.
-        records_per_file: of the source; a tar is one range, however much it holds.
-        max_bad: as in `memory.ingest.Options`.
-        beam_options: command-line options of Beam.
+        spec: the documents, as accepted by `open_documents.open_documents`.
+        out: a folder that does not exist yet. Gets `documents-00000.arrayrecord` and so on, `ingest.json`,
+            and `rejects.jsonl` if there are rejects.
+        records_per_file: source records per file; a tar is always one range, whatever its size.
+        max_bad: as in `ingest.Options`.
+        beam_options: command-line options for Beam.
 
     Returns:
-        The content of `ingest.json`: `read`, `added`, `rejected` by reason, `notes`.
+        The content of `ingest.json`: `read`, `added`, `rejected` by reason, `notes`, `ok`.
 
     Raises:
-        UserError: Beam is missing, the folder is in use, no good record, or too many bad ones.
+        UserError: Beam is not installed, the folder exists, there is no good record, or too many are bad.
     """
     beam = _load_beam()
     if out.exists():
@@ -78,38 +78,38 @@ def ingest(
             _ = (
                 pipeline
                 | "ranges" >> beam.Create(ranges)
-                | "spread" >> beam.Reshuffle()
+                | "reshuffle" >> beam.Reshuffle()
                 | "write" >> beam.Map(write_range, spec=spec, out=str(out))
                 | "gather" >> beam.combiners.ToList()
-                | "sum up" >> beam.Map(write_summary, out=str(out), max_bad=max_bad)
+                | "summarize" >> beam.Map(write_summary, out=str(out), max_bad=max_bad)
             )
     except BaseException:
         with contextlib.suppress(OSError):
-            out.rmdir()  # Nothing was written: the folder is not in the way of the next try.
+            out.rmdir()  # If nothing was written, the next attempt can use the folder.
         raise
     counts = files.read_json(out / ingest_report.COUNTS)
     if not counts["ok"]:
         raise UserError(
             f"{counts['added']} of {counts['read']} records of {spec} are good, too few for "
-            f"--max-bad={max_bad:g}: {out / ingest_report.REJECTS} names the others."
+            f"--max-bad={max_bad:g}: {out / ingest_report.REJECTS} lists the others."
         )
     return counts
 
 
 def split(source: stream.RecordStream, records_per_file: int) -> list[Range]:
-    """Ranges that together are the whole source."""
+    """Splits the whole source into ranges."""
     if isinstance(source, webdataset.TarSource):
-        cuts = source.starts
+        boundaries = source.starts
     elif source.size is not None:
-        cuts = [*range(0, source.size, records_per_file), source.size]
+        boundaries = [*range(0, source.size, records_per_file), source.size]
     else:
-        raise UserError("The source does not say how many records it has; it cannot be cut.")
-    pairs = enumerate(itertools.pairwise(cuts))
+        raise UserError("The number of the source's records is unknown, so it cannot be split.")
+    pairs = enumerate(itertools.pairwise(boundaries))
     return [Range(number, start, stop) for number, (start, stop) in pairs]
 
 
 def write_range(which: Range, spec: str, out: str) -> RangeResult:
-    """Writes one range of a source, on any worker; a range without a good record writes no file."""
+    """Writes one range of a source; runs on any worker. A range without good records writes no file."""
     rejects: list[stream.Reject] = []
     notes: dict[str, int] = {}
 
@@ -131,14 +131,14 @@ def write_range(which: Range, spec: str, out: str) -> RangeResult:
     return RangeResult(which.number, added, rejects, notes)
 
 
-def write_summary(written: Sequence[RangeResult], out: str, max_bad: float) -> None:
-    """Writes what all ranges came to."""
-    written = sorted(written, key=lambda each: each.number)
-    rejects = [reject for each in written for reject in each.rejects]
-    added = sum(each.added for each in written)
+def write_summary(results: Sequence[RangeResult], out: str, max_bad: float) -> None:
+    """Writes the total counts and rejects of all ranges."""
+    results = sorted(results, key=lambda result: result.number)
+    rejects = [reject for result in results for reject in result.rejects]
+    added = sum(result.added for result in results)
     notes: dict[str, int] = {}
-    for each in written:
-        for name, count in each.notes.items():
+    for result in results:
+        for name, count in result.notes.items():
             notes[name] = notes.get(name, 0) + count
     folder, num_read = pathlib.Path(out), added + len(rejects)
     if rejects:
@@ -159,7 +159,7 @@ def _load_beam() -> Any:
         import apache_beam.options.pipeline_options
     except ImportError:
         raise UserError(
-            "Apache Beam is not installed: pip install '.[beam]' brings it, in an environment of its own "
+            "Apache Beam is not installed: run pip install '.[beam]' in a separate environment "
             "(docs/beam.md)."
         ) from None
     return apache_beam

@@ -1,4 +1,4 @@
-"""What stands beside a picture: its caption, where it comes from, and its name, all checked."""
+"""Validates the untrusted fields of an image-caption record: caption, url, license and file name."""
 
 import dataclasses
 import json
@@ -8,9 +8,9 @@ from typing import Any
 from rag_mm.core.errors import UserError
 from rag_mm.memory.writing import stream
 
-REFUSALS = {
+REJECT_REASONS = {
     "not-utf8": "text or a name that is not UTF-8",
-    "not-json": "a line or a file that is not the JSON it should be",
+    "not-json": "a line or file that is not JSON of the expected form",
     "empty-caption": "no caption, or an empty one",
     "bad-field": "a url or license that is not text",
     "leads-outside": "an absolute path, or one with `..`",
@@ -18,14 +18,14 @@ REFUSALS = {
 
 
 class BadRecord(UserError):
-    """A record that is refused: `reason` is a code; the message may lack its sentence's subject."""
+    """A rejected record: `reason` is a reason code; the message may lack the subject of its sentence."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
         self.reason = reason
 
     def as_reject(self, name: str) -> stream.Reject:
-        """The same, for a list."""
+        """The error as a `Reject` of the record `name`."""
         return stream.Reject(name.encode("utf-8", "replace").decode(), self.reason, str(self))
 
 
@@ -39,7 +39,7 @@ class SidecarCaption:
 
 
 def parse_json(data: bytes) -> Any:
-    """JSON of a stranger's bytes.
+    """Parses JSON from untrusted bytes.
 
     Raises:
         BadRecord: it is not UTF-8 or not JSON.
@@ -51,7 +51,7 @@ def parse_json(data: bytes) -> Any:
 
 
 def decode_text(data: bytes) -> str:
-    """Text of a stranger's bytes.
+    """Decodes text from untrusted bytes.
 
     Raises:
         BadRecord: it is not UTF-8.
@@ -63,11 +63,11 @@ def decode_text(data: bytes) -> str:
 
 
 def check(fields: dict[str, Any], name: str) -> SidecarCaption:
-    """`caption`, `url` and `license` of a record.
+    """Validates `caption`, `url` and `license` of a record.
 
     Args:
-        fields: of any type.
-        name: what they describe, for the message.
+        fields: values of any type.
+        name: the record's name, for messages.
 
     Raises:
         BadRecord: no caption, or a field that is not text.
@@ -78,29 +78,29 @@ def check(fields: dict[str, Any], name: str) -> SidecarCaption:
     for key in ("url", "license"):
         if not isinstance(fields.get(key), str | None):
             raise BadRecord("bad-field", f"gives {name} a {key} that is not text.")
-    beside = SidecarCaption(caption, fields.get("url"), fields.get("license"))
-    check_encodable(f"{caption}{beside.url}{beside.license}{name}")
-    return beside
+    sidecar = SidecarCaption(caption, fields.get("url"), fields.get("license"))
+    check_encodable(f"{caption}{sidecar.url}{sidecar.license}{name}")
+    return sidecar
 
 
 def check_encodable(text: str) -> None:
-    """Raises BadRecord for half of a surrogate pair, which no file could hold as text."""
+    """Raises BadRecord if the text holds a lone surrogate, which cannot be encoded as UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise BadRecord("not-utf8", "holds half of a surrogate pair, which is no text.") from None
+        raise BadRecord("not-utf8", "holds a lone surrogate, which is not valid text.") from None
 
 
 def check_path(name: str) -> pathlib.PurePosixPath:
-    """A relative path that stays below where it starts.
+    """Validates a relative path that must stay inside its folder.
 
     Raises:
-        BadRecord: it does not, or names no file.
+        BadRecord: it leads outside the folder, or names no file.
     """
     path = pathlib.PurePosixPath(name)
-    # Backslashes and drives lead outside on Windows alone, but a folder may travel.
-    outside = path.is_absolute() or pathlib.PureWindowsPath(name).drive
-    if outside or ".." in name.replace("\\", "/").split("/") or "\0" in path.name:
+    # Backslashes and drives lead outside only on Windows, but the folder may be copied there.
+    is_outside = path.is_absolute() or pathlib.PureWindowsPath(name).drive
+    if is_outside or ".." in name.replace("\\", "/").split("/") or "\0" in path.name:
         raise BadRecord("leads-outside", f"names {name!r}, which leads outside the folder.")
     if not path.stem:
         raise BadRecord("not-json", "names no file.")

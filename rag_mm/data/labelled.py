@@ -1,4 +1,4 @@
-"""Pictures with class names, to classify: a folder of class folders, or a TFDS dataset with labels."""
+"""Labeled images for classification: a folder with one folder per class, or a TFDS dataset with labels."""
 
 import pathlib
 import re
@@ -14,47 +14,47 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class Labelled(Protocol):
-    """Pictures of named classes."""
+    """Images of named classes."""
 
     class_names: tuple[str, ...]
     rejects: list[tuple[str, str]]
 
     def read(self) -> Iterator[tuple[np.ndarray, int]]:
-        """Pictures uint8 [H, W, 3] of any size with the number of their class; bad ones are listed."""
+        """(Image uint8 [H, W, 3] of any size, class index); bad images are listed in `rejects` instead."""
         ...
 
 
 class LabelledFolder:
-    """A folder with one folder of pictures for each class, named as the class with `_` for a blank.
+    """A folder with one folder of images per class, named after the class with `_` for spaces.
 
     Attributes:
         class_names: in alphabetical order.
-        rejects: (file, reason) of each picture that the last reading could not read.
+        rejects: (file, reason) of each image that the last `read` could not decode.
     """
 
     def __init__(self, directory: pathlib.Path):
-        """Lists the pictures.
+        """Lists the images.
 
         Raises:
-            UserError: no folder, no class folder in it, or none with a picture.
+            UserError: the folder does not exist or has no class folder with images.
         """
         if not directory.is_dir():
             raise UserError(f"{directory} is not a folder of class folders.")
-        found = {
+        paths_by_class = {
             folder.name: [p for p in sorted(folder.iterdir()) if p.suffix.lower() in ENDINGS]
             for folder in sorted(directory.iterdir())
             if folder.is_dir() and not folder.name.startswith(".")
         }
-        self._files = {name: paths for name, paths in found.items() if paths}
+        self._files = {name: paths for name, paths in paths_by_class.items() if paths}
         if not self._files:
             raise UserError(
-                f"{directory} has no class folder with pictures; lay them out as CLASS/picture.jpg."
+                f"{directory} has no class folder with images; arrange them as CLASS/image.jpg."
             )
         self.class_names = _readable(list(self._files), directory)
         self.rejects: list[tuple[str, str]] = []
 
     def read(self) -> Iterator[tuple[np.ndarray, int]]:
-        """All pictures, class by class."""
+        """All images, class by class."""
         self.rejects.clear()
         for number, paths in enumerate(self._files.values()):
             for path in paths:
@@ -65,18 +65,18 @@ class LabelledFolder:
 
 
 class LabelledTfds:
-    """A TFDS dataset with a picture and a label, in ArrayRecord form (no TensorFlow is needed).
+    """A TFDS dataset in ArrayRecord format with an image and a label per record; needs no TensorFlow.
 
     Attributes:
-        class_names: as the label's feature has them, made readable.
-        rejects: (record, reason) of each picture that the last reading could not read.
+        class_names: names of the label feature, made readable.
+        rejects: (record, reason) of each image that the last `read` could not decode.
     """
 
     def __init__(self, name: str, split: str = "test", label: str = "label"):
         """Opens a dataset that TFDS has prepared, by name or folder.
 
         Raises:
-            UserError: no such dataset or split, or no such label in it.
+            UserError: no such dataset, split or label.
         """
         self._features, self._records = array_records.open_tfds(name, split)
         self._image = array_records.only_image(self._features)
@@ -91,44 +91,44 @@ class LabelledTfds:
         self.rejects: list[tuple[str, str]] = []
 
     def read(self) -> Iterator[tuple[np.ndarray, int]]:
-        """All pictures in the dataset's order."""
+        """All images in the dataset's order."""
         self.rejects.clear()
-        for place in range(len(self._records)):
-            fields: Any = self._records[place]
+        for i in range(len(self._records)):
+            fields: Any = self._records[i]
             try:
-                picture = image_decoding.decode(
-                    array_records.walk(fields, self._image), min_pixels=2
+                image = image_decoding.decode(
+                    array_records.get_feature(fields, self._image), min_pixels=2
                 )
-            except (captions.BadRecord, image_decoding.BadPicture) as error:
-                self.rejects.append((f"{self._name}-{place}", str(error)))
+            except (captions.BadRecord, image_decoding.BadImage) as error:
+                self.rejects.append((f"{self._name}-{i}", str(error)))
             else:
-                yield picture.pixels, int(fields[self._label])
+                yield image.pixels, int(fields[self._label])
 
 
 def readable(name: str) -> str:
-    """A class as a caption would name it: `001.Black_footed_Albatross` is `Black footed Albatross`."""
+    """A class name as in a caption: `001.Black_footed_Albatross` becomes `Black footed Albatross`."""
     return " ".join(re.sub(r"^\d+\.", "", name).replace("_", " ").split())
 
 
 def _readable(names: list[str], where: object) -> tuple[str, ...]:
-    """Raises a UserError where two classes would be one, or one would be nothing."""
-    found = tuple(readable(name) for name in names)
-    for name, made in zip(names, found, strict=True):
-        if not made or found.count(made) > 1:
+    """Raises UserError if two readable names are equal, or one is empty."""
+    readable_names = tuple(readable(name) for name in names)
+    for name, made in zip(names, readable_names, strict=True):
+        if not made or readable_names.count(made) > 1:
+            problem = "the name of another class too" if made else "empty"
             raise UserError(
-                f"The class {name!r} of {where} reads {made!r}, which is "
-                f"{'another class, too' if made else 'nothing'}; rename it."
+                f"The class {name!r} of {where} becomes {made!r}, which is {problem}; rename it."
             )
-    return found
+    return readable_names
 
 
 def caltech_birds2011(split: str = "test") -> LabelledTfds:
-    """CUB-200-2011: 200 kinds of birds; 5,794 pictures in `test`."""
+    """CUB-200-2011: 200 bird species; 5,794 images in `test`."""
     return LabelledTfds("caltech_birds2011", split)
 
 
 def cars196(split: str = "test") -> LabelledTfds:
-    """Stanford Cars: 196 models of cars; 8,041 pictures in `test`."""
+    """Stanford Cars: 196 car models; 8,041 images in `test`."""
     return LabelledTfds("cars196", split)
 
 
@@ -139,9 +139,9 @@ DATASETS: dict[str, Callable[[str], LabelledTfds]] = {
 
 
 def open_dataset(spec: str) -> LabelledTfds:
-    """The dataset NAME or NAME:SPLIT (`test` if it is not said), any that has pictures and labels."""
+    """Opens NAME or NAME:SPLIT (default `test`): any TFDS dataset with one image and one label per record."""
     name, _, split = (
         spec.rpartition(":") if re.search(r":\w+(\[[^\]]*\])?$", spec) else (spec, "", "")
     )
-    chosen = split or "test"
-    return DATASETS[name](chosen) if name in DATASETS else LabelledTfds(name, chosen)
+    split = split or "test"
+    return DATASETS[name](split) if name in DATASETS else LabelledTfds(name, split)

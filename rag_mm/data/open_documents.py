@@ -1,4 +1,4 @@
-"""What a command's `--documents` may name, and the source that it means."""
+"""Opens the document source named by a command's `--documents`."""
 
 import pathlib
 import re
@@ -8,36 +8,36 @@ from rag_mm.data import array_records, sources, webdataset
 from rag_mm.memory.writing import stream
 
 TFDS = "tfds:"
-# A slice has a colon too, as in train[:100].
+# A slice such as train[:100] also contains a colon.
 _TFDS_SPEC = re.compile(r"(.+?):(\w+(?:\[[^\]]*\])?)")
 
 
 def open_documents(spec: str) -> stream.RecordStream:
-    """The source that a text names.
+    """Opens a document source.
 
     Args:
-        spec: a folder of pictures with captions.jsonl, of WebDataset tars, of ArrayRecord files or
-            of a TFDS dataset in ArrayRecord form; a tar or ArrayRecord file; or
-            `tfds:NAME:SPLIT`, with NAME as TFDS has it or a folder.
+        spec: a folder of images with captions.jsonl, of WebDataset tars or of ArrayRecord files; a single
+            tar or ArrayRecord file; or `tfds:NAME:SPLIT` for a TFDS dataset in ArrayRecord format, where
+            NAME is a TFDS name or a folder.
 
     Raises:
-        UserError: it names nothing that can be read.
+        UserError: `spec` names nothing that can be read.
     """
     if spec.startswith(TFDS):
         match = _TFDS_SPEC.fullmatch(spec.removeprefix(TFDS))
         if match is None:
-            raise UserError(f"{spec} names no split: write tfds:NAME:SPLIT.")
+            raise UserError(f"{spec} has no split: write tfds:NAME:SPLIT.")
         return array_records.TfdsSource(match[1], match[2])
     path = pathlib.Path(spec)
     if path.is_file() and path.suffix == ".tar":
         return webdataset.TarSource([path])
     if path.is_file() and path.suffix == ".arrayrecord":
-        return array_records.RecordSource([path])
+        return array_records.ArrayRecordSource([path])
     if not (path / sources.CAPTIONS).exists() and path.is_dir():
         if tars := sorted(path.glob("*.tar")):
             return webdataset.TarSource(tars)
         if records := sorted(path.glob("*.arrayrecord")):
-            return array_records.RecordSource(records)
+            return array_records.ArrayRecordSource(records)
         if (path / "dataset_info.json").exists():
             raise UserError(f"{spec} is a TFDS dataset: write tfds:{spec}:SPLIT.")
     return sources.FolderSource(spec)

@@ -1,4 +1,4 @@
-"""Batches of random-access records by Grain, decided by (seed, index), resumable to the item."""
+"""Deterministic training batches with Grain: each example depends only on (seed, index); resumable."""
 
 import dataclasses
 import functools
@@ -13,12 +13,12 @@ from rag_mm.core.errors import UserError
 
 T = TypeVar("T", covariant=True)
 
-# Key of a batch under which it says which records, int64 [B], it was made of.
+# Key of a batch that holds the indices of its source records, int64 [B].
 RECORDS = "records"
 
 
 class RecordSource(Protocol[T]):
-    """Records that can be read in any order, by several threads at once."""
+    """Records with thread-safe random access."""
 
     def __len__(self) -> int: ...
 
@@ -39,71 +39,71 @@ def make_batches(
     num_workers: int = 0,
     rows: range | None = None,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
-    """Shuffles, transforms and stacks records, for ever or for some epochs.
+    """Shuffles, transforms and batches records, for some epochs or without end.
 
-    Every epoch has its own order. Example i of the whole run is decided by `seed` and i alone: its
-    record, and the generator that `transform` gets. So batches do not depend on threads, workers
-    or interruptions. A batch may span two epochs; what remains after the last epoch is dropped.
+    Every epoch has its own order. `seed` and i alone determine example i of the whole run: its record and
+    the generator passed to the transform. Batches therefore do not depend on threads, workers or
+    interruptions. A batch may span two epochs; an incomplete last batch is dropped.
 
     Args:
         source: the records.
-        batch_size: examples in a batch.
+        batch_size: examples per batch.
         seed: at least 0.
-        transforms: each makes arrays (or numbers) of one record, always of the same shapes. It runs
-            in a thread beside the caller, or, with workers, is sent to them by pickling. With
-            several a batch is all of one kind, since only rows of one shape can be stacked; each
-            kind shuffles the records anew.
-        shares: how often a batch is of each kind, evenly interleaved.
-        num_epochs: of each kind; None never ends.
-        start: the first batch to give; an iterator's state counts from there.
-        num_workers: processes that read and transform; 0 does so in this process.
-        rows: which of a batch's rows to make, where other processes make the others
-            (`sharding.local_rows`); None makes all. The state does not depend on it.
+        transforms: each turns one record into arrays (or numbers) of fixed shapes. They run in a separate
+            thread or, with workers, are pickled and sent to them. With several transforms, each batch
+            uses a single one, since only equal shapes can be stacked, and each shuffles the records
+            independently.
+        shares: relative frequency of the batches of each transform, evenly interleaved.
+        num_epochs: epochs per transform; None repeats without end.
+        start: index of the first batch; an iterator's state counts from there.
+        num_workers: processes that read and transform; 0 uses a thread of this process.
+        rows: which examples of each batch to make, if other processes make the rest
+            (`sharding.local_rows`); None makes all. The iterator's state does not depend on it.
 
     Returns:
-        An iterator over dicts of arrays [batch_size, ...], `RECORDS` among them. `get_state()` is a JSON
-        value that `set_state` of an iterator made with the same arguments accepts.
+        An iterator over dicts of arrays [batch_size, ...], including `RECORDS`. `get_state()` returns a JSON
+        value that `set_state` accepts on an iterator made with the same arguments.
 
     Raises:
-        UserError: there is not even one batch.
-        ValueError: transforms and shares do not pair.
+        UserError: the records do not fill a single batch.
+        ValueError: the numbers of transforms and shares differ.
     """
     num_records = len(source)
     if not num_records or (num_epochs is not None and num_records * num_epochs < batch_size):
         raise UserError(
-            f"{num_records} records do not fill one batch of {batch_size}; add records or take"
+            f"{num_records} records do not fill one batch of {batch_size}; add records or use"
             " a smaller batch_size."
         )
     seeds = np.random.SeedSequence(seed).spawn(len(transforms))
-    chosen = _Chosen(source, batch_size, rows or range(batch_size), num_epochs)
-    kinds = [
-        (chosen.make_kind(transform, kind_seed), float(share))
-        for transform, share, kind_seed in zip(transforms, shares, seeds, strict=True)
+    maker = _BatchMaker(source, batch_size, rows or range(batch_size), num_epochs)
+    mixture = [
+        (maker.make(transform, transform_seed), float(share))
+        for transform, share, transform_seed in zip(transforms, shares, seeds, strict=True)
         if share > 0
     ]
-    dataset = grain.MapDataset.mix(*zip(*kinds, strict=True))
-    # One thread beside the training step: more would only wait for Python's lock.
+    dataset = grain.MapDataset.mix(*zip(*mixture, strict=True))
+    # One thread next to the training step: more would only wait for Python's global lock.
     reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     batches = dataset[start:].to_iter_dataset(reading)
     if num_workers:
-        if not flags.FLAGS.is_parsed():  # Grain's processes insist, and who calls us has no flags.
+        if not flags.FLAGS.is_parsed():  # Grain's worker processes require parsed absl flags.
             flags.FLAGS.mark_as_parsed()
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
     return iter(batches)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Chosen:
-    """Records in batches, of each the rows that one process makes."""
+class _BatchMaker:
+    """Makes batches of records, each with only the examples of this process."""
 
     source: RecordSource
     batch_size: int
     rows: range
     num_epochs: int | None
 
-    def make_kind(self, transform: Transform, seed: np.random.SeedSequence) -> grain.MapDataset:
-        """All batches of one kind."""
-        # Grain shuffles epoch e with its seed + e: adjacent seeds must not be one epoch apart.
+    def make(self, transform: Transform, seed: np.random.SeedSequence) -> grain.MapDataset:
+        """All batches of one transform."""
+        # Grain shuffles epoch e with seed + e, so adjacent seeds would repeat each other's epochs.
         shuffle_seed, transform_seed = seed.generate_state(2).tolist()
         examples = (
             grain.MapDataset.range(len(self.source))
@@ -113,7 +113,7 @@ class _Chosen:
                 functools.partial(_make_example, self.source, transform), seed=transform_seed
             )
         )
-        batches = _RowsOfBatches(examples, self.batch_size, self.rows)
+        batches = _LocalExamples(examples, self.batch_size, self.rows)
         return batches.batch(len(self.rows), drop_remainder=True)
 
 
@@ -123,8 +123,8 @@ def _make_example(
     return {RECORDS: np.int64(index), **transform(source[index], rng)}
 
 
-class _RowsOfBatches(grain.MapDataset):
-    """Of every `batch_size` elements in a row those at `rows`; nothing is made of the others."""
+class _LocalExamples(grain.MapDataset):
+    """Of every `batch_size` consecutive elements, only those at `rows`; the others are never computed."""
 
     def __init__(self, parent: grain.MapDataset, batch_size: int, rows: range):
         super().__init__(parent)

@@ -1,7 +1,7 @@
-"""Pictures as public checkpoints want them: the shorter side scaled, the middle cut out, in whole pixels.
+"""Image preprocessing of public checkpoints: resize the shorter side, then center crop.
 
-`memory.images.fit` crops first and scales once, between pixels. Here the order, the rounding and the filter
-are those that the checkpoints were trained with, which on pictures that are not square is not the same.
+The order, rounding and filter are those that the checkpoints were trained with. `image_files.fit` instead
+crops first, at subpixel positions, and then resizes: images that are not square give different results.
 """
 
 from typing import Literal
@@ -17,11 +17,11 @@ _FILTERS = {
 
 
 def scale_and_crop(pixels: np.ndarray, size: int, resample: Filter) -> np.ndarray:
-    """uint8 [H, W, 3] of any size -> uint8 [size, size, 3]."""
+    """Resizes and center-crops uint8 [H, W, 3] of any size to uint8 [size, size, 3]."""
     height, width = pixels.shape[:2]
     short, long = sorted((height, width))
     scaled_long = int(size * long / short)
     new = (scaled_long, size) if height > width else (size, scaled_long)
-    picture = PIL.Image.fromarray(pixels).resize((new[1], new[0]), _FILTERS[resample])
+    resized = PIL.Image.fromarray(pixels).resize((new[1], new[0]), _FILTERS[resample])
     top, left = (new[0] - size) // 2, (new[1] - size) // 2
-    return np.asarray(picture)[top : top + size, left : left + size]
+    return np.asarray(resized)[top : top + size, left : left + size]

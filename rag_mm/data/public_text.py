@@ -1,4 +1,4 @@
-"""Tokenizers of public checkpoints: any tokenizer.json, and CLIP's byte-level BPE from its two files."""
+"""Text tokenizers of public checkpoints: any tokenizer.json, or CLIP's BPE from vocab.json and merges.txt."""
 
 import dataclasses
 import functools
@@ -20,21 +20,21 @@ _CLIP_WORDS = _SPECIALS + r"|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class PublicText:
-    """A tokenizer as its checkpoint was trained with."""
+class PublicTokenizer:
+    """The text tokenizer that a public checkpoint was trained with."""
 
     tokenizer: tokenizers.Tokenizer
 
     @functools.cached_property
     def size(self) -> int:
-        """One more than the highest id of text; specials that were added later do not count."""
+        """The highest text id plus one; special tokens that were added later are not counted."""
         return 1 + max(self.tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids with the specials that the tokenizer puts around a text.
+        """Encodes a text, with the special tokens that the tokenizer puts around it.
 
         Raises:
-            UserError: the string holds a lone surrogate, so it is not Unicode text.
+            UserError: the text is not valid Unicode (it holds a lone surrogate).
         """
         try:
             text.encode()
@@ -43,27 +43,27 @@ class PublicText:
         return self.tokenizer.encode(text).ids
 
     def decode_text(self, ids: Sequence[int]) -> str:
-        """The text of ids, without specials; CLIP's ends of words become spaces."""
+        """Decodes ids without special tokens; CLIP's end-of-word markers become spaces."""
         text = self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
         suffix = getattr(self.tokenizer.model, "end_of_word_suffix", None)
         return text.replace(suffix, " ").strip() if suffix else text
 
 
-def load_text(folder: epath.PathLike) -> PublicText | None:
-    """The tokenizer of a folder, or None where it has none.
+def load_tokenizer(folder: epath.PathLike) -> PublicTokenizer | None:
+    """Loads the tokenizer of a folder; None if it has none.
 
-    tokenizer.json counts; without it vocab.json and merges.txt are read as CLIP's.
+    Reads tokenizer.json if it exists, else vocab.json and merges.txt as CLIP's.
 
     Raises:
-        UserError: a file is damaged, or one of the two is missing.
+        UserError: a file is damaged, or only one of vocab.json and merges.txt exists.
     """
     folder = epath.Path(folder)
     try:
         if (folder / TOKENIZER).exists():
-            found = tokenizers.Tokenizer.from_str((folder / TOKENIZER).read_text())
-            found.no_truncation()
-            found.no_padding()
-            return PublicText(found)
+            tokenizer = tokenizers.Tokenizer.from_str((folder / TOKENIZER).read_text())
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            return PublicTokenizer(tokenizer)
         present = [(folder / name).exists() for name in (VOCABULARY, MERGES)]
         if not any(present):
             return None
@@ -72,7 +72,7 @@ def load_text(folder: epath.PathLike) -> PublicText | None:
         merges = (folder / MERGES).read_text().splitlines()
         lines = [line.split() for line in merges if line and not line.startswith("#version")]
         pairs = [(first, second) for first, second in lines]
-        return PublicText(make_clip_bpe(json.loads((folder / VOCABULARY).read_text()), pairs))
+        return PublicTokenizer(make_clip_bpe(json.loads((folder / VOCABULARY).read_text()), pairs))
     except UserError:
         raise
     except Exception as error:  # The library raises bare exceptions.
@@ -82,7 +82,7 @@ def load_text(folder: epath.PathLike) -> PublicText | None:
 def make_clip_bpe(
     vocabulary: dict[str, int], merges: Sequence[tuple[str, str]]
 ) -> tokenizers.Tokenizer:
-    """CLIP's tokenizer (Radford et al. 2021, section 2.4): lower case, words ended by `</w>`."""
+    """CLIP's tokenizer (Radford et al. 2021, section 2.4): lower case, words end with `</w>`."""
     model = models.BPE(
         vocab=vocabulary,
         merges=list(merges),
@@ -91,8 +91,8 @@ def make_clip_bpe(
         fuse_unk=False,
         unk_token=_END,
     )
-    made = tokenizers.Tokenizer(model)
-    made.normalizer = normalizers.Sequence(
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
         [
             normalizers.NFC(),
             normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
@@ -100,15 +100,15 @@ def make_clip_bpe(
         ]
     )
     words = pre_tokenizers.Split(tokenizers.Regex(_CLIP_WORDS), behavior="removed", invert=True)
-    made.pre_tokenizer = pre_tokenizers.Sequence(
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [words, pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([_START, _END])
-    made.post_processor = processors.RobertaProcessing(
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([_START, _END])
+    tokenizer.post_processor = processors.RobertaProcessing(
         (_END, vocabulary[_END]),
         (_START, vocabulary[_START]),
         trim_offsets=False,
         add_prefix_space=False,
     )
-    return made
+    return tokenizer

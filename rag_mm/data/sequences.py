@@ -1,8 +1,9 @@
-"""Training rows and prompts: retrieved documents first, the main one last (RA-CM3, sections 2, 7).
+"""Training sequences and prompts: retrieved documents first, the main document last (docs/papers/ra_cm3.md).
 
-A row is `EOD (text BRK image BRK)xK text BRK image EOD`, then what masking moved. Every document
-has a slot of fixed size, the main one always the last, and a token's position is its place in its
-slot: a code and its copy in another slot are a constant offset apart, however long the texts are.
+A sequence is `EOD (text BRK image BRK)xK text BRK image EOD`, followed by the spans that masking moved. Every
+document has a slot of fixed size; the main document is always in the last. Position ids count through the
+slots, including their unused part, so a code and its copy in another slot differ by a constant offset,
+whatever the lengths of the texts.
 """
 
 import dataclasses
@@ -19,7 +20,14 @@ from rag_mm.data.vocabulary import Vocabulary
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What a row has room for: `max_docs` retrieved documents, the main one, `max_spans` spans."""
+    """The capacity of a sequence.
+
+    Attributes:
+        max_docs: maximum number of retrieved documents, in addition to the main one.
+        max_text_len: maximum number of text tokens per document.
+        num_codes: number of image codes per document.
+        max_spans: maximum number of masked spans.
+    """
 
     max_docs: int = 2
     max_text_len: int = 24
@@ -38,31 +46,34 @@ class Layout:
 
     @property
     def slot(self) -> int:
-        """Positions of one document: text, BRK, image, and the BRK or EOD that closes it."""
+        """Number of positions per document: text, BRK, image, and the closing BRK or EOD."""
         return self.max_text_len + 1 + self.num_codes + 1
 
     @property
     def moved_start(self) -> int:
-        """Position of the first token that masking moved, whatever came before."""
+        """Position of the first moved token, whatever the length of the documents."""
         return 1 + (self.max_docs + 1) * self.slot
 
     @property
     def length(self) -> int:
-        """Tokens of the fullest row: the opening EOD, all slots, three tokens for each span."""
+        """Length of the longest sequence: the opening EOD, all slots, and three tokens per span."""
         return self.moved_start + 3 * self.max_spans
 
     @property
     def num_positions(self) -> int:
-        """Positions are below this number: all texts and images moved, with two marks a span."""
-        everything = (self.max_docs + 1) * (self.max_text_len + self.num_codes)
-        return self.moved_start + everything + 2 * self.max_spans
+        """Upper bound of the position ids: all texts and images moved, with two marks per span."""
+        num_content_tokens = (self.max_docs + 1) * (self.max_text_len + self.num_codes)
+        return self.moved_start + num_content_tokens + 2 * self.max_spans
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:
-    """One document as tokens: text ids, codes int32 [num_codes] of the codebook.
+    """One document as tokens.
 
-    `num_cut` is how many text tokens did not fit.
+    Attributes:
+        text: text ids.
+        codes: int32 [num_codes], codes in the codebook.
+        num_cut: number of text tokens that were cut off.
     """
 
     text: Sequence[int]
@@ -71,22 +82,22 @@ class Example:
 
 
 def encode_text(layout: Layout, vocabulary: Vocabulary, text: str) -> tuple[list[int], int]:
-    """The first `max_text_len` ids of `text`, and how many more there were."""
+    """The first `max_text_len` ids of `text`, and the number of ids cut off."""
     ids = vocabulary.encode_text(text)
     return ids[: layout.max_text_len], max(0, len(ids) - layout.max_text_len)
 
 
 def make_example(layout: Layout, vocabulary: Vocabulary, text: str, codes: np.ndarray) -> Example:
-    """Encodes `text` and cuts it where the layout ends; `codes` is int [num_codes]."""
+    """Encodes `text`, cut to `max_text_len` tokens; `codes` is int [num_codes]."""
     ids, num_cut = encode_text(layout, vocabulary, text)
     return Example(ids, np.asarray(codes, np.int32), num_cut)
 
 
 def find_segments(layout: Layout, main: Example, docs: Sequence[Example] = ()) -> np.ndarray:
-    """Segments of the plain row: int32 [2 (K + 1), 2], text and image of each document in turn.
+    """Segments of the unmasked sequence: int32 [2 (K + 1), 2], text and image of each document in turn.
 
-    Start and end are token indices. The last two rows are the main text and the main image; the
-    target of token t is token t + 1, so targets of codes lie one before these.
+    Start and end are token indices. The last two segments are the main text and the main image. The target
+    of token t is token t + 1, so the indices of targets are smaller by one.
     """
     lengths = np.array([len(example.text) for example in (*docs, main)])
     closing = np.cumsum(lengths + layout.num_codes + 2)
@@ -102,19 +113,19 @@ def make_row(
     docs: Sequence[Example] = (),
     spans: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """One training row, padded at the end.
+    """Makes one training sequence, padded at the end.
 
     Args:
-        layout: room of the row.
+        layout: capacity of the sequence.
         vocabulary: the ids.
         main: the document to model.
-        docs: at most `max_docs` retrieved documents, in the order of the row.
+        docs: at most `max_docs` retrieved documents, in sequence order.
         spans: int [n, 2] from `masking.sample_spans`, n at most `max_spans`; None masks nothing.
 
     Returns:
         Arrays [layout.length]. `tokens`, `targets` (the next token), `positions` and
-        `segment_ids` (1, padding 0) are int32. `roles`, int8, speaks of the target: 1 belongs to
-        the main document, 2 to a retrieved one (its BRK and moved spans too), 0 takes no loss
+        `segment_ids` (1, padding 0) are int32. `roles`, int8, is the role of the target: 1 belongs to
+        the main document, 2 to a retrieved one (including its BRK and moved spans), 0 takes no loss
         (padding, sentinels).
 
     Raises:
@@ -142,7 +153,7 @@ def make_row(
 
 
 class Prompt(NamedTuple):
-    """The beginning of a row, to be continued at `next_position`, then one position each.
+    """The beginning of a sequence; generated tokens continue from position `next_position`.
 
     `tokens` and `positions` are int32 [T].
     """
@@ -155,7 +166,7 @@ class Prompt(NamedTuple):
 def caption_to_image_prompt(
     layout: Layout, vocabulary: Vocabulary, text: Sequence[int], docs: Sequence[Example] = ()
 ) -> Prompt:
-    """`EOD docs text BRK`; what follows is `num_codes` codes."""
+    """`EOD docs text BRK`; the model continues with `num_codes` codes."""
     main = Example(text, np.zeros(layout.num_codes, np.int32))
     parts = _lay_out(layout, vocabulary, main, docs)
     end = int(parts.segments[-1, 0])
@@ -165,8 +176,8 @@ def caption_to_image_prompt(
 def image_to_caption_prompt(
     layout: Layout, vocabulary: Vocabulary, codes: np.ndarray, docs: Sequence[Example] = ()
 ) -> Prompt:
-    """`EOD docs S0 BRK image EOD S0`; what follows is the caption and `eoss`."""
-    main = Example([0], codes)  # One token of any kind: a sentinel will stand for the caption.
+    """`EOD docs S0 BRK image EOD S0`; the model continues with the caption and `eoss`."""
+    main = Example([0], codes)  # An arbitrary token, which the sentinel replaces.
     parts = _lay_out(layout, vocabulary, main, docs)
     return _infill_prompt(layout, vocabulary, parts, parts.segments[-2])
 
@@ -179,15 +190,15 @@ def infill_prompt(
     end: int,
     docs: Sequence[Example] = (),
 ) -> Prompt:
-    """`EOD docs text BRK prefix S0 suffix EOD S0`; what follows is codes [start, end) and `eoss`.
+    """`EOD docs text BRK prefix S0 suffix EOD S0`; the model continues with codes [start, end) and `eoss`.
 
-    The codes of `main` inside the hole do not matter.
+    The codes of `main` in [start, end) are ignored.
 
     Raises:
-        ValueError: the hole is empty or outside the image.
+        ValueError: the range is empty or outside of the image.
     """
     if not 0 <= start < end <= layout.num_codes:
-        raise ValueError(f"codes [{start}, {end}) are no hole in {layout.num_codes} codes")
+        raise ValueError(f"codes [{start}, {end}) are not a range inside {layout.num_codes} codes")
     parts = _lay_out(layout, vocabulary, main, docs)
     return _infill_prompt(layout, vocabulary, parts, parts.segments[-1, 0] + np.array([start, end]))
 
@@ -195,7 +206,7 @@ def infill_prompt(
 def stack_prompts(
     prompts: Sequence[Prompt], length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Prompts of several lengths in one batch, with padding on the left.
+    """Stacks prompts of different lengths into one batch, padded on the left.
 
     Returns:
         tokens, positions, segment_ids (1, padding 0), each int32 [B, length]; padding is zero.
@@ -215,7 +226,7 @@ def stack_prompts(
 
 
 class _Parts(NamedTuple):
-    """A row without padding; `roles` speaks of the token itself, not of its target."""
+    """A sequence without padding; `roles` are those of the tokens, not of their targets."""
 
     tokens: np.ndarray
     positions: np.ndarray
@@ -227,10 +238,12 @@ class _Parts(NamedTuple):
 def _lay_out(
     layout: Layout, vocabulary: Vocabulary, main: Example, docs: Sequence[Example]
 ) -> _Parts:
-    """The plain row."""
+    """Lays out the unmasked sequence."""
     _check(layout, vocabulary, main, docs)
     examples = (*docs, main)
-    grid = np.full((len(examples), layout.slot), -1, np.int32)  # -1: the gap after a short text.
+    grid = np.full(
+        (len(examples), layout.slot), -1, np.int32
+    )  # -1: unused space after a short text.
     for i, example in enumerate(examples):
         grid[i, : len(example.text)] = example.text
         grid[i, layout.max_text_len + 1 : -1] = example.codes
@@ -238,10 +251,10 @@ def _lay_out(
     grid[:, layout.max_text_len] = grid[:, -1] = vocabulary.brk
     grid[-1, -1] = vocabulary.eod
     cells = np.flatnonzero(grid >= 0)
-    # The opening EOD stands right before the first slot in use, as in a row without documents.
-    before = (layout.max_docs - len(docs)) * layout.slot
+    # The opening EOD comes directly before the first used slot.
+    first_position = (layout.max_docs - len(docs)) * layout.slot
     tokens = np.concatenate([[vocabulary.eod], grid.ravel()[cells]]).astype(np.int32)
-    positions = np.concatenate([[before], before + 1 + cells]).astype(np.int32)
+    positions = np.concatenate([[first_position], first_position + 1 + cells]).astype(np.int32)
     roles = np.full(len(tokens), RETRIEVED, np.int8)
     segments = find_segments(layout, main, docs)
     roles[segments[-2, 0] :] = MAIN
@@ -251,8 +264,8 @@ def _lay_out(
 def _check(layout: Layout, vocabulary: Vocabulary, main: Example, docs: Sequence[Example]) -> None:
     if len(docs) > layout.max_docs:
         raise UserError(
-            f"{len(docs)} documents were given, but the model was laid out for {layout.max_docs};"
-            f" pass at most {layout.max_docs}."
+            f"{len(docs)} documents were given, but the model takes at most {layout.max_docs};"
+            " pass fewer."
         )
     for example in (*docs, main):
         codes = example.codes
@@ -277,11 +290,13 @@ def _check(layout: Layout, vocabulary: Vocabulary, main: Example, docs: Sequence
 def _mask(
     layout: Layout, vocabulary: Vocabulary, parts: _Parts, spans: np.ndarray | None
 ) -> _Parts:
-    """Moves `spans`; a moved span keeps its role, and its positions go on from `moved_start`."""
+    """Moves `spans`; moved tokens keep their role and get the positions from `moved_start` on."""
     if spans is None or not len(spans):
         return parts
     if len(spans) > layout.max_spans:
-        raise ValueError(f"{len(spans)} spans do not fit a row with room for {layout.max_spans}")
+        raise ValueError(
+            f"{len(spans)} spans do not fit a sequence with room for {layout.max_spans}"
+        )
     starts, ends = spans[:, 0], spans[:, 1]
     segment = np.searchsorted(parts.segments[:, 0], starts, side="right") - 1
     if (segment < 0).any() or (ends > parts.segments[segment, 1]).any():
@@ -292,7 +307,7 @@ def _mask(
     roles = np.concatenate(
         [parts.roles, np.full(len(spans), IGNORED, np.int8), parts.roles[starts]]
     )
-    # A sentinel in place stands where its span began; marks at the end are numbered anew.
+    # A sentinel in place gets the position of its span's start; marks at the end are renumbered below.
     marks_at = np.tile(parts.positions[starts], 2)
     positions = np.concatenate([parts.positions, marks_at])[source]
     positions[num_kept:] = layout.moved_start + np.arange(len(source) - num_kept)

@@ -1,4 +1,4 @@
-"""Documents from a folder of pictures and their captions, which a stranger may have made."""
+"""Documents from an untrusted folder of images with captions in captions.jsonl."""
 
 import os
 import stat
@@ -16,37 +16,40 @@ from rag_mm.memory.writing import stream
 CAPTIONS = "captions.jsonl"
 
 
-def load_image(path: epath.PathLike, is_whitened: bool = True) -> np.ndarray:
-    """Reads a JPEG, PNG or WebP picture as uint8 [H, W, 3], turned as its EXIF data says.
+def load_image(path: epath.PathLike, composite_on_white: bool = True) -> np.ndarray:
+    """Reads a JPEG, PNG or WebP image as uint8 [H, W, 3], rotated as its EXIF data says.
 
-    The content decides, not the ending. Transparent parts become white, or with `is_whitened` False show
-    whatever colour lies below, as to public CLIPs; CMYK, grey, palette, 1-bit and 16-bit pictures become
-    RGB; of an animation comes the first frame.
+    The format is detected from the content, not the file name. Transparent pixels are blended with white, or
+    with `composite_on_white` False lose their alpha, as for public CLIPs. CMYK, grayscale, palette, 1-bit and
+    16-bit images are converted to RGB; of an animation the first frame is read.
 
     Raises:
-        UserError: there is no such file, it is no such picture or a damaged one, or it has more
-            than `images.MAX_PIXELS`, which its header tells before anything is decoded.
+        UserError: the file is missing, damaged or not such an image, or its header claims more than
+            `image_files.MAX_PIXELS` pixels.
     """
     try:
-        return image_decoding.decode(read_file(epath.Path(path)), is_whitened=is_whitened).pixels
+        return image_decoding.decode(
+            read_file(epath.Path(path)), composite_on_white=composite_on_white
+        ).pixels
     except UserError as error:
-        raise UserError(f"Picture {path} {error}") from None
+        raise UserError(f"Image {path} {error}") from None
 
 
 def read_file(path: epath.Path) -> bytes:
-    """The bytes of a regular file; a device or a pipe would never end.
+    """The bytes of a regular file; devices and pipes are rejected because reading them might never end.
 
     Raises:
         BadRecord: it cannot be read.
+        BadImage: it has more than `image_decoding.MAX_BYTES` bytes.
     """
     try:
-        # The path library takes a pipe for a file; a remote store has no pipes.
+        # epath treats a pipe as a file; a remote store has no pipes.
         if "://" not in os.fspath(path):
             mode = os.stat(path).st_mode
             if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
                 raise captions.BadRecord("device", "cannot be read: it is a device or a pipe.")
         if path.is_file() and path.stat().length > image_decoding.MAX_BYTES:
-            raise image_decoding.BadPicture(
+            raise image_decoding.BadImage(
                 "too-many-bytes",
                 f"has more than {image_decoding.MAX_BYTES:,} bytes; scale it down.",
             )
@@ -57,17 +60,17 @@ def read_file(path: epath.Path) -> bytes:
 
 
 class FolderSource:
-    """The records of a folder in the order of captions.jsonl, each a caption and a picture.
+    """The records of a folder in the order of captions.jsonl, each a caption and an image.
 
     A line is `{"image": "file.png", "caption": "...", "url": "...", "license": "..."}`, the last
-    two optional; the document's id is the picture's file name without its ending.
+    two optional. The document's id is the image's file name without its ending.
     """
 
     def __init__(self, directory: epath.PathLike):
-        """Reads the captions alone.
+        """Reads captions.jsonl, but no image.
 
         Raises:
-            UserError: no folder, or no captions.jsonl in it.
+            UserError: the folder or its captions.jsonl does not exist.
         """
         self._directory = epath.Path(directory)
         self._lines = _read_lines(self._directory)
@@ -75,54 +78,53 @@ class FolderSource:
         self.fingerprint = files.digest(b"\n".join(self._lines))
 
     def read(self, start: int) -> Iterator[stream.Item]:
-        """Items from a line on, counted without empty ones."""
-        for place in range(start, len(self._lines)):
-            name = f"line {place + 1}"
+        """Items from line `start` on; empty lines are not counted."""
+        for i in range(start, len(self._lines)):
+            name = f"line {i + 1}"
             try:
-                fields, beside = _parse(self._lines[place])
+                fields, sidecar = _parse(self._lines[i])
                 name = fields["image"]
-                yield self._item(place + 1, fields["image"], beside)
-            except (captions.BadRecord, image_decoding.BadPicture) as error:
+                yield self._item(i + 1, fields["image"], sidecar)
+            except (captions.BadRecord, image_decoding.BadImage) as error:
                 bad = captions.BadRecord(error.reason, str(error))
-                yield stream.Item(place + 1, reject=bad.as_reject(name))
+                yield stream.Item(i + 1, reject=bad.as_reject(name))
 
-    def image_name(self, place: int) -> str:
-        """The picture that a good line names."""
-        return _parse(self._lines[place])[0]["image"]
+    def image_name(self, i: int) -> str:
+        """The image file named by line `i`, which must be valid."""
+        return _parse(self._lines[i])[0]["image"]
 
-    def _item(self, position: int, name: str, beside: captions.SidecarCaption) -> stream.Item:
+    def _item(self, position: int, name: str, sidecar: captions.SidecarCaption) -> stream.Item:
         path = self._directory / name
         ending = path.suffix.removeprefix(".")
-        picture = image_decoding.decode(read_file(path), ending, min_pixels=2)
-        segments = (document_types.Text(beside.caption), document_types.Image(picture.pixels))
-        found = document_types.Document(path.stem, segments, beside.url, beside.license)
-        return stream.Item(position, found, notes=picture.notes)
+        image = image_decoding.decode(read_file(path), ending, min_pixels=2)
+        segments = (document_types.Text(sidecar.caption), document_types.Image(image.pixels))
+        document = document_types.Document(path.stem, segments, sidecar.url, sidecar.license)
+        return stream.Item(position, document, notes=image.notes)
 
     def __repr__(self) -> str:
         return f"FolderSource({str(self._directory)!r}, {self.size} lines)"
 
 
 class FolderDocuments:
-    """The good records of a folder, which can be read at any time; see `FolderSource`.
+    """The good records of a folder, with random access; see `FolderSource`.
 
-    Every picture is decoded once when the folder is opened, so that a record which is listed can be
-    read.
+    Every image is decoded once when the folder is opened, so that every listed record can be read.
 
     Attributes:
-        rejects: (name, reason) of each bad record; the name is the picture's, or `line 3`.
+        rejects: (name, reason) of each bad record; the name is the image file's, or `line 3`.
     """
 
     def __init__(
         self, directory: epath.PathLike, on_progress: Callable[[int, int], None] | None = None
     ):
-        """Reads the captions and checks every picture.
+        """Reads the captions and checks every image.
 
         Args:
             directory: the folder.
-            on_progress: called with (lines checked, all lines).
+            on_progress: called with (lines checked, total lines).
 
         Raises:
-            UserError: no folder, no captions.jsonl, or no good record in it.
+            UserError: the folder or its captions.jsonl does not exist, or it has no good record.
         """
         self._source = FolderSource(directory)
         self._positions: list[int] = []
@@ -133,7 +135,7 @@ class FolderDocuments:
                 self.rejects.append((item.reject.name, item.reject.detail))
             elif item.document is not None and item.document.id in seen:
                 name = self._source.image_name(item.position - 1)
-                reason = f"has the id {item.document.id!r} of an earlier one."
+                reason = f"has the id {item.document.id!r} of an earlier record."
                 self.rejects.append((name, reason))
             elif item.document is not None:
                 seen.add(item.document.id)
@@ -143,7 +145,7 @@ class FolderDocuments:
         if not self._positions:
             name, reason = self.rejects[0] if self.rejects else (CAPTIONS, "is empty.")
             raise UserError(
-                f"{directory} has no good record; of {len(self.rejects)} bad ones the first is "
+                f"{directory} has no good record; the first of {len(self.rejects)} bad ones is "
                 f"{name}, which {reason}"
             )
 
@@ -151,7 +153,7 @@ class FolderDocuments:
         return len(self._positions)
 
     def __getitem__(self, i: int) -> document_types.Document:
-        """The i-th good record; its picture has its own size."""
+        """The i-th good record, with its image in the original size."""
         item = next(self._source.read(self._positions[i]))
         if item.document is None:
             raise UserError(f"Record {i} of {self._source} was changed: {item.reject}.")
@@ -163,18 +165,18 @@ class FolderDocuments:
 
 def _read_lines(directory: epath.Path) -> list[bytes]:
     if not directory.is_dir():
-        raise UserError(f"{directory} is not a folder of pictures with a {CAPTIONS}.")
+        raise UserError(f"{directory} is not a folder of images with a {CAPTIONS}.")
     try:
         data = (directory / CAPTIONS).read_bytes()
     except OSError:
         raise UserError(
-            f'{directory / CAPTIONS} cannot be read; it holds {{"image", "caption"}} a line.'
+            f'{directory / CAPTIONS} cannot be read; it holds one {{"image", "caption"}} per line.'
         ) from None
     return [line for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()]
 
 
 def _parse(line: bytes) -> tuple[dict[str, Any], captions.SidecarCaption]:
-    """A line's fields; errors lack the subject of their sentence."""
+    """The fields of a line; error messages lack the subject of their sentence."""
     fields = captions.parse_json(line)
     if not isinstance(fields, dict) or not isinstance(fields.get("image"), str):
         raise captions.BadRecord("not-json", 'is not {"image": "file.png", "caption": "..."}.')

@@ -1,8 +1,8 @@
-"""One shared id space: byte-level BPE text, then specials, then image codes (RA-CM3, section 2).
+"""One vocabulary for text, special tokens and image codes (see docs/papers/ra_cm3.md).
 
-Text goes through a byte-level BPE, whose 256 byte tokens are the fallback for whatever training
-did not see, so every Unicode string comes back exactly. Specials and codes are numbers that the
-text tokenizer has never heard of: no text, however it is spelled, can produce one.
+Text is encoded by a byte-level BPE. Its 256 byte tokens are the fallback for anything not seen in training,
+so every Unicode string is decoded exactly. The ids of special tokens and codes are unknown to the text
+tokenizer, so no text can produce one.
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ class Vocabulary:
     """Ids `[0, size)`: text, pad, eod, brk, eoss, sentinels, codes, in this order.
 
     Attributes:
-        tokenizer: byte-level BPE of the text part; it holds no special token.
+        tokenizer: byte-level BPE of the text ids; it has no special tokens.
         codebook_size: number of image codes.
-        num_sentinels: number of sentinels, which name masked spans.
+        num_sentinels: number of sentinels, which stand for masked spans.
     """
 
     tokenizer: tokenizers.Tokenizer
@@ -40,42 +40,42 @@ class Vocabulary:
         for name in ("codebook_size", "num_sentinels"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
-                raise UserError(f"{name} is {value!r}; give a whole number of at least 1.")
+                raise UserError(f"{name} is {value!r}; give an integer of at least 1.")
 
     @functools.cached_property
     def text_size(self) -> int:
-        """Number of text tokens, the 256 byte tokens included."""
+        """Number of text ids, including the 256 byte tokens."""
         return self.tokenizer.get_vocab_size()
 
     @property
     def pad(self) -> int:
-        """Fills the end of a row."""
+        """Pads the end of a sequence."""
         return self.text_size
 
     @property
     def eod(self) -> int:
-        """Begins and ends a row."""
+        """End of document: begins and ends a sequence."""
         return self.text_size + 1
 
     @property
     def brk(self) -> int:
-        """Stands between text and image, and between documents."""
+        """Break: separates text from image, and documents from each other."""
         return self.text_size + 2
 
     @property
     def eoss(self) -> int:
-        """Ends a moved span."""
+        """End of span: ends a span that masking moved."""
         return self.text_size + 3
 
     def sentinel(self, i: int) -> int:
-        """The id that stands for masked span `i`; ValueError outside `[0, num_sentinels)`."""
+        """The sentinel id of masked span `i`; ValueError outside `[0, num_sentinels)`."""
         if not 0 <= i < self.num_sentinels:
             raise ValueError(f"sentinel {i} does not exist; there are {self.num_sentinels}")
         return self.text_size + _NUM_SPECIALS + i
 
     @property
     def code_offset(self) -> int:
-        """Code `c` of the codebook is the token `code_offset + c`."""
+        """First code id: code `c` of the codebook has the id `code_offset + c`."""
         return self.text_size + _NUM_SPECIALS + self.num_sentinels
 
     @property
@@ -84,35 +84,35 @@ class Vocabulary:
         return self.code_offset + self.codebook_size
 
     def encode_text(self, text: str) -> list[int]:
-        """Text ids of `text`, possibly none.
+        """Encodes a text; the result may be empty.
 
         Raises:
-            UserError: the string holds a lone surrogate, so it is not Unicode text.
+            UserError: the text is not valid Unicode (it holds a lone surrogate).
         """
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise UserError(
-                f"the text {text[:40]!r} is not valid Unicode at character {error.start};"
+                f"The text {text[:40]!r} is not valid Unicode at character {error.start};"
                 " remove the lone surrogate."
             ) from None
         return self.tokenizer.encode(text).ids
 
     def decode_text(self, ids: Sequence[int]) -> str:
-        """The text of text ids; bytes that are no UTF-8, as a model may write, become U+FFFD.
+        """Decodes text ids; bytes that are not valid UTF-8, which a model can generate, become U+FFFD.
 
         Raises:
             ValueError: an id is not a text id.
         """
         ids = [int(i) for i in ids]
-        foreign = [i for i in ids if not 0 <= i < self.text_size]
-        if foreign:
-            raise ValueError(f"{foreign[0]} is not a text id; they are below {self.text_size}")
+        invalid = [i for i in ids if not 0 <= i < self.text_size]
+        if invalid:
+            raise ValueError(f"{invalid[0]} is not a text id; text ids are below {self.text_size}")
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 in hex of everything that decides what an id means."""
+        """SHA-256 in hex of everything that determines the meaning of an id."""
         return files.digest(files.canonical_json(self._describe()).encode())
 
     def save(self, path: epath.PathLike) -> None:
@@ -133,13 +133,13 @@ class Vocabulary:
 def train_vocabulary(
     texts: Iterable[str], vocab_size: int, codebook_size: int, num_sentinels: int
 ) -> Vocabulary:
-    """Learns merges from `texts`; equal texts give an equal vocabulary, in whatever order.
+    """Trains the text BPE; the result does not depend on the order of `texts`.
 
     Args:
-        texts: training text.
-        vocab_size: most text tokens to make, at least 256; little text makes fewer.
+        texts: training texts.
+        vocab_size: maximum number of text ids, at least 256; little text gives fewer.
         codebook_size: number of image codes.
-        num_sentinels: number of sentinels, at least the most spans that one row masks.
+        num_sentinels: number of sentinels, at least the maximum number of masked spans per sequence.
 
     Raises:
         UserError: a size is out of range.
@@ -161,7 +161,7 @@ def load_vocabulary(path: epath.PathLike) -> Vocabulary:
     """Reads what `Vocabulary.save` wrote.
 
     Raises:
-        UserError: the file is missing, or is not a whole and consistent vocabulary.
+        UserError: the file is missing, incomplete or inconsistent.
     """
     described = files.read_json(path)
     if not isinstance(described, dict) or described.get("format") != _FORMAT:
@@ -169,9 +169,9 @@ def load_vocabulary(path: epath.PathLike) -> Vocabulary:
     try:
         tokens, merges = described["tokens"], described["merges"]
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        # The byte tokens come first, the others are what the merges make, in their order.
+        # The byte tokens come first, then the results of the merges, in order.
         if tokens != alphabet + list(dict.fromkeys(left + right for left, right in merges)):
-            raise ValueError("its tokens are not the 256 bytes and what its merges make")
+            raise ValueError("its tokens are not the 256 byte tokens and the results of its merges")
         bpe = models.BPE({token: i for i, token in enumerate(tokens)}, [tuple(m) for m in merges])
         return Vocabulary(
             _make_tokenizer(bpe), described["codebook_size"], described["num_sentinels"]

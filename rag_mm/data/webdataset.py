@@ -1,4 +1,4 @@
-"""WebDataset tars: read from front to end, never extracted, and trusted in nothing."""
+"""Untrusted WebDataset tars: read sequentially, never extracted, every member checked."""
 
 import dataclasses
 import os
@@ -12,27 +12,27 @@ from rag_mm.core.errors import UserError
 from rag_mm.data import captions, image_decoding
 from rag_mm.memory.writing import stream
 
-REFUSALS = {
+REJECT_REASONS = {
     "link": "a symbolic or hard link",
     "device": "a device or a pipe",
-    "sparse-member": "a member that claims more than it holds",
-    "oversized-member": "a picture or a text of more bytes than are read",
-    "duplicate-member": "two files of one kind with one key",
-    "no-picture": "a key without a JPEG, PNG or WebP picture",
+    "sparse-member": "a sparse file, which claims more bytes than it holds",
+    "oversized-member": "an image or text file above the size limit",
+    "duplicate-member": "two files of the same type with the same key",
+    "no-picture": "a key without a JPEG, PNG or WebP image",
     "truncated-tar": "the file ends before its last member does",
-    "damaged-tar": "a header that is none",
-    "not-a-tar": "a file that is no tar, or a packed one",
+    "damaged-tar": "an invalid header",
+    "not-a-tar": "not a tar file, or a compressed one",
 }
 MAX_MEMBER_BYTES = 1 << 26
 MAX_TEXT_BYTES = 1 << 20
-_PICTURES = ("jpg", "jpeg", "png", "webp")
+_IMAGES = ("jpg", "jpeg", "png", "webp")
 _TEXTS = ("txt", "json")
-_BITS = 40  # A position is the tar's number and, in its low bits, the items read of it.
+_BITS = 40  # A position is the tar's number and, in its low bits, the number of items read from it.
 
 
 @dataclasses.dataclass
 class _Sample:
-    """Consecutive members with one key."""
+    """Consecutive members with the same key."""
 
     key: str
     data: dict[str, bytes] = dataclasses.field(default_factory=dict)
@@ -40,29 +40,29 @@ class _Sample:
 
 
 class _Header(tarfile.TarInfo):
-    """A header that remembers whether the archive ended as it should."""
+    """A header that records how the archive ended."""
 
     @classmethod
     def fromtarfile(cls, tar):
         try:
             return super().fromtarfile(tar)
-        except tarfile.HeaderError as error:  # The library takes some of these for the end.
+        except tarfile.HeaderError as error:  # tarfile treats some of these as the archive's end.
             tar.ending = type(error).__name__
             raise
 
 
 class TarSource:
-    """Samples of one or more tars: a picture, its caption in `.txt` or `.json`, by key.
+    """Samples of one or more tars: an image with its caption in `.txt` or `.json`, grouped by key.
 
-    The key is a member's path up to the first dot of its name, and the document's id. `.json` may
-    give `caption`, `url` and `license`; a caption in `.txt` goes before its own.
+    The key is a member's path up to the first dot of its name; it becomes the document's id. `.json` may
+    hold `caption`, `url` and `license`; a caption in `.txt` takes precedence.
     """
 
     def __init__(self, paths: Sequence[str | os.PathLike]):
-        """Opens nothing yet.
+        """Opens no file yet.
 
         Raises:
-            UserError: no path, or one that is no file.
+            UserError: there are no paths, or one is not a file.
         """
         self._paths = sorted(pathlib.Path(path) for path in paths)
         if not self._paths:
@@ -76,14 +76,14 @@ class TarSource:
 
     @property
     def starts(self) -> list[int]:
-        """The position at which each tar begins, and that behind the last."""
+        """The position at which each tar begins, followed by the position after the last tar."""
         return [number << _BITS for number in range(len(self._paths) + 1)]
 
     def read(self, start: int) -> Iterator[stream.Item]:
-        """Items from a position on; earlier tars are not opened."""
+        """Items from position `start` on; earlier tars are not opened."""
         first, skipped = start >> _BITS, start & ((1 << _BITS) - 1)
         for number in range(first, len(self._paths)):
-            # Counted from 1, so that the end of a tar is not the beginning of the next.
+            # Counted from 1, so that the end of a tar differs from the beginning of the next.
             for count, sample in enumerate(_samples(self._paths[number]), start=1):
                 if count > skipped:
                     yield _item((number << _BITS) + count, sample)
@@ -104,7 +104,7 @@ def _samples(path: pathlib.Path) -> Iterator[_Sample]:
                     sample = _Sample(key)
                 _put(sample, ending, content)
         except captions.BadRecord as error:
-            # The sample before may lack what came next, such as its licence: it is lost too.
+            # The sample before it may be incomplete, such as without its license, so it is dropped too.
             yield _Sample(path.name, bad=error)
             return
     if sample is not None:
@@ -112,15 +112,15 @@ def _samples(path: pathlib.Path) -> Iterator[_Sample]:
 
 
 def _members(file: IO[bytes]) -> Iterator[tuple[str, str, bytes | captions.BadRecord]]:
-    """Key, ending, and content or what is wrong, of each member that matters.
+    """Key, ending, and content (or the problem) of each member that is not a folder.
 
     Raises:
-        BadRecord: the archive is damaged, and what follows is lost.
+        BadRecord: the archive is damaged and cannot be read further.
     """
     try:
         with tarfile.open(fileobj=file, mode="r|", tarinfo=_Header) as tar:
             for member in tar:
-                # The library keeps a list of all, which a long tar would fill.
+                # tarfile keeps a list of all members, which would grow without bound in a long tar.
                 vars(tar)["members"] = []
                 if not member.isdir():
                     yield _member(tar, member)
@@ -128,21 +128,22 @@ def _members(file: IO[bytes]) -> Iterator[tuple[str, str, bytes | captions.BadRe
     except captions.BadRecord:
         raise
     except (tarfile.TarError, EOFError, OSError, ValueError, RecursionError) as error:
-        raise _explain(file, error) from error
+        raise _classify(file, error) from error
     if ending == "TruncatedHeaderError":
         raise captions.BadRecord("truncated-tar", "ends inside a header.")
     if ending not in ("EOFHeaderError", "EmptyHeaderError"):
-        raise captions.BadRecord("damaged-tar", f"has a header that is none ({ending}).")
+        raise captions.BadRecord("damaged-tar", f"has an invalid header ({ending}).")
 
 
-def _explain(file: IO[bytes], error: Exception) -> captions.BadRecord:
+def _classify(file: IO[bytes], error: Exception) -> captions.BadRecord:
+    """The rejection for a tar that could not be read to its end."""
     file.seek(0)
     head = file.read(512)
     if head[257:262] != b"ustar":
-        return captions.BadRecord("not-a-tar", "is not a tar file, or a packed one: unpack it.")
+        return captions.BadRecord("not-a-tar", "is not a tar file, or compressed: decompress it.")
     if "unexpected end" in str(error):
         return captions.BadRecord("truncated-tar", f"ends too early ({error}).")
-    return captions.BadRecord("damaged-tar", f"cannot be read on ({error}).")
+    return captions.BadRecord("damaged-tar", f"cannot be read further ({error}).")
 
 
 def _member(
@@ -154,7 +155,7 @@ def _member(
     try:
         _check_member(member, ending)
         data = b""
-        if ending in _PICTURES + _TEXTS:
+        if ending in _IMAGES + _TEXTS:
             content = tar.extractfile(member)
             data = b"" if content is None else content.read()
         return key, ending, data
@@ -176,12 +177,12 @@ def _check_member(member: tarfile.TarInfo, ending: str) -> None:
         )
     if member.issparse():
         raise captions.BadRecord(
-            "sparse-member", "is a sparse file, which claims more than it holds."
+            "sparse-member", "is a sparse file, which claims more bytes than it holds."
         )
     if not member.isreg():
         raise captions.BadRecord("device", "is neither a file nor a folder.")
     limit = MAX_TEXT_BYTES if ending in _TEXTS else MAX_MEMBER_BYTES
-    if ending in _PICTURES + _TEXTS and member.size > limit:
+    if ending in _IMAGES + _TEXTS and member.size > limit:
         raise captions.BadRecord(
             "oversized-member",
             f"has {member.size:,} bytes in .{ending}; at most {limit:,} are read.",
@@ -191,10 +192,10 @@ def _check_member(member: tarfile.TarInfo, ending: str) -> None:
 def _put(sample: _Sample, ending: str, content: bytes | captions.BadRecord) -> None:
     if isinstance(content, captions.BadRecord):
         sample.bad = sample.bad or content
-    elif ending in _PICTURES + _TEXTS:
-        kind = "picture" if ending in _PICTURES else ending
-        if any(kind == ("picture" if e in _PICTURES else e) for e in sample.data):
-            error = captions.BadRecord("duplicate-member", f"has two members of the kind {kind}.")
+    elif ending in _IMAGES + _TEXTS:
+        kind = "image" if ending in _IMAGES else ending
+        if any(kind == ("image" if e in _IMAGES else e) for e in sample.data):
+            error = captions.BadRecord("duplicate-member", f"has two {kind} members.")
             sample.bad = sample.bad or error
         sample.data[ending] = content
 
@@ -203,18 +204,18 @@ def _item(position: int, sample: _Sample) -> stream.Item:
     try:
         if sample.bad is not None:
             raise sample.bad
-        ending = next((e for e in _PICTURES if e in sample.data), None)
+        ending = next((e for e in _IMAGES if e in sample.data), None)
         if ending is None:
-            raise captions.BadRecord("no-picture", "has no JPEG, PNG or WebP picture.")
+            raise captions.BadRecord("no-picture", "has no JPEG, PNG or WebP image.")
         fields = _fields(sample)
-        beside = captions.check(fields, sample.key)
-        picture = image_decoding.decode(sample.data[ending], ending, min_pixels=2)
-    except (captions.BadRecord, image_decoding.BadPicture) as error:
+        sidecar = captions.check(fields, sample.key)
+        image = image_decoding.decode(sample.data[ending], ending, min_pixels=2)
+    except (captions.BadRecord, image_decoding.BadImage) as error:
         bad = captions.BadRecord(error.reason, str(error))
         return stream.Item(position, reject=bad.as_reject(sample.key))
-    segments = (document_types.Text(beside.caption), document_types.Image(picture.pixels))
-    found = document_types.Document(sample.key, segments, beside.url, beside.license)
-    return stream.Item(position, found, notes=picture.notes)
+    segments = (document_types.Text(sidecar.caption), document_types.Image(image.pixels))
+    document = document_types.Document(sample.key, segments, sidecar.url, sidecar.license)
+    return stream.Item(position, document, notes=image.notes)
 
 
 def _fields(sample: _Sample) -> dict:
@@ -222,7 +223,7 @@ def _fields(sample: _Sample) -> dict:
     if "json" in sample.data:
         fields = captions.parse_json(sample.data["json"])
         if not isinstance(fields, dict):
-            raise captions.BadRecord("not-json", "has a .json that is no object.")
+            raise captions.BadRecord("not-json", "has a .json that is not an object.")
     if "txt" in sample.data:
         fields["caption"] = captions.decode_text(sample.data["txt"])
     return fields

@@ -1,9 +1,11 @@
-"""The KV cache: one pair of arrays a layer, written in place at the next index of every row."""
+"""The KV cache: one pair of arrays per layer, updated in place at the same index for the whole batch."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from rag_mm.nn.block import Attend, Heads
 from rag_mm.nn.smear import Recent
@@ -11,43 +13,44 @@ from rag_mm.ops import attention
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of a layer, each [B, K, H, capacity]; `recent` as in `nn.block.Heads`.
+    """Keys and values of one layer; `recent` as in `nn.block.Heads`.
 
-    Products with one query want them so: kept as they come, XLA would turn the whole cache at every token.
+    The layout suits products with a single query: with [B, S, K, H], XLA would transpose the whole cache for
+    every token.
     """
 
-    keys: jax.Array
-    values: jax.Array
+    keys: Float[Array, "B K H S"]
+    values: Float[Array, "B K H S"]
     recent: Recent | None = None
 
 
 def make_cache(prefilled: Heads, num_steps: int) -> tuple[LayerCache, ...]:
-    """Room for `num_steps` more tokens behind what `Decoder.prefill` returned ([L, B, T, K, H])."""
-    room = ((0, 0), (0, 0), (0, 0), (0, num_steps))
+    """Caches with room for `num_steps` tokens after the prompt, from `Decoder.prefill`'s [L, B, T, K, H]."""
+    padding = ((0, 0), (0, 0), (0, 0), (0, num_steps))
     keys, values, recent = prefilled.k, prefilled.v, prefilled.recent
     return tuple(
         LayerCache(
-            jnp.pad(_turn(keys[i]), room),
-            jnp.pad(_turn(values[i]), room),
+            jnp.pad(_to_bkht(keys[i]), padding),
+            jnp.pad(_to_bkht(values[i]), padding),
             None if recent is None else Recent(recent.q[i], recent.k[i]),
         )
         for i in range(keys.shape[0])
     )
 
 
-def make_attend(index: jax.Array, segment_ids: jax.Array) -> Attend:
-    """How one new token attends: it is written at `index`, then sees all that stands before.
+def make_attend(index: Int[Array, ""], segment_ids: Int[Array | np.ndarray, "B S"]) -> Attend:
+    """Attention of one new token per example: writes it to the cache at `index`, then attends up to it.
 
     Args:
-        index: int32 [], the same in every row (prompts are padded on the left).
-        segment_ids: int32 [B, capacity], 0 for padding, 1 elsewhere.
+        index: the same for all examples, since prompts are padded on the left.
+        segment_ids: 0 for padding, 1 elsewhere; S is the capacity of the cache.
     """
 
     def attend(heads: Heads, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
         at = (jnp.int32(0), jnp.int32(0), jnp.int32(0), index)
         cache = LayerCache(
-            jax.lax.dynamic_update_slice(cache.keys, _turn(heads.k), at),
-            jax.lax.dynamic_update_slice(cache.values, _turn(heads.v), at),
+            jax.lax.dynamic_update_slice(cache.keys, _to_bkht(heads.k), at),
+            jax.lax.dynamic_update_slice(cache.values, _to_bkht(heads.v), at),
             heads.recent,
         )
         attended = attention.attention(
@@ -64,6 +67,5 @@ def make_attend(index: jax.Array, segment_ids: jax.Array) -> Attend:
     return attend
 
 
-def _turn(x: jax.Array) -> jax.Array:
-    """[B, T, K, H] -> [B, K, H, T]."""
+def _to_bkht(x: Float[Array, "B T K H"]) -> Float[Array, "B K H T"]:
     return jnp.moveaxis(x, 1, 3)

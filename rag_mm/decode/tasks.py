@@ -1,7 +1,7 @@
-"""The ways a CM3 model is asked (RA-CM3, spec section 7): draw a caption, describe a picture, fill a hole.
+"""CM3 inference tasks: text-to-image generation, captioning and image infilling (docs/papers/ra_cm3.md).
 
-Every mode puts given documents, retrieved or by hand, before the prompt and samples with the logits
-restricted to what may stand there.
+Each task puts the given documents before the prompt, and samples only from the tokens that are valid for its
+output.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 from flax import nnx
+from jaxtyping import Bool, Float32, Int, Int32, UInt32
 
 from rag_mm.core.errors import UserError
 from rag_mm.data import sequences
@@ -22,102 +23,117 @@ Docs = Sequence[sequences.Example]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Generator:
-    """A trained decoder with the ids and the row layout it was trained on."""
+    """A trained decoder with the vocabulary and the sequence layout it was trained on."""
 
     graphdef: nnx.GraphDef
     params: Params
     vocabulary: Vocabulary
     layout: sequences.Layout
 
-    def allow(self, *ids: slice | int) -> np.ndarray:
-        """Which tokens may be drawn: bool [V], V being the model's, not the vocabulary's, size."""
-        allowed = np.zeros(self.params["embedding"]["table"].shape[0], bool)
-        for part in ids:
-            allowed[part] = True
-        return allowed
+    def token_mask(self, *ids: slice | int) -> Bool[np.ndarray, " V"]:
+        """True at these ids; V is the size of the token table, at least that of the vocabulary."""
+        mask = np.zeros(self.params["embedding"]["table"].shape[0], bool)
+        for selection in ids:
+            mask[selection] = True
+        return mask
 
     @property
-    def allowed_codes(self) -> np.ndarray:
-        """The image codes: bool [V]."""
+    def code_mask(self) -> Bool[np.ndarray, " V"]:
+        """True at the image codes."""
         start = self.vocabulary.code_offset
-        return self.allow(slice(start, start + self.vocabulary.codebook_size))
+        return self.token_mask(slice(start, start + self.vocabulary.codebook_size))
 
 
 class SampledCodes(NamedTuple):
-    """Codes int32 [B, N] and each row's log-probability, float32 [B], in nats."""
+    """Codes of the codebook, and the log-probability of each example's sampled codes in nats."""
 
-    codes: np.ndarray
-    log_probs: np.ndarray
+    codes: Int32[np.ndarray, "B C"]
+    log_probs: Float32[np.ndarray, " B"]
 
 
 def generate_codes(
     generator: Generator,
     texts: Sequence[Sequence[int]],
     docs: Sequence[Docs],
-    seeds: np.ndarray,
+    seeds: UInt32[np.ndarray, " B"],
     sampling: sampler.Sampling,
     batch_size: int = 64,
 ) -> SampledCodes:
-    """Caption to image: exactly `layout.num_codes` codes for each text.
+    """Text to image: exactly `layout.num_codes` codes for each text.
 
     Args:
         generator: the model.
-        texts: text ids, at most `layout.max_text_len` each.
-        docs: for each text the documents to read first; at most `layout.max_docs`.
-        seeds: uint32 [B]; a row depends on its own seed, text and documents alone.
+        texts: text token ids of each caption, at most `layout.max_text_len`.
+        docs: the documents before each prompt, at most `layout.max_docs`.
+        seeds: one per text; an image depends only on its seed, text and documents.
         sampling: temperature and top-p.
-        batch_size: rows sampled at once.
+        batch_size: examples sampled at once.
+
+    Raises:
+        UserError: more documents than the layout has room for.
     """
-    layout, words = generator.layout, generator.vocabulary
+    layout, vocabulary = generator.layout, generator.vocabulary
     prompts = [
-        sequences.caption_to_image_prompt(layout, words, text, found)
-        for text, found in zip(texts, docs, strict=True)
+        sequences.caption_to_image_prompt(layout, vocabulary, text, text_docs)
+        for text, text_docs in zip(texts, docs, strict=True)
     ]
-    longest = 1 + layout.max_text_len + 1 + layout.max_docs * layout.slot
+    max_prompt_len = 1 + layout.max_text_len + 1 + layout.max_docs * layout.slot
     sampled = _sample(
         generator,
         prompts,
-        longest,
+        max_prompt_len,
         seeds,
         sampling,
-        generator.allowed_codes,
+        generator.code_mask,
         layout.num_codes,
         batch_size,
     )
-    return SampledCodes(sampled.tokens - words.code_offset, sampled.log_probs.sum(axis=1))
+    return SampledCodes(sampled.tokens - vocabulary.code_offset, sampled.log_probs.sum(axis=1))
 
 
 def generate_captions(
     generator: Generator,
-    codes: np.ndarray,
+    codes: Int[np.ndarray, "B C"],
     docs: Sequence[Docs],
-    seeds: np.ndarray,
+    seeds: UInt32[np.ndarray, " B"],
     sampling: sampler.Sampling,
     batch_size: int = 64,
-) -> tuple[list[str], np.ndarray]:
-    """Image to caption, in the infill form: a sentinel stands for the caption and is resolved last.
+) -> tuple[list[str], Float32[np.ndarray, " B"]]:
+    """Image to text as infilling: a sentinel replaces the caption, which is generated at the end.
 
     Args:
         generator: the model.
-        codes: int32 [B, num_codes] of the pictures.
-        docs, seeds, sampling, batch_size: as in `generate_codes`.
+        codes: the images; C is `layout.num_codes`.
+        docs, seeds, sampling, batch_size: as for `generate_codes`.
 
     Returns:
-        Captions, and each one's log-probability, float32 [B].
+        Captions, and the log-probability of each in nats.
+
+    Raises:
+        UserError: more documents than the layout has room for.
     """
-    layout, words = generator.layout, generator.vocabulary
+    layout, vocabulary = generator.layout, generator.vocabulary
     prompts = [
-        sequences.image_to_caption_prompt(layout, words, own, found)
-        for own, found in zip(codes, docs, strict=True)
+        sequences.image_to_caption_prompt(layout, vocabulary, image_codes, image_docs)
+        for image_codes, image_docs in zip(codes, docs, strict=True)
     ]
-    longest = 1 + 1 + 1 + layout.num_codes + 1 + 1 + layout.max_docs * layout.slot
-    allowed = generator.allow(slice(words.text_size), words.eoss)
-    steps = layout.max_text_len + 1
+    max_prompt_len = 1 + 1 + 1 + layout.num_codes + 1 + 1 + layout.max_docs * layout.slot
     sampled = _sample(
-        generator, prompts, longest, seeds, sampling, allowed, steps, batch_size, stop=words.eoss
+        generator,
+        prompts,
+        max_prompt_len,
+        seeds,
+        sampling,
+        generator.token_mask(slice(vocabulary.text_size), vocabulary.eoss),
+        layout.max_text_len + 1,
+        batch_size,
+        stop=vocabulary.eoss,
     )
-    texts = [words.decode_text(row[: _end(row, words.eoss)]) for row in sampled.tokens]
-    return texts, sampled.log_probs.sum(axis=1)
+    captions = [
+        vocabulary.decode_text(tokens[: _text_len(tokens, vocabulary.eoss)])
+        for tokens in sampled.tokens
+    ]
+    return captions, sampled.log_probs.sum(axis=1)
 
 
 def infill_codes(
@@ -125,123 +141,122 @@ def infill_codes(
     mains: Sequence[sequences.Example],
     hole: tuple[int, int],
     docs: Sequence[Docs],
-    seeds: np.ndarray,
+    seeds: UInt32[np.ndarray, " B"],
     sampling: sampler.Sampling,
     batch_size: int = 64,
 ) -> SampledCodes:
-    """Fills codes [start, end) of pictures, seeing what stands on both sides of the hole.
+    """Fills the hole [start, end) of each image's codes, given the codes before and after it.
 
     Args:
         generator: the model.
-        mains: captions with their pictures; codes inside the hole do not matter.
+        mains: captions and images; their codes inside the hole are ignored.
         hole: start and end, in raster order.
-        docs, seeds, sampling, batch_size: as in `generate_codes`.
+        docs, seeds, sampling, batch_size: as for `generate_codes`.
 
     Returns:
-        Whole pictures' codes, the hole filled.
+        Codes of the whole images, and the log-probability of each filled hole.
 
     Raises:
-        UserError: the hole is empty or outside of the picture.
+        UserError: the hole is empty or outside the image, or there are more documents than the layout has
+            room for.
     """
-    layout, words = generator.layout, generator.vocabulary
+    layout, vocabulary = generator.layout, generator.vocabulary
     start, end = hole
     if not 0 <= start < end <= layout.num_codes:
         raise UserError(
-            f"The hole [{start}, {end}) does not lie in a picture of {layout.num_codes} codes."
+            f"The hole [{start}, {end}) is not inside an image of {layout.num_codes} codes."
         )
     prompts = [
-        sequences.infill_prompt(layout, words, main, start, end, found)
-        for main, found in zip(mains, docs, strict=True)
+        sequences.infill_prompt(layout, vocabulary, main, start, end, main_docs)
+        for main, main_docs in zip(mains, docs, strict=True)
     ]
-    longest = 1 + layout.slot + 2 + layout.max_docs * layout.slot
+    max_prompt_len = 1 + layout.slot + 2 + layout.max_docs * layout.slot
     sampled = _sample(
         generator,
         prompts,
-        longest,
+        max_prompt_len,
         seeds,
         sampling,
-        generator.allowed_codes,
+        generator.code_mask,
         end - start,
         batch_size,
     )
     codes = np.stack([main.codes for main in mains])
-    codes[:, start:end] = sampled.tokens - words.code_offset
+    codes[:, start:end] = sampled.tokens - vocabulary.code_offset
     return SampledCodes(codes, sampled.log_probs.sum(axis=1))
 
 
 def best_of(
-    draw: Callable[[np.ndarray], SampledCodes],
-    score: Callable[[np.ndarray], np.ndarray],
-    num_rows: int,
+    generate: Callable[[UInt32[np.ndarray, " B"]], SampledCodes],
+    score: Callable[[Int32[np.ndarray, "B C"]], np.ndarray],
+    num_examples: int,
     num_candidates: int,
     seed: int,
-) -> np.ndarray:
-    """Draws several candidates a row and keeps the one that a retriever likes best.
+) -> Int32[np.ndarray, "B C"]:
+    """Generates several candidates per example and keeps the one with the highest score.
 
     Args:
-        draw: seeds uint32 [B] -> candidates of all rows.
-        score: codes int32 [B, N] -> how well each row's picture fits its text, float [B].
-        num_rows: B.
-        num_candidates: at least 1; with 1 nothing is scored.
-        seed: of the first candidate.
-
-    Returns:
-        Codes int32 [B, N].
+        generate: seeds -> one candidate per example.
+        score: codes -> how well each image matches its text, float [B].
+        num_examples: B.
+        num_candidates: at least 1; with 1, `score` is not called.
+        seed: determines the seeds of all candidates.
     """
-    candidates = [draw(row_seeds(seed, num_rows, i)).codes for i in range(num_candidates)]
+    candidates = [generate(make_seeds(seed, num_examples, i)).codes for i in range(num_candidates)]
     if num_candidates == 1:
         return candidates[0]
     best = np.argmax([score(codes) for codes in candidates], axis=0)
-    return np.stack(candidates)[best, np.arange(num_rows)]
+    return np.stack(candidates)[best, np.arange(num_examples)]
 
 
-def row_seeds(seed: int, num_rows: int, candidate: int = 0) -> np.ndarray:
-    """A seed for each row, uint32 [B], the same in every run."""
+def make_seeds(seed: int, num_examples: int, candidate: int = 0) -> UInt32[np.ndarray, " B"]:
+    """A reproducible seed for each example; those of the first B do not depend on B."""
     stream = np.random.SeedSequence((seed, candidate))
-    return stream.generate_state(num_rows).astype(np.uint32)
+    return stream.generate_state(num_examples).astype(np.uint32)
 
 
 def _sample(
     generator: Generator,
     prompts: Sequence[sequences.Prompt],
-    length: int,
+    max_prompt_len: int,
     seeds: np.ndarray,
     sampling: sampler.Sampling,
     allowed: np.ndarray,
     num_steps: int,
     batch_size: int,
     stop: int | None = None,
-) -> sampler.Sampled:
-    """In batches of one length, so that a mode compiles once, however many documents are given.
+) -> sampler.SampledTokens:
+    """Samples in batches padded to one length, so that a task compiles once for any number of documents.
 
-    Fewer prompts than `batch_size` make a batch of their own size, and a program for it.
+    Fewer prompts than `batch_size` are one batch of their number, which compiles a program of its own.
     """
     if not prompts:
         raise ValueError("there is nothing to sample: give at least one prompt")
     batch_size = min(batch_size, len(prompts))
-    found = []
+    batches = []
     for first in range(0, len(prompts), batch_size):
-        part = list(prompts[first : first + batch_size])
-        missing = batch_size - len(part)
-        part += part[-1:] * missing
+        chunk = list(prompts[first : first + batch_size])
+        num_padded = batch_size - len(chunk)
+        chunk += chunk[-1:] * num_padded
         batch = sampler.Prompts(
-            *sequences.stack_prompts(part, length),
-            np.array([prompt.next_position for prompt in part], np.int32),
+            *sequences.stack_prompts(chunk, max_prompt_len),
+            np.array([prompt.next_position for prompt in chunk], np.int32),
         )
         sampled = sampler.sample(
             generator.params,
             batch,
-            np.pad(seeds[first : first + batch_size], (0, missing)).astype(np.uint32),
+            np.pad(seeds[first : first + batch_size], (0, num_padded)).astype(np.uint32),
             allowed,
             graphdef=generator.graphdef,
             num_steps=num_steps,
             sampling=sampling,
             stop=stop,
         )
-        found.append([np.asarray(array)[: batch_size - missing] for array in sampled])
-    return sampler.Sampled(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
+        batches.append([np.asarray(array)[: batch_size - num_padded] for array in sampled])
+    return sampler.SampledTokens(*(np.concatenate(arrays) for arrays in zip(*batches, strict=True)))
 
 
-def _end(row: np.ndarray, stop: int) -> int:
-    stops = np.flatnonzero(row == stop)
-    return int(stops[0]) if stops.size else len(row) - 1
+def _text_len(tokens: np.ndarray, stop: int) -> int:
+    """Tokens before `stop`; without a stop, all but the last one, for which a caption has no room."""
+    stops = np.flatnonzero(tokens == stop)
+    return int(stops[0]) if stops.size else len(tokens) - 1

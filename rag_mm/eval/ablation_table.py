@@ -1,11 +1,11 @@
-"""Ablations: variants x seeds -> one table that can be resumed, with paired standard errors.
+"""Ablations: variants x seeds -> one resumable table with paired standard errors.
 
-A cell is one variant at one seed: figures with a value for each test document. Each lies in a file of its
-own as soon as it is measured, so a killed table goes on with the next cell. A figure may be written
-"a - b": the difference of two figures of the same cell, document by document.
+A cell is one variant at one seed: metrics with one value per test document. Each cell is written to its own
+file as soon as it is measured, so a killed run resumes with the next cell. The metric "a - b" is the
+difference of two metrics of the same cell, document by document.
 
-A claim counts when the difference has one sign at all of at least three seeds and is more than two
-standard errors from zero, the standard error being that over seeds of each seed's mean difference.
+A difference counts as a claim when it has the same sign at all of at least three seeds and exceeds two
+standard errors, taken over the seeds' mean differences.
 """
 
 import dataclasses
@@ -25,9 +25,6 @@ from rag_mm.eval import statistics
 
 MINUS = " - "
 MIN_SEEDS = 3
-# 97.5 % points of Student's t at 1, 2, ... degrees of freedom: the mean over few seeds is uncertain, and so
-# is its standard error. Beyond, the last one stands, a little too wide.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 Cell = Mapping[str, np.ndarray]
 Measure = Callable[[str, int], Mapping[str, npt.ArrayLike]]
@@ -35,9 +32,9 @@ Measure = Callable[[str, int], Mapping[str, npt.ArrayLike]]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Table:
-    """What was measured: `cells[variant, seed]` maps a figure's name to float64 [Q].
+    """Measurements: `cells[variant, seed]` maps a metric to float64 [Q], one value per test document.
 
-    A cell that is not there was not measured; `failed` says why where it was tried.
+    An absent cell was not measured; `failed` gives the reason where measuring it was attempted.
     """
 
     variants: tuple[str, ...]
@@ -47,15 +44,15 @@ class Table:
 
     @property
     def figures(self) -> tuple[str, ...]:
-        """Names that every measured cell has, sorted."""
+        """Metrics that every measured cell has, sorted."""
         names = [set(cell) for cell in self.cells.values()]
         return tuple(sorted(set.intersection(*names))) if names else ()
 
     def values(self, variant: str, seed: int, figure: str) -> np.ndarray | None:
-        """One value a test document, float64 [Q]; None where the cell was not measured.
+        """One value per test document, float64 [Q]; None if the cell was not measured.
 
         Raises:
-            UserError: the cell has no such figure, or the two of a difference do not pair.
+            UserError: the cell has no such metric, or the two sides of a difference do not pair.
             ValueError: the table has no such variant or seed.
         """
         if variant not in self.variants or seed not in self.seeds:
@@ -79,38 +76,38 @@ def run(
     overwrite: bool = False,
     after_cell: Callable[[Table], object] = lambda table: None,
 ) -> Table:
-    """Measures the cells that are not there yet, all variants of a seed before the next seed.
+    """Measures the cells that are missing, all variants of one seed before the next seed.
 
-    A cell that gives up (UserError: a gate, say) or diverges (FloatingPointError, or a figure that is
-    not finite) is left out with the reason, and the others go on; the next run of the table tries it again.
+    A cell that fails (UserError, for instance a failed retrieval check) or diverges (FloatingPointError, or a
+    non-finite value) is skipped with its reason; the next run of the table tries it again.
 
     Args:
-        measure: (variant, seed) -> figures, one value a test document [Q] each.
-        directory: cells lie in `VARIANT/seedN.json` there.
-        key: (variant, seed) -> what the cell is measured from, as a digest.
-        overwrite: measure those cells again whose recorded key is another.
-        after_cell: is shown the table as it grows.
+        measure: (variant, seed) -> metrics, each [Q], one value per test document.
+        directory: cells are stored there as `VARIANT/seedN.json`.
+        key: (variant, seed) -> digest of everything the cell is measured from.
+        overwrite: measure cells again whose recorded key differs.
+        after_cell: called with the table after each cell.
 
     Raises:
-        UserError: a name or seed that no file can have, or a cell measured from something else.
-        UserError, FloatingPointError: what `measure` raised, where it never succeeded.
+        UserError: an invalid variant name or seed, or a cell measured from another config.
+        UserError, FloatingPointError: the first error of `measure`, if no cell succeeded.
     """
     check_names(variants, seeds)
     order = [(variant, seed) for seed in seeds for variant in variants]
-    read = {cell: _read(cell_path(directory, *cell), key(*cell), overwrite) for cell in order}
-    cells = {cell: found for cell, found in read.items() if found is not None}
+    stored = {cell: _read(cell_path(directory, *cell), key(*cell), overwrite) for cell in order}
+    cells = {cell: values for cell, values in stored.items() if values is not None}
     errors: dict[tuple[str, int], Exception] = {}
-    for place, cell in enumerate(order, start=1):
-        where = f"cell {place} of {len(order)}, {cell[0]}, seed {cell[1]}"
+    for number, cell in enumerate(order, start=1):
+        where = f"cell {number} of {len(order)}, {cell[0]}, seed {cell[1]}"
         if cell in cells:
-            progress.say(f"{where}: done before")
+            progress.say(f"{where}: already done, skipped")
             continue
-        progress.say(f"{where}: begins")
+        progress.say(f"{where}: starting")
         try:
             cells[cell] = _finite(measure(*cell))
         except (UserError, FloatingPointError) as error:
             errors[cell] = error
-            progress.say(f"{where}: left out: {error}")
+            progress.say(f"{where}: failed: {error}")
         else:
             _write(cell_path(directory, *cell), key(*cell), cells[cell])
         after_cell(_table(variants, seeds, cells, errors))
@@ -125,48 +122,48 @@ def cell_path(directory: epath.PathLike, variant: str, seed: int) -> epath.Path:
 
 
 def summary(table: Table, figure: str, variant: str) -> dict[str, Any] | None:
-    """A figure of one variant over the seeds at which it was measured; None if at none.
+    """A metric of one variant over the seeds it was measured at; None if there are none.
 
     Returns:
         {"mean", "standard_error", "ci95", "n", "over", "seeds", "seed_means"}: the mean over seeds of
-        each seed's mean over its `n` test documents; `over` says whether the standard error is over
-        "seeds" or, of one seed, over its "documents"; `ci95` is the half width. A difference "a - b"
-        also has "counts": whether it counts as a claim.
+        each seed's mean over its `n` test documents. `over` is "seeds", or "documents" when there is only
+        one seed: what the standard error is taken over. `ci95` is the half width (Student's t over seeds).
+        A difference "a - b" also has "counts": whether it counts as a claim.
 
     Raises:
-        UserError: as `Table.values`; fewer than two documents; or seeds with unequal numbers of them.
+        UserError: as `Table.values`; fewer than two documents; or seeds with different numbers of them.
     """
     by_seed = {seed: table.values(variant, seed, figure) for seed in table.seeds}
-    found = {seed: values for seed, values in by_seed.items() if values is not None}
-    described = _describe(found, f"{variant}: {figure}")
+    measured = {seed: values for seed, values in by_seed.items() if values is not None}
+    described = _describe(measured, f"{variant}: {figure}")
     return described if described is None or MINUS not in figure else _judged(described)
 
 
 def compare(table: Table, figure: str, ours: str, theirs: str) -> dict[str, Any] | None:
-    """`ours - theirs` of one figure, paired by test document within each seed that both have.
+    """`ours - theirs` of one metric, paired by test document within each seed that both have.
 
     Returns:
         As `summary`, with "counts"; None if no seed has both.
 
     Raises:
-        UserError: as `summary`, or the documents of the two do not pair.
+        UserError: as `summary`, or the two have different numbers of documents.
     """
     what = f"{figure} of {ours} minus {theirs}"
-    found = {}
+    differences = {}
     for seed in table.seeds:
         left, right = (table.values(variant, seed, figure) for variant in (ours, theirs))
         if left is not None and right is not None:
-            found[seed] = _paired(left, right, f"{what}, seed {seed}")
-    described = _describe(found, what)
+            differences[seed] = _paired(left, right, f"{what}, seed {seed}")
+    described = _describe(differences, what)
     return described and _judged(described)
 
 
 def results(table: Table, figures: Sequence[str], baseline: str | None = None) -> dict[str, Any]:
-    """The table as plain JSON, from which `markdown` renders it.
+    """The table as plain JSON, the input of `markdown`.
 
     Returns:
-        {"variants", "seeds", "baseline", "missing": [[variant, seed]], "failed": [[variant, seed, why]],
-        "figures": {figure: {variant: {"value": summary, "minus_baseline": comparison}}}}, None standing
+        {"variants", "seeds", "baseline", "missing": [[variant, seed]], "failed": [[variant, seed, reason]],
+        "figures": {metric: {variant: {"value": summary, "minus_baseline": comparison}}}}, with None
         for what was not measured.
 
     Raises:
@@ -194,7 +191,7 @@ def results(table: Table, figures: Sequence[str], baseline: str | None = None) -
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """`results` as a table in Markdown, and beneath it what its signs mean and what is missing."""
+    """`results` as a Markdown table, followed by a legend and the missing cells."""
     baseline, variants, seeds = results["baseline"], results["variants"], results["seeds"]
     header, columns = ["variant"], [list(variants)]
     for figure, entries in results["figures"].items():
@@ -216,23 +213,23 @@ def _legend(results: Mapping[str, Any]) -> list[str]:
     seeds, baseline = results["seeds"], results["baseline"]
     names = ", ".join(map(str, seeds))
     if len(seeds) > 1:
-        mean = "A figure is the mean over seeds of each seed's mean over its n test documents"
+        mean = "Values are means over seeds of each seed's mean over its n test documents"
         lines = [f"{mean}; ± is one standard error, over seeds ({names})."]
     else:
-        mean = "A figure is the mean over n test documents"
+        mean = "Values are means over n test documents"
         lines = [f"{mean} of one seed ({names}); ± is one standard error, over documents."]
     if any(MINUS in figure for figure in results["figures"]):
         lines.append(f"`a{MINUS}b` is a difference within a variant, paired by test document.")
     if baseline is not None:
         lines.append(f"`minus {baseline}` is paired by test document within each seed.")
     lines.append(
-        f"✓: the difference counts as a claim: at least {MIN_SEEDS} seeds, all of one sign, and more "
-        "than two standard errors."
+        f"✓: the difference counts as a claim: at least {MIN_SEEDS} seeds, all with the same sign, and "
+        "more than two standard errors from zero."
     )
-    reasons = {(variant, seed): why for variant, seed, why in results["failed"]}
+    reasons = {(variant, seed): reason for variant, seed, reason in results["failed"]}
     for variant, seed in results["missing"]:
-        why = reasons.get((variant, seed))
-        lines.append(f"Missing: {variant}, seed {seed}{f' ({why})' if why else ''}.")
+        reason = reasons.get((variant, seed))
+        lines.append(f"Missing: {variant}, seed {seed}{f' ({reason})' if reason else ''}.")
     # Two spaces end a line in Markdown.
     return [f"{line}  " for line in lines[:-1]] + lines[-1:]
 
@@ -240,14 +237,15 @@ def _legend(results: Mapping[str, Any]) -> list[str]:
 def _text(described: Mapping[str, Any] | None, seeds: Sequence[int]) -> str:
     if described is None:
         return "missing"
-    mean, error, found = described["mean"], described["standard_error"], len(described["seeds"])
-    # Two digits of the standard error; the mean to the same place.
+    mean, error = described["mean"], described["standard_error"]
+    num_seeds = len(described["seeds"])
+    # Two significant digits of the standard error; the mean to the same decimal place.
     places = min(6, max(0, 1 - math.floor(math.log10(error)))) if error > 0 else 4
     sign = "+" if "counts" in described else ""
     text = f"{mean:{sign}.{places}f} ± {error:.{places}f}"
-    if found < len(seeds):
+    if num_seeds < len(seeds):
         over = ", ± over documents" if described["over"] == "documents" else ""
-        text += f" ({found} of {len(seeds)} seeds{over})"
+        text += f" ({num_seeds} of {len(seeds)} seeds{over})"
     return f"{text} ✓" if described.get("counts") else text
 
 
@@ -257,18 +255,19 @@ def _describe(by_seed: Mapping[int, np.ndarray], what: str) -> dict[str, Any] | 
     sizes = sorted({values.size for values in by_seed.values()})
     if len(sizes) > 1:
         raise UserError(
-            f"{what}: seeds have {sizes[0]} to {sizes[-1]} documents; give all as many."
+            f"{what}: seeds have {sizes[0]} to {sizes[-1]} documents; use the same number for all."
         )
-    of_seeds = [statistics.mean(values, what) for values in by_seed.values()]
-    means = [float(each["mean"]) for each in of_seeds]
+    seed_statistics = [statistics.mean(values, what) for values in by_seed.values()]
+    means = [float(seed["mean"]) for seed in seed_statistics]
     mean = float(np.mean(means))
     if len(means) > 1:
         error = statistics.standard_error(means, what)
-        ci95, over = _T95[min(len(means) - 1, len(_T95)) - 1] * error, "seeds"
+        # Student's t: over a few seeds the standard error is itself uncertain.
+        ci95, over = statistics.student_t95(len(means)) * error, "seeds"
     else:
         (values,) = by_seed.values()
         error = statistics.standard_error(values, what)
-        ci95, over = float(of_seeds[0]["ci95"]), "documents"
+        ci95, over = float(seed_statistics[0]["ci95"]), "documents"
     return {
         "mean": mean,
         "standard_error": error,
@@ -291,36 +290,36 @@ def _paired(ours: np.ndarray, theirs: np.ndarray, what: str) -> np.ndarray:
     if ours.size != theirs.size:
         raise UserError(
             f"{what}: {ours.size} documents cannot be paired with {theirs.size}; measure both on the "
-            "same ones."
+            "same documents."
         )
     return ours - theirs
 
 
 def _named(cell: Cell, name: str, where: str) -> np.ndarray:
     if name not in cell:
-        near = difflib.get_close_matches(name, cell, n=1, cutoff=0.0)
-        hint = f"; the nearest is {near[0]}" if near else ""
-        raise UserError(f"{where} has no figure {name!r}{hint}.")
+        matches = difflib.get_close_matches(name, cell, n=1, cutoff=0.0)
+        hint = f"; the closest is {matches[0]}" if matches else ""
+        raise UserError(f"{where} has no metric {name!r}{hint}.")
     return cell[name]
 
 
 def check_names(variants: Sequence[str], seeds: Sequence[int]) -> None:
-    """Refuses names of variants and seeds that no file can have, none at all, and doubles.
+    """Checks variant names and seeds.
 
     Raises:
-        UserError: see above.
+        UserError: a name that cannot be a file name, a negative seed, an empty list, or a duplicate.
     """
     for name in variants:
         if not re.fullmatch(r"\w([\w .+=-]*\w)?", name):
             raise UserError(
-                f"{name!r} cannot name a variant; use letters, digits, blanks and _ . + = -"
+                f"{name!r} is not a valid variant name; use letters, digits, spaces and _ . + = -"
             )
     if not variants or not seeds:
         raise UserError("An ablation needs at least one variant and one seed.")
     if min(seeds) < 0:
-        raise UserError(f"There is no seed {min(seeds)}; give 0 or more.")
+        raise UserError(f"Seed {min(seeds)} is negative; use 0 or more.")
     if len(set(variants)) < len(variants) or len(set(seeds)) < len(seeds):
-        raise UserError("An ablation names each variant and each seed once.")
+        raise UserError("Variants and seeds must be unique; list each one once.")
 
 
 def _table(
@@ -337,7 +336,7 @@ def _finite(figures: Mapping[str, npt.ArrayLike]) -> Cell:
     cell = {name: np.asarray(values, np.float64) for name, values in figures.items()}
     for name, values in cell.items():
         if values.ndim != 1:
-            raise ValueError(f"{name}: one value a document is wanted, not shape {values.shape}")
+            raise ValueError(f"{name}: expected one value per document, got shape {values.shape}")
         if bad := int((~np.isfinite(values)).sum()):
             raise FloatingPointError(f"{name}: {bad} of {values.size} values are not finite")
     return cell
@@ -349,17 +348,17 @@ def _write(path: epath.Path, key: str, cell: Cell) -> None:
 
 
 def _read(path: epath.Path, key: str, overwrite: bool) -> Cell | None:
-    """None where there is no cell, or one to be measured again."""
+    """The stored cell; None if there is none or it is to be measured again."""
     if not path.exists():
         return None
-    found = files.read_json(path)
-    if not isinstance(found, dict) or set(found) != {"key", "figures"}:
-        raise UserError(f"{path} is not a cell of an ablation; move it away.")
-    if found["key"] == key:
-        return {name: np.asarray(values, np.float64) for name, values in found["figures"].items()}
+    content = files.read_json(path)
+    if not isinstance(content, dict) or set(content) != {"key", "figures"}:
+        raise UserError(f"{path} is not an ablation cell; move it away.")
+    if content["key"] == key:
+        return {name: np.asarray(values, np.float64) for name, values in content["figures"].items()}
     if overwrite:
         return None
     raise UserError(
-        f"{path} was measured from another config; measure it again with --overwrite or choose another "
-        "--workdir."
+        f"{path} was measured from another config; pass --overwrite to measure it again, or choose "
+        "another --workdir."
     )

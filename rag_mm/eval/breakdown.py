@@ -1,4 +1,4 @@
-"""Figures of variants compared: differences paired by test document, and means within groups of documents."""
+"""Comparing variants: differences paired by test document, and means within groups of documents."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -7,16 +7,16 @@ import numpy as np
 
 from rag_mm.eval import scene_accuracy, statistics
 
-# {variant: {figure: [Q]}}, one value a test document.
+# {variant: {metric: [Q]}}, one value per test document.
 Values = Mapping[str, Mapping[str, np.ndarray]]
 
 
 def paired(values: Values, pairs: Iterable[tuple[str, str, str]]) -> dict[str, dict[str, Any]]:
-    """`FIGURE_OURS_minus_THEIRS` as `statistics.paired_difference` gives it.
+    """Paired differences by name, `METRIC_OURS_minus_THEIRS`; see `statistics.paired_difference`.
 
     Args:
-        values: all variants' figures of the same documents.
-        pairs: (figure, ours, theirs); pairs of which a side was not measured are left out.
+        values: every variant's metrics on the same documents.
+        pairs: (metric, ours, theirs); a pair with an unmeasured side is skipped.
     """
     return {
         f"{figure}_{ours}_minus_{theirs}": statistics.paired_difference(
@@ -30,25 +30,28 @@ def paired(values: Values, pairs: Iterable[tuple[str, str, str]]) -> dict[str, d
 def by_group(
     values: Values, groups: Sequence[str], pairs: Iterable[tuple[str, str, str]]
 ) -> dict[str, dict[str, Any]]:
-    """Within each group: `FIGURE.VARIANT` as an accuracy or a mean, `paired`, and the count `n`.
+    """For each group: `METRIC.VARIANT` as an accuracy or a mean, `paired`, and the count `n`.
 
     Args:
-        values: all variants' figures of the same Q documents.
-        groups: Q names. A group of one document is left out: it has no interval.
+        values: every variant's metrics on the same Q documents.
+        groups: Q group names. A group of one document is skipped: it has no confidence interval.
         pairs: as in `paired`.
     """
-    pairs, result = list(pairs), {}
+    pairs = list(pairs)
+    result: dict[str, dict[str, Any]] = {}
     for group in sorted(set(groups)):
-        chosen = np.flatnonzero(np.asarray(groups) == group)
-        if len(chosen) < 2:
+        rows = np.flatnonzero(np.asarray(groups) == group)
+        if len(rows) < 2:
             continue
-        own = {v: {f: each[chosen] for f, each in figs.items()} for v, figs in values.items()}
-        found: dict[str, Any] = {"n": len(chosen), "paired": paired(own, pairs)}
-        for variant, figures in own.items():
-            for figure, each in figures.items():
-                is_fact = figure in scene_accuracy.FACTS
-                summary = statistics.accuracy(each) if is_fact else statistics.mean(each)
-                name = f"{figure}_accuracy" if is_fact else figure
-                found.setdefault(name, {})[variant] = summary
-        result[group] = found
+        members = {
+            variant: {metric: array[rows] for metric, array in metrics.items()}
+            for variant, metrics in values.items()
+        }
+        result[group] = {"n": len(rows), "paired": paired(members, pairs)}
+        for variant, metrics in members.items():
+            for metric, array in metrics.items():
+                is_fact = metric in scene_accuracy.FACTS
+                summary = statistics.accuracy(array) if is_fact else statistics.mean(array)
+                name = f"{metric}_accuracy" if is_fact else metric
+                result[group].setdefault(name, {})[variant] = summary
     return result

@@ -1,8 +1,8 @@
-"""CIDEr of written captions against the truth (RA-CM3 section 8), without Java.
+"""CIDEr of generated captions against reference captions, without Java.
 
-The score is computed by the `Cider` class of `pycocoevalcap`; only its PTB tokenizer, a Java
-program, is replaced by our own words. Scores are therefore comparable among our runs, and close
-to but not equal to published ones.
+The score is computed by `pycocoevalcap.cider.Cider`; only its PTB tokenizer, a Java program, is replaced by a
+regular expression. Scores are therefore comparable between our runs, and close but not equal to published
+ones.
 """
 
 import re
@@ -18,33 +18,33 @@ _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words of `text`; punctuation is dropped, an inner apostrophe kept."""
+    """Lower-case words of `text`; punctuation is dropped, apostrophes inside words are kept."""
     return _WORD.findall(unicodedata.normalize("NFC", text).lower())
 
 
 def cider(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-    """CIDEr of each candidate, to be averaged or paired by `eval.statistics`.
+    """CIDEr of each candidate; average or pair the scores with `eval.statistics`.
 
-    Word weights come from the references of the whole set (a word in every document's reference
-    weighs nothing), so scores may be compared only over the same references. An empty candidate
-    scores 0. One reference a document is enough.
+    Word weights (IDF) come from the references of the whole set: a word in every document's reference has
+    weight 0. Compare scores only on the same references. An empty candidate scores 0. One reference per
+    document is enough.
 
     Args:
-        candidates: [N] captions written by a model; N >= 2.
-        references: [N] lists of at least one true caption each.
+        candidates: [N] generated captions; N >= 2.
+        references: [N] lists of at least one reference caption each.
 
     Returns:
-        float64 [N], 0..10; papers print 100 times the mean.
+        float64 [N], 0..10; papers report 100 times the mean.
 
     Raises:
-        UserError: fewer than two documents: all word weights would be 0.
-        ValueError: lengths differ, or a document has no reference with words in it.
+        UserError: fewer than two documents, where every word weight would be 0.
+        ValueError: lengths differ, or a document has no reference that contains words.
     """
     if len(candidates) != len(references):
         raise ValueError(f"{len(candidates)} captions for {len(references)} documents")
     if len(candidates) < 2:
         raise UserError(
-            f"CIDEr weighs words over a set of documents: {len(candidates)} are too few, "
+            f"CIDEr weights words over a set of documents: {len(candidates)} are too few; "
             "evaluate at least 2."
         )
     truth = {}
@@ -52,17 +52,17 @@ def cider(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> np.
         truth[i] = [" ".join(words(caption)) for caption in captions]
         if not truth[i] or not all(truth[i]):
             raise ValueError(f"document {i} has no words in its references {list(captions)!r}")
-    written = {i: [" ".join(words(caption))] for i, caption in enumerate(candidates)}
-    _, scores = pycoco_cider.Cider().compute_score(truth, written)
+    generated = {i: [" ".join(words(caption))] for i, caption in enumerate(candidates)}
+    _, scores = pycoco_cider.Cider().compute_score(truth, generated)
     return np.asarray(scores, np.float64)
 
 
 def are_named(candidates: Sequence[str], wanted: Sequence[Sequence[Sequence[str]]]) -> np.ndarray:
-    """Whether each caption names all that its picture shows: bool [N].
+    """Whether each caption names every entity of its image: bool [N].
 
     Args:
-        candidates: [N] captions written by a model.
-        wanted: [N] lists of things, each a list of names of which one is enough.
+        candidates: [N] generated captions.
+        wanted: [N] lists of entities, each a list of accepted names.
     """
     texts = [f" {' '.join(words(candidate))} " for candidate in candidates]
 
@@ -70,4 +70,4 @@ def are_named(candidates: Sequence[str], wanted: Sequence[Sequence[Sequence[str]
         return any(f" {' '.join(words(name))} " in text for name in names)
 
     pairs = zip(texts, wanted, strict=True)
-    return np.array([all(is_named(text, names) for names in things) for text, things in pairs])
+    return np.array([all(is_named(text, names) for names in entities) for text, entities in pairs])

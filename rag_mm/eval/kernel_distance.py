@@ -1,9 +1,9 @@
-"""Distance between two sets of pictures: unbiased squared MMD of their features (KID, CMMD).
+"""Distance between two sets of images: unbiased squared MMD of their features (KID, CMMD).
 
-KID is the cubic kernel of Binkowski et al. 2018, CMMD the Gaussian one of Jayasumana et al. 2024
-with its bandwidth 10 on unit rows. Both are unbiased at any size, so a few hundred pictures give
-a fair if noisy value (which may fall below 0). The Frechet distance is not offered: it is biased
-upwards by thousands of pictures' worth, and needs a matrix square root (scipy) besides.
+KID uses the cubic kernel of Binkowski et al. 2018, CMMD the Gaussian kernel of Jayasumana et al. 2024 with
+bandwidth 10 on unit vectors. Both estimates are unbiased at any sample size, so a few hundred images give a
+noisy but fair value, which may be negative. The Frechet distance (FID) is left out because it is biased
+upwards for sets of fewer than thousands of images.
 """
 
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from rag_mm.core.errors import UserError
 
 Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
-_BLOCK = 1024  # Rows of a kernel matrix held at once: 1024 x 30,000 float64 is 0.25 GB.
+_BLOCK = 1024  # Rows of the kernel matrix in memory at once: 1024 x 30,000 float64 is 0.25 GB.
 
 
 def polynomial_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """(x.y / D + 1)^3 of float64 [N, D] and [M, D], as KID has it: [N, M]."""
+    """KID's kernel, (x.y / D + 1)^3, of float64 [N, D] and [M, D]: [N, M]."""
     return (x @ y.T / x.shape[1] + 1.0) ** 3
 
 
@@ -32,20 +32,20 @@ def squared_mmd(x: np.ndarray, y: np.ndarray, kernel: Kernel) -> float:
     """Unbiased estimate of the squared maximum mean discrepancy, summed in float64.
 
     Args:
-        x: floating features [N, D] of one set; N >= 2.
-        y: floating features [M, D] of the other; M >= 2.
+        x: float [N, D], features of one set; N >= 2.
+        y: float [M, D], features of the other; M >= 2.
         kernel: maps float64 [n, D], [m, D] to [n, m].
 
     Returns:
-        About 0 for two samples of one distribution; may be slightly negative.
+        About 0 for two samples of the same distribution; may be slightly negative.
 
     Raises:
-        UserError: fewer than two rows in a set, or NaN or infinity among the features.
-        ValueError: the widths differ.
+        UserError: fewer than two images in a set, or non-finite features.
+        ValueError: the feature dimensions differ.
     """
     x, y = _checked(x), _checked(y)
     if x.shape[1] != y.shape[1]:
-        raise ValueError(f"features of width {x.shape[1]} cannot be compared with {y.shape[1]}")
+        raise ValueError(f"features of {x.shape[1]} and {y.shape[1]} dimensions cannot be compared")
     n, m = len(x), len(y)
     within_x = (_kernel_sum(x, x, kernel) - _diagonal_sum(x, kernel)) / (n * (n - 1))
     within_y = (_kernel_sum(y, y, kernel) - _diagonal_sum(y, kernel)) / (m * (m - 1))
@@ -53,17 +53,17 @@ def squared_mmd(x: np.ndarray, y: np.ndarray, kernel: Kernel) -> float:
 
 
 def kernel_distance(generated: np.ndarray, real: np.ndarray) -> dict[str, float | int]:
-    """Both distances between the features of generated and of real pictures, in thousandths.
+    """Both distances between generated and real images, times 1,000.
 
-    Rows are brought to unit length, as the CMMD form wants them; for the cubic kernel they are
-    stretched by sqrt(D), the length its 1/D expects, or it would see nothing but the mean.
+    Features are normalized to unit length, as CMMD requires. For the cubic kernel they are then scaled by
+    sqrt(D), the length that its 1/D assumes; without that it would compare little more than the means.
 
     Args:
-        generated: float32 [N, D] from the frozen image tower; N >= 2.
-        real: float32 [M, D] of the originals; M >= 2.
+        generated: float32 [N, D], features from the frozen image encoder; N >= 2.
+        real: float32 [M, D], features of the originals; M >= 2.
 
     Returns:
-        {"polynomial", "gaussian", "n"}, n being the smaller set's size.
+        {"polynomial", "gaussian", "n"}; n is the size of the smaller set.
 
     Raises:
         UserError, ValueError: as `squared_mmd`.
@@ -81,13 +81,13 @@ def _checked(features: np.ndarray) -> np.ndarray:
     features = np.asarray(features, np.float64)
     if features.ndim != 2 or len(features) < 2:
         raise UserError(
-            f"a distance between sets of pictures wants features [N, D] with at least 2 rows, "
-            f"not {list(features.shape)}; evaluate more pictures."
+            f"a distance between sets of images needs features [N, D] with at least 2 rows, "
+            f"got {list(features.shape)}; evaluate more images."
         )
     if bad := int(np.sum(~np.isfinite(features).all(axis=1))):
         raise UserError(
-            f"{bad} of {len(features)} feature rows hold NaN or infinity; "
-            "train the retriever again with a lower learning rate."
+            f"{bad} of {len(features)} feature rows contain NaN or infinity; "
+            "retrain the retriever with a lower learning rate."
         )
     return features
 

@@ -1,4 +1,4 @@
-"""How likely a model finds given pictures: NLL per image code, documents given (RA-CM3, spec section 12)."""
+"""Likelihood of given images under a model: NLL per image code, conditioned on retrieved documents."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from rag_mm.ops import losses
 
 
 class CodeScores(NamedTuple):
-    """Of every code of B pictures: NLL in nats, float32 [B, N], and whether it was likeliest, bool [B, N]."""
+    """Per code of B images: NLL in nats, float32 [B, N]; whether it was the argmax, bool [B, N]."""
 
     nll: np.ndarray
     is_top1: np.ndarray
@@ -30,39 +30,39 @@ def score_codes(
     docs: Sequence[Sequence[sequences.Example]],
     batch_size: int = 64,
 ) -> CodeScores:
-    """How well every code of the main pictures is foreseen, given their texts and documents.
+    """Scores every code of the main documents' images, given their captions and retrieved documents.
 
     Args:
-        generator: the model; the whole vocabulary is the alternative.
+        generator: the model; its softmax is over the whole vocabulary.
         mains: the documents to score.
-        docs: for each the documents before it.
-        batch_size: rows at once, or more where they are to split over a mesh in context; the last batch is
-            padded.
+        docs: for each, the documents that precede it.
+        batch_size: sequences per batch, rounded up to a multiple of the data shards of the current mesh; the
+            last batch is padded.
     """
     batch_size += -batch_size % sharding.batch_parts()
     layout = generator.layout
-    # Nothing is masked here, so the room for moved spans is cut off.
-    most = max((len(given) for given in docs), default=0)
-    length = dataclasses.replace(layout, max_docs=most).moved_start
-    found = []
+    # No spans are masked here, so the space for moved spans is cut off.
+    max_docs = max((len(preceding) for preceding in docs), default=0)
+    length = dataclasses.replace(layout, max_docs=max_docs).moved_start
+    batches = []
     for first in range(0, len(mains), batch_size):
         part = slice(first, first + batch_size)
-        made = [
-            sequences.make_row(layout, generator.vocabulary, main, given)
-            for main, given in zip(mains[part], docs[part], strict=True)
+        rows = [
+            sequences.make_row(layout, generator.vocabulary, main, preceding)
+            for main, preceding in zip(mains[part], docs[part], strict=True)
         ]
-        ends = [
-            int(sequences.find_segments(layout, main, given)[-1, 0])
-            for main, given in zip(mains[part], docs[part], strict=True)
+        code_starts = [
+            int(sequences.find_segments(layout, main, preceding)[-1, 0])
+            for main, preceding in zip(mains[part], docs[part], strict=True)
         ]
-        missing = batch_size - len(made)
-        batch = {k: np.stack([row[k] for row in made + made[-1:] * missing]) for k in made[0]}
+        padding = batch_size - len(rows)
+        batch = {k: np.stack([row[k] for row in rows + rows[-1:] * padding]) for k in rows[0]}
         batch = {k: v[:, :length] for k, v in batch.items()}
         scores = _score(generator.params, batch, graphdef=generator.graphdef)
         # The target of token t is token t + 1.
-        at = np.array(ends)[:, None] - 1 + np.arange(layout.num_codes)
-        found.append([np.take_along_axis(np.asarray(s)[: len(made)], at, axis=1) for s in scores])
-    return CodeScores(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+        at = np.array(code_starts)[:, None] - 1 + np.arange(layout.num_codes)
+        batches.append([np.take_along_axis(np.asarray(s)[: len(rows)], at, axis=1) for s in scores])
+    return CodeScores(*(np.concatenate(parts) for parts in zip(*batches, strict=True)))
 
 
 @partial(jax.jit, static_argnames="graphdef")
@@ -74,5 +74,5 @@ def _score(
     logits = model.logits(hidden)
     is_top1 = jnp.argmax(logits, axis=-1) == batch["targets"]
     nll = losses.token_nll(logits, batch["targets"])
-    # Whole on every device: each of several processes reads all rows.
+    # Replicated: every process reads all sequences.
     return sharding.place(nll, None, None), sharding.place(is_top1, None, None)

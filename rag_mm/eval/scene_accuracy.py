@@ -1,7 +1,7 @@
-"""What a scene got right: entity, place, colour, and the NLL of its codes (design section 8).
+"""Accuracy of generated scenes: entity, place and colour, and the NLL of their codes.
 
-The headline is *joint* accuracy, all three facts at once: returning the retrieved picture itself
-cannot reach it, nor can a model without memory on held-out entities (RA-CM3 section 12).
+The headline metric is *joint* accuracy, all three facts correct at once. Returning the top hit unchanged does
+not score on it, nor does a model without retrieval on held-out entities (docs/papers/ra_cm3.md).
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,12 +16,12 @@ FACTS = ("entity", "place", "color", "joint")
 
 
 def outcomes(read: Sequence[Facts], asked: Sequence[Facts], level: Level) -> dict[str, np.ndarray]:
-    """Which facts of each picture are right, document by document (what pairing needs).
+    """Which facts of each image are correct, per document, as paired differences need them.
 
     Args:
-        read: the facts a scorer read from B pictures.
-        asked: the facts their captions asked for, in the same order.
-        level: the level the scenes belong to.
+        read: facts that the scorer read from B images.
+        asked: facts of their prompts, in the same order.
+        level: level of the scenes.
 
     Returns:
         {"entity", "place", "color", "joint"}, each bool [B].
@@ -30,9 +30,9 @@ def outcomes(read: Sequence[Facts], asked: Sequence[Facts], level: Level) -> dic
         ValueError: the two lists differ in length.
     """
     if len(read) != len(asked):
-        raise ValueError(f"facts of {len(read)} pictures for {len(asked)} captions")
-    rows = [scene_facts.compare(got, want, level) for got, want in zip(read, asked, strict=True)]
-    return {fact: np.array([row[fact] for row in rows], bool) for fact in FACTS}
+        raise ValueError(f"facts of {len(read)} images for {len(asked)} captions")
+    results = [scene_facts.compare(*pair, level) for pair in zip(read, asked, strict=True)]
+    return {fact: np.array([result[fact] for result in results], bool) for fact in FACTS}
 
 
 def accuracies(right: Mapping[str, np.ndarray]) -> dict[str, dict[str, float | int]]:
@@ -43,7 +43,7 @@ def accuracies(right: Mapping[str, np.ndarray]) -> dict[str, dict[str, float | i
         {"accuracy", "ci95", "n"}.
 
     Raises:
-        UserError: there is no picture.
+        UserError: there is no image.
     """
     return {
         f"{fact}_accuracy": statistics.accuracy(right[fact], f"{fact} accuracy") for fact in FACTS
@@ -51,15 +51,15 @@ def accuracies(right: Mapping[str, np.ndarray]) -> dict[str, dict[str, float | i
 
 
 def per_document(figures: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-    """Mean of a figure of every code, for each document, over all its codes or those under `mask`.
+    """Mean of a per-code metric for each document, over all its codes or those under `mask`.
 
     Args:
-        figures: float or bool [B, N], one for each image code, such as its NLL.
+        figures: float or bool [B, N], one value per image code, such as its NLL.
         mask: bool [B, N], for instance the codes that show art; None means all.
 
     Returns:
-        float64 [B]. Every document weighs the same however many codes it counts, so that the mean
-        of these is what paired differences of them add up to.
+        float64 [B]. Every document has the same weight however many codes it counts, so means of these
+        values agree with means of their paired differences.
 
     Raises:
         ValueError: shapes differ, or a document has no code under its mask.
@@ -85,7 +85,7 @@ def nll_summary(nll: np.ndarray, art: np.ndarray) -> dict[str, dict[str, float |
         {"image_nll", "art_nll"}, each {"mean", "ci95", "n"} over documents, nats per code.
 
     Raises:
-        UserError: fewer than two documents, or NaN among their figures.
+        UserError: fewer than two documents, or NaN among the values.
         ValueError: as `per_document`.
     """
     return {

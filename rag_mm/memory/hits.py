@@ -1,4 +1,4 @@
-"""What a search found as plain values: for JSON, contact sheets and the page of `rag-mm explore`."""
+"""Search hits as plain values for JSON, contact sheets and the page of `rag-mm explore`."""
 
 import base64
 from typing import Any
@@ -10,17 +10,17 @@ from rag_mm.memory.index.protocol import Neighbors
 from rag_mm.memory.retrieval_memory import Memory
 
 
-def describe(memory: Memory, found: Neighbors) -> list[dict[str, Any]]:
-    """The documents that the first query found, best first.
+def describe(memory: Memory, neighbors: Neighbors) -> list[dict[str, Any]]:
+    """The hits of the first query as dicts, best first.
 
-    Each has `id`, `score`, `text`, `image` (a data URL or None), `url`, `license`, `row`, and `link`: the
-    url where it leads to a page, else None. Texts and urls are strangers': escape them.
+    Keys: `id`, `score`, `text`, `image` (a data URL or None), `url`, `license`, `row` and `link` (the url if
+    it is an http(s) address, else None). Texts and urls are untrusted: escape them before display.
 
     Raises:
         UserError: a record is damaged.
     """
     result = []
-    for row, score in zip(found.ids[0].tolist(), found.scores[0].tolist(), strict=True):
+    for row, score in zip(neighbors.ids[0].tolist(), neighbors.scores[0].tolist(), strict=True):
         if row < 0:
             continue
         document = memory.document(row)
@@ -40,12 +40,12 @@ def describe(memory: Memory, found: Neighbors) -> list[dict[str, Any]]:
 
 
 def data_url(pixels: np.ndarray) -> str:
-    """A picture, uint8 [H, W, 3], as text that a page shows."""
+    """An image, uint8 [H, W, 3], as a PNG data URL."""
     return "data:image/png;base64," + base64.b64encode(image_files.encode_png(pixels)).decode(
         "ascii"
     )
 
 
 def link(url: str | None) -> str | None:
-    """The address where it leads to a page; a stranger's may run a script instead."""
+    """The url if it is http(s), else None: an untrusted url could run a script instead."""
     return url if url is not None and url.lower().startswith(("http://", "https://")) else None

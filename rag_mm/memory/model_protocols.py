@@ -1,7 +1,7 @@
-"""What a memory needs of a retriever and an image tokenizer, and the views made with them.
+"""The interfaces of a memory's retriever and image tokenizer, and the embedding views computed with them.
 
 Views are the embeddings that can be searched: `image`, `text`, and `mixed`, the mean of the two
-rescaled to length 1 (RA-CM3 section 3.1). A document with one part has that part in every view.
+rescaled to unit length (docs/papers/ra_cm3.md#retrieval). A document with one modality has its embedding in every view.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,18 +17,24 @@ Item = TypeVar("Item")
 
 
 class Encoder(Protocol):
-    """A frozen retriever: both towers of a CLIP."""
+    """A frozen retriever: both towers of a CLIP.
+
+    Attributes:
+        dim: width D of the embeddings.
+        fingerprint: identifies the weights; a memory accepts only the encoder that built it.
+        image_size: side of the input images in pixels.
+    """
 
     dim: int
     fingerprint: str
     image_size: int
 
     def encode_text(self, texts: list[str]) -> np.ndarray:
-        """Unit rows, float32 [B, D]."""
+        """Unit-length embeddings, float32 [B, D]."""
         ...
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
-        """Unit rows, float32 [B, D], of uint8 [B, image_size, image_size, 3]."""
+        """Unit-length embeddings, float32 [B, D], of uint8 [B, image_size, image_size, 3]."""
         ...
 
 
@@ -44,7 +50,7 @@ class ImageTokenizer(Protocol):
 
 
 def check_view(view: str) -> None:
-    """Raises UserError where there is no such view."""
+    """Raises UserError unless `view` is one of `VIEWS`."""
     if view not in VIEWS:
         raise UserError(f"There is no view {view!r}: choose image, text or mixed.")
 
@@ -52,36 +58,39 @@ def check_view(view: str) -> None:
 def embed(
     documents: Sequence[document_types.Document], encoder: Encoder, batch_size: int
 ) -> dict[str, np.ndarray]:
-    """Embeds documents in every view: float32 [len(documents), D] unit rows.
+    """Embeds documents in every view.
 
-    The encoder always sees `batch_size` items, so that it compiles once and a row does not depend
-    on how many documents came with it.
+    The encoder always receives `batch_size` items, padded if necessary, so that it compiles once and an
+    embedding does not depend on the number of documents in its batch.
+
+    Returns:
+        Unit-length embeddings, float32 [len(documents), D], by view.
 
     Raises:
         UserError: a document has neither text nor image, or its embedding is not finite.
     """
-    parts: dict[str, np.ndarray] = {}
-    present: dict[str, np.ndarray] = {}
-    texts = {row: d.text for row, d in enumerate(documents) if d.text.strip()}
-    pictures = {
-        row: image_files.fit(d.image, encoder.image_size)
-        for row, d in enumerate(documents)
+    embeddings: dict[str, np.ndarray] = {}
+    has_modality: dict[str, np.ndarray] = {}
+    texts = {i: d.text for i, d in enumerate(documents) if d.text.strip()}
+    images = {
+        i: image_files.fit(d.image, encoder.image_size)
+        for i, d in enumerate(documents)
         if d.image is not None
     }
     for view, items, encode in (
-        ("image", pictures, lambda batch: encoder.encode_image(np.stack(batch))),
+        ("image", images, lambda batch: encoder.encode_image(np.stack(batch))),
         ("text", texts, lambda batch: encoder.encode_text(list(batch))),
     ):
-        parts[view] = np.zeros((len(documents), encoder.dim), np.float32)
-        present[view] = np.isin(np.arange(len(documents)), list(items))
+        embeddings[view] = np.zeros((len(documents), encoder.dim), np.float32)
+        has_modality[view] = np.isin(np.arange(len(documents)), list(items))
         if items:
-            rows = _in_batches(encode, list(items.values()), batch_size)
-            names = [documents[row].id for row in items]
-            parts[view][list(items)] = unit_rows(rows, names)
-    for row in np.flatnonzero(~present["image"] & ~present["text"]).tolist():
-        raise UserError(f"Document {documents[row].id!r} has neither text nor image.")
-    image = np.where(present["image"][:, None], parts["image"], parts["text"])
-    text = np.where(present["text"][:, None], parts["text"], parts["image"])
+            encoded = _in_batches(encode, list(items.values()), batch_size)
+            names = [documents[i].id for i in items]
+            embeddings[view][list(items)] = unit_rows(encoded, names)
+    for i in np.flatnonzero(~has_modality["image"] & ~has_modality["text"]).tolist():
+        raise UserError(f"Document {documents[i].id!r} has neither text nor image.")
+    image = np.where(has_modality["image"][:, None], embeddings["image"], embeddings["text"])
+    text = np.where(has_modality["text"][:, None], embeddings["text"], embeddings["image"])
     mixed = unit_rows((image + text) / 2, [d.id for d in documents])
     return {"image": image, "text": text, "mixed": mixed}
 
@@ -94,7 +103,7 @@ def encode_query(
     document: document_types.Document | None,
     view: str,
 ) -> np.ndarray:
-    """Unit rows, float32 [Q, D], of what is not None; see `Memory.encode`."""
+    """Unit-length query embeddings, float32 [Q, D], of the argument that is not None; see `Memory.encode`."""
     if text is not None:
         texts = [text] if isinstance(text, str) else list(text)
         return unit_rows(encoder.encode_text(texts), texts)
@@ -103,16 +112,16 @@ def encode_query(
         return embed([document], encoder, batch_size=1)[view]
     if image is None:
         raise UserError("A search needs a text, an image, a document or vectors.")
-    stack = image[None] if image.ndim == 3 else image
-    pixels = np.stack([image_files.fit(picture, encoder.image_size) for picture in stack])
-    return unit_rows(encoder.encode_image(pixels), [f"picture {i}" for i in range(len(pixels))])
+    images = image[None] if image.ndim == 3 else image
+    pixels = np.stack([image_files.fit(one, encoder.image_size) for one in images])
+    return unit_rows(encoder.encode_image(pixels), [f"image {i}" for i in range(len(pixels))])
 
 
 def unit_rows(rows: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """Rows [B, D] rescaled to length 1, float32.
+    """Rescales embeddings [B, D] to unit length, float32.
 
     Raises:
-        UserError: a row is zero or not finite; the sentence gives its name.
+        UserError: an embedding is zero or not finite; the message gives its name.
     """
     rows = np.asarray(rows, np.float32)
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
@@ -120,7 +129,7 @@ def unit_rows(rows: np.ndarray, names: Sequence[str]) -> np.ndarray:
     if bad.size:
         raise UserError(
             f"The embedding of {names[bad[0]]!r} is zero, NaN or infinite: "
-            "the retriever's weights are broken, train it again."
+            "the retriever's weights are damaged; train it again."
         )
     return rows / lengths
 
@@ -128,28 +137,28 @@ def unit_rows(rows: np.ndarray, names: Sequence[str]) -> np.ndarray:
 def encode_codes(
     documents: Sequence[document_types.Document], tokenizer: ImageTokenizer, batch_size: int
 ) -> list[np.ndarray | None]:
-    """Codes, int32 [N], of each document's first image; None for a document without one."""
-    pictures = {
-        row: image_files.fit(d.image, tokenizer.image_size)
-        for row, d in enumerate(documents)
+    """Codes, int32 [N], of each document's first image; None for a document without an image."""
+    images = {
+        i: image_files.fit(d.image, tokenizer.image_size)
+        for i, d in enumerate(documents)
         if d.image is not None
     }
     codes: list[np.ndarray | None] = [None] * len(documents)
-    if pictures:
+    if images:
         encoded = _in_batches(
-            lambda batch: tokenizer.encode(np.stack(batch)), list(pictures.values()), batch_size
+            lambda batch: tokenizer.encode(np.stack(batch)), list(images.values()), batch_size
         )
-        for row, values in zip(pictures, encoded, strict=True):
-            codes[row] = np.asarray(values, np.int32)
+        for i, values in zip(images, encoded, strict=True):
+            codes[i] = np.asarray(values, np.int32)
     return codes
 
 
 def _in_batches(
     encode: Callable[[Sequence[Item]], np.ndarray], items: Sequence[Item], batch_size: int
 ) -> np.ndarray:
-    found = []
+    encoded = []
     for start in range(0, len(items), batch_size):
         batch = list(items[start : start + batch_size])
         padding = [batch[-1]] * (batch_size - len(batch))
-        found.append(np.asarray(encode(batch + padding))[: len(batch)])
-    return np.concatenate(found)
+        encoded.append(np.asarray(encode(batch + padding))[: len(batch)])
+    return np.concatenate(encoded)

@@ -1,4 +1,4 @@
-"""Which documents a model gets to see: queries and selection (RA-CM3 section 3.1; ra_cm3.md 4)."""
+"""The retrieval policy: how queries are made and hits selected (docs/papers/ra_cm3.md#retrieval)."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -9,7 +9,7 @@ from rag_mm.core import document_types, files
 from rag_mm.memory.index import protocol
 
 NO_KEY = -1
-"""The twin key of a row or query whose facts are unknown: it has no twin."""
+"""The fact key of a memory row or query whose facts are unknown: it equals no other key."""
 
 
 def make_query(
@@ -18,81 +18,84 @@ def make_query(
     rng: np.random.Generator | None = None,
     token_dropout: float = 0.2,
 ) -> str | np.ndarray:
-    """One modality of a document, as a query: training never shows the retriever the whole target.
+    """One modality of a document as a query, so that in training the query never contains the whole target.
 
     Args:
         document: the main document.
-        modality: which part to ask with.
-        rng: drops each word of a text with probability `token_dropout`, keeping one at least;
-            None drops nothing (inference). Dropout of an image is undefined and not done.
+        modality: which modality becomes the query.
+        rng: for query dropout: drops each word with probability `token_dropout` but keeps at least one.
+            None drops nothing (inference). Dropout applies to text only.
         token_dropout: the probability.
 
     Returns:
-        A text, or the image's uint8 [H, W, 3].
+        A text, or an image as uint8 [H, W, 3].
 
     Raises:
-        ValueError: the document has no such part.
+        ValueError: the document lacks that modality.
     """
     if modality == "image":
         if document.image is None:
-            raise ValueError(f"document {document.id!r} has no image to ask with")
+            raise ValueError(f"document {document.id!r} has no image to use as a query")
         return document.image
     words = document.text.split()
     if not words:
-        raise ValueError(f"document {document.id!r} has no text to ask with")
+        raise ValueError(f"document {document.id!r} has no text to use as a query")
     if rng is None:
         return document.text
-    draws = rng.random(len(words))
-    kept = [word for word, draw in zip(words, draws, strict=True) if draw >= token_dropout]
-    return " ".join(kept) if kept else words[int(draws.argmax())]
+    uniform = rng.random(len(words))
+    kept = [word for word, value in zip(words, uniform, strict=True) if value >= token_dropout]
+    return " ".join(kept) if kept else words[int(uniform.argmax())]
 
 
 def split_queries(texts: Sequence[str], split_phrases: bool) -> tuple[list[str], np.ndarray]:
-    """What to ask the retriever for each text, and how many queries in a row are one text's, int64 [Q].
+    """Turns Q texts into P >= Q queries.
 
-    One embedding seldom holds two entities; `split_phrases` asks for what `and` joins one after the other, and so
-    for both halves of a name like `bow and arrow`, which it cannot tell from two.
+    One embedding seldom represents two entities. `split_phrases` therefore splits each text at " and " and
+    makes one query of each phrase. It also splits names such as `bow and arrow`.
+
+    Returns:
+        The queries, and the number of consecutive queries that belong to each text, int64 [Q].
     """
-    each = [
+    phrases = [
         (split_phrases and [part for part in text.split(" and ") if part.strip()]) or [text]
         for text in texts
     ]
-    counts = np.array([len(parts) for parts in each], np.int64)
-    return [part for parts in each for part in parts], counts
+    counts = np.array([len(parts) for parts in phrases], np.int64)
+    return [part for parts in phrases for part in parts], counts
 
 
 def interleave(hits: protocol.Neighbors, counts: np.ndarray) -> protocol.Neighbors:
-    """The hits of several queries of one document as one list: the best of each, by score, then the second.
+    """Merges the hits of one document's queries: all first hits by score, then all second hits, and so on.
 
     Args:
         hits: [P, k], best first.
-        counts: int [Q], how many queries in a row belong together; they add up to P.
+        counts: int [Q], how many consecutive queries belong together; they sum to P.
 
     Returns:
-        Neighbors [Q, k max(counts)], best first only among hits of one rank; a row that several queries found
-        is missing after its first place.
+        Neighbors [Q, k max(counts)], sorted by score only among hits of equal rank. Of a row that several
+        queries found, only the first occurrence is kept; the others become missing hits.
     """
-    num_hits, most = hits.ids.shape[1], int(counts.max(initial=1))
-    if most == 1:
+    num_hits, max_count = hits.ids.shape[1], int(counts.max(initial=1))
+    if max_count == 1:
         return hits
-    owner = np.repeat(np.arange(len(counts)), counts)
-    part = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    ids = np.full((len(counts), num_hits, most), protocol.MISSING, np.int32)
+    group = np.repeat(np.arange(len(counts)), counts)
+    part = np.arange(len(group)) - np.repeat(np.cumsum(counts) - counts, counts)
+    ids = np.full((len(counts), num_hits, max_count), protocol.MISSING, np.int32)
     scores = np.full(ids.shape, -np.inf, np.float32)
-    ids[owner, :, part], scores[owner, :, part] = hits.ids, hits.scores
+    ids[group, :, part], scores[group, :, part] = hits.ids, hits.scores
     order = np.argsort(-scores, axis=2, kind="stable")
     flat_ids = np.take_along_axis(ids, order, axis=2).reshape(len(counts), -1)
     flat_scores = np.take_along_axis(scores, order, axis=2).reshape(len(counts), -1)
     by_id = np.argsort(flat_ids, axis=1, kind="stable")
-    is_repeat = np.diff(np.take_along_axis(flat_ids, by_id, axis=1), axis=1, prepend=-2) == 0
-    repeats = np.zeros_like(is_repeat)
-    np.put_along_axis(repeats, by_id, is_repeat, axis=1)
-    flat_ids = np.where(repeats, np.int32(protocol.MISSING), flat_ids)
-    return protocol.Neighbors(flat_ids, np.where(repeats, np.float32(-np.inf), flat_scores))
+    repeats_previous = np.diff(np.take_along_axis(flat_ids, by_id, axis=1), axis=1, prepend=-2) == 0
+    is_repeat = np.zeros_like(repeats_previous)
+    np.put_along_axis(is_repeat, by_id, repeats_previous, axis=1)
+    flat_ids = np.where(is_repeat, np.int32(protocol.MISSING), flat_ids)
+    return protocol.Neighbors(flat_ids, np.where(is_repeat, np.float32(-np.inf), flat_scores))
 
 
-def twin_key(facts: str) -> int:
-    """A number in [0, 2^63) for what a document shows: equal facts are twins, whatever the id."""
+def fact_key(facts: str) -> int:
+    """A number in [0, 2^63) that identifies a document's facts; equal facts have equal keys."""
     return int(files.digest(facts.encode())[:16], 16) >> 1
 
 
@@ -103,24 +106,24 @@ def select(
     *,
     num_neighbors: int,
     max_similarity: float,
-    own_rows: np.ndarray,
-    own_keys: np.ndarray,
+    query_rows: np.ndarray,
+    query_keys: np.ndarray,
     row_keys: np.ndarray,
 ) -> protocol.Neighbors:
-    """Walks down each query's ranked hits and keeps the first that are neither it nor repeats.
+    """Keeps the first K of each query's ranked hits that are neither the query itself nor near-duplicates.
 
-    Skipped are missing hits, the query's own row, rows with its twin key, and rows more similar
-    than `max_similarity` to the query (their score) or to a row kept already.
+    Skips missing hits, the query's own row, rows with the query's fact key, and rows more similar than
+    `max_similarity` to the query (their score) or to a row already kept.
 
     Args:
         ids: int32 [Q, k] hits, best first, -1 where missing.
         scores: float32 [Q, k].
-        vectors: float32 [R, D] unit rows of the memory, for the similarity of two hits.
+        vectors: float32 [R, D], unit-length embeddings of the memory, for the similarity of two hits.
         num_neighbors: K, how many to keep.
-        max_similarity: the bound, 0.9 for CLIP weights; calibrated for a small retriever.
-        own_rows: int [Q], the row that is the query's own document, or -1.
-        own_keys: int64 [Q], the query's twin key, or `NO_KEY`.
-        row_keys: int64 [R], the rows' twin keys, or `NO_KEY`.
+        max_similarity: the bound: 0.9 for public CLIP weights; calibrated for a small retriever.
+        query_rows: int [Q], the memory row of the query's own document, or -1.
+        query_keys: int64 [Q], the queries' fact keys, or `NO_KEY`.
+        row_keys: int64 [R], the memory rows' fact keys, or `NO_KEY`.
 
     Returns:
         Neighbors [Q, K], best first.
@@ -134,24 +137,24 @@ def select(
         if (num_kept == num_neighbors).all():
             break
         id_q = ids[:, rank]
-        vector_qd = vectors[id_q]  # Where the hit is missing this is some row, which is not kept.
+        vector_qd = vectors[id_q]  # An arbitrary row where the hit is missing; it is not kept.
         key_q = row_keys[id_q]
         similarity_qk = np.einsum("qkd,qd->qk", kept_vectors, vector_qd)
         unfilled_qk = np.arange(num_neighbors)[None, :] >= num_kept[:, None]
         similarity_q = np.where(unfilled_qk, -np.inf, similarity_qk).max(axis=1, initial=-np.inf)
         keep = (
             (id_q != protocol.MISSING)
-            & (id_q != own_rows)
-            & ((key_q == NO_KEY) | (key_q != own_keys))
+            & (id_q != query_rows)
+            & ((key_q == NO_KEY) | (key_q != query_keys))
             & (scores[:, rank] <= max_similarity)
             & (similarity_q <= max_similarity)
             & (num_kept < num_neighbors)
         )
         queries = np.flatnonzero(keep)
-        places = num_kept[queries]
-        kept_ids[queries, places] = id_q[queries]
-        kept_scores[queries, places] = scores[queries, rank]
-        kept_vectors[queries, places] = vector_qd[queries]
+        slots = num_kept[queries]
+        kept_ids[queries, slots] = id_q[queries]
+        kept_scores[queries, slots] = scores[queries, rank]
+        kept_vectors[queries, slots] = vector_qd[queries]
         num_kept[queries] += 1
     return protocol.Neighbors(kept_ids, kept_scores)
 
@@ -163,29 +166,29 @@ def find_neighbors(
     *,
     num_neighbors: int,
     max_similarity: float,
-    own_rows: np.ndarray,
-    own_keys: np.ndarray,
+    query_rows: np.ndarray,
+    query_keys: np.ndarray,
     row_keys: np.ndarray,
     counts: np.ndarray | None = None,
     num_candidates: int = 64,
     batch_size: int = 1024,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> protocol.Neighbors:
-    """Searches and selects for many queries: what training reads is computed before it starts.
+    """Searches and selects for many queries, in batches; used to precompute the neighbors of a training set.
 
     Args:
         search: (queries float32 [q, D], k) -> Neighbors, as `Index.search`.
-        queries: float32 [P, D] unit rows.
-        vectors, num_neighbors, max_similarity, own_rows, own_keys, row_keys: see `select`.
-        counts: int [Q], how many of the queries each document asks, see `interleave`; None for one each.
-        num_candidates: how far down each query's ranked list selection walks.
-        batch_size: documents whose queries are searched at once.
+        queries: float32 [P, D], unit length.
+        vectors, num_neighbors, max_similarity, query_rows, query_keys, row_keys: see `select`.
+        counts: int [Q], the number of queries per document (see `interleave`); None for one each.
+        num_candidates: number of hits per query from which neighbors are selected.
+        batch_size: number of documents whose queries are searched at once.
         on_progress: called with (documents done, Q).
 
     Returns:
-        Neighbors [Q, K]; a query whose candidates were all skipped has missing ones.
+        Neighbors [Q, K], with missing neighbors if fewer than K candidates were accepted.
     """
-    found = [
+    selected = [
         protocol.Neighbors(
             np.zeros((0, num_neighbors), np.int32), np.zeros((0, num_neighbors), np.float32)
         )
@@ -194,25 +197,25 @@ def find_neighbors(
     ends = np.concatenate([[0], np.cumsum(counts)])
     for start in range(0, len(counts), batch_size):
         batch = slice(start, min(start + batch_size, len(counts)))
-        asked = queries[ends[batch.start] : ends[batch.stop]]
-        hits = interleave(search(asked, num_candidates), counts[batch])
-        found.append(
+        batch_queries = queries[ends[batch.start] : ends[batch.stop]]
+        hits = interleave(search(batch_queries, num_candidates), counts[batch])
+        selected.append(
             select(
                 hits.ids,
                 hits.scores,
                 vectors,
                 num_neighbors=num_neighbors,
                 max_similarity=max_similarity,
-                own_rows=own_rows[batch],
-                own_keys=own_keys[batch],
+                query_rows=query_rows[batch],
+                query_keys=query_keys[batch],
                 row_keys=row_keys,
             )
         )
         if on_progress is not None:
             on_progress(batch.stop, len(counts))
     return protocol.Neighbors(
-        np.concatenate([neighbors.ids for neighbors in found]),
-        np.concatenate([neighbors.scores for neighbors in found]),
+        np.concatenate([neighbors.ids for neighbors in selected]),
+        np.concatenate([neighbors.scores for neighbors in selected]),
     )
 
 
@@ -222,15 +225,15 @@ def calibrate_max_similarity(
     fact_keys: np.ndarray,
     percentile: float = 99.0,
 ) -> float:
-    """The similarity below which `percentile` % of pairs of one class with other facts lie.
+    """The `percentile` of the similarities between documents of the same class with different facts.
 
-    A small retriever packs its space tightly: the papers' 0.9 would forbid exactly the right
-    documents. This bound still forbids copies, and of good documents only the last percent.
+    The embeddings of a small retriever are close together, so the papers' 0.9 would exclude exactly the right
+    documents. This bound still excludes copies, and only the most similar percent of the useful documents.
 
     Args:
-        vectors: float32 [R, D] unit rows.
-        class_ids: int [R], what each row shows.
-        fact_keys: int64 [R], equal for twins.
+        vectors: float32 [R, D], unit length.
+        class_ids: int [R], the class of each row.
+        fact_keys: int64 [R], equal for rows with equal facts.
         percentile: in [0, 100].
 
     Raises:

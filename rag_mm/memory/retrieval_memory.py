@@ -1,4 +1,4 @@
-"""The memory: documents, their embeddings and codes, and an index over each view of them."""
+"""The memory: documents, their embeddings and codes, and an index for each view."""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -16,24 +16,26 @@ from rag_mm.memory.writing import changes, stream, writer
 
 
 class Memory:
-    """One version of a memory, opened for reading; later versions do not disturb it.
+    """One version of a memory, opened for reading; writing later versions does not affect it.
 
-    A row is a document's place among those that are there; when one is removed, the rows of the later
-    ones close up in the version without it. Safe to search and read from several threads. Attributes:
+    A row is a document's position in this version. Removing a document shifts the rows of all later
+    documents down by one in the next version. Search and read are thread-safe.
+
+    Attributes:
         path: the folder.
-        manifest: what this version is.
+        manifest: describes this version.
         ids: the documents' ids in row order.
     """
 
     def __init__(
         self, path: Path, contents: manifest.MemoryManifest, encoder: model_protocols.Encoder | None
     ):
-        """For `Memory.open`."""
+        """Used by `Memory.open`."""
         self.path = path
         self.manifest = contents
         self._live = shard_file.load_live(path, contents)
         stored = shard_file.load_ids(path, contents)
-        self.ids = tuple(stored[place] for place in self._live.stored)
+        self.ids = tuple(stored[position] for position in self._live.stored)
         self._encoder = encoder
         self._views = views.Views(path, contents, self._live)
         self._records = shard_file.Records(path, contents.shards)
@@ -51,25 +53,25 @@ class Memory:
         Args:
             path: the memory's folder.
             encoder: the retriever; without it only vectors can be searched.
-            version: an earlier version that still lies there; the current one if None.
+            version: an earlier version that was not pruned; the current one if None.
 
         Raises:
-            UserError: no memory or version there, a file missing or of another size, or another
-                retriever than the one that built it.
+            UserError: there is no such memory or version, a file is missing or has the wrong size, or
+                `encoder` is not the retriever that built the memory.
         """
         root = manifest.local_folder(path)
         while True:
             current, sha256 = manifest.read_current(root)
-            wanted = current if version is None else version
-            if not 1 <= wanted <= current:  # A later one may lie there, but was never finished.
-                raise UserError(f"{path} has no version {wanted}; its newest is {current}.")
+            number = current if version is None else version
+            if not 1 <= number <= current:  # The folder of a later version would be unfinished.
+                raise UserError(f"{path} has no version {number}; its newest is {current}.")
             try:
-                contents = manifest.read(root, wanted, sha256 if wanted == current else None)
+                contents = manifest.read(root, number, sha256 if number == current else None)
                 manifest.check_sizes(root, contents)
                 memory = cls(root, contents, None)
                 break
             except UserError:
-                # A writer may have made the next version and pruned this one meanwhile.
+                # A writer may have published the next version and pruned this one meanwhile.
                 if version is not None or manifest.read_current(root)[0] == current:
                     raise
         if encoder is not None:
@@ -87,23 +89,23 @@ class Memory:
         carried: Mapping[str, epath.PathLike] | None = None,
         options: writer.Options | None = None,
     ) -> "Memory":
-        """Makes a memory; a failure or a kill leaves none.
+        """Builds a memory; after a failure or a kill there is no memory at `path`.
 
-        Started again after a kill, with the same documents and options, it goes on behind the last
-        shard that was finished.
+        A killed build resumes after its last finished shard when started again with the same documents
+        and options.
 
         Args:
             path: a folder that is not a memory yet.
-            documents: with unique ids, read one after the other; their pictures are fitted to the
-                tokenizer's image size, or the encoder's without one.
+            documents: with unique ids, read in order. Their images are resized to the tokenizer's image
+                size, or to the encoder's if there is no tokenizer.
             encoder: the retriever.
-            tokenizer: gives codes to each document with an image.
+            tokenizer: computes codes for each document with an image.
             carried: folders to copy into the memory by name, `retriever` and `tokenizer`, so that
-                it needs nothing else to be searched and added to.
+                searching and adding need nothing outside of the memory.
             options: index, batch and shard sizes, progress.
 
         Raises:
-            UserError: no documents, more bad ones than the options allow, a folder that is in use
+            UserError: no documents, more bad records than the options allow, or a folder that is in use
                 or cannot be written.
         """
         folders = {name: Path(folder) for name, folder in (carried or {}).items()}
@@ -118,12 +120,12 @@ class Memory:
         *,
         options: writer.Options | None = None,
     ) -> "Memory":
-        """Writes the next version, opened; this one stays as it is.
+        """Writes the next version and returns it opened; this object is unchanged.
 
-        The rows follow those of the folder's current version, which may be later than this one.
+        The new rows follow those of the folder's current version, which may be later than this one.
 
         Raises:
-            UserError: as `build`, or another retriever or tokenizer than the build's.
+            UserError: as `build`, or the retriever or tokenizer is not the one used by the build.
         """
         encoder = self._need_encoder()
         writer.add(self.path, documents, encoder, tokenizer, options or writer.Options())
@@ -135,21 +137,21 @@ class Memory:
         urls: Collection[str] = (),
         licenses: Collection[str] = (),
     ) -> "Memory":
-        """Writes the next version, opened, without every document that one of these names.
+        """Removes every document with one of these ids, urls or licenses; returns the next version, opened.
 
-        Nothing is moved: the rows are marked, and `compact` leaves them behind.
+        The rows are only marked as removed (tombstones); `compact` drops them from the files.
 
         Raises:
-            UserError: a name that no document has; nothing is removed then.
+            UserError: no document has one of the values; nothing is removed then.
         """
         changes.remove(self.path, ids, urls, licenses)
         return Memory.open(self.path, self._encoder)
 
     def merge(self, other: "Memory", *, on_progress: changes.Progress | None = None) -> "Memory":
-        """Writes the next version, opened, with the documents of another memory's newest version.
+        """Adds the documents of another memory's newest version; returns the next version, opened.
 
         Raises:
-            UserError: another retriever, tokenizer or picture size, or an id that both have.
+            UserError: the memories differ in retriever, tokenizer or image size, or share an id.
         """
         changes.merge(self.path, other.path, on_progress=on_progress)
         return Memory.open(self.path, self._encoder)
@@ -157,12 +159,12 @@ class Memory:
     def compact(
         self, prune: bool = False, *, on_progress: changes.Progress | None = None
     ) -> "Memory":
-        """Writes the next version, opened, in files that hold nothing but its own rows.
+        """Rewrites the memory without removed documents; returns the next version, opened.
 
         Args:
-            prune: deletes every earlier version, with what was removed from them; who has one of
-                these open then reads no further.
-            on_progress: called with (rows written, all rows).
+            prune: also deletes every earlier version, and with them the removed documents; readers of
+                an earlier version then fail.
+            on_progress: called with (rows written, total rows).
 
         Raises:
             UserError: `prune` of a run's own memory, whose later stages read its first version.
@@ -171,26 +173,26 @@ class Memory:
         return Memory.open(self.path, self._encoder)
 
     def attach(self, encoder: model_protocols.Encoder) -> None:
-        """Gives the memory its retriever.
+        """Sets the retriever used to encode queries.
 
         Raises:
-            UserError: it is not the one that built the memory.
+            UserError: it is not the retriever that built the memory.
         """
         if encoder.fingerprint != self.manifest.encoder:
             raise UserError(
                 f"{self.path} was built by another retriever ({self.manifest.encoder[:12]}, not "
-                f"{encoder.fingerprint[:12]}): search it with its own."
+                f"{encoder.fingerprint[:12]}): search it with the one that built it."
             )
         self._encoder = encoder
 
     def carried(self, name: str) -> Path:
-        """A folder that was copied in at build, its files held against their digests.
+        """A model folder that was copied into the memory at build; its files' digests are checked.
 
         Args:
             name: `retriever` or `tokenizer`.
 
         Raises:
-            UserError: the memory carries none of that name, or a file of it was changed.
+            UserError: the memory has no such folder, or one of its files was changed.
         """
         manifest.check_folder(self.path, self.manifest, name)
         return self.path / name
@@ -200,16 +202,16 @@ class Memory:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the rows and what made them; indexes, which may differ by machine, aside."""
+        """SHA-256 of rows, models and settings; indexes are excluded because they can differ by machine."""
         return stats.fingerprint(self.manifest, self._live)
 
     @property
     def codes(self) -> np.ndarray | None:
-        """Codes of each row's first image, int32 [R, N], -1 where it has none; None without any."""
+        """Codes of each row's first image, int32 [R, N], -1 for a row without one; None without any codes."""
         return self._views.codes()
 
     def embeddings(self, view: str) -> np.ndarray:
-        """Unit rows of a view, float32 [R, D], read-only.
+        """Unit-length embeddings of a view, float32 [R, D], read-only.
 
         Raises:
             UserError: there is no such view, or the file is damaged.
@@ -228,10 +230,13 @@ class Memory:
         """The document of a row with its embeddings and codes; raises as `document`."""
         if not 0 <= row < len(self):
             raise UserError(f"Row {row} is not in a memory of {len(self)} rows.")
-        found = self._records[self._live.stored[row]]
-        if found.document.id != self.ids[row]:
-            raise UserError(f"Row {row} of {self.path} is not {self.ids[row]!r} as listed.")
-        return found
+        stored = self._records[self._live.stored[row]]
+        if stored.document.id != self.ids[row]:
+            raise UserError(
+                f"Row {row} of {self.path} holds {stored.document.id!r}, but {self.ids[row]!r} is listed: "
+                "the memory is damaged."
+            )
+        return stored
 
     def encode(
         self,
@@ -241,12 +246,12 @@ class Memory:
         document: document_types.Document | None = None,
         view: str = "mixed",
     ) -> np.ndarray:
-        """Queries as unit rows, float32 [Q, D].
+        """Embeds queries: unit-length vectors, float32 [Q, D].
 
         Args:
             text: one or more texts.
             image: uint8 [(Q,) H, W, 3].
-            document: embedded as the memory's own are, in `view`.
+            document: embedded as the memory's documents are, in `view`.
             view: for a document only.
 
         Raises:
@@ -266,21 +271,23 @@ class Memory:
         view: str | None = None,
         k: int = 5,
     ) -> protocol.Neighbors:
-        """The k best rows for each query; no policy applies, so a document may find itself.
+        """The k best rows for each query, without the retrieval policy: a document can find itself.
+
+        Exactly one of `text`, `image`, `vectors` and `document` is given.
 
         Args:
-            text: one text or several.
+            text: one or more texts.
             image: uint8 [H, W, 3] or [Q, H, W, 3], of any size.
-            vectors: float32 [Q, D] unit rows.
-            document: one, of the memory or not. Exactly one of the four is given.
-            view: which embedding is searched; `image` for an image, else `mixed`.
-            k: hits of each query, >= 1.
+            vectors: float32 [Q, D], unit length.
+            document: a document, stored in the memory or not.
+            view: which embedding is searched; the default is `image` for an image, else `mixed`.
+            k: hits per query, >= 1.
 
         Returns:
-            Row numbers and scores [Q, k].
+            Memory rows and scores [Q, k].
 
         Raises:
-            UserError: not exactly one query, no such view, k < 1, or a damaged index.
+            UserError: not exactly one query, an unknown view, k < 1, or a damaged index.
         """
         if sum(query is not None for query in (text, image, vectors, document)) != 1:
             raise UserError(
@@ -289,26 +296,26 @@ class Memory:
         view = view or ("image" if image is not None else "mixed")
         model_protocols.check_view(view)
         if k < 1:
-            raise UserError(f"A search for k = {k} finds nothing; ask for at least 1 neighbor.")
+            raise UserError(f"A search for k = {k} finds nothing; give k of at least 1.")
         if vectors is None:
             vectors = self.encode(text=text, image=image, document=document, view=view)
         return self.index(view).search(vectors, k)
 
     def index(self, view: str) -> protocol.Index:
-        """The index of a view, loaded on first use; raises UserError where it is damaged."""
+        """The index of a view, loaded on first use; raises UserError if it is damaged."""
         return self._views.index(view)
 
     def verify(self) -> list[str]:
-        """Everything that is wrong with the folder; see `verify.verify`."""
+        """All problems found in the folder; see `verify.verify`."""
         return verify.verify(self.path)
 
     def stats(self) -> dict[str, Any]:
-        """What the memory holds, ready for JSON."""
+        """Sizes, versions, models and the last ingestion's counts as a JSON-ready dict."""
         return stats.summarize(self.path, self.manifest, self._live)
 
     @property
     def encoder(self) -> model_protocols.Encoder:
-        """The retriever; raises UserError where none is attached."""
+        """The retriever; raises UserError if none is attached."""
         return self._need_encoder()
 
     def _need_encoder(self) -> model_protocols.Encoder:

@@ -1,8 +1,8 @@
-"""RICES: the examples of a few-shot prompt are the memory's documents nearest to the query.
+"""RICES: few-shot prompts with the memory's documents nearest to the query as examples.
 
-Retrieval-based In-Context Example Selection (Yang et al. 2022, arXiv 2109.05014; the name is
-Flamingo's, arXiv 2204.14198): instead of examples drawn by lot, those whose image, text or both are most
-similar, with the most similar next to the query.
+Retrieval-based In-Context Example Selection (Yang et al. 2022, arXiv 2109.05014; named by Flamingo,
+arXiv 2204.14198). Instead of random examples it uses those whose image, text or both are most similar to the
+query, and places the most similar one next to the query.
 """
 
 from collections.abc import Callable
@@ -25,26 +25,26 @@ def select_examples(
     forbidden: np.ndarray | None = None,
     rng: np.random.Generator | None = None,
 ) -> protocol.Neighbors:
-    """The examples of each query, in the order in which a prompt shows them.
+    """Selects the examples of each query, in prompt order.
 
     Args:
         search: (queries float32 [q, D], k) -> Neighbors, as `memory.index(view).search`; the view says
             whether images, texts or both are compared.
-        queries: float32 [Q, D] unit rows.
-        num_examples: K, the shots; 0 gives none.
-        order: `nearest_last` puts the most similar next to the query, as Flamingo does.
-        forbidden: int [Q] or [Q, F], rows that a query must not see, such as its own; -1 for none.
+        queries: float32 [Q, D], unit length.
+        num_examples: K, the number of shots; 0 gives none.
+        order: `nearest_last` puts the most similar example next to the query, as Flamingo does.
+        forbidden: int [Q] or [Q, F], memory rows excluded for a query, such as its own; -1 for none.
         rng: for `shuffled`.
 
     Returns:
-        Neighbors [Q, K]. Where the memory has fewer than K others, -1 fills the far end: the front of
-        `nearest_last`, else the back.
+        Neighbors [Q, K]. If fewer than K documents remain, -1 fills the end far from the query: the front
+        with `nearest_last`, else the back.
 
     Raises:
         UserError: K < 0, an unknown order, or `shuffled` without `rng`.
     """
     if num_examples < 0:
-        raise UserError(f"{num_examples} examples cannot be shown; ask for 0 or more.")
+        raise UserError(f"{num_examples} examples are not possible; give 0 or more.")
     if order not in get_args(Order):
         raise UserError(f"There is no order {order!r}: choose {', '.join(get_args(Order))}.")
     if order == "shuffled" and rng is None:
@@ -55,8 +55,8 @@ def select_examples(
     if forbidden is None:
         forbidden = np.full((len(queries), 1), protocol.MISSING)
     forbidden = forbidden.reshape(len(queries), -1)
-    found = search(queries, num_examples + forbidden.shape[1])
-    kept = _without(found, forbidden, num_examples)
+    hits = search(queries, num_examples + forbidden.shape[1])
+    kept = _exclude(hits, forbidden, num_examples)
     if order == "nearest_last":
         return protocol.Neighbors(kept.ids[:, ::-1], kept.scores[:, ::-1])
     if order == "shuffled" and rng is not None:
@@ -64,23 +64,23 @@ def select_examples(
     return kept
 
 
-def _without(found: protocol.Neighbors, forbidden: np.ndarray, k: int) -> protocol.Neighbors:
+def _exclude(hits: protocol.Neighbors, forbidden: np.ndarray, k: int) -> protocol.Neighbors:
     """The first k hits that are not forbidden, best first."""
-    bad = (found.ids[:, :, None] == forbidden[:, None, :]).any(axis=2)
-    bad |= found.ids == protocol.MISSING
-    places = np.argsort(bad, axis=1, kind="stable")[:, :k]
-    is_missing = np.take_along_axis(bad, places, axis=1)
-    ids = np.where(is_missing, protocol.MISSING, np.take_along_axis(found.ids, places, axis=1))
-    scores = np.take_along_axis(found.scores, places, axis=1)
+    is_excluded = (hits.ids[:, :, None] == forbidden[:, None, :]).any(axis=2)
+    is_excluded |= hits.ids == protocol.MISSING
+    order = np.argsort(is_excluded, axis=1, kind="stable")[:, :k]
+    is_missing = np.take_along_axis(is_excluded, order, axis=1)
+    ids = np.where(is_missing, protocol.MISSING, np.take_along_axis(hits.ids, order, axis=1))
+    scores = np.take_along_axis(hits.scores, order, axis=1)
     return protocol.Neighbors(
         ids.astype(np.int32), np.where(is_missing, -np.inf, scores).astype(np.float32)
     )
 
 
 def _shuffled(kept: protocol.Neighbors, rng: np.random.Generator) -> protocol.Neighbors:
-    draws = rng.random(kept.ids.shape)
-    draws[kept.ids == protocol.MISSING] = np.inf
-    order = np.argsort(draws, axis=1, kind="stable")
+    sort_keys = rng.random(kept.ids.shape)
+    sort_keys[kept.ids == protocol.MISSING] = np.inf
+    order = np.argsort(sort_keys, axis=1, kind="stable")
     return protocol.Neighbors(
         np.take_along_axis(kept.ids, order, axis=1), np.take_along_axis(kept.scores, order, axis=1)
     )

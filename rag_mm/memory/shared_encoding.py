@@ -1,8 +1,8 @@
-"""Embedding and searching shared by several processes of one program (`core.processes.join`).
+"""Embedding and search split over the processes of one program (`core.processes.join`).
 
-Process 0 reads, decides and writes as it would alone; the others do nothing but encode their part of what it
-sends them. So the files are those of one process, whatever happens to a record on the way. Searching needs
-no such order: every process opens the memory, takes its part of the queries, and all get all hits.
+To build a memory, the leader (process 0) reads, filters and writes as a single process would; the followers
+only encode their part of each batch that it sends. The files are therefore those of a single process.
+To search, every process opens the memory, searches its part of the queries, and gathers the hits of all.
 """
 
 import contextlib
@@ -19,22 +19,22 @@ from rag_mm.memory.model_protocols import Encoder, ImageTokenizer
 _END, _TEXT, _IMAGE, _CODES = range(4)
 
 
-def own_part(num_rows: int) -> slice:
-    """The rows that are this process's: equal parts, of which the last ones may be shorter or empty."""
+def local_slice(num_rows: int) -> slice:
+    """This process's part of `num_rows` rows; parts are equal, but the last ones may be shorter or empty."""
     part = _part_size(num_rows)
     start = min(jax.process_index() * part, num_rows)
     return slice(start, min(start + part, num_rows))
 
 
-def gather(own: np.ndarray, num_rows: int) -> np.ndarray:
-    """Every process's `own_part` of [num_rows, ...], as one array in each of them.
+def gather(local: np.ndarray, num_rows: int) -> np.ndarray:
+    """All-gathers every process's `local_slice` into one array [num_rows, ...] on each process.
 
-    All processes call it, with parts of one shape and dtype apart from their rows.
+    Every process must call it, with parts of the same dtype and trailing shape.
     """
     if jax.process_count() == 1:
-        return own
-    padding = [(0, _part_size(num_rows) - len(own))] + [(0, 0)] * (own.ndim - 1)
-    parts = multihost_utils.process_allgather(np.pad(own, padding), tiled=True)
+        return local
+    padding = [(0, _part_size(num_rows) - len(local))] + [(0, 0)] * (local.ndim - 1)
+    parts = multihost_utils.process_allgather(np.pad(local, padding), tiled=True)
     return np.asarray(parts)[:num_rows]
 
 
@@ -42,32 +42,32 @@ def gather(own: np.ndarray, num_rows: int) -> np.ndarray:
 def lead(
     encoder: Encoder, tokenizer: ImageTokenizer | None
 ) -> Iterator[tuple[Encoder, ImageTokenizer | None]]:
-    """For process 0: an encoder and a tokenizer whose work all processes share, while the block runs.
+    """On the leader: an encoder and a tokenizer whose work all processes share while the block runs.
 
-    The others call `follow` with the same models meanwhile; the end of the block ends it, also by an error.
+    Followers meanwhile call `follow` with the same models; it returns when the block ends, even by an error.
     """
     if jax.process_count() == 1:
         yield encoder, tokenizer
         return
-    team = _Team(encoder, tokenizer)
+    models = _SharedModels(encoder, tokenizer)
     try:
-        yield _SpreadEncoder(team), None if tokenizer is None else _SpreadTokenizer(team)
+        yield _SharedEncoder(models), None if tokenizer is None else _SharedTokenizer(models)
     finally:
         _send(_END, np.zeros(0, np.uint8))
 
 
 def follow(encoder: Encoder, tokenizer: ImageTokenizer | None) -> None:
-    """For the other processes: encodes what `lead` sends, until it ends."""
-    team = _Team(encoder, tokenizer)
+    """On a follower: encodes its part of what `lead` sends, until the leader's block ends."""
+    models = _SharedModels(encoder, tokenizer)
     while True:
         kind, payload = _receive()
         if kind == _END:
             return
-        team.encode(kind, payload)
+        models.encode(kind, payload)
 
 
-class _Team:
-    """The models of one process, and its part of a piece of work."""
+class _SharedModels:
+    """The models of one process; each process encodes its part of a payload."""
 
     def __init__(self, encoder: Encoder, tokenizer: ImageTokenizer | None):
         self.encoder = encoder
@@ -86,42 +86,46 @@ class _Team:
         return _share(self.tokenizer.encode, payload)
 
 
-class _SpreadEncoder:
-    """An `Encoder` of the whole team."""
+class _SharedEncoder:
+    """An `Encoder` that runs on all processes; used by the leader."""
 
-    def __init__(self, team: _Team):
-        self._team = team
-        self.dim = team.encoder.dim
-        self.fingerprint = team.encoder.fingerprint
-        self.image_size = team.encoder.image_size
+    def __init__(self, models: _SharedModels):
+        self._models = models
+        self.dim = models.encoder.dim
+        self.fingerprint = models.encoder.fingerprint
+        self.image_size = models.encoder.image_size
 
     def encode_text(self, texts: list[str]) -> np.ndarray:
-        return self._team.lead(_TEXT, np.frombuffer(json.dumps(texts).encode(), np.uint8))
+        return self._models.lead(_TEXT, np.frombuffer(json.dumps(texts).encode(), np.uint8))
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
-        return self._team.lead(_IMAGE, pixels)
+        return self._models.lead(_IMAGE, pixels)
 
 
-class _SpreadTokenizer:
-    """A `Tokenizer` of the whole team."""
+class _SharedTokenizer:
+    """An `ImageTokenizer` that runs on all processes; used by the leader."""
 
-    def __init__(self, team: _Team):
-        assert team.tokenizer is not None
-        self._team = team
-        self.fingerprint = team.tokenizer.fingerprint
-        self.image_size = team.tokenizer.image_size
+    def __init__(self, models: _SharedModels):
+        assert models.tokenizer is not None
+        self._models = models
+        self.fingerprint = models.tokenizer.fingerprint
+        self.image_size = models.tokenizer.image_size
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
-        return self._team.lead(_CODES, pixels)
+        return self._models.lead(_CODES, pixels)
 
 
 def _share(encode: Callable[[Any], np.ndarray], items: list[str] | np.ndarray) -> np.ndarray:
-    """Each process encodes as many items, so that all compile one program; the last ones repeat."""
+    """Encodes `items` on all processes.
+
+    Every process encodes the same number of items, so that all compile the same program; the last item
+    is repeated as padding.
+    """
     part = _part_size(len(items))
-    places = jax.process_index() * part + np.arange(part)
-    places = np.minimum(places, len(items) - 1)
-    own = items[places] if isinstance(items, np.ndarray) else [items[place] for place in places]
-    encoded = encode(own)
+    indices = jax.process_index() * part + np.arange(part)
+    indices = np.minimum(indices, len(items) - 1)
+    local = items[indices] if isinstance(items, np.ndarray) else [items[i] for i in indices]
+    encoded = encode(local)
     parts = multihost_utils.process_allgather(np.asarray(encoded), tiled=True)
     return np.asarray(parts)[: len(items)]
 
@@ -138,7 +142,7 @@ def _send(kind: int, payload: np.ndarray) -> None:
 
 
 def _receive() -> tuple[int, np.ndarray]:
-    """The kind of work and its uint8 payload, as `_send` of process 0 gave them."""
+    """The kind of work and its uint8 payload, as the leader's `_send` broadcast them."""
     kind, *shape = np.asarray(multihost_utils.broadcast_one_to_all(np.zeros(5, np.int32))).tolist()
     payload = np.zeros([size for size in shape if size >= 0], np.uint8)
     if payload.size:

@@ -1,4 +1,4 @@
-"""What a version of a memory holds, and the digest of it."""
+"""Statistics and fingerprint of one version of a memory."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from rag_mm.memory.writing import ingest_report
 
 
 def fingerprint(contents: manifest.MemoryManifest, live: live_rows.LiveRows) -> str:
-    """Digest of the rows and what made them; indexes, which may differ by machine, aside."""
+    """SHA-256 of rows, models and settings; indexes are excluded because they can differ by machine."""
     shards = {
         shard.file(what, ending)
         for shard in contents.shards
@@ -25,18 +25,18 @@ def fingerprint(contents: manifest.MemoryManifest, live: live_rows.LiveRows) -> 
         )
     }
     rows = {n: e.sha256 for n, e in contents.files.items() if n in shards}
-    made: list[Any] = [contents.encoder, contents.tokenizer, contents.index, contents.image_size]
-    made.append(rows)
+    fields: list[Any] = [contents.encoder, contents.tokenizer, contents.index, contents.image_size]
+    fields.append(rows)
     if live.num_removed:
-        made.append(live.removed.tolist())
-    return files.digest(files.canonical_json(made).encode())
+        fields.append(live.removed.tolist())
+    return files.digest(files.canonical_json(fields).encode())
 
 
 def summarize(
     root: Path, contents: manifest.MemoryManifest, live: live_rows.LiveRows
 ) -> dict[str, Any]:
-    """What `Memory.stats` says, ready for JSON."""
-    with_text, with_image = _parts(root, contents, live)
+    """The JSON-ready result of `Memory.stats`."""
+    with_text, with_image = _count_modalities(root, contents, live)
     counts, _ = ingest_report.read(root, contents)
     return {
         "path": str(root),
@@ -59,16 +59,16 @@ def summarize(
     }
 
 
-def _parts(
+def _count_modalities(
     root: Path, contents: manifest.MemoryManifest, live: live_rows.LiveRows
 ) -> tuple[int, int]:
-    """How many rows have text, and how many an image."""
+    """The number of rows with text, and of rows with an image."""
     if not live.num_removed:
         return (
             sum(shard.with_text for shard in contents.shards),
             sum(shard.with_image for shard in contents.shards),
         )
     origins = [shard_file.load_origins(root, contents, shard) for shard in contents.shards]
-    has_text = np.array([caption != "" for one in origins for caption in one.caption], bool)
-    has_image = np.array([image for one in origins for image in one.image], bool)
+    has_text = np.array([caption != "" for shard in origins for caption in shard.caption], bool)
+    has_image = np.array([image for shard in origins for image in shard.image], bool)
     return int(has_text[live.mask].sum()), int(has_image[live.mask].sum())

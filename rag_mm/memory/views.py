@@ -1,4 +1,4 @@
-"""The rows of one version of a memory, by view, and the index over each; opened on first use."""
+"""Embeddings and index of each view of one version of a memory, opened on first use."""
 
 import threading
 from pathlib import Path
@@ -11,10 +11,10 @@ from rag_mm.memory.store import manifest, shard_file
 
 
 class Views:
-    """Embeddings, codes and indexes of the rows that are left; safe to use from several threads."""
+    """Embeddings, codes and indexes of the rows that were not removed; thread-safe."""
 
     def __init__(self, root: Path, contents: manifest.MemoryManifest, live: live_rows.LiveRows):
-        """Opens nothing yet."""
+        """Opens no file yet."""
         self._root = root
         self._manifest = contents
         self._live = live
@@ -22,7 +22,7 @@ class Views:
         self._lock = threading.Lock()
 
     def codes(self) -> np.ndarray | None:
-        """Codes of each row's first image, int32 [R, N], -1 where it has none; None without any."""
+        """Codes of each row's first image, int32 [R, N], -1 for a row without one; None without any codes."""
         if self._manifest.num_codes is None:
             return None
         shards = [
@@ -33,13 +33,13 @@ class Views:
         return np.concatenate(stored)[self._live.stored]
 
     def embeddings(self, view: str) -> np.ndarray:
-        """Unit rows, float32 [R, D], mapped from disk where they are one file and nothing is gone."""
+        """Unit-length embeddings, float32 [R, D]; memory-mapped if they are one file without removed rows."""
         model_protocols.check_view(view)
         rows = shard_file.load_rows(self._root, self._manifest, view)
         return rows[self._live.stored] if self._live.num_removed else rows
 
     def index(self, view: str) -> protocol.Index:
-        """The index, loaded on first use; raises UserError where it is damaged."""
+        """The index of a view, loaded on first use; raises UserError if it is damaged."""
         model_protocols.check_view(view)
         with self._lock:
             if view not in self._indexes:

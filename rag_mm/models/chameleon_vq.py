@@ -1,7 +1,7 @@
 """Chameleon's image tokenizer: the VQGAN of Make-A-Scene (Gafni et al. 2022; Esser et al. 2021, section 3).
 
-It differs from the pyramid tokenizer of `spae`: convolutions have biases, downsampling is strided and pads
-below and to the right, and there is one attention at the smallest grid.
+Unlike SPAE (`models.spae`), convolutions have biases, downsampling is by strided convolutions padded at the
+bottom and right, and there is self-attention on the smallest grid.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from rag_mm.nn import conv
 from rag_mm.ops import quantize
@@ -20,45 +21,43 @@ _EPS = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class ChameleonVQConfig:
-    """Sizes; the defaults are Chameleon's, 512 pixels to 32x32 codes."""
+    """Sizes of the image tokenizer; the defaults are Chameleon's: 512 pixels to 32x32 codes."""
 
     image_size: int = 512
     width: int = 128
     width_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     num_res_blocks: int = 2
-    attention_sizes: tuple[
-        int, ...
-    ] = ()  # grids, by their side, whose blocks are followed by attention
+    attention_sizes: tuple[int, ...] = ()  # grid sides at which attention follows each block
     latent_dim: int = 256
     embed_dim: int = 256
     codebook_size: int = 8192
     num_groups: int = 32
-    # Pixels in 0..1 are fed as gain * x - 1. The public preprocessing has 255 * 0.0078, not 2.
+    # The network's input is gain * x - 1 for pixels x in 0..1. Public preprocessing: 255 * 0.0078, not 2.
     gain: float = 1.989
     has_decoder: bool = False  # the public checkpoints have none
 
     @property
     def num_codes(self) -> int:
-        """Codes of one image."""
+        """Codes per image."""
         return (self.image_size // 2 ** (len(self.width_multipliers) - 1)) ** 2
 
 
 class SpatialAttention(nnx.Module):
-    """One head over all positions of a grid, added to its input."""
+    """Single-head self-attention over all positions of a grid, with a residual connection."""
 
     def __init__(self, config: ChameleonVQConfig, width: int, *, rngs: nnx.Rngs):
         self.norm = _norm(config, width, rngs=rngs)
         self.q, self.k, self.v, self.out = (nnx.Linear(width, width, rngs=rngs) for _ in range(4))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """float32 [B, H, W, D] -> the same shape."""
+    def __call__(self, x: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:
+        """Attends over the grid."""
         h = self.norm(x).reshape(x.shape[0], -1, 1, x.shape[-1])
         attended = jax.nn.dot_product_attention(self.q(h), self.k(h), self.v(h))
         return x + self.out(attended.reshape(x.shape))
 
 
 class Scale(nnx.Module):
-    """The blocks of one grid, and the convolution that leads to the next one."""
+    """The blocks of one grid, and the convolution `change` that leads to the next grid."""
 
     def __init__(
         self,
@@ -69,8 +68,8 @@ class Scale(nnx.Module):
         self.blocks, self.attentions = nnx.List(blocks), nnx.List(attentions)
         self.change = change
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """float32 [B, H, W, D] -> [B, H, W, D'], still without the change of the grid."""
+    def __call__(self, x: Float[Array, "B H W D"]) -> Float[Array, "B H W out_dim"]:
+        """Applies the blocks; the caller applies `change`."""
         for index, block in enumerate(self.blocks):
             x = block(x)
             if self.attentions:
@@ -79,20 +78,20 @@ class Scale(nnx.Module):
 
 
 class Middle(nnx.Module):
-    """Block, attention, block on the grid of codes."""
+    """Block, attention, block on the code grid."""
 
     def __init__(self, config: ChameleonVQConfig, width: int, *, rngs: nnx.Rngs):
         self.block1 = _res_block(config, width, width, rngs=rngs)
         self.attention = SpatialAttention(config, width, rngs=rngs)
         self.block2 = _res_block(config, width, width, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """float32 [B, S, S, D] -> the same shape."""
+    def __call__(self, x: Float[Array, "B S S D"]) -> Float[Array, "B S S D"]:
+        """Applies all three."""
         return self.block2(self.attention(self.block1(x)))
 
 
 class VQEncoder(nnx.Module):
-    """Pictures to latents."""
+    """Images to latents."""
 
     def __init__(self, config: ChameleonVQConfig, *, rngs: nnx.Rngs):
         c, widths = config, [config.width * m for m in config.width_multipliers]
@@ -102,7 +101,7 @@ class VQEncoder(nnx.Module):
             is_last = index == len(widths) - 1
             side = c.image_size // 2**index
             blocks, attentions = _blocks(c, previous, width, c.num_res_blocks, side, rngs=rngs)
-            # Padded by hand: one row below and one column to the right.
+            # Padded at the bottom and right only.
             change = (
                 None
                 if is_last
@@ -115,8 +114,8 @@ class VQEncoder(nnx.Module):
         self.norm = _norm(c, previous, rngs=rngs)
         self.to_latent = conv.conv3x3(previous, c.latent_dim, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """float32 [B, H, W, 3] -> [B, S, S, latent_dim]."""
+    def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B S S D"]:
+        """Latents of scaled pixels; D is latent_dim."""
         x = self.stem(x)
         for scale in self.scales:
             x = scale(x)
@@ -126,7 +125,7 @@ class VQEncoder(nnx.Module):
 
 
 class VQDecoder(nnx.Module):
-    """Latents to pictures: the mirror, with one block more a grid; `scales` run from the smallest grid up."""
+    """Latents to images: mirrors VQEncoder, with one more block per grid; `scales` go from small to large."""
 
     def __init__(self, config: ChameleonVQConfig, *, rngs: nnx.Rngs):
         c = config
@@ -146,8 +145,8 @@ class VQDecoder(nnx.Module):
         self.norm = _norm(c, previous, rngs=rngs)
         self.to_pixels = conv.conv3x3(previous, 3, rngs=rngs)
 
-    def __call__(self, z: jax.Array) -> jax.Array:
-        """float32 [B, S, S, latent_dim] -> [B, H, W, 3]."""
+    def __call__(self, z: Float[Array, "B S S D"]) -> Float[Array, "B H W 3"]:
+        """Scaled pixels from latents of width latent_dim."""
         x = self.middle(self.stem(z))
         for scale in self.scales:
             x = scale(x)
@@ -157,7 +156,7 @@ class VQDecoder(nnx.Module):
 
 
 class ChameleonVQ(nnx.Module):
-    """Pictures, float32 [B, H, W, 3] in 0..1, to codes and, with a decoder, back."""
+    """Chameleon's VQGAN: images in 0..1 to codes and, where the checkpoint has a decoder, back."""
 
     def __init__(self, config: ChameleonVQConfig, *, rngs: nnx.Rngs):
         c = self.config = config
@@ -167,20 +166,20 @@ class ChameleonVQ(nnx.Module):
         self.from_embedding = nnx.Linear(c.embed_dim, c.latent_dim, rngs=rngs)
         self.decoder = VQDecoder(c, rngs=rngs) if c.has_decoder else None
 
-    def embed(self, images: jax.Array) -> jax.Array:
-        """What is quantised: float32 [B, S, S, embed_dim]."""
+    def embed(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B S S D"]:
+        """Embeddings before quantization; D is embed_dim."""
         return self.to_embedding(self.encoder(self.config.gain * images - 1))
 
-    def encode(self, images: jax.Array) -> jax.Array:
-        """Codes int32 [B, N] in raster order."""
+    def encode(self, images: Float[Array, "B H W 3"]) -> Int[Array, "B C"]:
+        """int32 codes in raster order; C is num_codes."""
         z = self.embed(images)
         return quantize.quantize(z, self.codebook.embedding[...], (z.shape[1],))
 
-    def decode(self, codes: jax.Array) -> jax.Array:
-        """Pictures in 0..1 from codes int32 [B, N].
+    def decode(self, codes: Int[Array, "B C"]) -> Float[Array, "B H W 3"]:
+        """Images in 0..1 from codes.
 
         Raises:
-            ValueError: this model has no decoder.
+            ValueError: this image tokenizer has no decoder.
         """
         if self.decoder is None:
             raise ValueError("this image tokenizer has no decoder")

@@ -1,18 +1,20 @@
-"""CLIP (Radford et al. 2021): a ViT and a causal text transformer into one space, by symmetric InfoNCE.
+"""CLIP (Radford et al. 2021, arXiv 2103.00020): image and text encoders with one embedding space.
 
-The architecture is the published one (pre-norm, class token, a norm before the vision stack, pooling at the
-end-of-text token), so the quickstart's small towers and the public checkpoints are one code.
+A ViT and a causal text transformer, trained with symmetric InfoNCE. The architecture is the published one
+(pre-norm, class token, a norm before the vision stack, pooling at the end-of-text token), so the same code
+serves the quickstart's small towers and public checkpoints.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Float32, Int, Key
 
 from rag_mm.core import sharding
+from rag_mm.models.objective_types import Batch, Metrics
 from rag_mm.nn import layers
 from rag_mm.nn.block import BlockConfig, Heads, Stack
 from rag_mm.ops import attention, losses
@@ -20,7 +22,7 @@ from rag_mm.ops import attention, losses
 
 @dataclasses.dataclass(frozen=True)
 class TowerConfig:
-    """One transformer tower."""
+    """Sizes of one transformer tower."""
 
     embed_dim: int
     num_layers: int
@@ -28,7 +30,7 @@ class TowerConfig:
     mlp_dim: int
 
     def block(self, mlp: str, norm_eps: float = 1e-5) -> BlockConfig:
-        """CLIP's block: LayerNorm, biases everywhere, absolute positions."""
+        """CLIP's transformer block: LayerNorm, biases everywhere, absolute positions."""
         return BlockConfig(
             embed_dim=self.embed_dim,
             num_heads=self.num_heads,
@@ -46,7 +48,25 @@ class TowerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CLIPConfig:
-    """Two towers and the space they share."""
+    """Two towers and the embedding space they share.
+
+    Attributes:
+        image_size: pixels a side.
+        patch_size: pixels a side of a ViT patch.
+        vision: the image tower.
+        text: the text tower.
+        vocab_size: text token ids.
+        max_text_len: longest text, in tokens.
+        end_of_text: id of the end-of-text token.
+        projection_dim: width of the shared space.
+        mlp: activation, quick_gelu | gelu.
+        image_mean: subtracted from pixels in 0..1, by channel.
+        image_std: divides them, by channel.
+        initial_logit_scale: 1 / temperature at the start; 14.3 = 1 / 0.07.
+        pooling: the token whose features represent a text: first_end, the first `end_of_text`; or
+            highest_id, the first occurrence of the text's highest id, as in the checkpoints of 2021.
+        norm_eps: added to the variance.
+    """
 
     image_size: int
     patch_size: int
@@ -56,12 +76,10 @@ class CLIPConfig:
     max_text_len: int
     end_of_text: int
     projection_dim: int
-    mlp: str = "quick_gelu"  # quick_gelu | gelu
+    mlp: str = "quick_gelu"
     image_mean: tuple[float, float, float] = (0.4815, 0.4578, 0.4082)
     image_std: tuple[float, float, float] = (0.2686, 0.2613, 0.2758)
-    initial_logit_scale: float = 14.3  # 1 / 0.07
-    # Where a text's features are read: first_end, the first end_of_text, or highest_id, the first place
-    # of the row's highest id, which is how the checkpoints of 2021 say the same.
+    initial_logit_scale: float = 14.3
     pooling: str = "first_end"
     norm_eps: float = 1e-5
 
@@ -71,12 +89,12 @@ class CLIPConfig:
 
     @property
     def num_patches(self) -> int:
-        """Patches an image, class token aside."""
+        """Patches per image, not counting the class token."""
         return (self.image_size // self.patch_size) ** 2
 
     @classmethod
     def b32(cls) -> "CLIPConfig":
-        """ViT-B/32 at 224 pixels (table 20 of the paper)."""
+        """ViT-B/32 at 224 pixels (CLIP, table 20)."""
         return _published(TowerConfig(768, 12, 12, 3072), 512, 224, 32)
 
     @classmethod
@@ -110,7 +128,7 @@ def _published(vision: TowerConfig, width: int, image_size: int, patch_size: int
 
 
 class VisionTower(nnx.Module):
-    """Images to unprojected features."""
+    """The ViT: images to features before the projection."""
 
     def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
         c, width = config, config.vision.embed_dim
@@ -126,8 +144,8 @@ class VisionTower(nnx.Module):
         self.stack = Stack(c.vision.block(c.mlp, c.norm_eps), c.vision.num_layers, rngs=rngs)
         self.post_norm = layers.Norm("layernorm", width, rngs=rngs, eps=c.norm_eps)
 
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """images: float32 [B, H, W, 3] in [0, 1] -> [B, D] of the class token."""
+    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
+        """The class token's features of images in [0, 1]."""
         c, p = self.config, self.config.patch_size
         side = c.image_size // p
         mean, std = (
@@ -136,17 +154,17 @@ class VisionTower(nnx.Module):
         x = (images - mean) / std
         x = _reshape(x, len(x), side, p, side, p, 3).transpose(0, 1, 3, 2, 4, 5)
         x = self.patches(_reshape(x, len(x), side * side, p * p * 3))
-        # The class token enters as a zero row in front, onto which its vector is added with the positions.
+        # The class token is a zero vector in front, to which its embedding is added with the positions.
         x = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))
-        added = sharding.gather(self.position_embedding[...], (None, None))
+        positions = sharding.gather(self.position_embedding[...], (None, None))
         class_vector = sharding.gather(self.class_embedding[...], (None,))
-        x = self.pre_norm(x + added.at[0].add(class_vector).astype(x.dtype)[None])
+        x = self.pre_norm(x + positions.at[0].add(class_vector).astype(x.dtype)[None])
         x, _ = self.stack(x, None, _attend_to_all)
         return self.post_norm(x[:, 0])
 
 
 class TextTower(nnx.Module):
-    """Token ids to unprojected features."""
+    """The causal text transformer: tokens to features before the projection."""
 
     def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
         c, width = config, config.text.embed_dim
@@ -160,10 +178,10 @@ class TextTower(nnx.Module):
         self.stack = Stack(c.text.block(c.mlp, c.norm_eps), c.text.num_layers, rngs=rngs)
         self.norm = layers.Norm("layernorm", width, rngs=rngs, eps=c.norm_eps)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """tokens: int32 [B, T], each row holding `end_of_text` -> [B, D] as `pooling` says."""
-        added = sharding.gather(self.position_embedding[...], (None, None))[: tokens.shape[1]]
-        x = self.embedding(tokens, jnp.dtype(jnp.float32)) + added[None]
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B D"]:
+        """Features of the token that `pooling` selects; each text contains `end_of_text`."""
+        positions = sharding.gather(self.position_embedding[...], (None, None))[: tokens.shape[1]]
+        x = self.embedding(tokens, jnp.dtype(jnp.float32)) + positions[None]
         x, _ = self.stack(x, None, _attend_causally)
         is_highest = self.config.pooling == "highest_id"
         end = tokens.max(axis=1, keepdims=True) if is_highest else self.config.end_of_text
@@ -173,53 +191,55 @@ class TextTower(nnx.Module):
 
 
 class CLIP(nnx.Module):
-    """Both towers, their projections and the temperature."""
+    """CLIP: both towers, their projections and the logit scale."""
 
     def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
         c = self.config = config
         self.vision = VisionTower(c, rngs=rngs)
         self.text = TextTower(c, rngs=rngs)
-        width, out = c.vision.embed_dim, c.projection_dim
-        self.image_projection = layers.make_param(rngs, (width, out), ("embed", None), width**-0.5)
+        width, out_dim = c.vision.embed_dim, c.projection_dim
+        self.image_projection = layers.make_param(
+            rngs, (width, out_dim), ("embed", None), width**-0.5
+        )
         width = c.text.embed_dim
-        self.text_projection = layers.make_param(rngs, (width, out), ("embed", None), width**-0.5)
+        self.text_projection = layers.make_param(
+            rngs, (width, out_dim), ("embed", None), width**-0.5
+        )
         self.logit_scale = nnx.Param(jnp.log(jnp.float32(c.initial_logit_scale)), axes=())
 
-    def encode_image(self, images: jax.Array) -> jax.Array:
-        """images: float32 [B, H, W, 3] in [0, 1] -> unit vectors float32 [B, D]."""
+    def encode_image(self, images: Float[Array, "B H W 3"]) -> Float32[Array, "B D"]:
+        """Unit embeddings of images in [0, 1]; D is projection_dim."""
         return _project(self.vision(images), self.image_projection)
 
-    def encode_text(self, tokens: jax.Array) -> jax.Array:
-        """tokens: int32 [B, T] -> unit vectors float32 [B, D]."""
+    def encode_text(self, tokens: Int[Array, "B T"]) -> Float32[Array, "B D"]:
+        """Unit embeddings of texts; D is projection_dim."""
         return _project(self.text(tokens), self.text_projection)
 
 
-def loss_fn(
-    model: CLIP, batch: Mapping[str, jax.Array], rng: jax.Array
-) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
-    """Symmetric InfoNCE over the batch.
+def loss_fn(model: CLIP, batch: Batch, rng: Key[Array, ""]) -> tuple[Float32[Array, ""], Metrics]:
+    """Symmetric InfoNCE with in-batch negatives (CLIP, section 2.3 and figure 3).
 
     Args:
         model: both towers.
-        batch: images float32 [B, H, W, 3] in [0, 1] and tokens int32 [B, T]; row i belongs with row i.
+        batch: images float32 [B, H, W, 3] in [0, 1] and tokens int32 [B, T]; image i and text i match.
         rng: unused.
 
     Returns:
-        The loss, float32 [], and sums with weights: loss, in_batch_recall (image to text at 1), logit_scale.
+        The loss, and sums with weights: loss, in_batch_recall (recall at 1 from image to text), logit_scale.
     """
     del rng
     images, texts = model.encode_image(batch["images"]), model.encode_text(batch["tokens"])
     scale = jnp.exp(jnp.minimum(model.logit_scale[...], jnp.log(100.0)))  # clipped as in the paper
-    whole = sharding.place(texts, None, None)
-    similarities = scale * sharding.place(jnp.einsum("id,jd->ij", images, whole), None, None)
-    per_row, hits = losses.info_nce(similarities)
-    count = jnp.float32(per_row.shape[0])
+    all_texts = sharding.place(texts, None, None)
+    similarities = scale * sharding.place(jnp.einsum("id,jd->ij", images, all_texts), None, None)
+    per_example, hits = losses.info_nce(similarities)
+    count = jnp.float32(per_example.shape[0])
     metrics = {
-        "loss": (per_row.sum(), count),
+        "loss": (per_example.sum(), count),
         "in_batch_recall": (hits.astype(jnp.float32).sum(), count),
         "logit_scale": (scale, jnp.float32(1)),
     }
-    return per_row.mean(), metrics
+    return per_example.mean(), metrics
 
 
 def _reshape(x: jax.Array, *shape: int) -> jax.Array:

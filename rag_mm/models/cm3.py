@@ -1,29 +1,28 @@
-"""The causal-masked objective every token-based model here shares (CM3, Aghajanyan et al. 2022, section 2).
+"""CM3 (Aghajanyan et al. 2022, arXiv 2201.07520, section 2): the causally masked language-modeling loss.
 
-Rows arrive with spans already moved to their ends (`rag_mm.data.masking`), so what remains is next-token
-cross-entropy in which each target's role sets its weight: sentinels and padding weigh nothing.
+Every token-based model here uses it. Masking has already moved spans to the end of each sequence
+(`rag_mm.data.masking`), so what remains is next-token cross-entropy weighted by each target's role: sentinels
+and padding have weight 0.
 """
-
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float32
 
 from rag_mm.core.roles import MAIN, RETRIEVED
+from rag_mm.models.objective_types import Batch, Metrics
 from rag_mm.nn.decoder import Decoder
 from rag_mm.ops import losses
-
-Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 
 def loss_fn(
     model: Decoder,
-    batch: Mapping[str, jax.Array],
+    batch: Batch,
     *,
-    retrieved_weight: float,
+    retrieved_weight: float | Float32[Array, ""],
     code_offset: int,
     num_chunks: int = 1,
-) -> tuple[jax.Array, Metrics]:
+) -> tuple[Float32[Array, ""], Metrics]:
     """Weighted next-token loss, divided by the number of main-document targets.
 
     Dividing by main targets alone keeps the step size fixed across values of `retrieved_weight` (RA-CM3's
@@ -32,15 +31,15 @@ def loss_fn(
     Args:
         model: the decoder.
         batch: tokens, targets, positions, segment_ids int32 [B, T] and roles int8 [B, T]; without
-            segment_ids every row is one segment.
+            segment_ids every sequence is one segment.
         retrieved_weight: weight of targets inside retrieved documents, >= 0.
         code_offset: targets at or above it are image codes.
-        num_chunks: logits are made for one of so many runs of positions at a time.
+        num_chunks: positions are split into this many chunks, and logits computed for one at a time.
 
     Returns:
-        The loss, float32 [], and sums with their weights: loss, main_nll, code_nll, text_nll,
-        retrieved_nll (nats per target) and code_majority (share of the main image's codes that got more than
-        half of the probability, a lower bound of top-1 that needs no second pass over the logits).
+        The loss, and sums with their weights: loss, main_nll, code_nll, text_nll, retrieved_nll (nats per
+        target) and code_majority (share of the main image's codes with more than half of the probability: a
+        lower bound on top-1 accuracy that needs no second pass over the logits).
     """
     hidden = model(batch["tokens"], batch["positions"], batch.get("segment_ids"))
     nll = losses.chunked_token_nll(model.logits, hidden, batch["targets"], num_chunks)

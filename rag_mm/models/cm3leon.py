@@ -1,34 +1,38 @@
-"""CM3Leon (Yu et al. 2023, arXiv 2309.02591): RA-CM3's rows at scale, with a uniform loss.
+"""CM3Leon (Yu et al. 2023, arXiv 2309.02591): RA-CM3's sequences at scale, with a uniform loss.
 
-Section 4 of the paper drops RA-CM3's weighting: retrieved documents count like the query (alpha = 1).
-Section 5's decoder has no bias, no LayerNorm parameters and learned absolute positions; its weights start
-as N(0, 0.006) cut at three sigma, positions at sigma 0.0002, "output layers" at zero, which reads two ways:
+CM3Leon drops RA-CM3's loss weighting: retrieved documents count like the main one (alpha = 1). Its decoder
+has no biases, no LayerNorm parameters and learned absolute positions. Weights start as N(0, sigma) with
+sigma = 0.006 (positions 0.0002), truncated at three sigma, and "output layers" as zeros, which can mean:
 
-    blocks  the last matrix of every attention and MLP is zero, the head is the embedding
-    head    the head is a table of its own, and zero
+    blocks  the output projections of attention and MLP are zero; the head is tied to the embedding
+    head    the head is untied, and zero
 """
 
 import dataclasses
 from typing import Any
 
 from rag_mm.models import ra_cm3
-from rag_mm.nn.decoder import Decoder, DecoderConfig
+from rag_mm.nn.decoder import Decoder, DecoderConfig, InitConfig
 
 Model = Decoder
 loss_fn = ra_cm3.loss_fn
 
 SIGMA, CUT, POSITION_SIGMA = 0.006, 3.0, 0.0002
-# Text 56,320, image codes 8,192, and room for specials and sentinels (paper section 2).
+# 56,320 text tokens and 8,192 image codes (CM3Leon), and room for special tokens and sentinels.
 VOCAB_SIZE, CODE_OFFSET, SEQ_LEN = 65_536, 65_536 - 8_192, 4_096
+INIT = InitConfig(std=SIGMA, cut=CUT, position_std=POSITION_SIGMA)
+# Where the zeros of the paper's initialization are: in each block's output projections, or in the head.
 ZERO_OUTPUTS = {
-    "blocks": dict(tie_embeddings=True, output_init_std=0.0),
-    "head": dict(tie_embeddings=False, output_init_std=SIGMA, head_init_std=0.0),
+    "blocks": dict(tie_embeddings=True, init=dataclasses.replace(INIT, output_std=0.0)),
+    "head": dict(
+        tie_embeddings=False, init=dataclasses.replace(INIT, output_std=SIGMA, head_std=0.0)
+    ),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class CM3LeonConfig(ra_cm3.RACM3Config):
-    """RA-CM3's config with the uniform loss; the sizes of the paper's Table 3 as functions."""
+    """RA-CM3's config with the uniform loss; class methods give the sizes of CM3Leon's table 3."""
 
     alpha: float = 1.0
 
@@ -40,17 +44,17 @@ class CM3LeonConfig(ra_cm3.RACM3Config):
 
     @classmethod
     def m350(cls, zero_outputs: str = "blocks") -> "CM3LeonConfig":
-        """350 M parameters."""
+        """350M parameters."""
         return make_config(24, 1024, 16, zero_outputs)
 
     @classmethod
     def m760(cls, zero_outputs: str = "blocks") -> "CM3LeonConfig":
-        """760 M parameters."""
+        """760M parameters."""
         return make_config(24, 1536, 16, zero_outputs)
 
     @classmethod
     def b7(cls, zero_outputs: str = "blocks") -> "CM3LeonConfig":
-        """7 B parameters."""
+        """7B parameters."""
         return make_config(32, 4096, 32, zero_outputs)
 
 
@@ -65,7 +69,7 @@ def make_config(
     code_offset: int = CODE_OFFSET,
     dtype: str = "bfloat16",
 ) -> CM3LeonConfig:
-    """The family at any size; an MLP is four times as wide as the stream, its activation OPT's ReLU.
+    """A CM3Leon of any size; the MLP has width 4 * embed_dim and ReLU activations, as in OPT.
 
     Raises:
         ValueError: zero_outputs is neither blocks nor head.
@@ -83,9 +87,6 @@ def make_config(
         norm="layernorm_no_params",
         positions="learned",
         mlp="relu",
-        init_std=SIGMA,
-        init_cut=CUT,
-        position_init_std=POSITION_SIGMA,
         dtype=dtype,
         **outputs,
     )

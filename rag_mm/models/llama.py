@@ -1,4 +1,4 @@
-"""LLaMA (Touvron et al. 2023, arXiv 2302.13971, table 2): sizes of the shared decoder in that family."""
+"""LLaMA (Touvron et al. 2023, arXiv 2302.13971): configs of the shared decoder (table 2 of the paper)."""
 
 from rag_mm.nn.decoder import DecoderConfig
 
@@ -9,7 +9,7 @@ def llama_7b() -> DecoderConfig:
 
 
 def llama_13b() -> DecoderConfig:
-    """13.0B parameters: the language model of Emu and, as one of its two, of SPAE."""
+    """13.0B parameters: the language model of Emu, and one of the two that SPAE uses."""
     return _sized(num_layers=40, embed_dim=5120, num_heads=40, mlp_dim=13_824)
 
 

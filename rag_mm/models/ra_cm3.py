@@ -1,39 +1,48 @@
-"""RA-CM3 (Yasunaga et al., ICML 2023): CM3 with retrieved documents before the main one.
+"""RA-CM3 (Yasunaga et al., ICML 2023, arXiv 2211.12561): CM3 with retrieved documents before the main one.
 
-Retrieval itself lies outside the model: documents are put into the row on the host, from precomputed
-neighbors, so a training step stays pure. What the paper adds to CM3's loss is one number (its equation 3):
+Retrieval happens outside the model: the host puts documents into the sequence, from precomputed neighbors, so
+a training step stays pure. The paper adds one number, alpha, to CM3's loss:
 
     L = -log p(x | m_1..m_K) - alpha * log p(m_1..m_K)
+
+See docs/papers/ra_cm3.md.
 """
 
 import dataclasses
-from collections.abc import Mapping
 
-import jax
+from jaxtyping import Array, Float32, Key
 
 from rag_mm.models import cm3
-from rag_mm.nn.decoder import Decoder, DecoderConfig
+from rag_mm.models.objective_types import Batch, Metrics
+from rag_mm.nn.decoder import Decoder, DecoderConfig, InitConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class RACM3Config:
-    """A decoder, the weight of retrieved documents, and how many a training row holds."""
+    """A decoder, its image codes, and the weight of retrieved documents in the loss.
+
+    Attributes:
+        decoder: sizes and family.
+        code_offset: first image code in the shared vocabulary.
+        alpha: weight of the targets in retrieved documents; 0.1 is the paper's best, 1.0 CM3Leon's.
+        loss_chunks: chunks of positions whose logits are computed one after the other.
+    """
 
     decoder: DecoderConfig
-    code_offset: int  # first image code in the shared vocabulary
-    alpha: float = 0.1  # paper's best; 1.0 is CM3Leon's uniform loss
-    loss_chunks: int = 1  # runs of positions whose logits are made one after the other
+    code_offset: int
+    alpha: float = 0.1
+    loss_chunks: int = 1
 
     @classmethod
     def tiny(cls) -> "RACM3Config":
-        """Two layers of the family, for tests and a first look."""
+        """Two layers, for tests and a first look."""
         return cls(_family(512, 2, 64, 4, 128, "float32"), 384)
 
     @classmethod
     def b2_7(cls) -> "RACM3Config":
-        """The paper's 2.7 B; its shape is CM3-Medium's (CM3 appendix A.1), which the paper builds on.
+        """The paper's 2.7B model; its shape is that of CM3-Medium (CM3, appendix A.1), on which it builds.
 
-        Our vocabulary: GPT-2's 50,257 words, which CM3 reads, room for specials, and 8,192 codes.
+        Our vocabulary: GPT-2's 50,257 tokens, which CM3 uses, room for special tokens, and 8,192 codes.
         """
         return cls(_family(58_880, 32, 2560, 32, 4096, "bfloat16"), 58_880 - 8_192)
 
@@ -53,7 +62,7 @@ def _family(
         mlp="relu",
         use_bias=True,
         tie_embeddings=True,
-        init_std=0.006,
+        init=InitConfig(std=0.006),
         dtype=dtype,
     )
 
@@ -62,8 +71,8 @@ Model = Decoder
 
 
 def loss_fn(
-    model: Model, batch: Mapping[str, jax.Array], rng: jax.Array, *, config: RACM3Config
-) -> tuple[jax.Array, cm3.Metrics]:
+    model: Model, batch: Batch, rng: Key[Array, ""], *, config: RACM3Config
+) -> tuple[Float32[Array, ""], Metrics]:
     """CM3's loss with retrieved targets weighted by alpha; see `cm3.loss_fn`. `rng` is unused."""
     del rng
     return cm3.loss_fn(

@@ -1,23 +1,25 @@
-"""RECO (Iscen et al., ICLR 2024, arXiv 2306.07196): a frozen CLIP refined by what it finds in a memory.
+"""RECO (Iscen et al., ICLR 2024, arXiv 2306.07196): frozen CLIP embeddings refined by retrieval.
 
-An embedding looks up similar items in a memory of image-text pairs, and one light transformer layer fuses
-what stands beside them into it. Numbers of sections are those of the specification that this file follows.
+An embedding retrieves similar items from a memory of image-text pairs, and one light transformer layer fuses
+their counterparts of the other modality into it. See docs/papers/reco.md.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jaxtyping import Array, Bool, Float32, Key
 
 from rag_mm.core import sharding
+from rag_mm.models.objective_types import Batch, Metrics
 from rag_mm.nn.block import Block, BlockConfig, Heads, Stack
 from rag_mm.ops import attention, losses
 
 MODALITIES = ("image", "text")
-# Section 6: v is an image's embedding, t a text's, `refined` the same after fusion.
+# Pairs that the loss contrasts: `image` and `text` are frozen embeddings, `refined` ones are after fusion.
 LOSS_TERMS = ("refined_refined", "refined_text", "image_refined")
 REFINE = ("none", "image", "text", "both")
 MAX_LOGIT_SCALE = 100.0
@@ -25,9 +27,15 @@ MAX_LOGIT_SCALE = 100.0
 
 @dataclasses.dataclass(frozen=True)
 class Lookup:
-    """What one modality's queries are compared with, and what is fused of the hits (section 4).
+    """Which modality queries are compared with, and which modality of the hits is fused.
 
-    `uni` is the query's own modality, `cross` the other one. RECO searches `uni` and fuses `cross`.
+    `uni` is the query's modality, `cross` the other one. RECO uses uni-modal search and cross-modal fusion
+    (docs/papers/reco.md#search-and-fusion); the
+    other combinations are its ablations.
+
+    Attributes:
+        search: uni | cross, the modality that queries are compared with.
+        fuse: uni | cross, the modality of the hits that is fused.
     """
 
     search: str = "uni"
@@ -39,7 +47,7 @@ class Lookup:
                 raise ValueError(f"{name} is uni or cross, not {getattr(self, name)!r}")
 
     def columns(self, modality: str) -> tuple[str, str]:
-        """The memory's columns that queries of `modality` search and fuse: `image` or `text`."""
+        """The memory's columns (`image` or `text`) that queries of `modality` search and fuse."""
         other = MODALITIES[1 - MODALITIES.index(modality)]
         searched, fused = (
             modality if kind == "uni" else other for kind in (self.search, self.fuse)
@@ -49,19 +57,20 @@ class Lookup:
 
 @dataclasses.dataclass(frozen=True)
 class RecoConfig:
-    """Two fusion modules over embeddings of one width.
+    """Config of the two fusion modules and their loss.
 
     Attributes:
         dim: width of the embeddings.
         num_heads: divides `dim`.
-        mlp_ratio: width of the MLP in units of `dim`.
-        num_layers: 1 in the paper, and deeper is not better there.
-        norm_placement: pre | post, of the branches.
-        is_zero_init: the branches begin at zero, so that step 0 is the frozen model.
-        extra_skip: the query is added to the output once more.
-        type_embedding: a learned vector tells the query from what was retrieved.
-        loss_terms: some of `LOSS_TERMS`; without the two mixed ones refined vectors may drift.
-        mask_same_class: pairs of the anchor's class are no negatives.
+        mlp_ratio: width of the MLP, as a multiple of `dim`.
+        num_layers: 1 in the paper, where more layers do not help.
+        norm_placement: pre | post.
+        is_zero_init: both residual branches start at zero, so that step 0 is the frozen model.
+        extra_skip: add the query to the output once more.
+        type_embedding: a learned vector distinguishes the query from retrieved embeddings.
+        loss_terms: some of `LOSS_TERMS`; without the two that contrast with frozen embeddings, refined
+            embeddings may drift.
+        mask_same_class: exclude examples of the same class from the negatives.
         initial_logit_scale: 1 / temperature at the start, that of the frozen model; clipped at 100.
     """
 
@@ -79,19 +88,21 @@ class RecoConfig:
 
     def __post_init__(self):
         if self.dim < 1 or self.num_heads < 1 or self.dim % self.num_heads:
-            raise ValueError(f"num_heads divides dim, which {self.num_heads} and {self.dim} do not")
+            raise ValueError(f"num_heads={self.num_heads} must divide dim={self.dim}")
         if self.num_layers < 1 or self.mlp_ratio <= 0:
-            raise ValueError("num_layers is at least 1 and mlp_ratio more than 0")
+            raise ValueError("num_layers must be at least 1 and mlp_ratio greater than 0")
         if self.norm_placement not in ("pre", "post"):
             raise ValueError(f"norm_placement is pre or post, not {self.norm_placement!r}")
         if not self.loss_terms or not set(self.loss_terms) <= set(LOSS_TERMS):
-            raise ValueError(f"loss_terms are some of {', '.join(LOSS_TERMS)}")
+            raise ValueError(f"loss_terms must be some of {', '.join(LOSS_TERMS)}")
         if not 0 < self.initial_logit_scale <= MAX_LOGIT_SCALE:
-            raise ValueError(f"initial_logit_scale is more than 0 and at most {MAX_LOGIT_SCALE}")
+            raise ValueError(
+                f"initial_logit_scale must be greater than 0 and at most {MAX_LOGIT_SCALE}"
+            )
 
     @property
     def block(self) -> BlockConfig:
-        """One encoder layer (section 5)."""
+        """One encoder layer."""
         return BlockConfig(
             embed_dim=self.dim,
             num_heads=self.num_heads,
@@ -101,7 +112,7 @@ class RecoConfig:
             norm="layernorm",
             mlp="gelu",
             use_bias=True,
-            rope_theta=None,  # what was retrieved is a set
+            rope_theta=None,  # retrieved embeddings are a set: no positions
             post_norm=self.norm_placement == "post",
             output_init_std=0.0 if self.is_zero_init else None,
         )
@@ -118,50 +129,53 @@ class RecoConfig:
 
 
 class Fusion(nnx.Module):
-    """One query and the set that was retrieved for it, to one refined vector (section 5)."""
+    """The fusion transformer: a query and the embeddings retrieved for it, to one refined embedding."""
 
     def __init__(self, config: RecoConfig, *, rngs: nnx.Rngs):
         c = self.config = config
-        below = c.num_layers - 1
-        self.stack = Stack(c.block, below, rngs=rngs) if below else None
+        num_below = c.num_layers - 1
+        self.stack = Stack(c.block, num_below, rngs=rngs) if num_below else None
         self.block = Block(c.block, rngs=rngs)
         zeros = jnp.zeros((2, c.dim), jnp.float32)
         self.types = nnx.Param(zeros, axes=(None, None)) if c.type_embedding else None
 
     def __call__(
-        self, query: jax.Array, retrieved: jax.Array, neighbor_mask: jax.Array
-    ) -> jax.Array:
-        """Refines.
+        self,
+        query: Float32[Array | np.ndarray, "B D"],
+        retrieved: Float32[Array | np.ndarray, "B R D"],
+        neighbor_mask: Bool[Array | np.ndarray, "B R"],
+    ) -> Float32[Array, "B D"]:
+        """Refines each query with its neighbors.
 
         Args:
-            query: float32 [B, D] unit rows.
-            retrieved: float32 [B, R, D] in any order.
-            is_there: bool [B, R]; the others do not count, whatever they hold.
+            query: unit vectors.
+            retrieved: the neighbors' embeddings, in any order.
+            neighbor_mask: which neighbors exist; the values of the others are ignored.
 
         Returns:
-            float32 [B, D] unit rows.
+            Unit vectors.
         """
         x = jnp.concatenate([query[:, None], retrieved], axis=1)
         if self.types is not None:
-            kinds = sharding.gather(self.types[...], (None, None))
-            first = (jnp.arange(x.shape[1]) == 0)[:, None]
-            x = x + jnp.where(first, kinds[:1], kinds[1:])[None]
-        present = jnp.pad(neighbor_mask, ((0, 0), (1, 0)), constant_values=True).astype(jnp.int32)
+            types = sharding.gather(self.types[...], (None, None))
+            is_query = (jnp.arange(x.shape[1]) == 0)[:, None]
+            x = x + jnp.where(is_query, types[:1], types[1:])[None]
+        mask = jnp.pad(neighbor_mask, ((0, 0), (1, 0)), constant_values=True).astype(jnp.int32)
         if self.stack is not None:
-            x, _ = self.stack(x, None, lambda heads, _: (_attend(heads, present, None), None))
-        # Of the last layer only the query's place is read, so only that is computed.
+            x, _ = self.stack(x, None, lambda heads, _: (_attend(heads, mask, None), None))
+        # Only the query's output is read from the last layer, so only that is computed.
         block = self.block
-        asks = x if block.post_norm else block.attention_norm(x)
-        added = block.attention.out(_attend(block.attention.heads(asks, None), present, 1))
+        inputs = x if block.post_norm else block.attention_norm(x)
+        attended = block.attention.out(_attend(block.attention.heads(inputs, None), mask, 1))
         x = x[:, :1]
-        x = x + (block.attention_norm(added) if block.post_norm else added)
+        x = x + (block.attention_norm(attended) if block.post_norm else attended)
         hidden = block.mlp(x if block.post_norm else block.mlp_norm(x))
         x = (x + (block.mlp_norm(hidden) if block.post_norm else hidden))[:, 0]
         return _unit(x + query if self.config.extra_skip else x)
 
 
 class RECO(nnx.Module):
-    """A fusion module for images, one for texts, and the temperature."""
+    """RECO: one fusion module for image queries, one for text queries, and the logit scale."""
 
     def __init__(self, config: RecoConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -171,45 +185,57 @@ class RECO(nnx.Module):
         self.logit_scale = nnx.Param(scale, axes=())
 
     def refine_image(
-        self, query: jax.Array, retrieved: jax.Array, neighbor_mask: jax.Array
-    ) -> jax.Array:
-        """An image's embeddings refined, as `Fusion`."""
+        self,
+        query: Float32[Array | np.ndarray, "B D"],
+        retrieved: Float32[Array | np.ndarray, "B R D"],
+        neighbor_mask: Bool[Array | np.ndarray, "B R"],
+    ) -> Float32[Array, "B D"]:
+        """Refined image embeddings; arguments as for `Fusion`."""
         return self.image_fusion(query, retrieved, neighbor_mask)
 
     def refine_text(
-        self, query: jax.Array, retrieved: jax.Array, neighbor_mask: jax.Array
-    ) -> jax.Array:
-        """A text's embeddings refined, as `Fusion`."""
+        self,
+        query: Float32[Array | np.ndarray, "B D"],
+        retrieved: Float32[Array | np.ndarray, "B R D"],
+        neighbor_mask: Bool[Array | np.ndarray, "B R"],
+    ) -> Float32[Array, "B D"]:
+        """Refined text embeddings; arguments as for `Fusion`."""
         return self.text_fusion(query, retrieved, neighbor_mask)
 
 
-def mean_fusion(query: jax.Array, retrieved: jax.Array, neighbor_mask: jax.Array) -> jax.Array:
-    """The plain mean of a query and what was retrieved, rescaled: nothing is learned. As `Fusion`."""
+def mean_fusion(
+    query: Float32[Array | np.ndarray, "B D"],
+    retrieved: Float32[Array | np.ndarray, "B R D"],
+    neighbor_mask: Bool[Array | np.ndarray, "B R"],
+) -> Float32[Array, "B D"]:
+    """Baseline without learning: the normalized mean of query and neighbors; arguments as for `Fusion`."""
     kept = jnp.where(neighbor_mask[:, :, None], retrieved, 0.0)
     return _unit(query + kept.sum(axis=1))
 
 
-def loss_fn(
-    model: RECO, batch: Mapping[str, jax.Array], rng: jax.Array
-) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
-    """The chosen terms of L = NCE(v', t') + NCE(v', t) + NCE(v, t') (section 6).
+def loss_fn(model: RECO, batch: Batch, rng: Key[Array, ""]) -> tuple[Float32[Array, ""], Metrics]:
+    """Sum of the chosen terms of L = NCE(v', t') + NCE(v', t) + NCE(v, t') (docs/papers/reco.md#loss).
+
+    v and t are frozen image and text embeddings, v' and t' refined ones; NCE is symmetric InfoNCE.
 
     Args:
-        model: both modules.
-        batch: image and text, float32 [B, D] unit rows of the frozen towers, row i belonging with row i;
-            image_retrieved and text_retrieved, float32 [B, R, D]; image_is_there and text_is_there, bool
-            [B, R]; class_ids, int32 [B], where negative ids are of no class.
+        model: both fusion modules.
+        batch: image and text, float32 [B, D], unit vectors of the frozen towers, where image i and text i
+            match; image_retrieved and text_retrieved, float32 [B, R, D]; image_neighbor_mask and
+            text_neighbor_mask, bool [B, R]; class_ids, int32 [B], negative where there is no class.
         rng: unused.
 
     Returns:
-        The loss, float32 [], and sums with weights: loss, each term, logit_scale, and how far refinement
-        moves: image_moved and text_moved, Euclidean.
+        The loss, and sums with weights: loss, each term, logit_scale, and image_moved and text_moved, the
+        Euclidean distance between frozen and refined embeddings.
     """
     del rng
     c = model.config
     image, text = batch["image"], batch["text"]
-    refined_image = model.refine_image(image, batch["image_retrieved"], batch["image_is_there"])
-    refined_text = model.refine_text(text, batch["text_retrieved"], batch["text_is_there"])
+    refined_image = model.refine_image(
+        image, batch["image_retrieved"], batch["image_neighbor_mask"]
+    )
+    refined_text = model.refine_text(text, batch["text_retrieved"], batch["text_neighbor_mask"])
     pairs = {
         "refined_refined": (refined_image, refined_text),
         "refined_text": (refined_image, text),
@@ -218,43 +244,43 @@ def loss_fn(
     scale = jnp.exp(jnp.minimum(model.logit_scale[...], jnp.log(MAX_LOGIT_SCALE)))
     is_same = _same_class(batch["class_ids"]) if c.mask_same_class else None
     count = jnp.float32(image.shape[0])
-    per_row = jnp.zeros((), jnp.float32)
+    loss = jnp.zeros((), jnp.float32)
     metrics = {"logit_scale": (scale, jnp.float32(1))}
     for term in c.loss_terms:
-        ours, _ = losses.info_nce(_similarities(*pairs[term], scale, is_same))
-        metrics[term] = (ours.sum(), count)
-        per_row = per_row + ours.sum() / count
+        per_example, _ = losses.info_nce(_similarities(*pairs[term], scale, is_same))
+        metrics[term] = (per_example.sum(), count)
+        loss = loss + per_example.sum() / count
     for name, before, after in (
         ("image_moved", image, refined_image),
         ("text_moved", text, refined_text),
     ):
         metrics[name] = (jnp.sqrt(jnp.square(after - before).sum(-1) + 1e-12).sum(), count)
-    metrics["loss"] = (per_row * count, count)
-    return per_row, metrics
+    metrics["loss"] = (loss * count, count)
+    return loss, metrics
 
 
 def _same_class(class_ids: jax.Array) -> jax.Array:
-    """Pairs of two different rows of one class, bool [B, B]."""
+    """Pairs of two different examples of one class, bool [B, B]."""
     ids = sharding.place(class_ids, None)
-    is_own = jnp.eye(len(ids), dtype=bool)
-    return (ids[:, None] == ids[None, :]) & (ids >= 0)[:, None] & ~is_own
+    is_diagonal = jnp.eye(len(ids), dtype=bool)
+    return (ids[:, None] == ids[None, :]) & (ids >= 0)[:, None] & ~is_diagonal
 
 
 def _similarities(
     left: jax.Array, right: jax.Array, scale: jax.Array, is_same: jax.Array | None
 ) -> jax.Array:
-    whole = sharding.place(right, None, None)
-    products = sharding.place(jnp.einsum("id,jd->ij", left, whole), None, None)
-    found = scale * products
-    return found if is_same is None else jnp.where(is_same, -jnp.inf, found)
+    all_right = sharding.place(right, None, None)
+    products = sharding.place(jnp.einsum("id,jd->ij", left, all_right), None, None)
+    logits = scale * products
+    return logits if is_same is None else jnp.where(is_same, -jnp.inf, logits)
 
 
-def _attend(heads: Heads, present: jax.Array, num_queries: int | None) -> jax.Array:
-    """Every query attends to the places that are there; the first `num_queries` of them only."""
+def _attend(heads: Heads, mask: jax.Array, num_queries: int | None) -> jax.Array:
+    """Full attention to the tokens where `mask`, int32 [B, 1 + R], is 1; for the first queries or all."""
     q = heads.q if num_queries is None else heads.q[:, :num_queries]
-    segments = jnp.ones_like(present) if num_queries is None else present[:, :num_queries]
-    kinds: dict[str, Any] = dict(query_segment_ids=segments, key_segment_ids=present)
-    return attention.attention(q, heads.k, heads.v, is_causal=False, **kinds)
+    segments = jnp.ones_like(mask) if num_queries is None else mask[:, :num_queries]
+    kwargs: dict[str, Any] = dict(query_segment_ids=segments, key_segment_ids=mask)
+    return attention.attention(q, heads.k, heads.v, is_causal=False, **kwargs)
 
 
 def _unit(x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""One pre-norm transformer block for every model here, and the stack that scans over its layers."""
+"""The transformer block of every model here, and the stack that scans over its layers."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from rag_mm.core import sharding
 from rag_mm.nn import layers
@@ -16,24 +17,28 @@ from rag_mm.ops import rope, splash
 
 
 class Heads(NamedTuple):
-    """q [B, T, N, H], k and v [B, T, K, H]; `recent` where heads are smeared."""
+    """Queries, keys and values; `recent` only if heads are smeared."""
 
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
+    q: Float[Array, "B T N H"]
+    k: Float[Array, "B T K H"]
+    v: Float[Array, "B T K H"]
     recent: Recent | None = None
 
 
-MAX_UNROLLED = 4  # Deeper stacks are loops on a CPU too: programs grow with what is unrolled.
-INDUCTION_SMEAR = 2.0  # where `begin_with_induction` starts: sigmoid(2) = 0.88 is the lagged head's
+MAX_UNROLLED = (
+    4  # A CPU unrolls stacks up to this depth; for deeper ones the program would get too large.
+)
+INDUCTION_SMEAR = (
+    2.0  # Initial logit of `init_induction`: sigmoid(2) = 0.88 is the lagged token's share.
+)
 
-# (heads, what this layer was handed) -> (attended [B, T, N, H], what this layer hands back).
-Attend = Callable[[Heads, Any], tuple[jax.Array, Any]]
+# (heads, the layer's cache or None) -> (attended values, the updated cache or any output per layer).
+Attend = Callable[[Heads, Any], tuple[Float[Array, "B T N H"], Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
-    """Shape and family of one block (design: one decoder, many families)."""
+    """Sizes and family of one block."""
 
     embed_dim: int
     num_heads: int
@@ -44,44 +49,47 @@ class BlockConfig:
     norm_eps: float = 1e-5
     mlp: str = "swiglu"  # swiglu, or the activation of a two-matrix MLP: relu | gelu | quick_gelu
     qk_norm: bool = False
-    smear_lags: tuple[tuple[int, ...], ...] = ()  # see `smear`; heads share the entries evenly
-    induction_init: bool = False  # see `Attention.begin_with_induction`
-    # The norm of q and k: rmsnorm, one for all heads, or layernorm_per_head (Chameleon).
+    smear_lags: tuple[
+        tuple[int, ...], ...
+    ] = ()  # see `smear`; heads are split evenly over the entries
+    induction_init: bool = False  # see `Attention.init_induction`
+    # The norm of q and k: rmsnorm, shared by all heads, or layernorm_per_head (Chameleon).
     qk_norm_kind: str = "rmsnorm"
-    post_norm: bool = False  # the branch's output is normed, not its input (Swin V2, Chameleon 34B)
+    post_norm: bool = False  # norm the branch's output, not its input (Swin V2, Chameleon 34B)
     use_bias: bool = False
     rope_theta: float | None = 10_000.0  # None: positions are added to the embeddings instead
     rope_scaling: rope.Llama3Scaling | None = None
     init_std: float | None = None  # None: 1 / sqrt(fan in)
-    output_init_std: float | None = None  # of the projections that end in the residual stream
-    init_cut: float | None = None  # draws are cut at this many standard deviations
+    output_init_std: float | None = None  # of the projections that write to the residual stream
+    init_cut: float | None = None  # truncate samples at this many standard deviations
 
     def __post_init__(self):
         lags = self.smear_lags
-        each = [lag for entry in lags for lag in entry]
-        if lags and (min(each, default=0) < 1 or self.num_kv_heads % len(lags)):
+        all_lags = [lag for entry in lags for lag in entry]
+        if lags and (min(all_lags, default=0) < 1 or self.num_kv_heads % len(lags)):
             raise ValueError(
-                f"smear_lags are {lags}; give tuples of lags of at least 1, not all empty, as many tuples as "
-                f"divide the {self.num_kv_heads} key heads"
+                f"smear_lags are {lags}; give tuples of lags of at least 1, not all empty, and a number of "
+                f"tuples that divides the {self.num_kv_heads} key heads"
             )
         if max(map(len, lags), default=0) > max(self.head_dim // 2, 1):
             raise ValueError(
-                f"smear_lags are {lags}: a head of {self.head_dim} holds {self.head_dim // 2}"
+                f"smear_lags are {lags}: a head of {self.head_dim} holds at most {self.head_dim // 2} lags"
             )
         if self.induction_init and self.num_kv_heads != self.num_heads:
             raise ValueError(
-                f"induction_init needs as many keys as queries, not {self.num_kv_heads} for {self.num_heads}"
+                "induction_init needs as many key heads as query heads, not "
+                f"{self.num_kv_heads} for {self.num_heads}"
             )
 
-    def rotation(self, positions: jax.Array) -> rope.Rotation | None:
-        """How far int32 [B, T] positions turn q and k of every layer; None where they do not."""
+    def rotation(self, positions: Int[Array | np.ndarray, "B T"]) -> rope.Rotation | None:
+        """The rotation of q and k, shared by all layers; None without rotary positions."""
         if self.rope_theta is None:
             return None
         return rope.make_rotation(positions, self.head_dim, self.rope_theta, self.rope_scaling)
 
 
-# What the backward pass finds stored instead of computing it again, by `Stack`'s remat: everything;
-# products with parameters and what attention gave; nothing but each layer's input.
+# What the forward pass stores for the backward pass, by `Stack`'s remat. none: everything. dots: products
+# with parameters and the output of attention. full: each layer's input only.
 ATTENDED = "attended"
 _dots = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -95,17 +103,17 @@ REMAT: dict[str, Callable[[Callable], Callable]] = {
 
 
 class Attention(nnx.Module):
-    """q, k, v = heads(x); what is done with them is the caller's `attend` (training, prefill, decode)."""
+    """Projections to q, k, v and back; the caller's `attend` joins them (training, prefill, decode)."""
 
     def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
         c = config
-        kinds = dict(use_bias=c.use_bias, rngs=rngs, std=c.init_std, cut=c.init_cut)
+        kwargs = dict(use_bias=c.use_bias, rngs=rngs, std=c.init_std, cut=c.init_cut)
         self.q = layers.Linear(
-            (c.embed_dim,), (c.num_heads, c.head_dim), ("embed", "heads", None), **kinds
+            (c.embed_dim,), (c.num_heads, c.head_dim), ("embed", "heads", None), **kwargs
         )
         kv_shape, kv_axes = (c.num_kv_heads, c.head_dim), ("embed", "kv_heads", None)
-        self.k = layers.Linear((c.embed_dim,), kv_shape, kv_axes, **kinds)
-        self.v = layers.Linear((c.embed_dim,), kv_shape, kv_axes, **kinds)
+        self.k = layers.Linear((c.embed_dim,), kv_shape, kv_axes, **kwargs)
+        self.v = layers.Linear((c.embed_dim,), kv_shape, kv_axes, **kwargs)
         self.out = layers.Linear(
             (c.num_heads, c.head_dim),
             (c.embed_dim,),
@@ -120,22 +128,22 @@ class Attention(nnx.Module):
 
         self.smear_lags = c.smear_lags
 
-        # Arguments of a sigmoid: half of a head is the lagged one's at the start.
-        def share(size: int, axis: str) -> nnx.Param | None:
+        # Logits: initially the lagged token's share is sigmoid(0) = 1/2.
+        def logit_share(size: int, axis: str) -> nnx.Param | None:
             zeros = jnp.zeros(size, jnp.float32)
             return nnx.Param(zeros, axes=(axis,)) if c.smear_lags else None
 
-        self.q_smear = share(c.num_heads, "heads")
-        self.k_smear = share(c.num_kv_heads, "kv_heads")
+        self.q_smear = logit_share(c.num_heads, "heads")
+        self.k_smear = logit_share(c.num_kv_heads, "kv_heads")
         if c.induction_init:
-            self.begin_with_induction()
+            self.init_induction()
 
-    def begin_with_induction(self) -> None:
-        """Lets heads that look back attend to what resembles the query, and pass it on as it is.
+    def init_induction(self) -> None:
+        """Initializes heads with a lag to attend to tokens like the query and to copy their values.
 
-        Their keys start as queries and the output as the transpose of the values (mimetic initialisation,
-        Trockman & Kolter 2023). With smeared heads that is the induction of Olsson et al. 2022 before the
-        first step, where training would have to find its parts together.
+        Their key projection is that of the queries, and the output projection the transpose of the values'
+        (mimetic initialization, Trockman & Kolter 2023). With smeared heads this gives the induction heads of
+        Olsson et al. 2022 before the first step; otherwise training would have to learn both parts together.
         """
         num_heads = self.q.kernel.shape[1]
         looks_back = jnp.array(lags_of_dims(self.smear_lags or ((1,),), num_heads, 1))[:, 0] > 0
@@ -148,17 +156,23 @@ class Attention(nnx.Module):
             if smeared is not None:
                 smeared[...] = smeared[...] + INDUCTION_SMEAR
 
+    @jax.named_scope("qkv")
     def heads(
-        self, x: jax.Array, rotation: rope.Rotation | None, before: SmearContext | None = None
+        self,
+        x: Float[Array, "B T D"],
+        rotation: rope.Rotation | None,
+        before: SmearContext | None = None,
     ) -> Heads:
-        """x: [B, T, D]; `rotation` as `BlockConfig.rotation`, `before` where heads are smeared."""
+        """Queries, keys and values of x; smeared heads need `before`."""
         q, k, v = self.q(x), self.k(x), self.v(x)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         recent = None
         if self.q_smear is not None and self.k_smear is not None:
             if before is None:
-                raise ValueError("smeared heads need to know which token goes on from which")
+                raise ValueError(
+                    "smeared heads need the segment ids: pass a SmearContext as `before`"
+                )
             past = before.recent or (None, None)
             of_q, of_k = (lags_of_dims(self.smear_lags, *x.shape[2:]) for x in (q, k))
             ahead, width = np.maximum(of_q - 1, 0), max(map(max, filter(None, self.smear_lags)))
@@ -172,33 +186,34 @@ class Attention(nnx.Module):
 
 def _qk_norm(config: BlockConfig, heads: tuple[int, str], *, rngs: nnx.Rngs) -> layers.Norm:
     if config.qk_norm_kind == "layernorm_per_head":
-        # Chameleon's epsilon here is fixed, whatever its other norms have.
+        # Chameleon's epsilon here does not follow its config.
         return layers.Norm("layernorm", config.head_dim, rngs=rngs, eps=1e-5, heads=heads)
     return layers.Norm("rmsnorm", config.head_dim, rngs=rngs, eps=config.norm_eps)
 
 
 class MLP(nnx.Module):
-    """Two matrices and an activation, or SwiGLU's three."""
+    """Two matrices and an activation, or SwiGLU with three matrices."""
 
     def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
         c = config
         self.activation = "silu" if c.mlp == "swiglu" else c.mlp
-        kinds = dict(use_bias=c.use_bias, rngs=rngs, cut=c.init_cut)
+        kwargs = dict(use_bias=c.use_bias, rngs=rngs, cut=c.init_cut)
         into = ((c.embed_dim,), (c.mlp_dim,), ("embed", "mlp"))
-        self.gate = layers.Linear(*into, std=c.init_std, **kinds) if c.mlp == "swiglu" else None
-        self.up = layers.Linear(*into, std=c.init_std, **kinds)
+        self.gate = layers.Linear(*into, std=c.init_std, **kwargs) if c.mlp == "swiglu" else None
+        self.up = layers.Linear(*into, std=c.init_std, **kwargs)
         self.down = layers.Linear(
-            (c.mlp_dim,), (c.embed_dim,), ("mlp", "embed"), std=c.output_init_std, **kinds
+            (c.mlp_dim,), (c.embed_dim,), ("mlp", "embed"), std=c.output_init_std, **kwargs
         )
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    @jax.named_scope("mlp")
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         act = layers.ACTIVATIONS[self.activation]
         hidden = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
         return self.down(hidden)
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); norm(attention(x)), norm(mlp(x)) by `post_norm`."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); with `post_norm`, norms follow the branches."""
 
     def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
         c = config
@@ -210,26 +225,38 @@ class Block(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
+        x: Float[Array, "B T D"],
         rotation: rope.Rotation | None,
         attend: Attend,
-        handed: Any = None,
+        cache: Any = None,
         before: SmearContext | None = None,
-    ) -> tuple[jax.Array, Any]:
-        """x: [B, T, D] -> ([B, T, D], what `attend` hands back)."""
-        asks = x if self.post_norm else self.attention_norm(x)
-        attended, back = attend(self.attention.heads(asks, rotation, before), handed)
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Applies the block.
+
+        Args:
+            x: the residual stream.
+            rotation: see `BlockConfig.rotation`.
+            attend: computes attention; called once with this layer's heads and `cache`.
+            cache: passed to `attend`.
+            before: segment ids and recent heads, if heads are smeared.
+
+        Returns:
+            The residual stream, and the second result of `attend`.
+        """
+        attention_input = x if self.post_norm else self.attention_norm(x)
+        heads = self.attention.heads(attention_input, rotation, before)
+        attended, cache = attend(heads, cache)
         attended = jax.ad_checkpoint.checkpoint_name(attended, ATTENDED)
         added = self.attention.out(attended)
         if self.post_norm:
             x = x + self.attention_norm(added)
-            return x + self.mlp_norm(self.mlp(x)), back
+            return x + self.mlp_norm(self.mlp(x)), cache
         x = x + added
-        return x + self.mlp(self.mlp_norm(x)), back
+        return x + self.mlp(self.mlp_norm(x)), cache
 
 
 class Stack(nnx.Module):
-    """`num_layers` blocks whose parameters lie stacked along a leading `layers` axis."""
+    """`num_layers` blocks whose parameters are stacked along a leading `layers` axis."""
 
     def __init__(
         self, config: BlockConfig, num_layers: int, *, rngs: nnx.Rngs, remat: str = "none"
@@ -242,23 +269,24 @@ class Stack(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
+        x: Float[Array, "B T D"],
         rotation: rope.Rotation | None,
         attend: Attend,
         before: SmearContext | None = None,
-    ) -> tuple[jax.Array, Any]:
-        """Scans over layers; what every layer hands back comes stacked along axis 0."""
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Scans over the layers; the second result of `attend` is stacked along axis 0."""
 
+        @jax.named_scope("block")
         def layer(x, block):
             return block(x, rotation, attend, before=before)
 
-        # A loop keeps what the backward pass reads in stacks, which a CPU has to write and read once more.
+        # A loop stacks the residuals of all layers, which costs a CPU an extra write and read.
         is_short = sharding.platform() == "cpu" and self.num_layers <= MAX_UNROLLED
         unroll = self.num_layers if is_short else 1
         return jax.lax.scan(REMAT[self.remat](layer), x, self.blocks, unroll=unroll)
 
     def unstack(self) -> tuple[Block, ...]:
-        """The blocks one by one: decoding unrolls them so that each layer's cache stays in place."""
+        """The blocks one by one. Decoding unrolls them so that each layer's cache is updated in place."""
         return tuple(
             jax.tree.map(lambda leaf, i=i: leaf[i], self.blocks) for i in range(self.num_layers)
         )

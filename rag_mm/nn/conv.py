@@ -1,28 +1,29 @@
-"""Convolutional parts of image tokenizers (MAGVIT's 2D residual blocks; SPAE, spec section 2)."""
+"""Convolutional parts of image tokenizers: MAGVIT's 2D residual blocks, as used by SPAE."""
 
 import math
 from collections.abc import Callable
 from functools import partial
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float
 
 from rag_mm.core.errors import UserError
 
 
 def conv3x3(in_dim: int, out_dim: int, *, use_bias: bool = True, rngs: nnx.Rngs) -> nnx.Conv:
-    """A 3x3 convolution that keeps height and width."""
+    """A 3x3 convolution that preserves height and width."""
     return nnx.Conv(in_dim, out_dim, (3, 3), use_bias=use_bias, rngs=rngs)
 
 
 def group_norm(width: int, *, rngs: nnx.Rngs) -> nnx.GroupNorm:
-    """Flax's default of 32 groups, or as many of them as divide a smaller width."""
+    """GroupNorm with gcd(width, 32) groups; Flax's default is 32."""
     return nnx.GroupNorm(width, num_groups=math.gcd(width, 32), rngs=rngs)
 
 
 class ResBlock(nnx.Module):
-    """Norm, swish, 3x3 convolution, twice, around a skip that is 1x1 where the width changes."""
+    """Twice norm, swish and 3x3 convolution, plus a skip connection, which is 1x1 if the width changes."""
 
     def __init__(
         self,
@@ -33,7 +34,7 @@ class ResBlock(nnx.Module):
         use_bias: bool = False,
         rngs: nnx.Rngs,
     ):
-        """`norm` makes one of a width; `use_bias` is that of convolutions and skip."""
+        """`norm` makes the norm of a given width; `use_bias` is for convolutions and skip."""
         self.norm1 = norm(in_dim, rngs=rngs)
         self.conv1 = conv3x3(in_dim, out_dim, use_bias=use_bias, rngs=rngs)
         self.norm2 = norm(out_dim, rngs=rngs)
@@ -41,42 +42,42 @@ class ResBlock(nnx.Module):
         skip = partial(nnx.Linear, in_dim, out_dim, use_bias=use_bias, rngs=rngs)
         self.skip = None if in_dim == out_dim else skip()
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """float32 [B, H, W, in_dim] -> float32 [B, H, W, out_dim]."""
+    def __call__(self, x: Float[Array, "B H W in_dim"]) -> Float[Array, "B H W out_dim"]:
         h = self.conv1(nnx.silu(self.norm1(x)))
         h = self.conv2(nnx.silu(self.norm2(h)))
         return h + (x if self.skip is None else self.skip(x))
 
 
 class PointwiseBlock(nnx.Module):
-    """A residual MLP on each position alone; the identity when new."""
+    """A residual MLP applied to each position separately; initially the identity."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
-        # LayerNorm, since GroupNorm's statistics would let positions see one another.
+        # LayerNorm, since GroupNorm's statistics would mix positions.
         self.norm = nnx.LayerNorm(width, rngs=rngs)
         self.up = nnx.Linear(width, 2 * width, rngs=rngs)
         self.down = nnx.Linear(
             2 * width, width, kernel_init=nnx.initializers.zeros_init(), rngs=rngs
         )
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """float32 [..., width] -> the same shape."""
+    def __call__(self, x: Float[Array, "*shape D"]) -> Float[Array, "*shape D"]:
         return x + self.down(nnx.silu(self.up(self.norm(x))))
 
 
-def average_pool(x: jax.Array) -> jax.Array:
-    """Halves height and width by 2x2 means: [B, H, W, D] -> [B, H/2, W/2, D]."""
-    b, h, w, d = x.shape  # nnx.avg_pool divides by an integer, which strict promotion forbids
+def average_pool(x: Float[Array, "B H W D"]) -> Float[Array, "B H//2 W//2 D"]:
+    """Halves height and width by 2x2 means."""
+    b, h, w, d = x.shape  # nnx.avg_pool divides by an integer, which strict promotion forbids.
     return x.reshape(b, h // 2, 2, w // 2, 2, d).mean(axis=(2, 4))
 
 
-def upsample_nearest(x: jax.Array) -> jax.Array:
-    """Doubles height and width: [B, H, W, D] -> [B, 2H, 2W, D]."""
+def upsample_nearest(x: Float[Array, "B H W D"]) -> Float[Array, "B 2*H 2*W D"]:
+    """Doubles height and width."""
     return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
 
-def space_to_depth(x: jax.Array, patch: int) -> jax.Array:
-    """Folds patches into channels: [B, H, W, D] -> [B, H/patch, W/patch, patch * patch * D].
+def space_to_depth(
+    x: Float[Array | np.ndarray, "B H W D"], patch: int
+) -> Float[Array | np.ndarray, "B H//{patch} W//{patch} D*{patch**2}"]:
+    """Folds square patches into channels.
 
     Raises:
       UserError: patch does not divide height and width.
@@ -88,8 +89,10 @@ def space_to_depth(x: jax.Array, patch: int) -> jax.Array:
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // patch, w // patch, -1)
 
 
-def depth_to_space(x: jax.Array, patch: int) -> jax.Array:
-    """Inverse of space_to_depth."""
+def depth_to_space(
+    x: Float[Array | np.ndarray, "B h w channels"], patch: int
+) -> Float[Array | np.ndarray, "B h*{patch} w*{patch} channels//{patch**2}"]:
+    """Inverse of `space_to_depth`."""
     b, h, w, d = x.shape
     x = x.reshape(b, h, w, patch, patch, d // patch**2)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * patch, w * patch, -1)

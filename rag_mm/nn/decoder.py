@@ -6,7 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Float32, Int
 
 from rag_mm.nn import layers
 from rag_mm.nn.block import REMAT, Attend, Block, BlockConfig, Heads, Stack
@@ -15,8 +17,55 @@ from rag_mm.ops import attention, rope
 
 
 @dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """Standard deviations of initial weights.
+
+    Attributes:
+        std: of every matrix and table without a value of its own.
+        cut: samples are truncated at this many standard deviations; None truncates none.
+        output_std: of the projections that write to the residual stream; None: std / sqrt(2 num_layers).
+        position_std: of learned positions; None: std.
+        head_std: of an untied output head; None: std.
+    """
+
+    std: float = 0.02
+    cut: float | None = None
+    output_std: float | None = None
+    position_std: float | None = None
+    head_std: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes and family; a weight converter is a table of names over these values."""
+    """Sizes and family of a decoder; a weight converter is a table of names over these values.
+
+    Attributes:
+        vocab_size: token ids, text and image codes together.
+        num_layers: blocks.
+        embed_dim: width of the residual stream.
+        num_heads: query heads.
+        mlp_dim: hidden width of the MLP.
+        max_seq_len: longest sequence, in tokens.
+        num_kv_heads: key and value heads (grouped-query attention); None: as many as num_heads.
+        head_dim: width of a head; None: embed_dim / num_heads.
+        norm: layernorm | layernorm_no_params | rmsnorm.
+        norm_eps: added to the variance.
+        positions: rope | sinusoidal | learned.
+        rope_theta: base of RoPE's wavelengths.
+        rope_scaling: LLaMA 3's rescaling of RoPE for long contexts; None: none.
+        mlp: swiglu | relu | gelu.
+        qk_norm: normalize queries and keys per head.
+        smear_lags: for each head, the lags whose keys it compares at once; () is a plain head. Lag 1 is the
+            token before; an image's width is the code above.
+        induction_init: a fresh layer attends to what resembles the query and copies what followed it.
+        qk_norm_kind: rmsnorm, or layernorm_per_head as in Chameleon.
+        post_norm: normalize a branch's output instead of its input.
+        use_bias: biases in attention and MLP.
+        tie_embeddings: the output head is the token table.
+        init: standard deviations of initial weights.
+        dtype: of activations; softmax and loss stay float32, as do parameters trained here.
+        remat: none | dots | full: what a layer's backward pass recomputes.
+    """
 
     vocab_size: int
     num_layers: int
@@ -24,30 +73,24 @@ class DecoderConfig:
     num_heads: int
     mlp_dim: int
     max_seq_len: int
-    num_kv_heads: int | None = None  # None: as many as num_heads
-    head_dim: int | None = None  # None: embed_dim / num_heads
-    norm: str = "rmsnorm"  # layernorm | layernorm_no_params | rmsnorm
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    norm: str = "rmsnorm"
     norm_eps: float = 1e-5
-    positions: str = "rope"  # rope | sinusoidal | learned
+    positions: str = "rope"
     rope_theta: float = 10_000.0
     rope_scaling: rope.Llama3Scaling | None = None
-    mlp: str = "swiglu"  # swiglu | relu | gelu
+    mlp: str = "swiglu"
     qk_norm: bool = False
-    # What heads look back by, () for plain heads: 1 is the token before, an image's width the code above.
     smear_lags: tuple[tuple[int, ...], ...] = ()
-    induction_init: bool = False  # a fresh layer finds what resembles the query and passes it on
-    qk_norm_kind: str = "rmsnorm"  # rmsnorm, or layernorm_per_head as in Chameleon
-    post_norm: bool = False  # norm a branch's output instead of its input
+    induction_init: bool = False
+    qk_norm_kind: str = "rmsnorm"
+    post_norm: bool = False
     use_bias: bool = False
     tie_embeddings: bool = False
-    init_std: float = 0.02
-    init_cut: float | None = None  # draws are cut at this many standard deviations
-    output_init_std: float | None = None  # None: init_std / sqrt(2 num_layers)
-    position_init_std: float | None = None  # None: init_std
-    head_init_std: float | None = None  # of an untied head; None: init_std
-    # Of activations; softmax and loss stay float32, as do parameters trained here.
+    init: InitConfig = dataclasses.field(default_factory=InitConfig)
     dtype: str = "float32"
-    remat: str = "none"  # none | dots | full: what a layer's backward pass computes again
+    remat: str = "none"
 
     def __post_init__(self):
         if not all(isinstance(entry, list | tuple) for entry in self.smear_lags):
@@ -57,6 +100,9 @@ class DecoderConfig:
         scaling: Any = self.rope_scaling
         if isinstance(scaling, Mapping):  # read from a file
             object.__setattr__(self, "rope_scaling", rope.Llama3Scaling(**scaling))
+        init: Any = self.init
+        if isinstance(init, Mapping):
+            object.__setattr__(self, "init", InitConfig(**init))
         if self.positions not in ("rope", "sinusoidal", "learned"):
             raise ValueError(f"positions are rope, sinusoidal or learned, not {self.positions!r}")
         for name in (
@@ -71,9 +117,9 @@ class DecoderConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, give at least 1")
         if self.remat not in REMAT:
             raise ValueError(f"remat is one of {', '.join(REMAT)}, not {self.remat!r}")
-        if self.tie_embeddings and self.head_init_std is not None:
+        if self.tie_embeddings and self.init.head_std is not None:
             raise ValueError(
-                "a tied head has no head_init_std of its own; untie it or leave it out"
+                "a tied head has no init.head_std of its own; untie it or leave it out"
             )
         if self.norm not in layers.NORMS:
             raise ValueError(f"norm is one of {', '.join(layers.NORMS)}, not {self.norm!r}")
@@ -105,70 +151,74 @@ class DecoderConfig:
             use_bias=self.use_bias,
             rope_theta=self.rope_theta if self.positions == "rope" else None,
             rope_scaling=self.rope_scaling,
-            init_std=self.init_std,
-            output_init_std=self.init_std / (2 * self.num_layers) ** 0.5
-            if self.output_init_std is None
-            else self.output_init_std,
-            init_cut=self.init_cut,
+            init_std=self.init.std,
+            output_init_std=self.init.std / (2 * self.num_layers) ** 0.5
+            if self.init.output_std is None
+            else self.init.output_std,
+            init_cut=self.init.cut,
         )
 
 
 class Decoder(nnx.Module):
-    """Token ids in, hidden states out; `logits` maps them onto the vocabulary."""
+    """Maps token ids to hidden states; `logits` maps these to the vocabulary."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         c = self.config = config
 
         def table(size: int, rows: str | None, std: float | None) -> layers.Embedding:
-            kinds = dict(axes=(rows, "embed"), cut=c.init_cut, rngs=rngs)
+            std = c.init.std if std is None else std
             return layers.Embedding(
-                size, c.embed_dim, std=c.init_std if std is None else std, **kinds
+                size, c.embed_dim, std=std, axes=(rows, "embed"), cut=c.init.cut, rngs=rngs
             )
 
         learned = c.positions == "learned"
         self.embedding = table(c.vocab_size, "vocab", None)
         self.position_embedding = (
-            table(c.max_seq_len, None, c.position_init_std) if learned else None
+            table(c.max_seq_len, None, c.init.position_std) if learned else None
         )
         self.stack = Stack(c.block, c.num_layers, rngs=rngs, remat=c.remat)
         self.norm = layers.Norm(c.norm, c.embed_dim, rngs=rngs, eps=c.norm_eps)
-        self.head = None if c.tie_embeddings else table(c.vocab_size, "vocab", c.head_init_std)
+        self.head = None if c.tie_embeddings else table(c.vocab_size, "vocab", c.init.head_std)
 
     def __call__(
-        self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array | None
-    ) -> jax.Array:
+        self,
+        tokens: Int[Array | np.ndarray, "B T"],
+        positions: Int[Array | np.ndarray, "B T"],
+        segment_ids: Int[Array | np.ndarray, "B T"] | None,
+    ) -> Float[Array, "B T D"]:
         """Causal within a segment.
 
         Args:
-            tokens: int32 [B, T].
-            positions: int32 [B, T], below max_seq_len.
-            segment_ids: int32 [B, T]; tokens see earlier tokens of their own segment only. None where every
-                row is one segment: cuDNN then needs no stored mask, and skips what lies above the diagonal.
+            tokens: token ids.
+            positions: below max_seq_len.
+            segment_ids: tokens see earlier tokens of their own segment only. None if every sequence is one
+                segment: cuDNN then needs no stored mask and skips the scores above the diagonal.
 
         Returns:
-            Hidden states [B, T, D] after the last norm, in the config's dtype.
+            Hidden states after the last norm, in the config's dtype.
         """
-
         x, _ = self._run(tokens, positions, segment_ids, lambda heads: None)
         return self.norm(x)
 
     def prefill(
-        self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
-    ) -> tuple[jax.Array, Heads]:
-        """Like a call, and also the heads of every layer without queries, each stacked [L, ...]."""
+        self,
+        tokens: Int[Array | np.ndarray, "B T"],
+        positions: Int[Array | np.ndarray, "B T"],
+        segment_ids: Int[Array | np.ndarray, "B T"],
+    ) -> tuple[Float[Array, "B T D"], Heads]:
+        """Like a call; also returns the heads of every layer without queries, stacked [L, ...]."""
         x, heads = self._run(tokens, positions, segment_ids, lambda heads: heads._replace(q=None))
         return self.norm(x), heads
 
     def _run(
         self,
-        tokens: jax.Array,
-        positions: jax.Array,
-        segment_ids: jax.Array | None,
+        tokens: Int[Array | np.ndarray, "B T"],
+        positions: Int[Array | np.ndarray, "B T"],
+        segment_ids: Int[Array | np.ndarray, "B T"] | None,
         keep: Callable[[Heads], Any],
-    ) -> tuple[jax.Array, Any]:
-
+    ) -> tuple[Float[Array, "B T D"], Any]:
         def attend(heads, _):
-            masked = attention.attention(
+            attended = attention.attention(
                 heads.q,
                 heads.k,
                 heads.v,
@@ -176,7 +226,7 @@ class Decoder(nnx.Module):
                 query_segment_ids=segment_ids,
                 key_segment_ids=segment_ids,
             )
-            return masked, keep(heads)
+            return attended, keep(heads)
 
         before = None
         if self.config.smear_lags:
@@ -187,18 +237,25 @@ class Decoder(nnx.Module):
     def decode_step(
         self,
         blocks: tuple[Block, ...],
-        tokens: jax.Array,
-        positions: jax.Array,
+        tokens: Int[Array, "B 1"],
+        positions: Int[Array, "B 1"],
         rotation: rope.Rotation | None,
         attend: Attend,
         cache: tuple,
-    ) -> tuple[jax.Array, tuple]:
-        """One token a row, int32 [B, 1], against a cache a layer that `attend` reads and updates.
+    ) -> tuple[Float[Array, "B 1 D"], tuple]:
+        """Decodes one token per sequence.
 
-        Where heads are smeared a layer's cache has the `recent` ones.
+        Args:
+            blocks: `stack.unstack()`, computed once outside the decoding loop.
+            tokens: the current tokens.
+            positions: their positions.
+            rotation: their rotation. `config.block.rotation` is computed for all positions once, outside the
+                loop; None if that is None.
+            attend: reads and updates a layer's cache.
+            cache: one entry per layer, with attribute `recent` if heads are smeared.
 
-        `blocks` is `stack.unstack()`, made once outside the decoding loop. So is `config.block.rotation` of
-        all positions to come, of which `rotation` is this token's; None where it is None.
+        Returns:
+            Hidden states after the last norm, and the updated cache.
         """
         x, updated = self.embed(tokens, positions), []
         same = jnp.ones_like(tokens)
@@ -208,8 +265,11 @@ class Decoder(nnx.Module):
             updated.append(layer_cache)
         return self.norm(x), tuple(updated)
 
-    def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        """Token (and absolute position) vectors, [B, T, D]."""
+    @jax.named_scope("embed")
+    def embed(
+        self, tokens: Int[Array | np.ndarray, "B T"], positions: Int[Array | np.ndarray, "B T"]
+    ) -> Float[Array, "B T D"]:
+        """Token embeddings, plus learned or sinusoidal positions, in the config's dtype."""
         dtype = jnp.dtype(self.config.dtype)
         x = self.embedding(tokens, dtype)
         if self.position_embedding is not None:
@@ -218,7 +278,8 @@ class Decoder(nnx.Module):
             x = x + rope.sinusoids(positions, self.config.embed_dim).astype(dtype)
         return x
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """[B, T, D] -> float32 [B, T, V]."""
+    @jax.named_scope("logits")
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
+        """Logits of the next token, from hidden states."""
         head = self.embedding if self.head is None else self.head
         return head.attend(hidden).astype(jnp.float32)

@@ -1,11 +1,13 @@
-"""The smallest modules: linear maps over named axes, norms, embeddings. Parameters carry logical axes."""
+"""Basic modules: linear maps, norms and embeddings, whose parameters have logical axes in their metadata."""
 
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from rag_mm.core import sharding
 from rag_mm.ops import projection
@@ -17,13 +19,13 @@ NORMS = ("layernorm", "layernorm_no_params", "rmsnorm")
 def make_param(
     rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, std: float, cut: float | None = None
 ) -> nnx.Param:
-    """A float32 parameter drawn from N(0, std^2), cut at `cut` std, its logical axes beside it."""
+    """A float32 parameter sampled from N(0, std^2), truncated at `cut` std, with its logical axes."""
     key = rngs.params()
     if cut is None:
-        drawn = jax.random.normal(key, shape, jnp.float32)
+        value = jax.random.normal(key, shape, jnp.float32)
     else:
-        drawn = jax.random.truncated_normal(key, -cut, cut, shape, jnp.float32)
-    return nnx.Param(std * drawn, axes=axes)
+        value = jax.random.truncated_normal(key, -cut, cut, shape, jnp.float32)
+    return nnx.Param(std * value, axes=axes)
 
 
 class Linear(nnx.Module):
@@ -40,15 +42,15 @@ class Linear(nnx.Module):
         std: float | None = None,
         cut: float | None = None,
     ):
-        """`axes` names in then out dimensions; `std` defaults to 1 / sqrt(fan in)."""
+        """`axes` are those of `in`, then those of `out`; `std` defaults to 1 / sqrt(fan in)."""
         self.num_in = len(in_shape)
         std = 1 / math.sqrt(math.prod(in_shape)) if std is None else std
         self.kernel = make_param(rngs, (*in_shape, *out_shape), axes, std, cut)
         zeros = jnp.zeros(out_shape, jnp.float32)
         self.bias = nnx.Param(zeros, axes=axes[self.num_in :]) if use_bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x: [B, T, *in] -> [B, T, *out] in x's dtype."""
+    def __call__(self, x: Float[Array, "B T *in"]) -> Float[Array, "B T *out"]:
+        """Returns x's dtype."""
         y = projection.project(x, self.kernel[...], self.kernel.axes, self.num_in)
         if self.bias is not None:
             bias = sharding.gather(self.bias[...].astype(x.dtype), self.bias.axes)
@@ -68,8 +70,15 @@ class Norm(nnx.Module):
         eps: float = 1e-5,
         heads: tuple[int, str] | None = None,
     ):
-        """kind: layernorm | layernorm_no_params | rmsnorm; `heads`, a number and its logical axis,
-        gives each head parameters of its own."""
+        """Makes a norm over the last axis.
+
+        Args:
+            kind: layernorm | layernorm_no_params | rmsnorm.
+            dim: size of the last axis.
+            rngs: unused.
+            eps: added to the variance.
+            heads: number of heads and their logical axis, for separate parameters per head.
+        """
         if kind not in NORMS:
             raise ValueError(f"norm is one of {', '.join(NORMS)}, not {kind!r}")
         self.kind, self.eps = kind, eps
@@ -78,27 +87,27 @@ class Norm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(shape, jnp.float32), axes=axes) if has_scale else None
         self.bias = nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes) if has_bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises the last axis; returns x's dtype."""
+    def __call__(self, x: Float[Array, "*shape D"]) -> Float[Array, "*shape D"]:
+        """Normalizes the last axis; returns x's dtype."""
         y = x.astype(jnp.float32)
         if self.kind != "rmsnorm":
             y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
         if self.scale is not None:
-            y = y * _under(self.scale[...], y)
+            y = y * _broadcast(self.scale[...], y)
         if self.bias is not None:
-            y = y + _under(self.bias[...], y)
+            y = y + _broadcast(self.bias[...], y)
         return y.astype(x.dtype)
 
 
-def _under(parameter: jax.Array, y: jax.Array) -> jax.Array:
-    """A norm's parameter as it meets the last axes of `y`; weights may rest in fewer bits."""
+def _broadcast(parameter: Float[Array, "*last"], y: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The parameter in y's dtype, with leading axes of size 1; imported weights may be bfloat16."""
     lead = (1,) * (y.ndim - parameter.ndim)
     return parameter.astype(y.dtype).reshape(*lead, *parameter.shape)
 
 
 class Embedding(nnx.Module):
-    """A table of vectors, read by id and, where the head is tied, multiplied for logits."""
+    """A table of vectors, looked up by id; as a tied or untied head, multiplied to give logits."""
 
     def __init__(
         self,
@@ -112,12 +121,14 @@ class Embedding(nnx.Module):
     ):
         self.table = make_param(rngs, (size, dim), axes, std, cut)
 
-    def __call__(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """ids: int32 [B, T] -> [B, T, D]."""
+    def __call__(
+        self, ids: Int[Array | np.ndarray, "B T"], dtype: jnp.dtype
+    ) -> Float[Array, "B T D"]:
+        """Looks up ids; returns `dtype`."""
         return projection.look_up(ids, self.table[...], dtype)
 
-    def attend(self, x: jax.Array) -> jax.Array:
-        """x: [B, T, D] -> logits [B, T, V] in x's dtype."""
+    def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Products of x with all vectors, in x's dtype."""
         table, (rows, width) = self.table[...], self.table.axes
         return projection.project(x, projection.transpose(table), (width, rows), 1)
 

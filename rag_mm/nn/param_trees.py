@@ -1,4 +1,4 @@
-"""Parameters as plain nested dicts: described without making an array, made where they belong."""
+"""Parameters as plain nested dicts: their shapes and shardings, and sharded initialization."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +15,11 @@ Params = dict[str, Any]
 def describe(
     make_model: Callable[[], nnx.Module], mesh: Mesh | None
 ) -> tuple[nnx.GraphDef, Params]:
-    """The model's structure, and its parameters as shapes with shardings (one device without a mesh).
+    """The model's structure, and its parameters as ShapeDtypeStructs with shardings; allocates no array.
 
-    A parameter's logical axes stand in its metadata (`rag_mm.nn.layers`); those of stock Flax layers have
-    none and are replicated. Parameters of a `Stack` have a leading `layers` axis.
+    A parameter's logical axes are in its metadata (`rag_mm.nn.layers`). Parameters of stock Flax layers have
+    none and are replicated. Parameters of a `Stack` have a leading `layers` axis. Without a mesh, everything
+    is on one device.
     """
     graphdef, abstract = nnx.split(jax.eval_shape(make_model), nnx.Param)
     one_device = SingleDeviceSharding(jax.local_devices()[0])
@@ -28,18 +29,18 @@ def describe(
         axes = variable.get_metadata().get("axes", (None,) * leaf.ndim)
         if len(axes) < leaf.ndim:
             axes = ("layers", *axes)
-        place = one_device
+        layout = one_device
         if mesh is not None:
-            place = NamedSharding(mesh, sharding.parameter_spec(axes))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+            layout = NamedSharding(mesh, sharding.parameter_spec(axes))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
 
     is_variable = lambda node: isinstance(node, nnx.Variable)
-    placed = jax.tree.map(lay_out, abstract, is_leaf=is_variable)
-    return graphdef, nnx.to_pure_dict(placed)
+    described = jax.tree.map(lay_out, abstract, is_leaf=is_variable)
+    return graphdef, nnx.to_pure_dict(described)
 
 
 def init_params(make_model: Callable[[], nnx.Module], mesh: Mesh) -> Params:
-    """The model's fresh parameters, each made directly in its own layout."""
+    """Newly initialized parameters, each created directly in its sharding."""
     _, abstract = describe(make_model, mesh)
 
     def init() -> Params:

@@ -1,11 +1,13 @@
 """Attention behind one function: softmax(q k^T / sqrt(H)) v with causal, segment and cache masks.
 
-Splash on a TPU and cuDNN on a GPU where their kernels fit, `cpu_attention` on a CPU, XLA elsewhere; one
-reference for all.
+Splash runs on a TPU and cuDNN on a GPU where their kernels fit, `cpu_attention` on a CPU, and XLA everywhere
+else. XLA's is the reference for all.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from rag_mm.core import sharding
 from rag_mm.ops import cpu_attention, splash
@@ -14,56 +16,70 @@ IMPLEMENTATIONS = ("splash", "cudnn", "cpu", "xla")
 
 
 def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array | np.ndarray, "B T N H"],
+    k: Float[Array | np.ndarray, "B S K H"],
+    v: Float[Array | np.ndarray, "B S K H"],
     *,
     is_causal: bool,
-    query_segment_ids: jax.Array | None = None,
-    key_segment_ids: jax.Array | None = None,
-    query_offset: jax.Array | int = 0,
+    query_segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
+    key_segment_ids: Int[Array | np.ndarray, "B S"] | None = None,
+    query_offset: Int[Array, ""] | int = 0,
     implementation: str | None = None,
-) -> jax.Array:
-    """Multi-head, grouped or multi-query attention.
+) -> Float[Array, "B T N H"]:
+    """Multi-head, grouped or multi-query attention; scores and softmax are float32.
 
     Args:
-        q: [B, T, N, H].
-        k, v: [B, S, K, H], K dividing N.
+        q: queries.
+        k, v: keys and values; K divides N.
         is_causal: query t sees keys s <= t + query_offset.
-        query_segment_ids, key_segment_ids: int32 [B, T] and [B, S]; a query sees keys of its own segment
-            only. Give both or neither. Padding is a segment of its own.
+        query_segment_ids, key_segment_ids: a query sees only keys of its own segment. Give both or neither.
+            Padding is a segment of its own.
         query_offset: index of the first query among the keys (a KV cache holds more keys than queries).
-        implementation: splash | cudnn | cpu | xla, the reference; None lets `choose` decide.
+        implementation: splash | cudnn | cpu | xla (the reference); None lets `choose` decide.
 
     Returns:
-        [B, T, N, H] in q's dtype; scores and softmax are float32.
+        The attended values in q's dtype.
 
     Raises:
-        ValueError: only one of the segment ids was given; no such implementation, or one for causal
-            attention of positions to themselves where it is not.
+        ValueError: only one of the segment ids was given, or `implementation` is unknown or cannot compute
+            this attention: all but xla need causal attention with as many keys as queries and no offset.
     """
     if (query_segment_ids is None) != (key_segment_ids is None):
         raise ValueError("give both query_segment_ids and key_segment_ids, or neither")
     starts_at_0 = isinstance(query_offset, int) and query_offset == 0
     is_self = is_causal and starts_at_0 and q.shape[1] == k.shape[1]
-    kind = implementation or choose(sharding.platform(), q, k, is_self)
-    if kind not in IMPLEMENTATIONS or (kind != "xla" and not is_self):
-        raise ValueError(f"there is no implementation {kind!r} for this attention")
-    if kind == "splash":
-        return splash.splash_attention(q, k, v, query_segment_ids)
-    if kind == "cpu":
-        return cpu_attention.cpu_attention(q, k, v, query_segment_ids, key_segment_ids)
-    backend = "cudnn" if kind == "cudnn" else "xla"
-    return _attend(q, k, v, is_causal, query_segment_ids, key_segment_ids, query_offset, backend)
+    chosen = implementation or choose(sharding.platform(), q, k, is_self)
+    if chosen not in IMPLEMENTATIONS or (chosen != "xla" and not is_self):
+        raise ValueError(
+            f"there is no implementation {chosen!r} of this attention: choose from "
+            f"{', '.join(IMPLEMENTATIONS)}; all but xla need causal self-attention without a cache"
+        )
+    with jax.named_scope("attention"):
+        if chosen == "splash":
+            return splash.splash_attention(q, k, v, query_segment_ids)
+        if chosen == "cpu":
+            return cpu_attention.cpu_attention(q, k, v, query_segment_ids, key_segment_ids)
+        backend = "cudnn" if chosen == "cudnn" else "xla"
+        return _attend(
+            q, k, v, is_causal, query_segment_ids, key_segment_ids, query_offset, backend
+        )
 
 
-def choose(platform: str, q: jax.Array, k: jax.Array, is_self: bool) -> str:
-    """splash | cudnn | cpu | xla for heads as in `attention`.
+def choose(
+    platform: str,
+    q: Float[Array | np.ndarray | jax.ShapeDtypeStruct, "B T N H"],
+    k: Float[Array | np.ndarray | jax.ShapeDtypeStruct, "B S K H"],
+    is_self: bool,
+) -> str:
+    """The fastest implementation for these heads: splash | cudnn | cpu | xla.
 
-    `is_self`: causal, and no key is older than query 0.
+    Splash reads whole blocks of 128 positions. cuDNN's fused kernels need 16-bit heads whose size is a
+    multiple of 8 and at most 128.
 
-    Splash reads whole blocks of 128 positions; cuDNN's fused kernels take 16-bit heads of at most 128
-    whose length is a multiple of 8.
+    Args:
+        platform: tpu | gpu | cuda | cpu.
+        q, k: queries and keys, of which only shape and dtype matter.
+        is_self: the attention is causal, and no key precedes query 0.
     """
     if platform == "tpu" and is_self and q.shape[1] % splash.LANES == 0:
         return "splash"
@@ -75,15 +91,15 @@ def choose(platform: str, q: jax.Array, k: jax.Array, is_self: bool) -> str:
 
 
 def _attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
     is_causal: bool,
-    query_segment_ids: jax.Array | None,
-    key_segment_ids: jax.Array | None,
-    query_offset: jax.Array | int,
+    query_segment_ids: Int[Array, "B T"] | None,
+    key_segment_ids: Int[Array, "B S"] | None,
+    query_offset: Int[Array, ""] | int,
     backend: str = "xla",
-) -> jax.Array:
+) -> Float[Array, "B T N H"]:
     if backend == "cudnn" and query_segment_ids is None:
         # Without segments the kernel needs no stored mask.
         return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation=backend)
@@ -96,7 +112,7 @@ def _attend(
         mask = same if mask is None else mask & same
     with jax.numpy_dtype_promotion("standard"):  # It mixes bfloat16 heads with float32 scores.
         attended = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=backend)
-    # Of a batch of one row XLA's path forgets over what it is split.
+    # With a batch of one, XLA's implementation loses the sharding of its operands.
     layout = jax.typeof(q).sharding.spec
     is_kept = jax.typeof(attended).sharding.spec == layout
     return attended if is_kept else jax.sharding.reshard(attended, layout)

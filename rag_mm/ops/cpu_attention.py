@@ -1,8 +1,8 @@
-"""Attention for CPUs, where passes over the scores cost more than products.
+"""Causal self-attention for CPUs, where passes over the scores cost more than matrix products.
 
-A softmax takes off the largest score only to keep its exponentials finite. The largest product of norms
-bounds every score (Cauchy-Schwarz) and is had without making any: where it is small, as in decoders trained
-here, nothing is taken off, and XLA takes the exponential as it multiplies.
+A softmax subtracts the largest score only to keep its exponentials finite. The product of the largest query
+norm and the largest key norm bounds every score (Cauchy-Schwarz) and is cheap. Where this bound is small, as
+in the decoders trained here, nothing is subtracted, and XLA fuses the exponential with the product.
 """
 
 import itertools
@@ -10,32 +10,34 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
-# Self-attention is cut into at most this many runs of queries, each of at least this length.
+# Queries are split into at most MAX_CHUNKS chunks of at least MIN_CHUNK positions.
 MAX_CHUNKS, MIN_CHUNK = 2, 32
-# Gradients are divided by sums of at most exp(20) times a row's length, which leaves 25 decades of float32.
+# Gradients are divided by sums of at most exp(20) times the sequence length: 25 decades of float32 remain.
 MAX_BOUND = 20.0
 
 
 def cpu_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    query_segment_ids: jax.Array | None,
-    key_segment_ids: jax.Array | None,
-) -> jax.Array:
-    """Causal attention of a run of positions to itself, within segments where their ids are given.
+    q: Float[Array | np.ndarray, "B T N H"],
+    k: Float[Array | np.ndarray, "B T K H"],
+    v: Float[Array | np.ndarray, "B T K H"],
+    query_segment_ids: Int[Array | np.ndarray, "B T"] | None,
+    key_segment_ids: Int[Array | np.ndarray, "B T"] | None,
+) -> Float[Array, "B T N H"]:
+    """Causal self-attention, within segments if their ids are given; all arithmetic is float32.
 
-    A chunk of queries meets the keys up to its own end only: with two chunks a quarter of the scores is never
-    made; more chunks save less than their programs take to compile.
+    Each chunk of queries is multiplied only by the keys up to the chunk's end. Two chunks save a quarter of
+    the scores; more chunks would save less than they cost in compile time.
 
     Args:
-        q: [B, T, N, H].
-        k, v: [B, T, K, H], K dividing N.
-        query_segment_ids, key_segment_ids: int32 [B, T], or None both.
+        q: queries.
+        k, v: keys and values; K divides N.
+        query_segment_ids, key_segment_ids: both or neither.
 
     Returns:
-        [B, T, N, H] in q's dtype; all arithmetic is float32.
+        The attended values in q's dtype.
     """
     dtype, length, groups = q.dtype, q.shape[1], q.shape[2] // k.shape[2]
     if groups > 1:
@@ -59,13 +61,23 @@ def cpu_attention(
 
 
 @jax.custom_vjp
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """float32 [B, t, N, H] of scaled queries to [B, S, N, H]; each sees a key, by bool [B or 1, 1, t, S]."""
+def _attend(
+    q: Float[Array, "B t N H"],
+    k: Float[Array, "B S N H"],
+    v: Float[Array, "B S N H"],
+    mask: Bool[Array, "#B 1 t S"],
+) -> Float[Array, "B t N H"]:
+    """Attention of one chunk of t scaled queries; every query must see at least one key."""
     return _forward(q, k, v, mask)[0]
 
 
-def _forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple[jax.Array, Any]:
-    """Also what the backward pass reads: unnormalised weights [B, N, t, S] and their sums [B, t, N, 1]."""
+def _forward(
+    q: Float[Array, "B t N H"],
+    k: Float[Array, "B S N H"],
+    v: Float[Array, "B S N H"],
+    mask: Bool[Array, "#B 1 t S"],
+) -> tuple[Float[Array, "B t N H"], Any]:
+    """`_attend` and its residuals, among them the unnormalized weights [B, N, t, S] and their sums."""
     norm = lambda x: jnp.sqrt(jnp.square(x).sum(-1).max())
     args = q, k, mask
     weights = jax.lax.cond(norm(q) * norm(k) <= MAX_BOUND, _weigh_unshifted, _weigh, *args)
@@ -74,20 +86,26 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple
     return attended, (q, k, v, weights, sums, attended)
 
 
-def _weigh_unshifted(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+def _weigh_unshifted(
+    q: Float[Array, "B t N H"], k: Float[Array, "B S N H"], mask: Bool[Array, "#B 1 t S"]
+) -> Float[Array, "B N t S"]:
     return jnp.where(mask, jnp.exp(jnp.einsum("btnh,bsnh->bnts", q, k)), 0.0)
 
 
-def _weigh(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+def _weigh(
+    q: Float[Array, "B t N H"], k: Float[Array, "B S N H"], mask: Bool[Array, "#B 1 t S"]
+) -> Float[Array, "B N t S"]:
     scores = jnp.where(mask, jnp.einsum("btnh,bsnh->bnts", q, k), -jnp.inf)
     return jnp.exp(scores - scores.max(-1, keepdims=True))
 
 
-def _backward(kept: Any, grad: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    q, k, v, weights, sums, attended = kept
+def _backward(
+    residuals: Any, grad: Float[Array, "B t N H"]
+) -> tuple[Float[Array, "B t N H"], Float[Array, "B S N H"], Float[Array, "B S N H"], None]:
+    q, k, v, weights, sums, attended = residuals
     grad = grad / sums
-    own = jnp.moveaxis((grad * attended).sum(-1), 1, 2)[..., None]  # [B, N, t, 1]
-    scores_grad = weights * (jnp.einsum("btnh,bsnh->bnts", grad, v) - own)
+    mean = jnp.moveaxis((grad * attended).sum(-1), 1, 2)[..., None]  # [B, N, t, 1]
+    scores_grad = weights * (jnp.einsum("btnh,bsnh->bnts", grad, v) - mean)
     return (
         jnp.einsum("bnts,bsnh->btnh", scores_grad, k),
         jnp.einsum("bnts,btnh->bsnh", scores_grad, q),

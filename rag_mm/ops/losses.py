@@ -4,36 +4,38 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 
 @jax.custom_vjp
-def token_nll(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """-log softmax(logits)[target] in nats.
-
-    Args:
-        logits: float32 [B, T, V]; V may be split over devices.
-        targets: int32 [B, T].
-
-    Returns:
-        float32 [B, T].
-    """
+def token_nll(
+    logits: Float32[Array | np.ndarray, "B T V"], targets: Int[Array | np.ndarray, "B T"]
+) -> Float32[Array, "B T"]:
+    """-log softmax(logits)[target] in nats; V may be sharded."""
     return _token_nll(logits, targets)[0]
 
 
-def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    # A comparison instead of a gather: it fuses with the sum and needs no exchange when V is split.
+def _is_target(
+    logits: Float32[Array | np.ndarray, "B T V"], targets: Int[Array | np.ndarray, "B T"]
+) -> Bool[Array, "B T V"]:
+    # A comparison instead of a gather: it fuses with the sum and needs no communication when V is sharded.
     return jax.lax.broadcasted_iota(jnp.int32, (1, 1, logits.shape[-1]), 2) == targets[:, :, None]
 
 
-def _token_nll(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+def _token_nll(
+    logits: Float32[Array | np.ndarray, "B T V"], targets: Int[Array | np.ndarray, "B T"]
+) -> tuple[Float32[Array, "B T"], tuple]:
     normalizer = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.where(_is_target(logits, targets), logits, 0.0).sum(-1)
-    return normalizer - chosen, (logits, targets, normalizer)
+    target_logits = jnp.where(_is_target(logits, targets), logits, 0.0).sum(-1)
+    return normalizer - target_logits, (logits, targets, normalizer)
 
 
-def _token_nll_grad(kept: tuple[jax.Array, ...], grad: jax.Array) -> tuple[jax.Array, None]:
-    # By itself autodiff would keep the exponentials beside the logits.
-    logits, targets, normalizer = kept
+def _token_nll_grad(
+    residuals: tuple, grad: Float32[Array, "B T"]
+) -> tuple[Float32[Array, "B T V"], None]:
+    # Autodiff would store the exponentials in addition to the logits.
+    logits, targets, normalizer = residuals
     probabilities = jnp.exp(logits - normalizer[:, :, None])
     is_target = _is_target(logits, targets).astype(logits.dtype)
     return grad[:, :, None] * (probabilities - is_target), None
@@ -43,23 +45,20 @@ token_nll.defvjp(_token_nll, _token_nll_grad)
 
 
 def chunked_token_nll(
-    logits_fn: Callable[[jax.Array], jax.Array],
-    hidden: jax.Array,
-    targets: jax.Array,
+    logits_fn: Callable[[Float[Array, "B t D"]], Float32[Array, "B t V"]],
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
     num_chunks: int,
-) -> jax.Array:
-    """`token_nll` of `logits_fn(hidden)` whose logits exist for one run of positions at a time.
+) -> Float32[Array, "B T"]:
+    """`token_nll(logits_fn(hidden), targets)`, with the logits of one chunk of positions at a time.
 
-    The backward pass makes each run's logits again, so neither pass ever holds [B, T, V].
+    The backward pass recomputes each chunk's logits, so neither pass ever holds [B, T, V].
 
     Args:
-        logits_fn: [B, t, D] -> float32 [B, t, V]; may close over parameters.
-        hidden: [B, T, D].
-        targets: int32 [B, T].
-        num_chunks: runs of ceil(T / num_chunks) positions; 1 makes all logits at once.
-
-    Returns:
-        float32 [B, T].
+        logits_fn: may close over parameters.
+        hidden: hidden states.
+        targets: token ids.
+        num_chunks: the chunks have ceil(T / num_chunks) positions; 1 computes all logits at once.
 
     Raises:
         ValueError: num_chunks is below 1.
@@ -69,8 +68,8 @@ def chunked_token_nll(
     if num_chunks == 1:
         return token_nll(logits_fn(hidden), targets)
     batch, length = targets.shape
-    room = -length % num_chunks
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, room), *((0, 0),) * (x.ndim - 2)))
+    padding = -length % num_chunks
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2)))
     split = lambda x: jnp.moveaxis(pad(x).reshape(batch, num_chunks, -1, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint
@@ -81,19 +80,21 @@ def chunked_token_nll(
     return jnp.moveaxis(nll, 0, 1).reshape(batch, -1)[:, :length]
 
 
-def info_nce(similarities: jax.Array) -> tuple[jax.Array, jax.Array]:
+def info_nce(
+    similarities: Float32[Array | np.ndarray, "B B"],
+) -> tuple[Float32[Array, " B"], Bool[Array, " B"]]:
     """Symmetric contrastive loss (CLIP, Radford et al. 2021, figure 3).
 
     Args:
-        similarities: float32 [B, B], already divided by the temperature; row i belongs with column i.
+        similarities: already divided by the temperature; row i and column i are a pair.
 
     Returns:
-        Per-row losses float32 [B] (mean of both directions, nats) and whether the row's own column is
-        its only best, bool [B].
+        The loss of each pair, mean of both directions in nats, and whether column i alone has the highest
+        similarity in row i.
     """
-    own = jnp.diagonal(similarities)
-    rows = jax.nn.logsumexp(similarities, axis=1) - own
-    columns = jax.nn.logsumexp(similarities, axis=0) - own
-    # Ties are no hits: a collapsed retriever finds everything alike.
-    num_as_good = (similarities >= own[:, None]).sum(axis=1)
+    of_pairs = jnp.diagonal(similarities)
+    rows = jax.nn.logsumexp(similarities, axis=1) - of_pairs
+    columns = jax.nn.logsumexp(similarities, axis=0) - of_pairs
+    # Ties do not count as hits: to a collapsed retriever all similarities are equal.
+    num_as_good = (similarities >= of_pairs[:, None]).sum(axis=1)
     return (rows + columns) / 2, num_as_good == 1

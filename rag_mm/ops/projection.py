@@ -1,7 +1,7 @@
-"""Products with parameters that rest in float32, split over the mesh, while activations may be narrower.
+"""Products of activations, possibly bfloat16, with float32 parameters sharded over the mesh.
 
-The parameter is cast before it is gathered, so that FSDP moves the narrow form; its gradient is summed in
-float32 and leaves in the parameter's own layout, so that it is reduce-scattered and never stored whole.
+A parameter is cast before it is gathered, so that FSDP communicates the narrow form. Its gradient is summed
+in float32 and returned in the parameter's sharding: it is reduce-scattered and never stored whole.
 """
 
 import string
@@ -9,40 +9,42 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from rag_mm.core import sharding
 
 Axes = tuple[str | None, ...]
 
 
-def project(x: jax.Array, kernel: jax.Array, axes: Axes, num_in: int) -> jax.Array:
-    """y[b, t, *out] = sum over `in` of x[b, t, *in] kernel[*in, *out].
+def project(
+    x: Float[Array, "B T *in"], kernel: Float[Array, "*in_out"], axes: Axes, num_in: int
+) -> Float[Array, "B T *out"]:
+    """y[b, t, *out] = sum over `in` of x[b, t, *in] kernel[*in, *out], in x's dtype.
 
     Args:
-        x: [B, T, *in], float32 or bfloat16.
-        kernel: float32 [*in, *out].
+        x: activations, float32 or bfloat16.
+        kernel: the parameter, shape (*in, *out).
         axes: the kernel's logical axes.
-        num_in: how many of them are `in`.
-
-    Returns:
-        [B, T, *out] in x's dtype.
+        num_in: how many of the kernel's axes are `in`.
     """
-    # In one dtype autodiff does the same without our help.
+    # If the dtypes are equal, plain autodiff does the same.
     function = _forward if kernel.dtype == x.dtype else _project
     return function(x, kernel, axes, num_in)
 
 
-def transpose(table: jax.Array) -> jax.Array:
-    """[V, D] -> [D, V], whose gradient is made as [D, V] and then turned on a CPU.
+def transpose(table: Float[Array, "V D"]) -> Float[Array, "D V"]:
+    """`table.T`; on a CPU its gradient is computed as [D, V] and then transposed.
 
-    Left to itself XLA makes it as [V, D], for which a CPU has to turn the far larger gradient of logits. A
-    TPU would sum the turned gradient over chips once for each run of positions instead of once.
+    By default XLA computes it as [V, D], for which a CPU has to transpose the far larger gradient of the
+    logits. Not on a TPU: it would sum the transposed gradient over chips once per chunk of positions instead
+    of once.
     """
     return _transpose(table) if sharding.platform() == "cpu" else table.T
 
 
 @jax.custom_vjp
-def _transpose(table: jax.Array) -> jax.Array:
+def _transpose(table: Float[Array, "V D"]) -> Float[Array, "D V"]:
     return table.T
 
 
@@ -52,8 +54,10 @@ _transpose.defvjp(
 )
 
 
-def look_up(ids: jax.Array, table: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Rows of a float32 table [V, D] of axes (any, "embed"): int32 [B, T] -> [B, T, D] in `dtype`."""
+def look_up(
+    ids: Int[Array | np.ndarray, "B T"], table: Float[Array, "V D"], dtype: jnp.dtype
+) -> Float[Array, "B T D"]:
+    """`table[ids]` in `dtype`; the table's logical axes are (any, "embed")."""
     function = _rows if table.dtype == dtype else _look_up
     return function(ids, table, jnp.dtype(dtype))
 
@@ -63,7 +67,9 @@ def _letters(axes: Axes, num_in: int) -> tuple[str, str]:
     return letters[:num_in], letters[num_in:]
 
 
-def _forward(x: jax.Array, kernel: jax.Array, axes: Axes, num_in: int) -> jax.Array:
+def _forward(
+    x: Float[Array, "B T *in"], kernel: Float[Array, "*in_out"], axes: Axes, num_in: int
+) -> Float[Array, "B T *out"]:
     into, out = _letters(axes, num_in)
     return jnp.einsum(
         f"YZ{into},{into}{out}->YZ{out}",
@@ -77,16 +83,16 @@ _project = jax.custom_vjp(_forward, nondiff_argnums=(2, 3))
 
 
 def _project_fwd(
-    x: jax.Array, kernel: jax.Array, axes: Axes, num_in: int
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    # The parameter itself is kept, not what was gathered.
+    x: Float[Array, "B T *in"], kernel: Float[Array, "*in_out"], axes: Axes, num_in: int
+) -> tuple[Float[Array, "B T *out"], tuple]:
+    # The residual is the sharded parameter, not the gathered one.
     return _forward(x, kernel, axes, num_in), (x, kernel)
 
 
 def _project_bwd(
-    axes: Axes, num_in: int, kept: tuple[jax.Array, jax.Array], grad: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    x, kernel = kept
+    axes: Axes, num_in: int, residuals: tuple, grad: Float[Array, "B T *out"]
+) -> tuple[Float[Array, "B T *in"], Float[Array, "*in_out"]]:
+    x, kernel = residuals
     into, out = _letters(axes, num_in)
     x_grad = jnp.einsum(
         f"YZ{out},{into}{out}->YZ{into}",
@@ -99,7 +105,7 @@ def _project_bwd(
     )
     operands = (x, grad)
     if sharding.platform() == "cpu":
-        # XLA's CPU has no product of two bfloat16 arrays that adds up in float32.
+        # XLA's CPU backend cannot multiply two bfloat16 arrays with a float32 sum.
         operands = (x.astype(kernel.dtype), grad.astype(kernel.dtype))
     layouts = [("batch", None, *axes[:num_in]), ("batch", None, *axes[num_in:])]
     return x_grad, sharding.sum_over_batch(multiply, operands, layouts, axes)
@@ -108,8 +114,10 @@ def _project_bwd(
 _project.defvjp(_project_fwd, _project_bwd)
 
 
-def _rows(ids: jax.Array, table: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    # A lookup by id needs every row: the table is gathered over `tensor` too.
+def _rows(
+    ids: Int[Array | np.ndarray, "B T"], table: Float[Array, "V D"], dtype: jnp.dtype
+) -> Float[Array, "B T D"]:
+    # A lookup may need any row, so the table is gathered over `tensor` too.
     table = sharding.gather(table.astype(dtype), (None, None))
     spec = sharding.activation_spec("batch", None, None)
     return table.at[ids].get(out_sharding=spec) if spec else table[ids]
@@ -119,16 +127,16 @@ _look_up = jax.custom_vjp(_rows, nondiff_argnums=(2,))
 
 
 def _look_up_fwd(
-    ids: jax.Array, table: jax.Array, dtype: jnp.dtype
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    ids: Int[Array | np.ndarray, "B T"], table: Float[Array, "V D"], dtype: jnp.dtype
+) -> tuple[Float[Array, "B T D"], tuple]:
     return _rows(ids, table, dtype), (ids, table)
 
 
 def _look_up_bwd(
-    dtype: jnp.dtype, kept: tuple[jax.Array, jax.Array], grad: jax.Array
-) -> tuple[None, jax.Array]:
+    dtype: jnp.dtype, residuals: tuple, grad: Float[Array, "B T D"]
+) -> tuple[None, Float[Array, "V D"]]:
     del dtype
-    ids, table = kept
+    ids, table = residuals
 
     def add(ids: jax.Array, grad: jax.Array) -> jax.Array:
         return jnp.zeros(table.shape, table.dtype).at[ids].add(grad.astype(table.dtype))
@@ -137,7 +145,7 @@ def _look_up_bwd(
     added = sharding.sum_over_batch(add, (ids, grad), layouts, (None, "embed"))
     if jax.sharding.get_abstract_mesh().empty:
         return None, added
-    # Rows may be split over `tensor` besides.
+    # The table's rows may also be split over `tensor`.
     return None, jax.sharding.reshard(added, jax.typeof(table).sharding.spec)
 
 

@@ -1,4 +1,4 @@
-"""Positions: rotary (Su et al. 2021, LLaMA's half-split form) and fixed sinusoids (Vaswani et al. 2017)."""
+"""Rotary positions (Su et al. 2021, in LLaMA's half-split form) and sinusoids (Vaswani et al. 2017)."""
 
 import dataclasses
 import math
@@ -6,14 +6,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int
 
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Scaling:
-    """LLaMA 3.1's longer context: slow rotations become `factor` times slower, fast ones stay.
+    """LLaMA 3.1's context extension: divides low frequencies by `factor` and keeps high ones.
 
-    A wavelength above original_length / low_freq_factor is slow, one below original_length /
-    high_freq_factor is fast, and between the two the frequency is blended.
+    Low are the frequencies of wavelengths above original_length / low_freq_factor, high those of wavelengths
+    below original_length / high_freq_factor. Between the two the result is interpolated.
     """
 
     factor: float
@@ -28,8 +30,8 @@ class Llama3Scaling:
                 f"{self.factor}, {self.low_freq_factor} and {self.high_freq_factor}"
             )
 
-    def __call__(self, frequencies: jax.Array) -> jax.Array:
-        """float32 [H/2] in radians a position -> the same shape."""
+    def __call__(self, frequencies: Float32[Array, " half"]) -> Float32[Array, " half"]:
+        """Scales frequencies, in radians per position."""
         turns = self.original_length * frequencies / (2 * math.pi)
         span = self.high_freq_factor - self.low_freq_factor
         share = jnp.clip((turns - self.low_freq_factor) / span, 0, 1)
@@ -37,53 +39,45 @@ class Llama3Scaling:
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of the angles that positions turn a head's pairs by, float32 [B, T, 1, H/2]."""
+    """Cosines and sines of the angles by which positions rotate the pairs of a head."""
 
-    cos: jax.Array
-    sin: jax.Array
+    cos: Float32[Array, "B T 1 half"]
+    sin: Float32[Array, "B T 1 half"]
 
 
 def make_rotation(
-    positions: jax.Array,
+    positions: Int[Array | np.ndarray, "B T"],
     head_dim: int,
     theta: float = 10_000.0,
     scaling: Llama3Scaling | None = None,
 ) -> Rotation:
-    """The angles positions / theta^(2i/H), made once for all layers.
+    """The angles positions / theta^(2i/H), computed once for all layers.
 
     Args:
-        positions: int32 [B, T].
+        positions: token positions.
         head_dim: H, even.
         theta: base of the wavelengths.
-        scaling: what is done to the frequencies, or None.
+        scaling: changes the frequencies for a longer context.
     """
     half = head_dim // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     if scaling is not None:
         frequencies = scaling(frequencies)
     angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
-    # Without the barrier XLA computes every sine again for each head of each layer.
+    # Without the barrier XLA recomputes every sine for each head of each layer.
     return Rotation(*jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles))))
 
 
-def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
-    """Turns each head's pairs (i, i + H/2); x: [B, T, N, H], and so is what is returned, in x's dtype."""
+def rotate(x: Float[Array | np.ndarray, "B T N H"], rotation: Rotation) -> Float[Array, "B T N H"]:
+    """Rotates each head's pairs (i, i + H/2); returns x's dtype."""
     cos, sin = rotation
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
-def sinusoids(positions: jax.Array, dim: int) -> jax.Array:
-    """Fixed position vectors.
-
-    Args:
-        positions: int32 [B, T].
-        dim: width D, even.
-
-    Returns:
-        float32 [B, T, D]: sines in the first half, cosines in the second.
-    """
+def sinusoids(positions: Int[Array | np.ndarray, "B T"], dim: int) -> Float32[Array, "B T {dim}"]:
+    """Fixed position embeddings of even width: sines in the first half, cosines in the second."""
     half = dim // 2
     frequencies = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / max(half - 1, 1))
     angles = positions.astype(jnp.float32)[:, :, None] * frequencies[None, None, :]

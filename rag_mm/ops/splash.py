@@ -1,41 +1,43 @@
-"""Causal self-attention on a TPU: jax's splash kernel, which never stores the scores.
+"""Causal self-attention on a TPU: JAX's splash kernel, which never stores the scores.
 
-One call a device under `shard_map`: rows and heads are split, sequences are not.
+It runs under `shard_map`: batch and heads are sharded, positions are not.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel_lib
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask_lib
+from jaxtyping import Array, Float, Int
 
 from rag_mm.core import sharding
 
-# Names under which a checkpoint policy may keep what the kernel's backward pass reads.
+# Names by which a checkpoint policy can save the residuals of the kernel's backward pass.
 RESIDUALS = ("splash_residuals",)
-LANES = 128  # sequences come in multiples of it
+LANES = 128  # sequence lengths are multiples of it
 MAX_BLOCK = 512
 
 
 def splash_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segment_ids: jax.Array | None,
+    q: Float[Array | np.ndarray, "B T N H"],
+    k: Float[Array | np.ndarray, "B T K H"],
+    v: Float[Array | np.ndarray, "B T K H"],
+    segment_ids: Int[Array | np.ndarray, "B T"] | None,
     *,
     is_interpreted: bool = False,
-) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v, causal, within a segment.
+) -> Float[Array, "B T N H"]:
+    """softmax(q k^T / sqrt(H)) v, causal and within segments; softmax is float32.
 
     Args:
-        q: [B, T, N, H], T a multiple of 128.
-        k, v: [B, T, K, H], K dividing N.
-        segment_ids: int32 [B, T] or None.
-        is_interpreted: run the kernel's own steps on any device; for tests.
+        q: queries; T is a multiple of 128.
+        k, v: keys and values; K divides N.
+        segment_ids: None if every sequence is one segment.
+        is_interpreted: interprets the kernel on any device, for tests.
 
     Returns:
-        [B, T, N, H] in q's dtype; softmax is float32.
+        The attended values in q's dtype.
     """
     heads_first = lambda x: jnp.swapaxes(x, 1, 2)
     scale = jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
@@ -50,20 +52,20 @@ def splash_attention(
         attend = jax.shard_map(
             attend, in_specs=tuple(in_specs), out_specs=specs[0], check_vma=False
         )
-    # The kernel mixes dtypes and ranks as jax does by default.
+    # The kernel relies on JAX's default promotion of dtypes and ranks.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         return heads_first(attend(*operands)).astype(q.dtype)
 
 
 def _attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segment_ids: jax.Array | None = None,
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    segment_ids: Int[Array, "B T"] | None = None,
     *,
     is_interpreted: bool,
-) -> jax.Array:
-    """One device's share: q [B, N, T, H], k and v [B, K, T, H]."""
+) -> Float[Array, "B N T H"]:
+    """The attention of one device's sequences and heads."""
     num_heads, length = q.shape[1:3]
     kernel = _make_kernel(num_heads, length, is_interpreted)
     if segment_ids is None:

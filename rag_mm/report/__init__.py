@@ -1,4 +1,4 @@
-"""The report of a run: one self-contained page, the same panels as PNG, and ten headline rows."""
+"""The report of a run: a self-contained HTML page, its panels as PNG, and ten headline metrics."""
 
 from rag_mm.report.content import (
     CaptionExample,

@@ -1,7 +1,7 @@
-"""What a report shows, as plain things: arrays, strings and numbers (design section 9).
+"""The content of a report as plain arrays, strings and numbers.
 
-The caller hands over documents chosen by a rule and never by outcome: the page says which.
-Pictures are uint8 [H, W, 3] RGB of any size.
+The caller passes examples selected by a fixed rule, never by outcome; the page states the rule. Images are
+uint8 [H, W, 3] RGB of any size.
 """
 
 import dataclasses
@@ -12,38 +12,38 @@ from typing import Any
 import numpy as np
 
 VARIANTS = {
-    "docs0": "no document",
+    "docs0": "no documents",
     "docs1": "1 document",
     "docs2": "2 documents",
-    "control": "vanilla",
-    "hit_itself": "the hit itself",
-    "oracle_paste": "the hit's art, pasted",
+    "control": "baseline",
+    "hit_itself": "top hit, unchanged",
+    "oracle_paste": "top hit, pasted in place",
     "random_documents": "random documents",
-    "held_out_removed": "held-out rows removed",
-    "oracle_documents": "documents of the right entity",
-    "counterfactual_documents": "pictures of another entity",
-    "image_only_documents": "documents without text",
-    "text_only_documents": "documents without pictures",
+    "held_out_removed": "held-out removed",
+    "oracle_documents": "oracle documents",
+    "counterfactual_documents": "swapped images",
+    "image_only_documents": "image-only documents",
+    "text_only_documents": "text-only documents",
 }
 FACTS = {"entity": "entity", "place": "place", "color": "colour"}
 
 
 def variant_label(key: str) -> str:
-    """Plain words for a variant's key in `metrics.json`; an unknown key is its own label."""
+    """Label of a variant's key in `metrics.json`; an unknown key is its own label."""
     return VARIANTS.get(key, key)
 
 
 def fact_verdict(right: Mapping[str, bool]) -> str:
-    """What the scorer found in one picture: "✓ right", "✗ wrong: entity, place" or "✗ all wrong"."""
+    """The scorer's verdict on one image: "✓ correct", "✗ wrong: entity, place" or "✗ all wrong"."""
     if right["joint"]:
-        return "✓ right"
-    wrong = [word for fact, word in FACTS.items() if not right[fact]]
+        return "✓ correct"
+    wrong = [label for fact, label in FACTS.items() if not right[fact]]
     return "✗ all wrong" if len(wrong) == len(FACTS) else "✗ wrong: " + ", ".join(wrong)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reconstruction:
-    """A picture before and after the image tokenizer."""
+    """An image before and after the image tokenizer."""
 
     caption: str
     original: np.ndarray
@@ -69,11 +69,10 @@ class Retrieval:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Generation:
-    """One held-out test caption and everything that was drawn for it.
+    """One held-out test caption and the images generated for it.
 
-    `drawn` maps a variant (a key of `VARIANTS`) to its picture, in the order to show;
-    `right` maps the same keys to {"entity", "place", "color", "joint"} -> bool as the scorer
-    found, where it was asked.
+    `drawn` maps each variant (a key of `VARIANTS`) to its image, in display order; `right` maps scored
+    variants to {"entity", "place", "color", "joint"} -> bool, the scorer's results.
     """
 
     caption: str
@@ -83,19 +82,19 @@ class Generation:
     right: Mapping[str, Mapping[str, bool]] = dataclasses.field(default_factory=dict)
 
     def compared(self) -> list[tuple[str, str]]:
-        """What the story sets side by side: ("ours" or "vanilla", variant), where they were drawn.
+        """The variants of the overview, where generated: ("with retrieval" or "baseline", key).
 
-        Ours is the decoder with the most documents.
+        With retrieval means the decoder with the most documents.
         """
-        ours = [key for key in self.drawn if re.fullmatch(r"docs\d+", key)]
-        most = max(ours, key=lambda key: int(key.removeprefix("docs")), default="")
-        pairs = (("ours", most), ("vanilla", "control"))
+        with_docs = [key for key in self.drawn if re.fullmatch(r"docs\d+", key)]
+        most_docs = max(with_docs, key=lambda key: int(key.removeprefix("docs")), default="")
+        pairs = (("with retrieval", most_docs), ("baseline", "control"))
         return [(label, key) for label, key in pairs if key in self.drawn]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CaptionExample:
-    """A test picture, its true caption, and what each variant wrote."""
+    """A test image, its reference caption, and the caption each variant generated."""
 
     image: np.ndarray
     truth: str
@@ -104,7 +103,7 @@ class CaptionExample:
 
 @dataclasses.dataclass(frozen=True)
 class Band:
-    """The range in which other runs' values lay at each step; all four are equally long."""
+    """Range of the values of reference runs at each step; all four have the same length."""
 
     steps: Sequence[float]
     low: Sequence[float]
@@ -116,7 +115,7 @@ class Band:
 class Curve:
     """One line of a training chart: `chart` is the chart's title, `label` the line's name.
 
-    `band` is drawn behind the line: where healthy runs lie.
+    `band`, the range of healthy runs, is drawn behind the line.
     """
 
     chart: str
@@ -128,14 +127,16 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ReportData:
-    """Everything on the page. An empty part is left out or said to be missing.
+    """Everything on the page. An empty part is omitted or marked as not measured.
 
-    `metrics` is the content of metrics.json; `config` the resolved config, JSON-ready;
-    `setting` pairs of words such as ("Classes never shown in training", "245");
-    `notes` sentences a reader must know, such as a gate that was switched off.
-    `story` are the rows of the first screen, which `generations` shows with every variant;
-    `choice` is the sentence that says how they were chosen; `band_note` says what the charts'
-    bands are.
+    Attributes:
+        metrics: content of metrics.json.
+        config: the resolved config, JSON-ready.
+        setting: label and value, such as ("Classes never shown in training", "245").
+        notes: caveats for the reader, such as a check that was switched off.
+        story: examples of the overview at the top; `generations` shows them with every variant.
+        choice: the sentence that states how they were selected.
+        band_note: what the bands behind the training curves are.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""Training curves as small charts: inline SVG for the page, PNG for the folder of figures."""
+"""Training curves as small charts: inline SVG for the page, PNG for the figures folder."""
 
 import io
 import re
@@ -9,17 +9,17 @@ import numpy as np
 
 from rag_mm.report.content import Curve
 
-if TYPE_CHECKING:  # Importing matplotlib takes a second: only where something is drawn.
+if TYPE_CHECKING:  # Importing matplotlib takes a second, so it is imported where needed.
     from matplotlib import figure
 
-# Told apart by lightness as well as by hue; readable on white and on near-black.
+# Distinguishable by lightness as well as by hue; readable on white and on near-black.
 _LINES = ("#3f7cac", "#c98a3a", "#7a9e6b", "#a2658f", "#8a8f98")
-_INK = "#010203"  # Stands for the page's text colour until the SVG is placed in it.
-_MAX_POINTS = 300  # More would be drawn on the same pixels.
+_INK = "#010203"  # Placeholder, replaced by the page's text colour.
+_MAX_POINTS = 300  # More would share pixels.
 
 
 def charts(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
-    """Curves by chart title, both in the order of first appearance."""
+    """Curves by chart title, both in order of first appearance."""
     grouped: dict[str, list[Curve]] = {}
     for curve in curves:
         grouped.setdefault(curve.chart, []).append(curve)
@@ -27,10 +27,7 @@ def charts(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
 
 
 def chart_svg(title: str, lines: Sequence[Curve]) -> str:
-    """One chart as an `<svg>` element whose text takes the colour and font of the page.
-
-    The same curves give the same characters.
-    """
+    """One chart as an `<svg>` element that inherits the page's text colour and font; deterministic."""
     import matplotlib
 
     style = {"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}
@@ -45,14 +42,14 @@ def chart_svg(title: str, lines: Sequence[Curve]) -> str:
         )
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
-    # Several charts stand in one page, where an id must be unique; nothing refers to these.
+    # Ids must be unique on a page with several charts; nothing refers to these.
     text = re.sub(r' id="[a-zA-Z0-9.]+_\d+"', "", text)
     text = re.sub(r"font: ([\d.]+)px[^;\"]*", r"font-size: \1px", text)
     return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'role="img"', text, count=1)
 
 
 def curves_png(curves: Sequence[Curve]) -> bytes:
-    """All charts below each other as one PNG on white."""
+    """All charts, stacked, as one PNG on white."""
     buffer = io.BytesIO()
     drawing = _figure(list(charts(curves).items()), "#30343a")
     drawing.savefig(buffer, format="png", dpi=120, facecolor="white", metadata={"Software": None})
@@ -60,7 +57,7 @@ def curves_png(curves: Sequence[Curve]) -> bytes:
 
 
 def _figure(panels: Sequence[tuple[str, Sequence[Curve]]], ink: str) -> "figure.Figure":
-    # The object interface, not pyplot: no global figure list, no backend to choose.
+    # The object interface instead of pyplot: no global state, no backend selection.
     from matplotlib.backends import backend_agg
     from matplotlib.figure import Figure
 
@@ -75,7 +72,7 @@ def _figure(panels: Sequence[tuple[str, Sequence[Curve]]], ink: str) -> "figure.
                     band.steps, band.low, band.high, color=color, alpha=0.22, linewidth=0
                 )
             axes.plot(*_thin(line), color=color, linewidth=1.5)
-        # `$` would start a formula in a label.
+        # An unescaped `$` starts a formula.
         labels = [line.label.replace("$", r"\$") for line in lines]
         axes.legend(axes.lines, labels, frameon=False, labelcolor=ink, fontsize=8)
         axes.set_title(title.replace("$", r"\$"), loc="left", color=ink, fontsize=10)

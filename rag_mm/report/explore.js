@@ -1,9 +1,9 @@
 "use strict";
-// What documents say is set as text and never as markup; an address becomes a link only where the server
-// says that it leads to a page.
+// Document text is always set as text, never as markup; a URL becomes a link only if the server marks it as a
+// web page.
 const byId = (id) => document.getElementById(id);
 const maxDocs = Number(document.body.dataset.maxDocs);
-let turn = 0; // Answers to an earlier question than the last are dropped.
+let turn = 0; // Number of the latest query; responses to earlier queries are dropped.
 
 function make(tag, text, className) {
   const element = document.createElement(tag);
@@ -13,7 +13,7 @@ function make(tag, text, className) {
 }
 
 function picture(address, text) {
-  if (!address) return make("p", "no picture", "empty");
+  if (!address) return make("p", "no image", "empty");
   const image = make("img");
   image.src = address;
   image.alt = text;
@@ -25,18 +25,18 @@ function say(text, isWrong = false) {
   byId("status").classList.toggle("wrong", isWrong);
 }
 
-// `asked` is {text}, {document} or {file}; a picture travels as it is, and its fields in the address.
-async function post(path, asked, fields) {
-  const { file, ...words } = asked;
-  const all = { ...words, ...fields };
+// `query` is {text}, {document} or {file}; a file is sent as the body, the other fields in the URL.
+async function post(path, query, fields) {
+  const { file, ...rest } = query;
+  const all = { ...rest, ...fields };
   const address = file ? `${path}?${new URLSearchParams(all)}` : path;
   const response = await fetch(address, {
     method: "POST",
     headers: { "Content-Type": file ? "application/octet-stream" : "application/json" },
     body: file || JSON.stringify(all),
   });
-  const answer = await response.json().catch(() => ({ error: "The server gave no answer." }));
-  if (!response.ok) throw new Error(answer.error || "The server could not answer.");
+  const answer = await response.json().catch(() => ({ error: "The server did not respond." }));
+  if (!response.ok) throw new Error(answer.error || "The request failed.");
   return answer;
 }
 
@@ -53,10 +53,10 @@ function showHit(hit) {
   } else {
     origin.append(hit.url || "no url");
   }
-  origin.append(` · ${hit.license || "no licence given"}`);
-  const like = make("button", "more like this");
+  origin.append(` · ${hit.license || "no licence"}`);
+  const like = make("button", "find similar");
   like.type = "button";
-  like.addEventListener("click", () => ask({ document: hit.id }, `like ${hit.id}`));
+  like.addEventListener("click", () => ask({ document: hit.id }, `similar to ${hit.id}`));
   item.append(origin, like);
   return item;
 }
@@ -65,18 +65,18 @@ function showAnswer(place, docs, answer) {
   const title = docs === 1 ? "1 document" : `${docs || "no"} documents`;
   place.replaceChildren(make("h3", title));
   if (answer.image) place.append(picture(answer.image, title));
-  if (answer.text !== undefined) place.append(make("p", answer.text || "(nothing)", "said"));
-  for (const found of answer.neighbors) {
-    const score = found.score === null ? "by hand" : found.score.toFixed(3);
-    place.append(make("p", `read ${found.id} (${score}): ${found.text}`, "soft"));
+  if (answer.text !== undefined) place.append(make("p", answer.text || "(empty)", "said"));
+  for (const neighbor of answer.neighbors) {
+    const score = neighbor.score === null ? "given" : neighbor.score.toFixed(3);
+    place.append(make("p", `document ${neighbor.id} (${score}): ${neighbor.text}`, "soft"));
   }
 }
 
-async function showAnswers(asked, mine) {
-  const path = asked.file ? "caption" : "generate";
+async function showAnswers(query, mine) {
+  const path = query.file ? "caption" : "generate";
   for (let docs = 0; docs <= maxDocs; docs++) {
-    say(`${asked.file ? "describing" : "drawing"} with ${docs} of ${maxDocs} documents …`);
-    const answer = await post(path, asked, { docs, seed: Number(byId("seed").value) });
+    say(`${query.file ? "captioning" : "generating"} with ${docs} of ${maxDocs} documents …`);
+    const answer = await post(path, query, { docs, seed: Number(byId("seed").value) });
     if (mine !== turn) return;
     const place = make("article");
     showAnswer(place, docs, answer);
@@ -84,7 +84,7 @@ async function showAnswers(asked, mine) {
   }
 }
 
-async function ask(asked, name) {
+async function ask(query, name) {
   const mine = ++turn;
   const fields = { k: Number(byId("k").value) };
   if (byId("view").value) fields.view = byId("view").value;
@@ -93,11 +93,11 @@ async function ask(asked, name) {
   byId("asked").textContent = "";
   say("searching …");
   try {
-    const found = await post("search", asked, fields);
+    const result = await post("search", query, fields);
     if (mine !== turn) return;
-    byId("hits").replaceChildren(...found.hits.map(showHit));
-    byId("asked").textContent = `${name} · view ${found.view}`;
-    if (asked.document === undefined) await showAnswers(asked, mine);
+    byId("hits").replaceChildren(...result.hits.map(showHit));
+    byId("asked").textContent = `${name} · view ${result.view}`;
+    if (query.document === undefined) await showAnswers(query, mine);
     if (mine === turn) say("");
   } catch (error) {
     if (mine === turn) say(error.message, true);
@@ -115,7 +115,7 @@ byId("ask").addEventListener("submit", (event) => {
 byId("file").addEventListener("change", (event) => {
   askPicture(event.target.files);
 });
-// Anywhere on the page: a picture that misses the field must not replace the page.
+// On the whole page: an image dropped outside the field must not replace the page.
 for (const name of ["dragover", "dragleave", "drop"]) {
   document.addEventListener(name, (event) => {
     event.preventDefault();

@@ -1,4 +1,4 @@
-"""Figures looked up in nested metrics and written out; a missing one is never invented."""
+"""Looks up numbers in nested metrics and formats them; a missing one stays missing."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ MISSING = "not measured"
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A figure; `ci95` is the half width of its 95 % interval, where it is a sample of `n`."""
+    """A number; `ci95` is the half width of its 95 % interval over `n` samples, if it has one."""
 
     value: float
     ci95: float | None = None
@@ -20,12 +20,12 @@ class Figure:
 
     @property
     def standard_error(self) -> float | None:
-        """`ci95` as a standard error, or None."""
+        """The standard error behind `ci95`, or None."""
         return None if self.ci95 is None else self.ci95 / statistics.Z95
 
 
 def find(metrics: Mapping[str, Any], path: str) -> Figure | None:
-    """The figure at a dotted path: a number, or {"accuracy" or "mean", "ci95", "n"}; or None."""
+    """The figure at a dotted path, a number or {"accuracy" or "mean", "ci95", "n"}; else None."""
     node: Any = metrics
     for key in path.split("."):
         node = node.get(key) if isinstance(node, Mapping) else None
@@ -33,7 +33,7 @@ def find(metrics: Mapping[str, Any], path: str) -> Figure | None:
 
 
 def as_measured(node: Any) -> Figure | None:
-    """`node` of the metrics as a figure, or None if it is no finite figure."""
+    """`node` of the metrics as a figure, or None if it is not a finite number."""
     if isinstance(node, Mapping):
         value = node.get("accuracy", node.get("mean"))
         ci95, n = node.get("ci95"), node.get("n")
@@ -45,7 +45,7 @@ def as_measured(node: Any) -> Figure | None:
 
 
 def percent(figure: Figure | None) -> str:
-    """A share as "62.1 % ± 5.9"."""
+    """A fraction as "62.1 % ± 5.9"."""
     if figure is None:
         return MISSING
     error = "" if figure.ci95 is None else f" ± {100 * figure.ci95:.1f}"
@@ -64,15 +64,15 @@ def duration(seconds: float) -> str:
     """Seconds as "19 min 40 s"."""
     if seconds < 10:
         return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, whole_seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
         return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    return f"{minutes} min {whole_seconds:02d} s" if minutes else f"{whole_seconds} s"
 
 
 def flatten(metrics: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Every figure of the metrics as (dotted path, text), in the order of the paths."""
+    """Every number of the metrics as (dotted path, text), sorted by path."""
     rows: list[tuple[str, str]] = []
     for key in sorted(metrics):
         node, path = metrics[key], f"{prefix}{key}"

@@ -1,7 +1,7 @@
-"""Renders report.html: one file that needs no network and runs no script.
+"""Renders report.html: one file without scripts or network access.
 
-Strangers' captions are escaped by Jinja; a content policy in the page forbids scripts and every
-fetch, should something slip through all the same.
+Jinja escapes all captions; as a second line of defence the page's content security policy forbids scripts
+and every request.
 """
 
 import base64
@@ -20,7 +20,7 @@ from rag_mm.report import curves, summary, verdicts
 from rag_mm.report import figures as measured
 from rag_mm.report.content import FACTS, ReportData, fact_verdict, variant_label
 
-_SIDE = 96  # Pixels on the page; a 32-pixel picture is enlarged threefold.
+_SIDE = 96  # Pixels on the page; a 32-pixel image is enlarged threefold.
 _FACTS = (*FACTS, "joint")
 _ROWS = {
     "docs2": "decoder.{}.docs2",
@@ -39,13 +39,13 @@ _ROWS = {
 
 
 def render_report(data: ReportData) -> str:
-    """The whole page as text, the same for the same data.
+    """Renders the page; deterministic.
 
     Returns:
-        HTML to be written as UTF-8; characters that UTF-8 cannot hold are replaced by "?".
+        HTML to be written as UTF-8; characters that UTF-8 cannot encode are replaced by "?".
 
     Raises:
-        ValueError: a picture is not uint8 [H, W, 3].
+        ValueError: an image is not uint8 [H, W, 3].
     """
     here = importlib.resources.files("rag_mm.report")
     environment = jinja2.Environment(
@@ -59,7 +59,7 @@ def render_report(data: ReportData) -> str:
         "verdict": fact_verdict,
         "nobreak": _nobreak,
     }
-    environment.globals |= {"picture": picture_tag}
+    environment.globals |= {"image": image_tag}
     seconds = data.stage_seconds
     html = environment.from_string((here / "page.html.j2").read_text("utf-8")).render(
         data=data,
@@ -86,10 +86,10 @@ def render_report(data: ReportData) -> str:
     return html.encode("utf-8", "replace").decode("utf-8")
 
 
-def picture_tag(pixels: np.ndarray, description: str) -> markupsafe.Markup:
-    """An `<img>` with the picture inside it, enlarged by a whole factor to about 96 pixels."""
+def image_tag(pixels: np.ndarray, description: str) -> markupsafe.Markup:
+    """An `<img>` with inline PNG data, enlarged by an integer factor to about 96 pixels."""
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise ValueError(f"a picture is uint8 [H, W, 3], not {pixels.dtype} {pixels.shape}")
+        raise ValueError(f"expected an image uint8 [H, W, 3], got {pixels.dtype} {pixels.shape}")
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     height, width = pixels.shape[:2]
@@ -109,7 +109,7 @@ Cell = tuple[str, float | None]  # Text, and the length of its bar in percent.
 
 
 def fact_table(metrics: Mapping[str, Any]) -> list[tuple[str, list[Cell], str]]:
-    """Rows (variant, a cell per fact, kernel distance); one with nothing measured is left out."""
+    """Rows (variant, a cell per fact, kernel distance) of the variants that were measured."""
     rows = []
     for key, template in _ROWS.items():
         figures = [measured.find(metrics, template.format(f"{fact}_accuracy")) for fact in _FACTS]
@@ -122,7 +122,7 @@ def fact_table(metrics: Mapping[str, Any]) -> list[tuple[str, list[Cell], str]]:
 
 
 def fact_ceiling(metrics: Mapping[str, Any]) -> list[Cell]:
-    """The scorer's accuracy on tokenizer reconstructions, a cell per fact."""
+    """The scorer's accuracy on tokenizer reconstructions, one cell per fact."""
     return [_cell(measured.find(metrics, f"tokenizer.scorer_ceiling.{fact}")) for fact in _FACTS]
 
 
@@ -131,20 +131,20 @@ def _cell(figure: measured.Figure | None) -> Cell:
 
 
 def _nobreak(text: str) -> str:
-    """A figure in running text stays on one line: "62.1 % ± 5.9"."""
+    """Keeps numbers such as "62.1 % ± 5.9" on one line."""
     for sign in (" %", " ±", "± "):
         text = text.replace(sign, sign.replace(" ", "\N{NO-BREAK SPACE}"))
     return text
 
 
 def _speed(metrics: Mapping[str, Any]) -> str:
-    """What looking things up costs; empty where it was not measured."""
+    """The cost of retrieval; empty if it was not measured."""
     names = ("retrieval_ms", "generation_ms", "retrieval_share")
-    found, drawn, share = (measured.find(metrics, f"quickstart.{name}") for name in names)
-    if found is None or drawn is None or share is None:
+    retrieval, generation, share = (measured.find(metrics, f"quickstart.{name}") for name in names)
+    if retrieval is None or generation is None or share is None:
         return ""
     return (
-        f"Asked for many pictures at once, finding the documents for one (encoding its caption, "
-        f"search, selection) takes {measured.number(found, 2, 'ms')} and drawing it after reading "
-        f"them {measured.number(drawn, 1, 'ms')}: retrieval is {measured.percent(share)} of both."
+        f"In batched generation, retrieval (caption encoding, search, selection) takes "
+        f"{measured.number(retrieval, 2, 'ms')} per image and generation "
+        f"{measured.number(generation, 1, 'ms')}: retrieval is {measured.percent(share)} of the total."
     )

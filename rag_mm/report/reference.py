@@ -1,4 +1,4 @@
-"""The course of healthy trainings, made from finished runs, so that a report can show a broken one.
+"""Reference bands for the training charts of a report, computed from healthy finished runs.
 
 python -m rag_mm.report.reference runs/seed0 runs/seed1 runs/seed2 --out=docs/results/quickstart
 """
@@ -19,13 +19,13 @@ from rag_mm.report import curves, logs
 from rag_mm.report.content import Band, Curve
 
 FILE_NAME = "curves.json"
-PICTURE = "curves.png"
+PLOT_NAME = "curves.png"
 _PROGRAM = "python -m rag_mm.report.reference"
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """From the lowest to the highest value of several runs, by `logs.Line.key`."""
+    """Range of values over several runs, by `logs.Line.key`."""
 
     preset: str
     seeds: tuple[int, ...]
@@ -33,20 +33,20 @@ class Reference:
 
     @property
     def note(self) -> str:
-        """What the bands are, for below the charts."""
+        """A sentence that explains the bands, shown above the charts."""
         seeds = ", ".join(map(str, self.seeds))
         runs = "one run" if len(self.seeds) == 1 else f"{len(self.seeds)} runs"
         return (
-            f"The light bands are the range of {runs} of preset {self.preset} that went well "
-            f"(seed {seeds}): a healthy training stays in them or near them."
+            f"The light bands show the range of {runs} of preset {self.preset} that trained normally "
+            f"(seed {seeds}); a healthy run stays in or near them."
         )
 
 
 def load(path: str) -> Reference | None:
-    """A reference, or None where `path` is empty or nothing is there.
+    """Loads a reference; None if `path` is empty or does not exist.
 
     Raises:
-        UserError: what is there is no reference.
+        UserError: the file is not a valid reference.
     """
     if not path or not epath.Path(path).exists():
         return None
@@ -57,23 +57,23 @@ def load(path: str) -> Reference | None:
         return Reference(str(content["preset"]), seeds, bands)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{path} is no reference of training curves ({type(error).__name__}: {error}); "
-            f"make it anew with {_PROGRAM}."
+            f"{path} is not a valid reference for training curves ({type(error).__name__}: {error}); "
+            f"recreate it with {_PROGRAM}."
         ) from None
 
 
 def gather(workdirs: Sequence[epath.PathLike], preset: str) -> Reference:
-    """The reference of finished runs that differ in their seed alone.
+    """Builds the reference of finished runs that differ only in their seed.
 
     Raises:
-        UserError: a run is missing, unfinished or edited, or they do not belong together.
+        UserError: a run is missing, unfinished or edited, or the runs' configs differ.
     """
     runs = [run_folder.open_run(workdir) for workdir in workdirs]
     configs = [run.config for run in runs]
     seeds = tuple(int(config["seed"]) for config in configs)
     for run, config, seed in zip(runs, configs, seeds, strict=True):
         if seeds.count(seed) > 1:
-            raise UserError(f"{run.workdir} is not the only run of seed {seed}; give each once.")
+            raise UserError(f"{run.workdir}: two runs have seed {seed}; give one run per seed.")
         differing = [
             key
             for key in sorted({*config, *configs[0]} - {"seed", "report"})
@@ -81,8 +81,8 @@ def gather(workdirs: Sequence[epath.PathLike], preset: str) -> Reference:
         ]
         if differing:
             raise UserError(
-                f"{run.workdir} was made with another config than {runs[0].workdir} "
-                f"({', '.join(differing)}); give runs that differ in their seed alone."
+                f"{run.workdir} has another config than {runs[0].workdir} "
+                f"({', '.join(differing)}); give runs that differ only in their seed."
             )
     for stage in {line.stage for line in logs.LINES} & set(configs[0]["stages"]):
         for run in runs:
@@ -93,12 +93,12 @@ def gather(workdirs: Sequence[epath.PathLike], preset: str) -> Reference:
         if band.steps:
             bands[line.key] = band
     if not bands:
-        raise UserError(f"{runs[0].workdir} has logged no training curve.")
+        raise UserError(f"{runs[0].workdir} has no logged training curves.")
     return Reference(preset, seeds, bands)
 
 
 def save(reference: Reference, folder: epath.PathLike) -> list[epath.Path]:
-    """Writes `curves.json` and the same as a picture, `curves.png`; the paths.
+    """Writes `curves.json` and a plot of it, `curves.png`. Returns both paths.
 
     Raises:
         UserError: the folder cannot be written.
@@ -112,28 +112,28 @@ def save(reference: Reference, folder: epath.PathLike) -> list[epath.Path]:
         for line in logs.LINES
         if (band := reference.bands.get(line.key)) is not None
     ]
-    files.write_atomic(folder / PICTURE, curves.curves_png(lines))
-    return [folder / FILE_NAME, folder / PICTURE]
+    files.write_atomic(folder / PLOT_NAME, curves.curves_png(lines))
+    return [folder / FILE_NAME, folder / PLOT_NAME]
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """The command; the exit code."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
     parser = _Parser(
         prog=_PROGRAM,
-        description="Makes the bands of a report's training charts from finished runs of one "
-        "config and several seeds: their lowest, highest and mean value at each step.",
+        description="Computes the bands of a report's training charts from finished runs of one config "
+        "with several seeds: the minimum, maximum and mean at each step.",
         epilog=f"example: {_PROGRAM} runs/seed0 runs/seed1 runs/seed2 --out=docs/results/quickstart",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a finished run's folder")
     parser.add_argument(
-        "--out", required=True, metavar="DIR", help=f"folder for {FILE_NAME} and {PICTURE}"
+        "--out", required=True, metavar="DIR", help=f"folder for {FILE_NAME} and {PLOT_NAME}"
     )
     parser.add_argument(
         "--preset",
         default="quick",
-        help="what the config is called below the charts (default: %(default)s)",
+        help="name of the config in the report (default: %(default)s)",
     )
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     try:
         written = save(gather(args.runs, args.preset), args.out)
     except UserError as error:
@@ -150,7 +150,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _envelope(runs: Sequence[Mapping[int, float]]) -> Band:
-    """Over the steps that all runs logged."""
+    """Minimum, maximum and mean at the steps that all runs logged."""
     steps = sorted(set.intersection(*(set(values) for values in runs)))
     values = np.array([[values[step] for step in steps] for values in runs])
     return Band(steps, *(f(values, axis=0).round(6).tolist() for f in (np.min, np.max, np.mean)))
@@ -159,7 +159,7 @@ def _envelope(runs: Sequence[Mapping[int, float]]) -> Band:
 def _band(content: Mapping[str, Any]) -> Band:
     parts = {name: [float(x) for x in content[name]] for name in ("steps", "low", "high", "mean")}
     if len({len(part) for part in parts.values()}) != 1:
-        raise ValueError("steps, low, high and mean differ in length")
+        raise ValueError("steps, low, high and mean have different lengths")
     if not all(math.isfinite(x) for part in parts.values() for x in part):
         raise ValueError("a value is not finite")
     return Band(**parts)

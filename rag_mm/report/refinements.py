@@ -1,4 +1,4 @@
-"""What a memory changed, as a page: what was retrieved on either side, and scores before and after."""
+"""The HTML page of RECO's zero-shot suite: hits of both modalities, predictions before and after fusion."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,17 +13,17 @@ from rag_mm.report import page
 
 @dataclasses.dataclass(frozen=True)
 class Guess:
-    """The likeliest class, its cosine, that of the right class, and whether they are one."""
+    """The predicted class, its cosine, the true class's cosine, and whether the prediction is correct."""
 
     name: str
     score: float
-    own_score: float
+    true_score: float
     is_right: bool
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pair:
-    """A row of a memory: its picture, uint8 [H, W, 3] or None, and its text."""
+    """A document of a memory: its image, uint8 [H, W, 3] or None, and its text."""
 
     image: np.ndarray | None
     text: str
@@ -34,36 +34,36 @@ class Card:
     """One query.
 
     Attributes:
-        picture: uint8 [H, W, 3].
+        picture: the query image, uint8 [H, W, 3].
         truth: its class.
-        before, after: without the memory and with it.
-        image_side: what the picture found, whose texts were fused into it.
-        asked_text: the class that was guessed in the end.
-        text_side: what that class's name found, whose pictures were fused into it.
+        before, after: predictions without the memory and with it.
+        image_neighbors: hits of the image, whose texts were fused into its embedding.
+        text_query: name of the class predicted with the memory.
+        text_neighbors: hits of that name, whose images were fused into its embedding.
     """
 
     picture: np.ndarray
     truth: str
     before: Guess
     after: Guess
-    image_side: Sequence[Pair]
-    asked_text: str
-    text_side: Sequence[Pair]
+    image_neighbors: Sequence[Pair]
+    text_query: str
+    text_neighbors: Sequence[Pair]
 
 
-_SIDE = 96  # pixels of a picture on the page
+_SIDE = 96  # Pixels of an image on the page.
 
 
 def render(title: str, cards: Sequence[Card]) -> str:
-    """A page of HTML that needs nothing else and runs no script; what documents say is escaped."""
+    """A self-contained HTML page without scripts; all document text is escaped."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.globals["picture"] = _picture
+    environment.globals["image"] = _image
     template = resources.files("rag_mm.report").joinpath("refinements.html.j2").read_text("utf-8")
     return environment.from_string(template).render(title=title, cards=cards)
 
 
-def _picture(pixels: np.ndarray, description: str) -> str:
+def _image(pixels: np.ndarray, description: str) -> str:
     small = pixels if max(pixels.shape[:2]) <= 2 * _SIDE else image_files.fit(pixels, _SIDE)
-    return page.picture_tag(small, description)
+    return page.image_tag(small, description)

@@ -1,13 +1,13 @@
-"""Which test documents a report shows: by a rule on their order, before anything is known of the outcome."""
+"""Selects the test documents that a report shows, by a fixed rule that does not depend on outcomes."""
 
 import numpy as np
 
 
 def first_of_each_class(class_ids: np.ndarray) -> np.ndarray:
-    """Places of the first document of each class, int64, in the documents' order.
+    """Indices of the first document of each class, int64, ascending.
 
     Args:
-        class_ids: int [Q], what each document shows.
+        class_ids: int [Q], the class of each document.
     """
     return np.sort(np.unique(class_ids, return_index=True)[1])
 
@@ -15,37 +15,39 @@ def first_of_each_class(class_ids: np.ndarray) -> np.ndarray:
 def choose(
     class_ids: np.ndarray, is_flag: np.ndarray, num_flags: int, num_others: int
 ) -> np.ndarray:
-    """Places of one document a class: so many flags and others, spread evenly from first to last.
+    """One test document per class: `num_flags` flags and `num_others` others, evenly spaced.
 
-    Evenly, because classes stand in the order of their names: the first few are all signs and buttons.
+    Evenly spaced because documents are ordered by class name: the first few are all signs and buttons.
 
     Args:
-        class_ids: int [Q], what each document shows.
+        class_ids: int [Q], the class of each document.
         is_flag: bool [Q].
-        num_flags: flags to show, fewer if there are no more.
-        num_others: others to show, likewise.
+        num_flags: maximal number of flags.
+        num_others: maximal number of other classes.
 
     Returns:
-        int64 places, in the documents' order.
+        int64 indices, ascending.
     """
     first = first_of_each_class(class_ids)
     flags, others = first[is_flag[first]], first[~is_flag[first]]
-    return np.sort(np.concatenate([_spread(flags, num_flags), _spread(others, num_others)]))
+    return np.sort(
+        np.concatenate([_evenly_spaced(flags, num_flags), _evenly_spaced(others, num_others)])
+    )
 
 
 def rule(num_flags: int, num_others: int) -> str:
-    """The sentence that states the rule of `choose`, for what it found."""
+    """The sentence that states the rule of `choose` and how many it selected."""
     counts = [
         f"{count} {name}{'s' * (count > 1)}"
         for count, name in ((num_flags, "flag"), (num_others, "other"))
         if count
     ]
     return (
-        f"Chosen by a rule, never by outcome: of the held-out classes in their order "
-        f"{' and '.join(counts)}, evenly spread from first to last, each with its first test document."
+        f"Selected by a fixed rule, not by outcome: {' and '.join(counts)}, evenly spaced over the list of "
+        f"held-out classes, each with its first test document."
     )
 
 
-def _spread(places: np.ndarray, count: int) -> np.ndarray:
-    count = min(count, len(places))
-    return places[np.linspace(0, len(places) - 1, count).round().astype(np.int64)]
+def _evenly_spaced(indices: np.ndarray, count: int) -> np.ndarray:
+    count = min(count, len(indices))
+    return indices[np.linspace(0, len(indices) - 1, count).round().astype(np.int64)]

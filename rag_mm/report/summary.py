@@ -1,4 +1,4 @@
-"""The ten headline rows: what a run measured, and what each figure means."""
+"""The ten headline metrics of a run, each with a sentence that explains it."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,9 +9,9 @@ _DOCS = {"docs0": "0 docs", "docs1": "1 doc", "docs2": "2 docs"}
 
 
 def summary_table(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Ten (label, value, meaning) rows for the page and for the end of a command.
+    """Ten (label, value, explanation) rows for the page and for the end of a command.
 
-    Accuracies are on classes that training never showed; a figure that is not in `metrics` reads
+    Accuracies are on classes never shown in training; a number that is not in `metrics` reads
     "not measured".
     """
 
@@ -19,49 +19,50 @@ def summary_table(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         return find(metrics, path)
 
     ceiling = at("tokenizer.scorer_ceiling.joint")
-    limit = f"the ceiling is {percent(ceiling)}" if ceiling else "its ceiling was not measured"
+    limit = f"the ceiling is {percent(ceiling)}" if ceiling else "the ceiling was not measured"
     return [
         (
             "Time and memory",
             _cost(metrics),
-            "From the first to the last stage, installation aside; peak of resident memory; "
-            "the share of a picture's time that finding its documents takes.",
+            "From the first to the last stage, without installation; peak resident memory; "
+            "retrieval as a fraction of the time per generated image.",
         ),
         (
             "Tokenizer, PSNR",
             number(at("tokenizer.psnr"), 1, "dB"),
-            "How close a picture comes back from its codes; more is better.",
+            "Fidelity of images reconstructed from their codes; higher is better.",
         ),
         (
             "Tokenizer, ceiling",
             percent(ceiling),
-            "Entity, place and colour still read right after the tokenizer alone; "
-            "no generated picture can be expected to do better.",
+            "Fraction of reconstructed images in which the scorer still reads all three facts correctly: "
+            "an upper bound for generated images.",
         ),
         (
             "Retriever, recall@1",
             percent(at("retriever.recall_at_1.text_to_image")),
-            "A caption finds a picture that satisfies it, first among unseen scenes.",
+            "Fraction of captions whose top hit, among unseen scenes, is an image that matches them.",
         ),
         (
             "Retriever, same entity@2",
             percent(at("retriever.same_class_at_2")),
-            "Of the two documents given to the decoder, those that show the entity asked for.",
+            "Of the top two documents, the ones given to the decoder, the fraction that show the "
+            "requested entity.",
         ),
         (
             "Memory, recall@10",
             percent(at("memory.recall_at_10")),
-            "The fast index against exact search; 100 % would lose nothing.",
+            "Neighbors that the approximate index returns, relative to exact search.",
         ),
         (
             "NLL per art code",
             _list(
                 [(label, at(f"decoder.art_nll.{k}")) for k, label in _DOCS.items()]
-                + [("vanilla", at("control.art_nll"))],
+                + [("baseline", at("control.art_nll"))],
                 number,
             ),
-            "How surprised the decoder is by the entity's codes, in nats; less is better, "
-            "and a fall with documents means that it copies.",
+            "Negative log-likelihood of the codes that show the entity, in nats; lower is better. "
+            "If documents lower it, the decoder copies from them.",
         ),
         (
             "Joint accuracy",
@@ -69,31 +70,30 @@ def summary_table(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
                 [(label, at(f"decoder.joint_accuracy.{k}")) for k, label in _DOCS.items()],
                 percent,
             ),
-            f"Entity, place and colour all right in the generated picture; {limit}.",
+            f"Generated images with entity, place and colour all correct; {limit}.",
         ),
         (
-            "Joint accuracy without us",
+            "Joint accuracy, baselines",
             _list(
                 [
-                    ("vanilla", at("control.joint_accuracy")),
-                    ("hit itself", at("baselines.hit_itself.joint_accuracy")),
+                    ("baseline", at("control.joint_accuracy")),
+                    ("top hit", at("baselines.hit_itself.joint_accuracy")),
                     ("random docs", at("baselines.random_documents.joint_accuracy")),
-                    ("rows removed", at("baselines.held_out_removed.joint_accuracy")),
+                    ("held-out removed", at("baselines.held_out_removed.joint_accuracy")),
                 ],
                 percent,
             ),
-            "The same decoder trained without retrieval; the retrieved picture handed back "
-            "unchanged; our decoder given documents drawn by lot; our decoder and a memory without "
-            "the rows of these entities.",
+            "The same decoder trained without retrieval; the top hit returned unchanged; our decoder "
+            "with random documents; our decoder with a memory that lacks these entities.",
         ),
         (
             "Captions, CIDEr",
             _list(
                 [(label, at(f"decoder.cider.{k}")) for k, label in _DOCS.items() if k != "docs1"]
-                + [("vanilla", at("control.cider"))],
+                + [("baseline", at("control.cider"))],
                 number,
             ),
-            "Agreement of written captions with the truth, 0 to 10; more is better.",
+            "Agreement of generated captions with the reference captions, 0 to 10; higher is better.",
         ),
     ]
 

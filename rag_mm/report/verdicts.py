@@ -1,8 +1,8 @@
-"""What a run may claim: rules on its numbers that say what is learned and what is not yet.
+"""Which claims a run's metrics support, by fixed rules.
 
-The rules are RA-CM3's own comparisons in miniature (section 12) with this project's bars. A
-difference counts when it exceeds two standard errors: paired by document where the run measured that, else of
-the two figures taken as independent.
+The rules are RA-CM3's comparisons in miniature (docs/papers/ra_cm3.md) with this project's thresholds. A
+difference counts when it exceeds two standard errors: of the paired difference where the run measured it,
+otherwise of two independent estimates.
 """
 
 import dataclasses
@@ -12,18 +12,18 @@ from typing import Any, Literal
 
 from rag_mm.report.figures import Figure, find, number, percent
 
-CEILING_BAR = 0.90  # Below it the tokenizer, not the decoder, decides what can be drawn.
+CEILING_BAR = 0.90  # Below it the tokenizer, not the decoder, limits accuracy.
 SAME_CLASS_BAR = 0.90
 SHARE_OF_CEILING = 0.5
-REMOVED_WITHIN = 0.05  # Of drawing without documents, once the memory lacks what is asked for.
-SEEN_MOVES_BELOW = 0.02  # Where rows of other classes come and go.
+REMOVED_WITHIN = 0.05  # Of accuracy without documents, once the memory lacks the entity.
+SEEN_MOVES_BELOW = 0.02  # Change on seen entities when documents of others are added.
 
 Status = Literal["yes", "no", "unknown"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """One claim, whether the numbers bear it, and the sentence that says so."""
+    """A claim, whether the metrics support it, and the sentence that states the numbers."""
 
     claim: str
     status: Status
@@ -33,7 +33,7 @@ class Verdict:
 def exceeds(high: Figure | None, low: Figure | None) -> bool | None:
     """Whether `high` is above `low` by more than two standard errors of the difference.
 
-    None where a figure or its interval is missing.
+    None if a figure or its interval is missing.
     """
     if high is None or low is None:
         return None
@@ -45,10 +45,10 @@ def exceeds(high: Figure | None, low: Figure | None) -> bool | None:
 def differs(
     metrics: Mapping[str, Any], pair: str, high: Figure | None, low: Figure | None
 ) -> bool | None:
-    """`exceeds`, by the difference paired over documents where `decoder.paired` holds one.
+    """As `exceeds`, but with the paired difference `decoder.paired.PAIR` where it was measured.
 
-    `pair` names it, such as `joint_docs2_minus_control`; which of the two figures is the higher one is read
-    off the figures themselves.
+    `pair` is a name such as `joint_docs2_minus_control`. The direction is taken from `high` and `low`, the
+    standard error from the paired difference.
     """
     paired = find(metrics, f"decoder.paired.{pair}")
     if paired is None or paired.standard_error is None or high is None or low is None:
@@ -57,35 +57,35 @@ def differs(
 
 
 def verdicts(metrics: Mapping[str, Any]) -> list[Verdict]:
-    """All claims in the order of the story: codes, retrieval, copying, drawing, memory, captions."""
+    """All claims: tokenizer, retrieval, copying, generation, memory, captions."""
     return [
-        *_parts(metrics),
+        *_components(metrics),
         *_copying(metrics),
-        *_drawing(metrics),
+        *_generation(metrics),
         *_memory_swap(metrics),
         _captions(metrics),
     ]
 
 
-def _parts(metrics: Mapping[str, Any]) -> list[Verdict]:
-    """What the decoder stands on."""
+def _components(metrics: Mapping[str, Any]) -> list[Verdict]:
+    """Tokenizer and retriever, on which the decoder depends."""
     ceiling = find(metrics, "tokenizer.scorer_ceiling.joint")
     same = find(metrics, "retriever.same_class_at_2")
     return [
         _verdict(
-            "The codes keep the facts",
+            "The tokenizer preserves the facts",
             None if ceiling is None else ceiling.value >= CEILING_BAR,
-            f"After the tokenizer alone, {percent(ceiling)} of pictures still show the right "
+            f"After encoding and decoding, {percent(ceiling)} of test images still show the correct "
             "entity, place and colour.",
-            f"After the tokenizer alone, only {percent(ceiling)} of pictures still show the "
-            "right entity, place and colour: it loses too much, whatever the decoder does.",
+            f"After encoding and decoding, only {percent(ceiling)} of test images still show the "
+            "correct entity, place and colour, which limits every decoder.",
         ),
         _verdict(
-            "Retrieval brings the right entity",
+            "Retrieval finds the requested entity",
             None if same is None else same.value >= SAME_CLASS_BAR,
-            f"{percent(same)} of the retrieved documents show the entity asked for.",
-            f"Only {percent(same)} of the retrieved documents show the entity asked for; "
-            "the decoder cannot copy what it is not shown.",
+            f"{percent(same)} of the retrieved documents show the requested entity.",
+            f"Only {percent(same)} of the retrieved documents show the requested entity; "
+            "the decoder cannot copy what was not retrieved.",
         ),
     ]
 
@@ -94,7 +94,7 @@ def _copying(metrics: Mapping[str, Any]) -> list[Verdict]:
     nll0, nll1, nll2 = (find(metrics, f"decoder.art_nll.docs{k}") for k in range(3))
     return [
         _verdict(
-            "A document is read",
+            "The decoder uses a document",
             differs(metrics, "art_nll_docs1_minus_docs0", nll0, nll1),
             f"One document lowers the NLL per art code from {number(nll0)} to {number(nll1)}.",
             f"One document does not lower the NLL per art code ({number(nll0)} without, "
@@ -103,19 +103,19 @@ def _copying(metrics: Mapping[str, Any]) -> list[Verdict]:
         _verdict(
             "Two documents are no worse than one",
             _not(differs(metrics, "art_nll_docs2_minus_docs1", nll2, nll1)),
-            f"The NLL per art code is {number(nll1)} after one and {number(nll2)} after two.",
-            f"The NLL per art code rises from {number(nll1)} after one to {number(nll2)} after "
-            "two: the second one confuses.",
+            f"The NLL per art code is {number(nll1)} with one document, {number(nll2)} with two.",
+            f"The NLL per art code rises from {number(nll1)} with one document to {number(nll2)} "
+            "with two.",
         ),
     ]
 
 
-def _drawing(metrics: Mapping[str, Any]) -> list[Verdict]:
+def _generation(metrics: Mapping[str, Any]) -> list[Verdict]:
 
     def at(path: str) -> Figure | None:
         return find(metrics, path)
 
-    ours, vanilla = at("decoder.joint_accuracy.docs2"), at("control.joint_accuracy")
+    ours, baseline = at("decoder.joint_accuracy.docs2"), at("control.joint_accuracy")
     ceiling, hit = (
         at("tokenizer.scorer_ceiling.joint"),
         at("baselines.hit_itself.joint_accuracy"),
@@ -124,101 +124,104 @@ def _drawing(metrics: Mapping[str, Any]) -> list[Verdict]:
     return [
         _verdict(
             "Retrieval helps",
-            differs(metrics, "joint_docs2_minus_control", ours, vanilla),
-            f"With two documents {percent(ours)} of pictures are right in every fact; "
-            f"the vanilla model reaches {percent(vanilla)}.",
-            f"Retrieval does not help yet: with two documents {percent(ours)} of pictures are "
-            f"right in every fact, and the vanilla model reaches {percent(vanilla)}.",
+            differs(metrics, "joint_docs2_minus_control", ours, baseline),
+            f"Joint accuracy is {percent(ours)} with two documents and {percent(baseline)} for the "
+            "baseline without retrieval.",
+            f"Retrieval does not help yet: joint accuracy is {percent(ours)} with two documents and "
+            f"{percent(baseline)} for the baseline without retrieval.",
         ),
         _verdict(
-            "It is the content of the documents that helps",
+            "The content of the documents matters",
             differs(metrics, "joint_docs2_minus_random_documents", ours, random),
-            f"Documents drawn by lot give {percent(random)}.",
-            f"Documents drawn by lot do as well ({percent(random)}): "
-            "what they show is not used yet.",
+            f"With random documents joint accuracy is {percent(random)}.",
+            f"Random documents do as well ({percent(random)}): the decoder does not use their "
+            "content yet.",
         ),
         _verdict(
-            "It composes rather than hands back",
+            "The decoder does better than returning the top hit",
             differs(metrics, "joint_docs2_minus_hit_itself", ours, hit),
-            f"Handing back the retrieved picture itself would be right in {percent(hit)}.",
-            f"Handing back the retrieved picture itself is right in {percent(hit)}, "
-            "which the decoder does not beat yet.",
+            f"Returning the top hit unchanged reaches {percent(hit)}.",
+            f"Returning the top hit unchanged reaches {percent(hit)}, which the decoder does not "
+            "beat yet.",
         ),
         _verdict(
-            "It reaches half of what is possible",
+            "Joint accuracy reaches half of the ceiling",
             None
             if ours is None or ceiling is None
             else ours.value >= SHARE_OF_CEILING * ceiling.value,
             f"Joint accuracy is {percent(ours)}, the ceiling {percent(ceiling)}.",
-            f"Joint accuracy is {percent(ours)}, below half of the ceiling of {percent(ceiling)}.",
+            f"Joint accuracy is {percent(ours)}, less than half of the ceiling of "
+            f"{percent(ceiling)}.",
         ),
     ]
 
 
 def _memory_swap(metrics: Mapping[str, Any]) -> list[Verdict]:
-    """Rows of the memory come and go under the same weights."""
+    """Documents are removed from the memory and added, with the same weights."""
     ours, none = (find(metrics, f"decoder.joint_accuracy.{k}") for k in ("docs2", "docs0"))
     removed = find(metrics, "baselines.held_out_removed.joint_accuracy")
     kept = find(metrics, "decoder.paired.joint_held_out_removed_minus_docs0")
     seen = find(metrics, "decoder.seen.paired.joint_docs2_minus_held_out_removed")
     points = "not measured" if seen is None else f"{100 * seen.value:+.1f} points"
+    without = (
+        f"Without the held-out documents in the memory joint accuracy is {percent(removed)}; "
+        f"without any documents it is {percent(none)}"
+    )
     return [
         _verdict(
-            "What the memory lacks is not drawn",
+            "Removing an entity's documents removes the entity",
             None if kept is None else abs(kept.value) <= REMOVED_WITHIN,
-            f"With the held-out rows removed from the memory {percent(removed)} of pictures are "
-            f"right, with no documents {percent(none)}.",
-            f"With the held-out rows removed from the memory {percent(removed)} of pictures are "
-            f"right, with no documents {percent(none)}: other documents change what is drawn.",
+            f"{without}.",
+            f"{without}: documents of other entities change the result.",
         ),
         _verdict(
-            "Rows added to the memory bring it back",
+            "Adding documents adds entities without training",
             differs(metrics, "joint_docs2_minus_held_out_removed", ours, removed),
-            f"The same weights go from {percent(removed)} to {percent(ours)} when the rows are "
-            "added: what is known of these entities lies in the memory.",
-            f"The same weights go from {percent(removed)} to {percent(ours)} when the rows are "
-            "added, which is no gain.",
+            f"With the same weights, joint accuracy rises from {percent(removed)} to "
+            f"{percent(ours)} when the held-out documents are added.",
+            f"With the same weights, joint accuracy goes from {percent(removed)} to "
+            f"{percent(ours)} when the held-out documents are added, which is not a gain.",
         ),
         _verdict(
-            "Other entities stay as they were",
+            "Seen entities are unaffected",
             None if seen is None else abs(seen.value) < SEEN_MOVES_BELOW,
-            f"Adding the rows moves the joint accuracy on seen entities by {points}.",
-            f"Adding the rows moves the joint accuracy on seen entities by {points}: "
-            "they get in each other's way.",
+            f"Adding the held-out documents changes joint accuracy on seen entities by {points}.",
+            f"Adding the held-out documents changes joint accuracy on seen entities by {points}: "
+            "the added documents interfere.",
         ),
     ]
 
 
 def _captions(metrics: Mapping[str, Any]) -> Verdict:
     cider0, cider2 = (find(metrics, f"decoder.cider.{k}") for k in ("docs0", "docs2"))
-    vanilla = find(metrics, "control.cider")
+    baseline = find(metrics, "control.cider")
     figures = (
-        f"{number(cider2)} with two documents, {number(cider0)} without, {number(vanilla)} for the "
-        "vanilla model"
+        f"{number(cider2)} with two documents, {number(cider0)} without documents, "
+        f"{number(baseline)} for the baseline"
     )
     return _verdict(
-        "Captions profit from documents",
+        "Retrieval improves captions",
         _both(
             differs(metrics, "cider_docs2_minus_docs0", cider2, cider0),
-            differs(metrics, "cider_docs2_minus_control", cider2, vanilla),
+            differs(metrics, "cider_docs2_minus_control", cider2, baseline),
         ),
         f"CIDEr is {figures}.",
-        f"CIDEr is {figures}: captions do not profit yet.",
+        f"CIDEr is {figures}: retrieval does not improve captions yet.",
     )
 
 
 def headline(metrics: Mapping[str, Any]) -> Verdict:
-    """The one sentence under the title: does retrieval draw what the weights never saw?"""
+    """The sentence under the title: does retrieval help on entities never seen in training?"""
     ours = find(metrics, "decoder.joint_accuracy.docs2")
-    vanilla = find(metrics, "control.joint_accuracy")
+    baseline = find(metrics, "control.joint_accuracy")
     return _verdict(
         "Retrieval helps",
-        differs(metrics, "joint_docs2_minus_control", ours, vanilla),
-        f"Asked to draw what it never saw in training, the model that looks things up gets "
-        f"{percent(ours)} of pictures right in every fact; one without a memory, {percent(vanilla)}.",
-        f"Retrieval does not help yet: {percent(ours)} of pictures of entities that training "
-        f"never showed are right in every fact with two documents, {percent(vanilla)} for the "
-        "model without retrieval. What follows shows the machinery, not the skill.",
+        differs(metrics, "joint_docs2_minus_control", ours, baseline),
+        f"On entities never seen in training, {percent(ours)} of the images generated with retrieval "
+        f"have every fact right, compared with {percent(baseline)} without retrieval.",
+        f"Retrieval does not help yet: on entities never seen in training, {percent(ours)} of the "
+        f"images generated with retrieval have every fact right, compared with {percent(baseline)} "
+        "without retrieval. This run checks the pipeline, not quality.",
     )
 
 
@@ -227,7 +230,7 @@ def _not(holds: bool | None) -> bool | None:
 
 
 def _both(one: bool | None, other: bool | None) -> bool | None:
-    """Known to fail when one of them does."""
+    """False as soon as one is False, even if the other is unknown."""
     if one is None or other is None:
         return False if False in (one, other) else None
     return one and other
@@ -235,5 +238,5 @@ def _both(one: bool | None, other: bool | None) -> bool | None:
 
 def _verdict(claim: str, holds: bool | None, if_true: str, if_false: str) -> Verdict:
     if holds is None:
-        return Verdict(claim, "unknown", "Not measured, or without an interval: nothing claimed.")
+        return Verdict(claim, "unknown", "Not measured, or measured without a confidence interval.")
     return Verdict(claim, "yes" if holds else "no", if_true if holds else if_false)

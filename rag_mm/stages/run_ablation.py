@@ -4,60 +4,15 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ml_collections
 import numpy as np
 from etils import epath
 
 from rag_mm.core import compilation_cache, configuration, files, run_folder
 from rag_mm.core.errors import UserError
 from rag_mm.eval import ablation_table
-from rag_mm.stages import chain
-from rag_mm.stages.ra_cm3 import evaluate
-
-KEY = "ablation"  # of a config
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a config's key `ablation` holds.
-
-    `variants` maps a name to what it overrides, {"decoder.alpha": 1.0}; `baseline` is the one that the
-    others are compared with. A figure is a path into the stage's `per_document.json`,
-    "held_out.docs2.joint"; a pair stands for the first less the second, document by document. Where
-    neither is named, all figures that every cell has are shown.
-    """
-
-    variants: Mapping[str, Mapping[str, Any]]
-    seeds: tuple[int, ...] = (0, 1, 2)
-    figures: tuple[str, ...] = ()
-    pairs: tuple[Sequence[str], ...] = ()
-    baseline: str | None = None
-    stage: str = "evaluation"
-
-    def __post_init__(self):
-        overrides = self.variants.values() if isinstance(self.variants, Mapping) else [None]
-        if not all(isinstance(each, Mapping) for each in overrides):
-            raise ValueError("variants are a dict of dicts, {name: {dotted key: value}}")
-        if not all(isinstance(seed, int) for seed in self.seeds):
-            raise ValueError(f"seeds are integers, not {self.seeds}")
-        if any("seed" in each for each in overrides):
-            raise ValueError("a variant has no seed of its own; `seeds` are for all")
-        if self.baseline is not None and self.baseline not in self.variants:
-            names = ", ".join(self.variants)
-            raise ValueError(f"the baseline {self.baseline!r} is no variant, choose from {names}")
-        for pair in self.pairs:
-            if isinstance(pair, str) or len(pair) != 2:
-                raise ValueError(f"a pair is two figures, not {pair!r}")
-
-    @property
-    def order(self) -> tuple[str, ...]:
-        """The variants' names, the baseline first."""
-        return tuple(sorted(self.variants, key=lambda name: name != self.baseline))
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Figures and pairs, as `eval.ablation` writes them."""
-        return (*self.figures, *(ablation_table.MINUS.join(pair) for pair in self.pairs))
+from rag_mm.stages import chain, chain_config
+from rag_mm.stages.ablation_plan import KEY, AblationPlan
+from rag_mm.stages.stage import PER_DOCUMENT
 
 
 def run_ablation(
@@ -74,13 +29,13 @@ def run_ablation(
     finished from the same config and inputs is copied instead of computed.
 
     Args:
-        config: nested plain dicts with the key `ablation`, see `Plan`.
+        config: nested plain dicts with the key `ablation`, see `AblationPlan`.
         workdir: the table's folder; made if it does not exist.
         seeds: instead of the config's.
         overwrite: rebuild what the config has changed.
 
     Returns:
-        `eval.ablation.results`.
+        `eval.ablation_table.results`.
 
     Raises:
         UserError: the config or the folder does not fit; nothing has been touched then.
@@ -102,7 +57,7 @@ def run_ablation(
             overwrite=overwrite,
             reuse_from=[*others, *lenders],
         )
-        return _flatten(files.read_json(run.finished_stage(plan.stage) / evaluate.PER_DOCUMENT))
+        return _flatten(files.read_json(run.finished_stage(plan.stage) / PER_DOCUMENT))
 
     def save(table: ablation_table.Table) -> dict[str, Any]:
         found = ablation_table.results(table, plan.columns or table.figures, plan.baseline)
@@ -133,11 +88,11 @@ class _Cell:
     key: str
 
 
-def _plan(config: Mapping[str, Any], seeds: Sequence[int] | None) -> Plan:
+def _plan(config: Mapping[str, Any], seeds: Sequence[int] | None) -> AblationPlan:
     if KEY not in config:
         raise UserError(f"The config has no {KEY!r}, which names variants, seeds and figures.")
     chosen = {} if seeds is None else {"seeds": list(seeds)}
-    plan = configuration.make(Plan, {**config[KEY], **chosen}, KEY)
+    plan = configuration.make(AblationPlan, {**config[KEY], **chosen}, KEY)
     ablation_table.check_names(plan.order, plan.seeds)
     if plan.stage not in config.get("stages", ()):
         raise UserError(f"{KEY}.stage is {plan.stage!r}, which the config's stages do not have.")
@@ -145,7 +100,7 @@ def _plan(config: Mapping[str, Any], seeds: Sequence[int] | None) -> Plan:
 
 
 def _cells(
-    config: Mapping[str, Any], plan: Plan, folder: epath.Path
+    config: Mapping[str, Any], plan: AblationPlan, folder: epath.Path
 ) -> dict[tuple[str, int], _Cell]:
     cells = {}
     for variant, overrides in plan.variants.items():
@@ -161,11 +116,10 @@ def _override(
     config: Mapping[str, Any], variant: str, overrides: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The config of one cell, which knows nothing of the others."""
-    made = ml_collections.ConfigDict({key: value for key, value in config.items() if key != KEY})
+    variant_config = {key: value for key, value in config.items() if key != KEY}
     try:
-        configuration.apply_overrides(made, {key: str(value) for key, value in overrides.items()})
-        plain = configuration.to_dict(made)
-        chain.stage_configs(plain)
+        plain = chain_config.override(variant_config, overrides)
+        chain_config.stage_configs(plain)
     except UserError as error:
         raise UserError(f"Variant {variant!r}: {error}") from error
     return plain
@@ -177,23 +131,23 @@ def _check_runs(cells: Mapping[tuple[str, int], _Cell]) -> None:
         if cell.path.exists():
             continue
         run = run_folder.Run(cell.workdir)
-        for name, stage_config in chain.stage_configs(cell.config).items():
+        for name, stage_config in chain_config.stage_configs(cell.config).items():
             try:
-                inputs = chain.STAGES[name].inputs
-                run_folder.check_stage(run, name, chain.slice_of(stage_config), inputs)
+                inputs = chain_config.STAGES[name].inputs
+                run_folder.check_stage(run, name, chain_config.slice_of(stage_config), inputs)
             except UserError as error:
                 raise UserError(f"{variant}, seed {seed}: {error}") from error
 
 
 def _key(stage: str, config: Mapping[str, Any]) -> str:
     """A digest of the configs of a stage and of all it is made from."""
-    configs = chain.stage_configs(config)
+    configs = chain_config.stage_configs(config)
     needed, todo = {}, [stage]
     while todo:
         name = todo.pop()
-        todo += chain.STAGES[name].inputs
+        todo += chain_config.STAGES[name].inputs
         if name in configs:
-            needed[name] = chain.slice_of(configs[name])
+            needed[name] = chain_config.slice_of(configs[name])
     return files.digest(files.canonical_json({"stage": stage, "configs": needed}).encode())
 
 

@@ -1,7 +1,7 @@
-"""Checkpoints of state and data iterator together; the one file that knows Orbax.
+"""Checkpoints of training state and data iterator together; the only file that uses Orbax.
 
-Written beside the training: `save` returns when the host has its own copy. What wall time was spent stands in
-`times.json` (`core.clock`) and not here: two runs of the same bits have the same checkpoints.
+Saving is asynchronous: `save` returns once the host has its own copy. Wall time is recorded in `times.json`
+(`core.costs`) and not in checkpoints, so that bitwise identical runs have identical checkpoints.
 """
 
 import asyncio
@@ -23,33 +23,33 @@ from rag_mm.nn.param_trees import Params
 from rag_mm.train.train_state import TrainState
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a log record tells what no exception of Orbax's does: those reach us, and are said once."""
+def _is_not_reported(record: logging.LogRecord) -> bool:
+    """Whether a log record is not an Orbax error, which is also raised as an exception and reported once."""
     is_orbax = "orbax" in record.pathname
     return not is_orbax or (record.exc_info is None and record.levelno < logging.ERROR)
 
 
 class Checkpoints:
-    """The checkpoints of one stage; a kill at any instant leaves the last whole one in force."""
+    """The checkpoints of one stage; after a kill at any time the last complete one is used."""
 
     def __init__(self, directory: epath.PathLike, keep: int = 1, keep_every: int | None = None):
-        """Keeps the `keep` newest, and for good those whose step is a multiple of `keep_every`."""
+        """Keeps the newest `keep` checkpoints, and for good those at multiples of `keep_every` steps."""
         policies = ocp.training.preservation_policies
         self._directory = epath.Path(directory)
-        logging.getLogger("absl").addFilter(_is_news)
-        kept = [policies.LatestN(keep)]
+        logging.getLogger("absl").addFilter(_is_not_reported)
+        preserved = [policies.LatestN(keep)]
         if keep_every is not None:
-            kept.append(policies.EveryNSteps(keep_every))
+            preserved.append(policies.EveryNSteps(keep_every))
         self._checkpointer = ocp.training.Checkpointer(
             _absolute(self._directory),
-            preservation_policy=policies.AnyPreservationPolicy(kept),
+            preservation_policy=policies.AnyPreservationPolicy(preserved),
             cleanup_tmp_directories=True,
         )
         self._saving: Any = None
 
     @property
     def latest_step(self) -> int | None:
-        """Step of the newest whole checkpoint, or None."""
+        """Step of the newest complete checkpoint, or None."""
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
@@ -59,89 +59,93 @@ class Checkpoints:
         iterator: grain.DatasetIterator,
         on_commit: Callable[[], None] | None = None,
     ) -> None:
-        """Begins to save at `state.step`; returns when nothing that is done to either can change it.
+        """Starts saving at `state.step`; returns once changes to state and iterator can no longer affect it.
 
-        One is written at a time: an earlier one is waited for. `on_commit` is called, from another thread, as
-        soon as it is whole on disk.
+        Only one checkpoint is written at a time: a previous one is waited for. `on_commit` is called from
+        another thread as soon as the checkpoint is complete on disk.
 
         Raises:
-            UserError: this one, or the one before, cannot be written; see `wait`.
+            UserError: this checkpoint or the previous one cannot be written; see `wait`.
         """
         step = int(state.step)
         self.wait()
         if step == self.latest_step:
             return
-        pieces = {"params": state.params, "optimizer": _optimizer(state), "data": _Place(iterator)}
+        pieces = {
+            "params": state.params,
+            "optimizer": _optimizer(state),
+            "data": _IteratorState(iterator),
+        }
         try:
             saving = self._checkpointer.save_checkpointables_async(step, pieces, force=True)
         except Exception as error:
-            self._refuse(error)
+            self._raise_user_error(error)
         self._saving = saving
         if saving is not None and on_commit is not None:
             saving.on_complete(lambda _: on_commit())
 
     def wait(self) -> None:
-        """Returns when nothing is being written.
+        """Waits until no checkpoint is being written.
 
         Raises:
-            UserError: it could not be written, as when the disk is full; those before it stay.
+            UserError: the checkpoint could not be written, such as on a full disk; earlier ones are kept.
         """
         saving, self._saving = self._saving, None
         try:
             self._checkpointer.wait()
             if saving is not None:
-                saving.result()  # Nothing else ends the thread that wrote.
-        except Exception as error:  # Whatever the thread that wrote has raised.
-            self._refuse(error)
+                saving.result()  # Only this ends the writer thread.
+        except Exception as error:  # The writer thread can raise any type.
+            self._raise_user_error(error)
 
-    def _refuse(self, error: Exception) -> NoReturn:
-        """Says plainly what became of the newest checkpoint."""
+    def _raise_user_error(self, error: Exception) -> NoReturn:
+        """Raises a UserError that says why writing failed and which checkpoint remains."""
         self._checkpointer.reload()
         is_full = "No space left" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
         reason = "the disk is full" if is_full else f"{error}".strip().partition("\n")[0]
         last = self.latest_step
-        kept = "there is none before it" if last is None else f"the one of step {last} is kept"
+        kept = "there is no earlier one" if last is None else f"the one of step {last} is kept"
         raise UserError(
             f"A checkpoint cannot be written to {self._directory} ({reason}); {kept}. "
-            f"{'Make room and run' if is_full else 'Run'} the same command again."
+            f"{'Free disk space and run' if is_full else 'Run'} the same command again."
         ) from OSError(errno.ENOSPC if is_full else errno.EIO, str(error))
 
     def restore(self, state: TrainState, iterator: grain.DatasetIterator) -> TrainState:
-        """The newest checkpoint that can be read, in the layout of `state`, whatever mesh wrote it.
+        """Loads the newest readable checkpoint, in the layout of `state`, whatever mesh wrote it.
 
-        The iterator goes back to its place too. One that cannot be read is put aside as `damaged-STEP`
-        when one before it can.
+        The state of `iterator` is restored too. Unreadable checkpoints newer than the one loaded are renamed
+        to `damaged-STEP`.
 
         Raises:
-            UserError: none is of this model and optimizer, or all are damaged.
+            UserError: no checkpoint fits this model and optimizer, or all are damaged.
         """
-        steps = [found.step for found in self._checkpointer.checkpoints]
+        steps = [metadata.step for metadata in self._checkpointer.checkpoints]
         newest_error: Exception | None = None
         for step in sorted(steps, reverse=True):
             try:
                 restored = self._restore(step, state, iterator)
-            except Exception as error:  # A damaged file makes Orbax raise whatever read it.
+            except Exception as error:  # With a damaged file Orbax can raise any type.
                 newest_error = newest_error or error
                 continue
             for damaged in (later for later in steps if later > step):
-                progress.say(f"checkpoint {damaged} cannot be read; going on from {step}")
-                self._put_aside(damaged)
+                progress.say(f"checkpoint {damaged} cannot be read; resuming from {step}")
+                self._rename_damaged(damaged)
             if step != max(steps):
                 self._checkpointer.reload()
             return restored
         raise UserError(
             f"The newest checkpoint in {self._directory} does not fit this model and optimizer; "
-            "it is another model's or damaged. Remove that folder to begin anew."
+            "it is damaged or belongs to another model. Remove that folder to start over."
         ) from newest_error
 
-    def _put_aside(self, step: int) -> None:
+    def _rename_damaged(self, step: int) -> None:
         if jax.process_index() == 0:
             (self._directory / str(step)).rename(self._directory / f"damaged-{step}")
         multihost_utils.sync_global_devices(f"damaged {step}")
 
     def _restore(self, step: int, state: TrainState, iterator: grain.DatasetIterator) -> TrainState:
-        abstract = jax.tree.map(_like, (state.params, _optimizer(state)))
-        pieces = {"params": abstract[0], "optimizer": abstract[1], "data": _Place(iterator)}
+        abstract = jax.tree.map(_abstract, (state.params, _optimizer(state)))
+        pieces = {"params": abstract[0], "optimizer": abstract[1], "data": _IteratorState(iterator)}
         loaded = self._checkpointer.load_checkpointables(step, pieces)
         optimizer = loaded["optimizer"]
         structure = jax.tree.structure(state.opt_state)
@@ -149,18 +153,18 @@ class Checkpoints:
         return TrainState(optimizer["step"], loaded["params"], opt_state)
 
     def close(self) -> None:
-        """Waits for a write under way and frees threads; raises as `wait` does."""
+        """Waits for a checkpoint being written and frees threads; raises as `wait` does."""
         try:
             self.wait()
         finally:
             self._checkpointer.close()
 
 
-class _Place:
-    """An iterator's place in a checkpoint: one file, written once.
+class _IteratorState:
+    """The state of a data iterator in a checkpoint: one file, written by process 0.
 
-    Every process stands at the same batch, so any number of them can go on from what any other number
-    wrote. The name is the one that Grain gives where there is one process.
+    All processes are at the same batch, so a run can resume with another number of processes. The file
+    name is the one that Grain uses for a single process.
     """
 
     _NAME = "process_0-of-1.json"
@@ -169,7 +173,7 @@ class _Place:
         self._iterator = iterator
 
     async def save(self, directory: Any) -> Awaitable[None]:
-        """What the background does: the state of now, into a folder that is yet to be made."""
+        """Called by Orbax: writes the state as of this call, once the checkpoint's folder exists."""
         text = json.dumps(self._iterator.get_state(), indent=4)
 
         async def write() -> None:
@@ -180,7 +184,7 @@ class _Place:
         return write()
 
     async def load(self, directory: epath.Path) -> Awaitable[None]:
-        """What the background does: takes the iterator there."""
+        """Called by Orbax: restores the iterator's state."""
 
         async def read() -> None:
             text = await asyncio.to_thread((directory / self._NAME).read_text)
@@ -190,23 +194,24 @@ class _Place:
 
 
 def save_params(directory: epath.PathLike, params: Params) -> None:
-    """Writes parameters alone, whole or not at all; replaces what is there. All processes call it."""
+    """Writes parameters atomically, replacing any existing ones. Every process calls it."""
     ocp.save(_absolute(directory), params, overwrite=True)
 
 
 def load_params(directory: epath.PathLike, abstract: Params) -> Params:
-    """Parameters that `save_params` wrote, in the shapes and layout of `abstract`.
+    """Loads parameters that `save_params` wrote, in the shapes and layout of `abstract`.
 
-    Each of several processes loads for itself, whether others do or not: `abstract` lies on its own devices.
+    A process may call it independently of the others; `abstract` must use its own devices only.
 
     Raises:
-        UserError: there are none, or they are another model's.
+        UserError: there are no parameters in `directory`, or they belong to another model.
     """
     directory = epath.Path(directory)
     if not directory.exists():
         raise UserError(f"{directory} does not exist; train that stage first.")
-    own, context = jax.process_index(), ocp.Context()
-    context.multiprocessing.primary_host, context.multiprocessing.active_processes = own, {own}
+    process, context = jax.process_index(), ocp.Context()
+    context.multiprocessing.primary_host = process
+    context.multiprocessing.active_processes = {process}
     try:
         with context:
             return ocp.load(_absolute(directory), abstract)
@@ -216,14 +221,14 @@ def load_params(directory: epath.PathLike, abstract: Params) -> Params:
 
 
 def _absolute(directory: epath.PathLike) -> epath.Path:
-    # Orbax takes no relative path.
+    # Orbax does not accept relative paths.
     return epath.Path(directory).resolve()
 
 
 def _optimizer(state: TrainState) -> dict[str, Any]:
-    # Optax states are tuples of named tuples; a flat list keeps the file independent of their classes.
+    # Optax states are nested named tuples; a flat list makes the checkpoint independent of their classes.
     return {"step": state.step, "leaves": jax.tree.leaves(state.opt_state)}
 
 
-def _like(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)

@@ -1,4 +1,4 @@
-"""The loop around the step: resume, draw, step, log, save. Everything stateful stands here in plain sight."""
+"""The training loop: resume, load a batch, step, log, save. It holds all state outside the training step."""
 
 import collections
 import contextlib
@@ -23,25 +23,29 @@ from rag_mm.train.train_state import TrainState
 from rag_mm.train.train_step import Metrics
 
 StepFn = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
-# Figures that follow from a log's averages, such as decibels from a mean squared error.
+# Averages of a log line -> further metrics computed from them, such as PSNR from the mean squared error.
 Derive = Callable[[dict[str, np.ndarray]], dict[str, float]]
-# (step, parameters) -> figures on other data than the batches; may raise to end a broken run.
+# (step, parameters) -> metrics on other data than the batches; may raise to end a broken run.
 Watch = Callable[[int, Params], dict[str, float]]
-# A checkpoint that cannot be read must have one before it.
+# Two, so that an earlier checkpoint remains if the newest cannot be read.
 KEEP_LAST = 2
-# Sums since the last log, where a run was told to end between two logs.
+# Sums since the last log line, for a run that was stopped between two log lines.
 PARTIAL = "partial.json"
-# The records of batches whose updates were skipped until the run gave up, by batch.
+# Records of the batches whose skipped updates ended the run, by batch.
 SKIPPED = "skipped.json"
-# A message names at most so many records; the file has all.
-_NUM_NAMED = 20
+# The error message lists at most this many records; the file has all.
+_MAX_RECORDS_SHOWN = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """How long, and how often to look; a checkpoint falls on a logged step and is watched over.
+    """How long to train, and how often to log and save; a checkpoint falls on a logged step.
 
-    `guard` leaves out updates that would harm, and says how many in a row end the run; None leaves out none.
+    Attributes:
+        num_steps: training steps.
+        log_every: steps between lines of the log.
+        checkpoint_every: steps between checkpoints; a multiple of `log_every`.
+        guard: skips harmful updates, and ends the run after too many in a row; None skips none.
     """
 
     num_steps: int
@@ -64,14 +68,14 @@ class LoopConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Extras:
-    """What a long run wants besides.
+    """Optional settings of `fit`.
 
     Attributes:
-        keep_every: checkpoints at multiples of it stay for good.
-        max_skipped: so many updates in a row that the optimizer's guard left out end the run.
+        keep_every: keep checkpoints at multiples of this step permanently.
+        max_skipped: this many consecutive updates skipped by the guard end the run.
         cost: FLOPs of a step, for MFU.
-        profile: first and last step of a trace for TensorBoard, written to `profile/`; None: `profiled`'s.
-        stall_seconds: a process that waits longer for a batch, or for a step on it, is ended (`watchdog`).
+        profile: first and last step of a TensorBoard trace, written to `profile/`; None: that of `profiled`.
+        stall_seconds: a process that waits longer for a batch or a step exits (see `watchdog`).
     """
 
     keep_every: int | None = None
@@ -88,7 +92,7 @@ _PROFILE: contextvars.ContextVar[tuple[int, int] | None] = contextvars.ContextVa
 
 @contextlib.contextmanager
 def profiled(steps: tuple[int, int] | None) -> Iterator[None]:
-    """Every `fit` of the body traces these steps, the first and the last; None traces none."""
+    """Every `fit` in the body traces the steps from the first to the last of `steps`; None traces none."""
     token = _PROFILE.set(steps)
     try:
         yield
@@ -108,29 +112,41 @@ def fit(
     watch: Watch | None = None,
     extras: Extras | None = None,
 ) -> tuple[TrainState, list[dict[str, float]]]:
-    """Trains to `config.num_steps`, from the newest checkpoint in `directory` if there is one.
+    """Trains to `config.num_steps`, resuming from the newest checkpoint in `directory` if there is one.
 
-    Killed and run again it gives the same state and log, to the bit, as if it had never stopped: state
-    and iterator are saved together, after the step and before the next batch is drawn, and averages are
-    closed at every log, on which every checkpoint falls. SIGTERM saves after the step under way, averages
-    so far included, and ends the process with exit code 143. Checkpoints are written while training goes on.
+    A run that is killed and restarted ends with bitwise the same state and log as an uninterrupted one: state
+    and iterator are saved together, after the step and before the next batch is loaded, and averages are
+    reset at every log line, with which every checkpoint coincides. On SIGTERM the current step is finished,
+    then state and partial averages are saved and the process exits with code 143. Checkpoints are written
+    while training continues.
 
-    Several processes call this alike, each with its own rows of the same batches; files are written once.
+    With several processes, each calls this with its own share of the same batches; files are written once.
 
-    Where a checkpoint falls, `watch` is asked first and its figures stand in the same row of the log. How
-    fast it went stands in `speed.jsonl` (`train.speed`).
+    Speed is logged in `speed.jsonl` (`train.throughput`).
+
+    Args:
+        name: label in progress and error messages.
+        state: the initial state; replaced by the newest checkpoint if there is one.
+        step_fn: (state, batch) -> (state, metric sums); may donate the state.
+        iterator: the batches; its position is saved with the state.
+        mesh: the mesh of state and batches.
+        directory: folder for checkpoints and logs.
+        config: number of steps, and how often to log and save.
+        derive: computes further metrics from the averages of a log line.
+        watch: computes metrics on other data before each checkpoint; they are part of the same log line.
+        extras: see `Extras`.
 
     Returns:
-        The last state and the log's rows.
+        The last state and the log lines.
 
     Raises:
-        FloatingPointError: the loss is no number, or too many updates in a row were skipped.
+        FloatingPointError: the loss is not finite, or too many updates in a row were skipped.
         UserError: a checkpoint cannot be written or read.
     """
     run = _Run(name, mesh, epath.Path(directory), config, derive, watch, extras or Extras())
     with contextlib.ExitStack() as stack:
         stop = preemption.Stop()
-        stack.enter_context(preemption.listen(stop.ask))
+        stack.enter_context(preemption.listen(stop.request))
         agreement = preemption.Agreement(stop, mesh)
         checkpoints = checkpoint.Checkpoints(
             run.directory / "checkpoints", KEEP_LAST, run.extras.keep_every
@@ -144,7 +160,7 @@ def fit(
         bar = stack.enter_context(progress.track(name, config.num_steps, start))
         for step in range(start + 1, config.num_steps + 1):
             run.trace(step)
-            batch = run.draw(iterator)
+            batch = run.next_batch(iterator)
             state, sums = step_fn(state, batch)
             stop.reach(step)
             run.count(batch, sums)
@@ -162,13 +178,13 @@ def fit(
                 raise SystemExit(preemption.EXIT_CODE)
         checkpoints.wait()
         run.finish()
-        if agreement.is_asked():
+        if agreement.is_requested():
             raise SystemExit(preemption.EXIT_CODE)
     return state, run.log.rows
 
 
 class _Run:
-    """One run's averages, log and stop watch."""
+    """The averages, logs, timer and trace of one call of `fit`."""
 
     def __init__(
         self,
@@ -182,82 +198,84 @@ class _Run:
     ):
         self.name, self.mesh, self.directory, self.config = name, mesh, directory, config
         self.derive, self.watch, self.extras = derive, watch, extras
-        self._before: Metrics | None = None
-        # As many as may be skipped until the next log notices.
+        self._previous_sums: Metrics | None = None
+        # As many batches as can be skipped before the next log line detects it.
         length = self.extras.max_skipped + config.log_every
         self._records: collections.deque[list[int]] = collections.deque(maxlen=length)
         self._is_traced = False
 
     def open(self, start: int) -> None:
-        """Takes up log and averages at step `start`."""
+        """Opens the logs and restores partial averages at step `start`."""
         self.averages = train_metrics.Averages()
         self.log = train_metrics.Log(self.directory / "log.jsonl", start)
         self.speed = throughput.Speed(self.directory / costs.SPEED_NAME, start, self.extras.cost)
         self.board = train_metrics.Board(self.directory / costs.BOARD_NAME)
         partial = self.directory / PARTIAL
-        if partial.exists() and (kept := files.read_json(partial))["step"] == start:
-            self.averages.from_json(kept["sums"])
+        if partial.exists() and (saved := files.read_json(partial))["step"] == start:
+            self.averages.from_json(saved["sums"])
 
-    def draw(self, iterator: grain.DatasetIterator) -> dict:
-        """The next batch on its devices, without the records' numbers, which are kept for a message."""
-        began = time.monotonic()
+    def next_batch(self, iterator: grain.DatasetIterator) -> dict:
+        """The next batch on its devices; record numbers are removed and kept for error messages."""
+        start = time.monotonic()
         with watchdog.within(self.extras.stall_seconds):
-            rows = dict(next(iterator))
-        self._records.append(np.asarray(rows.pop(pipeline.RECORDS, ())).tolist())
-        batch = sharding.put_batch(rows, self.mesh)
-        self.speed.wait(time.monotonic() - began)
+            host_batch = dict(next(iterator))
+        self._records.append(np.asarray(host_batch.pop(pipeline.RECORDS, ())).tolist())
+        batch = sharding.put_batch(host_batch, self.mesh)
+        self.speed.wait(time.monotonic() - start)
         return batch
 
     def count(self, batch: dict, sums: Metrics) -> None:
-        """Adds up, and lets one step be under way while the host goes on: a time is then a step's own."""
+        """Adds the step's sums and waits for the previous step, so that one step is in flight at a time."""
         self.averages.add(sums)
-        if self._before is not None:
+        if self._previous_sums is not None:
             with watchdog.within(self.extras.stall_seconds):
-                jax.block_until_ready(self._before)
-        self._before = sums
+                jax.block_until_ready(self._previous_sums)
+        self._previous_sums = sums
         self.speed.step(batch)
 
     def log_step(self, step: int, state: TrainState, is_saved: bool) -> dict[str, float]:
-        """Writes a row of the log; what is worth showing."""
+        """Writes a log line. Returns the metrics to show in the progress bar."""
         values = self.averages.pop()
         num_skipped, num_in_a_row = update_guard.counts(state.opt_state)
         self._check(step, values, num_skipped, num_in_a_row)
         skipped = {"skipped": float(num_skipped)} if num_skipped else {}
         derived = self.derive(values) if self.derive is not None else {}
-        fast = self.speed.write(step)
-        seen = self.watch(step, state.params) if self.watch is not None and is_saved else {}
-        figures: dict[str, Any] = {**values, **derived, **seen, **skipped}
+        speed = self.speed.write(step)
+        watched = self.watch(step, state.params) if self.watch is not None and is_saved else {}
+        figures: dict[str, Any] = {**values, **derived, **watched, **skipped}
         self.log.write(step, figures)
-        self.board.write(step, train=figures, speed=fast)
+        self.board.write(step, train=figures, speed=speed)
         shown: dict[str, float] = {
-            key: fast[key] for key in ("tokens_per_second", "mfu") if key in fast
+            key: speed[key] for key in ("tokens_per_second", "mfu") if key in speed
         }
-        return {"loss": float(values["loss"]), **seen, **skipped, **shown}
+        return {"loss": float(values["loss"]), **watched, **skipped, **shown}
 
     def _check(self, step: int, values: dict, num_skipped: int, num_in_a_row: int) -> None:
         if num_in_a_row >= self.extras.max_skipped:
             raise FloatingPointError(
-                f"{self.name}: {num_in_a_row} updates in a row were skipped, those of batches "
-                f"{step - num_in_a_row + 1} to {step}; their losses are no numbers or too high"
+                f"{self.name}: {num_in_a_row} updates in a row were skipped, for batches "
+                f"{step - num_in_a_row + 1} to {step}; their losses are non-finite or too high"
                 + self._name_records(step, num_in_a_row)
             )
         if not np.isfinite(values["loss"]) and not num_skipped:
             raise FloatingPointError(f"{self.name}: the loss at step {step} is not finite")
 
     def _name_records(self, step: int, num_batches: int) -> str:
-        """Of the last batches as far as this process drew them; all of them stand in a file."""
-        drawn = list(self._records)[-num_batches:]
-        by_batch = {str(step - len(drawn) + 1 + i): ids for i, ids in enumerate(drawn)}
-        found = list(dict.fromkeys(record for ids in drawn for record in ids))
-        if not found:
+        """Names the records of the last batches that this process loaded; writes all of them to a file."""
+        loaded = list(self._records)[-num_batches:]
+        by_batch = {str(step - len(loaded) + 1 + i): ids for i, ids in enumerate(loaded)}
+        records = list(dict.fromkeys(record for ids in loaded for record in ids))
+        if not records:
             return ""
         if jax.process_index() == 0:
             files.write_json(self.directory / SKIPPED, by_batch)
-        more = f" and {len(found) - _NUM_NAMED} more" if len(found) > _NUM_NAMED else ""
-        return f" (records {', '.join(map(str, found[:_NUM_NAMED]))}{more}; {self.directory / SKIPPED})"
+        shown = ", ".join(map(str, records[:_MAX_RECORDS_SHOWN]))
+        num_more = len(records) - _MAX_RECORDS_SHOWN
+        more = f" and {num_more} more" if num_more > 0 else ""
+        return f" (records {shown}{more}; {self.directory / SKIPPED})"
 
     def trace(self, step: int) -> None:
-        """Starts and ends the profile where it falls on this step."""
+        """Starts or ends the profile if this step is its first or follows its last."""
         first, last = self.extras.profile or _PROFILE.get() or (0, 0)
         if step == first:
             jax.profiler.start_trace(str(self.directory / costs.PROFILE_NAME))
@@ -267,7 +285,7 @@ class _Run:
 
     def _end_trace(self) -> None:
         if self._is_traced:
-            jax.block_until_ready(self._before)
+            jax.block_until_ready(self._previous_sums)
             jax.profiler.stop_trace()
             self._is_traced = False
 

@@ -1,4 +1,4 @@
-"""Adam with decoupled weight decay, gradient clipping and a warm-up schedule, all Optax."""
+"""AdamW with gradient clipping and a learning-rate schedule, from Optax."""
 
 import dataclasses
 
@@ -10,13 +10,21 @@ from rag_mm.train import update_guard
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """One optimizer; the defaults are RA-CM3's (ra_cm3 section 6) where the paper gives them."""
+    """AdamW with clipping and a schedule; defaults are RA-CM3's where the paper gives them.
+
+    Attributes:
+        learning_rate: at its peak.
+        warmup_steps: steps of linear warm-up from zero.
+        schedule: linear | cosine | wsd, to zero at the last step; or constant.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        weight_decay: decoupled, times the learning rate.
+        clip_norm: gradients of a larger global norm are scaled down to it.
+    """
 
     learning_rate: float = 1e-4
     warmup_steps: int = 1500
-    schedule: str = (
-        "linear"  # after warm-up, to zero at the last step: linear | cosine | wsd; or constant
-    )
+    schedule: str = "linear"
     b1: float = 0.9
     b2: float = 0.98
     weight_decay: float = 0.0
@@ -24,10 +32,10 @@ class OptimizerConfig:
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Learning rate of each step: linear warm-up from zero, then the chosen decay.
+    """Learning rate by step: linear warm-up from zero, then the chosen decay.
 
-    `wsd` is warm-up, stable, decay (MiniCPM, Hu et al. 2024): constant, then in the last 30 % of the
-    steps linearly to zero.
+    `wsd` is warmup-stable-decay (MiniCPM, Hu et al. 2024): constant, then linear to zero over the last
+    30 % of the steps.
 
     Raises:
         ValueError: the schedule is not one of linear, cosine, wsd, constant.
@@ -50,7 +58,10 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 def make_optimizer(
     config: OptimizerConfig, num_steps: int, guard: update_guard.GuardConfig | None = None
 ) -> optax.GradientTransformation:
-    """Clip, Adam with decay (norms, biases, temperatures aside), schedule; `guard` leaves out bad updates."""
+    """Clipping, then AdamW with the schedule; with `guard`, bad updates are skipped.
+
+    Norm scales, biases and temperatures are not decayed.
+    """
     chained = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(

@@ -1,9 +1,10 @@
-"""SIGTERM heard and answered: what is finished is committed, and the process ends with exit code 143.
+"""SIGTERM handling: finished steps are saved, then the process exits with code 143.
 
-Python's own handlers wait for the interpreter, which a compile in C++ does not return to for minutes. So a
-thread reads the signal from a pipe; where nothing is newer than the last commit it ends the process at once.
+Python's signal handlers run only in the interpreter, to which a compilation in C++ may not return for
+minutes. So a thread reads the signal from a pipe, and exits at once if no step is newer than the last
+checkpoint.
 
-Several processes end after the same step, even if one of them alone is told to: all write a checkpoint.
+Several processes stop after the same step and all write the checkpoint, even if only one received SIGTERM.
 """
 
 import contextlib
@@ -21,76 +22,80 @@ EXIT_CODE = 128 + signal.SIGTERM
 
 
 class Stop:
-    """Whether an end was asked for; the loop says what it has `reach`ed, checkpoints what they `commit`."""
+    """A stop request; the loop reports each step with `reach`, checkpoints report theirs with `commit`."""
 
     def __init__(self) -> None:
-        self.is_asked = False
+        self.is_requested = False
         self._reached = self._committed = 0
 
-    def ask(self) -> None:
-        """What the signal does."""
-        self.is_asked = True
+    def request(self) -> None:
+        """Requests a stop; exits at once if nothing would be lost."""
+        self.is_requested = True
         self._end_if_clean()
 
     def reach(self, step: int) -> None:
-        """From now on there is something to lose."""
+        """Reports that `step` is done but not yet saved."""
         self._reached = step
 
     def commit(self, step: int) -> None:
-        """All that was reached up to `step` is on disk; called by the thread that wrote it."""
+        """Reports that `step` is saved on disk; called by the writer thread."""
         self._committed = step
-        if self.is_asked:
+        if self.is_requested:
             self._end_if_clean()
 
     def _end_if_clean(self) -> None:
-        # The main thread may sit in a compile. One of several processes would leave the others waiting.
+        # os._exit, because the main thread may be compiling. With several processes the others would hang.
         if self._committed >= self._reached and jax.process_count() == 1:
             os._exit(EXIT_CODE)
 
 
 class Agreement:
-    """`is_due` after each step: whether to end after it, the same answer in every process."""
+    """Whether to stop after a step (`is_due`), with the same result in every process."""
 
     def __init__(self, stop: Stop, mesh: Mesh):
         self._stop = stop
         self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._any = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
-        self._asked: jax.Array | None = None
+        self._any_requested: jax.Array | None = None
 
     def is_due(self) -> bool:
-        """In several processes what any had heard one step ago, so that nobody waits for the answer."""
+        """Call it after each step. With several processes the result is one step old, so none has to wait."""
         if jax.process_count() == 1:
-            return self._stop.is_asked
-        before, flag = self._asked, np.asarray([self._stop.is_asked], np.int32)
+            return self._stop.is_requested
+        previous, flag = self._any_requested, np.asarray([self._stop.is_requested], np.int32)
         shape = (self._sharding.num_devices,)
-        self._asked = self._any(jax.make_array_from_callback(shape, self._sharding, lambda _: flag))
-        return before is not None and bool(before)
+        self._any_requested = self._any(
+            jax.make_array_from_callback(shape, self._sharding, lambda _: flag)
+        )
+        return previous is not None and bool(previous)
 
-    def is_asked(self) -> bool:
-        """After the last step, when there is time to wait for the answer: what any has heard until now."""
+    def is_requested(self) -> bool:
+        """Whether any process has a stop request now. Waits for all, so call it only after the last step."""
         self.is_due()
-        return self._stop.is_asked if self._asked is None else bool(self._asked)
+        if self._any_requested is None:
+            return self._stop.is_requested
+        return bool(self._any_requested)
 
 
 @contextlib.contextmanager
-def listen(answer: Callable[[], None]) -> Iterator[None]:
-    """Answers SIGTERM, from another thread, while the body runs; an inner one of two answers alone.
+def listen(on_sigterm: Callable[[], None]) -> Iterator[None]:
+    """Calls `on_sigterm` from a watcher thread on SIGTERM in the body; when nested, only the innermost.
 
-    Outside of the main thread, where no signal arrives, it never does.
+    Outside the main thread, which cannot set signal handlers, it does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    # A handler of Python's must stand for the number to reach the pipe.
+    # The signal number reaches the pipe only if a Python handler is installed.
     old_handler = signal.signal(signal.SIGTERM, lambda number, frame: None)
     old_pipe = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
     def watch() -> None:
         while numbers := os.read(reader, 64):
             if signal.SIGTERM in numbers:
-                answer()
+                on_sigterm()
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

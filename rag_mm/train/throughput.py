@@ -1,8 +1,8 @@
-"""How fast a run goes: step times, tokens and FLOPs a second, and the share of time spent waiting for input.
+"""Training speed: step times, tokens and FLOPs per second, and the share of time spent waiting for input.
 
-MFU is model FLOPs (`rag_mm.perf.flops`: six a multiplied weight and token, causal attention, nothing for what
-is computed again) over the published peak of all chips. These figures differ between two runs of the same
-bits, so they have a file of their own.
+MFU is model FLOPs per second (`rag_mm.perf.flops`: six per weight and token, causal attention, nothing for
+rematerialization) over the published peak of all chips. Speed differs between two bitwise identical runs, so
+it has its own file.
 """
 
 import dataclasses
@@ -19,14 +19,14 @@ from rag_mm.train import train_metrics
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """FLOPs of a step on a batch, and the peak of all devices together in FLOP/s where it is published."""
+    """FLOPs of a step as a function of the batch, and the published peak of all devices in FLOP/s, if any."""
 
     flops: Callable[[Mapping[str, Any]], float]
     peak: float | None = None
 
 
 class Speed:
-    """A stop watch around the loop; `path` gets one JSON object per log."""
+    """Times the training loop; writes one JSON line to `path` per log line."""
 
     def __init__(self, path: epath.PathLike, resumed_step: int, cost: Cost | None = None):
         self._log = train_metrics.Log(path, resumed_step, digits=15)
@@ -40,11 +40,11 @@ class Speed:
         self._waited = self._num_tokens = self._flops = 0.0
 
     def wait(self, seconds: float) -> None:
-        """Adds time that was spent on getting a batch."""
+        """Adds time spent waiting for a batch."""
         self._waited += seconds
 
     def step(self, batch: Mapping[str, Any]) -> None:
-        """Says that one more step on `batch` is finished."""
+        """Reports that a step on `batch` has finished."""
         now = time.monotonic()
         self._seconds.append(now - self._last)
         self._last = now
@@ -54,7 +54,12 @@ class Speed:
             self._flops += self._cost.flops(batch)
 
     def write(self, step: int) -> dict[str, float]:
-        """Figures since the last call, as they are appended to the file."""
+        """Appends the figures since the last call to the file, and returns them.
+
+        Returns:
+            step; step_seconds_p50 and _p99 in s; input_wait as a share of the time, 0 to 1; and, where
+            known, tokens_per_second, model_flops_per_second and mfu.
+        """
         total = max(sum(self._seconds), 1e-9)
         row = {
             "step_seconds_p50": float(np.percentile(self._seconds, 50)),
@@ -72,5 +77,5 @@ class Speed:
         return {"step": step, **row}
 
     def restart(self) -> None:
-        """Leaves out what was done since the last step, such as saving."""
+        """Excludes the time since the last step, such as for saving."""
         self._last = time.monotonic()

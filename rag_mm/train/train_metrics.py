@@ -1,4 +1,4 @@
-"""Sums and weights from training steps, folded into averages and a log of JSON lines."""
+"""Averages of training metrics from (sum, weight) pairs, the JSON-lines log, and TensorBoard."""
 
 import importlib.util
 import json
@@ -13,25 +13,25 @@ from rag_mm.core import files
 
 
 class Averages:
-    """Adds up (sum, weight) pairs on the device; one fetch when the averages are asked for."""
+    """Accumulates (sum, weight) pairs on the device; `pop` fetches them once."""
 
     def __init__(self) -> None:
         self._totals: dict[str, clu_metrics.Average] = {}
 
     def add(self, metrics: Mapping[str, tuple[jax.Array, jax.Array]]) -> None:
-        """Adds one step's sums; a sum may be an array (such as counts per code)."""
+        """Adds one step's (sum, weight) pairs; a sum may be an array, such as counts per code."""
         for name, (total, weight) in metrics.items():
             new = clu_metrics.Average(total=total, count=weight)
             old = self._totals.get(name)
             self._totals[name] = new if old is None else old.merge(new)
 
     def to_json(self) -> dict[str, list]:
-        """The sums so far, exactly, for `from_json` of a process that goes on."""
+        """The sums so far, exactly, for `from_json` in a resumed run."""
         totals = jax.device_get({k: (m.total, m.count) for k, m in self._totals.items()})
         return {k: [np.asarray(x, np.float32).tolist() for x in pair] for k, pair in totals.items()}
 
     def from_json(self, values: Mapping[str, list]) -> None:
-        """Takes up sums where another process left them."""
+        """Restores the sums that `to_json` returned."""
         for name, pair in values.items():
             total, weight = (np.asarray(x, np.float32) for x in pair)
             self._totals[name] = clu_metrics.Average(total=total, count=weight)
@@ -44,9 +44,9 @@ class Averages:
 
 
 class Log:
-    """JSON lines of a stage, one object a logged step, cut back to the step a run resumes from.
+    """A stage's log of JSON lines, one per logged step; lines after the step a run resumes from are dropped.
 
-    Of several processes the first writes; all have the rows.
+    With several processes only process 0 writes the file; all have `rows`.
     """
 
     def __init__(self, path: epath.PathLike, resumed_step: int, digits: int = 6):
@@ -54,7 +54,7 @@ class Log:
         self.rows = [row for row in read_log(path) if row["step"] <= resumed_step]
 
     def write(self, step: int, values: Mapping[str, np.ndarray | float]) -> None:
-        """Appends the scalars among `values`; the file is replaced whole, so it is never half a line."""
+        """Appends the scalars in `values`. The file is replaced atomically, so it never has half a line."""
         scalars = {k: round(float(v), self._digits) for k, v in values.items() if np.ndim(v) == 0}
         self.rows.append({"step": step, **scalars})
         if jax.process_index() == 0:
@@ -63,7 +63,7 @@ class Log:
 
 
 def read_log(path: epath.PathLike) -> list[dict[str, float]]:
-    """The rows of a log, oldest first; empty if there is none yet."""
+    """The lines of a log, oldest first; empty if the file does not exist."""
     path = epath.Path(path)
     if not path.exists():
         return []
@@ -71,7 +71,7 @@ def read_log(path: epath.PathLike) -> list[dict[str, float]]:
 
 
 class Board:
-    """The same figures for TensorBoard, where the extra [tf] is installed; nothing elsewhere."""
+    """Writes the logged metrics for TensorBoard if the extra [tf] is installed; otherwise does nothing."""
 
     def __init__(self, folder: epath.PathLike):
         self._writer = None
@@ -82,7 +82,7 @@ class Board:
             self._writer = SummaryWriter(str(folder))
 
     def write(self, step: int, **groups: Mapping[str, np.ndarray | float]) -> None:
-        """Writes the scalars of each group as `group/name`, and sees to it that they can be looked at."""
+        """Writes the scalars of each group as `group/name`, and flushes them to disk."""
         if self._writer is None:
             return
         scalars = {
@@ -95,6 +95,6 @@ class Board:
         self._writer.flush()
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Flushes and closes the writer."""
         if self._writer is not None:
             self._writer.close()

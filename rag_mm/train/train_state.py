@@ -1,4 +1,4 @@
-"""What a training step carries along."""
+"""The state that a training step updates."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from rag_mm.nn.param_trees import Params
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Steps taken (int32 []), float32 parameters as nested dicts, and the optimizer's state."""
+    """Number of steps taken (int32 []), float32 parameters as nested dicts, and the optimizer state."""
 
     step: jax.Array
     params: Params
@@ -21,7 +21,7 @@ class TrainState:
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Step 0; every moment lies like its parameter."""
+    """The state at step 0; each optimizer moment has the sharding of its parameter."""
     with jax.set_mesh(mesh):
         opt_state = jax.jit(optimizer.init)(params)
         return TrainState(jnp.zeros((), jnp.int32), params, opt_state)

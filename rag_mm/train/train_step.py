@@ -1,4 +1,4 @@
-"""One training step: forward, gradient, update, new state, in that order and nothing else."""
+"""One training step as a pure function: forward, gradient, update, new state."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -28,21 +28,21 @@ def train_step(
     seed: int,
     num_parts: int = 1,
 ) -> tuple[TrainState, Metrics]:
-    """Takes one step; randomness depends on `seed` and `state.step` alone.
+    """Takes one step; randomness depends on `seed` and `state.step` only.
 
     Args:
-        state: where training stands; its buffers may be donated.
-        batch: arrays [B, ...], split over the mesh's batch axes.
-        graphdef: the model's structure, beside `state.params`.
+        state: the current state; its buffers may be donated.
+        batch: arrays [B, ...], sharded over the mesh's batch axes.
+        graphdef: the model's structure, to which `state.params` belong.
         loss_fn: the objective.
-        optimizer: an Optax transformation; one that takes `value` is given the loss.
-        seed: of dropout and sampling inside the loss.
-        num_parts: the batch goes through in so many parts, one after the other, to the same gradient.
-            This holds for a loss that is its own `loss` metric, sum over weight (or over one, if that is
-            more), row by row.
+        optimizer: an Optax transformation; one that takes `value` gets the loss.
+        seed: for dropout and sampling inside the loss.
+        num_parts: gradient accumulation: the batch is processed in this many parts, one after the other.
+            The gradient is the same if the loss equals its `loss` metric, a sum over examples divided by
+            max(weight, 1).
 
     Returns:
-        The next state, and a plain dict name -> (sum, weight): divide outside, after adding up.
+        The next state, and the metrics as name -> (sum, weight); divide after summing over steps.
     """
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
 
@@ -50,16 +50,18 @@ def train_step(
         return loss_fn(nnx.merge(graphdef, params), part, rng)
 
     compute_grads = partial(jax.grad(compute_loss, has_aux=True), state.params)
-    if num_parts == 1:
-        grads, metrics = compute_grads(batch, rng)
-    else:
-        grads, metrics = _accumulate(compute_grads, state.params, batch, rng, num_parts)
-    with jax.numpy_dtype_promotion("standard"):  # Optax raises Python floats to int32 powers.
-        total, weight = metrics["loss"]
-        update = optax.with_extra_args_support(optimizer).update
-        value = total / jnp.maximum(weight, 1)
-        updates, opt_state = update(grads, state.opt_state, state.params, value=value)
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("gradient"):
+        if num_parts == 1:
+            grads, metrics = compute_grads(batch, rng)
+        else:
+            grads, metrics = _accumulate(compute_grads, state.params, batch, rng, num_parts)
+    with jax.named_scope("update"):
+        with jax.numpy_dtype_promotion("standard"):  # Optax raises Python floats to int32 powers.
+            total, weight = metrics["loss"]
+            update = optax.with_extra_args_support(optimizer).update
+            value = total / jnp.maximum(weight, 1)
+            updates, opt_state = update(grads, state.opt_state, state.params, value=value)
+        params = optax.apply_updates(state.params, updates)
     metrics["grad_norm"] = (optax.global_norm(grads), jnp.float32(1))
     metrics = update_guard.blank_skipped(state.opt_state, opt_state, metrics)
     return TrainState(state.step + 1, params, opt_state), metrics
@@ -72,7 +74,7 @@ def _accumulate(
     rng: jax.Array,
     num_parts: int,
 ) -> tuple[Params, Metrics]:
-    """Gradient and metrics of the whole batch: a part's mean counts as its weight does."""
+    """Gradient and metrics of the whole batch; each part's mean gradient is weighted by the part's weight."""
     parts = sharding.split_batch(dict(batch), num_parts)
 
     def add(total, inputs):
@@ -88,7 +90,7 @@ def _accumulate(
 
 
 def _count(metrics: Metrics) -> jax.Array:
-    """What a loss was divided by; a part without targets must not count as one."""
+    """What the loss was divided by; computed from summed weights, a part without targets adds nothing."""
     return jnp.maximum(metrics["loss"][1].astype(jnp.float32), 1)
 
 
@@ -99,7 +101,7 @@ def make_train_step(
     seed: int,
     num_parts: int = 1,
 ) -> jax.stages.Wrapped:
-    """`train_step` compiled, its state donated."""
+    """`train_step` compiled, with donated state."""
     fixed = dict(graphdef=graphdef, loss_fn=loss_fn, optimizer=optimizer, seed=seed)
     bound = partial(train_step, **fixed, num_parts=num_parts)
     return jax.jit(bound, donate_argnums=0)

@@ -1,7 +1,7 @@
-"""Updates that would harm are left out: a loss or gradient that is no number, or a loss that jumps.
+"""Skips updates whose loss or gradient is non-finite or whose loss is an outlier.
 
-An Optax transformation, so its memory is part of the optimizer's state: saved, restored and, like everything
-in a step, decided by the step's inputs alone.
+It is an Optax transformation, so its history is part of the optimizer state: it is saved and restored, and a
+step stays a pure function of its inputs.
 """
 
 import dataclasses
@@ -35,8 +35,8 @@ class GuardConfig:
             )
 
 
-class State(NamedTuple):
-    """Accepted losses (float32 [window], oldest overwritten), counts (int32 []), and the inner state."""
+class GuardState(NamedTuple):
+    """Accepted losses (float32 [window], a ring buffer), counts (int32 []), and the inner state."""
 
     losses: jax.Array
     num_accepted: jax.Array
@@ -48,43 +48,43 @@ class State(NamedTuple):
 def guard(
     inner: optax.GradientTransformation, config: GuardConfig
 ) -> optax.GradientTransformationExtraArgs:
-    """`inner`, whose update and state stay as they were wherever a step is skipped.
+    """Wraps `inner`: a skipped step gives a zero update and leaves the inner state unchanged.
 
-    Its `update` wants the step's loss as `value`. The inner one runs in a branch of the program: to choose
-    between its old and new state leaf by leaf took copies, where the state is donated.
+    `update` takes the step's loss as `value`. The inner update runs inside `lax.cond`; selecting between
+    the old and the new state leaf by leaf would copy the donated state.
     """
 
-    def init(params: optax.Params) -> State:
+    def init(params: optax.Params) -> GuardState:
         count = jnp.zeros((), jnp.int32)
         losses = jnp.zeros(config.window, jnp.float32)
-        return State(losses, count, count, count, inner.init(params))
+        return GuardState(losses, count, count, count, inner.init(params))
 
     def update(
         grads: optax.Updates,
-        state: State,
+        state: GuardState,
         params: optax.Params | None = None,
         *,
         value: jax.Array,
         **_: Any,
-    ) -> tuple[optax.Updates, State]:
+    ) -> tuple[optax.Updates, GuardState]:
         is_good = jnp.isfinite(value) & jnp.isfinite(optax.global_norm(grads))
         is_good &= ~_is_spike(value, state, config)
-        take = lambda: inner.update(grads, state.inner, params)
-        kinds = jax.eval_shape(inner.update, grads, state.inner, params)[0]
-        leave = lambda: (
-            jax.tree.map(lambda grad, kind: jnp.zeros_like(grad, kind.dtype), grads, kinds),
+        apply = lambda: inner.update(grads, state.inner, params)
+        abstract = jax.eval_shape(inner.update, grads, state.inner, params)[0]
+        skip = lambda: (
+            jax.tree.map(lambda grad, leaf: jnp.zeros_like(grad, leaf.dtype), grads, abstract),
             state.inner,
         )
-        updates, new = jax.lax.cond(is_good, take, leave)
-        at = state.num_accepted % config.window
-        accepted = jnp.where(is_good, state.losses.at[at].set(value), state.losses)
-        one = is_good.astype(jnp.int32)
+        updates, new_inner = jax.lax.cond(is_good, apply, skip)
+        slot = state.num_accepted % config.window
+        losses = jnp.where(is_good, state.losses.at[slot].set(value), state.losses)
+        num_good = is_good.astype(jnp.int32)
         counts = (
-            state.num_accepted + one,
-            state.num_skipped + 1 - one,
+            state.num_accepted + num_good,
+            state.num_skipped + 1 - num_good,
             jnp.where(is_good, 0, state.num_in_a_row + 1),
         )
-        return updates, State(accepted, *counts, new)
+        return updates, GuardState(losses, *counts, new_inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -92,23 +92,23 @@ def guard(
 def blank_skipped(
     before: optax.OptState, after: optax.OptState, metrics: dict[str, tuple[jax.Array, jax.Array]]
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """The step's sums, zero with weight zero where its update was skipped, so that no average sees them."""
-    if not isinstance(before, State) or not isinstance(after, State):
+    """The step's metric sums; sums and weights are zero if its update was skipped, so averages exclude it."""
+    if not isinstance(before, GuardState) or not isinstance(after, GuardState):
         return metrics
     is_skipped = after.num_skipped > before.num_skipped
     return jax.tree.map(lambda x: jnp.where(is_skipped, jnp.zeros_like(x), x), metrics)
 
 
 def counts(opt_state: optax.OptState) -> tuple[int, int]:
-    """Updates skipped so far, and how many of them are the last ones in a row; zeros without a guard."""
-    if not isinstance(opt_state, State):
+    """(updates skipped so far, consecutive skipped updates up to now); zeros without a guard."""
+    if not isinstance(opt_state, GuardState):
         return 0, 0
-    found = jax.device_get((opt_state.num_skipped, opt_state.num_in_a_row))
-    return int(np.asarray(found[0])), int(np.asarray(found[1]))
+    skipped, in_a_row = jax.device_get((opt_state.num_skipped, opt_state.num_in_a_row))
+    return int(np.asarray(skipped)), int(np.asarray(in_a_row))
 
 
-def _is_spike(value: jax.Array, state: State, config: GuardConfig) -> jax.Array:
+def _is_spike(value: jax.Array, state: GuardState, config: GuardConfig) -> jax.Array:
     mean = state.losses.mean()
-    # A loss that has settled spreads by rounding alone; a jump is at least a hundredth of it.
-    spread = jnp.maximum(state.losses.std(), 0.01 * jnp.abs(mean) / config.sigmas)
-    return (state.num_accepted >= config.window) & (value > mean + config.sigmas * spread)
+    # A converged loss varies only by rounding; a spike must exceed the mean by at least 1 %.
+    std = jnp.maximum(state.losses.std(), 0.01 * jnp.abs(mean) / config.sigmas)
+    return (state.num_accepted >= config.window) & (value > mean + config.sigmas * std)

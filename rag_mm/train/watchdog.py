@@ -1,4 +1,4 @@
-"""A process that is stuck says where, and ends: without it the others would wait for ever."""
+"""Ends a stuck process with its stack traces, because the other processes would wait forever for it."""
 
 import contextlib
 import faulthandler
@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Ends the process with exit code 1 if the body takes longer, with all threads' stacks on stderr.
+    """Ends the process with exit code 1 and all threads' stacks on stderr if the body takes longer.
 
-    The interpreter need not come by: a thread in C watches. One body at a time, and not nested.
+    A C thread watches, so this works even while the interpreter is blocked. Not reentrant.
     """
-    # A notebook's or a test's stderr is no file; the one that the process began with is.
+    # sys.stderr may not be a real file in notebooks and tests; the original one is.
     faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or sys.stderr)
     try:
         yield

@@ -2,7 +2,7 @@
 
 Classes are centers in groups of close ones. An image lies near its class's center. A text of a *common* class
 lies near the same one, as after contrastive training; that of a *rare* class lies near another vector, so it
-can be found by its like and by nothing else (RECO, specification section 12). A part of the rare classes is
+can be found by its like and by nothing else (docs/papers/reco.md#acceptance). A part of the rare classes is
 held out: it may stand in a memory and is shown in no training.
 """
 
@@ -18,11 +18,13 @@ class ConceptWorld:
     """What the world is like.
 
     Attributes:
-        num_classes, group_size: classes, and how many lie close together.
-        num_common, num_held_out: the rest is rare and seen.
+        num_classes: classes in all splits.
+        group_size: classes whose centers are close together.
+        num_common: common classes; those neither common nor held out are rare and seen.
+        num_held_out: classes that no training shows.
         dim: width of an embedding.
-        noise: standard deviation in each dimension.
-        spread: how far a class lies from its group's middle; less makes them confusable.
+        noise_std: standard deviation of an embedding in each dimension.
+        class_spread: distance of a class from its group's center; less makes classes confusable.
         agreement: how much of the image's center the text of a rare class has.
         modality_offset: length of a vector that all images share, and of another one for all texts.
         wrong_captions: share of a memory's texts that belong to another class of the group.
@@ -33,8 +35,8 @@ class ConceptWorld:
     num_common: int = 100
     num_held_out: int = 30
     dim: int = 64
-    noise: float = 0.11
-    spread: float = 0.8
+    noise_std: float = 0.11
+    class_spread: float = 0.8
     agreement: float = 0.35
     modality_offset: float = 0.0
     wrong_captions: float = 0.0
@@ -48,8 +50,8 @@ class ConceptWorld:
             raise ValueError("there are common, seen rare and held-out classes, at least one each")
         if not 0 <= self.wrong_captions <= 1:
             raise ValueError(f"wrong_captions is {self.wrong_captions}, give 0 to 1")
-        if self.noise < 0 or self.spread <= 0 or self.modality_offset < 0:
-            raise ValueError("noise and modality_offset are at least 0, spread more than 0")
+        if self.noise_std < 0 or self.class_spread <= 0 or self.modality_offset < 0:
+            raise ValueError("noise_std and modality_offset are at least 0, class_spread more than 0")
 
 
 class Concepts:
@@ -67,7 +69,7 @@ class Concepts:
         self.groups = np.arange(c.num_classes) // c.group_size
         middles = _unit(rng.standard_normal((c.num_classes // c.group_size, c.dim)))
         apart = _unit(rng.standard_normal((c.num_classes, c.dim)))
-        self._image_centers = _unit(middles[self.groups] + c.spread * apart)
+        self._image_centers = _unit(middles[self.groups] + c.class_spread * apart)
         num_seen = c.num_classes - c.num_held_out
         rank = rng.permutation(c.num_classes)
         self.splits = (rank >= c.num_common).astype(np.int64) + (rank >= num_seen)
@@ -104,7 +106,7 @@ class Concepts:
     def _draw(
         self, centers: np.ndarray, offset: np.ndarray, rng: np.random.Generator
     ) -> np.ndarray:
-        noise = self.config.noise * rng.standard_normal(centers.shape)
+        noise = self.config.noise_std * rng.standard_normal(centers.shape)
         return _unit(centers + noise + offset).astype(np.float32)
 
 

@@ -1,4 +1,4 @@
-"""Runs trained here go out: decoders under their own names or as LLaMA, retrievers as CLIP."""
+"""Exporting trained runs: decoders under their own names or as LLaMA, retrievers as CLIP."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ CLIP = clip.CLIPConfig(
 
 
 def random_params(make_model):
-    """Structure and parameters drawn by NumPy, which compiles nothing."""
+    """Structure and random parameters; NumPy draws them, so that nothing is compiled."""
     graphdef, abstract = param_trees.describe(make_model, None)
     rng = np.random.default_rng(0)
     draw = lambda leaf: jax.numpy.asarray(0.2 * rng.standard_normal(leaf.shape, np.float32))
@@ -50,7 +50,7 @@ def make_decoder(config):
 
 
 def make_run(folder, config):
-    """What the stages tokenizer, retriever and decoder leave, without training."""
+    """A run with finished stages tokenizer, retriever and decoder, whose parameters are random."""
     run = run_folder.Run(epath.Path(folder))
 
     def tokenizer(run, stage_dir):
@@ -91,12 +91,12 @@ def make_run(folder, config):
     ],
     ids=["quickstart", "ra_cm3", "cm3leon_blocks", "cm3leon_head"],
 )
-def test_a_decoder_under_its_own_names_with_their_table(tmp_path, config, named):
+def test_a_decoder_is_exported_under_its_own_names_with_a_name_table(tmp_path, config, named):
     run = make_run(tmp_path / "run", config)
     made = exporting.export_checkpoint("cm3", run, tmp_path / "out", 1 << 30)
     tensors = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
     names = json.loads((tmp_path / "out" / "names.json").read_text())
-    wanted = table.named(random_params(make_decoder(config))[1])
+    wanted = table.leaves_by_path(random_params(make_decoder(config))[1])
     assert made["tensors"] == len(tensors)
     seen = set()
     for name, row in names.items():
@@ -118,7 +118,7 @@ def test_a_decoder_under_its_own_names_with_their_table(tmp_path, config, named)
     assert kept.fingerprint == WORDS.fingerprint
 
 
-def test_a_decoder_that_is_a_llama_goes_out_as_one_and_comes_back(tmp_path):
+def test_a_decoder_with_llamas_architecture_round_trips_as_llama(tmp_path):
     run = make_run(tmp_path / "run", DECODER)
     exporting.export_checkpoint("llama", run, tmp_path / "out", 10_000)
     importing.import_checkpoint("llama", tmp_path / "out", tmp_path / "again")
@@ -130,19 +130,19 @@ def test_a_decoder_that_is_a_llama_goes_out_as_one_and_comes_back(tmp_path):
     again = imported.load(tmp_path / "again")
     np.testing.assert_allclose(again.logits(tokens), wanted, atol=1e-6)
     assert again.text.encode_text("a red apple") == WORDS.encode_text("a red apple")
-    assert again.ends == (WORDS.eod,)
+    assert again.stop_tokens == (WORDS.eod,)
 
 
 @pytest.mark.parametrize("family", ["llama", "chameleon"])
-def test_one_that_is_none_is_refused_by_name(tmp_path, family):
+def test_a_decoder_of_another_architecture_is_refused(tmp_path, family):
     run = make_run(tmp_path / "run", dataclasses.replace(DECODER, smear_lags=((1,),)))
-    reason = {"llama": "its smear_lags is", "chameleon": "has an image tokenizer inside"}
+    reason = {"llama": "its smear_lags is", "chameleon": "includes an image tokenizer"}
     with pytest.raises(UserError, match=reason[family]):
         exporting.export_checkpoint(family, run, tmp_path / "out", 1 << 30)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_retriever_goes_out_as_clip_and_comes_back(tmp_path):
+def test_a_retriever_round_trips_as_clip(tmp_path):
     run = make_run(tmp_path / "run", DECODER)
     exporting.export_checkpoint("clip", run, tmp_path / "out", 1 << 30)
     importing.import_checkpoint("clip", tmp_path / "out", tmp_path / "again")

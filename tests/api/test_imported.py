@@ -1,4 +1,4 @@
-"""An imported Chameleon's prompts: pictures stand as their tokens between the two marks."""
+"""An imported Chameleon's prompts: an image becomes its tokens between two marker tokens."""
 
 import pathlib
 import sys
@@ -28,18 +28,18 @@ def model(tmp_path_factory):
     return imported.load(place / "run")
 
 
-def test_a_picture_is_its_tokens_between_the_two_marks(model):
-    picture = np.random.default_rng(0).integers(0, 256, (20, 33, 3)).astype(np.uint8)
-    tokens = model.encode_image([picture])[0].tolist()
+def test_an_image_becomes_its_tokens_between_two_markers(model):
+    image = np.random.default_rng(0).integers(0, 256, (20, 33, 3)).astype(np.uint8)
+    tokens = model.encode_image([image])[0].tolist()
     assert len(tokens) == model.model.vq.num_codes == 64
-    assert model.prompt(["look ", picture, " here"]) == [42, 40, *tokens, 41, 43]
+    assert model.prompt(["look ", image, " here"]) == [42, 40, *tokens, 41, 43]
     assert model.prompt(["look here"]) == [42, 43]
 
 
-def test_what_cannot_be_done_is_said(model):
-    with pytest.raises(UserError, match="holds <image>, which stands for a picture"):
+def test_user_errors(model):
+    with pytest.raises(UserError, match="contains <image>, the placeholder for an image"):
         model.prompt(["look <image>"])
     with pytest.raises(UserError, match="without the decoder of its image tokenizer"):
         model.decode_image(np.zeros((1, 64), np.int32))
-    with pytest.raises(UserError, match="do not fit: the model has 64 places"):
-        model.draw([42])
+    with pytest.raises(UserError, match="maximum sequence length of 64"):
+        model.generate_image([42])

@@ -1,4 +1,4 @@
-"""`rag-mm ablate`: a page's variants and seeds, mistakes in one sentence, and the table it ends with."""
+"""`rag-mm ablate`: a page's variants and seeds, one-sentence user errors, and the table."""
 
 import json
 
@@ -40,7 +40,7 @@ def get_config(preset):
 
 @pytest.fixture
 def desk(tmp_path, monkeypatch):
-    """The current folder, with the page."""
+    """The current folder, which holds the page."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "page.py").write_text(PAGE)
     return tmp_path
@@ -48,7 +48,7 @@ def desk(tmp_path, monkeypatch):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Stands in for hours of training; what it was asked, and a table with one cell missing."""
+    """Replaces hours of training; records its arguments and returns a table with a missing cell."""
     asked = {}
 
     def run_ablation(config, workdir, **options):
@@ -74,7 +74,7 @@ def test_a_page_spells_out_overrides_in_dotted_keys(desk):
         configuration.load_config("page.py", {"ablation.variants.alpha 1.0.decoder.alpha": "2"})
 
 
-def test_it_ends_with_the_table_and_fails_where_a_cell_is_missing(desk, measured, capsys):
+def test_it_prints_the_table_and_fails_if_a_cell_is_missing(desk, measured, capsys):
     words = ["ablate", "--config=page.py", "--workdir=out", "--seeds", "3", "7", "--reuse", "run"]
     assert main.main([*words, "--overwrite"]) == 1
     out = capsys.readouterr().out
@@ -106,14 +106,14 @@ def test_json_holds_the_table(desk, measured, capsys):
         ("--config=page.py --workdir=out --seeds -1", "no seed -1"),
         ("--config=page.py --workdir=out --seeds 1 1", "each seed once"),
         ("--config=page.py --workdir=out --reuse no", "no is not a run"),
-        ("--config=page.py --workdir=page.py", "page.py/alpha 0.1/seed0 cannot be made"),
+        ("--config=page.py --workdir=page.py", "page.py/alpha 0.1/seed0 cannot be created"),
         ("--config=page.py --workdir=out --config.ablation.baseline=x", "'x' is no variant"),
         ("--config=page.py --workdir=out --config.ablation.stage=report", "stage is 'report'"),
         ("--config=page.py --workdir=out --config.decoder.alfa=1", "no key 'decoder.alfa'"),
         ("--config=page.py --workdir=out --config.decoder.batch_size=0", "batch_size is 0"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_nothing_is_made(desk, capsys, words, says):
+def test_a_user_error_gives_one_sentence_and_writes_nothing(desk, capsys, words, says):
     assert main.main(["ablate", *words.split(" ")]) == 2
     out, err = capsys.readouterr()
     assert out == "" and says in err and "Traceback" not in err
@@ -123,7 +123,7 @@ def test_a_mistake_is_one_sentence_and_nothing_is_made(desk, capsys, words, says
 
 @pytest.mark.slow
 def test_the_real_chain_at_two_seeds(desk, tiny_run, capsys):
-    """Seed 0 is borrowed from a finished run; what differs in the decoder shares all that is before it."""
+    """Seed 0 is reused from a finished run; variants of the decoder share all earlier stages."""
     words = ["ablate", "--config=page.py", "--workdir=out", f"--reuse={tiny_run.workdir}"]
     assert main.main([*words, "--json"]) == 0
     table = json.loads(capsys.readouterr().out)["table"]
@@ -160,4 +160,4 @@ def test_the_real_chain_at_two_seeds(desk, tiny_run, capsys):
     before = files.read_json(desk / "out" / "table.json")
     assert main.main(words) == 0
     assert files.read_json(desk / "out" / "table.json") == before
-    assert "done before" in capsys.readouterr().err
+    assert "already done" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Every command on a finished run: bad input is one sentence, exit code 2, and nothing half-written."""
+"""Every command on a finished run: bad input gives one sentence and exit code 2, and writes nothing."""
 
 import json
 import pathlib
@@ -21,9 +21,11 @@ BUILD = f"memory build {SCENES} --retriever=RUN --out=mem"
 
 
 def listing(*folders: pathlib.Path) -> list[tuple[str, int, int]]:
-    """Every file with its size and time of change."""
+    """Every file with its size and modification time."""
     paths = sorted(path for folder in folders for path in folder.rglob("*"))
-    paths = [path for path in paths if path.name != ".lock"]  # A lock is opened, and stays empty.
+    paths = [
+        path for path in paths if path.name != ".lock"
+    ]  # The lock file is opened but stays empty.
     sizes = [(path.lstat().st_size, path.lstat().st_mtime_ns) for path in paths]
     return [
         (str(path), *size) for path, size in zip(paths, sizes, strict=True) if not path.is_dir()
@@ -31,7 +33,7 @@ def listing(*folders: pathlib.Path) -> list[tuple[str, int, int]]:
 
 
 def huge_png() -> bytes:
-    """A picture of 100 bytes whose header promises 2^62 pixels."""
+    """A PNG of 100 bytes whose header declares 2^62 pixels."""
     header = struct.pack(">IIBBBBB", 2**31 - 1, 2**31 - 1, 8, 2, 0, 0, 0)
     pieces = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(100))), (b"IEND", b"")]
     chunks = (
@@ -43,13 +45,13 @@ def huge_png() -> bytes:
 
 @pytest.fixture
 def desk(tmp_path, tiny_run, monkeypatch) -> pathlib.Path:
-    """The current folder: the finished run as RUN, pictures good and bad, a folder of documents."""
+    """The current folder: the finished run as RUN, valid and invalid images, an empty folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "RUN").symlink_to(tiny_run.workdir)
     (tmp_path / "empty").mkdir()
     (tmp_path / "good.png").write_bytes(b"")
     PIL.Image.fromarray(np.full((40, 50, 3), 200, np.uint8)).save(tmp_path / "good.png")
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:60])
     (tmp_path / "huge.png").write_bytes(huge_png())
     return tmp_path
@@ -57,7 +59,7 @@ def desk(tmp_path, tiny_run, monkeypatch) -> pathlib.Path:
 
 @pytest.fixture
 def refused(desk, tiny_run, capsys):
-    """Runs a command that must be refused; its sentence."""
+    """Runs a command that must fail with a user error; returns the message."""
 
     def call(*words: str) -> str:
         before = listing(desk, tiny_run.workdir)
@@ -74,7 +76,7 @@ def refused(desk, tiny_run, capsys):
 
 @pytest.fixture
 def answer(capsys):
-    """Runs a command that must be done; its JSON object, which stands alone on stdout."""
+    """Runs a command that must succeed; returns its JSON object, which is all of stdout."""
 
     def call(*words: str) -> dict:
         assert main.main([*words, "--json"]) == 0
@@ -89,13 +91,13 @@ def answer(capsys):
     [
         ("no.png", "no.png cannot be read: No such file"),
         ("empty", "empty cannot be read: Is a directory"),
-        ("text.png", "text.png is not a JPEG, PNG or WebP picture"),
+        ("text.png", "text.png is not a JPEG, PNG or WebP image"),
         ("cut.png", "cut.png is damaged"),
         ("huge.png", "huge.png has more than 67,108,864 pixels"),
         ("good.png/x.png", "Not a directory"),
     ],
 )
-def test_a_bad_picture(refused, command, name, says):
+def test_an_unreadable_image(refused, command, name, says):
     assert says in refused(*command.split(), f"--image={name}")
 
 
@@ -103,14 +105,14 @@ def test_a_bad_picture(refused, command, name, says):
 @pytest.mark.parametrize(
     ("out", "says"),
     [
-        ("x.jpg", "no PNG file"),
+        ("x.jpg", "is not a PNG file"),
         ("no/x.png", "no folder no"),
         ("good.png/x.png", "no folder good.png"),
-        (".", "no PNG file"),
+        (".", "is not a PNG file"),
     ],
 )
-def test_a_picture_that_cannot_be_written(refused, command, out, says):
-    """A path below a file cannot be written by anybody, root included."""
+def test_an_output_that_cannot_be_written(refused, command, out, says):
+    """No user can write to a path below a file, not even root."""
     assert says in refused(*command.split(), f"--out={out}")
 
 
@@ -121,15 +123,15 @@ def test_a_picture_that_cannot_be_written(refused, command, out, says):
         ("--docs=7", "reads 0 to 2 documents, not 7"),
         ("--docs=-1", "--docs=-1 is negative"),
         ("--docs=two", "--docs: invalid int value"),
-        ("--num=0", "--num=0 asks for nothing"),
+        ("--num=0", "--num is 0"),
         ("--num=1.5", "--num: invalid int value"),
         ("--seed=-1", "--seed=-1 is negative"),
-        ("--temperature=-1", "--temperature=-1.0 is no number from 0 on"),
-        ("--temperature=nan", "--temperature=nan is no number from 0 on"),
-        ("--temperature=inf", "--temperature=inf is no number from 0 on"),
-        ("--top-p=2", "--top-p=2.0 is no probability"),
-        ("--top-p=0", "--top-p=0.0 is no probability"),
-        ("--top-p=nan", "--top-p=nan is no probability"),
+        ("--temperature=-1", "--temperature=-1.0 is out of range"),
+        ("--temperature=nan", "--temperature=nan is out of range"),
+        ("--temperature=inf", "--temperature=inf is out of range"),
+        ("--top-p=2", "--top-p=2.0 is out of range"),
+        ("--top-p=0", "--top-p=0.0 is out of range"),
+        ("--top-p=nan", "--top-p=nan is out of range"),
         ("--documents=no", "no is not a folder"),
         ("--documents=empty", "captions.jsonl cannot be read"),
         ("--workdir=no", "no is not a run"),
@@ -137,7 +139,7 @@ def test_a_picture_that_cannot_be_written(refused, command, out, says):
         ("--bogus=1", "Unknown argument '--bogus=1'"),
     ],
 )
-def test_a_bad_value_for_a_command_that_asks_a_run(refused, command, word, says):
+def test_a_bad_value_for_generate_caption_and_infill(refused, command, word, says):
     assert says in refused(*command.split(), word)
 
 
@@ -146,7 +148,7 @@ def test_a_bad_value_for_a_command_that_asks_a_run(refused, command, word, says)
     [
         (GENERATE.replace("apple", ""), "prompt is empty"),
         (INFILL.replace("apple", ""), "prompt is empty"),
-        (f"{GENERATE} --best-of=0", "--best-of=0 leaves no candidate"),
+        (f"{GENERATE} --best-of=0", "--best-of is 0"),
         (f"{INFILL} --rows=5:9", "give multiples of 4"),
         (f"{INFILL} --rows=16:8", "the first below the second"),
         (f"{INFILL} --rows=8:64", "a picture of 32 rows"),
@@ -190,8 +192,8 @@ def test_a_prompt_longer_than_the_model_reads(refused):
         (f"{CONFIG} --config.decoder.model.num_heads=5", "num_heads is 5"),
         (f"{CONFIG} --config.decoder.optimizer.learning_rate=-1", "learning_rate is -1.0"),
         (f"{CONFIG} --config.generation.num_seen=0", "num_seen is 0"),
-        (f"{CONFIG} --workdir=good.png", "good.png cannot be made"),
-        (f"{CONFIG} --workdir=good.png/run", "cannot be made: Not a directory"),
+        (f"{CONFIG} --workdir=good.png", "good.png cannot be created"),
+        (f"{CONFIG} --workdir=good.png/run", "cannot be created: Not a directory"),
         (f"{CONFIG} --workdir=", "--workdir is empty"),
         (f"{CONFIG} --workdir=RUN --config.tokenizer.batch_size=3", "batch_size was"),
         (f"{CONFIG} --bogus", "Unknown argument '--bogus'"),
@@ -227,7 +229,7 @@ def test_a_bad_stage(refused, words, says):
         (f"{BUILD} --index=x", "no index 'x'"),
         (f"{BUILD} --out=good.png/mem", "good.png/mem cannot be written"),
         (f"{BUILD} --out=good.png", "good.png cannot be written"),
-        (f"{BUILD} --out=RUN", "--out=RUN is in the way"),
+        (f"{BUILD} --out=RUN", "--out=RUN already holds a run"),
         (f"{BUILD} --out=RUN/memory", "is a memory already"),
         ("memory add no --documents=empty", "no is not a memory"),
         ("memory add RUN/memory --documents=no", "no is not a folder"),
@@ -239,7 +241,7 @@ def test_a_bad_stage(refused, words, says):
         ("memory search RUN/memory --text=a -k 0", "-k is 0"),
         ("memory search RUN/memory --text=a -k nan", "-k"),
         ("memory search no --text=a", "no is not a memory"),
-        ("memory search RUN --text=a", "RUN is a run; name its memory, RUN/memory"),
+        ("memory search RUN --text=a", "RUN is a run; give its memory, RUN/memory"),
         ("memory verify RUN", "RUN is a run"),
         ("memory verify no", "no is not a folder"),
         ("memory verify empty", "empty is not a memory"),
@@ -287,7 +289,7 @@ def test_a_retriever_that_is_not_finished(refused, stages_of):
 
 
 def test_a_decoder_with_the_codes_of_another_tokenizer(refused, answer, stages_of, tiny_run, desk):
-    """`train --stage` alone makes the other tokenizer, which then takes the place of the right one."""
+    """`train --stage` trains only the other tokenizer, which then replaces the right one."""
     other = [CONFIG, "--workdir=other", "--config.seed=1", "--config.tokenizer.loop.num_steps=2"]
     metrics = answer("train", *other, "--stage=tokenizer")["metrics"]
     assert set(metrics) == {"tokenizer", "machine"}
@@ -295,16 +297,16 @@ def test_a_decoder_with_the_codes_of_another_tokenizer(refused, answer, stages_o
     run = stages_of("retriever", "memory", "neighbors", "decoder", "control")
     shutil.copytree(desk / "other" / "tokenizer", desk / run / "tokenizer")
     for command in (GENERATE, CAPTION, INFILL):
-        said = refused(*command.split(), f"--workdir={run}")
-        assert "was trained on codes of tokenizer" in said
-    said = refused("quickstart", CONFIG, f"--workdir={run}")
-    assert "Stage 'tokenizer' was made with another config" in said
+        message = refused(*command.split(), f"--workdir={run}")
+        assert "was trained on codes of tokenizer" in message
+    message = refused("quickstart", CONFIG, f"--workdir={run}")
+    assert "Stage 'tokenizer' was built with another config" in message
 
 
 def save_documents(folder: pathlib.Path, first: int, count: int) -> None:
-    """A folder of pictures of one colour, their captions, and a line that is no record."""
+    """A folder of single-color images, their captions, and a line that is not a record."""
     folder.mkdir()
-    lines = ["no record"]
+    lines = ["not a record"]
     for i in range(first, first + count):
         color = np.random.default_rng(i).integers(256, size=3, dtype=np.uint8)
         PIL.Image.fromarray(np.tile(color, (20, 30, 1))).save(folder / f"color {i}.v1.png")
@@ -313,8 +315,8 @@ def save_documents(folder: pathlib.Path, first: int, count: int) -> None:
     (folder / "captions.jsonl").write_text("\n".join(lines))
 
 
-def test_a_memory_of_ones_own_pictures(answer, refused, desk):
-    """Built with the run's retriever, which it carries: it is searched and extended alone."""
+def test_a_memory_of_user_images(answer, refused, desk):
+    """Built with the run's retriever and storing a copy, so it is searched and extended without the run."""
     save_documents(desk / "some", 0, 6)
     save_documents(desk / "more", 6, 2)
     built = answer("memory", "build", "--documents=some", "--retriever=RUN", "--out=mem")
@@ -323,9 +325,9 @@ def test_a_memory_of_ones_own_pictures(answer, refused, desk):
     (desk / "RUN").unlink()
     added = answer("memory", "add", "mem", "--documents=more")
     assert (added["rows"], added["version"], added["added"]) == (8, 2, 2)
-    found = answer("memory", "search", "mem", "--image=more/color 7.v1.png", "-k", "3")
-    assert found["view"] == "image" and len(found["hits"]) == 3
-    best = found["hits"][0]
+    result = answer("memory", "search", "mem", "--image=more/color 7.v1.png", "-k", "3")
+    assert result["view"] == "image" and len(result["hits"]) == 3
+    best = result["hits"][0]
     assert set(best) >= {"id", "score", "text", "image"}
     assert (best["id"], best["text"]) == ("color 7.v1", "color number 7")
     assert (best["url"], best["license"]) == ("example.org/7", "CC0-1.0")
@@ -339,7 +341,7 @@ def test_a_memory_of_ones_own_pictures(answer, refused, desk):
     )
 
 
-def test_the_runs_own_memory(answer, desk):
+def test_the_memory_of_a_run(answer, desk):
     assert answer("memory", "verify", "RUN/memory")["problems"] == []
     stats = answer("memory", "stats", "RUN/memory")
     assert (stats["version"], stats["index"]) == (2, "exact")
@@ -356,7 +358,7 @@ def test_a_tampered_memory_exits_1(capsys, desk, tiny_run):
     assert out.count("\n") == 1 and "ids-00000.json" in json.loads(out)["problems"][0]
 
 
-def test_the_doctor_looks_at_the_runs_disk(capsys, desk):
+def test_doctor_checks_the_disk_of_the_run(capsys, desk):
     main.main(["doctor", "--workdir=RUN", "--json"])
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and json.loads(out)["disk_free_gb"] > 0

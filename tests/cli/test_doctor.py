@@ -1,4 +1,4 @@
-"""The doctor looks at everything and survives a patient who cannot start."""
+"""`rag-mm doctor` checks everything, even if jax cannot start."""
 
 import argparse
 import io
@@ -23,7 +23,7 @@ def test_json_names_versions_devices_and_disk(capfd, tmp_path):
 
 
 def test_an_unknown_xla_flag_is_reported(monkeypatch):
-    """jax ends the process at such a flag, so it is asked in another one."""
+    """jax exits on such a flag, so it is started in a subprocess."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_no_such_flag=1")
     found = doctor._devices()
     assert found["backend"] is None
@@ -32,25 +32,25 @@ def test_an_unknown_xla_flag_is_reported(monkeypatch):
 
 def test_a_wrong_libtpu_is_named(monkeypatch):
     versions = {"jax": "0.10.2", "jaxlib": "0.10.2", "libtpu": "0.0.41.1"}
-    monkeypatch.setattr(doctor, "libtpu_wanted", lambda: "0.0.42.*")
+    monkeypatch.setattr(doctor, "required_libtpu", lambda: "0.0.42.*")
     (problem,) = doctor._version_problems(versions)
     assert "wants libtpu 0.0.42.*, not 0.0.41.1" in problem
     assert not doctor._version_problems({**versions, "libtpu": "0.0.42.1"})
     assert doctor._version_problems({**versions, "libtpu": "0.0.420"})
 
 
-def test_the_installed_jax_says_which_libtpu_it_wants():
-    assert doctor.libtpu_wanted().split(".")[0].isdigit()
+def test_the_installed_jax_names_its_required_libtpu():
+    assert doctor.required_libtpu().split(".")[0].isdigit()
 
 
-def test_people_see_the_problems():
+def test_problems_are_printed():
     output = io.StringIO()
     result = {"ok": False, "problems": ["Only 1 GB of disk is free."], "versions": {"jax": None}}
     doctor.show(result, rich.console.Console(file=output))
     assert "! Only 1 GB of disk is free." in output.getvalue()
-    assert "Nothing is wrong" not in output.getvalue()
+    assert "No problems found" not in output.getvalue()
 
 
-def test_a_missing_folder_is_a_users_mistake():
+def test_a_missing_folder_is_a_user_error():
     with pytest.raises(UserError, match="is not a folder"):
         doctor.run(argparse.Namespace(workdir="no/such/folder"))

@@ -44,7 +44,7 @@ def test_import_then_export_gives_the_checkpoint_back(tmp_path, capsys, name):
     first, second = (shards.open_folder(epath.Path(tmp_path / side)) for side in "ab")
     assert set(first) == set(second)
     for tensor in first:
-        a, b = shards.read(first[tensor]), shards.read(second[tensor])
+        a, b = shards.read_tensor(first[tensor]), shards.read_tensor(second[tensor])
         assert a.dtype == b.dtype == tiny.BFLOAT16
         np.testing.assert_array_equal(a.view(np.uint16), b.view(np.uint16))
     for side in ("config.json", "generation_config.json"):
@@ -53,7 +53,7 @@ def test_import_then_export_gives_the_checkpoint_back(tmp_path, capsys, name):
         )
     assert not (tmp_path / "b" / "README.md").exists()
     if family == "llama":
-        assert rag_mm.load(str(tmp_path / "run")).ends == (7, 8)
+        assert rag_mm.load(str(tmp_path / "run")).stop_tokens == (7, 8)
 
 
 def test_a_cast_is_written_into_the_config(tmp_path, capsys, checkpoint):
@@ -97,26 +97,30 @@ def strange_tokenizer(folder):
     ("spoil", "reason"),
     [
         (no_config, "config.json does not exist"),
-        (other_family, "holds a 'mistral', not a 'llama'"),
-        (cut_short, "is cut short"),
+        (other_family, "holds a 'mistral' checkpoint, not 'llama'"),
+        (cut_short, "is truncated"),
         (absent_file, "which is not in"),
         (only_pickles, "is a pickle file"),
         (strange_tokenizer, "no readable tokenizer"),
     ],
 )
-def test_a_refusal_is_one_sentence_and_writes_nothing(tmp_path, capsys, checkpoint, spoil, reason):
+def test_a_bad_checkpoint_gives_one_sentence_and_writes_nothing(
+    tmp_path, capsys, checkpoint, spoil, reason
+):
     folder = shutil.copytree(checkpoint, tmp_path / "a")
     spoil(folder)
-    code, said = command(capsys, "import", "llama", folder, f"--out={tmp_path / 'run'}")
-    assert code == 2 and reason in said and said.count("\n") == 1 and "Traceback" not in said
+    code, message = command(capsys, "import", "llama", folder, f"--out={tmp_path / 'run'}")
+    assert (
+        code == 2 and reason in message and message.count("\n") == 1 and "Traceback" not in message
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
 
 
 def test_a_small_disk_is_refused(tmp_path, capsys, checkpoint, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    code, said = command(capsys, "import", "llama", checkpoint, f"--out={tmp_path / 'run'}")
-    assert code == 2 and "GB free" in said and not (tmp_path / "run").exists()
+    code, message = command(capsys, "import", "llama", checkpoint, f"--out={tmp_path / 'run'}")
+    assert code == 2 and "GB free" in message and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -124,35 +128,35 @@ def test_a_small_disk_is_refused(tmp_path, capsys, checkpoint, monkeypatch):
     [
         (("import", "bert", "a", "--out=run"), "There is no family 'bert'"),
         (("import", "llama", "absent", "--out=run"), "is not a folder"),
-        (("import", "llama", "a", "--out=run", "--dtype=int8"), "--dtype=int8 is none of"),
+        (("import", "llama", "a", "--out=run", "--dtype=int8"), "--dtype=int8 is not supported"),
         (("export", "llama", "absent", "b"), "is not a run"),
         (("export", "bert", "absent", "b"), "There is no family 'bert'"),
-        (("export", "llama", "absent", "b", "--shard-size=big"), "--shard-size=big is no size"),
+        (("export", "llama", "absent", "b", "--shard-size=big"), "--shard-size=big is not a size"),
     ],
 )
-def test_a_mistyped_command_is_one_sentence(tmp_path, capsys, monkeypatch, words, reason):
+def test_a_bad_argument_gives_one_sentence(tmp_path, capsys, monkeypatch, words, reason):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a").mkdir()
-    code, said = command(capsys, *words)
-    assert code == 2 and reason in said and said.count("\n") == 1
+    code, message = command(capsys, *words)
+    assert code == 2 and reason in message and message.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_what_is_there_is_never_written_over(tmp_path, capsys, checkpoint):
+def test_existing_output_is_never_overwritten(tmp_path, capsys, checkpoint):
     run, out = tmp_path / "run", tmp_path / "b"
     assert command(capsys, "import", "llama", checkpoint, f"--out={run}")[0] == 0
-    code, said = command(capsys, "import", "llama", checkpoint, f"--out={run}")
-    assert code == 2 and "is in the way" in said
+    code, message = command(capsys, "import", "llama", checkpoint, f"--out={run}")
+    assert code == 2 and "already exists" in message
     out.mkdir()
     (out / "mine.txt").write_text("kept")
-    code, said = command(capsys, "export", "llama", run, out)
-    assert code == 2 and "is in the way" in said and (out / "mine.txt").read_text() == "kept"
-    code, said = command(capsys, "export", "clip", run, tmp_path / "c")
-    assert code == 2 and "holds a llama checkpoint, which is no clip" in said
+    code, message = command(capsys, "export", "llama", run, out)
+    assert code == 2 and "already exists" in message and (out / "mine.txt").read_text() == "kept"
+    code, message = command(capsys, "export", "clip", run, tmp_path / "c")
+    assert code == 2 and "holds a llama checkpoint, not clip" in message
     assert not (tmp_path / "c").exists()
 
 
-def test_an_import_that_was_cut_off_is_no_run_and_begins_anew(
+def test_an_interrupted_import_is_not_a_run_and_starts_over(
     tmp_path, capsys, checkpoint, monkeypatch
 ):
     run = tmp_path / "run"
@@ -181,17 +185,17 @@ def test_an_edited_run_is_refused(tmp_path, capsys, checkpoint):
         rag_mm.load(str(run))
 
 
-def test_commands_that_ask_trained_runs_say_so(tmp_path, capsys, checkpoint):
+def test_commands_for_trained_runs_refuse_imported_ones(tmp_path, capsys, checkpoint):
     run = tmp_path / "run"
     assert command(capsys, "import", "llama", checkpoint, f"--out={run}")[0] == 0
     words = ("generate", f"--workdir={run}", "--prompt=x", f"--out={tmp_path / 'x.png'}")
-    code, said = command(capsys, *words)
-    assert code == 2 and "is an imported checkpoint" in said
+    code, message = command(capsys, *words)
+    assert code == 2 and "is an imported checkpoint" in message
     model = rag_mm.load(str(run))
     for wrong, reason in (("text", "without a tokenizer"), ([[]], "is empty"), ([[99]], "outside")):
         with pytest.raises(UserError, match=reason):
             model.generate(wrong, num_tokens=8)
-    with pytest.raises(UserError, match="do not fit"):
+    with pytest.raises(UserError, match="maximum sequence length"):
         model.generate([[1]], num_tokens=64)
 
 

@@ -1,4 +1,4 @@
-"""Configs: read, written back to the same, and refused by name where they ask for something else."""
+"""Configs of external families: reading, writing back, and rejection of unsupported settings by name."""
 
 import jax
 import pytest
@@ -18,13 +18,13 @@ def read(name, **change):
 
 
 @pytest.mark.parametrize("name", tiny.CHECKPOINTS)
-def test_a_config_that_is_written_reads_as_it_was(name):
+def test_reading_a_written_config_restores_it(name):
     family = importing.FAMILIES[tiny.CHECKPOINTS[name][0]]
     config = read(name)
     assert family.read_config(table.CheckpointFolder(family.write_config(config))) == config
 
 
-def test_settings_of_before_transformers_5_mean_the_same():
+def test_settings_from_before_transformers_5_are_equivalent():
     now = read("llama_3")
     scaling = dict(tiny.CHECKPOINTS["llama_3"][1]["rope_parameters"])
     theta = scaling.pop("rope_theta")
@@ -53,22 +53,22 @@ def test_settings_of_before_transformers_5_mean_the_same():
         ),
         ("chameleon", dict(vocabulary_map=None), "vocabulary_map is missing"),
         ("chameleon", dict(vocabulary_map={"IMGIMGBZ": 3}), "do not number the codes"),
-        ("chameleon", dict(vocabulary_map={"IMGIMG-Z": 3}), "no name of an image token"),
+        ("chameleon", dict(vocabulary_map={"IMGIMG-Z": 3}), "not a valid image token name"),
         ("chameleon", dict(vocabulary_map={"IMGIMGAZ": 3}), "1 image tokens for 16 codes"),
-        ("chameleon", dict(vocab_size=20), "lies outside the 20 tokens"),
+        ("chameleon", dict(vocab_size=20), "outside the vocabulary of 20 tokens"),
         ("clip", dict(vision_config={"hidden_act": "relu"}), "hidden_act is 'relu'"),
         ("clip", dict(vision_config={"patch_size": [4, 4]}), r"patch_size is \[4, 4\]"),
         ("clip", dict(text_config={"hidden_act": "gelu"}), "hidden_act is 'gelu'"),
-        ("clip", dict(text_config="text"), "is not a table"),
+        ("clip", dict(text_config="text"), "is not a JSON object"),
     ],
 )
-def test_what_is_not_computed_here_is_refused_by_name(name, change, reason):
+def test_unsupported_settings_are_rejected_by_name(name, change, reason):
     with pytest.raises(UserError, match=reason):
         read(name, **change)
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "name"),
     [
         (dict(smear_lags=((1,),)), "smear_lags"),
         (dict(qk_norm=True), "qk_norm"),
@@ -78,9 +78,9 @@ def test_what_is_not_computed_here_is_refused_by_name(name, change, reason):
         (dict(mlp="gelu"), "mlp"),
     ],
 )
-def test_a_decoder_that_is_no_llama_says_why(change, named):
+def test_a_decoder_that_is_not_a_llama_names_the_difference(change, name):
     config = DecoderConfig(10, 1, 8, 2, 16, 8, **change)
-    with pytest.raises(UserError, match=f"no LLaMA: its {named} is"):
+    with pytest.raises(UserError, match=f"not a LLaMA: its {name} is"):
         llama_format.write_config(config)
 
 
@@ -102,15 +102,15 @@ def count(family, config):
     ids=["llama_7b", "llama_13b", "clip_b32", "clip_l14", "clip_l14_336"],
 )
 def test_published_sizes(family, config, parameters):
-    """Counted without making an array; the published counts."""
+    """Parameter counts, from abstract shapes, equal the published ones."""
     assert count(family, config) == parameters
 
 
 def test_chameleon_7b_has_its_published_shapes():
     family, config = importing.FAMILIES["chameleon"], chameleon.ChameleonConfig.chameleon_7b()
-    leaves = table.named(family.describe(config)[1])
+    leaves = table.leaves_by_path(family.describe(config)[1])
     decoder = sum(leaf.size for name, leaf in leaves.items() if name.startswith("decoder/"))
-    # LLaMA-7B's blocks, 2 x 65,536 rows, and scale and bias of 32 heads of 128, for q and k, in 32 layers.
+    # LLaMA-7B with 65,536 tokens, and per layer the scale and bias of 32 heads of 128, for q and k.
     assert decoder == 6_738_415_616 + 2 * (65_536 - 32_000) * 4096 + 32 * 4 * 4096
     assert leaves["decoder/stack/blocks/attention/q_norm/scale"].shape == (32, 32, 128)
     assert leaves["vq/codebook/embedding"].shape == (8192, 256)

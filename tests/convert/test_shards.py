@@ -1,4 +1,4 @@
-"""Safetensors: read as the library reads them, written as it writes them, and refused when they lie."""
+"""Safetensors: compatible with the library in both directions; inconsistent files are rejected."""
 
 import json
 
@@ -36,55 +36,55 @@ def rewrite(path, header, body):
     path.write_bytes(len(text).to_bytes(8, "little") + text + body)
 
 
-def test_reads_what_the_library_wrote(path):
+def test_reads_files_of_the_library(path):
     specs = shards.read_header(path)
     assert set(specs) == set(TENSORS)
     for name, array in TENSORS.items():
-        found = shards.read(specs[name])
-        np.testing.assert_array_equal(found, array)
-        assert found.dtype == array.dtype
+        tensor = shards.read_tensor(specs[name])
+        np.testing.assert_array_equal(tensor, array)
+        assert tensor.dtype == array.dtype
 
 
-def test_a_layer_is_one_range_of_bytes(path):
-    spec = shards.layer_of(shards.read_header(path)["a"], 1)
-    np.testing.assert_array_equal(shards.read(spec), TENSORS["a"][1])
+def test_a_layer_is_a_contiguous_range_of_bytes(path):
+    spec = shards.layer_spec(shards.read_header(path)["a"], 1)
+    np.testing.assert_array_equal(shards.read_tensor(spec), TENSORS["a"][1])
 
 
 @pytest.mark.parametrize("max_bytes", [1, 30, 1000])
-def test_the_library_reads_what_is_written(tmp_path, max_bytes):
+def test_the_library_reads_our_files(tmp_path, max_bytes):
     shapes = {name: (array.dtype, array.shape) for name, array in TENSORS.items()}
-    done = []
-    names = shards.write_folder(tmp_path, shapes, TENSORS.__getitem__, max_bytes, done.append)
-    assert done[-1] == sum(array.nbytes for array in TENSORS.values())
-    found = {}
+    progress = []
+    names = shards.write_folder(tmp_path, shapes, TENSORS.__getitem__, max_bytes, progress.append)
+    assert progress[-1] == sum(array.nbytes for array in TENSORS.values())
+    tensors = {}
     for name in names:
-        found |= safetensors.numpy.load_file(tmp_path / name)
+        tensors |= safetensors.numpy.load_file(tmp_path / name)
         assert (tmp_path / name).stat().st_size < 1000
     for name, array in TENSORS.items():
-        np.testing.assert_array_equal(found[name], array)
+        np.testing.assert_array_equal(tensors[name], array)
     assert len(names) == {1: 3, 30: 2, 1000: 1}[max_bytes]
     assert set(shards.open_folder(epath.Path(tmp_path))) == set(TENSORS)
 
 
-def test_bfloat16_comes_back_bit_for_bit(tmp_path):
+def test_bfloat16_round_trip_is_exact(tmp_path):
     bits = np.arange(0, 1 << 16, 7, dtype=np.uint16)  # with NaNs, infinities and subnormals
     array = bits.view(ml_dtypes.bfloat16)
     shards.write_folder(tmp_path, {"x": (array.dtype, array.shape)}, lambda _: array, 1 << 20)
     (spec,) = shards.open_folder(epath.Path(tmp_path)).values()
-    np.testing.assert_array_equal(shards.read(spec).view(np.uint16), bits)
+    np.testing.assert_array_equal(shards.read_tensor(spec).view(np.uint16), bits)
 
 
-def test_a_file_cut_short_is_refused_before_a_tensor_is_read(path):
+def test_a_truncated_file_is_rejected_before_a_tensor_is_read(path):
     data = path.read_bytes()
     for length in (0, 5, 40, len(data) - 1):
         path.write_bytes(data[:length])
-        with pytest.raises(UserError, match="cut short"):
+        with pytest.raises(UserError, match="is truncated"):
             shards.read_header(path)
 
 
-def test_bytes_behind_the_last_tensor_are_refused(path):
+def test_bytes_after_the_last_tensor_are_rejected(path):
     path.write_bytes(path.read_bytes() + b"x")
-    with pytest.raises(UserError, match="goes on behind"):
+    with pytest.raises(UserError, match="extra bytes after"):
         shards.read_header(path)
 
 
@@ -92,14 +92,14 @@ def test_bytes_behind_the_last_tensor_are_refused(path):
     ("change", "reason"),
     [
         (dict(data_offsets=[0, 8]), "has 8 bytes, not 24"),
-        (dict(data_offsets=[8, 32]), "overlaps another or leaves a gap"),
-        (dict(shape=[-2, -3]), "a size that is none"),
-        (dict(shape=[2, 3.0]), "a size that is none"),
-        (dict(dtype="F4"), "dtype 'F4', which is unknown"),
-        (dict(shape=None), "no readable safetensors header"),
+        (dict(data_offsets=[8, 32]), "overlaps another or follows a gap"),
+        (dict(shape=[-2, -3]), "has an invalid size"),
+        (dict(shape=[2, 3.0]), "has an invalid size"),
+        (dict(dtype="F4"), "unknown dtype 'F4'"),
+        (dict(shape=None), "no valid safetensors header"),
     ],
 )
-def test_a_header_that_contradicts_the_file_is_refused(path, change, reason):
+def test_a_header_that_does_not_match_the_file_is_rejected(path, change, reason):
     header, body = header_of(path)
     header["a"] |= change
     rewrite(path, header, body)
@@ -110,7 +110,7 @@ def test_a_header_that_contradicts_the_file_is_refused(path, change, reason):
 @pytest.mark.parametrize(
     "data", [b"\xff" * 8 + b"{}", b"\x02" + b"\0" * 7 + b"[]", b"\x03" + b"\0" * 7 + b"{}}"]
 )
-def test_what_is_no_header_is_refused(path, data):
+def test_an_invalid_header_is_rejected(path, data):
     path.write_bytes(data)
     with pytest.raises(UserError):
         shards.read_header(path)
@@ -125,17 +125,17 @@ def sharded(tmp_path):
 @pytest.mark.parametrize(
     ("place", "reason"),
     [
-        ("../model.safetensors", "no plain file name"),
-        ("/etc/passwd", "no plain file name"),
-        ("a\\b.safetensors", "no plain file name"),
-        (".hidden.safetensors", "no plain file name"),
-        (7, "no plain file name"),
+        ("../model.safetensors", "not a plain file name"),
+        ("/etc/passwd", "not a plain file name"),
+        ("a\\b.safetensors", "not a plain file name"),
+        (".hidden.safetensors", "not a plain file name"),
+        (7, "not a plain file name"),
         ("pytorch_model.bin", "is a pickle file"),
-        ("model.h5", "no safetensors file"),
+        ("model.h5", "not a safetensors file"),
         ("absent.safetensors", "which is not in"),
     ],
 )
-def test_an_index_that_leads_elsewhere_is_refused(tmp_path, place, reason):
+def test_an_index_that_names_other_files_is_rejected(tmp_path, place, reason):
     folder, index = sharded(tmp_path)
     index["weight_map"]["a"] = place
     (folder / shards.INDEX).write_text(json.dumps(index))
@@ -143,21 +143,21 @@ def test_an_index_that_leads_elsewhere_is_refused(tmp_path, place, reason):
         shards.open_folder(folder)
 
 
-def test_an_index_that_disagrees_with_its_files_is_refused(tmp_path):
+def test_an_index_that_does_not_match_its_files_is_rejected(tmp_path):
     folder, index = sharded(tmp_path)
     places = index["weight_map"]
-    for spoilt, reason in (
+    for weight_map, reason in (
         (places | {"d": places["a"]}, "does not hold d"),
-        (places | {"a": places["b"]}, "otherwise|does not hold a"),
+        (places | {"a": places["b"]}, "does not place it there|does not hold a"),
         ({}, "has no weight_map"),
         ([], "has no weight_map"),
     ):
-        (folder / shards.INDEX).write_text(json.dumps({"weight_map": spoilt}))
+        (folder / shards.INDEX).write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(UserError, match=reason):
             shards.open_folder(folder)
 
 
-def test_a_folder_of_pickles_is_refused_by_name(tmp_path):
+def test_a_folder_of_pickles_is_rejected_by_name(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
     with pytest.raises(UserError, match=r"pytorch_model.bin is a pickle file"):
         shards.open_folder(epath.Path(tmp_path))

@@ -1,4 +1,4 @@
-"""Two saves of the same arrays have the same digests, though Orbax never writes the same bytes twice."""
+"""Two saves of the same arrays have equal digests, although Orbax never writes the same bytes twice."""
 
 import contextlib
 
@@ -37,19 +37,19 @@ def test_another_value_is_another_digest(tmp_path):
     assert [name for name in one if one[name] != two[name]] == ["1/params/arrays"]
 
 
-def test_a_flipped_bit_in_an_array_is_seen(tmp_path):
+def test_a_flipped_bit_in_an_array_is_detected(tmp_path):
     folder = _save(tmp_path / "a")
     before = digests.folder_digests(folder)
     data = max((p for p in folder.rglob("d/*") if p.is_file()), key=lambda p: p.stat().st_size)
     flipped = bytearray(data.read_bytes())
     flipped[len(flipped) // 2] ^= 1
     data.write_bytes(flipped)
-    # Where the bit falls decides whether the store notices first.
+    # Depending on the bit, reading the store may fail first.
     with contextlib.suppress(UserError):
         assert digests.folder_digests(folder) != before
 
 
-def test_unfinished_saves_are_passed_over(tmp_path):
+def test_unfinished_saves_are_skipped(tmp_path):
     folder = _save(tmp_path / "a")
     before = digests.folder_digests(folder)
     (folder / "2.orbax-checkpoint-tmp").mkdir()

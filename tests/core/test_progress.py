@@ -1,4 +1,4 @@
-"""Progress goes to stderr, sparsely where nobody watches a terminal."""
+"""Progress goes to stderr, with few lines if it is not a terminal."""
 
 import sys
 
@@ -13,7 +13,7 @@ def test_silent_when_quick(capsys):
 
 
 def test_a_line_every_half_minute_with_the_time_left(capsys, monkeypatch):
-    """The pace is that of this part: a loop resumed at 100 has done 50 steps in 40 s, 50 are left."""
+    """Only this part sets the pace: a loop resumed at 100 has done 50 steps in 40 s, and 50 remain."""
     clock = iter([0.0, 10.0, 40.0, 50.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     with progress.track("decoder", total=200, start=100) as bar:
@@ -34,6 +34,6 @@ def test_a_bar_on_a_terminal(capsys, monkeypatch):
     assert "tokenizer" in err and "2/2" in err and "loss=0.25" in err
 
 
-def test_say_speaks_on_stderr(capsys):
+def test_say_prints_on_stderr(capsys):
     progress.say("tokenizer is done")
     assert capsys.readouterr() == ("", "tokenizer is done\n")

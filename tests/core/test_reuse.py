@@ -1,10 +1,9 @@
-"""A finished stage is taken over from another run where it is what would be made here, and only there."""
+"""A finished stage is reused from another run if and only if building it here gives the same result."""
 
 import pytest
 from etils import epath
 
-from rag_mm.core import costs as clock
-from rag_mm.core import files, reuse, run_folder
+from rag_mm.core import costs, files, reuse, run_folder
 
 
 def words(run, stage_dir):
@@ -20,7 +19,7 @@ def model(run, stage_dir):
 
 
 def no_work(run, stage_dir):
-    pytest.fail("it was borrowed")
+    pytest.fail("the stage was reused, not built")
 
 
 def make(run, dim=8):
@@ -50,8 +49,8 @@ def run(tmp_path):
     return run_folder.Run(epath.Path(tmp_path / "run"))
 
 
-def test_to_borrow_is_to_compute(run, source):
-    """The same manifests, files and metrics; nothing else is left in the folder."""
+def test_a_reused_stage_equals_a_computed_one(run, source):
+    """The same manifests, files and metrics, and nothing else in the folder."""
     assert take_words(run, source) and take_model(run, source)
     run_folder.run_stage(run, "words", {"n": (3, 4)}, (), no_work)
     run_folder.run_stage(run, "model", {"dim": 8}, ("words",), no_work, reports_on_others=True)
@@ -64,21 +63,21 @@ def test_to_borrow_is_to_compute(run, source):
 
 
 def spend(run, stage, seconds):
-    """As if the stage had cost so much."""
+    """Records the given wall time for the stage."""
     part = {"wall_seconds": seconds, "peak_rss_mb": 1024, "code": "", "machine": {}}
-    files.write_json(run.stage_dir(stage) / clock.FILE_NAME, {"parts": [part]})
+    files.write_json(run.stage_dir(stage) / costs.FILE_NAME, {"parts": [part]})
 
 
-def test_costs_come_along_and_say_that_another_run_had_them(run, source):
-    """A total counts them as if they had been made here, and says how much of it was not."""
+def test_costs_are_copied_and_marked_as_borrowed(run, source):
+    """A total includes them, and reports the borrowed share."""
     spend(source, "words", 60.0)
     take_words(run, source)
     run_folder.run_stage(run, "words", {"n": (3, 4)}, (), no_work)
     run_folder.run_stage(run, "model", {"dim": 9}, ("words",), model, reports_on_others=True)
     spend(run, "model", 20.0)
-    costs = run.metrics["machine"]
-    assert (costs["words"]["wall_seconds"], costs["words"]["borrowed_seconds"]) == (60.0, 60.0)
-    assert costs["model"]["borrowed_seconds"] == 0
+    machine = run.metrics["machine"]
+    assert machine["words"]["wall_seconds"] == machine["words"]["borrowed_seconds"] == 60.0
+    assert machine["model"]["borrowed_seconds"] == 0
     run.save_costs("whole", ["words", "model"])
     whole = {"wall_seconds": 80.0, "borrowed_seconds": 60.0, "peak_rss_gib": 1.0}
     assert run.metrics["whole"] == whole
@@ -86,15 +85,15 @@ def test_costs_come_along_and_say_that_another_run_had_them(run, source):
     assert source.metrics["whole"] == whole | {"wall_seconds": 60.0, "borrowed_seconds": 0.0}
 
 
-def test_a_lent_stage_can_be_lent_again(run, source, tmp_path):
-    """And its costs are still those of the first run."""
+def test_a_reused_stage_can_be_reused_again(run, source, tmp_path):
+    """Its costs are still those of the first run."""
     spend(source, "words", 60.0)
     third = run_folder.Run(epath.Path(tmp_path / "third"))
     assert take_words(run, source) and take_words(third, run)
-    assert clock.summary(third.stage_dir("words"))["borrowed_seconds"] == 60.0
+    assert costs.summary(third.stage_dir("words"))["borrowed_seconds"] == 60.0
 
 
-def test_another_config_or_other_inputs_are_not_borrowed(run, source):
+def test_a_stage_with_another_config_or_inputs_is_not_reused(run, source):
     assert not take_words(run, source, n=(3, 5))
     assert not take_model(run, source)  # its input is not there yet
     run_folder.run_stage(run, "words", {"n": (5,)}, (), words)
@@ -102,7 +101,7 @@ def test_another_config_or_other_inputs_are_not_borrowed(run, source):
     assert not run.stage_dir("model").exists()
 
 
-def test_what_was_begun_here_is_left_alone(run, source):
+def test_a_stage_already_started_is_not_replaced(run, source):
     def crash(run, stage_dir):
         raise FloatingPointError
 
@@ -113,7 +112,7 @@ def test_what_was_begun_here_is_left_alone(run, source):
 
 
 @pytest.mark.parametrize("spoil", ["edit", "unfinished", "absent"])
-def test_what_is_edited_or_unfinished_there_is_not_taken(run, source, spoil):
+def test_an_edited_or_unfinished_stage_is_not_reused(run, source, spoil):
     folder = source.stage_dir("words")
     if spoil == "edit":
         (folder / "words.txt").write_text("a b d")
@@ -126,11 +125,11 @@ def test_what_is_edited_or_unfinished_there_is_not_taken(run, source, spoil):
     assert not run.stage_dir("words").exists()
 
 
-def test_killed_while_copying_it_leaves_no_stage_and_no_litter(run, source, monkeypatch):
+def test_a_kill_while_copying_leaves_no_stage_and_no_files(run, source, monkeypatch):
     def die(stage_dir):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(clock, "mark_reused", die)
+    monkeypatch.setattr(costs, "mark_reused", die)
     with pytest.raises(KeyboardInterrupt):
         take_words(run, source)
     assert not run.stage_dir("words").exists() and len(list(run.workdir.iterdir())) == 2

@@ -1,4 +1,4 @@
-"""A run is stages in folders: done once, continued after a kill, refused when what it stands on changed."""
+"""A run is a folder of stages: built once, resumed after a kill, and refused if their inputs changed."""
 
 import json
 import os
@@ -8,12 +8,15 @@ import subprocess
 import sys
 import time
 
+import fresh_python
 import numpy as np
 import pytest
 from etils import epath
 
 from rag_mm.core import costs, files, run_folder
 from rag_mm.core.errors import UserError
+
+PROGRAMS = pathlib.Path(__file__).parent / "programs"
 
 
 @pytest.fixture
@@ -44,7 +47,7 @@ def _chain(run, calls, words=None, model=None, overwrite=False):
     )
 
 
-def test_a_done_stage_is_not_done_again(run):
+def test_a_done_stage_is_not_rebuilt(run):
     calls = Calls()
     first = _chain(run, calls)
     assert _chain(run, calls) == first and calls == ["words", "model"]
@@ -52,8 +55,8 @@ def test_a_done_stage_is_not_done_again(run):
     assert first.inputs == {"words": run.manifest("words").fingerprint}
 
 
-def test_two_runs_from_scratch_are_alike_to_the_bit(run, tmp_path):
-    """Manifests are equal as files; metrics are, the key "machine" aside."""
+def test_two_runs_from_scratch_are_bitwise_identical(run, tmp_path):
+    """Manifests are equal as files, metrics except for the key "machine"."""
     other = run_folder.Run(epath.Path(tmp_path / "other"))
     for each in (run, other):
         _chain(each, Calls())
@@ -77,7 +80,7 @@ def test_a_changed_config_is_refused_by_name_and_rebuilt_with_overwrite(run):
     calls = Calls()
     before = _chain(run, calls)
     with pytest.raises(
-        UserError, match=r"'model' was made with another config \(dim was 8, now 16\)"
+        UserError, match=r"'model' was built with another config \(dim was 8, now 16\)"
     ):
         _chain(run, calls, model={"dim": 16})
     assert run.manifest("model") == before
@@ -95,13 +98,15 @@ def test_a_rebuilt_input_makes_the_stage_above_stale(run):
     calls = Calls()
     _chain(run, calls)
     run_folder.run_stage(run, "words", {"n": 4}, (), calls.words, overwrite=True)
-    with pytest.raises(UserError, match="'model' was made from another 'words'"):
+    with pytest.raises(
+        UserError, match="'model' was built from a 'words' that has since been rebuilt"
+    ):
         run_folder.run_stage(run, "model", {"dim": 8}, ("words",), calls.model)
     _chain(run, calls, words={"n": 4}, overwrite=True)
     assert calls == ["words", "model", "words", "model"]
 
 
-def test_overwrite_leaves_alone_what_is_as_asked(run):
+def test_overwrite_does_not_rebuild_up_to_date_stages(run):
     calls = Calls()
     _chain(run, calls)
     _chain(run, calls, overwrite=True)
@@ -135,7 +140,7 @@ def test_an_edited_input_is_refused_by_name(run, edit):
     assert calls == ["words", "model"]
     _chain(run, calls, overwrite=True)
     assert calls == ["words", "model", "words"], (
-        "rebuilt with the same bits, it fits what stands on it"
+        "the rebuilt stage is identical, so the stage that depends on it stays valid"
     )
 
 
@@ -148,7 +153,7 @@ def test_inputs_must_be_done(run):
 def test_other_inputs_are_refused(run):
     calls = Calls()
     _chain(run, calls)
-    with pytest.raises(UserError, match="'model' was made from the stages words, not none"):
+    with pytest.raises(UserError, match="'model' was built from the stages words, not none"):
         run_folder.run_stage(run, "model", {"dim": 8}, (), calls.model)
 
 
@@ -161,7 +166,7 @@ def test_checking_touches_nothing(run):
         run_folder.check_stage(run, "model", {}, ("words",))
 
 
-def test_a_mistake_found_inside_leaves_no_stage(run):
+def test_a_user_error_inside_a_stage_leaves_no_stage(run):
     def fail(run, stage_dir):
         (stage_dir / "half").write_text("half")
         raise UserError("No.")
@@ -171,8 +176,8 @@ def test_a_mistake_found_inside_leaves_no_stage(run):
     assert not run.stage_dir("words").exists()
 
 
-def test_a_full_disk_leaves_what_a_stage_has_made(run):
-    """The same command, run again, goes on from there."""
+def test_a_full_disk_keeps_the_files_of_a_stage(run):
+    """The same command, run again, resumes from them."""
 
     def fill(run, stage_dir):
         (stage_dir / "half").write_text("made")
@@ -183,8 +188,8 @@ def test_a_full_disk_leaves_what_a_stage_has_made(run):
     assert (run.stage_dir("words") / "half").exists()
 
 
-def test_a_failed_stage_goes_on_in_its_folder(run):
-    """The second call finds what the first left, except what an atomic write had not finished."""
+def test_a_failed_stage_resumes_in_its_folder(run):
+    """The second call finds the files of the first, except those of unfinished atomic writes."""
     seen = []
 
     def crash_once(run, stage_dir):
@@ -207,34 +212,12 @@ def test_a_failed_stage_goes_on_in_its_folder(run):
     assert costs.summary(run.stage_dir("words"))["parts"] == 2
 
 
-STAGE = """
-import os, signal, sys, time
-from etils import epath
-from rag_mm.core import costs, run_folder as runs
-costs._BEAT_SECONDS = 0.05
-
-def count(run, stage_dir):
-    done = stage_dir / "done.txt"
-    start = int(done.read_text()) if done.exists() else 0
-    for step in range(start + 1, 4):
-        runs.files.write_atomic(done, str(step).encode())
-        if step == int(sys.argv[2]):
-            time.sleep(0.3)
-            os.kill(os.getpid(), signal.SIGKILL)
-    return {"steps": 3}
-
-runs.run_stage(runs.Run(epath.Path(sys.argv[1])), "count", {"n": 3}, (), count)
-"""
-
-
 def _stage(workdir, kill_at):
-    root = pathlib.Path(run_folder.__file__).parents[2]
-    command = [sys.executable, "-c", STAGE, str(workdir), str(kill_at)]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    return fresh_python.run(PROGRAMS / "killed_stage.py", workdir, kill_at)
 
 
-def test_killed_and_run_again_is_as_unbroken(tmp_path):
-    """SIGKILL releases the lock; the killed part's seconds are counted up to its last beat."""
+def test_a_killed_and_rerun_stage_equals_an_uninterrupted_one(tmp_path):
+    """SIGKILL releases the lock; the killed part's seconds are counted up to its last update."""
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     assert _stage(broken, kill_at=2).returncode == -signal.SIGKILL
     assert _stage(broken, kill_at=0).returncode == 0
@@ -248,20 +231,13 @@ def test_killed_and_run_again_is_as_unbroken(tmp_path):
 
 
 def test_one_process_at_a_time(run):
-    holder = (
-        "import sys, time; from etils import epath; from rag_mm.core import run_folder\n"
-        "with run_folder.Run(epath.Path(sys.argv[1])).locked(): print('held', flush=True); time.sleep(60)"
-    )
-    root = pathlib.Path(run_folder.__file__).parents[2]
+    command = [sys.executable, str(PROGRAMS / "hold_run_lock.py"), str(run.workdir)]
     process = subprocess.Popen(
-        [sys.executable, "-c", holder, str(run.workdir)],
-        cwd=root,
-        stdout=subprocess.PIPE,
-        text=True,
+        command, env=fresh_python.environment(), stdout=subprocess.PIPE, text=True
     )
     try:
         assert process.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match="being changed by another process"):
+        with pytest.raises(UserError, match="in use by another process"):
             _chain(run, Calls())
     finally:
         process.kill()
@@ -271,8 +247,8 @@ def test_one_process_at_a_time(run):
         _chain(run, Calls())
 
 
-def test_beats_keep_the_times_file_fresh(tmp_path, monkeypatch):
-    monkeypatch.setattr(costs, "_BEAT_SECONDS", 0.01)
+def test_the_times_file_is_updated_while_a_stage_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(costs, "_UPDATE_SECONDS", 0.01)
     folder = epath.Path(tmp_path)
     with costs.timed(folder):
         deadline = time.monotonic() + 10
@@ -282,16 +258,16 @@ def test_beats_keep_the_times_file_fresh(tmp_path, monkeypatch):
     assert len(costs.read(folder)["parts"]) == 1
 
 
-def test_opening_what_is_no_run(tmp_path):
+def test_opening_a_folder_that_is_not_a_run(tmp_path):
     with pytest.raises(UserError, match="is not a run"):
         run_folder.open_run(tmp_path)
     run_folder.Run(epath.Path(tmp_path)).save_config({"seed": 0})
     assert run_folder.open_run(tmp_path).config == {"seed": 0}
 
 
-def test_an_unwritable_folder_is_a_users_mistake(tmp_path):
+def test_an_unwritable_folder_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be created"):
         _chain(run_folder.Run(epath.Path(tmp_path / "file" / "run")), Calls())
 
 
@@ -312,5 +288,5 @@ def test_trash_of_a_killed_deletion_is_emptied(run):
 def test_an_edited_manifest_of_another_shape(run):
     _chain(run, Calls())
     files.write_json(run.stage_dir("words") / "manifest.json", {"status": "done"})
-    with pytest.raises(UserError, match="not a stage's manifest; delete"):
+    with pytest.raises(UserError, match="not a valid stage manifest; delete"):
         run.finished_stage("words")

@@ -1,4 +1,4 @@
-"""Records that a stranger might send, each with what should become of it."""
+"""Records of unknown origin, each with the notes it is read with or the reason it is rejected for."""
 
 import io
 import json
@@ -23,7 +23,7 @@ def encoded(image: PIL.Image.Image | np.ndarray, kind: str = "PNG", **options) -
 
 
 def png_claiming(width: int, height: int) -> bytes:
-    """A PNG whose header promises more than follows."""
+    """A PNG whose header claims more pixels than the file holds."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return (
@@ -58,7 +58,7 @@ def _palette_with_hole() -> bytes:
 
 
 _IMAGE = PIL.Image.fromarray(pixels())
-# File name, content, and the notes that it is read with.
+# File name -> (content, the notes it is read with).
 READ = {
     "plain.png": (encoded(_IMAGE), set()),
     "plain.jpg": (encoded(_IMAGE, "JPEG"), set()),
@@ -81,7 +81,7 @@ READ = {
     "really_a_png.jpg": (encoded(_IMAGE), {"wrong-ending"}),
     "really_a_jpeg.webp": (encoded(_IMAGE, "JPEG"), {"wrong-ending"}),
 }
-# File name, content, and the reason for which it is refused.
+# File name -> (content, the reason it is rejected for).
 REFUSED = {
     "nothing.png": (b"", "empty-file"),
     "dot.png": (encoded(pixels(0, 1, 1)), "one-pixel"),
@@ -98,7 +98,8 @@ REFUSED = {
     "text.png": (b"<svg onload=alert(1)>", "not-a-picture"),
     "page.jpg": (b"<!doctype html>" * 20, "not-a-picture"),
 }
-# A line of captions.jsonl, and the reason for which it is refused; `good.png` is a good picture.
+IMAGES = READ | REFUSED
+# A line of captions.jsonl -> the reason it is rejected for; `good.png` is a good image.
 LINES = {
     b"{": "not-json",
     b"[" * 100_000: "not-json",
@@ -126,7 +127,7 @@ def line(name: str, caption: str = "a caption") -> bytes:
 
 
 def member(tar: tarfile.TarFile, name: str, data: bytes = b"", **changes) -> None:
-    """Adds a member with any header."""
+    """Adds a member whose header differs by `changes`."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
     for key, value in changes.items():
@@ -134,9 +135,7 @@ def member(tar: tarfile.TarFile, name: str, data: bytes = b"", **changes) -> Non
     tar.addfile(info, io.BytesIO(data))
 
 
-def sample(
-    tar: tarfile.TarFile, key: str, picture: bytes, caption: bytes | None, **changes
-) -> None:
-    member(tar, f"{key}.png", picture, **changes)
+def sample(tar: tarfile.TarFile, key: str, image: bytes, caption: bytes | None, **changes) -> None:
+    member(tar, f"{key}.png", image, **changes)
     if caption is not None:
         member(tar, f"{key}.txt", caption)

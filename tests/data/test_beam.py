@@ -14,7 +14,7 @@ from rag_mm.memory.store import record
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def make_images(tmp_path):
     """Fifty records, two of them bad."""
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -92,4 +92,4 @@ def test_two_processes_of_beams_local_runner(pictures, tmp_path, capsys):
     with pytest.raises(UserError, match="in the way"):
         beam_ingest.ingest(str(pictures), out)
     assert main.main([*words, f"--out={tmp_path / 'few'}"]) == 2
-    assert "rejects.jsonl names the others" in capsys.readouterr().err
+    assert "rejects.jsonl lists the others" in capsys.readouterr().err

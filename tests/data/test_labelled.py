@@ -44,7 +44,7 @@ def test_a_bad_picture_is_listed_and_passed_over(folder):
     assert name.endswith("a.jpg") and "not a JPEG, PNG or WebP" in reason
 
 
-@pytest.mark.parametrize(("name", "says"), [("red apple", "another class"), ("003.", "nothing")])
+@pytest.mark.parametrize(("name", "says"), [("red apple", "another class"), ("003.", "empty")])
 def test_classes_that_read_alike_are_refused(folder, name, says):
     (folder / name).mkdir()
     (folder / "red_apple" / "0.png").rename(folder / name / "0.png")
@@ -55,7 +55,7 @@ def test_classes_that_read_alike_are_refused(folder, name, says):
 def test_what_is_no_such_folder(tmp_path):
     with pytest.raises(UserError, match="not a folder of class folders"):
         labelled.LabelledFolder(tmp_path / "nothing")
-    with pytest.raises(UserError, match="CLASS/picture.jpg"):
+    with pytest.raises(UserError, match="CLASS/image.jpg"):
         labelled.LabelledFolder(tmp_path)
 
 

@@ -75,7 +75,7 @@ def test_unmasking_restores_every_row(
     [(0, 0, 0.37, 0.25), (2, 0, 0.37, 0.16), (2, 1, 0.0, 0.24)],
 )
 def test_statistics_match_the_public_sampler(num_docs, min_spans, plain_share, masked_share):
-    """The [sim] table of the sheet: 20-token captions, 1024-token images."""
+    """Simulated statistics of 20-token captions with 1024-token images."""
     segments = find_segments(num_docs, 20, 1024)
     rng = np.random.default_rng(0)
     options = masking.Masking(min_spans)
@@ -158,7 +158,7 @@ def test_a_row_that_no_masking_makes_is_refused():
         [V.eod, s0, V.eod, s0, 5, x, x],
         [V.eod, 5, x, V.eod],
     ):
-        with pytest.raises(ValueError, match="not a masked row"):
+        with pytest.raises(ValueError, match="not a masked sequence"):
             masking.unmask(tokens, VOCABULARY)
 
 

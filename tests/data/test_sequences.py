@@ -202,5 +202,5 @@ def test_mistakes_are_named():
     }.items():
         with pytest.raises(ValueError, match=message):
             make(LAYOUT, VOCABULARY, MAIN, (), np.array(spans))
-    with pytest.raises(ValueError, match="no hole"):
+    with pytest.raises(ValueError, match="not a range inside"):
         sequences.infill_prompt(LAYOUT, VOCABULARY, MAIN, 2, 5)

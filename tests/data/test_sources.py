@@ -99,9 +99,9 @@ def png_claiming(width: int, height: int) -> bytes:
 @pytest.mark.parametrize(
     ("data", "complaint"),
     [
-        (b"", "is not a JPEG, PNG or WebP picture"),
-        (b"hello", "is not a JPEG, PNG or WebP picture"),
-        (b"GIF89a" + bytes(100), "is not a JPEG, PNG or WebP picture"),
+        (b"", "is not a JPEG, PNG or WebP image"),
+        (b"hello", "is not a JPEG, PNG or WebP image"),
+        (b"GIF89a" + bytes(100), "is not a JPEG, PNG or WebP image"),
         (png_claiming(30, 30), "is damaged"),
         (png_claiming(9000, 9000), "has more than 67,108,864 pixels"),
         (png_claiming(12000, 9000), "has more than 67,108,864 pixels"),
@@ -195,7 +195,7 @@ def test_bad_records_are_skipped_and_named(tmp_path):
         ({"image": "sub", "caption": "a"}, "cannot be read"),
         ({"image": "captions.jsonl", "caption": "a"}, "is not a JPEG"),
         ({"image": "broken.jpg", "caption": "a"}, "is "),
-        ({"image": "sub/0.png", "caption": "a"}, "has the id '0' of an earlier one"),
+        ({"image": "sub/0.png", "caption": "a"}, "has the id '0' of an earlier record"),
     ]
     found = sources.FolderDocuments(folder(tmp_path, [good, *(line for line, _ in bad)]))
     assert [found[i].id for i in range(len(found))] == ["0"]

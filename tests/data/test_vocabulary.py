@@ -1,10 +1,9 @@
 """Text survives exactly, ids are disjoint, and no text can spell a special token."""
 
 import json
-import os
-import subprocess
-import sys
+import pathlib
 
+import fresh_python
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -73,13 +72,9 @@ def test_training_learns_words_and_keeps_all_bytes():
 
 def test_training_is_deterministic_even_in_another_process(tmp_path):
     VOCABULARY.save(tmp_path / "here.json")
-    code = (
-        "import sys; from rag_mm.data import vocabulary as v;"
-        f"v.train_vocabulary({TEXTS[::-1]!r}, 320, 64, 8).save(sys.argv[1])"
-    )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "7"}
-    command = [sys.executable, "-c", code, str(tmp_path / "there.json")]
-    subprocess.run(command, check=True, env=environment)
+    program = pathlib.Path(__file__).parent / "programs" / "train_vocabulary.py"
+    environment = fresh_python.environment() | {"PYTHONHASHSEED": "7"}
+    fresh_python.run(program, tmp_path / "there.json", *TEXTS[::-1], env=environment, check=True)
     assert (tmp_path / "here.json").read_bytes() == (tmp_path / "there.json").read_bytes()
 
 

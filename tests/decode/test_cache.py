@@ -1,4 +1,4 @@
-"""A cache keeps what was prefilled, writes in place, and hides what is padding or not yet written."""
+"""The KV cache: keeps the prompt, writes new tokens in place, masks padding and unwritten positions."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from rag_mm.ops import attention
 B, T, K, H = 2, 4, 2, 3
 
 
-def test_new_tokens_see_the_prompt_and_themselves_and_not_the_padding():
+def test_a_new_token_attends_to_the_prompt_and_itself_but_not_to_padding():
     rng = np.random.default_rng(0)
     keys, values = rng.normal(size=(2, 1, B, T, K, H)).astype(np.float32)
     segment_ids = np.array([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]], np.int32)
@@ -23,13 +23,13 @@ def test_new_tokens_see_the_prompt_and_themselves_and_not_the_padding():
         lambda index, q, k, v, layer: cache.make_attend(index, segment_ids)(Heads(q, k, v), layer)
     )
     attended, layer = attend(jnp.int32(T), q, k, v, layer)
-    written, drawn = (np.moveaxis(x, 3, 1) for x in (layer.keys, layer.values))
-    np.testing.assert_array_equal(written[:, :T], keys[0])
-    np.testing.assert_array_equal(written[:, T], k[:, 0])
-    np.testing.assert_array_equal(drawn[:, T], v[:, 0])
-    assert (written[:, T + 1] == 0).all()
-    for row, first in ((0, 2), (1, 0)):
-        seen = np.concatenate([keys[0], k], 1)[row : row + 1, first:]
-        read = np.concatenate([values[0], v], 1)[row : row + 1, first:]
-        expected = attention.attention(q[row : row + 1], seen, read, is_causal=False)
-        np.testing.assert_allclose(attended[row : row + 1], expected, atol=1e-5)
+    cached_keys, cached_values = (np.moveaxis(x, 3, 1) for x in (layer.keys, layer.values))
+    np.testing.assert_array_equal(cached_keys[:, :T], keys[0])
+    np.testing.assert_array_equal(cached_keys[:, T], k[:, 0])
+    np.testing.assert_array_equal(cached_values[:, T], v[:, 0])
+    assert (cached_keys[:, T + 1] == 0).all()
+    for example, first in ((slice(0, 1), 2), (slice(1, 2), 0)):
+        visible_keys = np.concatenate([keys[0], k], 1)[example, first:]
+        visible_values = np.concatenate([values[0], v], 1)[example, first:]
+        expected = attention.attention(q[example], visible_keys, visible_values, is_causal=False)
+        np.testing.assert_allclose(attended[example], expected, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Sampling with a cache is sampling without one, whatever else stands in the batch or on the mesh."""
+"""Sampling with a cache equals sampling without one, in any batch and on any mesh."""
 
 import functools
 
@@ -27,7 +27,7 @@ CONFIG = decoder.DecoderConfig(
 GREEDY = sampler.Sampling(temperature=0.0)
 WARM = sampler.Sampling(temperature=0.7, top_p=0.9)
 ALL = np.ones(V, bool)
-# Prompts of three lengths; the second begins later, and continues after a gap.
+# Prompts of several lengths; the second starts at a later position and continues after a gap.
 LENGTHS, STARTS, GAPS = (3, 7, 5, 6), (0, 10, 4, 0), (0, 3, 0, 1)
 
 
@@ -43,38 +43,38 @@ def describe(mesh=None):
 def params():
     rng = np.random.default_rng(0)
 
-    def draw(path, leaf):
+    def random(path, leaf):
         mean = 1.0 if path[-1].key == "scale" else 0.0
         return rng.normal(mean, 0.4, leaf.shape).astype(np.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, describe()[1])
+    return jax.tree_util.tree_map_with_path(random, describe()[1])
 
 
-def make_prompts(rows=range(4), length=LONGEST):
+def make_prompts(which=range(4), length=LONGEST):
     rng = np.random.default_rng(1)
     texts = [rng.integers(V, size=n) for n in LENGTHS]
-    tokens, positions, segment_ids = np.zeros((3, len(rows), length), np.int32)
-    for i, row in enumerate(rows):
-        n = LENGTHS[row]
-        tokens[i, length - n :] = texts[row]
-        positions[i, length - n :] = STARTS[row] + np.arange(n)
+    tokens, positions, segment_ids = np.zeros((3, len(which), length), np.int32)
+    for i, prompt in enumerate(which):
+        n = LENGTHS[prompt]
+        tokens[i, length - n :] = texts[prompt]
+        positions[i, length - n :] = STARTS[prompt] + np.arange(n)
         segment_ids[i, length - n :] = 1
-    following = [STARTS[row] + LENGTHS[row] + GAPS[row] for row in rows]
-    return sampler.Prompts(tokens, positions, segment_ids, np.array(following, np.int32))
+    next_positions = [STARTS[prompt] + LENGTHS[prompt] + GAPS[prompt] for prompt in which]
+    return sampler.Prompts(tokens, positions, segment_ids, np.array(next_positions, np.int32))
 
 
 def sample(params, prompts, seeds, allowed=ALL, sampling=GREEDY, **options):
     options = {"num_steps": STEPS} | options
     seeds = np.asarray(seeds, np.uint32)
-    found = sampler.sample(
+    sampled = sampler.sample(
         params, prompts, seeds, allowed, graphdef=describe()[0], sampling=sampling, **options
     )
-    return sampler.Sampled(*map(np.asarray, found))
+    return sampler.SampledTokens(*map(np.asarray, sampled))
 
 
 @pytest.fixture(scope="module")
 def next_logits(params):
-    """(tokens, positions) of one row -> logits of what follows: the whole row once more, no cache."""
+    """(tokens, positions) of one sequence -> logits of the next token, by a full forward pass."""
     graphdef, _ = describe()
 
     @jax.jit
@@ -83,10 +83,10 @@ def next_logits(params):
         return model.logits(model(tokens, positions, segment_ids))
 
     def call(tokens, positions):
-        row = np.zeros((3, 1, LONGEST + STEPS), np.int32)
-        row[0, 0, : len(tokens)], row[1, 0, : len(tokens)] = tokens, positions
-        row[2, 0, : len(tokens)] = 1
-        return np.asarray(forward(*row)[0, len(tokens) - 1])
+        inputs = np.zeros((3, 1, LONGEST + STEPS), np.int32)
+        inputs[0, 0, : len(tokens)], inputs[1, 0, : len(tokens)] = tokens, positions
+        inputs[2, 0, : len(tokens)] = 1
+        return np.asarray(forward(*inputs)[0, len(tokens) - 1])
 
     return call
 
@@ -96,39 +96,39 @@ def log_softmax(x):
         return x - x.max() - np.log(np.exp(x - x.max()).sum())
 
 
-def step_by_step(next_logits, prompts, row, allowed):
+def decode_without_cache(next_logits, prompts, row, allowed):
     """Greedy continuation of one prompt without padding, by full forward passes."""
     real = prompts.segment_ids[row] == 1
     tokens, positions = prompts.tokens[row][real].tolist(), prompts.positions[row][real].tolist()
-    drawn, log_probs = [], []
+    sampled, log_probs = [], []
     for i in range(STEPS):
         logits = np.where(allowed, next_logits(tokens, positions), -np.inf)
-        drawn.append(int(logits.argmax()))
-        log_probs.append(log_softmax(logits)[drawn[-1]])
-        tokens.append(drawn[-1])
+        sampled.append(int(logits.argmax()))
+        log_probs.append(log_softmax(logits)[sampled[-1]])
+        tokens.append(sampled[-1])
         positions.append(int(prompts.next_positions[row]) + i)
-    return drawn, log_probs
+    return sampled, log_probs
 
 
 @pytest.mark.parametrize("allowed", [ALL, np.arange(V) % 3 == 1], ids=["all", "some"])
 def test_cached_equals_uncached_for_prompts_of_any_length(params, next_logits, allowed):
     prompts = make_prompts()
-    found = sample(params, prompts, range(4), allowed)
-    assert found.tokens.shape == (4, STEPS) and found.tokens.dtype == np.int32
+    sampled = sample(params, prompts, range(4), allowed)
+    assert sampled.tokens.shape == (4, STEPS) and sampled.tokens.dtype == np.int32
     for row in range(4):
-        tokens, log_probs = step_by_step(next_logits, prompts, row, allowed)
-        assert found.tokens[row].tolist() == tokens
-        np.testing.assert_allclose(found.log_probs[row], log_probs, atol=2e-5)
+        tokens, log_probs = decode_without_cache(next_logits, prompts, row, allowed)
+        assert sampled.tokens[row].tolist() == tokens
+        np.testing.assert_allclose(sampled.log_probs[row], log_probs, atol=2e-5)
 
 
-def test_a_row_is_the_same_alone_without_padding(params):
+def test_a_prompt_alone_without_padding_gives_the_same_tokens(params):
     together = sample(params, make_prompts(), range(4), sampling=WARM)
     alone = sample(params, make_prompts([2], LENGTHS[2]), [2], sampling=WARM)
     np.testing.assert_array_equal(alone.tokens[0], together.tokens[2])
     np.testing.assert_allclose(alone.log_probs[0], together.log_probs[2], atol=2e-5)
 
 
-def test_a_seed_gives_the_same_row_in_another_batch(params):
+def test_a_seed_gives_the_same_tokens_in_another_batch(params):
     first = sample(params, make_prompts(), [5, 6, 7, 8], sampling=WARM)
     order = [2, 0, 3, 1]
     mixed = sample(params, make_prompts(order), [7, 5, 8, 6], sampling=WARM)
@@ -139,14 +139,14 @@ def test_a_seed_gives_the_same_row_in_another_batch(params):
     assert (other.tokens[1] != first.tokens[1]).any()
 
 
-def test_log_probs_are_the_models_own_before_temperature(params, next_logits):
-    """Over the allowed tokens, they say what `step_by_step` says of whatever was drawn."""
+def test_log_probs_are_those_of_the_model_before_temperature(params, next_logits):
+    """They are a log-softmax over the allowed tokens, for the tokens that were sampled."""
     prompts, allowed = make_prompts(), np.arange(V) < 20
-    found = sample(params, prompts, range(4), allowed, WARM)
+    sampled = sample(params, prompts, range(4), allowed, WARM)
     row = 1
     tokens, positions = prompts.tokens[row].tolist(), prompts.positions[row].tolist()
     for i, (token, log_prob) in enumerate(
-        zip(found.tokens[row], found.log_probs[row], strict=True)
+        zip(sampled.tokens[row], sampled.log_probs[row], strict=True)
     ):
         logits = np.where(allowed, next_logits(tokens, positions), -np.inf)
         assert log_prob == pytest.approx(log_softmax(logits)[token], abs=2e-5)
@@ -154,8 +154,8 @@ def test_log_probs_are_the_models_own_before_temperature(params, next_logits):
         positions.append(int(prompts.next_positions[row]) + i)
 
 
-def draw_many(params, sampling, allowed):
-    """The first token of 1,024 copies of a prompt, each with a seed of its own."""
+def sample_many(params, sampling, allowed):
+    """The first token of 1,024 copies of a prompt with different seeds."""
     prompts = make_prompts([1] * 1024)
     return sample(params, prompts, range(1024), allowed, sampling, num_steps=1).tokens[:, 0]
 
@@ -170,23 +170,25 @@ def test_frequencies_are_the_softmax_of_the_nucleus(params, next_logits, tempera
     nucleus = np.zeros(V)
     nucleus[order[:size]] = probs[order[:size]]
     nucleus /= nucleus.sum()
-    drawn = draw_many(params, sampler.Sampling(temperature, top_p), allowed)
-    counts = np.bincount(drawn, minlength=V)
+    sampled = sample_many(params, sampler.Sampling(temperature, top_p), allowed)
+    counts = np.bincount(sampled, minlength=V)
     assert (counts[nucleus == 0] == 0).all()
     np.testing.assert_allclose(counts / 1024, nucleus, atol=0.06)
 
 
-def test_after_the_stop_token_a_row_repeats_it_at_no_cost(params):
+def test_after_the_stop_token_a_sequence_repeats_it_with_log_prob_zero(params):
     prompts = make_prompts()
     free = sample(params, prompts, range(4))
     stop = int(free.tokens[0, 2])
-    found = sample(params, prompts, range(4), stop=stop)
+    sampled = sample(params, prompts, range(4), stop=stop)
     for row in range(4):
-        places = np.flatnonzero(free.tokens[row] == stop)
-        end = places[0] + 1 if places.size else STEPS
-        np.testing.assert_array_equal(found.tokens[row, :end], free.tokens[row, :end])
-        np.testing.assert_array_equal(found.log_probs[row, :end], free.log_probs[row, :end])
-        assert (found.tokens[row, end:] == stop).all() and (found.log_probs[row, end:] == 0).all()
+        stops = np.flatnonzero(free.tokens[row] == stop)
+        end = stops[0] + 1 if stops.size else STEPS
+        np.testing.assert_array_equal(sampled.tokens[row, :end], free.tokens[row, :end])
+        np.testing.assert_array_equal(sampled.log_probs[row, :end], free.log_probs[row, :end])
+        assert (sampled.tokens[row, end:] == stop).all() and (
+            sampled.log_probs[row, end:] == 0
+        ).all()
 
 
 @pytest.mark.parametrize(
@@ -198,13 +200,13 @@ def test_after_the_stop_token_a_row_repeats_it_at_no_cost(params):
     ],
     ids=["8", "4x2x1", "2x2x2"],
 )
-def test_eight_devices_draw_what_one_draws(params, mesh_shape):
-    rows = [0, 1, 2, 3] * (mesh_shape[0] * mesh_shape[1] // 4)
-    one = sample(params, make_prompts(rows), range(len(rows)), sampling=WARM)
+def test_eight_devices_sample_the_same_tokens_as_one(params, mesh_shape):
+    which = [0, 1, 2, 3] * (mesh_shape[0] * mesh_shape[1] // 4)
+    one = sample(params, make_prompts(which), range(len(which)), sampling=WARM)
     mesh = sharding.make_mesh(*mesh_shape)
     graphdef, abstract = describe(mesh)
     placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, abstract)
-    batch = make_prompts(rows)._asdict() | {"seeds": np.arange(len(rows), dtype=np.uint32)}
+    batch = make_prompts(which)._asdict() | {"seeds": np.arange(len(which), dtype=np.uint32)}
     with jax.set_mesh(mesh):
         batch = sharding.put_batch(batch, mesh)
         seeds = batch.pop("seeds")
@@ -221,18 +223,18 @@ def test_eight_devices_draw_what_one_draws(params, mesh_shape):
     np.testing.assert_allclose(eight.log_probs, one.log_probs, atol=2e-5)
 
 
-def test_bfloat16_draws_too(params):
-    """The cache holds the activations' dtype; log-probabilities stay float32."""
+def test_sampling_in_bfloat16(params):
+    """The cache has the activations' dtype; log-probabilities stay float32."""
     config = decoder.DecoderConfig(**CONFIG.__dict__ | {"dtype": "bfloat16"})
     make = lambda: decoder.Decoder(config, rngs=nnx.Rngs(params=0))
     graphdef, _ = param_trees.describe(make, None)
     call = functools.partial(sampler.sample, graphdef=graphdef, num_steps=2, sampling=GREEDY)
     seeds = np.zeros(4, np.uint32)
-    found = jax.eval_shape(call, params, make_prompts(), seeds, ALL)
-    assert found.tokens.dtype == np.int32 and found.log_probs.dtype == np.float32
+    sampled = jax.eval_shape(call, params, make_prompts(), seeds, ALL)
+    assert sampled.tokens.dtype == np.int32 and sampled.log_probs.dtype == np.float32
 
 
 @pytest.mark.parametrize("values", [(-0.1, 1.0), (1.0, 0.0), (1.0, 1.1), (float("nan"), 1.0)])
-def test_impossible_sampling_is_refused(values):
+def test_invalid_sampling_is_rejected(values):
     with pytest.raises(ValueError, match="temperature"):
         sampler.Sampling(*values)

@@ -112,7 +112,7 @@ def test_a_strangers_words_stay_words(client):
         ("/search", dict(json={"text": " "}), 400, "text is empty"),
         ("/search", dict(json={}), 400, "field text is missing"),
         ("/search", dict(json=[1]), 400, "not a JSON object"),
-        ("/search", dict(json={"text": "a", "k": 0}), 400, "field k is no number from 1 to 60"),
+        ("/search", dict(json={"text": "a", "k": 0}), 400, "field k must be an integer from 1 to 60"),
         ("/search", dict(json={"text": "a", "k": [1]}), 400, "field k is no number"),
         ("/search", dict(json={"text": "a", "view": "x"}), 400, "no view 'x'"),
         ("/search", dict(json={"document": "none"}), 400, "no document with the id 'none'"),
@@ -233,7 +233,7 @@ def test_the_page_in_a_browser(workdir, run, tmp_path):
         # What is refused is said.
         page.set_input_files("#file", tmp_path / "text.png")
         expect(page.locator("#status")).to_have_text(
-            "The picture is not a JPEG, PNG or WebP picture."
+            "The picture is not a JPEG, PNG or WebP image."
         )
         assert len(wrong) == 1 and "400" in wrong.pop()
         # A stranger's words are shown and do nothing.

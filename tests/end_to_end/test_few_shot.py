@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from rag_mm.cli import main
-from rag_mm.core import configuration, files, run_folder
+from rag_mm.core import files, run_folder
 from rag_mm.core.errors import UserError
-from rag_mm.stages import chain
+from rag_mm.stages import chain_config
 from rag_mm.stages.ra_cm3 import few_shot
 from rag_mm.stages.shared import build_memory
 
@@ -15,8 +15,8 @@ PAGE = "configs/few_shot.py:tiny"
 
 @pytest.fixture(scope="module")
 def config():
-    page = configuration.load_config(PAGE)
-    return chain.stage_configs(configuration.to_dict(page))["few_shot"]
+    page = chain_config.load(PAGE)
+    return chain_config.stage_configs(page)["few_shot"]
 
 
 def test_examples_are_nearest_in_the_view_and_the_best_stands_last(tiny_run, config):
@@ -65,7 +65,7 @@ def test_a_finished_quickstart_is_asked(finished):
     ],
 )
 def test_mistakes(key, value, says):
-    page = configuration.to_dict(configuration.load_config(PAGE))
+    page = chain_config.load(PAGE)
     page["few_shot"][key] = value
     with pytest.raises(UserError, match=says):
-        chain.stage_configs(page)
+        chain_config.stage_configs(page)

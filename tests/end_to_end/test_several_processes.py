@@ -14,7 +14,7 @@ from whole_run import contents
 from rag_mm.cli import main
 from rag_mm.stages.shared import world_config
 
-SCRIPT = pathlib.Path(__file__).with_name("neighbors_process.py")
+SCRIPT = pathlib.Path(__file__).parent / "programs" / "neighbors_process.py"
 TIMEOUT = 1200
 
 
@@ -41,7 +41,7 @@ def run_all(commands: list[list[str]]) -> None:
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def make_images(tmp_path):
     """300 pictures, so that the second batch is not full, two of them bad."""
     source = world_config.EmojiWorld(class_share=0.02).scenes("memory", "common")
     folder = tmp_path / "pictures"

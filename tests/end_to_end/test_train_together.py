@@ -114,14 +114,14 @@ def test_the_first_process_writes_what_one_does_and_the_others_are_quiet(alone, 
         assert [manifest["status"] for manifest in manifests] == ["done", "done"]
         assert manifests[0]["config"] == manifests[1]["config"]
         assert len(files.read_json(pair / stage / "times.json")["parts"]) == 1
-    assert "decoder: begins" in said(pair, 0) and "decoder" not in said(pair, 1)
+    assert "decoder: starting" in said(pair, 0) and "decoder" not in said(pair, 1)
 
 
 @pytest.mark.slow
 def test_a_finished_run_of_two_is_a_finished_run_of_one(pair):
     before = files.read_json(pair / "decoder" / "manifest.json")
     train(pair, 1, "all")
-    assert "decoder: done before" in said(pair, 0)
+    assert "decoder: already done" in said(pair, 0)
     assert files.read_json(pair / "decoder" / "manifest.json") == before
 
 
@@ -165,14 +165,14 @@ def test_a_killed_process_ends_the_other_within_a_minute(tmp_path, victim):
 
 @pytest.mark.slow
 def test_what_the_first_refuses_ends_all(tmp_path):
-    """A run that was made from another config, which process 0 alone looks at."""
+    """A run built with another config, which only process 0 checks."""
     (tmp_path / "run" / "tokenizer").mkdir(parents=True)
     manifest = dict(stage="tokenizer", status="running", config={"seed": 1}, inputs={})
     files.write_json(tmp_path / "run" / "tokenizer" / "manifest.json", manifest)
     running = start(tmp_path / "run", 2, "tokenizer")
     assert [process.wait(timeout=240) for process in running] == [2, 2]
     for me in range(2):
-        assert "was made with another config" in said(tmp_path / "run", me)
+        assert "was built with another config" in said(tmp_path / "run", me)
         assert "Traceback" not in said(tmp_path / "run", me)
     assert not (tmp_path / "run" / "config.json").exists()
 

@@ -13,7 +13,7 @@ Q = 40
 
 
 def cell(variant: str, seed: int) -> dict[str, np.ndarray]:
-    """Documents differ widely, variants and seeds a little: what pairing is for."""
+    """Documents differ a lot, variants and seeds a little: the case for pairing."""
     rng = np.random.default_rng((seed, len(variant)))
     difficulty = np.random.default_rng(seed).normal(5.0, 3.0, Q)
     gain = {"base": 0.0, "better": 0.5}[variant]
@@ -43,7 +43,7 @@ def test_a_difference_is_paired_by_document_and_its_error_is_over_seeds(tmp_path
     assert found["standard_error"] == pytest.approx(np.std(means, ddof=1) / math.sqrt(3))
     assert (found["over"], found["n"], found["counts"]) == ("seeds", Q, True)
     # Student's t of two degrees of freedom.
-    assert found["ci95"] == pytest.approx(4.303 * found["standard_error"])
+    assert found["ci95"] == pytest.approx(4.3027 * found["standard_error"])
 
 
 def test_of_one_seed_the_error_is_over_documents_and_no_claim_counts(tmp_path):
@@ -135,7 +135,7 @@ def test_a_cell_of_another_config_is_refused_by_name(tmp_path):
     table(tmp_path, measure=measure, overwrite=True)
     assert calls == [("better", 1)]
     path.write_text('{"figures": []}')
-    with pytest.raises(UserError, match=r"seed1.json is not a cell"):
+    with pytest.raises(UserError, match=r"seed1.json is not an ablation cell"):
         table(tmp_path, measure=measure)
 
 
@@ -199,7 +199,7 @@ def test_documents_that_do_not_pair_are_refused_by_name():
 def test_an_unknown_figure_names_the_nearest(tmp_path):
     made = table(tmp_path, seeds=[0])
     assert made.figures == ("alone", "nll", "right")
-    with pytest.raises(UserError, match=r"base, seed 0 has no figure 'nl'; the nearest is nll"):
+    with pytest.raises(UserError, match=r"base, seed 0 has no metric 'nl'; the closest is nll"):
         ablation_table.summary(made, "nl", "base")
     with pytest.raises(ValueError, match="no cell 'worse'"):
         ablation_table.compare(made, "nll", "worse", "base")
@@ -208,13 +208,13 @@ def test_an_unknown_figure_names_the_nearest(tmp_path):
 @pytest.mark.parametrize(
     ("variants", "seeds", "says"),
     [
-        (["../up"], [0], "'../up' cannot name a variant"),
-        (["end "], [0], "cannot name"),
+        (["../up"], [0], "'../up' is not a valid variant name"),
+        (["end "], [0], "not a valid variant name"),
         ([], [0], "at least one variant"),
         (["a"], [], "at least one variant and one seed"),
-        (["a"], [0, -1], "no seed -1"),
-        (["a", "a"], [0], "each variant and each seed once"),
-        (["a"], [3, 3], "each variant and each seed once"),
+        (["a"], [0, -1], "Seed -1 is negative"),
+        (["a", "a"], [0], "must be unique"),
+        (["a"], [3, 3], "must be unique"),
     ],
 )
 def test_names_are_those_of_files(tmp_path, variants, seeds, says):
@@ -223,7 +223,7 @@ def test_names_are_those_of_files(tmp_path, variants, seeds, says):
 
 
 def test_markdown_is_the_table_its_json_holds(tmp_path):
-    """Two digits of the standard error; ✓ where the difference counts; what ± is over stands below."""
+    """Two digits of the standard error; ✓ where the difference counts; the legend says what ± is over."""
     made = ablation_table.Table(
         ("base", "better"),
         (0, 1, 2),
@@ -243,7 +243,10 @@ def test_markdown_is_the_table_its_json_holds(tmp_path):
     better = "| better | 1.5000 ± 0.0058 | -0.5000 ± 0.0058 ✓ | -1.5000 ± 0.0058 ✓ | -0.5000 ± 0.0058 ✓ |"
     assert lines[3] == better
     assert "± is one standard error, over seeds (0, 1, 2)." in text
-    assert "at least 3 seeds, all of one sign, and more than two standard errors." in text
+    assert (
+        "at least 3 seeds, all with the same sign, and more than two standard errors from zero."
+        in text
+    )
     alone = ablation_table.markdown(ablation_table.results(table(tmp_path, seeds=[0]), ["nll"]))
     assert "of one seed (0); ± is one standard error, over documents." in alone
     assert "minus" not in alone

@@ -97,5 +97,5 @@ def test_bad_features_are_refused():
         kernel_distance.kernel_distance(bad, good)
     with pytest.raises(UserError, match="at least 2 rows"):
         kernel_distance.kernel_distance(good[:1], good)
-    with pytest.raises(ValueError, match="width 5 cannot be compared with 4"):
+    with pytest.raises(ValueError, match="5 and 4 dimensions cannot be compared"):
         kernel_distance.squared_mmd(good, good[:, :4], kernel_distance.gaussian_kernel)

@@ -34,7 +34,7 @@ def test_joint_needs_every_fact():
 
 
 def test_lists_must_match_and_not_be_empty():
-    with pytest.raises(ValueError, match="1 pictures for 2 captions"):
+    with pytest.raises(ValueError, match="1 images for 2 captions"):
         scene_accuracy.outcomes([fact()], [fact()] * 2, EASY)
     with pytest.raises(UserError, match="too few"):
         scene_accuracy.accuracies(scene_accuracy.outcomes([], [], EASY))

@@ -14,7 +14,7 @@ def test_prompts_of_one_name_stand_together():
 
 @pytest.mark.parametrize(
     ("names", "templates", "says"),
-    [([], ["{}"], "a class"), (["cat"], [], "a class"), (["cat"], ["a photo"], "has no {}")],
+    [([], ["{}"], "one class"), (["cat"], [], "one template"), (["cat"], ["a photo"], "has no {}")],
 )
 def test_prompts_that_name_nothing(names, templates, says):
     with pytest.raises(UserError, match=says):

@@ -216,7 +216,7 @@ def test_a_document_finds_itself_in_every_view(built):
 def test_evaluation_items_and_their_likes_stay_out(tmp_path, encoder):
     documents = make_documents(12)
     held = [documents[2], make_documents(1, 50)[0]]
-    excluded = near_duplicates.ExclusionSet.of(held, encoder)
+    excluded = near_duplicates.ExclusionSet.from_documents(held, encoder)
     # The same picture by another name, and the same name with another picture.
     twin = make_documents(1, 50)[0]
     twin = type(twin)("twin", twin.segments)
@@ -231,7 +231,7 @@ def test_evaluation_items_and_their_likes_stay_out(tmp_path, encoder):
     assert set(built.ids) == kept
     counts = built.stats()["last_ingest"]
     assert counts["excluded"] == {"excluded-id": 2, "excluded-picture": 1}
-    with pytest.raises(UserError, match="All of the 1 documents were kept out"):
+    with pytest.raises(UserError, match="All 1 documents were excluded"):
         built.add([twin], options=writer.Options(exclude=excluded))
 
 
@@ -247,5 +247,5 @@ def test_repeats_are_kept_unless_they_are_asked_away(tmp_path, encoder):
     built = retrieval_memory.Memory.build(tmp_path / "few", documents, encoder, options=options)
     assert built.ids == ("doc-000", "doc-001", "doc-002", "retold")
     assert built.stats()["last_ingest"]["excluded"] == {"near-duplicate": 1}
-    with pytest.raises(UserError, match="kept out"):
+    with pytest.raises(UserError, match="were excluded"):
         built.add([type(first[0])("later", first[2].segments)], options=options)

@@ -43,8 +43,8 @@ def select(ids, scores, vectors, **changes):
     arguments = {
         "num_neighbors": 2,
         "max_similarity": 0.9,
-        "own_rows": np.full(len(ids), -1),
-        "own_keys": np.full(len(ids), policy.NO_KEY),
+        "query_rows": np.full(len(ids), -1),
+        "query_keys": np.full(len(ids), policy.NO_KEY),
         "row_keys": np.full(len(vectors), policy.NO_KEY),
     } | changes
     return policy.select(np.int32(ids), np.float32(scores), vectors, **arguments)
@@ -58,10 +58,10 @@ def test_select_walks_down_and_skips():
     found = select(ids, scores, vectors)
     np.testing.assert_array_equal(found.ids, [[1, 2]])  # 0 is too near, 3 repeats 1.
     np.testing.assert_allclose(found.scores, [[0.8, 0.5]])
-    own = select(ids, scores, vectors, own_rows=np.array([1]))
+    own = select(ids, scores, vectors, query_rows=np.array([1]))
     np.testing.assert_array_equal(own.ids, [[3, 2]])
     keys = np.array([-1, 7, -1, 7, 8, -1])
-    twin = select(ids, scores, vectors, own_keys=np.array([7]), row_keys=keys)
+    twin = select(ids, scores, vectors, query_keys=np.array([7]), row_keys=keys)
     np.testing.assert_array_equal(twin.ids, [[2, 4]])
     few = select(ids, scores, vectors, num_neighbors=4)
     np.testing.assert_array_equal(few.ids, [[1, 2, 4, -1]])
@@ -92,13 +92,13 @@ def test_all_queries_at_once_equal_one_by_one(seed, k):
     scores = np.take_along_axis(scores, ids, axis=1)
     ids[rng.random(ids.shape) < 0.1] = -1
     own, keys = rng.integers(-1, 8, 5), rng.integers(-1, 3, 8)
-    own_keys = rng.integers(-1, 3, 5)
+    query_keys = rng.integers(-1, 3, 5)
     found = select(
         ids, scores, vectors, num_neighbors=k, max_similarity=0.25,
-        own_rows=own, own_keys=own_keys, row_keys=keys,
+        query_rows=own, query_keys=query_keys, row_keys=keys,
     )  # fmt: skip
     expected = [
-        naive_select(ids[q], scores[q], vectors, k, 0.25, own[q], own_keys[q], keys)
+        naive_select(ids[q], scores[q], vectors, k, 0.25, own[q], query_keys[q], keys)
         for q in range(5)
     ]
     np.testing.assert_array_equal(found.ids, np.array(expected, np.int32).reshape(5, k))
@@ -125,8 +125,8 @@ def test_find_neighbors_does_not_depend_on_the_batches():
             vectors,
             num_neighbors=2,
             max_similarity=0.95,
-            own_rows=np.arange(20),
-            own_keys=np.full(20, policy.NO_KEY),
+            query_rows=np.arange(20),
+            query_keys=np.full(20, policy.NO_KEY),
             row_keys=np.full(50, policy.NO_KEY),
             num_candidates=10,
             batch_size=batch_size,
@@ -173,8 +173,8 @@ def test_a_document_that_asks_twice_gets_one_of_each():
             vectors,
             num_neighbors=2,
             max_similarity=2.0,
-            own_rows=np.array([-1, -1]),
-            own_keys=np.full(2, policy.NO_KEY),
+            query_rows=np.array([-1, -1]),
+            query_keys=np.full(2, policy.NO_KEY),
             row_keys=np.full(4, policy.NO_KEY),
             counts=np.array([2, 1]),
             num_candidates=4,
@@ -197,7 +197,7 @@ def test_calibration_is_the_percentile_of_pairs_of_one_class_with_other_facts():
 
 
 def test_twin_keys_are_stable_and_never_no_key():
-    assert policy.twin_key("a") == policy.twin_key("a") != policy.twin_key("b")
-    keys = np.array([policy.twin_key(str(i)) for i in range(1000)], np.int64)
+    assert policy.fact_key("a") == policy.fact_key("a") != policy.fact_key("b")
+    keys = np.array([policy.fact_key(str(i)) for i in range(1000)], np.int64)
     assert (keys >= 0).all()
     assert len(set(keys.tolist())) == 1000

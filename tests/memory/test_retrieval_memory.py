@@ -4,14 +4,12 @@ import dataclasses
 import os
 import pathlib
 import signal
-import subprocess
-import sys
 
+import fresh_python
 import numpy as np
 import pytest
 from stand_in import StandInEncoder, StandInTokenizer, make_documents
 
-import rag_mm
 from rag_mm.core.document_types import Document, Image, Text
 from rag_mm.core.errors import UserError
 from rag_mm.memory import model_protocols, retrieval_memory
@@ -19,7 +17,7 @@ from rag_mm.memory.index import scann
 from rag_mm.memory.store import verify
 from rag_mm.memory.writing import writer
 
-ROOT = pathlib.Path(rag_mm.__file__).parents[1]
+PROGRAMS = pathlib.Path(__file__).parent / "programs"
 SMALL = writer.Options(index="exact", batch_size=4, shard_size=6)
 
 
@@ -297,42 +295,13 @@ def test_one_writer_at_a_time(built, encoder, tokenizer):
     assert len(built.add(make_documents(1, 20), tokenizer)) == 16
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
-from stand_in import StandInEncoder, make_documents
-from rag_mm.memory import retrieval_memory as memory
-from rag_mm.memory.store import manifest
-from rag_mm.memory.writing import writer
-
-def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-options = writer.Options(index="exact", batch_size=4, shard_size=6)
-if {when!r} == "batch":
-    options = writer.Options("exact", None, 4, 6, lambda done, _: done > 8 and die())
-elif {when!r} == "switch":
-    manifest.switch = die
-else:
-    manifest.write = die
-if {what!r} == "build":
-    memory.Memory.build({path!r}, make_documents(15), StandInEncoder(), options=options)
-else:
-    opened = memory.Memory.open({path!r}, StandInEncoder())
-    opened.add(make_documents(15, 15), options=options)
-"""
-
-
 @pytest.mark.parametrize("when", ["batch", "manifest", "switch"])
 def test_a_killed_writer_leaves_no_half_memory(tmp_path, encoder, when):
     path = tmp_path / "mem"
 
-    def kill(what: str) -> None:
-        tests = str(pathlib.Path(__file__).parent)
-        code = KILLED.format(when=when, what=what, path=str(path), tests=tests)
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, check=False)
-        assert done.returncode == -signal.SIGKILL
+    def kill(action: str) -> None:
+        done = fresh_python.run(PROGRAMS / "killed_writer.py", action, when, path)
+        assert done.returncode == -signal.SIGKILL, done.stderr
 
     kill("build")
     with pytest.raises(UserError, match="was not finished"):

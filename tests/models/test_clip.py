@@ -1,4 +1,4 @@
-"""CLIP: published sizes, unit features, pooling at the end of the text, and learning on any mesh."""
+"""CLIP: published sizes, unit embeddings, pooling at the end of text, and training on any mesh."""
 
 import functools
 
@@ -50,18 +50,18 @@ def batch_of(size, seed=0):
 
 @pytest.fixture(scope="module")
 def model():
-    """Structure and random parameters, drawn by NumPy: compiling `init_params` takes seconds."""
+    """Structure and random parameters from NumPy, since compiling `init_params` takes seconds."""
     graphdef, abstract = param_trees.describe(make_model, None)
     rng = np.random.default_rng(0)
 
-    def draw(path, leaf):
+    def sample(path, leaf):
         scale = 1 / np.sqrt(np.prod(leaf.shape[1:-1]) or 1)
         mean = 1.0 if path[-1].key == "scale" else 0.0
         if path[-1].key == "logit_scale":
             return np.log(np.float32(10))
         return rng.normal(mean, 0.3 * scale, leaf.shape).astype(np.float32)
 
-    params = jax.tree_util.tree_map_with_path(draw, abstract)
+    params = jax.tree_util.tree_map_with_path(sample, abstract)
     return graphdef, jax.tree.map(jnp.asarray, params)
 
 
@@ -93,29 +93,29 @@ def test_vit_l_14_has_the_published_size():
     assert params["vision"]["position_embedding"].shape == (257, 1024)
 
 
-def test_features_have_unit_norm_and_differ(encode):
+def test_embeddings_have_unit_norm_and_differ(encode):
     batch = batch_of(8)
-    for found in (encode["image"](batch["images"]), encode["text"](batch["tokens"])):
-        assert (found.shape, found.dtype) == ((8, 8), np.float32)
-        np.testing.assert_allclose((found**2).sum(1), 1, atol=1e-5)
-        assert (found @ found.T)[~np.eye(8, dtype=bool)].max() < 1 - 1e-6
+    for embeddings in (encode["image"](batch["images"]), encode["text"](batch["tokens"])):
+        assert (embeddings.shape, embeddings.dtype) == ((8, 8), np.float32)
+        np.testing.assert_allclose((embeddings**2).sum(1), 1, atol=1e-5)
+        assert (embeddings @ embeddings.T)[~np.eye(8, dtype=bool)].max() < 1 - 1e-6
 
 
-def test_features_do_not_depend_on_the_batch(encode):
+def test_embeddings_do_not_depend_on_the_batch(encode):
     batch = batch_of(8)
     for side, name in (("image", "images"), ("text", "tokens")):
         whole, alone = encode[side](batch[name]), encode[side](batch[name][3:4])
         np.testing.assert_allclose(whole[3:4], alone, atol=1e-6)
 
 
-def test_text_ends_at_its_first_end_of_text(encode):
+def test_tokens_after_the_first_end_of_text_are_ignored(encode):
     tokens = np.array([[3, 4, END, 0, 0, 0]], np.int32)
-    found = encode["text"](tokens)
+    embedding = encode["text"](tokens)
     for after in ([1, 2, 3], [END, END, END], [5, END, 5]):
         tokens[0, 3:] = after
-        np.testing.assert_array_equal(encode["text"](tokens), found)
+        np.testing.assert_array_equal(encode["text"](tokens), embedding)
     tokens[0, 0] = 5
-    assert np.abs(encode["text"](tokens) - found).max() > 1e-3
+    assert np.abs(encode["text"](tokens) - embedding).max() > 1e-3
 
 
 def test_patches_are_read_in_raster_order(model):
@@ -130,11 +130,11 @@ def test_patches_are_read_in_raster_order(model):
         for c in (0, 4)
     ]
     expected = np.stack([vision["class_embedding"], *expected]) + vision["position_embedding"]
-    seen = []
+    inputs = []
 
     class Spy:
         def __call__(self, x):
-            seen.append(np.asarray(x))
+            inputs.append(np.asarray(x))
             return x
 
     tower = nnx.merge(graphdef, params).vision
@@ -142,7 +142,7 @@ def test_patches_are_read_in_raster_order(model):
     tower.stack = lambda x, positions, attend: (x, None)
     tower.post_norm = lambda x: x
     tower(jnp.asarray(image))
-    np.testing.assert_allclose(seen[0][0], expected, atol=1e-5)
+    np.testing.assert_allclose(inputs[0][0], expected, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -152,10 +152,10 @@ def alone(model):
 
 
 def train(mesh, params, batch, steps):
-    """Losses of Adam steps on one batch, and the last state."""
+    """Metrics of Adam steps on one batch, and the final state."""
     graphdef, abstract = param_trees.describe(make_model, mesh)
     placed = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, abstract))
-    # Copied: a step deletes what it is given, and one device's share may be the caller's own.
+    # Copied: a step donates its state, and a shard on one device may be the caller's array.
     placed = jax.tree.map(jnp.copy, placed)
     optimizer = optax.adam(1e-2)
     state = train_state.init_state(placed, optimizer, mesh)
@@ -169,14 +169,14 @@ def train(mesh, params, batch, steps):
     return losses, state
 
 
-def test_twenty_steps_learn_a_toy(alone):
+def test_twenty_steps_learn_one_batch(alone):
     assert alone[-1]["loss"] < 0.5 * alone[0]["loss"]
     assert alone[-1]["in_batch_recall"] > alone[0]["in_batch_recall"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(8, 1, 1), (4, 2, 1), (2, 2, 2)], ids=["8", "4x2x1", "2x2x2"])
-def test_eight_devices_learn_what_one_learns(model, alone, shape):
+def test_training_on_eight_devices_equals_training_on_one(model, alone, shape):
     eight, state = train(sharding.make_mesh(*shape), model[1], batch_of(8, seed=2), 3)
     for one, other in zip(alone, eight, strict=False):
         assert one == pytest.approx(other, abs=1e-4)
@@ -184,8 +184,8 @@ def test_eight_devices_learn_what_one_learns(model, alone, shape):
     assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp")
 
 
-def test_a_mesh_changes_no_feature_and_no_loss(model):
-    """The forward pass alone on 2x2x2 devices, which compiles quickly enough for every run."""
+def test_the_loss_on_a_mesh_equals_that_on_one_device(model):
+    """Only the forward pass on 2x2x2 devices, which compiles fast enough for every run."""
     graphdef, params = model
     mesh, batch = sharding.make_mesh(2, 2, 2), batch_of(8, seed=2)
     _, abstract = param_trees.describe(make_model, mesh)
@@ -196,19 +196,24 @@ def test_a_mesh_changes_no_feature_and_no_loss(model):
         return clip.loss_fn(nnx.merge(graphdef, params), batch, jax.random.key(0))[0]
 
     with jax.set_mesh(mesh):
-        spread = loss(placed, sharding.put_batch(batch, mesh))
-    np.testing.assert_allclose(spread, loss(params, batch), rtol=1e-5)
+        sharded = loss(placed, sharding.put_batch(batch, mesh))
+    np.testing.assert_allclose(sharded, loss(params, batch), rtol=1e-5)
 
 
 def test_temperature_is_clipped_at_one_hundred():
-    class Identical:
-        """Unit features whose similarities are 1 on the diagonal and 0 beside it."""
+    class IdentityCLIP(clip.CLIP):
+        """Encoders that return their input; the batch below gives similarities 1 for pairs, else 0."""
 
-        logit_scale = nnx.Param(jnp.float32(20))
-        encode_image = encode_text = staticmethod(lambda x: x)
+        def __init__(self):
+            self.logit_scale = nnx.Param(jnp.float32(20))
+
+        def encode_image(self, images):
+            return images
+
+        encode_text = encode_image
 
     batch = {"images": jnp.eye(4), "tokens": jnp.eye(4)}
-    loss, metrics = clip.loss_fn(Identical(), batch, jax.random.key(0))
+    loss, metrics = clip.loss_fn(IdentityCLIP(), batch, jax.random.key(0))
     np.testing.assert_allclose(metrics["logit_scale"][0], 100, rtol=1e-5)
     np.testing.assert_allclose(loss, 0, atol=1e-6)
     assert metrics["in_batch_recall"][0] == metrics["in_batch_recall"][1] == 4.0

@@ -1,4 +1,4 @@
-"""RA-CM3's loss: which targets weigh how much, and by what the sum is divided."""
+"""The losses of CM3 and RA-CM3: the weight of each target and the normalization of the sum."""
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +26,14 @@ NLL = (
 )
 
 
-class Given:
-    """A model whose logits are its parameters, so that gradients show every target's weight."""
+class FixedLogits(decoder.Decoder):
+    """A model whose logits are given, so that their gradients show every target's weight."""
 
     def __init__(self, logits):
-        self.given = logits
+        self.hidden = logits
 
     def __call__(self, tokens, positions, segment_ids):
-        return self.given
+        return self.hidden
 
     def logits(self, hidden):
         return hidden
@@ -41,7 +41,7 @@ class Given:
 
 def loss_fn(logits, retrieved_weight, batch=BATCH):
     return cm3.loss_fn(
-        Given(logits), batch, retrieved_weight=retrieved_weight, code_offset=CODE_OFFSET
+        FixedLogits(logits), batch, retrieved_weight=retrieved_weight, code_offset=CODE_OFFSET
     )
 
 
@@ -49,7 +49,7 @@ GRAD = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 1.0])
-def test_retrieved_targets_weigh_alpha_and_the_sum_is_divided_by_main_targets(alpha):
+def test_retrieved_targets_have_weight_alpha_and_the_sum_is_divided_by_main_targets(alpha):
     (loss, metrics), grad = GRAD(jnp.asarray(LOGITS), jnp.float32(alpha))
     weights = np.select([ROLES == MAIN, ROLES == RETRIEVED], [1.0, alpha], 0.0)
     num_main = (ROLES == MAIN).sum()
@@ -61,13 +61,13 @@ def test_retrieved_targets_weigh_alpha_and_the_sum_is_divided_by_main_targets(al
     np.testing.assert_allclose(grad, expected, atol=1e-6)
 
 
-def test_with_alpha_zero_retrieved_targets_teach_nothing():
+def test_with_alpha_zero_retrieved_targets_have_no_gradient():
     _, grad = GRAD(jnp.asarray(LOGITS), jnp.float32(0))
     assert (np.asarray(grad)[ROLES != MAIN] == 0).all()
     assert (np.asarray(grad)[ROLES == MAIN] != 0).any(-1).all()
 
 
-def test_sentinels_and_padding_weigh_nothing_at_any_alpha():
+def test_sentinels_and_padding_have_weight_zero():
     _, grad = GRAD(jnp.asarray(LOGITS), jnp.float32(1))
     assert (np.asarray(grad)[ROLES == IGNORED] == 0).all()
 
@@ -84,8 +84,8 @@ def test_metrics_are_sums_with_their_weights():
         total, weight = metrics[name]
         np.testing.assert_allclose(total, NLL[mask].sum(), rtol=1e-5, err_msg=name)
         assert int(weight) == mask.sum(), name
-    sure = np.log(2) > NLL
-    assert int(metrics["code_majority"][0]) == (sure & main & is_code).sum()
+    is_majority = np.log(2) > NLL
+    assert int(metrics["code_majority"][0]) == (is_majority & main & is_code).sum()
 
 
 def test_a_batch_without_main_targets_is_finite():
@@ -94,19 +94,19 @@ def test_a_batch_without_main_targets_is_finite():
     assert loss == 0 and all(np.isfinite(total) for total, _ in metrics.values())
 
 
-def test_rows_of_the_project_give_alpha_its_meaning():
-    """Over a uniform model a row's loss is log V (main + alpha retrieved) / main targets."""
-    words = vocabulary.train_vocabulary([], 256, 16, 4)
+def test_the_loss_of_a_real_sequence_under_a_uniform_model():
+    """It is log V (main + alpha retrieved) / main, with the numbers of main and retrieved targets."""
+    vocab = vocabulary.train_vocabulary([], 256, 16, 4)
     layout = sequences.Layout(max_docs=1, max_text_len=3, num_codes=4, max_spans=1)
     example = sequences.Example([1, 2], np.arange(4, dtype=np.int32))
-    # The main image's middle is masked: one sentinel in place, one at the end, one eoss more.
-    row = sequences.make_row(layout, words, example, [example], np.array([[13, 15]]))
+    # The middle of the main image is masked: a sentinel in its place, then a sentinel and eoss at the end.
+    row = sequences.make_row(layout, vocab, example, [example], np.array([[13, 15]]))
     batch = {name: jnp.asarray(value)[None] for name, value in row.items()}
     config = ra_cm3.RACM3Config(
-        decoder.DecoderConfig(words.size, 1, 8, 1, 8, 8), words.code_offset, alpha=0.5
+        decoder.DecoderConfig(vocab.size, 1, 8, 1, 8, 8), vocab.code_offset, alpha=0.5
     )
-    logits = jnp.zeros((1, layout.length, words.size))
-    loss, metrics = ra_cm3.loss_fn(Given(logits), batch, jax.random.key(0), config=config)
+    logits = jnp.zeros((1, layout.length, vocab.size))
+    loss, metrics = ra_cm3.loss_fn(FixedLogits(logits), batch, jax.random.key(0), config=config)
     main, retrieved = (
         2 + 1 + 4 + 1 + 1,
         2 + 1 + 4 + 1,
@@ -114,5 +114,5 @@ def test_rows_of_the_project_give_alpha_its_meaning():
     assert (metrics["main_nll"][1], metrics["retrieved_nll"][1]) == (main, retrieved)
     assert metrics["code_nll"][1] == 4
     np.testing.assert_allclose(
-        loss, np.log(words.size) * (main + 0.5 * retrieved) / main, rtol=1e-5
+        loss, np.log(vocab.size) * (main + 0.5 * retrieved) / main, rtol=1e-5
     )

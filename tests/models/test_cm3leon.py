@@ -1,4 +1,4 @@
-"""CM3Leon's sizes and initialisation, both readings of "output layers zero" (section 11, item 11)."""
+"""CM3Leon's sizes and initialization, in both readings of "output layers are zero"."""
 
 import dataclasses
 import functools
@@ -12,6 +12,7 @@ from flax import nnx
 from rag_mm.core import configuration, sharding
 from rag_mm.models import cm3leon, ra_cm3
 from rag_mm.nn import param_trees
+from rag_mm.nn.decoder import InitConfig
 
 SIZES = {
     "configs/cm3leon.py:350m": (24, 1024, 16, 350e6),
@@ -25,7 +26,7 @@ def make_model(config):
     return cm3leon.Model(config.decoder, rngs=nnx.Rngs(params=0))
 
 
-def from_page(name):
+def load_from_page(name):
     values = configuration.to_dict(configuration.load_config(name))
     family = {"cm3leon": cm3leon.CM3LeonConfig, "ra_cm3": ra_cm3.RACM3Config}[values["family"]]
     return configuration.make(family, values["model"], "model")
@@ -33,14 +34,14 @@ def from_page(name):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_real_sizes_by_abstract_evaluation(name):
-    config = from_page(name)
+    config = load_from_page(name)
     layers, width, heads, num_params = SIZES[name]
     _, abstract = param_trees.describe(functools.partial(make_model, config), None)
     blocks = abstract["stack"]["blocks"]
     assert blocks["attention"]["q"]["kernel"].shape == (layers, width, heads, width // heads)
     assert blocks["mlp"]["up"]["kernel"].shape == (layers, width, 4 * width)
-    found = sum(leaf.size for leaf in jax.tree.leaves(abstract))
-    assert found == pytest.approx(num_params, rel=0.17)  # The papers round; 350 M is 373 M.
+    count = sum(leaf.size for leaf in jax.tree.leaves(abstract))
+    assert count == pytest.approx(num_params, rel=0.17)  # The papers round: 350M is 373M.
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(abstract))
     names = {str(path[-1].key) for path, _ in jax.tree_util.tree_leaves_with_path(abstract)}
     if name.startswith("configs/cm3leon"):
@@ -52,20 +53,20 @@ def test_real_sizes_by_abstract_evaluation(name):
         assert "position_embedding" not in abstract
 
 
-def test_the_page_says_what_the_config_says():
+def test_config_pages_equal_the_class_methods():
     for preset, config in {
         "tiny": cm3leon.CM3LeonConfig.tiny(),
         "350m": cm3leon.CM3LeonConfig.m350(),
         "760m": cm3leon.CM3LeonConfig.m760(),
         "7b": cm3leon.CM3LeonConfig.b7(),
     }.items():
-        assert from_page(f"configs/cm3leon.py:{preset}") == config
-    assert from_page("configs/ra_cm3.py:tiny") == ra_cm3.RACM3Config.tiny()
+        assert load_from_page(f"configs/cm3leon.py:{preset}") == config
+    assert load_from_page("configs/ra_cm3.py:tiny") == ra_cm3.RACM3Config.tiny()
     assert config.alpha == 1.0 and ra_cm3.RACM3Config.b2_7().alpha == 0.1
 
 
 @pytest.mark.parametrize("reading", ["blocks", "head"])
-def test_weights_are_cut_at_three_sigma_and_positions_are_small(reading):
+def test_weights_are_truncated_at_three_sigma_and_positions_are_small(reading):
     config = cm3leon.CM3LeonConfig.tiny(reading)
     make = functools.partial(make_model, config)
     params = param_trees.init_params(make, sharding.make_mesh())
@@ -78,7 +79,7 @@ def test_weights_are_cut_at_three_sigma_and_positions_are_small(reading):
             continue
         largest = float(np.abs(leaf).max())
         assert 2.7 * sigma < largest <= 3 * sigma * (1 + 1e-6), name
-        # A normal cut at 3 sigma has standard deviation 0.9866 sigma.
+        # A normal distribution truncated at 3 sigma has standard deviation 0.9866 sigma.
         np.testing.assert_allclose(np.std(leaf), 0.9866 * sigma, rtol=0.02, err_msg=name)
     assert ("head" in params) == (reading == "head")
 
@@ -107,25 +108,27 @@ def loss_at_start(config, num_rows=4):
     return float(loss), np.asarray(hidden), np.asarray(embedded)
 
 
-def test_reading_a_blocks_give_zero_and_a_token_predicts_itself():
+def test_zero_blocks_pass_the_embedding_through_and_a_token_predicts_itself():
     config = cm3leon.make_config(2, 512, 4, vocab_size=512, max_seq_len=64, dtype="float32")
     loss, hidden, embedded = loss_at_start(config)
     np.testing.assert_array_equal(hidden, embedded)
-    # The token's own logit is |e|^2 / std(e), about sigma d; the others spread by sigma sqrt(d).
+    # The logit of the input token is |e|^2 / std(e), about sigma d; the others have std sigma sqrt(d).
     sigma_d = 0.9866 * cm3leon.SIGMA * 512
     expected = np.log(512 + np.exp(sigma_d))
     assert loss == pytest.approx(expected, abs=0.05)
     assert loss > np.log(512) + 0.02
 
 
-def test_reading_b_starts_at_exactly_log_v():
+def test_a_zero_head_starts_at_exactly_log_v():
     loss, hidden, embedded = loss_at_start(cm3leon.CM3LeonConfig.tiny("head"))
     assert loss == pytest.approx(np.log(512), abs=1e-5)
     assert np.abs(hidden - embedded).max() > 0
 
 
-def test_unknown_readings_and_a_tied_head_of_its_own_are_refused():
+def test_an_unknown_reading_and_a_tied_head_with_its_own_std_are_rejected():
     with pytest.raises(ValueError, match="zero_outputs"):
         cm3leon.CM3LeonConfig.tiny("both")
     with pytest.raises(ValueError, match="tied"):
-        dataclasses.replace(cm3leon.CM3LeonConfig.tiny().decoder, head_init_std=0.0)
+        dataclasses.replace(
+            cm3leon.CM3LeonConfig.tiny().decoder, init=InitConfig(head_std=0.0)
+        )

@@ -1,4 +1,4 @@
-"""RECO's fusion: parity with NumPy, the frozen model at step 0, sets in any order, the loss by hand."""
+"""RECO: fusion against NumPy, the frozen model at step 0, invariance to neighbor order, the loss by hand."""
 
 import dataclasses
 import math
@@ -16,8 +16,8 @@ DIM, HEADS, B, K = 16, 4, 6, 5
 CONFIG = reco.RecoConfig(dim=DIM, num_heads=HEADS, mlp_ratio=2.0)
 
 
-def unit(rows: np.ndarray) -> np.ndarray:
-    return (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
 
 
 @pytest.fixture
@@ -26,18 +26,18 @@ def rng():
 
 
 def make_model(**changes) -> reco.RECO:
-    """With random weights everywhere, so that nothing is zero by its initialisation."""
+    """With all weights random, so that none is zero by initialization."""
     config = dataclasses.replace(CONFIG, **changes)
     model = reco.RECO(config, rngs=nnx.Rngs(params=0))
     rng = np.random.default_rng(1)
     graphdef, state = nnx.split(model)
-    drawn = jax.tree.map(
+    random = jax.tree.map(
         lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), jnp.float32), state
     )
-    return nnx.merge(graphdef, drawn)
+    return nnx.merge(graphdef, random)
 
 
-def draw(rng) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def sample_inputs(rng) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     query, retrieved = unit(rng.standard_normal((B, DIM))), unit(rng.standard_normal((B, K, DIM)))
     return query, retrieved, np.ones((B, K), bool)
 
@@ -53,7 +53,7 @@ def linear(x, layer, spec):
 
 
 def naive_layer(block, x):
-    """A pre-norm encoder layer over x [1 + K, D], every place at a time."""
+    """A pre-norm encoder layer over x [1 + K, D]."""
     normed, a = layer_norm(x, block.attention_norm), block.attention
     q, k, v = (linear(normed, part, "td,dnh->tnh") for part in (a.q, a.k, a.v))
     scores = np.einsum("tnh,snh->nts", q, k) / math.sqrt(q.shape[-1])
@@ -66,14 +66,14 @@ def naive_layer(block, x):
 
 
 def test_the_fusion_is_an_encoder_layer_read_at_the_query(rng):
-    query, retrieved, neighbor_mask = draw(rng)
+    query, retrieved, neighbor_mask = sample_inputs(rng)
     fusion = make_model().image_fusion
-    for row, given in zip(
+    for refined, inputs in zip(
         np.asarray(fusion(query, retrieved, neighbor_mask)),
         np.concatenate([query[:, None], retrieved], axis=1),
         strict=True,
     ):
-        np.testing.assert_allclose(row, unit(naive_layer(fusion.block, given)[0]), atol=1e-5)
+        np.testing.assert_allclose(refined, unit(naive_layer(fusion.block, inputs)[0]), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -89,20 +89,20 @@ def test_the_fusion_is_an_encoder_layer_read_at_the_query(rng):
 )
 def test_step_0_is_the_frozen_model(rng, changes):
     model = reco.RECO(dataclasses.replace(CONFIG, **changes), rngs=nnx.Rngs(params=0))
-    query, *found = draw(rng)
-    for refined in (model.refine_image(query, *found), model.refine_text(query, *found)):
+    query, *neighbors = sample_inputs(rng)
+    for refined in (model.refine_image(query, *neighbors), model.refine_text(query, *neighbors)):
         np.testing.assert_allclose(refined, query, atol=1e-5)
 
 
-def test_without_zero_init_it_is_not(rng):
+def test_without_zero_init_step_0_changes_the_embeddings(rng):
     model = reco.RECO(dataclasses.replace(CONFIG, is_zero_init=False), rngs=nnx.Rngs(params=0))
-    query, *found = draw(rng)
-    assert np.abs(np.asarray(model.refine_image(query, *found)) - query).max() > 0.01
+    query, *neighbors = sample_inputs(rng)
+    assert np.abs(np.asarray(model.refine_image(query, *neighbors)) - query).max() > 0.01
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_layers": 2}, {"type_embedding": True}], ids=str)
-def test_what_was_retrieved_is_a_set(rng, changes):
-    query, retrieved, neighbor_mask = draw(rng)
+def test_the_order_of_neighbors_does_not_matter(rng, changes):
+    query, retrieved, neighbor_mask = sample_inputs(rng)
     neighbor_mask[:, -2:] = False
     fusion = make_model(**changes).text_fusion
     order = rng.permutation(K)
@@ -114,42 +114,42 @@ def test_what_was_retrieved_is_a_set(rng, changes):
 
 
 @pytest.mark.parametrize("fusion", [make_model().image_fusion, reco.mean_fusion])
-def test_what_is_missing_does_not_count(rng, fusion):
-    query, retrieved, neighbor_mask = draw(rng)
+def test_masked_neighbors_are_ignored(rng, fusion):
+    query, retrieved, neighbor_mask = sample_inputs(rng)
     neighbor_mask[:, 2:] = False
     other = retrieved.copy()
     other[:, 2:] = 7.0
-    alone = np.ones((B, 2), bool)
-    wanted = fusion(query, retrieved[:, :2], alone)
-    for given in (retrieved, other):
-        np.testing.assert_allclose(fusion(query, given, neighbor_mask), wanted, atol=1e-5)
+    expected = fusion(query, retrieved[:, :2], np.ones((B, 2), bool))
+    for values in (retrieved, other):
+        np.testing.assert_allclose(fusion(query, values, neighbor_mask), expected, atol=1e-5)
 
 
-def test_with_nothing_retrieved_the_mean_is_the_query(rng):
-    query, retrieved, neighbor_mask = draw(rng)
+def test_without_neighbors_the_mean_is_the_query(rng):
+    query, retrieved, neighbor_mask = sample_inputs(rng)
     np.testing.assert_allclose(reco.mean_fusion(query, retrieved, ~neighbor_mask), query, atol=1e-6)
 
 
 def test_the_mean_by_hand(rng):
-    query, retrieved, neighbor_mask = draw(rng)
-    wanted = unit((query + retrieved.sum(1)) / (1 + K))
-    np.testing.assert_allclose(reco.mean_fusion(query, retrieved, neighbor_mask), wanted, atol=1e-6)
+    query, retrieved, neighbor_mask = sample_inputs(rng)
+    expected = unit((query + retrieved.sum(1)) / (1 + K))
+    mean = reco.mean_fusion(query, retrieved, neighbor_mask)
+    np.testing.assert_allclose(mean, expected, atol=1e-6)
 
 
 def batch_of(rng) -> dict[str, np.ndarray]:
     batch = {}
     for side in reco.MODALITIES:
-        batch[side], batch[f"{side}_retrieved"], batch[f"{side}_is_there"] = draw(rng)
+        batch[side], batch[f"{side}_retrieved"], batch[f"{side}_neighbor_mask"] = sample_inputs(rng)
     return batch | {"class_ids": np.array([0, 0, 1, 2, -1, -1], np.int32)}
 
 
 def naive_loss(model, batch, terms, is_masked) -> float:
-    """Section 6, pair by pair, with the factor 1/2."""
+    """The loss of docs/papers/reco.md, pair by pair, with the factor 1/2."""
     parts = {side: batch[side].astype(np.float64) for side in reco.MODALITIES}
     refined = {
         side: np.asarray(
             getattr(model, f"refine_{side}")(
-                *(batch[f"{side}{part}"] for part in ("", "_retrieved", "_is_there"))
+                *(batch[f"{side}{part}"] for part in ("", "_retrieved", "_neighbor_mask"))
             ),
             np.float64,
         )
@@ -205,8 +205,8 @@ def test_the_temperature_learns_and_is_clipped(rng):
     assert scale == pytest.approx(100.0) and gradient == 0
 
 
-def test_one_device_is_eight(rng):
-    """The same loss and gradients with the batch split, and negatives from all of it."""
+def test_eight_devices_equal_one(rng):
+    """The same loss and gradients when the batch is split; negatives come from the whole batch."""
     model = make_model()
     batch = {
         key: np.concatenate([value] * 4)
@@ -244,37 +244,37 @@ def test_one_device_is_eight(rng):
     ],
 )
 def test_the_four_pairs_of_search_and_fusion(search, fuse, image, text):
-    """The table of section 4; note that cross-modal fusion fuses what the query is not."""
+    """Cross-modal fusion reads the modality that the query is not (docs/papers/reco.md)."""
     lookup = reco.Lookup(search, fuse)
     assert lookup.columns("image") == image and lookup.columns("text") == text
 
 
-def test_published_sizes_are_described_at_no_cost():
+def test_published_sizes():
     def count(config: reco.RecoConfig) -> int:
         shapes = jax.eval_shape(lambda: reco.RECO(config, rngs=nnx.Rngs(0)))
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(shapes, nnx.Param)))
 
-    # Section 5's arithmetic: one layer with an MLP of 4 d has 3.152M, and there are two.
+    # One layer with an MLP of 4 d has 3.152M parameters, and there are two.
     assert count(reco.RecoConfig.b32()) == pytest.approx(2 * 3.152e6, rel=1e-3)
     assert reco.RecoConfig.l14().dim == 768
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
-        ({"num_heads": 3}, "num_heads divides dim"),
-        ({"num_layers": 0}, "num_layers is at least 1"),
+        ({"num_heads": 3}, "must divide dim"),
+        ({"num_layers": 0}, "num_layers must be at least 1"),
         ({"norm_placement": "sideways"}, "pre or post"),
-        ({"loss_terms": ()}, "loss_terms are some of"),
-        ({"loss_terms": ("vb_tb",)}, "loss_terms are some of"),
+        ({"loss_terms": ()}, "loss_terms must be some of"),
+        ({"loss_terms": ("vb_tb",)}, "loss_terms must be some of"),
         ({"initial_logit_scale": 200.0}, "at most 100"),
     ],
 )
-def test_what_no_model_can_be(changes, says):
-    with pytest.raises(ValueError, match=says):
+def test_invalid_configs_are_rejected(changes, message):
+    with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **changes)
 
 
-def test_no_lookup_is_sideways():
+def test_an_invalid_lookup_is_rejected():
     with pytest.raises(ValueError, match="search is uni or cross, not 'up'"):
         reco.Lookup("up")

@@ -1,4 +1,4 @@
-"""What the image tokenizer promises: shapes, codes that do not depend on place, learning."""
+"""SPAE: shapes and sizes, codes that do not depend on position, k-means initialization and training."""
 
 import dataclasses
 import functools
@@ -29,21 +29,21 @@ CONV = dataclasses.replace(
 CONFIGS = pytest.mark.parametrize("config", [PATCH, CONV], ids=["patch", "conv"])
 
 
-def _pictures(count, size=16, seed=0):
-    """Flat backgrounds with random tiles of 4 pixels a side on the patch grid."""
+def _make_images(count, size=16, seed=0):
+    """Plain backgrounds with random tiles of 4x4 pixels on the patch grid."""
     rng = np.random.default_rng(seed)
-    pictures = np.repeat(rng.integers(256, size=(count, 1, 1, 3)), size, 1).repeat(size, 2)
-    art = rng.integers(256, size=(200, 4, 4, 3))
-    for picture in pictures:
+    images = np.repeat(rng.integers(256, size=(count, 1, 1, 3)), size, 1).repeat(size, 2)
+    tiles = rng.integers(256, size=(200, 4, 4, 3))
+    for image in images:
         for row, column in rng.integers(size // 4, size=(5, 2)) * 4:
-            picture[row : row + 4, column : column + 4] = art[rng.integers(200)]
-    return pictures.astype(np.uint8)
+            image[row : row + 4, column : column + 4] = tiles[rng.integers(200)]
+    return images.astype(np.uint8)
 
 
 @functools.cache
 def _init(config):
-    """Structure and fresh parameters with a k-means codebook; compiled, which is much faster here."""
-    images = jnp.asarray(_pictures(32))
+    """Structure and initial parameters with a k-means codebook; compiled, which is much faster here."""
+    images = jnp.asarray(_make_images(32))
 
     @jax.jit
     def init():
@@ -62,7 +62,7 @@ def _make(config):
 @functools.cache
 def _make_step(config):
     graphdef, _ = _init(config)
-    batch = {"images": jnp.asarray(_pictures(32))}
+    batch = {"images": jnp.asarray(_make_images(32))}
     optimizer = optax.adam(3e-3)
 
     @jax.jit
@@ -79,7 +79,7 @@ def _make_step(config):
 
 
 def _train(config, steps):
-    """The model after `steps` of Adam, the last gradients, and the loss at each step."""
+    """The model after `steps` of Adam, the last gradients and the loss at each step."""
     graphdef, params = _init(config)
     step, init = _make_step(config)
     opt_state, losses = init(params), []
@@ -100,10 +100,10 @@ def test_paper_size_encodes_128_pixels_into_597_codes():
         decoded = jax.eval_shape(lambda p, c: nnx.merge(graphdef, p).decode(c), params, prefix)
         assert (decoded.shape, decoded.dtype) == (images.shape, images.dtype)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    assert 50e6 < count < 65e6  # the sheet recalls about 59M; the codebook's width is not known
+    assert 50e6 < count < 65e6  # Reported: about 59M; the width of the codebook is not published.
 
 
-def test_tiny_gives_64_codes_of_a_32_pixel_scene():
+def test_tiny_encodes_32_pixels_into_64_codes():
     config = autoencoder.SPAEConfig.tiny()
     assert (config.image_size, config.num_codes, config.encoder) == (32, 64, "patch")
 
@@ -117,30 +117,30 @@ def test_tiny_gives_64_codes_of_a_32_pixel_scene():
         (dict(width_multipliers=(1, 2), patch_size=2), "one scale"),
     ],
 )
-def test_configs_that_do_not_fit_are_refused(change, message):
+def test_inconsistent_configs_are_rejected(change, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(PATCH, **change)
 
 
-def test_a_picture_that_patches_do_not_divide_is_refused():
+def test_images_that_patches_do_not_divide_are_rejected():
     with pytest.raises(UserError, match="15x16"):
         _make(PATCH).encode(jnp.zeros((1, 15, 16, 3)))
 
 
 def test_patches_fold_into_channels_and_back():
-    images = jnp.asarray(_pictures(2))
+    images = jnp.asarray(_make_images(2))
     folded = autoencoder.conv.space_to_depth(images, 4)
     np.testing.assert_array_equal(folded[1, 2, 3], images[1, 8:12, 12:16].reshape(-1))
     np.testing.assert_array_equal(autoencoder.conv.depth_to_space(folded, 4), images)
 
 
-def test_art_has_the_same_codes_wherever_it_stands_on_the_patch_grid():
-    """Copying a retrieved picture is copying codes only if this holds to the bit."""
+def test_codes_of_a_crop_do_not_depend_on_its_position_on_the_patch_grid():
+    """Copying a retrieved image is copying codes only if this holds exactly."""
     config = dataclasses.replace(autoencoder.SPAEConfig.tiny(), codebook_size=512)
-    art = np.random.default_rng(0).integers(256, size=(32, 24, 24, 3))  # a card of level `easy`
-    places = [(0, 0, 30), (0, 8, 200), (8, 0, 90), (8, 8, 0)]
+    art = np.random.default_rng(0).integers(256, size=(32, 24, 24, 3))  # the cards of level `easy`
+    positions = [(0, 0, 30), (0, 8, 200), (8, 0, 90), (8, 8, 0)]
     scenes = np.empty((4, 32, 32, 32, 3), np.uint8)
-    for scene, (row, column, color) in zip(scenes, places, strict=True):
+    for scene, (row, column, color) in zip(scenes, positions, strict=True):
         scene[:] = color
         scene[:, row : row + 24, column : column + 24] = art
 
@@ -148,7 +148,7 @@ def test_art_has_the_same_codes_wherever_it_stands_on_the_patch_grid():
     def encode(scenes):
         model = autoencoder.SPAE(config, rngs=nnx.Rngs(0))
         graphdef, params = nnx.split(model, nnx.Param)
-        # New models pass pixels through; noise makes every layer take part.
+        # A new model passes pixels through; noise makes every layer contribute.
         leaves, treedef = jax.tree.flatten(params)
         leaves = [
             leaf + 0.1 * jax.random.normal(jax.random.key(i), leaf.shape)
@@ -161,18 +161,18 @@ def test_art_has_the_same_codes_wherever_it_stands_on_the_patch_grid():
         model.codebook[...] = patches[: config.codebook_size]
         return [model.encode(image_ops.to_float(scene)).reshape(-1, 8, 8) for scene in scenes]
 
-    found = [
+    codes = [
         np.asarray(grid)[:, row // 4 : row // 4 + 6, column // 4 : column // 4 + 6]
-        for grid, (row, column, _) in zip(encode(scenes), places, strict=True)
+        for grid, (row, column, _) in zip(encode(scenes), positions, strict=True)
     ]
-    assert len(np.unique(found[0])) == config.codebook_size
-    for other in found[1:]:
-        np.testing.assert_array_equal(other, found[0])
+    assert len(np.unique(codes[0])) == config.codebook_size
+    for other in codes[1:]:
+        np.testing.assert_array_equal(other, codes[0])
 
 
 def test_codes_do_not_depend_on_the_batch():
     model, _, _ = _train(PATCH, 5)
-    images = image_ops.to_float(jnp.asarray(_pictures(32)))
+    images = image_ops.to_float(jnp.asarray(_make_images(32)))
     alone = jnp.concatenate([model.encode(image[None]) for image in images[:4]])
     np.testing.assert_array_equal(alone, model.encode(images)[:4])
 
@@ -183,10 +183,10 @@ def test_thirty_steps_lower_the_loss(config):
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_new_patch_tokenizer_is_kmeans_on_pixels():
-    """Before any step its picture is the nearest centre of each patch, so training starts there."""
+def test_a_new_patch_tokenizer_is_kmeans_on_pixels():
+    """Before training, it reconstructs each patch as its nearest k-means center."""
     model = _make(PATCH)
-    images = image_ops.to_float(jnp.asarray(_pictures(32)))
+    images = image_ops.to_float(jnp.asarray(_make_images(32)))
     patches = autoencoder.conv.space_to_depth(images, 4)
     np.testing.assert_array_equal(model.embed(images), patches)
     codes = quantize.nearest_codes(patches, model.codebook[...])
@@ -195,9 +195,9 @@ def test_new_patch_tokenizer_is_kmeans_on_pixels():
 
 
 @CONFIGS
-def test_kmeans_start_uses_most_codes(config):
+def test_kmeans_initialization_uses_most_codes(config):
     model = _make(config)
-    images = image_ops.to_float(jnp.asarray(_pictures(32)))
+    images = image_ops.to_float(jnp.asarray(_make_images(32)))
     codes = quantize.nearest_codes(model.embed(images), model.codebook[...])
     counts = quantize.code_counts(codes, config.codebook_size)
     assert float(quantize.usage(counts)) > 0.6
@@ -205,15 +205,15 @@ def test_kmeans_start_uses_most_codes(config):
 
 @CONFIGS
 def test_gradients_reach_encoder_codebook_and_decoder(config):
-    _, grads, _ = _train(config, 3)  # at first the zeros of last layers hide what lies behind
+    _, grads, _ = _train(config, 3)  # at first, zero-initialized last layers block gradients
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         assert jnp.isfinite(grad).all() and grad.any(), jax.tree_util.keystr(path)
 
 
-def test_metrics_are_sums_with_weights_of_the_decoded_pictures():
-    """Straight-through changes gradients only: the loss sees what decode(encode) shows."""
+def test_metrics_are_sums_with_weights_over_the_decoded_images():
+    """The straight-through estimator changes only gradients: the loss is that of decode(encode)."""
     graphdef, params = nnx.split(_train(CONV, 3)[0])
-    pixels = jnp.asarray(_pictures(8))
+    pixels = jnp.asarray(_make_images(8))
 
     @jax.jit
     def measure(params):
@@ -231,25 +231,7 @@ def test_metrics_are_sums_with_weights_of_the_decoded_pictures():
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((loss, metrics)))
 
 
-def test_turned_images_are_the_eight_symmetries_of_a_square():
-    image = jnp.asarray(_pictures(1))
-    turned = np.asarray(
-        image_ops.random_flip_rotate(jnp.repeat(image, 64, axis=0), jax.random.key(0))
-    )
-    symmetries = {
-        np.rot90(side, k).tobytes() for side in (image[0], image[0][::-1]) for k in range(4)
-    }
-    assert len(symmetries) == 8
-    assert {picture.tobytes() for picture in turned} == symmetries
-
-
-def test_pixels_survive_the_way_to_floats_and_back():
-    pixels = jnp.arange(256, dtype=jnp.uint8)
-    np.testing.assert_array_equal(image_ops.to_uint8(image_ops.to_float(pixels)), pixels)
-    assert image_ops.to_uint8(jnp.array([-1.0, 2.0])).tolist() == [0, 255]
-
-
-def test_psnr_of_a_pooled_error():
+def test_psnr_of_a_mean_squared_error():
     assert objective.psnr(0.01) == pytest.approx(20.0)
 
 

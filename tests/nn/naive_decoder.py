@@ -1,4 +1,4 @@
-"""The decoder once more, in float64 NumPy without a scan, a mask or a batch: what the model must equal."""
+"""A reference decoder in float64 NumPy, without scan, mask or batch."""
 
 import dataclasses
 import math
@@ -17,26 +17,25 @@ def make_model(config):
 
 
 def random_params(config, seed=0):
-    """Structure, and parameters of which no scale is one and no bias zero."""
+    """Structure, and random parameters: scales differ from one and biases from zero."""
     graphdef, abstract = param_trees.describe(lambda: make_model(config), None)
     rng = np.random.default_rng(seed)
 
-    def draw(path, leaf):
+    def sample(path, leaf):
         mean = 1.0 if path[-1].key == "scale" else 0.0
         return rng.normal(mean, 0.3, leaf.shape).astype(np.float32)
 
-    return graphdef, jax.tree_util.tree_map_with_path(draw, abstract)
+    return graphdef, jax.tree_util.tree_map_with_path(sample, abstract)
 
 
 def forward(config, tree, tokens, positions, segment_ids):
     """Logits [B, T, V] of int arrays [B, T]."""
     tree = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
-    return np.stack(
-        [_row(config, tree, *row) for row in zip(tokens, positions, segment_ids, strict=True)]
-    )
+    sequences = zip(tokens, positions, segment_ids, strict=True)
+    return np.stack([_forward(config, tree, *sequence) for sequence in sequences])
 
 
-def _row(config, tree, tokens, positions, segment_ids):
+def _forward(config, tree, tokens, positions, segment_ids):
     x = tree["embedding"]["table"][tokens]
     if config.positions == "learned":
         x = x + tree["position_embedding"]["table"][positions]
@@ -113,8 +112,8 @@ def _smear(config, x, segment_ids, logit_share, ahead):
 def _rotate(config, x, positions):
     half = x.shape[-1] // 2
     angles = positions[:, None, None] / config.rope_theta ** (np.arange(half) / half)
-    turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)
-    return np.concatenate([turned.real, turned.imag], -1)
+    rotated = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)
+    return np.concatenate([rotated.real, rotated.imag], -1)
 
 
 def _mlp(config, weights, x):

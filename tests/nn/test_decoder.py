@@ -1,4 +1,4 @@
-"""The decoder equals a naive one in every family, and what a token sees is its own segment's past."""
+"""The decoder equals a naive one in every family; a token sees only the past of its segment."""
 
 import dataclasses
 import functools
@@ -42,7 +42,7 @@ FAMILIES = {
         **SIZES, qk_norm=True, smear_lags=((1,), (3, 1), (), (4, 2))
     ),
 }
-# Two documents and padding in one row; padding and restarted positions in the other.
+# Two documents and padding in one sequence; padding and restarted positions in the other.
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 0], [0, 0, 1, 1, 1, 1, 1, 1]], np.int32)
 POSITIONS = np.array([[3, 4, 9, 0, 1, 2, 30, 0], [0, 0, 0, 1, 2, 3, 4, 39]], np.int32)
 TOKENS = np.random.default_rng(0).integers(23, size=SEGMENTS.shape).astype(np.int32)
@@ -72,7 +72,7 @@ def test_decoder_equals_the_naive_one(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families_have_the_parameters_they_name(family):
+def test_families_have_the_parameters_of_their_config(family):
     config = FAMILIES[family]
     params, _ = make(config)
     names = {
@@ -105,20 +105,20 @@ def test_one_block_equals_the_naive_one(mlp):
         graphdef, _ = nnx.split(jax.eval_shape(make), nnx.Param)
         masks = dict(query_segment_ids=SEGMENTS, key_segment_ids=SEGMENTS)
 
-        def attend(heads, handed):
+        def attend(heads, cache):
             q, k, v, _ = heads
-            return attention.attention(q, k, v, is_causal=True, **masks), handed + 1
+            return attention.attention(q, k, v, is_causal=True, **masks), cache + 1
 
         rotation = config.block.rotation(POSITIONS)
         return nnx.merge(graphdef, weights)(x, rotation, attend, 41)
 
-    found, handed_back = apply(weights, x)
-    assert handed_back == 42
-    for row in range(2):
+    found, cache = apply(weights, x)
+    assert cache == 42
+    for i in range(2):
         expected = naive_decoder.apply_block(
-            config, weights, x[row].astype(float), POSITIONS[row], SEGMENTS[row]
+            config, weights, x[i].astype(float), POSITIONS[i], SEGMENTS[i]
         )
-        np.testing.assert_allclose(found[row], expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found[i], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_future_and_other_segments_change_nothing():
@@ -132,30 +132,30 @@ def test_the_future_and_other_segments_change_nothing():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_rows_equal_the_rows_apart(family):
-    """Two rows in one, with positions restarted, or each in a row of its own with padding behind."""
+def test_packed_sequences_equal_separate_ones(family):
+    """Two sequences packed into one, with restarted positions, against each padded on the right."""
     config = FAMILIES[family]
     _, logits = make(config)
     lengths = (3, 5)
     positions = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])
     packed = np.stack([TOKENS[0]] * 2)
     segments = np.repeat([1, 2], lengths).astype(np.int32)
-    together = logits(packed, np.stack([positions] * 2), np.stack([segments] * 2))[0]
-    apart = np.zeros((3, 2, 8), np.int32)
-    for row, part in enumerate((slice(0, 3), slice(3, 8))):
-        n = lengths[row]
-        apart[0, row, :n], apart[1, row, :n], apart[2, row, :n] = (
+    joint = logits(packed, np.stack([positions] * 2), np.stack([segments] * 2))[0]
+    separate = np.zeros((3, 2, 8), np.int32)
+    for i, part in enumerate((slice(0, 3), slice(3, 8))):
+        n = lengths[i]
+        separate[0, i, :n], separate[1, i, :n], separate[2, i, :n] = (
             TOKENS[0, part],
             positions[part],
             1,
         )
-    found = logits(*apart)
+    found = logits(*separate)
     expected = np.concatenate([found[0, :3], found[1, :5]])
-    np.testing.assert_allclose(together, expected, atol=2e-5, rtol=1e-5)
+    np.testing.assert_allclose(joint, expected, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["cm3leon", "quickstart"])
-def test_rows_without_segments_are_one_segment_each(family):
+def test_sequences_without_segments_are_one_segment_each(family):
     _, logits = make(FAMILIES[family])
     positions = np.stack([np.arange(8, dtype=np.int32)] * 2)
     expected = logits(TOKENS, positions, np.ones_like(SEGMENTS))
@@ -170,14 +170,14 @@ def test_left_padding_changes_nothing():
     np.testing.assert_allclose(logits(*left)[1, 2:], plain, atol=2e-5, rtol=1e-5)
 
 
-def test_rope_sees_only_differences_of_positions():
+def test_rope_depends_only_on_differences_of_positions():
     _, logits = make(FAMILIES["chameleon"])
-    here, later = logits(TOKENS, POSITIONS, SEGMENTS), logits(TOKENS, POSITIONS + 50, SEGMENTS)
-    np.testing.assert_allclose(here, later, atol=1e-4)
+    at_0, at_50 = logits(TOKENS, POSITIONS, SEGMENTS), logits(TOKENS, POSITIONS + 50, SEGMENTS)
+    np.testing.assert_allclose(at_0, at_50, atol=1e-4)
 
 
 def test_bfloat16_activations_stay_near_float32():
-    """Parameters, softmax and logits stay float32; strict promotion holds here too."""
+    """Parameters, softmax and logits stay float32, under strict dtype promotion."""
     config = FAMILIES["chameleon"]
     _, exact = make(config)
     _, logits = make(dataclasses.replace(config, dtype="bfloat16"))
@@ -188,7 +188,7 @@ def test_bfloat16_activations_stay_near_float32():
     assert 1e-4 < error < 0.05
 
 
-def test_prefill_is_the_forward_pass_and_hands_back_every_layer():
+def test_prefill_is_the_forward_pass_and_returns_the_heads_of_every_layer():
     config = FAMILIES["mixed"]
     graphdef, params = naive_decoder.random_params(config)
 
@@ -203,7 +203,7 @@ def test_prefill_is_the_forward_pass_and_hands_back_every_layer():
 
 
 @pytest.mark.parametrize("has_induction", [True, False])
-def test_a_decoder_that_begins_with_induction_leans_to_copying_before_its_first_step(has_induction):
+def test_with_induction_init_a_decoder_copies_before_its_first_step(has_induction):
     config = decoder.DecoderConfig(
         vocab_size=256,
         num_layers=2,
@@ -220,12 +220,12 @@ def test_a_decoder_that_begins_with_induction_leans_to_copying_before_its_first_
     model = naive_decoder.make_model(config)
     hidden = model(tokens, np.arange(64, dtype=np.int32)[None], np.ones_like(tokens))
     logits = np.array(model.logits(hidden)[0])
-    logits[np.arange(64), tokens[0]] = -np.inf  # With a tied head a token foresees itself.
+    logits[np.arange(64), tokens[0]] = -np.inf  # With a tied head a token predicts itself.
     right = (logits[32:63].argmax(-1) == tokens[0, 33:]).mean()
-    assert right >= 0.4 if has_induction else right <= 0.05  # Measured: 0.58 and 0.0; by lot 0.004.
+    assert right >= 0.4 if has_induction else right <= 0.05  # Measured: 0.58 and 0.0; chance 0.004.
 
 
-def test_lags_share_the_heads_evenly():
+def test_invalid_smear_lags_and_induction_are_errors():
     with pytest.raises(ValueError, match="smear_lags"):
         decoder.DecoderConfig(**SIZES, smear_lags=((1,), (2,), (3,))).block  # noqa: B018
     with pytest.raises(ValueError, match="smear_lags"):
@@ -234,11 +234,11 @@ def test_lags_share_the_heads_evenly():
         decoder.DecoderConfig(**SIZES, smear_lags=(tuple(range(1, 30)),)).block  # noqa: B018
     with pytest.raises(ValueError, match="give tuples of lags"):
         decoder.DecoderConfig(**SIZES, smear_lags=(1, 8))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="as many keys as queries"):
+    with pytest.raises(ValueError, match="as many key heads"):
         decoder.DecoderConfig(**SIZES, num_kv_heads=2, induction_init=True).block  # noqa: B018
 
 
-def test_unknown_choices_are_refused():
+def test_unknown_choices_are_errors():
     with pytest.raises(ValueError, match="alibi"):
         decoder.DecoderConfig(**SIZES, positions="alibi")
     with pytest.raises(ValueError, match="batchnorm"):

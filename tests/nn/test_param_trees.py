@@ -1,4 +1,4 @@
-"""Every parameter's layout follows from its logical axes, and making it there changes no bit."""
+"""Every parameter's sharding follows from its logical axes; sharded initialization gives the same bits."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ CONFIG = decoder.DecoderConfig(
     use_bias=True,
 )
 MESHES = {"1": (1, 1, 1), "8": (8, 1, 1), "4x2x1": (4, 2, 1), "2x2x2": (2, 2, 2)}
-# Axis by axis what a reader of the Megatron and FSDP papers would draw.
+# The shardings of the Megatron and FSDP papers, axis by axis.
 SPECS = {
     "embedding/table": P("tensor", "fsdp"),
     "head/table": P("tensor", "fsdp"),
@@ -63,7 +63,7 @@ def by_name(tree):
 
 @pytest.fixture(scope="module")
 def made():
-    """Fresh parameters on one device and on eight; fewer random numbers compile faster."""
+    """New parameters on one device and on eight; a config with fewer random numbers compiles faster."""
     config = dataclasses.replace(CONFIG, positions="rope", tie_embeddings=True, mlp="gelu")
     make_model = lambda: naive_decoder.make_model(config)
     return {
@@ -82,21 +82,21 @@ def test_every_parameter_has_the_spec_of_its_logical_axes(mesh):
         assert leaf.dtype == np.float32, name
 
 
-def test_parameters_are_made_where_they_belong_and_do_not_depend_on_the_mesh(made):
+def test_parameters_are_initialized_sharded_and_do_not_depend_on_the_mesh(made):
     one, eight = by_name(made["1"]), by_name(made["2x2x2"])
     for name, leaf in eight.items():
         assert leaf.sharding.spec == SPECS[name], name
-        pieces = 2 ** sum(axis is not None for axis in SPECS[name])
-        assert leaf.addressable_shards[0].data.size == leaf.size // pieces, name
+        num_shards = 2 ** sum(axis is not None for axis in SPECS[name])
+        assert leaf.addressable_shards[0].data.size == leaf.size // num_shards, name
         np.testing.assert_array_equal(leaf, one[name], err_msg=name)
 
 
-def test_layers_and_matrices_start_different_and_with_their_own_spread(made):
+def test_layers_and_matrices_start_different_with_their_own_standard_deviation(made):
     leaves = by_name(made["1"])
     kernel = np.asarray(leaves["stack/blocks/attention/q/kernel"])
     assert not np.array_equal(kernel[0], kernel[1])
     assert kernel.std() == pytest.approx(0.02, rel=0.3)
-    # What ends in the residual stream is smaller by sqrt(2 L).
+    # Projections that write to the residual stream are smaller by sqrt(2 L).
     down = np.asarray(leaves["stack/blocks/mlp/down/kernel"])
     assert down.std() == pytest.approx(0.02 / 2, rel=0.3)
     for name, leaf in leaves.items():
@@ -106,7 +106,7 @@ def test_layers_and_matrices_start_different_and_with_their_own_spread(made):
             assert (np.asarray(leaf) == 0).all(), name
 
 
-def test_describing_makes_no_array_even_at_seven_billion():
+def test_describing_allocates_no_array_even_at_seven_billion_parameters():
     large = decoder.DecoderConfig(
         vocab_size=65_536,
         num_layers=32,

@@ -1,4 +1,4 @@
-"""What attention sees: causal, segment and cache masks, grouped heads, against plain loops."""
+"""Attention against plain loops: causal, segment and cache masks, grouped heads, every implementation."""
 
 import functools
 
@@ -28,7 +28,7 @@ def attend(q, k, v, is_causal, query_segment_ids=None, key_segment_ids=None, que
 
 
 def naive(q, k, v, sees):
-    """One query and one head at a time; `sees(b, t, s)` says which keys are visible."""
+    """One query and one head at a time; `sees(b, t, s)` tells whether query t sees key s."""
     out = np.zeros(q.shape)
     group = q.shape[2] // k.shape[2]
     for b, t, n in np.ndindex(q.shape[:3]):
@@ -53,19 +53,19 @@ def test_every_head_reads_the_keys_of_its_group(num_kv_heads):
     np.testing.assert_allclose(attend(q, k, v, False), expected, atol=1e-5)
 
 
-def test_causal_means_no_later_key():
+def test_causal_attention_sees_no_later_key():
     q, k, v = make_heads(2, T)
     expected = naive(q, k, v, lambda b, t, s: s <= t)
     np.testing.assert_allclose(attend(q, k, v, True), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("offset", [0, 2])
-def test_the_offset_is_the_place_of_the_first_query_among_the_keys(offset):
+def test_the_offset_is_the_index_of_the_first_query_among_the_keys(offset):
     q, k, v = make_heads()
     expected = naive(q, k, v, lambda b, t, s: s <= t + offset)
     found = attend(q, k, v, True, query_offset=jnp.int32(offset))
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    # What lies beyond the last visible key, such as an unwritten cache, changes nothing.
+    # Keys after the last visible one, such as unwritten cache entries, change nothing.
     k[:, T + offset :], v[:, T + offset :] = 1e4, -1e4
     np.testing.assert_array_equal(attend(q, k, v, True, query_offset=jnp.int32(offset)), found)
 
@@ -86,12 +86,12 @@ def test_segments_do_not_see_each_other(is_causal):
 
 @pytest.mark.parametrize("num_kv_heads", [2, 1], ids=["multi-head", "multi-query"])
 @pytest.mark.parametrize("size", [1.0, 10.0], ids=["small norms", "large norms"])
-def test_long_rows_are_cut_into_runs_of_queries_unseen(size, num_kv_heads):
-    """In value, in gradient, and split over batch and heads of eight devices.
+def test_long_sequences_in_chunks_of_queries_equal_full_attention(size, num_kv_heads):
+    """In value, in gradient, and with batch and heads sharded over eight devices.
 
-    Large norms make scores whose exponentials are no float32 numbers.
+    With large norms the exponentials of scores overflow float32.
     """
-    length = 4 * cpu_attention.MIN_CHUNK + 3  # not a multiple of the number of runs
+    length = 4 * cpu_attention.MIN_CHUNK + 3  # not a multiple of the number of chunks
     rng = np.random.default_rng(length)
     q = rng.normal(size=(4, length, 2, H)).astype(np.float32)
     k, v = rng.normal(size=(2, 4, length, num_kv_heads, H)).astype(np.float32)
@@ -99,7 +99,7 @@ def test_long_rows_are_cut_into_runs_of_queries_unseen(size, num_kv_heads):
     segments = np.sort(rng.integers(3, size=(4, length))).astype(np.int32)
 
     def whole(q, k, v):
-        """Without a causal mask nothing is cut, so causality is put into the segments' mask here."""
+        """All scores at once, with one mask for causality and segments."""
         k, v = (jnp.repeat(x, 2 // num_kv_heads, axis=2) for x in (k, v))
         scores = jnp.einsum("btnh,bsnh->bnts", q, k) / jnp.sqrt(jnp.float32(H))
         same = segments[:, :, None] == segments[:, None]
@@ -107,43 +107,45 @@ def test_long_rows_are_cut_into_runs_of_queries_unseen(size, num_kv_heads):
         weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf))
         return jnp.einsum("bnts,bsnh->btnh", weights, v)
 
-    def cut(q, k, v):
+    def chunked(q, k, v):
         return attend(q, k, v, True, segments, segments)
 
-    np.testing.assert_allclose(cut(q, k, v), whole(q, k, v), atol=1e-5 * size)
+    np.testing.assert_allclose(chunked(q, k, v), whole(q, k, v), atol=1e-5 * size)
     loss = lambda function: lambda *heads: jnp.square(function(*heads)).sum()
-    found, expected = (jax.jit(jax.grad(loss(f), (0, 1, 2)))(q, k, v) for f in (cut, whole))
+    found, expected = (jax.jit(jax.grad(loss(f), (0, 1, 2)))(q, k, v) for f in (chunked, whole))
     for left, right in zip(found, expected, strict=True):
         np.testing.assert_allclose(left, right, atol=1e-4 * size)
 
     mesh = sharding.make_mesh(2, 2, 2)
-    rows = ("data", "fsdp")
-    split, whole_heads = (PartitionSpec(rows, None, axis) for axis in ("tensor", None))
-    layouts = [split, *2 * [split if num_kv_heads == 2 else whole_heads]]
+    batch = ("data", "fsdp")
+    split, replicated = (PartitionSpec(batch, None, axis) for axis in ("tensor", None))
+    layouts = [split, *2 * [split if num_kv_heads == 2 else replicated]]
     placed = [
         jax.device_put(x, NamedSharding(mesh, p)) for x, p in zip((q, k, v), layouts, strict=True)
     ]
     with jax.set_mesh(mesh):
-        spread = cut(*placed)
-        spread_grads = jax.jit(jax.grad(loss(cut), (0, 1, 2)))(*placed)
-    assert spread.sharding.spec == PartitionSpec(rows, None, "tensor", None)
-    np.testing.assert_allclose(spread, whole(q, k, v), atol=1e-5 * size)
-    for left, right in zip(spread_grads, expected, strict=True):
+        sharded = chunked(*placed)
+        sharded_grads = jax.jit(jax.grad(loss(chunked), (0, 1, 2)))(*placed)
+    assert sharded.sharding.spec == PartitionSpec(batch, None, "tensor", None)
+    np.testing.assert_allclose(sharded, whole(q, k, v), atol=1e-5 * size)
+    for left, right in zip(sharded_grads, expected, strict=True):
         np.testing.assert_allclose(left, right, atol=1e-4 * size)
 
 
-def test_tiny_gradients_survive_where_no_maximum_is_taken_off():
+def test_small_gradients_do_not_underflow_if_no_maximum_is_subtracted():
     """Just below the bound, with upstream gradients as small as those of a mean over many tokens."""
     rng = np.random.default_rng(0)
     q, k, v, grad = rng.normal(size=(4, 2, 64, 2, 16)).astype(np.float32)
     norms = [np.sqrt(np.square(x).sum(-1).max()) for x in (q, k)]
     q *= 0.99 * cpu_attention.MAX_BOUND * 4 / (norms[0] * norms[1])
-    pull = lambda kind: jax.jit(
+    compute_grads = lambda implementation: jax.jit(
         lambda *heads: jax.vjp(
-            lambda *h: attention.attention(*h, is_causal=True, implementation=kind), *heads
+            lambda *h: attention.attention(*h, is_causal=True, implementation=implementation),
+            *heads,
         )[1](1e-12 * grad)
     )
-    for found, expected in zip(pull("cpu")(q, k, v), pull("xla")(q, k, v), strict=True):
+    both = (compute_grads(name)(q, k, v) for name in ("cpu", "xla"))
+    for found, expected in zip(*both, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
@@ -158,9 +160,9 @@ def test_an_implementation_is_one_of_the_four():
 def test_segment_ids_come_in_pairs():
     q, k, v = make_heads(2, T)
     segments = np.ones((B, T), np.int32)
-    for given in ({"query_segment_ids": segments}, {"key_segment_ids": segments}):
+    for ids in ({"query_segment_ids": segments}, {"key_segment_ids": segments}):
         with pytest.raises(ValueError, match="both"):
-            attention.attention(q, k, v, is_causal=True, **given)
+            attention.attention(q, k, v, is_causal=True, **ids)
 
 
 def test_softmax_is_float32_for_bfloat16_heads():
@@ -182,7 +184,7 @@ def make_long_heads(num_kv_heads, length=256):
 @pytest.mark.parametrize("num_kv_heads", [N, 2], ids=["multi-head", "grouped"])
 @pytest.mark.parametrize("shape", [None, (2, 2, 2)], ids=["no mesh", "2x2x2"])
 def test_splash_equals_the_reference_in_value_and_gradient(num_kv_heads, shape):
-    """The TPU kernel's own steps, interpreted; segments as packing makes them."""
+    """The TPU kernel, interpreted, with packed segments."""
     heads, segments = make_long_heads(num_kv_heads)
 
     def reference(q, k, v, segments):
@@ -205,9 +207,9 @@ def test_splash_equals_the_reference_in_value_and_gradient(num_kv_heads, shape):
         place = lambda x, *axes: jax.device_put(
             x, NamedSharding(mesh, PartitionSpec(("data", "fsdp"), *axes))
         )
-        spread = [place(x, None, "tensor") for x in heads]
+        sharded = [place(x, None, "tensor") for x in heads]
         with jax.set_mesh(mesh):
-            found = both(run, *spread, place(segments))
+            found = both(run, *sharded, place(segments))
         assert found[0].sharding.spec == PartitionSpec(("data", "fsdp"), None, "tensor", None)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), found, expected)
 
@@ -242,8 +244,8 @@ def test_the_kernel_follows_from_the_platform_and_the_shapes(
     assert attention.choose(platform, heads, heads, is_self) == chosen
 
 
-def test_what_is_chosen_is_what_runs(monkeypatch):
-    """The platform is the context mesh's, the kernel the chosen one, the masks handed on."""
+def test_the_chosen_implementation_runs(monkeypatch):
+    """The platform is that of the context mesh, and masks are passed to the kernel."""
     seen = []
     monkeypatch.setattr(sharding, "platform", lambda: "tpu")
     monkeypatch.setattr(splash, "splash_attention", lambda q, k, v, ids: seen.append(ids) or q)
@@ -255,13 +257,13 @@ def test_what_is_chosen_is_what_runs(monkeypatch):
     calls = []
     monkeypatch.setattr(sharding, "platform", lambda: "gpu")
     monkeypatch.setattr(
-        jax.nn, "dot_product_attention", lambda q, k, v, **kinds: calls.append(kinds) or q
+        jax.nn, "dot_product_attention", lambda q, k, v, **kwargs: calls.append(kwargs) or q
     )
     narrow = [x.astype(jnp.bfloat16) for x in (q, k, v)]
     attention.attention(*narrow, is_causal=True, **ids)
     attention.attention(*narrow, is_causal=True)
     assert [call["implementation"] for call in calls] == ["cudnn", "cudnn"]
-    row, at = np.arange(256), np.arange(256)
-    visible = (segments[:, :, None] == segments[:, None]) & (at[None, None] <= row[None, :, None])
+    at = np.arange(256)
+    visible = (segments[:, :, None] == segments[:, None]) & (at[None, None] <= at[None, :, None])
     np.testing.assert_array_equal(calls[0]["mask"][:, 0], visible)
     assert calls[1]["is_causal"] and "mask" not in calls[1]

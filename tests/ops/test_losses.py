@@ -23,7 +23,7 @@ def test_token_nll_is_minus_the_log_probability_of_the_target():
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_token_nll_survives_logits_that_would_overflow():
+def test_token_nll_is_finite_for_large_logits():
     logits = np.array([[[1e4, 0.0, -1e4]]], np.float32)
     for target, expected in enumerate([0.0, 1e4, 2e4]):
         assert losses.token_nll(logits, np.array([[target]], np.int32))[0, 0] == expected
@@ -45,17 +45,17 @@ def test_info_nce_is_the_mean_of_both_directions():
     np.testing.assert_array_equal(hits, similarities.argmax(1) == np.arange(4))
 
 
-def test_info_nce_of_matched_pairs_is_zero_and_of_chance_log_batch():
+def test_info_nce_is_zero_for_matched_pairs_and_log_batch_for_equal_similarities():
     found, hits = losses.info_nce(100 * np.eye(8, dtype=np.float32))
     np.testing.assert_allclose(found, 0, atol=1e-6)
     assert hits.all()
-    chance, _ = losses.info_nce(np.zeros((8, 8), np.float32))
-    np.testing.assert_allclose(chance, np.log(8), rtol=1e-6)
+    equal, _ = losses.info_nce(np.zeros((8, 8), np.float32))
+    np.testing.assert_allclose(equal, np.log(8), rtol=1e-6)
 
 
 @pytest.mark.parametrize("num_chunks", [1, 2, 3, 16])
 def test_chunked_nll_has_the_value_and_the_gradient_of_the_whole(num_chunks):
-    """Also where the chunks do not divide the row, or are more than it has positions."""
+    """Even if the number of chunks does not divide the number of positions, or exceeds it."""
     rng = np.random.default_rng(3)
     hidden = rng.normal(size=(2, 11, 8)).astype(np.float32)
     table = rng.normal(size=(23, 8)).astype(np.float32)
@@ -73,7 +73,7 @@ def test_chunked_nll_has_the_value_and_the_gradient_of_the_whole(num_chunks):
 
 
 def test_chunked_logits_are_never_stored_whole():
-    """In neither pass does the program hold an array of all logits."""
+    """Neither pass has an array of all logits."""
     hidden, table = jnp.ones((2, 64, 8)), jnp.ones((1000, 8))
     targets = jnp.zeros((2, 64), jnp.int32)
 
@@ -85,10 +85,10 @@ def test_chunked_logits_are_never_stored_whole():
     whole, chunked = (grad.lower(hidden, table, n).compile() for n in (1, 8))
     assert "[2,64,1000]" in whole.as_text() and "[2,64,1000]" not in chunked.as_text()
     assert "[2,8,1000]" in chunked.as_text()
-    used = [program.memory_analysis().temp_size_in_bytes for program in (whole, chunked)]
-    assert used[1] < used[0] / 3
+    sizes = [program.memory_analysis().temp_size_in_bytes for program in (whole, chunked)]
+    assert sizes[1] < sizes[0] / 3
 
 
-def test_chunks_below_one_are_refused():
+def test_less_than_one_chunk_is_an_error():
     with pytest.raises(ValueError, match="num_chunks is 0"):
         losses.chunked_token_nll(lambda x: x, jnp.ones((1, 2, 3)), jnp.zeros((1, 2), jnp.int32), 0)

@@ -1,4 +1,4 @@
-"""What the quantiser means, against loops in NumPy (SPAE, spec sections 3 and 5)."""
+"""The vector quantizer (SPAE) against loops in NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def _case(levels, dim=5, size=40, batch=2):
 
 
 def _naive(z, codebook, levels):
-    """Section 5 word by word: one position at a time. Returns codes, targets and averages."""
+    """SPAE's streaming average quantization, one position at a time. Returns codes, targets and averages."""
     batch, side, _, dim = z.shape
     codes, targets, averages = [], [], []
     words = [[[[] for _ in range(side)] for _ in range(side)] for _ in range(batch)]
@@ -49,14 +49,14 @@ def _naive(z, codebook, levels):
     return np.concatenate(codes, 1), targets, averages
 
 
-def test_levels_take_the_rows_of_the_paper():
+def test_levels_quantize_the_rows_of_the_paper():
     rows = [np.arange(16)[quantize.level_rows(side, 16)].tolist() for side in PAPER]
     assert rows[:3] == [[8], [4, 12], [2, 6, 10, 14]]
     assert rows[3] == list(range(1, 16, 2))
     assert rows[4] == rows[5] == list(range(16))
 
 
-def test_pyramid_covers_positions_as_often_as_the_paper_says():
+def test_pyramid_has_the_counts_of_the_paper():
     counts = quantize.word_counts(PAPER)
     assert [quantize.num_codes(PAPER[:n]) for n in range(1, 7)] == [1, 5, 21, 85, 341, 597]
     assert counts[3].max() == 1 and (counts[3] == 0).sum() == 171
@@ -64,7 +64,7 @@ def test_pyramid_covers_positions_as_often_as_the_paper_says():
 
 
 @pytest.mark.parametrize("levels", [(), (3, 8), (0, 8)])
-def test_levels_that_do_not_divide_the_grid_are_refused(levels):
+def test_levels_that_do_not_divide_the_grid_are_an_error(levels):
     with pytest.raises(UserError, match="pyramid"):
         quantize.check_levels(levels)
 
@@ -80,7 +80,7 @@ def test_nearest_codes_is_argmin_of_squared_distance(size):
     np.testing.assert_array_equal(codes, expected)
 
 
-def test_equal_codes_go_to_the_lowest():
+def test_ties_go_to_the_lowest_code():
     codebook = np.ones((64, 4), np.float32)
     assert quantize.nearest_codes(np.zeros((1, 4), np.float32), codebook).tolist() == [0]
 
@@ -91,11 +91,13 @@ def test_streaming_averages_match_the_loops(levels):
     codes, _, averages = _naive(z, codebook, levels)
     ours = jax.jit(quantize.quantize, static_argnums=2)(z, codebook, levels)
     np.testing.assert_array_equal(ours, codes)
-    for mine, his in zip(quantize.running_averages(ours, codebook, levels), averages, strict=True):
-        np.testing.assert_allclose(mine, his, atol=1e-5)
+    for found, expected in zip(
+        quantize.running_averages(ours, codebook, levels), averages, strict=True
+    ):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_error_after_a_level_is_its_own_error_over_the_number_of_words():
+def test_error_after_a_level_is_the_levels_error_divided_by_the_number_of_codes():
     z, codebook = _case(SMALL)
     codes, targets, _ = _naive(z, codebook, SMALL)
     averages = quantize.running_averages(jnp.asarray(codes), codebook, SMALL)
@@ -106,13 +108,13 @@ def test_error_after_a_level_is_its_own_error_over_the_number_of_words():
         grid = codes[:, start:end].reshape(-1, side, side)
         rows = quantize.level_rows(side, SMALL[-1])
         error = np.asarray(averages[level])[:, rows, rows] - z[:, rows, rows]
-        words = counts[level][rows, rows][None, :, :, None]  # n + 1
+        num_codes = counts[level][rows, rows][None, :, :, None]  # n + 1
         np.testing.assert_allclose(
-            error, (codebook[grid] - targets[level]) / words, atol=1e-5, rtol=1e-4
+            error, (codebook[grid] - targets[level]) / num_codes, atol=1e-5, rtol=1e-4
         )
 
 
-def test_one_level_is_plain_vector_quantisation_to_the_bit():
+def test_one_level_is_exactly_plain_vector_quantization():
     z, codebook = _case((8,))
     codes = quantize.quantize(z, codebook, (8,))
     np.testing.assert_array_equal(codes, quantize.nearest_codes(z, codebook).reshape(2, 64))
@@ -120,7 +122,7 @@ def test_one_level_is_plain_vector_quantisation_to_the_bit():
     np.testing.assert_array_equal(average, codebook[np.asarray(codes).reshape(2, 8, 8)])
 
 
-def test_more_passes_over_the_grid_come_closer():
+def test_more_levels_of_the_full_grid_lower_the_error():
     levels = (4,) * 6
     z, codebook = _case(levels, dim=8, size=512)
     averages = quantize.running_averages(quantize.quantize(z, codebook, levels), codebook, levels)
@@ -128,7 +130,7 @@ def test_more_passes_over_the_grid_come_closer():
     assert errors[-1] < 0.2 * errors[0]
 
 
-def test_codes_of_the_first_levels_decode_and_a_broken_level_does_not():
+def test_codes_of_the_first_levels_decode_and_of_half_a_level_do_not():
     z, codebook = _case(SMALL)
     codes = quantize.quantize(z, codebook, SMALL)
     whole = quantize.running_averages(codes, codebook, SMALL)
@@ -156,12 +158,12 @@ def test_positions_without_a_code_pass_no_gradient():
     levels = (2, 4)
     z = jnp.ones((1, 4, 4, 3))
     grad = jax.grad(lambda z: jnp.sum(quantize.straight_through(z, z, levels)))(z)
-    assert grad.all()  # the full grid covers everything
+    assert grad.all()  # The full grid covers every position.
     counts = quantize.word_counts((2, 4))[0]
     assert sorted(np.argwhere(counts).tolist()) == [[1, 1], [1, 3], [3, 1], [3, 3]]
 
 
-def test_codebook_loss_moves_the_codebook_and_commitment_the_encoder():
+def test_codebook_loss_moves_the_codebook_and_commitment_loss_the_encoder():
     z, codebook = _case(SMALL)
     z, codebook = jnp.asarray(z), jnp.asarray(codebook)
     codes = quantize.quantize(z, codebook, SMALL)
@@ -193,7 +195,7 @@ def test_usage_and_perplexity_of_counts_and_of_frequencies():
     np.testing.assert_allclose(quantize.perplexity(jnp.ones(64)), 64, rtol=1e-5)
 
 
-def test_dead_codes_move_onto_badly_served_points_and_the_living_stay():
+def test_dead_codes_move_to_points_with_a_large_error_and_others_stay():
     codebook = jnp.zeros((4, 2)).at[1].set(1.0)
     points = jnp.concatenate([jnp.zeros((50, 2)), jnp.full((2, 2), 9.0), jnp.full((2, 2), -9.0)])
     counts = jnp.array([5.0, 1.0, 0.0, 0.0])
@@ -202,7 +204,7 @@ def test_dead_codes_move_onto_badly_served_points_and_the_living_stay():
     assert (jnp.abs(revived[2:]) == 9).all()
 
 
-def test_kmeans_finds_blobs_uses_every_centre_and_repeats():
+def test_kmeans_finds_clusters_uses_every_center_and_is_deterministic():
     rng = np.random.default_rng(0)
     blobs = rng.normal(size=(16, 3)).astype(np.float32) * 10
     points = jnp.asarray(np.repeat(blobs, 30, axis=0) + rng.normal(size=(480, 3)).astype("f") / 50)

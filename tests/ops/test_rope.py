@@ -10,21 +10,21 @@ POSITIONS = np.array([[0, 1, 5, 700], [3, 4, 8, 703]], np.int32)
 
 
 @pytest.mark.parametrize("theta", [10_000.0, 100.0])
-def test_rotation_turns_each_pair_by_its_angle(theta):
+def test_each_pair_is_rotated_by_its_angle(theta):
     """Pair (i, i + H/2) as a complex number is multiplied by exp(i position / theta^(2i/H))."""
     x = np.random.default_rng(0).normal(size=(2, 4, 3, 8)).astype(np.float32)
     pairs = x[..., :4] + 1j * x[..., 4:]
     angles = POSITIONS[:, :, None, None] / theta ** (2 * np.arange(4) / 8)
-    turned = pairs * np.exp(1j * angles)
-    expected = np.concatenate([turned.real, turned.imag], -1)
-    turn = lambda x, positions: rope.rotate(x, rope.make_rotation(positions, 8, theta))
-    found = jax.jit(turn)(x, POSITIONS)
+    rotated = pairs * np.exp(1j * angles)
+    expected = np.concatenate([rotated.real, rotated.imag], -1)
+    rotate = lambda x, positions: rope.rotate(x, rope.make_rotation(positions, 8, theta))
+    found = jax.jit(rotate)(x, POSITIONS)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=2e-4)
 
 
-def test_scores_depend_on_distance_alone():
-    """A code and its copy one slot later meet with the same score wherever both stand."""
+def test_scores_depend_only_on_distance():
+    """Two pairs of positions at the same distance give the same score."""
     q, k = np.random.default_rng(1).normal(size=(2, 1, 1, 1, 16)).astype(np.float32)
 
     def score(query_position, key_position):
@@ -51,7 +51,7 @@ def test_sinusoids_are_sines_then_cosines_of_geometric_wavelengths():
     np.testing.assert_allclose(
         found, np.concatenate([np.sin(angles), np.cos(angles)], -1), atol=1e-4
     )
-    # The narrowest width that there is has one wavelength.
+    # The smallest width has one wavelength.
     np.testing.assert_allclose(
         rope.sinusoids(POSITIONS, 2)[..., 0], np.sin(POSITIONS.astype(float)), atol=1e-4
     )

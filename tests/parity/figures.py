@@ -1,9 +1,9 @@
-"""The figures of docs/results/interchange.md, each in a process of its own; needs the extra [parity].
+"""The figures of docs/results/interchange.md, each in its own process; needs the extra [parity].
 
     python tests/parity/figures.py convert     a 1.1B LLaMA of random bfloat16: seconds, peak memory
     python tests/parity/figures.py clip        ViT-B/32 embeddings against transformers, interleaved
     python tests/parity/figures.py decode 100M greedy decoding against generate; or 1.1B
-    python tests/parity/figures.py bare 100M   the same products and nothing between them: what bounds it
+    python tests/parity/figures.py bare 100M   only its matrix products: an upper bound
 
 Weights are random: neither side's speed depends on them.
 """
@@ -35,7 +35,7 @@ ROUNDS = 5
 
 
 def llama_config(size: str) -> dict:
-    """config.json of a LLaMA of that size."""
+    """config.json of a LLaMA of this size."""
     return SIZES[size] | dict(
         model_type="llama",
         architectures=["LlamaForCausalLM"],
@@ -50,10 +50,10 @@ def llama_config(size: str) -> dict:
 
 
 def write(folder: pathlib.Path, values: dict, dtype: np.dtype, max_bytes: int) -> int:
-    """A checkpoint of random weights; its bytes."""
+    """Writes a checkpoint of random weights; returns its size in bytes."""
     family = importing.FAMILIES[values["model_type"]]
-    pieces = family.pieces(family.read_config(table.CheckpointFolder(values)))
-    shapes = {p.theirs: (dtype, p.shape) for p in sorted(pieces, key=lambda p: p.theirs)}
+    mappings = family.mappings(family.read_config(table.CheckpointFolder(values)))
+    shapes = {p.theirs: (dtype, p.shape) for p in sorted(mappings, key=lambda p: p.theirs)}
     rng = np.random.default_rng(0)
 
     def draw(name: str) -> np.ndarray:
@@ -71,7 +71,7 @@ def write(folder: pathlib.Path, values: dict, dtype: np.dtype, max_bytes: int) -
 
 
 def timed(command: list[str]) -> dict:
-    """Seconds of a command, and its peak resident memory in bytes."""
+    """Wall-clock and CPU seconds of a command, and its peak resident memory in bytes."""
     began = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -81,16 +81,16 @@ def timed(command: list[str]) -> dict:
 
 
 def convert() -> None:
-    """Import, loading and export of a 1.1B LLaMA."""
+    """Import, load and export of a 1.1B LLaMA."""
     with tempfile.TemporaryDirectory(dir=os.environ.get("FIGURES_DIR")) as place:
         root = pathlib.Path(place)
         values, dtype = llama_config("1.1B"), np.dtype(ml_dtypes.bfloat16)
         size = write(root / "a", values, dtype, 500_000_000)
         cli = [sys.executable, "-m", "rag_mm"]
-        load = f"from rag_mm.api import imported; imported.load({str(root / 'run')!r})"
+        load = pathlib.Path(__file__).parent / "programs" / "load_imported.py"
         for name, command in (
             ("import", [*cli, "import", "llama", str(root / "a"), f"--out={root / 'run'}"]),
-            ("load", [sys.executable, "-c", load]),
+            ("load", [sys.executable, str(load), str(root / "run")]),
             ("export", [*cli, "export", "llama", str(root / "run"), str(root / "b")]),
         ):
             found = timed(command)
@@ -102,7 +102,7 @@ def convert() -> None:
 
 
 def clip() -> None:
-    """Pictures a second, batch 32, float32."""
+    """Images per second, batch size 32, float32."""
     import torch
     import transformers
 
@@ -125,7 +125,7 @@ def clip() -> None:
 
 
 def decode(size: str) -> None:
-    """Tokens a second of one row, float32, prompt 16, 64 new tokens."""
+    """Tokens per second of one sequence, float32, 16 prompt tokens, 64 new tokens."""
     import torch
     import transformers
 
@@ -150,9 +150,9 @@ def decode(size: str) -> None:
 
 
 def bare(size: str) -> None:
-    """Tokens a second where a token is one vector times every matrix, float32, in one compiled loop.
+    """Tokens per second if a token is one vector times every matrix, float32, in one compiled loop.
 
-    Within a token no product waits for another, as they do in a decoder: a bound, not an aim.
+    An upper bound: products of one token do not depend on each other, as they do in a decoder.
     """
     import jax
     import jax.numpy as jnp
@@ -172,7 +172,7 @@ def bare(size: str) -> None:
     @jax.jit
     def run(matrices):
         def token(_, total):
-            # Each product depends on the token before, so that none leaves the loop.
+            # Each product depends on the previous token, so that none is hoisted out of the loop.
             return sum((jnp.full((1, m.shape[0]), total * 1e-9) @ m).max() for m in matrices)
 
         return jax.lax.fori_loop(0, count, token, jnp.float32(1))
@@ -188,7 +188,7 @@ def bare(size: str) -> None:
 
 
 def compare(name: str, ours, theirs, count: int) -> None:
-    """Ours and theirs in turn; medians and the median of the rounds' ratios."""
+    """Interleaves ours and theirs; prints medians and the median of the per-round ratios."""
     ours(), theirs()
     seconds = []
     for _ in range(ROUNDS):

@@ -1,4 +1,4 @@
-"""What transformers computes from the tiny checkpoints; run as a script it writes the golden files.
+"""Outputs of transformers for the tiny checkpoints; run as a script, writes the golden files.
 
     python tests/parity/peer.py
 
@@ -16,7 +16,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
 def load(folder: pathlib.Path, **kwargs):
-    """The model of a folder; whatever from_pretrained misses or cannot place is an error."""
+    """The model of a folder; missing or unexpected tensors are an error."""
     import transformers
 
     classes = {
@@ -34,7 +34,7 @@ def load(folder: pathlib.Path, **kwargs):
 
 
 def language(model) -> dict[str, np.ndarray]:
-    """Logits of two rows, and greedy continuations of three prompts padded on the left."""
+    """Logits of two sequences, and greedy continuations of three left-padded prompts."""
     import torch
 
     width = max(map(len, tiny.PROMPTS))
@@ -52,11 +52,11 @@ def language(model) -> dict[str, np.ndarray]:
 
 
 def image_tokens(model) -> dict[str, np.ndarray]:
-    """Tokens of two pictures by Chameleon's encoder, and the latents that were quantised."""
+    """Tokens of two images from Chameleon's encoder, and the latents before quantization."""
     import torch
 
     size = model.config.vq_config.resolution
-    pixels = tiny.pictures(2, size).astype(np.float32) * np.float32(0.0078) - 1
+    pixels = tiny.make_images(2, size).astype(np.float32) * np.float32(0.0078) - 1
     with torch.no_grad():
         found = model.model.get_image_tokens(torch.tensor(pixels.transpose(0, 3, 1, 2)))
         vq = model.model.vqmodel
@@ -68,13 +68,13 @@ def image_tokens(model) -> dict[str, np.ndarray]:
 
 
 def features(name: str, model) -> dict[str, np.ndarray]:
-    """CLIP's unit features of pictures and texts."""
+    """CLIP's unit embeddings of images and texts."""
     import torch
 
     from rag_mm.models import clip
 
     size = model.config.vision_config.image_size
-    pixels = tiny.pictures(4, size).astype(np.float32) / 255
+    pixels = tiny.make_images(4, size).astype(np.float32) / 255
     pixels = (pixels - np.array(clip.IMAGE_MEAN)) / np.array(clip.IMAGE_STD)
     with torch.no_grad():
         out = model(
@@ -85,7 +85,7 @@ def features(name: str, model) -> dict[str, np.ndarray]:
 
 
 def compute(name: str, folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """Everything that is compared for a checkpoint."""
+    """All outputs that are compared for a checkpoint."""
     model = load(folder)
     if name in tiny.CLIPS:
         return features(name, model)

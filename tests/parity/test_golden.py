@@ -1,4 +1,4 @@
-"""Imported checkpoints compute what transformers does: held against its figures, so torch is not needed."""
+"""Imported checkpoints match transformers: compared with its stored outputs, so torch is not needed."""
 
 import pathlib
 
@@ -15,7 +15,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 @pytest.fixture(scope="module")
 def open_tiny(tmp_path_factory):
-    """name -> (the imported run as `rag_mm.load` gives it, transformers' figures)."""
+    """name -> (the imported run from `rag_mm.load`, transformers' outputs)."""
     opened = {}
 
     def open_one(name):
@@ -34,23 +34,23 @@ def open_tiny(tmp_path_factory):
 @pytest.mark.parametrize("name", tiny.LANGUAGE)
 def test_logits(open_tiny, name):
     model, golden = open_tiny(name)
-    found = model.logits(tiny.tokens((2, 17)))
-    # Theirs bars image tokens inside the model, ours while sampling.
-    is_open = golden["logits"] > np.finfo(np.float32).min
-    np.testing.assert_allclose(found[is_open], golden["logits"][is_open], atol=1e-4)
-    assert is_open.all() == (name not in tiny.CHAMELEONS)
+    logits = model.logits(tiny.tokens((2, 17)))
+    # transformers masks image tokens in the model, ours only while sampling.
+    is_allowed = golden["logits"] > np.finfo(np.float32).min
+    np.testing.assert_allclose(logits[is_allowed], golden["logits"][is_allowed], atol=1e-4)
+    assert is_allowed.all() == (name not in tiny.CHAMELEONS)
 
 
-# Compiling a loop takes seconds each; the others go on in test_public_parity.py.
+# Compiling a loop takes seconds; the other checkpoints are in test_public_parity.py.
 @pytest.mark.parametrize("name", ["llama_3", "chameleon_swin"])
-def test_greedy_tokens_of_prompts_padded_on_the_left(open_tiny, name):
+def test_greedy_tokens_of_left_padded_prompts(open_tiny, name):
     model, golden = open_tiny(name)
     found = model.generate(tiny.PROMPTS, num_tokens=tiny.NUM_TOKENS)
     assert found.tokens == golden["written"].tolist() and found.texts is None
     assert len(np.unique(golden["written"])) > 4  # It does not just repeat itself.
 
 
-def test_a_prompt_alone_goes_on_as_in_a_batch(open_tiny):
+def test_a_prompt_alone_is_continued_as_in_a_batch(open_tiny):
     model, golden = open_tiny("llama_3")
     alone = model.generate(tiny.PROMPTS[:1], num_tokens=tiny.NUM_TOKENS)
     assert alone.tokens == golden["written"][:1].tolist()
@@ -59,7 +59,7 @@ def test_a_prompt_alone_goes_on_as_in_a_batch(open_tiny):
 @pytest.mark.parametrize("name", tiny.CHAMELEONS)
 def test_image_tokens(open_tiny, name):
     model, golden = open_tiny(name)
-    pictures = tiny.pictures(2, 16)
+    pictures = tiny.make_images(2, 16)
     embed = model.vq.compile("embed")
     np.testing.assert_allclose(embed(image_ops.to_float(pictures)), golden["latents"], atol=1e-4)
     found = model.encode_image(list(pictures))
@@ -70,14 +70,14 @@ def test_image_tokens(open_tiny, name):
 @pytest.mark.parametrize("name", tiny.CLIPS)
 def test_clip_features(open_tiny, name):
     model, golden = open_tiny(name)
-    images = model.encode_image(list(tiny.pictures(4, 12)))
+    images = model.encode_image(list(tiny.make_images(4, 12)))
     texts = np.asarray(model.retriever._encode_text(tiny.clip_tokens(name)))
     np.testing.assert_allclose(images, golden["images"], atol=1e-4)
     np.testing.assert_allclose(texts, golden["texts"], atol=1e-4)
 
 
-def test_the_two_pooling_rules_read_different_places(open_tiny):
-    """Golden files that did not tell them apart would let either rule pass."""
+def test_the_two_pooling_rules_differ_on_the_golden_inputs(open_tiny):
+    """Otherwise the golden files would accept either rule."""
     encode = [open_tiny(name)[0].retriever._encode_text for name in ("clip", "clip_legacy")]
     first_end, highest_id = (np.asarray(e(tiny.clip_tokens("clip_legacy"))) for e in encode)
     np.testing.assert_allclose(first_end[[0, 3]], highest_id[[0, 3]], atol=1e-5)

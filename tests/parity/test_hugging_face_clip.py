@@ -1,4 +1,4 @@
-"""CLIP with Hugging Face's weights gives Hugging Face's features."""
+"""CLIP with Hugging Face's weights gives Hugging Face's embeddings."""
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +87,7 @@ def theirs(torch):
         text_config=text | shared, vision_config=vision | shared, projection_dim=10
     )
     model = transformers.CLIPModel(config).eval()
-    with torch.no_grad():  # Fresh biases are zero and fresh scales one, which would hide a mistake.
+    with torch.no_grad():  # Initial biases are 0 and scales 1, which would hide a mistake.
         for weight in model.parameters():
             weight.add_(0.2 * torch.randn(weight.shape))
     return model
@@ -130,7 +130,7 @@ def ours(theirs):
 def batch():
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, 28, (4, 7)).astype(np.int32)
-    # At the end, at the beginning, and twice: the first one counts.
+    # At the end, at the beginning, and several times: the first one counts.
     for row, places in enumerate([[6], [1], [3, 5], [2, 3, 4, 5, 6]]):
         tokens[row, places] = END
     return {"images": rng.random((4, 12, 12, 3)).astype(np.float32), "tokens": tokens}
@@ -155,7 +155,7 @@ def test_text_features(ours, batch, expected):
 
 
 def test_features_before_the_unit_norm(ours, batch, expected):
-    """Where a constant factor would still show."""
+    """Normalization would hide a constant factor."""
     images = jax.jit(lambda model, x: model.vision(x) @ model.image_projection[...])(
         ours, batch["images"]
     )

@@ -1,4 +1,4 @@
-"""The decoder configured as LLaMA is LLaMA: layer by layer, in its logits, and token for token."""
+"""The decoder configured as LLaMA matches transformers: layer by layer, in its logits and its tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,7 @@ def llama(torch):
     model = transformers.LlamaForCausalLM(config).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if name.endswith("norm.weight"):  # Ones would hide a norm that is left out.
+            if name.endswith("norm.weight"):  # Ones would hide a missing norm.
                 weight.add_(0.3 * torch.randn(weight.shape))
     return model
 
@@ -92,7 +92,7 @@ def ours(llama):
         layers = range(leaf.shape[0]) if "{}" in NAMES[name] else [None]
         sources = [NAMES[name].format(i) for i in layers]
         used.update(sources)
-        # PyTorch keeps [out, in]; tables and norms are as ours.
+        # PyTorch stores [out, in]; tables and norms are the same.
         weights = [theirs[s].T if name.endswith("kernel") else theirs[s] for s in sources]
         return jnp.asarray(np.stack(weights).reshape(leaf.shape))
 
@@ -125,7 +125,7 @@ def test_hidden_states_layer_by_layer_and_logits(torch, llama, ours):
         for block in model.stack.unstack():
             x, _ = block(x, rotation, attend)
             states.append(x)
-        states[-1] = model.norm(x)  # Theirs, too, shows the last one behind the norm.
+        states[-1] = model.norm(x)  # As in transformers, the last state is after the norm.
         whole = model(jnp.asarray(tokens), positions, jnp.ones((2, 17), jnp.int32))
         return states, model.logits(whole)
 

@@ -1,6 +1,6 @@
-"""`rag-mm plan` on the TPU's own compiler: two layers of the family, golden counts, too large a program.
+"""`rag-mm plan` with the real TPU compiler: two layers, golden collective counts, and a program too large.
 
-Counts hold under the lock (libtpu 0.0.42); another compiler may fuse or split exchanges. Needs [tpu].
+Counts are those of the locked libtpu (0.0.42); another version may fuse or split collectives. Needs [tpu].
 """
 
 import json
@@ -21,7 +21,7 @@ SMALL = (
     "decoder.max_seq_len=1024",
     "loss_chunks=4",
 )
-# Those of the whole 7B on v5e:16x16 too: layers and chips change how often each runs, not how many there are.
+# The same for the full 7B on v5e:16x16: layers and chips change how often each runs, not their number.
 GOLDEN = {
     "all-gather": 37,
     "all-reduce": 4,
@@ -31,7 +31,7 @@ GOLDEN = {
 }
 
 
-def plan(*words, config="configs/cm3leon.py:7b"):
+def plan(*options, config="configs/cm3leon.py:7b"):
     command = [
         pathlib.Path(sys.executable).with_name("rag-mm"),
         "plan",
@@ -39,14 +39,14 @@ def plan(*words, config="configs/cm3leon.py:7b"):
         f"--config={config}",
     ]
     done = subprocess.run(
-        [*command, *words], capture_output=True, text=True, check=False, timeout=500
+        [*command, *options], capture_output=True, text=True, check=False, timeout=500
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
 
-def small(*words):
-    return plan(*(f"--config.model.{value}" for value in SMALL), *words)
+def small(*options):
+    return plan(*(f"--config.model.{value}" for value in SMALL), *options)
 
 
 def test_gradients_are_reduce_scattered_and_the_state_is_donated():
@@ -58,11 +58,11 @@ def test_gradients_are_reduce_scattered_and_the_state_is_donated():
     assert found["argument_bytes"] < 1.2 * found["alias_bytes"] + (1 << 20)
     assert 0 < found["peak_bytes"] < found["hbm_bytes"]
     assert found["collectives"] == GOLDEN
-    # What is still summed whole is less than what is scattered.
+    # Fewer bytes are all-reduced than reduce-scattered.
     assert found["collective_bytes"]["all-reduce"] < found["collective_bytes"]["reduce-scatter"]
 
 
-def test_a_program_that_is_too_large_is_reported_and_no_error():
+def test_a_program_that_is_too_large_is_reported_without_an_error():
     found = plan("--topology=v5e:2x2", "--batch=512", "--config.model.decoder.num_layers=2")
     assert not found["fits"]
     assert found["over_bytes"] == found["peak_bytes"] - found["hbm_bytes"] > 0
@@ -75,7 +75,7 @@ def test_decoding_compiles_for_a_split_over_heads():
     assert found["fits"] and found["seconds"]["hbm"] > found["seconds"]["compute"]
 
 
-def test_two_slices_exchange_gradients():
+def test_two_slices_all_reduce_gradients():
     found = small("--topology=v5e:2x2", "--slices=2", "--batch=16")
     assert found["num_chips"] == 8 and found["mesh"]["data"] == 2
     assert found["fits"] and found["seconds"]["dcn"] > 0

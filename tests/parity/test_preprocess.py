@@ -1,4 +1,4 @@
-"""Pictures of every kind reach the model as transformers' own processors would hand them over."""
+"""Images of every kind are preprocessed as by transformers' processors."""
 
 import io
 import pathlib
@@ -13,8 +13,8 @@ SIZES = [(41, 67), (67, 41), (32, 32), (33, 32), (31, 500), (20, 90), (7, 5)]
 SIZE = 32
 
 
-def picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> PIL.Image.Image:
-    """Smooth waves with some noise, so that both scaling and cropping show."""
+def make_image(width: int, height: int, mode: str = "RGB", seed: int = 0) -> PIL.Image.Image:
+    """Smooth waves with noise, so that mistakes in scaling or cropping are visible."""
     y, x = np.mgrid[:height, :width].astype(np.float64)
     channels = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "CMYK": 4, "P": 3, "1": 1}[mode]
     rng = np.random.default_rng(seed)
@@ -36,14 +36,14 @@ def files() -> dict[str, bytes]:
         found[name] = buffer.getvalue()
 
     for width, height in SIZES:
-        save(f"{width}x{height}", picture(width, height), "PNG")
+        save(f"{width}x{height}", make_image(width, height), "PNG")
     for mode in ("L", "LA", "RGBA", "P", "1"):
-        save(mode, picture(61, 45, mode), "PNG")
-    save("CMYK", picture(61, 45, "CMYK"), "JPEG", quality=95)
-    for turn in (3, 6, 8, 5):
+        save(mode, make_image(61, 45, mode), "PNG")
+    save("CMYK", make_image(61, 45, "CMYK"), "JPEG", quality=95)
+    for orientation in (3, 6, 8, 5):
         exif = PIL.Image.Exif()
-        exif[0x0112] = turn
-        save(f"exif {turn}", picture(61, 45), "JPEG", exif=exif, quality=95)
+        exif[0x0112] = orientation
+        save(f"exif {orientation}", make_image(61, 45), "JPEG", exif=exif, quality=95)
     return found
 
 
@@ -53,14 +53,16 @@ FILES = files()
 def fit(data: bytes, resample: str, place: pathlib.Path) -> np.ndarray:
     path = place / "picture"
     path.write_bytes(data)
-    # transformers drops an alpha channel; whatever colour lay below shows.
-    return preprocess.scale_and_crop(sources.load_image(path, is_whitened=False), SIZE, resample)
+    # transformers drops the alpha channel, which exposes the color of transparent pixels.
+    return preprocess.scale_and_crop(
+        sources.load_image(path, composite_on_white=False), SIZE, resample
+    )
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("kind", FILES)
 @pytest.mark.parametrize("family", ["clip", "chameleon"])
-def test_as_the_processors_do(tmp_path, family, kind):
+def test_matches_the_processors(tmp_path, family, kind):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     from transformers import image_utils
@@ -73,19 +75,19 @@ def test_as_the_processors_do(tmp_path, family, kind):
     processor = make(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
     (tmp_path / "theirs").write_bytes(FILES[kind])
     theirs = image_utils.load_image(str(tmp_path / "theirs"))
-    wanted = processor(theirs, do_normalize=False, rescale_factor=1 / 255).pixel_values[0]
+    expected = processor(theirs, do_normalize=False, rescale_factor=1 / 255).pixel_values[0]
     resample = {"clip": "bicubic", "chameleon": "lanczos"}[family]
     found = fit(FILES[kind], resample, tmp_path).transpose(2, 0, 1) / 255
-    assert np.abs(found - np.asarray(wanted)).max() <= 1 / 255 + 1e-6
+    assert np.abs(found - np.asarray(expected)).max() <= 1 / 255 + 1e-6
 
 
 @pytest.mark.parametrize("kind", [f"{w}x{h}" for w, h in SIZES])
-def test_it_is_pillows_own_scaling_of_the_whole_picture(tmp_path, kind):
+def test_scaling_equals_pillows_scaling_of_the_whole_image(tmp_path, kind):
     image = PIL.Image.open(io.BytesIO(FILES[kind]))
     width, height = image.size
     short = min(width, height)
     new = (int(SIZE * width / short), int(SIZE * height / short))
     left, top = (new[0] - SIZE) // 2, (new[1] - SIZE) // 2
     scaled = image.resize(new, PIL.Image.Resampling.BICUBIC)
-    wanted = np.asarray(scaled.crop((left, top, left + SIZE, top + SIZE)))
-    np.testing.assert_array_equal(fit(FILES[kind], "bicubic", tmp_path), wanted)
+    expected = np.asarray(scaled.crop((left, top, left + SIZE, top + SIZE)))
+    np.testing.assert_array_equal(fit(FILES[kind], "bicubic", tmp_path), expected)

@@ -1,4 +1,4 @@
-"""Public families against transformers itself: the golden files, gradients, every layer, and the way back."""
+"""Public families against transformers: golden files, gradients, every layer, and export."""
 
 import functools
 
@@ -40,7 +40,7 @@ def both(torch, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", tiny.CHECKPOINTS)
-def test_golden_files_are_what_transformers_says_today(torch, tmp_path, name):
+def test_golden_files_match_the_installed_transformers(torch, tmp_path, name):
     found = peer.compute(name, tiny.write(tmp_path, name))
     with np.load(peer.GOLDEN / f"{name}.npz", allow_pickle=False) as golden:
         assert set(golden) == set(found)
@@ -52,7 +52,7 @@ def test_golden_files_are_what_transformers_says_today(torch, tmp_path, name):
     "name", [n for n in tiny.LANGUAGE if n not in ("llama_3", "chameleon_swin")]
 )
 def test_greedy_generation_token_for_token(both, name):
-    """The two families that test_golden.py leaves to this file."""
+    """The checkpoints that test_golden.py leaves out."""
     theirs, run = both(name)
     found = imported.load(run).generate(tiny.PROMPTS, num_tokens=tiny.NUM_TOKENS)
     assert found.tokens == peer.language(theirs)["written"].tolist()
@@ -63,7 +63,9 @@ def test_every_layer(torch, both, name):
     theirs, run = both(name)
     tokens = tiny.tokens((2, 17))
     with torch.no_grad():
-        wanted = theirs.model(torch.tensor(tokens).long(), output_hidden_states=True).hidden_states
+        expected = theirs.model(
+            torch.tensor(tokens).long(), output_hidden_states=True
+        ).hidden_states
     ours = imported.load(run)
 
     @jax.jit
@@ -78,12 +80,12 @@ def test_every_layer(torch, both, name):
         rotation = model.config.block.rotation(positions)
         for block in model.stack.unstack():
             states.append(block(states[-1], rotation, attend)[0])
-        states[-1] = model.norm(states[-1])  # Theirs shows the last one behind the norm.
+        states[-1] = model.norm(states[-1])  # As in transformers, the last state is after the norm.
         return states
 
     states = forward(ours.params)
-    assert len(states) == len(wanted) == 4
-    for layer, (found, other) in enumerate(zip(states, wanted, strict=True)):
+    assert len(states) == len(expected) == 4
+    for layer, (found, other) in enumerate(zip(states, expected, strict=True)):
         np.testing.assert_allclose(found, other.numpy(), atol=1e-4, err_msg=f"layer {layer}")
 
 
@@ -91,16 +93,16 @@ def test_every_layer(torch, both, name):
     "name", ["llama_tied", "llama_3", "llama_bias", "chameleon", "chameleon_swin"]
 )
 def test_gradients_of_a_batch(torch, both, name):
-    """Of every tensor, by the name it has outside."""
+    """Of every tensor, by its name in the checkpoint."""
     theirs, run = both(name)
     tokens = tiny.tokens((3, 18), seed=5)
-    if name in tiny.CHAMELEONS:  # Theirs gives image tokens no probability at all.
+    if name in tiny.CHAMELEONS:  # transformers gives image tokens probability 0.
         tokens[np.isin(tokens, imported.load(run).model.code_tokens)] = 2
     theirs.zero_grad()
     theirs(torch.tensor(tokens).long(), labels=torch.tensor(tokens).long()).loss.backward()
     ours = imported.load(run)
     is_chameleon = name in tiny.CHAMELEONS
-    barred = jnp.asarray(ours.model.code_tokens if is_chameleon else [], jnp.int32)
+    masked = jnp.asarray(ours.model.code_tokens if is_chameleon else [], jnp.int32)
 
     @jax.jit
     @jax.grad
@@ -108,39 +110,42 @@ def test_gradients_of_a_batch(torch, both, name):
         model: Decoder = nnx.merge(ours.graphdef, params)
         positions = jnp.tile(jnp.arange(17, dtype=jnp.int32), (3, 1))
         hidden = model(jnp.asarray(tokens[:, :-1]), positions, jnp.ones((3, 17), jnp.int32))
-        logits = model.logits(hidden).at[:, :, barred].set(-1e30)
+        logits = model.logits(hidden).at[:, :, masked].set(-1e30)
         return losses.token_nll(logits, jnp.asarray(tokens[:, 1:])).mean()
 
-    found = table.named(gradients(ours.params))
+    found = table.leaves_by_path(gradients(ours.params))
     prefix = "decoder/" if is_chameleon else ""
     model = exporting.open_model(tiny.CHECKPOINTS[name][0], run)
-    pieces = importing.FAMILIES[tiny.CHECKPOINTS[name][0]].pieces(model.config)
+    mappings = importing.FAMILIES[tiny.CHECKPOINTS[name][0]].mappings(model.config)
     source = exporting.TreeSource({prefix + path: value for path, value in found.items()})
-    wanted = dict(theirs.named_parameters())
-    compared = [piece for piece in pieces if piece.ours in source.arrays]
+    expected = dict(theirs.named_parameters())
+    compared = [mapping for mapping in mappings if mapping.ours in source.arrays]
     assert len(compared) >= 29
-    for piece in compared:
+    for mapping in compared:
         np.testing.assert_allclose(
-            source.read(piece), wanted[piece.theirs].grad.numpy(), atol=1e-4, err_msg=piece.theirs
+            source.read(mapping),
+            expected[mapping.theirs].grad.numpy(),
+            atol=1e-4,
+            err_msg=mapping.theirs,
         )
-        assert np.abs(source.read(piece)).max() > 1e-5, piece.theirs
+        assert np.abs(source.read(mapping)).max() > 1e-5, mapping.theirs
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["llama_3", "chameleon", "clip_legacy"])
-def test_from_pretrained_loads_what_is_exported(torch, both, tmp_path, name, dtype):
+def test_from_pretrained_loads_our_exports(torch, both, tmp_path, name, dtype):
     theirs, run = both(name)
     family = tiny.CHECKPOINTS[name][0]
     exporting.export_checkpoint(family, run, tmp_path / "b", 20_000, importing.find_dtype(dtype))
     again = peer.load(tmp_path / "b")
     assert again.dtype == getattr(torch, dtype)
-    wanted = theirs.state_dict()
+    expected = theirs.state_dict()
     for key, value in again.state_dict().items():
-        assert torch.equal(value, wanted[key].to(value.dtype)), key
+        assert torch.equal(value, expected[key].to(value.dtype)), key
 
 
-def test_a_decoder_of_pictures_is_the_vqgan_that_janus_has(torch, tmp_path):
-    """Chameleon's published checkpoints lack it; the same architecture is in transformers' Janus."""
+def test_the_image_decoder_is_the_vqgan_of_janus(torch, tmp_path):
+    """Chameleon's published checkpoints lack it; transformers' Janus has the same architecture."""
     from transformers.models.janus import configuration_janus, modeling_janus
 
     torch.manual_seed(0)
@@ -161,24 +166,27 @@ def test_a_decoder_of_pictures_is_the_vqgan_that_janus_has(torch, tmp_path):
     )
     graphdef, abstract = table.Family.describe(_vq_family(), config)
     weights = {f"model.vqmodel.decoder.{k}": v.numpy() for k, v in theirs.state_dict().items()}
-    # There up.0 is the smallest grid, elsewhere the largest.
+    # In Janus up.0 is the smallest grid, in the VQGAN the largest.
     swapped = {_swap(name): value for name, value in weights.items()}
     leaves, used = {}, set()
-    for piece in table.make_pieces(abstract, _vq_rules()):
-        if piece.theirs in swapped:
-            leaves[piece.ours] = piece.form.load(swapped[piece.theirs], piece.ours_shape)
-            used.add(piece.theirs)
+    for mapping in table.apply_rules(abstract, _vq_rules()):
+        if mapping.theirs in swapped:
+            leaves[mapping.ours] = mapping.transform.load(
+                swapped[mapping.theirs], mapping.ours_shape
+            )
+            used.add(mapping.theirs)
         else:
-            leaves[piece.ours] = np.zeros(piece.ours_shape, np.float32)
+            leaves[mapping.ours] = np.zeros(mapping.ours_shape, np.float32)
     assert used == set(swapped)
     params = jax.tree.unflatten(
-        jax.tree.structure(abstract), [jnp.asarray(leaves[p]) for p in table.named(abstract)]
+        jax.tree.structure(abstract),
+        [jnp.asarray(leaves[p]) for p in table.leaves_by_path(abstract)],
     )
     z = np.random.default_rng(0).standard_normal((2, 8, 8, 10)).astype(np.float32)
     with torch.no_grad():
-        wanted = theirs(torch.tensor(z.transpose(0, 3, 1, 2))).permute(0, 2, 3, 1).numpy()
+        expected = theirs(torch.tensor(z.transpose(0, 3, 1, 2))).permute(0, 2, 3, 1).numpy()
     found = nnx.merge(graphdef, params).decoder(jnp.asarray(z))
-    np.testing.assert_allclose(found, wanted, atol=1e-4)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def _swap(name: str) -> str:

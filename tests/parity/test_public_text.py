@@ -1,4 +1,4 @@
-"""Text of public checkpoints, id for id: CLIP's BPE from its two files, and any tokenizer.json."""
+"""Tokenizers of public checkpoints match id for id: CLIP's BPE from two files, and any tokenizer.json."""
 
 import json
 import pathlib
@@ -16,7 +16,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden" / "text.json"
 
 
 def clip_files(folder: pathlib.Path) -> pathlib.Path:
-    """vocab.json and merges.txt as CLIP's are made: bytes, bytes that end words, merges, specials."""
+    """vocab.json and merges.txt in the format of CLIP: bytes, word-final bytes, merges, special tokens."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [
         "a t</w>",
@@ -55,15 +55,15 @@ def llama_file(folder: pathlib.Path) -> pathlib.Path:
     made.post_processor = processors.TemplateProcessing(
         single="<|begin|> $A", special_tokens=[("<|begin|>", made.token_to_id("<|begin|>"))]
     )
-    made.enable_truncation(5)  # As a file may say; we cut texts ourselves.
+    made.enable_truncation(5)  # A file may enable truncation; we truncate texts ourselves.
     folder.mkdir(parents=True, exist_ok=True)
     made.save(str(folder / "tokenizer.json"))
     return folder
 
 
-def test_clip_ids_are_those_of_transformers(tmp_path):
-    """Their ids lie beside this file; the next test looks whether they still say so."""
-    text = public_text.load_text(clip_files(tmp_path))
+def test_clip_ids_match_transformers(tmp_path):
+    """transformers' ids are stored in golden/; the next test checks them against the installed version."""
+    text = public_text.load_tokenizer(clip_files(tmp_path))
     golden = json.loads(GOLDEN.read_text())
     assert len(golden) == len(STRINGS)
     for string, ids in zip(STRINGS, golden, strict=True):
@@ -71,12 +71,12 @@ def test_clip_ids_are_those_of_transformers(tmp_path):
 
 
 @pytest.mark.parity
-def test_clip_ids_of_transformers_today(tmp_path):
+def test_stored_clip_ids_match_the_installed_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.CLIPTokenizer.from_pretrained(clip_files(tmp_path))
     golden = json.loads(GOLDEN.read_text())
     assert [theirs(string).input_ids for string in STRINGS] == golden
-    text = public_text.load_text(tmp_path)
+    text = public_text.load_tokenizer(tmp_path)
     for ids in golden:
         assert text.decode_text(ids) == theirs.decode(ids, skip_special_tokens=True)
 
@@ -86,32 +86,32 @@ def test_a_tokenizer_json_gives_the_ids_of_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     folder = llama_file(tmp_path)
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-    text = public_text.load_text(folder)
+    text = public_text.load_tokenizer(folder)
     for string in STRINGS:
         ids = theirs(string, truncation=False).input_ids
         assert text.encode_text(string) == ids, repr(string)
         assert text.decode_text(ids) == theirs.decode(ids, skip_special_tokens=True)
 
 
-def test_text_comes_back(tmp_path):
-    text = public_text.load_text(llama_file(tmp_path))
+def test_decoding_restores_the_text(tmp_path):
+    text = public_text.load_tokenizer(llama_file(tmp_path))
     for string in STRINGS:
         ids = text.encode_text(string)
         assert ids[0] == 0 and max(ids) < text.size
         assert text.decode_text(ids) == string
 
 
-def test_a_folder_without_a_tokenizer_has_none_and_half_a_one_is_refused(tmp_path):
-    assert public_text.load_text(tmp_path) is None
+def test_a_missing_tokenizer_is_none_and_an_incomplete_one_is_rejected(tmp_path):
+    assert public_text.load_tokenizer(tmp_path) is None
     folder = clip_files(tmp_path / "a")
     (folder / "merges.txt").unlink()
     with pytest.raises(UserError, match="only one of vocab.json and merges.txt"):
-        public_text.load_text(folder)
+        public_text.load_tokenizer(folder)
     (folder / "tokenizer.json").write_text('{"model": 7}')
     with pytest.raises(UserError, match="no readable tokenizer"):
-        public_text.load_text(folder)
+        public_text.load_tokenizer(folder)
     with pytest.raises(UserError, match="not valid Unicode"):
-        public_text.load_text(clip_files(tmp_path / "b")).encode_text("\ud800")
+        public_text.load_tokenizer(clip_files(tmp_path / "b")).encode_text("\ud800")
 
 
 if __name__ == "__main__":

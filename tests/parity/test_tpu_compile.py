@@ -1,4 +1,4 @@
-"""The training step is a TPU program: compiled for four chips by the TPU's own compiler, on this CPU."""
+"""The training step compiles for four TPU chips, with the real TPU compiler, on a CPU."""
 
 import functools
 
@@ -71,7 +71,7 @@ def test_train_step_compiles_for_four_chips(topology, shape):
 
     memory = compiled.memory_analysis()
     whole = 3 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-    # Parameters and both moments, split over fsdp and tensor, are updated in place; norms stay whole.
+    # Parameters and both moments are sharded over fsdp and tensor and updated in place; norms are replicated.
     share = whole / (shape[1] * shape[2])
     assert share <= memory.alias_size_in_bytes < 1.3 * share
     assert memory.argument_size_in_bytes >= memory.alias_size_in_bytes

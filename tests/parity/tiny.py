@@ -1,7 +1,7 @@
-"""Tiny checkpoints as Hugging Face lays them out, from NumPy alone: the same bits on every machine.
+"""Tiny checkpoints in Hugging Face's format, from NumPy alone: the same bits on every machine.
 
-Names and shapes come from our own tables, which the tests with torch hold against `from_pretrained`; values
-from each tensor's name.
+Names and shapes come from our name tables, which the tests with torch check against `from_pretrained`; values
+are random, seeded by each tensor's name.
 """
 
 import json
@@ -54,7 +54,7 @@ _CHAMELEON = dict(
     model_type="chameleon",
     architectures=["ChameleonForConditionalGeneration"],
     rms_norm_eps=1e-5,
-    # Not in the order of the codes, and not side by side.
+    # Neither in the order of the codes nor consecutive.
     vocabulary_map={_image_token(code): 3 + (code * 7) % _CODES * 2 for code in range(_CODES)}
     | {"<image>": 1},
     vq_config=dict(
@@ -125,7 +125,7 @@ CLIPS = [name for name, (family, _) in CHECKPOINTS.items() if family == "clip"]
 
 
 def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Values that hide nothing: no zero bias, no unit scale, logits of some spread."""
+    """Values that hide no mistake: no zero biases, no unit scales, logits that vary."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     values = rng.standard_normal(shape, np.float32)
     if "norm" in name and name.endswith("weight"):
@@ -142,14 +142,16 @@ def write(
     max_bytes: int = 1 << 30,
     config: dict | None = None,
 ) -> pathlib.Path:
-    """A checkpoint folder; `max_bytes` cuts it into shards."""
+    """Writes a checkpoint folder with shards of at most `max_bytes`."""
     family_name, values = CHECKPOINTS[name]
     values = config or values
     family = importing.FAMILIES[family_name]
-    pieces = family.pieces(family.read_config(table.CheckpointFolder(values)))
+    mappings = family.mappings(family.read_config(table.CheckpointFolder(values)))
     folder.mkdir(parents=True, exist_ok=True)
-    # Sorted by name, as most writers do: layer 10 stands before layer 2, q far from the embedding.
-    shapes = {p.theirs: (np.dtype(dtype), p.shape) for p in sorted(pieces, key=lambda p: p.theirs)}
+    # Sorted by name, as most writers do: layer 10 comes before layer 2.
+    shapes = {
+        p.theirs: (np.dtype(dtype), p.shape) for p in sorted(mappings, key=lambda p: p.theirs)
+    }
     read = lambda tensor: draw(tensor, shapes[tensor][1]).astype(dtype)
     shards.write_folder(folder, shapes, read, max_bytes)
     (folder / "config.json").write_text(json.dumps(values, indent=2))
@@ -160,7 +162,7 @@ BFLOAT16 = ml_dtypes.bfloat16
 
 
 def tokens(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
-    """Ids above the padding's and below the vocabulary's, int32."""
+    """Random token ids, without padding's 0: int32 of this shape."""
     return np.random.default_rng(seed).integers(1, VOCAB, shape).astype(np.int32)
 
 
@@ -168,13 +170,13 @@ PROMPTS = [tokens((n,), seed=n).tolist() for n in (4, 9, 7)]
 NUM_TOKENS = 12
 
 
-def pictures(count: int, size: int) -> np.ndarray:
+def make_images(count: int, size: int) -> np.ndarray:
     """uint8 [count, size, size, 3]."""
     return np.random.default_rng(3).integers(0, 256, (count, size, size, 3)).astype(np.uint8)
 
 
 def clip_tokens(name: str) -> np.ndarray:
-    """Ends at the end, at the beginning, and twice: int32 [4, 7]."""
+    """End-of-text tokens at the end, at the beginning, and several times: int32 [4, 7]."""
     rows = np.random.default_rng(0).integers(3, 28, (4, 7)).astype(np.int32)
     for row, places in enumerate([[6], [1], [3, 5], [2, 3, 4, 5, 6]]):
         rows[row, places] = 29

@@ -1,4 +1,4 @@
-"""Figures are found in nested metrics, written with their interval, and never invented."""
+"""Figures are looked up in nested metrics and formatted with their interval; missing ones stay missing."""
 
 import pytest
 
@@ -26,7 +26,7 @@ def test_figures_are_found_by_path():
     "path", ["nothing", "memory.rows.deeper", "decoder.joint_accuracy", "decoder.stopped",
              "decoder.loss"],
 )  # fmt: skip
-def test_what_is_no_finite_figure_is_missing(path):
+def test_what_is_not_a_finite_number_is_missing(path):
     assert figures.find(METRICS, path) is None
 
 
@@ -47,7 +47,7 @@ def test_figures_are_written_with_their_interval():
         (7500, "2 h 05 min"),
     ],
 )
-def test_durations_read_well(seconds, text):
+def test_durations_are_formatted(seconds, text):
     assert figures.duration(seconds) == text
 
 

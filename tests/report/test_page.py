@@ -1,4 +1,4 @@
-"""The page is one file without network or scripts, whatever strangers wrote in their captions."""
+"""The page is one file without network access or scripts, whatever the captions contain."""
 
 import base64
 import dataclasses
@@ -39,7 +39,7 @@ def sample(text="a rocket", **changes):
         "reconstructions": [report.Reconstruction(text, picture(0), picture(1))],
         "retrievals": [report.Retrieval(text, [report.Hit(text, picture(2), 0.871)])],
         "story": [row],
-        "choice": f"Chosen by lot: {text}",
+        "choice": f"Selected at random: {text}",
         "generations": [row],
         "captions": [report.CaptionExample(picture(7), text, {"docs2": text, "control": ""})],
         "curves": [report.Curve(text, text, [0, 1, 2], [3.0, 2.0, 1.0])],
@@ -77,7 +77,7 @@ def parse(data):
     return parser
 
 
-def test_hostile_captions_are_shown_as_written_and_do_nothing():
+def test_hostile_captions_are_shown_verbatim_and_stay_inert():
     tags = parse(sample(HOSTILE))
     assert not {tag for tag, _ in tags.tags} & {"script", "iframe", "object", "link", "base"}
     for tag, attributes in tags.tags:
@@ -115,21 +115,21 @@ def test_the_same_data_gives_the_same_page():
     assert report.render_report(sample()) == report.render_report(sample())
 
 
-def test_pictures_survive_to_the_bit_at_a_whole_zoom():
-    tag = page.picture_tag(picture(0), 'a "quoted" picture')
+def test_images_are_lossless_at_an_integer_zoom():
+    tag = page.image_tag(picture(0), 'a "quoted" picture')
     assert 'width="96" height="96"' in tag and "a &#34;quoted&#34; picture" in tag
     content = base64.b64decode(re.search(r"base64,([^\"]+)", tag)[1])
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(content))), picture(0))
-    assert 'width="64"' in page.picture_tag(picture(0, 64), "")
-    assert 'width="96"' in page.picture_tag(picture(0, 256), "")
+    assert 'width="64"' in page.image_tag(picture(0, 64), "")
+    assert 'width="96"' in page.image_tag(picture(0, 256), "")
     with pytest.raises(ValueError, match="float32"):
-        page.picture_tag(picture(0).astype(np.float32), "")
+        page.image_tag(picture(0).astype(np.float32), "")
 
 
-def test_the_scorer_speaks_below_each_picture():
+def test_the_scorers_verdict_is_below_each_image():
     text = report.render_report(sample())
     assert "wrong: entity, colour" in text
-    assert "0.87" in text and "(nothing)" in text
+    assert "0.87" in text and "(empty)" in text
 
 
 def test_an_empty_run_says_what_is_missing():
@@ -139,17 +139,17 @@ def test_an_empty_run_says_what_is_missing():
         (),
     )  # fmt: skip
     text = parse(sample(metrics={}, stage_seconds={}, **empty)).text
-    parts = ("Generated pictures", "Accuracies", "Reconstructions", "Retrieval", "Captions")
-    for part in ("Pictures of held-out entities", *parts):
+    parts = ("Generated images", "Accuracies", "Reconstructions", "Retrieval", "Captions")
+    for part in ("Images of held-out entities", *parts):
         assert f"{part}: not measured in this run." in text
-    assert "nothing claimed" in text
+    assert "measured without a confidence interval" in text
 
 
 def test_a_surrogate_in_a_caption_does_not_stop_the_page():
     assert "bad ? byte" in report.render_report(sample("bad \udcff byte", curves=()))
 
 
-def test_the_fact_table_leaves_out_what_was_not_measured():
+def test_the_fact_table_omits_what_was_not_measured():
     figure = {"accuracy": 0.5, "ci95": 0.1, "n": 100}
     metrics = {
         "decoder": {
@@ -159,7 +159,7 @@ def test_the_fact_table_leaves_out_what_was_not_measured():
         "control": {"joint_accuracy": figure},
     }
     rows = page.fact_table(metrics)
-    assert [name for name, _, _ in rows] == ["2 documents", "vanilla"]
+    assert [name for name, _, _ in rows] == ["2 documents", "baseline"]
     _, cells, kernel = rows[0]
     assert cells[0] == ("not measured", None) and cells[3] == ("50.0 % ± 10.0", 50.0)
     assert kernel == "2.50" and rows[1][2] == "not measured"
@@ -172,29 +172,29 @@ def test_long_curves_are_thinned_and_unequal_ones_refused():
         curves.chart_svg("loss", [report.Curve("loss", "train", [0, 1], [1.0])])
 
 
-def test_the_first_screen_sets_ours_beside_vanilla():
+def test_the_overview_compares_retrieval_with_the_baseline():
     right = dict.fromkeys(("entity", "place", "color", "joint"), True)
     drawn = {key: picture(i) for i, key in enumerate(("docs0", "docs2", "docs10", "control"))}
     row = report.Generation("flag of aruba", picture(7), [picture(8)], drawn, {"docs10": right})
-    assert row.compared() == [("ours", "docs10"), ("vanilla", "control")]
-    text = report.render_report(sample(story=[row], choice="Chosen by a rule."))
+    assert row.compared() == [("with retrieval", "docs10"), ("baseline", "control")]
+    text = report.render_report(sample(story=[row], choice="Selected by a rule."))
     first_screen = text[: text.index("<nav>")]
-    for words in ("flag of aruba", "✓ right", "Chosen by a rule."):
-        assert words in first_screen
-    assert first_screen.index("flag of aruba") < first_screen.index("Chosen by a rule.")
+    for phrase in ("flag of aruba", "✓ correct", "Selected by a rule."):
+        assert phrase in first_screen
+    assert first_screen.index("flag of aruba") < first_screen.index("Selected by a rule.")
     alone = report.Generation("flag", picture(1), [], {"docs1": picture(2)})
-    assert alone.compared() == [("ours", "docs1")]
+    assert alone.compared() == [("with retrieval", "docs1")]
 
 
-def test_the_scorers_words():
+def test_verdicts_name_the_wrong_facts():
     facts = dict.fromkeys(("entity", "place", "color", "joint"), False)
     assert content.fact_verdict(facts) == "✗ all wrong"
     assert content.fact_verdict(facts | {"place": True}) == "✗ wrong: entity, colour"
-    assert content.fact_verdict(dict.fromkeys(facts, True)) == "✓ right"
+    assert content.fact_verdict(dict.fromkeys(facts, True)) == "✓ correct"
 
 
-def test_the_story_sheet_keeps_every_pixel_a_square():
-    """832 pixels are a README's column; each pixel of a 32-pixel picture becomes 3 x 3."""
+def test_the_story_sheet_enlarges_by_an_integer_factor():
+    """832 pixels, a README's column; each pixel of a 32-pixel image becomes 3 x 3."""
     row = report.Generation(
         "closed mailbox with raised flag at the bottom left on a yellow background, by day",
         picture(0), [picture(1), picture(2)], {"docs2": picture(3), "control": picture(4)},
@@ -219,15 +219,15 @@ def test_a_band_is_drawn_behind_its_line():
     assert "fill-opacity" in banded and "fill-opacity" not in bare
 
 
-def test_speed_is_told_where_it_was_measured():
+def test_speed_is_reported_if_it_was_measured():
     speed = {"retrieval_ms": 0.83, "generation_ms": 41.2, "retrieval_share": 0.0197}
     text = parse(sample(metrics={"quickstart": speed})).text
     assert "0.83 ms" in text and "41.2 ms" in text
-    assert "2.0\N{NO-BREAK SPACE}% of both" in text
-    assert "of both" not in parse(sample()).text
+    assert "2.0\N{NO-BREAK SPACE}% of the total" in text
+    assert "of the total" not in parse(sample()).text
 
 
-def test_figures_are_written_as_png(tmp_path):
+def test_panels_are_written_as_png(tmp_path):
     line = [report.Curve("loss", "train", [0, 1], [2.0, 1.0])]
     data = sample("Côte d’Ivoire\n" + 50 * HOSTILE, curves=line)
     paths = report.save_figures(data, tmp_path / "figures")

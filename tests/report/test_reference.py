@@ -1,4 +1,4 @@
-"""Bands from finished runs tell a healthy training from a broken one; what is not there is not drawn."""
+"""Reference bands come from finished runs; what was not logged is not plotted."""
 
 import json
 import re
@@ -14,7 +14,7 @@ STAGES = ("tokenizer", "decoder")
 
 
 def make_run(folder, seed, steps=(10, 20, 30), **config):
-    """A run of two stages whose logs differ by the seed; copying is watched at the last step only."""
+    """A run of two stages whose logs differ by the seed; art_top1_docs1 is logged at the last step only."""
     run = run_folder.Run(run_folder.epath.Path(folder))
     rows = {
         "tokenizer": [{"step": step, "psnr": 20.0 + step + seed} for step in steps],
@@ -38,7 +38,7 @@ def runs(tmp_path):
     return [make_run(tmp_path / f"run{seed}", seed) for seed in range(3)]
 
 
-def test_the_file_and_the_picture(runs, tmp_path, capsys):
+def test_the_file_and_the_plot(runs, tmp_path, capsys):
     out = tmp_path / "out"
     assert reference.main([*map(str, runs), f"--out={out}"]) == 0
     assert capsys.readouterr().out.split() == [str(out / "curves.json"), str(out / "curves.png")]
@@ -56,21 +56,21 @@ def test_the_file_and_the_picture(runs, tmp_path, capsys):
         opened.load()
 
 
-def test_what_was_written_is_read(runs, tmp_path):
+def test_a_saved_reference_loads(runs, tmp_path):
     path = tmp_path / "out" / reference.FILE_NAME
     made = reference.gather(runs, "quick")
     reference.save(made, path.parent)
     assert reference.load(str(path)) == made
-    assert "3 runs of preset quick that went well (seed 0, 1, 2)" in made.note
+    assert "3 runs of preset quick that trained normally (seed 0, 1, 2)" in made.note
 
 
-def test_one_run_has_no_width(runs):
+def test_the_band_of_one_run_has_zero_width(runs):
     made = reference.gather(runs[:1], "quick")
     assert all(band.low == band.high == band.mean for band in made.bands.values())
-    assert "one run of preset quick that went well (seed 0)" in made.note
+    assert "one run of preset quick that trained normally (seed 0)" in made.note
 
 
-def test_where_nothing_lies_there_is_no_band(tmp_path):
+def test_without_a_file_there_is_no_band(tmp_path):
     assert reference.load("") is None
     assert reference.load(str(tmp_path / "nothing.json")) is None
 
@@ -109,7 +109,7 @@ def refusal(capsys, *words):
 def test_runs_that_do_not_belong_together_are_refused(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "is not a run" in refusal(capsys, runs[0], tmp_path / "nothing")
-    assert "not the only run of seed 0" in refusal(capsys, runs[0], runs[0])
+    assert "two runs have seed 0" in refusal(capsys, runs[0], runs[0])
     other = make_run(tmp_path / "other", 7, world={"level": "free"})
     assert (
         "another config than" in refusal(capsys, runs[0], other) and not (tmp_path / "out").exists()
@@ -127,11 +127,11 @@ def test_help_has_an_example_and_a_mistake_is_one_line(capsys):
     assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_report_draws_what_was_logged(runs):
+def test_a_report_plots_what_was_logged(runs):
     bands = reference.gather(runs, "quick").bands
     drawn = {(curve.chart, curve.label): curve for curve in logs.read_curves(runs[0], bands)}
-    foreseen = drawn["Unseen art foreseen: top-1 share of codes", "1 document"]
-    assert (foreseen.steps, foreseen.values) == ([30], [0.5])
-    assert foreseen.band == bands["decoder/art_top1_docs1"]
-    assert len(drawn) == 4  # No control was trained and no usage logged.
+    held_out = drawn["Held-out entities: top-1 accuracy of art codes", "1 document"]
+    assert (held_out.steps, foreseen.values) == ([30], [0.5])
+    assert held_out.band == bands["decoder/art_top1_docs1"]
+    assert len(drawn) == 4  # No baseline was trained and no code usage logged.
     assert all(curve.band is None for curve in logs.read_curves(runs[0], {}))

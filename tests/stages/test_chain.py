@@ -6,27 +6,26 @@ import dataclasses
 import pytest
 
 from configs import quickstart
-from rag_mm.core import configuration
 from rag_mm.core.errors import UserError
-from rag_mm.stages import chain
+from rag_mm.stages import chain, chain_config
 
 
 @pytest.fixture
 def config():
-    return configuration.to_dict(configuration.load_config("configs/quickstart.py:tiny"))
+    return chain_config.load("configs/quickstart.py:tiny")
 
 
 def test_every_stage_reads_only_what_is_made_before_it():
-    order = list(chain.STAGES)
+    order = list(chain_config.STAGES)
     assert tuple(name for name in order if name in quickstart.STAGES) == quickstart.STAGES
     for place, name in enumerate(order):
-        assert set(chain.STAGES[name].inputs) <= set(order[:place])
+        assert set(chain_config.STAGES[name].inputs) <= set(order[:place])
 
 
 @pytest.mark.parametrize("preset", quickstart.PRESETS)
 def test_a_presets_stages_share_seed_and_world(preset):
-    page = configuration.load_config(f"configs/quickstart.py:{preset}")
-    made = chain.stage_configs(configuration.to_dict(page))
+    page = chain_config.load(f"configs/quickstart.py:{preset}")
+    made = chain_config.stage_configs(page)
     assert list(made) == list(quickstart.STAGES)
     assert len({config.world for config in made.values()}) == 1
     assert {config.seed for config in made.values()} == {0}
@@ -34,33 +33,33 @@ def test_a_presets_stages_share_seed_and_world(preset):
 
 
 def test_the_control_differs_in_its_documents_alone(config):
-    made = chain.stage_configs(config)
+    made = chain_config.stage_configs(config)
     decoder, control = made["decoder"], made["control"]
     assert control == dataclasses.replace(decoder, is_vanilla=True)
-    assert decoder.layout(4).max_docs == decoder.max_docs and control.layout(4).max_docs == 0
+    assert decoder.layout(4).max_docs == 2 and control.layout(4).max_docs == 0
 
 
 @pytest.mark.parametrize("key", ["stages", "seed", "world"])
 def test_a_config_needs_what_every_stage_needs(config, key):
     del config[key]
     with pytest.raises(UserError, match=f"no '{key}'"):
-        chain.stage_configs(config)
+        chain_config.stage_configs(config)
 
 
 @pytest.mark.parametrize(
     ("world", "stage", "says"),
     [
-        ({}, "toy_pairs", "toy_pairs does not work in the config's world, emoji scenes"),
+        ({}, "toy_pairs", "toy_pairs does not support the config's world, emoji scenes"),
         (
             {"modality_offset": 1.0},
             "tokenizer",
-            "tokenizer does not work in .*, a toy of embeddings",
+            "tokenizer does not support .*, a toy world of embeddings",
         ),
     ],
 )
 def test_a_stage_is_refused_in_a_world_it_cannot_work_in(config, world, stage, says):
     with pytest.raises(UserError, match=says):
-        chain.stage_configs(config | {"world": world, "stages": [stage]})
+        chain_config.stage_configs(config | {"world": world, "stages": [stage]})
 
 
 @pytest.mark.parametrize(
@@ -68,14 +67,14 @@ def test_a_stage_is_refused_in_a_world_it_cannot_work_in(config, world, stage, s
     [
         ("decoder.model.layers", 3, "decoder: .*'layers'"),
         ("decoder.model.positions", "none", "decoder: positions are rope"),
-        ("decoder.mask_prob", 2.0, "mask_prob is 2.0"),
-        ("decoder.num_docs_weights", [0.0, 0.0, 0.0], "num_docs_weights are"),
-        ("decoder.captions_per_image", 0, "captions_per_image is 0"),
-        ("retriever.num_heads", 3, "num_heads divides embed_dim"),
-        ("retriever.patch_size", 5, "patch_size the pictures' side"),
+        ("decoder.masking.prob", 2.0, "prob is 2.0"),
+        ("decoder.sequences.num_docs_weights", [0.0, 0.0, 0.0], "num_docs_weights are"),
+        ("decoder.sequences.captions_per_image", 0, "captions_per_image is 0"),
+        ("retriever.model.num_heads", 3, "num_heads is 3, which does not divide"),
+        ("retriever.model.patch_size", 5, "model.patch_size is 5"),
         ("tokenizer.model.image_size", 64, "image_size=64 does not fit"),
         ("tokenizer.model.encoder", "vit", "encoder='vit' is unknown"),
-        ("generation.top_p", 0.0, "generation: temperature is at least 0 and top_p"),
+        ("generation.top_p", 0.0, "generation: temperature must be at least 0 and top_p"),
         ("generation.num_candidates", 0, "num_candidates is 0"),
         ("report.rows", 3, "report has no setting 'rows'"),
     ],
@@ -107,8 +106,8 @@ def test_a_memory_wants_a_folder_of_a_file_system(config):
 
 def test_the_control_follows_what_is_changed_of_the_decoder():
     changed = {"decoder.loop.num_steps": "60", "decoder.batch_size": "4"}
-    config = configuration.to_dict(configuration.load_config("configs/quickstart.py:tiny", changed))
-    configs = chain.stage_configs(config)
+    config = chain_config.load("configs/quickstart.py:tiny", changed)
+    configs = chain_config.stage_configs(config)
     alike = dataclasses.replace(configs["decoder"], is_vanilla=True)
     assert configs["control"] == alike
 
@@ -121,13 +120,11 @@ def test_the_control_follows_what_is_changed_of_the_decoder():
         {"generation.num_held_out": "1000"},
         {"neighbors.num_test": "0"},
         {"decoder.model.num_heads": "0"},
-        {"retriever.embed_dim": "0"},
+        {"retriever.model.embed_dim": "0"},
         {"tokenizer.num_init_images": "1"},
     ],
 )
 def test_counts_that_do_not_fit_are_refused_before_anything_runs(override):
-    config = configuration.to_dict(
-        configuration.load_config("configs/quickstart.py:tiny", override)
-    )
+    config = chain_config.load("configs/quickstart.py:tiny", override)
     with pytest.raises(UserError):
-        chain.stage_configs(config)
+        chain_config.stage_configs(config)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rag_mm.core import configuration, sharding
+from rag_mm.core import sharding
 from rag_mm.core.errors import UserError
 from rag_mm.data import pipeline
-from rag_mm.stages import chain, training
+from rag_mm.stages import chain_config, training
 from rag_mm.train import loop, optimizer, update_guard
 
 BATCH, NUM_RECORDS = 2, 8
@@ -84,8 +84,8 @@ def test_a_guard_that_skips_nothing_changes_rounding_at_most(tmp_path):
 
 
 def load(**overrides):
-    page = configuration.load_config("configs/quickstart.py:tiny", overrides)
-    return chain.stage_configs(configuration.to_dict(page))
+    page = chain_config.load("configs/quickstart.py:tiny", overrides)
+    return chain_config.stage_configs(page)
 
 
 def test_a_guard_is_named_on_the_page_or_by_an_override():
@@ -102,11 +102,10 @@ def test_a_guard_is_named_on_the_page_or_by_an_override():
     )
 
 
-def test_a_manifest_tells_of_a_guard_only_where_there_is_one():
-    """So that what was made before loops could have one is gone on with."""
-    assert "guard" not in chain.slice_of(load()["decoder"])["loop"]
+def test_a_manifest_records_the_whole_guard():
+    assert chain_config.slice_of(load()["decoder"])["loop"]["guard"] is None
     made = load(**{"decoder.loop.guard": "{}"})["decoder"]
-    assert chain.slice_of(made)["loop"]["guard"]["window"] == update_guard.GuardConfig.window
+    assert chain_config.slice_of(made)["loop"]["guard"]["window"] == update_guard.GuardConfig.window
 
 
 @pytest.mark.parametrize(

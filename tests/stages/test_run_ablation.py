@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from rag_mm.core import configuration, files, run_folder
+from rag_mm.core import files, run_folder
 from rag_mm.core.errors import UserError
-from rag_mm.stages import chain, run_ablation
+from rag_mm.stages import chain, chain_config, run_ablation
 
 CONFIG = {
     "stages": ["words", "model", "exam"],
@@ -238,7 +238,7 @@ def test_a_run_is_no_place_for_a_table(made, config, tmp_path):
 
 def test_the_shipped_pages_ablation_fits(tmp_path):
     """Every cell's config is one that a chain takes, and no two are alike."""
-    page = configuration.to_dict(configuration.load_config("configs/copy_probe.py:quick"))
+    page = chain_config.load("configs/copy_probe.py:quick")
     plan = run_ablation._plan(page, None)
     cells = run_ablation._cells(page, plan, tmp_path)
     keys = {cell.key for cell in cells.values()}

@@ -1,4 +1,4 @@
-"""Runs that are ended with SIGKILL; a script, so that what is forked has no jax at work in it yet."""
+"""Runs that are ended with SIGKILL; a script, so that processes are forked before jax starts threads."""
 
 import hashlib
 import json
@@ -15,16 +15,16 @@ import test_loop
 from rag_mm.data import pipeline
 from rag_mm.train import checkpoint, loop, preemption, train_metrics
 
-# Long enough that a random instant falls into any part of it.
+# Long enough that a random time can fall into any part of it.
 LONG = loop.LoopConfig(num_steps=120, log_every=3, checkpoint_every=6)
-# Where a run of `test_loop.SCHEDULE` (8 steps, a log every 2, a checkpoint every 4) dies: what is called
-# there, which call, whether before or after it, and which checkpoints are whole by then.
+# Points at which a run of `test_loop.SCHEDULE` (8 steps, log every 2, checkpoint every 4) is killed: the
+# function, which call of it, before or after the call, and the checkpoints that are complete by then.
 POINTS = {
-    "batch drawn": (loop._Run, "draw", 3, "after", []),
+    "batch loaded": (loop._Run, "next_batch", 3, "after", []),
     "step taken, between two logs": (preemption.Stop, "reach", 7, "after", [4]),
-    # Two logs a time: how fast it went, and the losses.
+    # Two logs are written each time: speed and losses.
     "log written, its checkpoint not": (train_metrics.Log, "write", 8, "after", [4]),
-    "checkpoint half written": (checkpoint._Place, "save", 1, "after", []),
+    "checkpoint half written": (checkpoint._IteratorState, "save", 1, "after", []),
     "checkpoint committed": (preemption.Stop, "commit", 1, "before", [4]),
 }
 
@@ -39,7 +39,7 @@ def die_at(point: str, folder: pathlib.Path) -> None:
         result = original(*args, **kwargs) if when == "after" or count != at else None
         if count == at:
             deadline = time.monotonic() + 60
-            # What was begun before is written beside the training.
+            # Checkpoints started before are still being written in the background.
             while steps_saved(folder) != saved and time.monotonic() < deadline:
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -48,8 +48,8 @@ def die_at(point: str, folder: pathlib.Path) -> None:
     setattr(owner, name, dying)
 
 
-class Told:
-    """An iterator that writes down which records it gave, batch by batch."""
+class RecordingIterator:
+    """An iterator that records which records were in each batch."""
 
     def __init__(self, iterator):
         self._iterator = iterator
@@ -65,16 +65,16 @@ class Told:
 
 
 def run(folder: pathlib.Path, config: loop.LoopConfig, step_fn=None) -> dict:
-    """A run from its newest checkpoint to its end: digests of state and log, and the order of the data."""
+    """Runs from the newest checkpoint to the end: digest of the state, the log, and the order of the data."""
     parts = test_loop.begin()
-    told = parts["iterator"] = Told(parts["iterator"])
+    recording = parts["iterator"] = RecordingIterator(parts["iterator"])
     parts["step_fn"] = step_fn or parts["step_fn"]
     state, _ = loop.fit("line", directory=folder, config=config, **parts)
     leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
     return {
         "state": hashlib.sha256(b"".join(leaves)).hexdigest(),
         "log": (folder / "log.jsonl").read_text(),
-        "order": {str(step): records for step, records in told.order.items()},
+        "order": {str(step): records for step, records in recording.order.items()},
     }
 
 
@@ -89,7 +89,7 @@ def _in_child(work) -> int:
 
 
 def kill_at_points(folder: pathlib.Path) -> None:
-    """Dies at each point in a folder of its own, then goes on there; prints all endings and results."""
+    """Kills a run at each point in its own folder, then resumes it there; prints all endings and results."""
     endings = {}
     for point in POINTS:
 
@@ -108,7 +108,7 @@ def kill_at_points(folder: pathlib.Path) -> None:
 
 
 def steps_saved(folder: pathlib.Path) -> list[int]:
-    """Steps of the whole checkpoints."""
+    """Steps of the complete checkpoints."""
     names = [path.name for path in (folder / "checkpoints").glob("*")]
     return sorted(int(name) for name in names if name.isdigit())
 

@@ -1,4 +1,4 @@
-"""One of the processes of a run on eight devices in all; `test_processes` starts them."""
+"""One process of a run on eight devices in total; `test_processes` starts them."""
 
 import json
 import pathlib
@@ -7,7 +7,7 @@ import time
 
 import jax
 import jax.numpy as jnp
-from faults import Told
+from faults import RecordingIterator
 from flax import nnx
 from test_loop import make_example
 
@@ -17,12 +17,12 @@ from rag_mm.nn import param_trees
 from rag_mm.train import loop, optimizer, train_state, train_step
 
 NUM_DEVICES, BATCH = 8, 8
-# An entry a device, so that every process has part of the parameters and of the moments.
+# One parameter entry per device, so that every process has part of the parameters and moments.
 MESH = (1, NUM_DEVICES, 1)
 
 
 class Wide(nnx.Module):
-    """y = the sum of x, seen through eight numbers."""
+    """y = the sum of x, fitted with eight parameters."""
 
     def __init__(self):
         self.kernel = nnx.Param(jnp.full((NUM_DEVICES,), 0.5), axes=("embed",))
@@ -48,7 +48,7 @@ def main(folder: pathlib.Path, me: int, num_steps: int, what: str) -> None:
     mesh = sharding.make_mesh(*MESH)
     graphdef, _ = param_trees.describe(Wide, mesh)
     tx = optimizer.make_optimizer(optimizer.OptimizerConfig(learning_rate=0.1, warmup_steps=2), 8)
-    told = Told(make_batches(sharding.local_rows(BATCH, mesh)))
+    batches = RecordingIterator(make_batches(sharding.local_rows(BATCH, mesh)))
     step_fn, count = train_step.make_train_step(graphdef, loss_fn, tx, seed=0), 0
 
     def slow_step(state, batch):
@@ -59,25 +59,25 @@ def main(folder: pathlib.Path, me: int, num_steps: int, what: str) -> None:
             time.sleep(0.2)
         return step_fn(state, batch)
 
-    class Stuck(Told):
+    class Stuck(RecordingIterator):
         def __next__(self):
             if len(self.order) == 2:
                 time.sleep(1000)
             return super().__next__()
 
     if what == "stuck" and me == 1:
-        told = Stuck(make_batches(sharding.local_rows(BATCH, mesh)))
+        batches = Stuck(make_batches(sharding.local_rows(BATCH, mesh)))
     _, rows = loop.fit(
         "wide",
         make_state(mesh),
         slow_step,
-        told,
+        batches,
         mesh,
         folder / "run",
         loop.LoopConfig(num_steps=num_steps, log_every=2, checkpoint_every=4),
         extras=loop.Extras(stall_seconds=8.0 if what == "stuck" else 900.0),
     )
-    result = {"rows": rows, "order": told.order}
+    result = {"rows": rows, "order": batches.order}
     (folder / f"result-{me}.json").write_text(json.dumps(result))
 
 

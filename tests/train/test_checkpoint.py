@@ -1,4 +1,4 @@
-"""State and data come back together, in the layout that is asked for, or are refused by name."""
+"""State and data iterator are restored together, in the requested layout, or refused with a clear error."""
 
 import threading
 
@@ -45,7 +45,7 @@ def make_state(mesh_shape=(1, 1, 1), value=1.0, **options):
 
 
 def at_step(state, step):
-    """As if trained that far: every leaf of the optimizer tells its own number."""
+    """A state as if trained to `step`, with a distinct value in every leaf of the optimizer state."""
     leaves, structure = jax.tree.flatten(state.opt_state)
     leaves = [leaf + jnp.asarray(i, leaf.dtype) for i, leaf in enumerate(leaves)]
     opt_state = jax.tree.unflatten(structure, leaves)
@@ -76,7 +76,7 @@ def saved(tmp_path_factory):
 
 
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (4, 2, 1), (2, 2, 2)])
-def test_a_checkpoint_comes_back_in_the_layout_of_the_new_state(saved, mesh):
+def test_a_checkpoint_is_restored_in_the_layout_of_the_new_state(saved, mesh):
     folder, state, next_batch = saved
     batches, fresh = make_batches(), make_state(mesh, value=0.0)
     checkpoints = checkpoint.Checkpoints(folder)
@@ -110,7 +110,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused(saved):
     checkpoints.close()
 
 
-def test_only_the_newest_are_kept_and_saving_twice_is_once(tmp_path):
+def test_only_the_newest_are_kept_and_a_step_is_saved_once(tmp_path):
     state, batches = make_state(), make_batches()
     checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints")
     for step in (2, 2, 4):
@@ -121,7 +121,7 @@ def test_only_the_newest_are_kept_and_saving_twice_is_once(tmp_path):
 
 
 def test_an_unfinished_checkpoint_does_not_count(tmp_path):
-    """What a kill during the write leaves behind is passed over."""
+    """Files left by a kill during the write are ignored."""
     folder = tmp_path / "checkpoints"
     checkpoints = checkpoint.Checkpoints(folder)
     checkpoints.save(at_step(make_state(), 2), make_batches())
@@ -134,7 +134,7 @@ def test_an_unfinished_checkpoint_does_not_count(tmp_path):
     checkpoints.close()
 
 
-def test_parameters_alone_go_to_any_layout_and_replace_what_was_there(tmp_path):
+def test_parameters_are_loaded_in_any_layout_and_replace_earlier_ones(tmp_path):
     checkpoint.save_params(tmp_path / "params", make_state(value=3.0).params)
     params = make_state((4, 2, 1)).params
     checkpoint.save_params(tmp_path / "params", params)
@@ -173,13 +173,13 @@ def test_the_newest_and_every_nth_are_kept(tmp_path):
 
 
 def damage(folder):
-    """Cuts every data file of a checkpoint short, as a full disk or a broken one may."""
+    """Truncates every data file of a checkpoint, as a full or broken disk might."""
     for path in sorted((folder / "params").rglob("*")):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def test_a_damaged_newest_checkpoint_is_put_aside_with_a_warning(tmp_path, capfd):
+def test_a_damaged_newest_checkpoint_is_renamed_with_a_warning(tmp_path, capfd):
     folder = tmp_path / "checkpoints"
     state, batches = make_state(value=2.0), make_batches()
     checkpoints = checkpoint.Checkpoints(folder, keep=2)
@@ -194,8 +194,8 @@ def test_a_damaged_newest_checkpoint_is_put_aside_with_a_warning(tmp_path, capfd
     restored = checkpoints.restore(make_state(value=0.0), batches)
     assert_same(restored, at_step(state, 2))
     assert_same(next(batches), expected)
-    assert "checkpoint 4 cannot be read; going on from 2" in capfd.readouterr().err
-    # The run comes by that step again, and saves it.
+    assert "checkpoint 4 cannot be read; resuming from 2" in capfd.readouterr().err
+    # The run reaches that step again and saves it.
     assert checkpoints.latest_step == 2
     checkpoints.save(at_step(state, 4), batches)
     checkpoints.close()
@@ -205,7 +205,7 @@ def test_a_damaged_newest_checkpoint_is_put_aside_with_a_warning(tmp_path, capfd
     again.close()
 
 
-def test_damaged_checkpoints_alone_are_refused(tmp_path):
+def test_only_damaged_checkpoints_is_an_error(tmp_path):
     folder = tmp_path / "checkpoints"
     checkpoints = checkpoint.Checkpoints(folder)
     checkpoints.save(at_step(make_state(), 2), make_batches())
@@ -219,7 +219,7 @@ def test_damaged_checkpoints_alone_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("mesh", [(1, 4, 1), (2, 4, 1), (1, 8, 1), (1, 1, 1)], ids=str)
-def test_what_eight_devices_saved_four_and_one_go_on_from(saved, mesh):
+def test_a_checkpoint_of_eight_devices_is_restored_on_four_and_one(saved, mesh):
     """8 -> 4 -> 1 and 4x2 -> 2x4, moments and counts included."""
     folder, state, _ = saved
     checkpoints = checkpoint.Checkpoints(folder)
@@ -231,11 +231,11 @@ def test_what_eight_devices_saved_four_and_one_go_on_from(saved, mesh):
     assert kernel.addressable_shards[0].data.shape[0] == 8 // mesh[1]
 
 
-def test_what_training_does_next_is_not_in_the_checkpoint(tmp_path):
-    """`save` comes back before the file is whole, and the next steps overwrite the state in place."""
+def test_later_steps_do_not_change_a_checkpoint_being_written(tmp_path):
+    """`save` returns before the file is complete, and the next steps overwrite the donated state."""
     mesh = sharding.make_mesh(2, 1, 1)
-    sheet = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    params = {"kernel": jax.device_put(np.ones((512, 512), np.float32), sheet)}
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    params = {"kernel": jax.device_put(np.ones((512, 512), np.float32), replicated)}
     state, batches = train_state.init_state(params, OPTIMIZER, mesh), make_batches()
     grow = jax.jit(lambda tree: jax.tree.map(lambda x: x + x, tree), donate_argnums=0)
     checkpoints, committed = checkpoint.Checkpoints(tmp_path / "checkpoints"), threading.Event()

@@ -1,4 +1,4 @@
-"""SIGKILL anywhere, a full disk: what was committed is there, and going on ends as if unbroken."""
+"""After SIGKILL or a full disk, saved checkpoints survive and a resumed run equals an uninterrupted one."""
 
 import json
 import os
@@ -46,17 +46,17 @@ def killed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("point", faults.POINTS)
-def test_killed_at_a_named_point_and_run_again_it_ends_with_the_same_bits(killed, point):
+def test_a_run_killed_at_a_named_point_and_restarted_is_bitwise_identical(killed, point):
     assert killed["endings"][point] == 9
     assert killed["saved"][point] == faults.POINTS[point][-1]
     assert_continues(killed["results"][point], killed["results"]["unbroken"])
 
 
 def assert_continues(again, unbroken):
-    """Losses and parameters are the unbroken run's, and each batch is the one it had in that place."""
+    """Losses, parameters and batches equal those of the uninterrupted run."""
     assert again["log"] == unbroken["log"] and again["state"] == unbroken["state"]
     assert again["order"].items() <= unbroken["order"].items()
-    assert again["order"], "it was killed before its end"
+    assert again["order"], "the run was not killed before its end"
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def long_run(step_fn, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_killed_at_a_random_instant(long_run, step_fn, tmp_path, seed):
-    """From its first log on; now and then it dies before anything is committed, or ends just before."""
+    """After the first log line; sometimes before any checkpoint, sometimes after the run has ended."""
     process = start("run", tmp_path)
     wait_for(tmp_path / "log.jsonl", process)
     time.sleep(np.random.default_rng(seed).uniform(0.0, 1.5))
@@ -93,7 +93,7 @@ def wait_for(path, process):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A folder that holds three megabytes."""
+    """A folder on a disk of 3 MB."""
     command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(tmp_path)]
     if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("only root may mount a small disk")
@@ -102,7 +102,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_keeps_the_last_good_checkpoint(small_disk, capfd):
+def test_a_full_disk_keeps_the_last_good_checkpoint(small_disk, capfd):
     small, batches = test_checkpoint.make_state(), test_checkpoint.make_batches()
     large = test_checkpoint.make_state(width=400_000)
     checkpoints = checkpoint.Checkpoints(small_disk / "checkpoints", keep=2)

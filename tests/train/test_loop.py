@@ -1,4 +1,4 @@
-"""The loop's promise: killed and run again, the same bits as if it had never stopped."""
+"""The training loop: a run that is killed and restarted is bitwise identical to an uninterrupted one."""
 
 import errno
 import json
@@ -33,7 +33,7 @@ SCHEDULE = loop.LoopConfig(num_steps=8, log_every=2, checkpoint_every=4)
 
 
 class Line(nnx.Module):
-    """y = kernel x + bias, fitted with noise that comes from the step's rng."""
+    """y = kernel x + bias, fitted with noise from the step's rng."""
 
     def __init__(self, width=3):
         self.kernel = nnx.Param(jnp.full((width,), 0.5), axes=(None,))
@@ -49,13 +49,13 @@ def loss_fn(model, batch, rng):
 
 
 def make_example(index, rng):
-    """Drawn anew in every epoch, so that a lost or repeated batch shows."""
+    """Random in every epoch, so that a lost or repeated batch changes the result."""
     x = rng.normal(size=3).astype(np.float32)
     return {"x": x, "y": np.float32(x @ [1.0, 2.0, 3.0] + index)}
 
 
 def begin(make_model=Line, loss_fn=loss_fn):
-    """Everything that a new process would make: nothing is shared between two calls."""
+    """Everything that a new process would create; two calls share nothing."""
     mesh = sharding.make_mesh(2, 1, 1)
     graphdef, _ = param_trees.describe(make_model, mesh)
     params = param_trees.init_params(make_model, mesh)
@@ -81,11 +81,11 @@ def assert_same(left, right):
 
 
 class Killed(Exception):
-    """Stands for SIGKILL: nothing in the loop catches it."""
+    """Simulates SIGKILL: nothing in the loop catches it."""
 
 
-class Dies:
-    """An iterator that kills the run when its batch `at` is drawn."""
+class KillingIterator:
+    """An iterator that kills the run when batch `at` is requested."""
 
     def __init__(self, iterator, at):
         self._iterator, self._at = iterator, at
@@ -101,8 +101,8 @@ class Dies:
 
 
 def dying(at):
-    """What makes an iterator die when batch `at` is drawn."""
-    return lambda iterator: Dies(iterator, at)
+    """Wraps an iterator so that requesting batch `at` kills the run."""
+    return lambda iterator: KillingIterator(iterator, at)
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +120,8 @@ def test_a_run_logs_and_learns(unbroken):
     assert rows[0].keys() == {"step", "loss", "grad_norm"}
 
 
-def test_eight_steps_are_four_and_four_more(unbroken, tmp_path):
-    """The second half is a run of its own: new iterator, new compiled step, fresh parameters."""
+def test_eight_steps_equal_four_and_four_more(unbroken, tmp_path):
+    """The second half is a separate run: new iterator, newly compiled step, fresh parameters."""
     half = loop.LoopConfig(num_steps=4, log_every=2, checkpoint_every=4)
     first, rows, _ = fit(tmp_path, half)
     assert first.step == 4 and len(rows) == 2
@@ -134,7 +134,7 @@ def test_eight_steps_are_four_and_four_more(unbroken, tmp_path):
 
 @pytest.mark.parametrize("batch", [2, 4, 5, 8])
 def test_a_run_killed_anywhere_ends_with_the_same_bits(unbroken, tmp_path, batch):
-    """Before the first checkpoint, or with a log that is ahead of it (dying at batch 8)."""
+    """Before the first checkpoint, or with a log that is ahead of the checkpoint (killed at batch 8)."""
     with pytest.raises(Killed):
         fit(tmp_path, iterator=dying(batch))
     state, rows, iterator = fit(tmp_path)
@@ -159,14 +159,14 @@ def test_the_last_step_is_logged_and_saved_wherever_it_falls(tmp_path):
     saved.close()
 
 
-def test_derived_figures_stand_beside_the_averages(tmp_path):
+def test_derived_metrics_are_logged_with_the_averages(tmp_path):
     root = lambda values: {"root_loss": float(np.sqrt(values["loss"]))}
     _, rows, _ = fit(tmp_path, loop.LoopConfig(4, 2, 2), derive=root)
     for row in rows:
         assert row["root_loss"] == pytest.approx(np.sqrt(row["loss"]), abs=1e-5)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(tmp_path):
+def test_a_non_finite_loss_stops_the_run_and_is_not_saved(tmp_path):
     def poisoned(index, rng):
         return make_example(index, rng) | {"y": np.float32(np.nan)}
 
@@ -193,7 +193,7 @@ def test_checkpoints_fall_on_logged_steps(sizes):
 
 
 def poisoned_from(first, last):
-    """Batches whose targets are no numbers from batch `first` to `last`."""
+    """Batches whose targets are NaN from batch `first` to `last`."""
 
     def make(iterator):
         class Poisoned:
@@ -229,7 +229,7 @@ def fit_guarded(directory, first, last, max_skipped=3, config=SCHEDULE):
     return loop.fit("line", directory=directory, config=config, extras=extras, **parts)
 
 
-def test_skipped_updates_are_counted_in_the_log_and_spoil_no_average(tmp_path):
+def test_skipped_updates_are_counted_in_the_log_and_excluded_from_averages(tmp_path):
     state, rows = fit_guarded(tmp_path, 3, 4)
     assert int(state.step) == 8
     assert ["skipped" in row for row in rows] == [False, True, True, True]
@@ -246,7 +246,7 @@ def test_too_many_skipped_in_a_row_end_the_run_and_name_the_batches(tmp_path):
     saved.close()
 
 
-def test_speed_stands_beside_the_log(unbroken, tmp_path):
+def test_speed_is_logged_separately(unbroken, tmp_path):
     cost = throughput.Cost(lambda batch: 100.0, peak=1e6)
     parts = begin()
     extras = loop.Extras(cost=cost)
@@ -260,7 +260,7 @@ def test_speed_stands_beside_the_log(unbroken, tmp_path):
     assert (tmp_path / "log.jsonl").read_bytes() == unbroken[2]
 
 
-def test_a_profile_traces_the_steps_that_were_asked_for(tmp_path):
+def test_a_profile_traces_the_requested_steps(tmp_path):
     with loop.profiled((3, 4)):
         fit(tmp_path)
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
@@ -268,8 +268,8 @@ def test_a_profile_traces_the_steps_that_were_asked_for(tmp_path):
     assert not (tmp_path / "without" / "profile").exists()
 
 
-def test_averages_go_on_from_where_a_process_left_them():
-    """Exactly, though on disk they are text."""
+def test_averages_resume_exactly():
+    """Although they are stored as text."""
     rng = np.random.default_rng(0)
     sums = [
         {
@@ -294,7 +294,7 @@ def test_averages_go_on_from_where_a_process_left_them():
 
 
 def test_records_of_skipped_batches_are_named(tmp_path):
-    """In the message as many as can be read, in a file beside the log all of them, batch by batch."""
+    """The message lists the first ones, a file next to the log all of them, by batch."""
     batches = begin()["iterator"]
     drawn = [next(batches)["records"].tolist() for _ in range(6)][2:]
     with pytest.raises(FloatingPointError) as caught:
@@ -305,13 +305,13 @@ def test_records_of_skipped_batches_are_named(tmp_path):
     assert found == {str(3 + i): records for i, records in enumerate(drawn)}
 
 
-def test_a_full_disk_is_said_and_costs_no_checkpoint(tmp_path, monkeypatch):
-    """The write fails beside the training, so the next save, or the end, says so."""
+def test_a_full_disk_is_reported_and_loses_no_checkpoint(tmp_path, monkeypatch):
+    """The write fails in the background, so the next save, or the end, reports it."""
 
     async def fail():
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    class Full(checkpoint._Place):
+    class Full(checkpoint._IteratorState):
         async def save(self, directory):
             write = await super().save(directory)
             if self._iterator.get_state()["next_index"] < 8:
@@ -319,7 +319,7 @@ def test_a_full_disk_is_said_and_costs_no_checkpoint(tmp_path, monkeypatch):
             write.close()
             return fail()
 
-    monkeypatch.setattr(checkpoint, "_Place", Full)
+    monkeypatch.setattr(checkpoint, "_IteratorState", Full)
     with pytest.raises(UserError, match=r"the disk is full\); the one of step 4 is kept") as caught:
         fit(tmp_path)
     assert isinstance(caught.value.__cause__, OSError)

@@ -1,4 +1,4 @@
-"""Learning rates step by step, and what weight decay leaves alone."""
+"""Learning-rate schedules step by step, which parameters decay, and gradient clipping."""
 
 import jax
 import numpy as np
@@ -23,14 +23,14 @@ def test_linear_rises_from_zero_and_falls_to_zero_at_the_last_step():
     np.testing.assert_allclose(rates(8, warmup_steps=4), expected, atol=1e-6)
 
 
-def test_cosine_falls_in_half_a_wave():
+def test_cosine_decays_over_half_a_period():
     found = rates(8, warmup_steps=4, schedule="cosine")
-    half_wave = 1 + np.cos(np.pi * np.arange(5) / 4)
-    np.testing.assert_allclose(found[4:], half_wave, atol=1e-6)
+    half_period = 1 + np.cos(np.pi * np.arange(5) / 4)
+    np.testing.assert_allclose(found[4:], half_period, atol=1e-6)
     np.testing.assert_allclose(found[:5], [0.0, 0.5, 1.0, 1.5, 2.0], atol=1e-6)
 
 
-def test_constant_stays():
+def test_constant_stays_at_the_peak():
     assert rates(5, warmup_steps=2, schedule="constant").tolist() == [0, 1, 2, 2, 2, 2]
 
 
@@ -55,7 +55,7 @@ def test_unknown_schedules_are_refused():
 
 
 def decayed(make_model):
-    """Names of the parameters that an optimizer with nothing but decay changes."""
+    """Name -> whether an optimizer that only decays changes the parameter."""
     _, abstract = param_trees.describe(make_model, None)
     ones = jax.tree.map(lambda leaf: np.ones((1,), np.float32), abstract)
     config = optimizer.OptimizerConfig(warmup_steps=0, schedule="constant", weight_decay=0.5)
@@ -69,7 +69,7 @@ def decayed(make_model):
     }
 
 
-def test_decay_shrinks_matrices_and_tables_and_leaves_norms_biases_and_temperature():
+def test_decay_applies_to_matrices_and_tables_not_to_norms_biases_and_temperature():
     config = decoder.DecoderConfig(
         8, 1, 8, 2, 8, 8, norm="layernorm", qk_norm=True, use_bias=True, positions="learned"
     )

@@ -1,4 +1,4 @@
-"""Several processes are one run: the same losses, one log, one checkpoint, and nobody waits for the dead."""
+"""Several processes train as one run: equal losses, one log, one checkpoint, and no waiting for dead ones."""
 
 import json
 import os
@@ -22,12 +22,12 @@ SCRIPT = pathlib.Path(several.__file__)
 ROOT = pathlib.Path(rag_mm.__file__).parents[1]
 
 
-def test_one_process_has_all_rows():
+def test_one_process_has_the_whole_batch():
     assert sharding.local_rows(8, sharding.make_mesh(2, 4, 1)) == range(8)
 
 
-def test_rows_of_several_processes_are_those_of_one():
-    """Without overlap or loss, whatever the order of reading."""
+def test_the_shares_of_several_processes_are_the_batch_of_one():
+    """Without overlap or loss, in any order of reading."""
     whole = several.make_batches()
     shares = [several.make_batches(range(*bounds)) for bounds in ((0, 3), (3, 4), (4, 8))]
     for _ in range(5):
@@ -38,23 +38,23 @@ def test_rows_of_several_processes_are_those_of_one():
     assert all(share.get_state() == whole.get_state() for share in shares)
 
 
-def test_a_stop_is_agreed_by_asking():
-    """One process asks nobody; several would hear of it one step later, all of them."""
+def test_a_stop_request_is_agreed_on():
+    """A single process stops at once; several would all stop one step later."""
     stop = preemption.Stop()
     agreement = preemption.Agreement(stop, sharding.make_mesh(2, 4, 1))
     assert not agreement.is_due()
-    stop.is_asked = True
+    stop.is_requested = True
     assert agreement.is_due()
 
 
-def test_a_watchdog_lets_go():
+def test_a_watchdog_ends_with_its_body():
     with watchdog.within(0.2):
         pass
     time.sleep(0.4)
 
 
 def start(folder, count, num_steps, what=""):
-    """The processes of one run, which find one another at a free port."""
+    """Starts the processes of one run, which connect at a free port."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -72,7 +72,7 @@ def start(folder, count, num_steps, what=""):
 
 
 def results(folder, count, num_steps):
-    """What each process saw, after all have ended well."""
+    """The results of each process, after all exited with 0."""
     for me, process in enumerate(start(folder, count, num_steps)):
         code = process.wait(timeout=300)
         assert code == 0, (folder / f"stderr-{me}").read_text()[-3000:]
@@ -87,7 +87,7 @@ def assert_same_losses(rows, expected):
 
 
 def params_on_one_device(folder):
-    """What a process with one device makes of the newest checkpoint."""
+    """The newest checkpoint as restored on a single device."""
     checkpoints = checkpoint.Checkpoints(folder / "run" / "checkpoints", 2)
     state = several.make_state(sharding.make_mesh())
     restored = checkpoints.restore(state, several.make_batches())
@@ -109,7 +109,7 @@ def pair(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_two_processes_of_four_devices_are_one_of_eight(alone, pair):
+def test_two_processes_of_four_devices_equal_one_of_eight(alone, pair):
     folder, seen = pair
     for each in seen:
         assert_same_losses(each["rows"], alone[1]["rows"])
@@ -128,7 +128,7 @@ def test_a_checkpoint_of_two_processes_is_read_by_one_on_one_device(alone, pair)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("counts", [(2, 1), (1, 2)], ids=["two, then one", "one, then two"])
-def test_the_count_of_processes_changes_on_resume(alone, tmp_path, counts):
+def test_the_number_of_processes_may_change_on_resume(alone, tmp_path, counts):
     first, then = counts
     results(tmp_path, first, 4)
     seen = results(tmp_path, then, 8)
@@ -140,7 +140,7 @@ def test_the_count_of_processes_changes_on_resume(alone, tmp_path, counts):
 
 
 def wait_for(folder, at_least, running):
-    """Until every process has come to that step."""
+    """Waits until every process has reached that step."""
     deadline = time.monotonic() + 240
     for me, process in enumerate(running):
         path = folder / f"here-{me}"
@@ -163,16 +163,16 @@ def test_a_killed_process_ends_the_other_within_a_minute(tmp_path, victim):
 
 
 @pytest.mark.slow
-def test_a_process_that_is_stuck_in_its_input_says_where_and_all_end(tmp_path):
+def test_a_process_stuck_in_its_input_prints_its_stack_and_all_end(tmp_path):
     running = start(tmp_path, 2, 8, "stuck")
     assert running[1].wait(timeout=240) == 1
-    said = (tmp_path / "stderr-1").read_text()
-    assert "Timeout" in said and "several.py" in said and "__next__" in said
+    stderr = (tmp_path / "stderr-1").read_text()
+    assert "Timeout" in stderr and "several.py" in stderr and "__next__" in stderr
     assert running[0].wait(timeout=60) != 0
 
 
 @pytest.mark.slow
-def test_all_save_the_same_step_where_one_is_told_to_end(alone, tmp_path):
+def test_all_save_the_same_step_if_one_receives_sigterm(alone, tmp_path):
     running = start(tmp_path, 2, 8, "slow")
     wait_for(tmp_path, 2, running)
     running[1].send_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""What a pod needs of the step: every spec, remat and chunks that change nothing, parts that add up."""
+"""Training steps at scale: parameter specs, remat and loss chunks, microbatches, bfloat16."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ CONFIG = ra_cm3.RACM3Config(
         qk_norm=True,
         smear_lags=((1,),),
         use_bias=True,
-        init_std=0.2,
+        init=decoder.InitConfig(std=0.2),
     ),
     code_offset=32,
 )
@@ -130,7 +130,7 @@ def assert_close(left, right, atol):
 
 
 def test_every_parameter_and_moment_has_the_spec_it_should():
-    """On paper, and in the state that leaves a compiled step on 2x2x2."""
+    """In the abstract state, and in the state returned by a compiled step on 2x2x2."""
     _, after, _, _ = eight()
     _, abstract = param_trees.describe(make_model, sharding.make_mesh(2, 2, 2))
     adam = optax.tree_utils.tree_get(after.opt_state, "ScaleByAdamState")
@@ -145,7 +145,7 @@ def eight():
 
 
 def test_the_state_is_updated_in_place():
-    """Every leaf of the state is an alias of its successor in the compiled program, and nothing else is."""
+    """In the compiled program every leaf of the state, and nothing else, is aliased to its successor."""
     before, after, _, program = eight()
     header = program.as_text().split("\n", 1)[0]
     table = header.split("input_output_alias={ ", 1)[1].split(" }, entry")[0]
@@ -177,14 +177,14 @@ def plain():
 @pytest.mark.parametrize(
     ("remat", "loss_chunks"), [("dots", 3), pytest.param("full", 1, marks=pytest.mark.slow)]
 )
-def test_remat_and_chunks_change_memory_alone(plain, remat, loss_chunks):
+def test_remat_and_chunks_change_only_memory(plain, remat, loss_chunks):
     _, after, metrics, _ = take_step(replace(remat, loss_chunks=loss_chunks))
     assert metrics == pytest.approx(plain[2], abs=1e-5)
     assert_close(first_moment(after), first_moment(plain[1]), 1e-5)
 
 
-def test_remat_keeps_less():
-    """In a stack that is deep beside everything else, from everything to products to inputs alone."""
+def test_remat_reduces_memory():
+    """In a deep stack: none keeps all activations, dots the matrix products, full only the layer inputs."""
     sizes = []
     for remat in ("none", "dots", "full"):
         shape = decoder.DecoderConfig(64, 8, 64, 4, 256, 64, remat=remat)
@@ -204,8 +204,8 @@ def test_remat_keeps_less():
 @pytest.mark.parametrize(
     ("mesh", "num_parts"), [((1, 1, 1), 4), pytest.param((2, 2, 1), 2, marks=pytest.mark.slow)]
 )
-def test_parts_add_up_to_the_step_of_the_whole_batch(plain, mesh, num_parts):
-    """Though parts hold different numbers of targets, and some none at all."""
+def test_microbatches_add_up_to_the_step_of_the_whole_batch(plain, mesh, num_parts):
+    """Even though microbatches have different numbers of targets, and some none."""
     batch = make_batch()
     batch["roles"][::4] = 0
     whole = take_step(CONFIG, batch=batch)
@@ -216,12 +216,12 @@ def test_parts_add_up_to_the_step_of_the_whole_batch(plain, mesh, num_parts):
 
 
 def test_a_batch_that_does_not_split_is_refused():
-    with pytest.raises(ValueError, match="8 rows does not split into 3"):
+    with pytest.raises(ValueError, match="8 does not split into 3"):
         take_step(CONFIG, num_parts=3)
 
 
 def test_bfloat16_computes_on_float32_masters(plain):
-    """Near the float32 step, and everything that outlives the step is float32."""
+    """Close to the float32 step; all state kept between steps is float32."""
     _, after, metrics, _ = eight()
     for name, leaf in names_of((after.params, after.opt_state)).items():
         assert leaf.dtype in (jnp.float32, jnp.int32), name

@@ -1,4 +1,4 @@
-"""What is said of a run's speed, against a clock that the test turns."""
+"""Speed figures of a run, with a simulated clock."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def test_times_rates_and_shares(clock, tmp_path):
     assert row["mfu"] == pytest.approx(4000 / 8 / 4000)
 
 
-def test_saving_is_no_part_of_a_step_and_logs_begin_anew(clock, tmp_path):
+def test_saving_is_excluded_from_step_times_and_each_log_line_starts_from_zero(clock, tmp_path):
     watch = throughput.Speed(tmp_path / "speed.jsonl", 0)
     clock.now += 1
     watch.step(BATCH)
@@ -47,7 +47,7 @@ def test_saving_is_no_part_of_a_step_and_logs_begin_anew(clock, tmp_path):
     assert row.keys() == {"step", "step_seconds_p50", "step_seconds_p99", "input_wait"}
 
 
-def test_a_resumed_run_cuts_the_file_back(clock, tmp_path):
+def test_a_resumed_run_drops_later_lines(clock, tmp_path):
     path = tmp_path / "speed.jsonl"
     watch = throughput.Speed(path, 0)
     for step in (2, 4, 6):

@@ -1,4 +1,4 @@
-"""Averages divide once, after adding; a log begins again where its run does."""
+"""Averages are sums divided once by their weights; a log resumes where its run does."""
 
 import importlib.util
 import json
@@ -12,7 +12,7 @@ import pytest
 from rag_mm.train import train_metrics
 
 
-def test_averages_weigh_by_weight_not_by_step():
+def test_averages_are_weighted_by_weight_not_by_step():
     averages = train_metrics.Averages()
     averages.add({"loss": (jnp.float32(10), jnp.float32(1))})
     averages.add(
@@ -43,7 +43,7 @@ def test_sums_may_be_arrays():
     np.testing.assert_allclose(averages.pop()["usage"], [0.5, 0.5, 0.75])
 
 
-def test_a_log_is_cut_back_to_the_step_it_resumes_from(tmp_path):
+def test_a_log_drops_lines_after_the_resumed_step(tmp_path):
     path = tmp_path / "log.jsonl"
     log = train_metrics.Log(path, 0)
     for step in (2, 4, 6):
@@ -69,7 +69,7 @@ def test_without_tensorflow_there_is_no_board(tmp_path, monkeypatch):
 
 
 def test_the_board_gets_the_scalars_of_the_log(tmp_path, monkeypatch):
-    """CLU's writer wants TensorFlow, so here another one stands for it."""
+    """CLU's writer requires TensorFlow, so a stub replaces it."""
     written = []
     writer = types.SimpleNamespace(
         write_scalars=lambda step, scalars: written.append((step, scalars)),

@@ -1,6 +1,7 @@
-"""A training step is one pure function: the same on every mesh, in place, Adam as in the paper."""
+"""A training step is a pure function: equal on every mesh, with donated state, and Adam as published."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ CONFIG = ra_cm3.RACM3Config(
         max_seq_len=10,
         qk_norm=True,
         smear_lags=((1, 2), (8, 9)),
-        init_std=0.2,
+        init=decoder.InitConfig(std=0.2),
     ),
     code_offset=16,
 )
@@ -60,13 +61,13 @@ def make_batch(seed=0):
 
 @pytest.fixture(scope="module")
 def fresh():
-    """`init_params` on the last mesh, as NumPy arrays: the others give the same (test_params)."""
+    """`init_params` on the last mesh, as NumPy arrays; the other meshes give the same (test_params)."""
     return jax.device_get(param_trees.init_params(make_model, sharding.make_mesh(2, 2, 2)))
 
 
 @pytest.fixture(scope="module")
 def trained(fresh):
-    """name -> what three steps on that mesh leave behind."""
+    """Name -> the results of three steps on that mesh."""
 
     @functools.cache
     def train(name):
@@ -93,7 +94,7 @@ def trained(fresh):
 
 
 def _moments(state):
-    """Adam's first and second moments, trees like the parameters."""
+    """Adam's first and second moments, trees with the structure of the parameters."""
     adam = optax.tree_utils.tree_get(state.opt_state, "ScaleByAdamState")
     return adam.mu, adam.nu
 
@@ -113,8 +114,8 @@ def test_eight_devices_take_the_same_step_as_one(trained, mesh):
 
 
 @pytest.mark.parametrize("mesh", ["1", *EIGHT])
-def test_moments_lie_like_their_parameter(trained, mesh):
-    """In the state that leaves a step as in the one that `init_state` makes."""
+def test_moments_are_sharded_like_their_parameter(trained, mesh):
+    """In the state returned by a step as well as in that of `init_state`."""
     run = trained(mesh)
     for state in (run["given"][0], run["given"][-1]):
         wanted = jax.tree.map(lambda leaf: leaf.sharding.spec, run["abstract"])
@@ -138,8 +139,23 @@ def test_the_state_is_donated_and_the_step_compiled_once(trained, mesh):
     assert run["step"]._cache_size() == 1
 
 
+def test_scopes_name_the_parts_of_a_step_in_a_profile():
+    """They are part of the operations' names in the lowered program."""
+    mesh = sharding.make_mesh()
+    graphdef, abstract = param_trees.describe(make_model, mesh)
+    loss_fn = functools.partial(ra_cm3.loss_fn, config=CONFIG)
+    step = train_step.make_train_step(graphdef, loss_fn, OPTIMIZER, seed=0)
+    with jax.set_mesh(mesh):
+        opt_state = jax.eval_shape(OPTIMIZER.init, abstract)
+        state = train_state.TrainState(jax.ShapeDtypeStruct((), jnp.int32), abstract, opt_state)
+        program = step.lower(state, make_batch())
+    names = set(re.findall(r'loc\("([^"]*)"', program.as_text(debug_info=True)))
+    for scope in ("gradient", "update", "embed", "block", "qkv", "attention", "mlp", "logits"):
+        assert any(re.search(rf"\b{scope}[/)]", name) for name in names), scope
+
+
 class Linear(nnx.Module):
-    """Gradients of its loss are the batch itself."""
+    """The gradient of its loss is the batch itself."""
 
     def __init__(self):
         self.kernel = nnx.Param(jnp.array([[1.0, -2.0], [0.5, 3.0]]))
@@ -188,7 +204,7 @@ def test_steps_equal_a_numpy_adam_with_clipping_decay_and_warm_up():
     assert int(state.step) == len(rates)
 
 
-def test_randomness_comes_from_the_seed_and_the_step_alone():
+def test_randomness_depends_only_on_seed_and_step():
     batch = {"kernel": np.ones((2, 2), np.float32), "scale": np.ones(2, np.float32)}
     draws = []
     for seed in (0, 0, 1):

@@ -1,4 +1,4 @@
-"""Bad updates are left out and counted, and what a run resumes from knows of them."""
+"""Bad updates are skipped and counted, and the counts are part of the optimizer state."""
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,9 @@ def run(losses, grads=None, config=CONFIG):
 
     params, state, seen = PARAMS, guarded.init(PARAMS), []
     for i, loss in enumerate(losses):
-        given = GRADS if grads is None else grads[i]
+        step_grads = GRADS if grads is None else grads[i]
         with jax.numpy_dtype_promotion("standard"):
-            params, state = step(params, state, given, jnp.float32(loss))
+            params, state = step(params, state, step_grads, jnp.float32(loss))
         seen.append((params, state))
     return seen
 
@@ -37,7 +37,7 @@ def assert_same(left, right):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3.0], ids=str)
-def test_a_bad_loss_leaves_parameters_and_moments_to_the_bit(bad):
+def test_a_bad_loss_changes_neither_parameters_nor_moments(bad):
     before, after = run([1.0, 1.1, 0.9, 1.0, bad])[3:]
     assert_same(after[0], before[0])
     assert_same(after[1].inner, before[1].inner)
@@ -46,14 +46,14 @@ def test_a_bad_loss_leaves_parameters_and_moments_to_the_bit(bad):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf], ids=str)
-def test_a_gradient_that_is_no_number_is_left_out(bad):
+def test_a_non_finite_gradient_is_skipped(bad):
     poisoned = {"kernel": GRADS["kernel"].at[1, 2].set(bad)}
     before, after = run([1.0, 1.0], [GRADS, poisoned])
     assert_same(after[0], before[0])
     assert update_guard.counts(after[1]) == (1, 1)
 
 
-def test_good_steps_are_those_of_the_inner_optimizer():
+def test_good_steps_equal_those_of_the_inner_optimizer():
     losses = [5.0, 4.0, 3.0, 2.5, 2.4, 2.6]
     inner, params = optax.adam(0.1), PARAMS
     state = inner.init(params)
@@ -64,24 +64,24 @@ def test_good_steps_are_those_of_the_inner_optimizer():
         np.testing.assert_allclose(found["kernel"], params["kernel"], rtol=1e-6)
 
 
-def test_a_skip_is_as_if_the_batch_had_never_come():
+def test_a_skipped_batch_has_no_effect_on_later_steps():
     with_skip = run([1.0, 1.1, 0.9, 1.0, np.nan, 1.05])[-1]
     without = run([1.0, 1.1, 0.9, 1.0, 1.05])[-1]
     assert_same(with_skip[0], without[0])
     assert update_guard.counts(with_skip[1]) == (1, 0)
 
 
-def test_nothing_is_a_spike_before_the_window_is_full_nor_a_fall():
+def test_no_spike_before_the_window_is_full_nor_for_a_lower_loss():
     assert update_guard.counts(run([1.0, 50.0, 1.0])[-1][1]) == (0, 0)
     assert update_guard.counts(run([1.0, 1.1, 0.9, 1.0, 0.01])[-1][1]) == (0, 0)
 
 
-def test_a_settled_loss_may_waver_by_a_hundredth():
+def test_a_converged_loss_may_vary_by_one_percent():
     assert update_guard.counts(run([2.0] * 4 + [2.015])[-1][1]) == (0, 0)
     assert update_guard.counts(run([2.0] * 4 + [2.03])[-1][1]) == (1, 1)
 
 
-def test_skipped_steps_weigh_nothing_in_averages():
+def test_skipped_steps_have_zero_weight_in_averages():
     (_, before), (_, after) = run([1.0, np.nan])
     sums = {"loss": (jnp.float32(np.nan), jnp.float32(3))}
     blank = update_guard.blank_skipped(before, after, sums)
@@ -90,10 +90,10 @@ def test_skipped_steps_weigh_nothing_in_averages():
     assert np.isnan(kept["loss"][0]) and kept["loss"][1] == 3
 
 
-def test_the_house_optimizer_takes_a_guard():
+def test_make_optimizer_takes_a_guard():
     tx = optimizer.make_optimizer(optimizer.OptimizerConfig(warmup_steps=0), 9, CONFIG)
     state = tx.init(PARAMS)
-    assert isinstance(state, update_guard.State) and state.losses.shape == (4,)
+    assert isinstance(state, update_guard.GuardState) and state.losses.shape == (4,)
     assert update_guard.counts(
         optimizer.make_optimizer(optimizer.OptimizerConfig(), 9).init(PARAMS)
     ) == (
@@ -102,14 +102,14 @@ def test_the_house_optimizer_takes_a_guard():
     )
 
 
-def test_windows_and_sigmas_that_mean_nothing_are_refused():
+def test_invalid_guard_settings_are_refused():
     for options in (dict(window=1), dict(sigmas=0.0), dict(max_in_a_row=0)):
         with pytest.raises(ValueError, match="guard"):
             update_guard.GuardConfig(**options)
 
 
 def test_no_second_copy_of_the_state_is_made():
-    """Choosing stores at most one more array of a parameter's size; a copy takes three."""
+    """The guard may store at most one more array of a parameter's size; a copy of the state takes three."""
     big = {"kernel": jax.ShapeDtypeStruct((256, 1024), jnp.float32)}
     sizes = []
     for tx in (optax.adam(0.1), update_guard.guard(optax.adam(0.1), CONFIG)):

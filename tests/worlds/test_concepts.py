@@ -68,7 +68,7 @@ def test_an_offset_parts_the_modalities():
         ({"group_size": 3}, "divides num_classes"),
         ({"num_common": 32}, "at least one each"),
         ({"wrong_captions": 1.5}, "0 to 1"),
-        ({"spread": 0.0}, "spread more than 0"),
+        ({"class_spread": 0.0}, "class_spread more than 0"),
     ],
 )
 def test_worlds_that_cannot_be(changes, says):

@@ -1,7 +1,7 @@
-"""Search over rows in the memory of every device of a mesh: for memories larger than one host.
+"""Search over rows sharded over the devices of a mesh, for memories larger than one host.
 
-Each device scores its own rows and keeps its best k; these are gathered and the best k of them are the
-answer, so that a search moves k hits a device and never a row.
+Each device scores its rows and keeps its best k hits; these are all-gathered and the best k of them returned.
+A search thus communicates k hits per device and never a row.
 """
 
 import dataclasses
@@ -25,13 +25,13 @@ _AXIS = "rows"
 
 @dataclasses.dataclass(frozen=True)
 class DeviceConfig:
-    """How to search.
+    """Search settings.
 
     Attributes:
-        recall_target: of the best k on a TPU, where `jax.lax.approx_max_k` finds them; elsewhere, and
-            at 1, the best k of the scores are exact.
-        dtype: of the rows on the devices; `auto` is bfloat16, and float32 on a CPU, which computes
-            slower in bfloat16.
+        recall_target: expected recall of `jax.lax.approx_max_k` on a TPU, in (0, 1]. With 1, and on other
+            devices, top-k is exact.
+        dtype: dtype of the rows on the devices. `auto` is bfloat16, but float32 on a CPU, where bfloat16 is
+            slower.
     """
 
     recall_target: float = 0.95
@@ -39,20 +39,20 @@ class DeviceConfig:
 
     def __post_init__(self):
         if not 0 < self.recall_target <= 1:
-            raise ValueError(f"recall_target is {self.recall_target}, give more than 0, at most 1")
+            raise ValueError(f"recall_target is {self.recall_target}; give a number in (0, 1]")
         if self.dtype not in ("auto", "bfloat16", "float32"):
-            raise ValueError(f"dtype is auto, bfloat16 or float32, not {self.dtype!r}")
+            raise ValueError(f"dtype is {self.dtype!r}; give auto, bfloat16 or float32")
 
 
 class DeviceIndex:
-    """Rows over all devices of a mesh, whatever its axes are called."""
+    """Rows sharded over all devices of a mesh, regardless of its axes."""
 
     kind = "device"
 
     def __init__(self, mesh: Mesh | None = None, config: DeviceConfig | None = None):
-        """Over the mesh's devices; over all that this process has if None."""
+        """Uses the mesh's devices, or all local devices if `mesh` is None."""
         devices = np.asarray(jax.local_devices() if mesh is None else mesh.devices).reshape(-1)
-        # One axis of its own: the rows do not care how a model is laid out on the same devices.
+        # A separate mesh with one axis: the rows' sharding is independent of any model's.
         self._mesh = Mesh(devices, (_AXIS,), axis_types=(AxisType.Auto,))
         config = config or DeviceConfig()
         if config.dtype == "auto":
@@ -66,17 +66,17 @@ class DeviceIndex:
 
     @property
     def num_rows(self) -> int:
-        """How many rows can be found."""
+        """Number of rows, excluding removed ones."""
         return 0 if self._live is None else len(self._live)
 
     def build(self, embeddings: np.ndarray) -> None:
-        """Replaces the rows, as the protocol says; each device is handed its own part of them."""
+        """Replaces the rows and copies each device's part to it; see `Index.build`."""
         rows = protocol.check_rows(embeddings)
         padded = _round_up(max(len(rows), 1), self._mesh.size)
         dtype = jnp.dtype(self._config.dtype)
 
-        def part(place: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = place[0].indices(padded)
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(padded)
             values = np.zeros((stop - start, rows.shape[1]), dtype)
             values[: max(0, len(rows) - start)] = rows[start:stop]
             return values
@@ -87,7 +87,7 @@ class DeviceIndex:
         self._set_live(live_rows.LiveRows(len(rows)))
 
     def add(self, embeddings: np.ndarray) -> None:
-        """Appends rows, as the protocol says."""
+        """Appends rows; see `Index.add`."""
         if self._host_rows is None or self._live is None:
             self.build(embeddings)
             return
@@ -95,8 +95,8 @@ class DeviceIndex:
         self.build(np.concatenate([self._host_rows[self._live.stored], embeddings]))
 
     def remove(self, ids: np.ndarray) -> None:
-        """Takes rows out, as the protocol says; what is left is not copied."""
-        self._set_live(protocol.need_rows(self._live).without(ids))
+        """Removes rows without copying the others; see `Index.remove`."""
+        self._set_live(protocol.require_rows(self._live).without(ids))
 
     def _set_live(self, live: live_rows.LiveRows) -> None:
         assert self._rows is not None
@@ -109,7 +109,7 @@ class DeviceIndex:
         self._mask = jax.device_put(mask, sharding)
 
     def search(self, queries: np.ndarray, k: int) -> protocol.Neighbors:
-        """The best k rows of each query, as the protocol says, scored in float32 from the dtype's rows."""
+        """The best k rows for each query; see `Index.search`. Scores are accumulated in float32."""
         dim = None if self._host_rows is None else self._host_rows.shape[1]
         queries = protocol.check_queries(queries, k, dim)
         return protocol.search_batches(self._search_batch, self._live, queries, k, _MAX_QUERIES)
@@ -118,19 +118,19 @@ class DeviceIndex:
         bucket = max(_MIN_QUERIES, 1 << (len(queries) - 1).bit_length())
         padded = np.zeros((bucket, queries.shape[1]), jnp.dtype(self._config.dtype))
         padded[: len(queries)] = queries
-        is_whole = self._mask is None
-        search = make_search(self._mesh, k, self._config.recall_target, not is_whole)
-        masks = () if is_whole else (self._mask,)
+        is_masked = self._mask is not None
+        search = make_search(self._mesh, k, self._config.recall_target, is_masked)
+        masks = (self._mask,) if is_masked else ()
         ids, scores = search(padded, self._rows, *masks)
         return np.asarray(ids)[: len(queries)], np.asarray(scores)[: len(queries)]
 
     def save(self, directory: Path) -> None:
-        """Writes what `load` needs beside the rows that are left."""
+        """Writes the index's description; see `Index.save`."""
         saved = {"kind": self.kind, "rows": self.num_rows, **dataclasses.asdict(self._config)}
         files.write_json(directory / "index.json", saved)
 
     def load(self, directory: Path, embeddings: np.ndarray) -> None:
-        """Reads what `save` wrote over the same rows; the dtype is this machine's own."""
+        """Reads what `save` wrote; see `Index.load`. The dtype is chosen for this machine, not read."""
         path = directory / "index.json"
         saved = files.read_json(path)
         try:
@@ -141,7 +141,7 @@ class DeviceIndex:
         if described != (self.kind, len(embeddings)):
             raise UserError(
                 f"{path} does not describe a device index over {len(embeddings)} rows: "
-                "the memory is damaged, build it again."
+                "the memory is damaged; build it again."
             )
         self._config = config
         self.build(embeddings)
@@ -149,17 +149,18 @@ class DeviceIndex:
 
 @functools.lru_cache(maxsize=64)
 def make_search(mesh: Mesh, k: int, recall_target: float, is_masked: bool = True) -> Any:
-    """A compiled search over a mesh of one axis.
+    """A compiled search over a mesh with one axis.
 
     Args:
-        mesh: R rows are split over its axis, R a multiple of its size.
-        k: at most the rows that the mask leaves.
+        mesh: R rows are sharded over its axis; R is a multiple of its size.
+        k: at most the number of unmasked rows.
         recall_target: see `DeviceConfig`.
-        is_masked: whether rows are left out; where none is, a pass over all scores is spared.
+        is_masked: whether the search takes a mask; without one it saves a pass over all scores.
 
     Returns:
         (queries [Q, D], rows [R, D], mask bool [R] if masked) -> ids int32 [Q, k] and scores float32
-        [Q, k], whole on every device, best first; equal scores go to the smaller id where they are exact.
+        [Q, k], replicated on every device, best first. With exact top-k, the smaller id comes first among
+        equal scores.
     """
     (axis,) = mesh.axis_names
     if mesh.devices.flat[0].platform != "tpu":
@@ -177,36 +178,38 @@ def make_search(mesh: Mesh, k: int, recall_target: float, is_masked: bool = True
         )
         if mask_r is not None:
             scores_qr = jnp.where(mask_r[None, :], scores_qr, -jnp.inf)
-        num_own = rows_rd.shape[0]
-        scores, places = _best(scores_qr, min(k, num_own), recall_target, num_own * mesh.size)
+        num_local = rows_rd.shape[0]
+        scores, local_ids = _top_k(
+            scores_qr, min(k, num_local), recall_target, num_local * mesh.size
+        )
         if mesh.size == 1:
-            return places, scores
-        ids = places + num_own * jax.lax.axis_index(axis).astype(jnp.int32)
-        # By device, so that among equal scores the smaller ids stand first.
+            return local_ids, scores
+        ids = local_ids + num_local * jax.lax.axis_index(axis).astype(jnp.int32)
+        # Gathered in device order, so that smaller ids come first among equal scores.
         scores = jax.lax.all_gather(scores, axis, axis=1, tiled=True)
         ids = jax.lax.all_gather(ids, axis, axis=1, tiled=True)
-        scores, places = jax.lax.top_k(scores, k)
-        return jnp.take_along_axis(ids, places, axis=1), scores
+        scores, columns = jax.lax.top_k(scores, k)
+        return jnp.take_along_axis(ids, columns, axis=1), scores
 
-    split, whole = PartitionSpec(axis), PartitionSpec()
-    specs = (whole, split, split) if is_masked else (whole, split)
+    sharded, replicated = PartitionSpec(axis), PartitionSpec()
+    specs = (replicated, sharded, sharded) if is_masked else (replicated, sharded)
     mapped = jax.shard_map(
-        search, mesh=mesh, in_specs=specs, out_specs=(whole, whole), check_vma=False
+        search, mesh=mesh, in_specs=specs, out_specs=(replicated, replicated), check_vma=False
     )
     return jax.jit(mapped)
 
 
-def _best(
+def _top_k(
     scores_qr: jax.Array, k: int, recall_target: float, num_rows: int
 ) -> tuple[jax.Array, jax.Array]:
-    """A device's best k scores and their places, int32; recall is that among `num_rows` of all."""
+    """One device's best k scores and their columns, int32; recall is relative to all `num_rows` rows."""
     if recall_target == 1:
-        values, places = jax.lax.top_k(scores_qr, k)
+        values, columns = jax.lax.top_k(scores_qr, k)
     else:
-        values, places = jax.lax.approx_max_k(
+        values, columns = jax.lax.approx_max_k(
             scores_qr, k, recall_target=recall_target, reduction_input_size_override=num_rows
         )
-    return values, places
+    return values, columns
 
 
 def _round_up(value: int, multiple: int) -> int:

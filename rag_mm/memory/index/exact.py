@@ -1,4 +1,4 @@
-"""Exact inner-product search in JAX: the oracle, and the index for up to about a million rows."""
+"""Exact inner-product search in JAX: the reference for other indexes, practical up to a million rows."""
 
 import functools
 from pathlib import Path
@@ -11,14 +11,16 @@ from rag_mm.core import files
 from rag_mm.core.errors import UserError
 from rag_mm.memory.index import live_rows, protocol
 
-_ROWS_PER_CHUNK = 32_768  # Scores of one chunk for 256 queries are 32 MiB.
-_ROWS_PER_BLOCK = 1_024  # Small memories are padded to this, so that sizes share a program.
+_ROWS_PER_CHUNK = 32_768  # The scores of one chunk for 256 queries take 32 MiB.
+_ROWS_PER_BLOCK = (
+    1_024  # Small memories are padded to a multiple of this, so that sizes share a program.
+)
 _MAX_QUERIES = 256
 _MIN_QUERIES = 8
 
 
 class ExactIndex:
-    """Rows on one device, scored in float32; equal scores go to the smaller id."""
+    """Rows on one device, scored in float32; among equal scores the smaller id comes first."""
 
     kind = "exact"
 
@@ -30,11 +32,11 @@ class ExactIndex:
 
     @property
     def num_rows(self) -> int:
-        """How many rows can be found."""
+        """Number of rows, excluding removed ones."""
         return 0 if self._live is None else len(self._live)
 
     def build(self, embeddings: np.ndarray) -> None:
-        """Replaces the rows, as the protocol says."""
+        """Replaces the rows; see `Index.build`."""
         rows = protocol.check_rows(embeddings)
         chunk = min(_ROWS_PER_CHUNK, _round_up(max(len(rows), 1), _ROWS_PER_BLOCK))
         padded = np.zeros((_round_up(max(len(rows), 1), chunk), rows.shape[1]), np.float32)
@@ -44,7 +46,7 @@ class ExactIndex:
         self._set_live(live_rows.LiveRows(len(rows)))
 
     def add(self, embeddings: np.ndarray) -> None:
-        """Appends rows, as the protocol says."""
+        """Appends rows; see `Index.add`."""
         if self._rows is None or self._live is None:
             self.build(embeddings)
             return
@@ -52,8 +54,8 @@ class ExactIndex:
         self.build(np.concatenate([self._rows[self._live.stored], embeddings]))
 
     def remove(self, ids: np.ndarray) -> None:
-        """Takes rows out, as the protocol says; what is left is not copied."""
-        self._set_live(protocol.need_rows(self._live).without(ids))
+        """Removes rows without copying the others; see `Index.remove`."""
+        self._set_live(protocol.require_rows(self._live).without(ids))
 
     def _set_live(self, live: live_rows.LiveRows) -> None:
         assert self._chunks is not None
@@ -62,7 +64,7 @@ class ExactIndex:
         self._live, self._masks = live, jnp.asarray(masks)
 
     def search(self, queries: np.ndarray, k: int) -> protocol.Neighbors:
-        """The best k rows of each query, as the protocol says."""
+        """The best k rows for each query; see `Index.search`."""
         dim = None if self._rows is None else self._rows.shape[1]
         queries = protocol.check_queries(queries, k, dim)
         return protocol.search_batches(self._search_batch, self._live, queries, k, _MAX_QUERIES)
@@ -75,16 +77,16 @@ class ExactIndex:
         return np.asarray(ids)[: len(queries)], np.asarray(scores)[: len(queries)]
 
     def save(self, directory: Path) -> None:
-        """Writes what `load` needs beside the rows."""
+        """Writes the index's description; see `Index.save`."""
         files.write_json(directory / "index.json", {"kind": self.kind, "rows": self.num_rows})
 
     def load(self, directory: Path, embeddings: np.ndarray) -> None:
-        """Reads what `save` wrote over the same rows."""
+        """Reads what `save` wrote; see `Index.load`."""
         saved = files.read_json(directory / "index.json")
         if saved != {"kind": self.kind, "rows": len(embeddings)}:
             raise UserError(
                 f"{directory / 'index.json'} does not describe an exact index over "
-                f"{len(embeddings)} rows: the memory is damaged, build it again."
+                f"{len(embeddings)} rows: the memory is damaged; build it again."
             )
         self.build(embeddings)
 
@@ -97,7 +99,7 @@ def _round_up(value: int, multiple: int) -> int:
 def _top_k(
     chunks_crd: jax.Array, masks_cr: jax.Array, queries_qd: jax.Array, k: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The best k of the rows that the mask leaves: ids int32 [Q, k] and scores float32 [Q, k]."""
+    """The best k of the unmasked rows: ids int32 [Q, k] and scores float32 [Q, k]."""
     num_queries, chunk = queries_qd.shape[0], chunks_crd.shape[1]
 
     def visit(best, chunk_mask_start):
@@ -111,17 +113,17 @@ def _top_k(
         )
         ids_r = start + jnp.arange(chunk, dtype=jnp.int32)
         scores_qr = jnp.where(mask_r[None, :], scores_qr, -jnp.inf)
-        scores, places = jax.lax.top_k(scores_qr, min(k, chunk))
-        # What was found before stands first: top_k prefers it among equals, as it has smaller ids.
+        scores, columns = jax.lax.top_k(scores_qr, min(k, chunk))
+        # Earlier hits come first, as they have smaller ids and top_k prefers the first of equal scores.
         scores = jnp.concatenate([best[1], scores], axis=1)
-        ids = jnp.concatenate([best[0], ids_r[places]], axis=1)
-        scores, places = jax.lax.top_k(scores, k)
-        return (jnp.take_along_axis(ids, places, axis=1), scores), None
+        ids = jnp.concatenate([best[0], ids_r[columns]], axis=1)
+        scores, columns = jax.lax.top_k(scores, k)
+        return (jnp.take_along_axis(ids, columns, axis=1), scores), None
 
-    nothing = (
+    no_hits = (
         jnp.full((num_queries, k), protocol.MISSING, jnp.int32),
         jnp.full((num_queries, k), -jnp.inf, jnp.float32),
     )
     starts = chunk * jnp.arange(chunks_crd.shape[0], dtype=jnp.int32)
-    (ids, scores), _ = jax.lax.scan(visit, nothing, (chunks_crd, masks_cr, starts))
+    (ids, scores), _ = jax.lax.scan(visit, no_hits, (chunks_crd, masks_cr, starts))
     return ids, scores

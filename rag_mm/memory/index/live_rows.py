@@ -1,51 +1,53 @@
-"""Which stored rows are left after removals, and the number that each of them then has."""
+"""Row numbering after removals: maps stored positions to the rows that remain."""
 
 import numpy as np
 
 from rag_mm.core.errors import UserError
 
 MISSING = -1
-"""The number of a row that does not exist."""
+"""The row number that stands for no row."""
 
 
 class LiveRows:
-    """Stored rows without the removed ones: a row's number is its place among those left.
+    """The stored rows that were not removed; a row is a position among these.
 
-    Nothing moves when a row is removed; the numbers of later rows close up, as in a list.
+    Removing a row moves no data. As in a list, it lowers the numbers of all later rows by one.
 
     Attributes:
-        num_stored: rows that lie there, removed ones included.
-        stored: int64 [R], the places of the rows that are left, rising.
+        num_stored: number of stored rows, including removed ones.
+        mask: bool [num_stored], False for removed rows.
+        stored: int64 [R], the stored positions of the live rows, ascending.
     """
 
     def __init__(self, num_stored: int, removed: np.ndarray | None = None):
-        """Rows 0 .. num_stored - 1 without those at the places `removed`, int [M]."""
+        """Stored rows 0 .. num_stored - 1 without those at the positions `removed`, int [M]."""
         self.num_stored = num_stored
         self.mask = np.ones(num_stored, bool)
         if removed is not None:
             self.mask[removed] = False
         self.stored = np.flatnonzero(self.mask)
-        self._numbers = np.append(np.cumsum(self.mask) - 1, MISSING).astype(np.int32)
-        self._numbers[:-1][~self.mask] = MISSING
+        # The last entry maps position MISSING = -1 to MISSING.
+        self._rows = np.append(np.cumsum(self.mask) - 1, MISSING).astype(np.int32)
+        self._rows[:-1][~self.mask] = MISSING
 
     def __len__(self) -> int:
         return len(self.stored)
 
     @property
     def num_removed(self) -> int:
-        """How many stored rows are no longer there."""
+        """Number of removed rows."""
         return self.num_stored - len(self.stored)
 
     @property
     def removed(self) -> np.ndarray:
-        """Places of the removed rows, int64 [M], rising."""
+        """Stored positions of the removed rows, int64 [M], ascending."""
         return np.flatnonzero(~self.mask)
 
     def without(self, rows: np.ndarray) -> "LiveRows":
-        """The rows that are left when those with these numbers go too.
+        """A copy without the given live rows, int [M].
 
         Raises:
-            UserError: a number is no row's.
+            UserError: a row is out of range.
         """
         rows = np.asarray(rows, np.int64).reshape(-1)
         outside = rows[(rows < 0) | (rows >= len(self))]
@@ -53,6 +55,6 @@ class LiveRows:
             raise UserError(f"Row {outside[0]} cannot be removed: there are {len(self)} rows.")
         return LiveRows(self.num_stored, np.concatenate([self.removed, self.stored[rows]]))
 
-    def numbers(self, places: np.ndarray) -> np.ndarray:
-        """Numbers, int32, of stored places of any shape; -1 for a removed or missing one."""
-        return self._numbers[places]
+    def rows_at(self, positions: np.ndarray) -> np.ndarray:
+        """Rows, int32, at stored positions of any shape; -1 for a removed or missing one."""
+        return self._rows[positions]

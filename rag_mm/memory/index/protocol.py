@@ -1,4 +1,4 @@
-"""What every index over embeddings promises, and the checks at its boundary (design.md section 7)."""
+"""The interface of every index over embeddings, and the argument checks they share."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,12 +11,10 @@ from rag_mm.core.errors import UserError
 from rag_mm.memory.index import live_rows
 
 MISSING = live_rows.MISSING
-"""The id of a hit that does not exist; its score is minus infinity."""
+"""The id of a missing hit; its score is minus infinity."""
 
-
-_ROWS_PER_CHECK = (
-    16_384  # What is noted of each value of all rows would be a quarter of their size.
-)
+# Rows are checked in blocks: a mask of all values at once would take a quarter of the rows' memory.
+_ROWS_PER_CHECK = 16_384
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,41 +29,40 @@ class Neighbors:
 
 
 class Index(Protocol):
-    """Inner-product search over rows; the id of a row is its place among the rows given.
+    """Inner-product search over rows; the id of a row is its position among the given rows.
 
-    An index holds nothing that cannot be made again from its rows, and so `load` is handed them:
-    the memory keeps them, once. A method that changes the index is not safe beside a search in
-    another thread: change one, then hand it over.
+    An index can always be rebuilt from its rows. The memory stores the rows once and passes them to `load`.
+    Methods that change the index are not safe while another thread searches it.
     """
 
     kind: str
 
     @property
     def num_rows(self) -> int:
-        """How many rows can be found."""
+        """Number of rows, excluding removed ones."""
         ...
 
     def build(self, embeddings: np.ndarray) -> None:
-        """Replaces the rows by float32 [R, D].
+        """Replaces the rows with float32 [R, D].
 
         Raises:
-            UserError: the rows have the wrong shape, or NaN or infinity.
+            UserError: the rows have the wrong shape, or hold NaN or infinity.
         """
         ...
 
     def add(self, embeddings: np.ndarray) -> None:
-        """Appends rows, float32 [M, D]; they get the ids after the last.
+        """Appends rows, float32 [M, D]; they get the next M ids.
 
         Raises:
-            UserError: as `build`, or D differs from that of the rows before.
+            UserError: as `build`, or D differs from that of the existing rows.
         """
         ...
 
     def remove(self, ids: np.ndarray) -> None:
-        """Takes rows out, int [M]; as in a list, the ids of those after them close up.
+        """Removes rows, int [M]; as in a list, the ids of later rows shift down.
 
         Raises:
-            UserError: an id is no row's, or the index was never built.
+            UserError: an id is out of range, or the index was never built.
         """
         ...
 
@@ -73,16 +70,16 @@ class Index(Protocol):
         """The k rows with the largest inner product for each of float32 [Q, D], best first.
 
         Raises:
-            UserError: k < 1, a wrong width, NaN or infinity, or an index never built.
+            UserError: k < 1, a wrong width, NaN or infinity, or the index was never built.
         """
         ...
 
     def save(self, directory: Path) -> None:
-        """Writes what `load` needs beside the rows that are left into a folder that it makes."""
+        """Writes what `load` needs, except the rows, into a folder that it creates; drops removed rows."""
         ...
 
     def load(self, directory: Path, embeddings: np.ndarray) -> None:
-        """Reads what `save` wrote over the same rows.
+        """Reads what `save` wrote; `embeddings` are the rows that remained at that time.
 
         Raises:
             UserError: a file is missing, unknown or damaged, or belongs to other rows.
@@ -91,21 +88,21 @@ class Index(Protocol):
 
 
 def check_rows(embeddings: np.ndarray, dim: int | None = None) -> np.ndarray:
-    """Rows as a contiguous float32 [R, D], all finite; R may be 0.
+    """Returns rows as contiguous, finite float32 [R, D]; R may be 0.
 
     Raises:
-        UserError: not two axes, D is 0 or not `dim`, or a row holds NaN or infinity.
+        UserError: the array is not two-dimensional, D is 0 or not `dim`, or a row holds NaN or infinity.
     """
     return _check(embeddings, dim, "Embeddings", "Row")
 
 
 def check_queries(queries: np.ndarray, k: int, dim: int | None) -> np.ndarray:
-    """Queries as a contiguous float32 [Q, D], all finite; Q may be 0.
+    """Returns queries as contiguous, finite float32 [Q, D]; Q may be 0.
 
     Args:
         queries: the queries.
-        k: how many hits are wanted.
-        dim: the width of the index's rows, or None where it was never built.
+        k: number of hits per query.
+        dim: width of the index's rows, or None if it was never built.
 
     Raises:
         UserError: the index was never built, k < 1, a wrong width, or NaN or infinity.
@@ -113,7 +110,7 @@ def check_queries(queries: np.ndarray, k: int, dim: int | None) -> np.ndarray:
     if dim is None:
         raise UserError("The index has no rows yet: build or load it before a search.")
     if k < 1:
-        raise UserError(f"A search for k = {k} finds nothing; ask for at least 1 neighbor.")
+        raise UserError(f"A search for k = {k} finds nothing; give k of at least 1.")
     return _check(queries, dim, "Queries", "Query")
 
 
@@ -130,23 +127,23 @@ def _check(values: np.ndarray, dim: int | None, what: str, one: str) -> np.ndarr
     if bad.size:
         raise UserError(
             f"{one} {bad[0]} holds NaN or infinity ({bad.size} of {len(values)} do): "
-            "the encoder that made them is broken."
+            "the encoder's output is broken."
         )
     return values
 
 
 def _bad_rows(values: np.ndarray) -> np.ndarray:
-    """Places of rows that hold NaN or infinity."""
-    pieces = range(0, len(values), _ROWS_PER_CHECK)
-    found = [
+    """Positions of rows that hold NaN or infinity."""
+    starts = range(0, len(values), _ROWS_PER_CHECK)
+    bad = [
         start + np.flatnonzero(~np.isfinite(values[start : start + _ROWS_PER_CHECK]).all(axis=1))
-        for start in pieces
+        for start in starts
     ]
-    return np.concatenate([np.zeros(0, np.int64), *found])
+    return np.concatenate([np.zeros(0, np.int64), *bad])
 
 
-def need_rows(live: live_rows.LiveRows | None) -> live_rows.LiveRows:
-    """The rows; raises UserError where an index was never built."""
+def require_rows(live: live_rows.LiveRows | None) -> live_rows.LiveRows:
+    """The live rows; raises UserError if the index was never built."""
     if live is None:
         raise UserError("The index has no rows yet: build or load it before a removal.")
     return live
@@ -159,31 +156,32 @@ def search_batches(
     k: int,
     batch_size: int,
 ) -> Neighbors:
-    """Searches so many queries at a time.
+    """Searches in batches of queries.
 
     Args:
-        search_batch: (queries [q, D], hits wanted) -> stored ids int32 and scores float32 [q, hits].
-        live: the rows that are left; None before anything was built.
+        search_batch: (queries [q, D], num_hits) -> stored positions int32 and scores float32
+            [q, num_hits].
+        live: the live rows; None if the index was never built.
         queries: [Q, D], checked.
-        k: neighbors to give; what there is not is missing.
-        batch_size: most queries at once.
+        k: hits per query; those beyond the number of rows are missing.
+        batch_size: maximum number of queries per batch.
     """
     num_hits = 0 if live is None else min(k, len(live))
     if live is None or num_hits == 0 or len(queries) == 0:
         empty = np.zeros((len(queries), 0), np.float32)
         return pad_hits(empty, empty, k)
-    found = [
+    batches = [
         search_batch(queries[start : start + batch_size], num_hits)
         for start in range(0, len(queries), batch_size)
     ]
-    ids, scores = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return pad_hits(live.numbers(ids), scores, k)
+    positions, scores = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    return pad_hits(live.rows_at(positions), scores, k)
 
 
 def pad_hits(ids: np.ndarray, scores: np.ndarray, k: int) -> Neighbors:
-    """Widens hits [Q, n], n <= k, to k columns with missing ones."""
-    room = ((0, 0), (0, k - ids.shape[1]))
+    """Pads hits [Q, n], n <= k, to k columns with missing hits."""
+    padding = ((0, 0), (0, k - ids.shape[1]))
     return Neighbors(
-        np.pad(ids.astype(np.int32), room, constant_values=MISSING),
-        np.pad(scores.astype(np.float32), room, constant_values=-np.inf),
+        np.pad(ids.astype(np.int32), padding, constant_values=MISSING),
+        np.pad(scores.astype(np.float32), padding, constant_values=-np.inf),
     )

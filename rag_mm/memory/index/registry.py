@@ -1,4 +1,4 @@
-"""The kinds of index by name, as manifests and configs write them."""
+"""Creates an index by the name that manifests and configs use."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,12 +16,12 @@ def make_index(kind: str, scann: "ScannConfig | None" = None) -> Index:
 
     Args:
         kind: `exact`, `scann` or `device`.
-        scann: how ScaNN searches, its defaults where None.
+        scann: settings of a `scann` index; None for the defaults.
 
     Raises:
-        UserError: there is no such kind, or ScaNN is not installed.
+        UserError: the kind is unknown, or ScaNN is not installed.
     """
-    # Imported here: opening a memory must not start jax or ScaNN before a search needs one.
+    # Imported here, so that opening a memory loads neither jax nor ScaNN before a search needs them.
     if kind == "exact":
         from rag_mm.memory.index import exact
 
@@ -38,10 +38,10 @@ def make_index(kind: str, scann: "ScannConfig | None" = None) -> Index:
 
 
 def saved_scann(kind: str, directory: Path) -> "ScannConfig | None":
-    """How a saved index of ScaNN searches, so that the next one does as it does; None for others.
+    """The settings of a saved ScaNN index, for the next version's index; None for other kinds.
 
     Raises:
-        UserError: its description is damaged.
+        UserError: the index's description is damaged.
     """
     if kind != "scann":
         return None

@@ -1,4 +1,4 @@
-"""Approximate search in host RAM: ScaNN's searchers behind the protocol of every index."""
+"""Approximate search in host memory with ScaNN, behind the interface of every index."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -16,15 +16,15 @@ __all__ = ["ScannConfig", "ScannIndex"]
 
 
 class ScannIndex:
-    """ScaNN over the inner product, tuned by size, with every call guarded.
+    """ScaNN inner-product search, tuned by size; invalid inputs never reach the native code.
 
-    Rows that are removed stay in ScaNN's structures and are passed over among its hits.
+    Removed rows stay in ScaNN's data structures and are filtered out of its hits.
     """
 
     kind = "scann"
 
     def __init__(self, config: ScannConfig | None = None):
-        """Raises UserError where ScaNN is not installed, so that nobody embeds rows for nothing."""
+        """Raises UserError if ScaNN is not installed, before any rows are embedded."""
         scann_searcher.load_scann()
         self._config = config or ScannConfig()
         self._rows: np.ndarray | None = None
@@ -34,24 +34,24 @@ class ScannIndex:
 
     @property
     def num_rows(self) -> int:
-        """How many rows can be found."""
+        """Number of rows, excluding removed ones."""
         return 0 if self._live is None else len(self._live)
 
     def scoring(self) -> str:
-        """How it searches at its present size: `brute_force`, `hashed` or `tree`."""
+        """The search method at the current size: `brute_force`, `hashed` or `tree`."""
         return self._config.split(0 if self._rows is None else len(self._rows))[0].scoring
 
     def build(self, embeddings: np.ndarray) -> None:
-        """Replaces the rows, as the protocol says."""
-        rows = protocol.check_rows(embeddings)  # One NaN would abort the whole process.
+        """Replaces the rows; see `Index.build`."""
+        rows = protocol.check_rows(embeddings)  # A NaN would abort the process in native code.
         config = self._set_rows(rows)
-        self._searchers = []  # What is replaced need not be held while its successor is built.
+        self._searchers = []  # Frees the old searchers before new ones are built.
         for part in self._parts(rows):
             built = scann_searcher.Searcher.build(part, config.resolve(len(part)))
             self._searchers.append(built)
 
     def add(self, embeddings: np.ndarray) -> None:
-        """As the protocol; everything is built again, so recall does not depend on the order."""
+        """Appends rows and rebuilds the index, so that recall does not depend on their order."""
         if self._rows is None or self._live is None:
             self.build(embeddings)
             return
@@ -59,11 +59,11 @@ class ScannIndex:
         self.build(np.concatenate([self._rows[self._live.stored], embeddings]))
 
     def remove(self, ids: np.ndarray) -> None:
-        """Takes rows out, as the protocol says."""
-        self._live = protocol.need_rows(self._live).without(ids)
+        """Removes rows; see `Index.remove`."""
+        self._live = protocol.require_rows(self._live).without(ids)
 
     def search(self, queries: np.ndarray, k: int) -> protocol.Neighbors:
-        """The best k rows of each query, as the protocol says."""
+        """The best k rows for each query; see `Index.search`."""
         dim = None if self._rows is None else self._rows.shape[1]
         queries = protocol.check_queries(queries, k, dim)
         live = self._live
@@ -71,13 +71,14 @@ class ScannIndex:
         if live is None or num_hits == 0 or len(queries) == 0:
             empty = np.zeros((len(queries), 0), np.float32)
             return protocol.pad_hits(empty, empty, k)
-        # Removed rows take places among the hits; few of them are expected beside k.
+        # Some hits are removed rows, so more than k are fetched, and more again for queries that need it.
         fetched = num_hits if not live.num_removed else min(2 * num_hits + 16, live.num_stored)
-        ids, scores = self._search_live(live, queries, fetched, num_hits, thorough=False)
-        while (short := np.flatnonzero(ids[:, num_hits - 1] == protocol.MISSING)).size:
+        ids, scores = self._search_live(live, queries, fetched, num_hits, all_leaves=False)
+        while (incomplete := np.flatnonzero(ids[:, num_hits - 1] == protocol.MISSING)).size:
             fetched = min(4 * fetched, num_hits + live.num_removed)
-            again = self._search_live(live, queries[short], fetched, num_hits, thorough=True)
-            ids[short], scores[short] = again
+            ids[incomplete], scores[incomplete] = self._search_live(
+                live, queries[incomplete], fetched, num_hits, all_leaves=True
+            )
             if fetched == num_hits + live.num_removed:
                 break
         return protocol.pad_hits(ids, scores, k)
@@ -88,39 +89,39 @@ class ScannIndex:
         queries: np.ndarray,
         fetched: int,
         num_hits: int,
-        thorough: bool,
+        all_leaves: bool,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The best of `fetched` hits that are left: [Q, num_hits] of each, missing ones last."""
-        ids, scores = self._search_stored(queries, fetched, thorough)
+        """Ids and scores [Q, num_hits] of the best live rows among `fetched` hits, missing ones last."""
+        ids, scores = self._search_stored(queries, fetched, all_leaves)
         if not live.num_removed:
             return ids, scores
-        ids = live.numbers(ids)
+        ids = live.rows_at(ids)
         order = np.argsort(ids == protocol.MISSING, axis=1, kind="stable")[:, :num_hits]
         ids = np.take_along_axis(ids, order, axis=1)
         scores = np.take_along_axis(scores, order, axis=1)
         return ids, np.where(ids == protocol.MISSING, np.float32(-np.inf), scores)
 
     def _search_stored(
-        self, queries: np.ndarray, k: int, thorough: bool
+        self, queries: np.ndarray, k: int, all_leaves: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         """The best k stored rows of all searchers."""
         if len(self._searchers) == 1:
-            return self._searchers[0].search(queries, k, thorough)
-        found = []
+            return self._searchers[0].search(queries, k, all_leaves)
+        hits = []
         ends = [*self._starts[1:], self.num_rows if self._rows is None else len(self._rows)]
         for start, end, searcher in zip(self._starts, ends, self._searchers, strict=True):
-            ids, scores = searcher.search(queries, min(k, end - start), thorough)
-            found.append((np.where(ids == protocol.MISSING, ids, ids + np.int32(start)), scores))
-        ids, scores = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
+            ids, scores = searcher.search(queries, min(k, end - start), all_leaves)
+            hits.append((np.where(ids == protocol.MISSING, ids, ids + np.int32(start)), scores))
+        ids, scores = (np.concatenate(parts, axis=1) for parts in zip(*hits, strict=True))
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         return np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
 
     def native(self) -> Callable[[np.ndarray, int], Any]:
-        """ScaNN's own searches, (queries, k) -> each one's (ids, distances), unguarded: for measuring."""
-        return lambda queries, k: [each.native(queries, k) for each in self._searchers]
+        """ScaNN's searches without checks, for benchmarks: (queries, k) -> (ids, distances) by searcher."""
+        return lambda queries, k: [searcher.native(queries, k) for searcher in self._searchers]
 
     def save(self, directory: Path) -> None:
-        """Writes what `load` needs beside the rows that are left."""
+        """Writes the index's files, after a rebuild if rows were removed; see `Index.save`."""
         if self._rows is not None and self._live is not None and self._live.num_removed:
             self.build(self._rows[self._live.stored])
         directory.mkdir(parents=True, exist_ok=True)
@@ -139,7 +140,7 @@ class ScannIndex:
         files.write_json(directory / "index.json", saved)
 
     def load(self, directory: Path, embeddings: np.ndarray) -> None:
-        """Reads what `save` wrote over the same rows."""
+        """Reads what `save` wrote; see `Index.load`."""
         path = directory / "index.json"
         saved = files.read_json(path)
         try:
@@ -151,7 +152,7 @@ class ScannIndex:
         if kind != self.kind or rows != len(embeddings):
             raise UserError(
                 f"{path} does not describe a scann index over {len(embeddings)} rows: "
-                "the memory is damaged, build it again."
+                "the memory is damaged; build it again."
             )
         self._config = config
         if not digests:
@@ -160,7 +161,10 @@ class ScannIndex:
         checked = protocol.check_rows(embeddings)
         config = self._set_rows(checked)
         if len(digests) != len(self._starts):
-            raise UserError(f"{path} lists {len(digests)} searchers, not {len(self._starts)}.")
+            raise UserError(
+                f"{path} lists {len(digests)} searchers instead of {len(self._starts)}: "
+                "the memory is damaged; build it again."
+            )
         self._searchers = [
             scann_searcher.Searcher.load(
                 directory / _part(number, len(digests)), part, len(rows), config.resolve(len(rows))
@@ -169,23 +173,23 @@ class ScannIndex:
         ]
 
     def _set_rows(self, rows: np.ndarray) -> ScannConfig:
-        """How its searchers search them."""
+        """Sets the rows; returns the settings of their searchers."""
         self._rows, self._live = rows, live_rows.LiveRows(len(rows))
         config, self._starts = self._config.split(len(rows))
         return config
 
     def _parts(self, rows: np.ndarray) -> list[np.ndarray]:
-        """The rows of each searcher, in equal parts."""
+        """Splits the rows into equal parts, one per searcher."""
         return np.split(rows, self._starts[1:]) if len(rows) else []
 
 
 def _part(number: int, num_parts: int) -> str:
-    """The folder of a searcher, relative to the index's."""
+    """The folder of a searcher, relative to that of the index."""
     return "." if num_parts == 1 else f"part-{number:05d}"
 
 
 def _as_parts(saved: Any) -> Sequence[Mapping[str, str]]:
-    """Digests by searcher; an older index has one, and its digests stand there alone."""
+    """Digests by searcher; an older index has one searcher, whose digests are stored without a list."""
     if isinstance(saved, dict):
         return [saved] if saved else []
     return saved

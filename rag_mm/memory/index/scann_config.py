@@ -1,4 +1,4 @@
-"""How ScaNN searches, and what it is tuned to at each size (docs/results/memory.md)."""
+"""ScaNN's settings and their defaults by number of rows (measured in docs/results/memory.md)."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ _KINDS = {
     "scoring": ("auto", "brute_force", "hashed", "tree"),
     "reorder": ("auto", "float32", "bfloat16", "int8"),
 }
-_MIN_TREE_ROWS = 32  # ScaNN trains sixteen centres on what the leaves leave over.
+_MIN_TREE_ROWS = 32  # ScaNN trains sixteen centers on the residuals of the leaves.
 _COUNTS = (
     "min_hashed_rows",
     "min_tree_rows",
@@ -22,29 +22,31 @@ _OPEN_COUNTS = ("num_reordered", "num_leaves", "leaves_to_search")
 
 @dataclasses.dataclass(frozen=True)
 class ScannConfig:
-    """How to search; what is `auto` or 0 follows the number of rows.
+    """Search settings; a value of `auto` or 0 is chosen by the number of rows.
 
     Attributes:
-        scoring: `brute_force`, `hashed` (asymmetric hashing, then exact reordering), `tree` (both
-            within the nearest leaves of a partition), or `auto`: brute force below
-            `min_hashed_rows`, hashed below `min_tree_rows`, a tree from there on.
-        min_hashed_rows: the size from which hashing is worth its error.
-        num_reordered: how many hashed hits are scored exactly, 60 in a tree and else 200 if open;
-            raised where k asks for more.
+        scoring: `brute_force`, `hashed` (asymmetric hashing, then exact reordering), `tree` (the same
+            within the nearest leaves of a partition), or `auto`: brute force below `min_hashed_rows`,
+            hashed below `min_tree_rows`, else a tree.
+        min_hashed_rows: number of rows from which `auto` uses hashing.
+        num_reordered: number of hashed hits that are scored exactly; 0 means 60 in a tree, else 200. At
+            least 2 k are always reordered.
         dims_per_block: dimensions that share one 4-bit code.
-        training_sample_size: rows from which the 16 centres of each code are learned. ScaNN's own 100,000
-            take three times as long and up to twice the rows' memory, for no recall that can be told.
-        anisotropic_threshold: of score-aware quantisation, ScaNN's `T` (arXiv 1908.10396).
-        min_tree_rows: the size from which a partition is worth its error.
-        num_leaves: of the partition, learned from a hundred rows each.
-        leaves_to_search: for each query.
-        soar_lambda: writes each row into a second leaf that errs otherwise (SOAR, arXiv 2404.00774), 1.5 as
-            a rule; 0 for none, which is faster at the same recall where leaves are found by direction.
-        reorder: what exact scores are computed from; `auto` is bfloat16 in a tree, else float32.
-        max_rows: the rows of one searcher; a larger index is several, searched one after the other.
-        num_trees: that share the rows of an index, where there are trees. While ScaNN builds one it holds two
-            more copies of its rows: two are built in 1.9 times the memory of all rows, one in 3.0, but
-            searched at half the speed for the same recall, at a million rows at 0.7 of it for a little less.
+        training_sample_size: rows from which the 16 centers of each code are learned. ScaNN's default of
+            100,000 takes three times as long and up to twice the rows' memory, without a measurable gain
+            in recall.
+        anisotropic_threshold: ScaNN's `T` of score-aware quantization (arXiv 1908.10396).
+        min_tree_rows: number of rows from which `auto` uses a tree.
+        num_leaves: leaves of the partition, learned from 100 rows each; 0 means 2 sqrt(rows).
+        leaves_to_search: leaves searched per query; 0 means 0.5 sqrt(num_leaves).
+        soar_lambda: writes each row into a second leaf whose error differs (SOAR, arXiv 2404.00774); 1.5 is
+            typical, 0 disables it. Without it search is faster at equal recall when leaves are spherical.
+        reorder: dtype from which exact scores are computed; `auto` is bfloat16 in a tree, else float32.
+        max_rows: maximum rows per searcher; a larger index has several, searched one after the other.
+        num_trees: trees that share the rows of a `tree` index. While ScaNN builds a tree it holds two more
+            copies of its rows, so building one tree takes 3.0 times the memory of all rows and two trees 1.9
+            times. Two trees are searched at half the speed for the same recall, or, at a million rows, at 0.7
+            of the speed for slightly lower recall.
     """
 
     scoring: Literal["auto", "brute_force", "hashed", "tree"] = "auto"
@@ -65,33 +67,35 @@ class ScannConfig:
         for name, choices in _KINDS.items():
             if getattr(self, name) not in choices:
                 raise ValueError(
-                    f"{name} is {', '.join(choices[:-1])} or {choices[-1]}, "
-                    f"not {getattr(self, name)!r}"
+                    f"{name} is {getattr(self, name)!r}; "
+                    f"give {', '.join(choices[:-1])} or {choices[-1]}"
                 )
         counts = [getattr(self, name) for name in _COUNTS]
         if any(not isinstance(count, int) or count < 1 for count in counts):
-            raise ValueError(f"the counts of a ScannConfig are whole and positive: {counts}")
+            raise ValueError(f"{_COUNTS} are positive integers, not {counts}")
         open_counts = [getattr(self, name) for name in _OPEN_COUNTS]
         if any(not isinstance(count, int) or count < 0 for count in open_counts):
-            raise ValueError(f"{_OPEN_COUNTS} are whole, 0 where they are open: {open_counts}")
+            raise ValueError(f"{_OPEN_COUNTS} are integers >= 0 (0: automatic), not {open_counts}")
         reals = (self.anisotropic_threshold, self.soar_lambda)
         if any(not isinstance(value, float) or not 0 <= value < 100 for value in reals):
-            raise ValueError(f"threshold and lambda are floats from 0 on, not {reals}")
+            raise ValueError(
+                f"anisotropic_threshold and soar_lambda are floats in [0, 100), not {reals}"
+            )
 
     def split(self, num_rows: int) -> tuple["ScannConfig", list[int]]:
-        """How every searcher of so many rows searches (`scoring` decided), and at which row each begins."""
-        fewest = -(-num_rows // self.max_rows)
-        scoring = self.resolve(-(-num_rows // max(fewest, 1))).scoring
+        """Divides `num_rows` rows over searchers: their settings (`scoring` resolved) and first rows."""
+        min_count = -(-num_rows // self.max_rows)
+        scoring = self.resolve(-(-num_rows // max(min_count, 1))).scoring
         count = (
-            max(fewest, min(self.num_trees, num_rows // _MIN_TREE_ROWS))
+            max(min_count, min(self.num_trees, num_rows // _MIN_TREE_ROWS))
             if scoring == "tree"
-            else fewest
+            else min_count
         )
         starts = [part * num_rows // count for part in range(count)]
         return dataclasses.replace(self, scoring=scoring), starts
 
     def resolve(self, num_rows: int) -> "ScannConfig":
-        """The same with nothing left open, for one searcher of so many rows."""
+        """The settings for one searcher of `num_rows` rows, with every `auto` and 0 replaced."""
         scoring = self.scoring
         if scoring == "auto":
             scoring = "tree" if num_rows >= self.min_tree_rows else "hashed"

@@ -1,9 +1,9 @@
-"""One native ScaNN searcher: the one file that knows ScaNN and its hazards.
+"""One native ScaNN searcher; the only file that calls ScaNN.
 
-Each guard answers one of design.md section 3: a NaN row aborts the process at build (its caller checks
-rows), missing hits come back as index 0 with distance NaN, `k` above the reorder size is cut silently,
-ids saved by ScaNN are unpickled, nothing is checksummed, an index with SOAR crashes after deletes (so
-none is ever changed in place), and `import scann` breaks beside most TensorFlows.
+It works around these hazards: a NaN row aborts the process at build (callers check the rows), missing hits
+are returned as index 0 with distance NaN, `k` above the reorder size is silently reduced, saved ids are
+unpickled, files have no checksums, an index with SOAR crashes after deletes (so no searcher is changed in
+place), and `import scann` fails alongside most TensorFlow versions.
 """
 
 import os
@@ -22,7 +22,7 @@ from rag_mm.memory.index import protocol
 from rag_mm.memory.index.scann_config import ScannConfig
 
 _CONFIG = "scann_config.pb"
-# The files of an index and their kinds; a folder that holds others is refused.
+# The files of an index and their asset types; a folder with other files is rejected.
 _ASSETS = {
     "ah_codebook.pb": "AH_CENTERS",
     "serialized_partitioner.pb": "PARTITIONER",
@@ -36,15 +36,15 @@ _ASSETS = {
     "dp_norms.npy": "INT8_NORMS_NPY",
 }
 _QUERIES_PER_TASK = 64
-_ROWS_PER_LEAF = 100  # of the sample that a tree learns from
+_ROWS_PER_LEAF = 100  # Size of a tree's training sample, per leaf.
 _import_lock = threading.Lock()
 
 
 class Searcher:
-    """Rows that do not change, searched by inner product."""
+    """Inner-product search over fixed rows."""
 
     def __init__(self, native: Any, num_rows: int, config: ScannConfig):
-        """For `build` and `load`."""
+        """Used by `build` and `load`."""
         self._native = native
         self._num_rows = num_rows
         self._config = config
@@ -53,7 +53,7 @@ class Searcher:
 
     @classmethod
     def build(cls, rows: np.ndarray, config: ScannConfig) -> "Searcher":
-        """Of finite float32 [R, D], R >= 1; the config is resolved."""
+        """Builds a searcher over finite float32 [R, D], R >= 1; `config` must be resolved."""
         module = load_scann()
         builder = module.builder(rows, min(10, len(rows)), "dot_product")
         builder.set_n_training_threads(len(os.sched_getaffinity(0)))
@@ -62,32 +62,32 @@ class Searcher:
                 config.num_leaves,
                 config.leaves_to_search,
                 training_sample_size=_ROWS_PER_LEAF * config.num_leaves,
-                # Near the mean of a leaf's share of the sample, which ScaNN's 50 is, half of the leaves are
-                # merged away.
+                # ScaNN's default of 50 is near the mean number of sampled rows per leaf, and would merge half
+                # of the leaves into others.
                 min_partition_size=min(10, max(1, len(rows) // (2 * config.num_leaves))),
-                # Rows are unit vectors: by direction a third of the leaves find as much.
+                # Rows have unit length: spherical leaves reach the same recall with a third of the leaves.
                 spherical=True,
                 soar_lambda=config.soar_lambda or None,
             )
         if config.scoring == "brute_force":
             builder = builder.score_brute_force()
         else:
-            kinds = sys.modules["scann.scann_ops.py.scann_builder"].ReorderType
+            reorder_types = sys.modules["scann.scann_ops.py.scann_builder"].ReorderType
             builder = builder.score_ah(
                 config.dims_per_block,
                 anisotropic_quantization_threshold=config.anisotropic_threshold,
                 training_sample_size=config.training_sample_size,
-            ).reorder(config.num_reordered, quantize=kinds[config.reorder.upper()])
+            ).reorder(config.num_reordered, quantize=reorder_types[config.reorder.upper()])
         return cls(builder.build(), len(rows), config)
 
     @classmethod
     def load(
         cls, directory: Path, digests: Mapping[str, str], num_rows: int, config: ScannConfig
     ) -> "Searcher":
-        """What `save` wrote; its files reach the native reader only with digests right.
+        """Loads what `save` wrote; the native reader sees the files only after their digests were checked.
 
         Raises:
-            UserError: a file is missing, changed, or not ScaNN's.
+            UserError: a file is missing, was changed, or does not belong to ScaNN.
         """
         module = load_scann()
         _check_files(directory, digests)
@@ -96,41 +96,41 @@ class Searcher:
             for name, kind in _ASSETS.items()
             if name in digests
         )
-        # Not `load_searcher`: that one unpickles a file of ids where it finds one.
+        # `load_searcher` would unpickle a file of ids if there is one, so it is not used.
         native = module.scann_pybind.ScannNumpy(str(directory), assets)
         return cls(module.ScannSearcher(native), num_rows, config)
 
     def save(self, directory: Path) -> dict[str, str]:
-        """Writes ScaNN's files into a folder that is there; their digests by name."""
+        """Writes ScaNN's files into an existing folder; returns their digests by name."""
         self._native.serialize(str(directory), True)
         (directory / "scann_assets.pbtxt").unlink()  # `load` writes its own.
         names = sorted({*_ASSETS, _CONFIG} & set(os.listdir(directory)))
         return {name: files.file_digest(directory / name) for name in names}
 
     def search(
-        self, queries: np.ndarray, k: int, thorough: bool = False
+        self, queries: np.ndarray, k: int, all_leaves: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Ids int32 [Q, k] and scores float32 [Q, k], -1 and -inf where fewer were met.
+        """Ids int32 [Q, k] and scores float32 [Q, k]; -1 and -inf if the searched leaves hold fewer rows.
 
         Args:
             queries: finite float32 [Q, D], Q >= 1.
             k: at most the number of rows.
-            thorough: looks into every leaf, so that none is missing.
+            all_leaves: searches every leaf of a tree, so that no hit is missing.
         """
-        found = self.native(queries, k, thorough)
-        ids, scores = np.asarray(found[0]).astype(np.int32), np.asarray(found[1])
+        native_ids, distances = self.native(queries, k, all_leaves)
+        ids, scores = np.asarray(native_ids).astype(np.int32), np.asarray(distances)
         missing = np.isnan(scores)
         if missing.any():
             ids = np.where(missing, protocol.MISSING, ids)
             scores = np.where(missing, np.float32(-np.inf), scores)
         return ids, scores
 
-    def native(self, queries: np.ndarray, k: int, thorough: bool = False) -> Any:
-        """ScaNN's own ids and distances, without guards."""
+    def native(self, queries: np.ndarray, k: int, all_leaves: bool = False) -> Any:
+        """ScaNN's ids and distances, without checks."""
         config = self._config
-        # Twice k leaves the reordering something to reorder when k is near its size.
+        # At least 2 k hits are reordered, so that reordering still has a choice when k is large.
         reordered = max(config.num_reordered, 2 * k) if config.scoring != "brute_force" else None
-        leaves = config.num_leaves if thorough and config.scoring == "tree" else None
+        leaves = config.num_leaves if all_leaves and config.scoring == "tree" else None
         if self._num_threads > 1 and len(queries) > _QUERIES_PER_TASK:
             return self._native.search_batched_parallel(
                 queries, k, reordered, leaves, _QUERIES_PER_TASK
@@ -139,7 +139,7 @@ class Searcher:
 
 
 def _check_files(directory: Path, digests: Mapping[str, str]) -> None:
-    """Raises UserError unless the folder holds the listed files of ScaNN, each as it was saved."""
+    """Raises UserError unless the folder holds exactly the listed ScaNN files, unchanged."""
     for name in sorted(set(os.listdir(directory)) - set(digests) - {"index.json"}):
         raise UserError(f"{directory / name} is not a file of a scann index: remove it.")
     for name in sorted(set(digests) - {*_ASSETS, _CONFIG}):
@@ -152,10 +152,10 @@ def _check_files(directory: Path, digests: Mapping[str, str]) -> None:
 
 
 def load_scann() -> types.ModuleType:
-    """ScaNN's functions over NumPy, imported so that no TensorFlow is touched.
+    """ScaNN's NumPy module, imported without TensorFlow.
 
-    The package imports TensorFlow where it can and then loads an op library that fits one release
-    of it alone; its core needs none. The hidden import is undone before returning.
+    The package imports TensorFlow if it is installed and then loads an op library that fits only one release
+    of it; the NumPy module does not need it. TensorFlow is hidden during the import and then restored.
 
     Raises:
         UserError: ScaNN is not installed.
@@ -172,7 +172,7 @@ def load_scann() -> types.ModuleType:
             from scann.scann_ops.py import scann_ops_pybind
         except ImportError as error:
             raise UserError(
-                f"The index scann cannot be loaded here ({error}): "
+                f"The index scann cannot be loaded ({error}): "
                 "install scann (Linux only), or use the index exact."
             ) from error
         finally:

@@ -1,16 +1,16 @@
-"""The files of a memory: versions, their manifests, and the one switch between them.
+"""The files of a memory: its versions, their manifests, and the atomic switch between versions.
 
-    MEM/CURRENT                     the current version and its manifest's digest
-    MEM/v000001/manifest.json       what the version is, and size and digest of its files
-    MEM/v000001/manifest.sha256     the manifest's own digest
+    MEM/CURRENT                     the current version and the digest of its manifest
+    MEM/v000001/manifest.json       describes the version; size and digest of each of its files
+    MEM/v000001/manifest.sha256     digest of the manifest
     MEM/v000001/{records,ids,origins,codes,embeddings-VIEW}-00000.*     one shard
     MEM/v000001/index-VIEW/         the index of a view, over all stored rows
-    MEM/v000001/begun.json commit-00000.json        what is being made, and the shards that are done
-    MEM/v000001/removed.npy         places of the stored rows that are no longer there (tombstones)
-    MEM/v000001/{ingest.json,rejects.jsonl}         what was left out, and why
-    MEM/retriever/ MEM/tokenizer/   what search and add need beside the memory
+    MEM/v000001/begun.json commit-00000.json        the plan of the writer, and the shards it finished
+    MEM/v000001/removed.npy         positions of removed stored rows (tombstones)
+    MEM/v000001/{ingest.json,rejects.jsonl}         counts and bad records of an ingestion
+    MEM/retriever/ MEM/tokenizer/   the models, needed to search and to add documents
 
-A version names files of its own folder and of earlier ones, which are never changed.
+A version refers to files of its own folder and of earlier versions' folders, which are never changed.
 """
 
 import dataclasses
@@ -28,15 +28,15 @@ from rag_mm.core.errors import UserError
 
 CURRENT = "CURRENT"
 REMOVED = "removed.npy"
-PRUNED = ".pruned-"  # A version on its way out; readers and `verify` pass it over.
-LOCK = ".memory-lock"  # A run has a lock of its own in the folder that a memory may share.
+PRUNED = ".pruned-"  # Prefix of a version that is being deleted; readers and `verify` ignore it.
+LOCK = ".memory-lock"  # A stage's folder can be a memory, and the run locks it under another name.
 FORMAT = 1
 _CURRENT_LINE = re.compile(r"v(\d{6}) ([0-9a-f]{64})\n")
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """Some rows in files of their own: `folder` is the version that wrote them."""
+    """Consecutive stored rows in their own files; `folder` is that of the version that wrote them."""
 
     folder: str
     number: int
@@ -64,15 +64,15 @@ class MemoryManifest:
     Attributes:
         version: 1, 2, ...
         dim: width of the embeddings.
-        image_size: side of the stored pictures in pixels.
-        index: kind of the indexes.
+        image_size: side of the stored images in pixels.
+        index: kind of the indexes (`exact`, `scann` or `device`).
         encoder: fingerprint of the retriever.
-        tokenizer: fingerprint of the image tokenizer, or None where there are no codes.
-        num_codes: codes of one image, or None.
+        tokenizer: fingerprint of the image tokenizer, or None without codes.
+        num_codes: codes per image, or None.
         shards: in row order.
-        files: everything that the version needs, by path relative to the memory.
-        removed: how many of the shards' rows are no longer there.
-        indexed_by: folder of the version whose indexes serve this one; its own if empty.
+        files: all files that the version needs, by path relative to the memory.
+        removed: number of stored rows that were removed.
+        indexed_by: folder of the version whose indexes this one uses; empty for its own.
     """
 
     version: int
@@ -89,29 +89,29 @@ class MemoryManifest:
 
     @property
     def stored(self) -> int:
-        """Rows of all shards, removed ones included."""
+        """Number of stored rows, including removed ones."""
         return sum(shard.rows for shard in self.shards)
 
     @property
     def rows(self) -> int:
-        """Rows that can be found."""
+        """Number of rows, excluding removed ones."""
         return self.stored - self.removed
 
     @property
     def folder(self) -> str:
-        """The version's own folder."""
+        """Name of the version's folder."""
         return folder_of(self.version)
 
     def index_folder(self, view: str) -> str:
-        """Where the index of a view lies, relative to the memory."""
+        """Path of a view's index, relative to the memory."""
         return f"{self.indexed_by or self.folder}/index-{view}"
 
 
 def local_folder(path: epath.PathLike) -> Path:
-    """The path of a memory: its files are mapped, locked and read by native code, so it is local.
+    """The path of a memory, which must be local: its files are memory-mapped, locked and read by native code.
 
     Raises:
-        UserError: it is remote.
+        UserError: the path is remote.
     """
     if "://" in os.fspath(path):
         raise UserError(f"{path} is remote; build and open memories on a local disk.")
@@ -124,12 +124,12 @@ def folder_of(version: int) -> str:
 
 
 def version_of(folder: str) -> int | None:
-    """1 for `v000001`; None for a name that is no version's."""
+    """1 for `v000001`; None if the name is not a version's."""
     return int(folder[1:]) if re.fullmatch(r"v\d{6}", folder) else None
 
 
 def seal(path: Path) -> FileEntry:
-    """Brings a finished file to the disk and measures it."""
+    """Flushes a finished file to disk (fsync) and returns its size and digest."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return FileEntry(path.stat().st_size, files.file_digest(path))
@@ -141,7 +141,7 @@ def seal_all(root: Path, paths: Iterable[Path]) -> dict[str, FileEntry]:
 
 
 def write(root: Path, manifest: MemoryManifest) -> str:
-    """Writes a version's manifest and its digest, which is returned."""
+    """Writes a version's manifest and digest file; returns the digest."""
     text = files.canonical_json({"format": FORMAT, **dataclasses.asdict(manifest)}) + "\n"
     sha256 = files.digest(text.encode())
     files.write_atomic(root / manifest.folder / "manifest.json", text.encode())
@@ -151,7 +151,7 @@ def write(root: Path, manifest: MemoryManifest) -> str:
 
 
 def switch(root: Path, version: int, sha256: str) -> None:
-    """Makes a version the current one: readers see the old one or this one, never neither."""
+    """Makes a version the current one, atomically: readers see either the old or the new version."""
     files.write_atomic(root / CURRENT, f"{folder_of(version)} {sha256}\n".encode())
 
 
@@ -159,13 +159,13 @@ def read_current(root: Path) -> tuple[int, str]:
     """The current version and its manifest's digest.
 
     Raises:
-        UserError: the folder is no memory, an unfinished one, or CURRENT is damaged.
+        UserError: the folder is not a memory, its build is unfinished, or CURRENT is damaged.
     """
     try:
         line = (root / CURRENT).read_bytes().decode("utf-8", "replace")
     except OSError:
         remedy = (
-            "its build was not finished, run `memory build` again"
+            "its build was not finished; run `memory build` again"
             if (root / LOCK).exists()
             else "name a folder made by `memory build`"
         )
@@ -177,15 +177,15 @@ def read_current(root: Path) -> tuple[int, str]:
 
 
 def read(root: Path, version: int, sha256: str | None = None) -> MemoryManifest:
-    """Reads a version's manifest and holds it against its digest.
+    """Reads a version's manifest and checks it against its digest.
 
     Args:
         root: the memory.
-        version: which.
-        sha256: the digest that CURRENT gives, for the current version.
+        version: the version's number.
+        sha256: the digest recorded in CURRENT, for the current version.
 
     Raises:
-        UserError: it is missing, or its bytes are not those that were written.
+        UserError: the manifest is missing or was changed.
     """
     path = root / folder_of(version) / "manifest.json"
     try:
@@ -200,11 +200,11 @@ def read(root: Path, version: int, sha256: str | None = None) -> MemoryManifest:
     actual = files.digest(data)
     if line == _digest_line(actual) and sha256 not in (None, actual):
         raise UserError(
-            f"{root / CURRENT} or {path} was changed: the one does not hold the other's digest."
+            f"{root / CURRENT} or {path} was changed: the manifest's digest is not the recorded one."
         )
     if line != _digest_line(actual):
         raise UserError(
-            f"{path} or the digest beside it, manifest.sha256, was changed: build the memory again."
+            f"{path} or the digest next to it, manifest.sha256, was changed: build the memory again."
         )
     try:
         return _parse(files.read_json(path))
@@ -213,7 +213,7 @@ def read(root: Path, version: int, sha256: str | None = None) -> MemoryManifest:
 
 
 def check_file(root: Path, name: str, entry: FileEntry, deep: bool) -> str | None:
-    """What is wrong with a listed file, in one sentence, or None; `deep` compares its digest."""
+    """The problem with a listed file as one sentence, or None; `deep` also compares its digest."""
     path = root / name
     if not path.is_file():
         return f"{path} is missing."
@@ -226,7 +226,7 @@ def check_file(root: Path, name: str, entry: FileEntry, deep: bool) -> str | Non
 
 
 def check_sizes(root: Path, manifest: MemoryManifest) -> None:
-    """Raises UserError where a file of a version is missing or of another size."""
+    """Raises UserError if a file of a version is missing or has the wrong size."""
     for name, entry in manifest.files.items():
         problem = check_file(root, name, entry, deep=False)
         if problem is not None:
@@ -234,7 +234,7 @@ def check_sizes(root: Path, manifest: MemoryManifest) -> None:
 
 
 def check_folder(root: Path, manifest: MemoryManifest, folder: str) -> None:
-    """Raises UserError where a version has no such folder, or a file in it was changed."""
+    """Raises UserError if a version has no such folder, or a file in it was changed."""
     entries = {n: e for n, e in manifest.files.items() if n.startswith(f"{folder}/")}
     if not entries:
         raise UserError(f"{root} carries no {folder}: it was built without one.")
@@ -251,12 +251,12 @@ def _digest_line(sha256: str) -> str:
 def _parse(fields: Any) -> MemoryManifest:
     fields = dict(fields)
     if fields.pop("format") != FORMAT:
-        raise ValueError("another format")
+        raise ValueError(f"its format is not {FORMAT}")
     fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
     fields["files"] = {name: FileEntry(**entry) for name, entry in fields["files"].items()}
     names = [*fields["files"], *(shard.folder for shard in fields["shards"])]
     names.append(fields.get("indexed_by", ""))
-    for name in names:  # A stranger's manifest must not lead out of its folder.
+    for name in names:  # An untrusted manifest must not refer to files outside of its folder.
         parts = pathlib.PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts:
             raise ValueError(f"a path leads outside: {name}")

@@ -1,6 +1,6 @@
-"""Records: a document with its embeddings and codes as bytes that are checked when read.
+"""Records: a document with its embeddings and codes, serialized and validated on reading.
 
-The bytes are msgpack, never pickle: reading a stranger's record can fail but cannot run anything.
+The bytes are msgpack, never pickle: reading an untrusted record can fail but cannot execute code.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ _VIEW = re.compile(r"[a-z]+")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Record:
-    """One row of a memory.
+    """The stored form of one memory row.
 
     Attributes:
-        document: what is found.
-        embeddings: float32 [D] of each view, all of one width.
+        document: the document.
+        embeddings: float32 [D] by view, all of the same width.
         codes: int32 [N] of the document's first image, or None.
-        tokenizer: fingerprint of the image tokenizer that made the codes, or None without codes.
+        tokenizer: fingerprint of the image tokenizer that computed the codes, or None without codes.
     """
 
     document: document_types.Document
@@ -37,7 +37,7 @@ class Record:
 
 
 def to_bytes(record: Record) -> bytes:
-    """The record in msgpack; equal records give equal bytes."""
+    """Serializes a record with msgpack; equal records give equal bytes."""
     segments = [
         {"text": segment.text}
         if isinstance(segment, document_types.Text)
@@ -60,13 +60,13 @@ def to_bytes(record: Record) -> bytes:
 
 
 def from_bytes(data: bytes) -> Record:
-    """Reads what `to_bytes` wrote, checking every field.
+    """Parses the bytes of `to_bytes` and checks every field.
 
     Raises:
-        UserError: the bytes are not such a record.
+        UserError: the bytes are not a valid record.
     """
     try:
-        # Limits of msgpack follow from the length of the data: nothing larger can be claimed.
+        # msgpack's size limits follow from the length of the data, so no larger object can be claimed.
         fields = msgpack.unpackb(data, raw=False, strict_map_key=True)
         return _from_fields(fields)
     except UserError:
@@ -76,19 +76,19 @@ def from_bytes(data: bytes) -> Record:
 
 
 def _from_fields(fields: Any) -> Record:
-    _demand(isinstance(fields, dict) and set(fields) == _KEYS, "its fields are not a record's")
-    _demand(fields["format"] == _FORMAT, f"its format is {fields['format']!r}, not {_FORMAT}")
-    _demand(isinstance(fields["id"], str) and fields["id"] != "", "it has no id")
+    _require(isinstance(fields, dict) and set(fields) == _KEYS, "its fields are not a record's")
+    _require(fields["format"] == _FORMAT, f"its format is {fields['format']!r}, not {_FORMAT}")
+    _require(isinstance(fields["id"], str) and fields["id"] != "", "it has no id")
     for name in ("url", "license", "tokenizer"):
-        _demand(isinstance(fields[name], str | None), f"its {name} is not text")
-    _demand(isinstance(fields["segments"], list), "its segments are not a list")
-    _demand(isinstance(fields["embeddings"], dict), "its embeddings are not by view")
-    _demand((fields["codes"] is None) == (fields["tokenizer"] is None), "codes need a tokenizer")
+        _require(isinstance(fields[name], str | None), f"its {name} is not text")
+    _require(isinstance(fields["segments"], list), "its segments are not a list")
+    _require(isinstance(fields["embeddings"], dict), "its embeddings are not by view")
+    _require((fields["codes"] is None) == (fields["tokenizer"] is None), "codes need a tokenizer")
     embeddings = {}
     for view, values in fields["embeddings"].items():
-        _demand(_VIEW.fullmatch(view) is not None, f"it has a view {view!r}")
+        _require(_VIEW.fullmatch(view) is not None, f"it has a view {view!r}")
         embeddings[view] = np.frombuffer(values, "<f4").astype(np.float32)
-        _demand(bool(np.isfinite(embeddings[view]).all()), f"its embedding {view} is not finite")
+        _require(bool(np.isfinite(embeddings[view]).all()), f"its embedding {view} is not finite")
     codes = fields["codes"]
     return Record(
         document=document_types.Document(
@@ -104,13 +104,13 @@ def _from_fields(fields: Any) -> Record:
 
 
 def _segment(fields: Any) -> document_types.Segment:
-    _demand(isinstance(fields, dict) and len(fields) == 1, "a segment is not one of text or png")
+    _require(isinstance(fields, dict) and len(fields) == 1, "a segment is neither text nor png")
     if isinstance(fields.get("text"), str):
         return document_types.Text(fields["text"])
-    _demand(isinstance(fields.get("png"), bytes), "a segment is not one of text or png")
+    _require(isinstance(fields.get("png"), bytes), "a segment is neither text nor png")
     return document_types.Image(image_files.decode_png(fields["png"]))
 
 
-def _demand(holds: bool, complaint: str) -> None:
-    if not holds:
-        raise UserError(f"A record is damaged: {complaint}.")
+def _require(condition: bool, problem: str) -> None:
+    if not condition:
+        raise UserError(f"A record is damaged: {problem}.")

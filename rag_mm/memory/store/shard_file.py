@@ -1,4 +1,4 @@
-"""Shards: the rows of a memory on disk, as records for reading one and as arrays for all."""
+"""Shards: the stored rows of a memory, as records to read single documents and as arrays to read all rows."""
 
 import dataclasses
 import re
@@ -17,7 +17,7 @@ from rag_mm.memory.store import manifest, record
 
 
 def load_rows(root: Path, contents: manifest.MemoryManifest, view: str) -> np.ndarray:
-    """Embeddings of all stored rows in a view, float32 [R, D], mapped where they are one file.
+    """Embeddings of all stored rows in a view, float32 [R, D]; memory-mapped if they are one file.
 
     Raises:
         UserError: a file is not an array of the manifest's shape.
@@ -34,7 +34,7 @@ def load_rows(root: Path, contents: manifest.MemoryManifest, view: str) -> np.nd
 
 
 def load_live(root: Path, contents: manifest.MemoryManifest) -> live_rows.LiveRows:
-    """Which stored rows are left.
+    """The stored rows that were not removed.
 
     Raises:
         UserError: the list of removed rows is damaged.
@@ -47,14 +47,14 @@ def load_live(root: Path, contents: manifest.MemoryManifest) -> live_rows.LiveRo
     if removed.min() >= 0 and removed.max() < contents.stored:
         live = live_rows.LiveRows(contents.stored, removed)
     if live is None or live.num_removed != contents.removed:
-        raise UserError(f"{path} names rows that are not there: the memory is damaged.")
+        raise UserError(f"{path} lists rows that do not exist: the memory is damaged.")
     return live
 
 
 def load_codes(
     root: Path, contents: manifest.MemoryManifest, shard: manifest.Shard
 ) -> np.ndarray | None:
-    """Codes of a shard's rows, int32 [rows, N], -1 where a row has none; None in a memory without.
+    """Codes of a shard's rows, int32 [rows, N], -1 for a row without codes; None in a memory without codes.
 
     Raises:
         UserError: the file is not an array of the manifest's shape.
@@ -68,14 +68,14 @@ def load_codes(
 
 
 def load_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """Maps an array from disk.
+    """Memory-maps an array file.
 
     Raises:
-        UserError: the file is missing, damaged, or of another shape or dtype.
+        UserError: the file is missing or damaged, or has another shape or dtype.
     """
     try:
         values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # A damaged header raises whatever its parser stumbled over.
+    except Exception as error:  # A damaged header can raise almost any exception.
         raise UserError(f"{path} is not a readable array ({error}).") from error
     if values.shape != shape or values.dtype != dtype:
         raise UserError(f"{path} holds {values.dtype} {values.shape} instead of {shape}.")
@@ -91,21 +91,21 @@ def load_ids(root: Path, contents: manifest.MemoryManifest) -> list[str]:
     ids = []
     for shard in contents.shards:
         path = root / shard.file("ids", "json")
-        found = files.read_json(path)
-        if not isinstance(found, list) or len(found) != shard.rows:
+        shard_ids = files.read_json(path)
+        if not isinstance(shard_ids, list) or len(shard_ids) != shard.rows:
             raise UserError(f"{path} does not hold {shard.rows} ids: the memory is damaged.")
-        ids += [str(name) for name in found]
+        ids += [str(name) for name in shard_ids]
     return ids
 
 
 @dataclasses.dataclass(frozen=True)
 class Origins:
-    """Where the rows of a shard come from, one entry a row.
+    """Provenance of a shard's rows, one entry per row.
 
     Attributes:
-        url, license: as the documents give them.
-        caption: hash of the text without case, punctuation and spacing; empty where there is none.
-        image: whether there is one.
+        url, license: as given by the documents.
+        caption: `caption_hash` of the text; empty without text.
+        image: whether the document has an image.
     """
 
     url: list[str | None]
@@ -115,15 +115,15 @@ class Origins:
 
 
 def caption_hash(text: str) -> str:
-    """Equal for texts that differ in case, punctuation and spacing alone; empty for none."""
+    """A hash that ignores case, punctuation and spacing; empty for an empty text."""
     words = re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
-    # A text of signs alone is compared as it is.
-    plain = " ".join(words) or text.strip()
-    return files.digest(plain.encode())[:16] if plain else ""
+    # A text without any word characters is compared verbatim.
+    normalized = " ".join(words) or text.strip()
+    return files.digest(normalized.encode())[:16] if normalized else ""
 
 
 def load_origins(root: Path, contents: manifest.MemoryManifest, shard: manifest.Shard) -> Origins:
-    """The origins of a shard's rows; where an older memory lists none, from its records.
+    """The origins of a shard's rows; read from its records if an older memory has no origins file.
 
     Raises:
         UserError: a file is damaged.
@@ -131,48 +131,48 @@ def load_origins(root: Path, contents: manifest.MemoryManifest, shard: manifest.
     path = root / shard.file("origins", "json")
     if path.relative_to(root).as_posix() not in contents.files:
         records = Records(root, [shard])
-        return _origins_of([records[place].document for place in range(shard.rows)])
+        return _origins_of([records[position].document for position in range(shard.rows)])
     try:
-        found = Origins(**files.read_json(path))
-        lengths = {len(values) for values in vars(found).values()}
+        origins = Origins(**files.read_json(path))
+        lengths = {len(values) for values in vars(origins).values()}
     except TypeError:
         lengths = set()
     if lengths != {shard.rows}:
         raise UserError(f"{path} does not hold {shard.rows} origins: the memory is damaged.")
-    return found
+    return origins
 
 
 class Records:
-    """The stored records of some shards, read by place from as many threads as there are."""
+    """The records of some shards, read by stored position; thread-safe."""
 
     def __init__(self, root: Path, shards: Sequence[manifest.Shard]):
-        """Opens nothing yet."""
+        """Opens no file yet."""
         self._root = root
         paths = [
             f"{root / shard.file('records', 'arrayrecord')}[0:{shard.rows}]" for shard in shards
         ]
-        # Of no files the library makes no source; then nobody asks for a record.
+        # The library cannot make a source of no files; no record is then ever read.
         self._source: Sequence[bytes] = ()
         if paths:
             self._source = array_record_data_source.ArrayRecordDataSource(paths)
 
-    def __getitem__(self, place: int) -> record.Record:
-        """The record at a stored place.
+    def __getitem__(self, position: int) -> record.Record:
+        """The record at a stored position.
 
         Raises:
             UserError: it is damaged.
         """
         try:
-            return record.from_bytes(self._source[int(place)])
-        except (UserError, RuntimeError) as error:  # RuntimeError: ArrayRecord's own checksum.
-            raise UserError(f"Record {place} of {self._root} cannot be read: {error}") from error
+            return record.from_bytes(self._source[int(position)])
+        except (UserError, RuntimeError) as error:  # RuntimeError: ArrayRecord's checksum.
+            raise UserError(f"Record {position} of {self._root} cannot be read: {error}") from error
 
 
 class ShardWriter:
-    """One shard: records as they come, arrays when it is closed."""
+    """Writes one shard: the records immediately, the arrays when it is closed."""
 
     def __init__(self, root: Path, folder: str, number: int):
-        """Starts shard `number` in a folder of the memory that exists."""
+        """Starts shard `number` in an existing folder of the memory."""
         self._root = root
         self._shard = manifest.Shard(folder, number, 0, 0, 0)
         self._paths = [root / self._shard.file("records", "arrayrecord")]
@@ -184,11 +184,11 @@ class ShardWriter:
 
     @property
     def rows(self) -> int:
-        """How many were written."""
+        """Number of records written so far."""
         return len(self._ids)
 
     def write(self, records: Iterable[record.Record]) -> None:
-        """Appends records with an embedding of every view."""
+        """Appends records; each must have an embedding of every view."""
         for entry in records:
             self._writer.write(record.to_bytes(entry))
             self._ids.append(entry.document.id)
@@ -200,7 +200,7 @@ class ShardWriter:
                 values += origins[name]
 
     def close(self) -> tuple[manifest.Shard, dict[str, manifest.FileEntry]]:
-        """Finishes the files and brings them to the disk; the shard, and its files by path."""
+        """Finishes the files and flushes them to disk; returns the shard and its files by path."""
         self._writer.close()
         self._write_bytes("ids", files.canonical_json(self._ids).encode())
         self._write_bytes(

@@ -1,6 +1,6 @@
-"""Finds what is wrong with a memory's folder: every file, every row, and the recall of its indexes.
+"""Integrity check of a memory's folder: every file, every row, and the recall of its indexes.
 
-Names of files and views go into sentences, one for each problem.
+Each problem is reported as one sentence that names the file or view.
 """
 
 import collections
@@ -21,27 +21,27 @@ _SAMPLE = 64
 _RECALL_AT = 10
 _MIN_RECALL = 0.95
 _UNIT_TOLERANCE = 1e-3
-# Where a run made the memory, these two are its own and change when it likes.
+# If a run's stage built the memory, these two files belong to the stage and may change.
 _STAGE_FILES = ("manifest.json", costs.FILE_NAME)
 
 
 def verify(path: epath.PathLike) -> list[str]:
-    """Checks a memory: an empty list means that nothing is wrong.
+    """Checks a memory and returns its problems; an empty list means that none were found.
 
-    Every file of every version is held against its size and SHA-256, and a file that no manifest
-    lists is a problem. A run's own two files in the folder must be JSON. What a killed writer
-    left, which no reader sees, is not a problem. If all files are right, the current version's
-    rows are checked: numbers of rows, NaN, length 1, ids that repeat, a sample of records against
-    ids and embeddings, and each index's recall@10 on a sample against exact search.
+    Compares every file of every version with its listed size and SHA-256, and reports files that no
+    manifest lists. The two files of a run's stage in the folder must be valid JSON. Leftovers of a killed
+    writer, which no reader sees, are not a problem. If all files are intact, checks the current version:
+    row counts, NaN, unit length, duplicate ids, a sample of records against ids and embeddings, and each
+    index's recall@10 on a sample against exact search.
 
     Raises:
-        UserError: there is no such folder, or nothing in it is a memory's.
+        UserError: the folder does not exist or contains no file of a memory.
     """
     root = manifest.local_folder(path)
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: name one made by `memory build`.")
     if not any((root / name).exists() for name in (manifest.CURRENT, manifest.folder_of(1))):
-        manifest.read_current(root)  # Raises, with the remedy.
+        manifest.read_current(root)  # Raises with a suggested remedy.
     problems, current = _check_files(root)
     if current is not None and not problems:
         problems += _check_rows(root, current)
@@ -85,19 +85,19 @@ def _check_files(root: Path) -> tuple[list[str], manifest.MemoryManifest | None]
 
 
 def _versions(root: Path, current: int | None) -> list[int]:
-    """Versions on disk and the current one; later ones were never finished."""
-    found = {manifest.version_of(path.name) for path in root.iterdir()} | {current}
-    return sorted(v for v in found if v is not None and (current is None or v <= current))
+    """Versions on disk up to and including the current one; later ones were never finished."""
+    versions = {manifest.version_of(path.name) for path in root.iterdir()} | {current}
+    return sorted(v for v in versions if v is not None and (current is None or v <= current))
 
 
 def _check_unlisted(root: Path, listed: set[str], current: int | None) -> Iterator[tuple[str, str]]:
-    """Files that no manifest lists: the folder or file at the top, and what is wrong."""
+    """Files that no manifest lists: (top-level folder or file, problem)."""
     for path in sorted(root.rglob("*")):
         relative = path.relative_to(root)
         name, top = relative.as_posix(), relative.parts[0]
         unfinished = current is not None and (manifest.version_of(top) or 0) > current
-        cut_short = top.startswith((f".{manifest.CURRENT}.", manifest.PRUNED))
-        if path.is_dir() or name in listed or unfinished or cut_short:
+        is_leftover = top.startswith((f".{manifest.CURRENT}.", manifest.PRUNED))
+        if path.is_dir() or name in listed or unfinished or is_leftover:
             continue
         if name in _STAGE_FILES:
             try:
@@ -116,9 +116,9 @@ def _check_rows(root: Path, contents: manifest.MemoryManifest) -> list[str]:
         live = shard_file.load_live(root, contents)
     except UserError as error:
         return [str(error)]
-    for name, count in collections.Counter(ids[place] for place in live.stored).items():
+    for name, count in collections.Counter(ids[position] for position in live.stored).items():
         if count > 1:
-            problems.append(f"Id {name!r} stands in {count} rows.")
+            problems.append(f"Id {name!r} occurs in {count} rows.")
     for view, values in rows.items():
         bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
         if bad.size:
@@ -126,7 +126,9 @@ def _check_rows(root: Path, contents: manifest.MemoryManifest) -> list[str]:
             continue
         off = np.flatnonzero(np.abs(np.linalg.norm(values, axis=1) - 1) > _UNIT_TOLERANCE)
         if off.size:
-            problems.append(f"View {view}: row {off[0]} and {off.size - 1} more are not unit.")
+            problems.append(
+                f"View {view}: row {off[0]} and {off.size - 1} more do not have unit length."
+            )
     return problems + list(_check_records(root, contents, ids, rows))
 
 
@@ -139,39 +141,39 @@ def _check_records(
         path = root / shard.file("records", "arrayrecord")
         try:
             codes = shard_file.load_codes(root, contents, shard)
-            # Without a range, so that the file says itself how many records it holds.
+            # Opened without a range, so that the number of records comes from the file.
             records = array_record_data_source.ArrayRecordDataSource(str(path))
             if len(records) != shard.rows:
                 yield f"{path} holds {len(records)} records instead of {shard.rows}."
                 continue
-            for place in _sample(rng, shard.rows):
-                found = record.from_bytes(records[int(place)])
-                row = first + int(place)
-                if not _agrees(found, ids[row], {view: rows[view][row] for view in rows}):
+            for position in _sample(rng, shard.rows):
+                stored = record.from_bytes(records[int(position)])
+                row = first + int(position)
+                if not _matches(stored, ids[row], {view: rows[view][row] for view in rows}):
                     yield f"Row {row}: the record does not match its id and embeddings."
-                if codes is not None and not _has_codes(found, codes[int(place)]):
+                if codes is not None and not _has_codes(stored, codes[int(position)]):
                     yield f"Row {row}: the record does not match its codes."
         except (RuntimeError, UserError) as error:
             yield f"{path} cannot be read ({error})."
         first += shard.rows
 
 
-def _agrees(found: record.Record, name: str, vectors: dict[str, np.ndarray]) -> bool:
+def _matches(stored: record.Record, name: str, vectors: dict[str, np.ndarray]) -> bool:
     return (
-        found.document.id == name
-        and set(found.embeddings) == set(vectors)
-        and all(np.array_equal(found.embeddings[view], vectors[view]) for view in vectors)
+        stored.document.id == name
+        and set(stored.embeddings) == set(vectors)
+        and all(np.array_equal(stored.embeddings[view], vectors[view]) for view in vectors)
     )
 
 
-def _has_codes(found: record.Record, codes: np.ndarray) -> bool:
-    if found.codes is None:
+def _has_codes(stored: record.Record, codes: np.ndarray) -> bool:
+    if stored.codes is None:
         return bool((codes == protocol.MISSING).all())
-    return np.array_equal(found.codes, codes)
+    return np.array_equal(stored.codes, codes)
 
 
 def _check_recall(root: Path, contents: manifest.MemoryManifest) -> Iterator[str]:
-    """Recall of each index against exact search over the same rows, on sampled rows as queries."""
+    """Checks each index's recall against exact search over the same rows, with sampled rows as queries."""
     if contents.index == "exact":
         return
     live = shard_file.load_live(root, contents)
@@ -188,12 +190,13 @@ def _check_recall(root: Path, contents: manifest.MemoryManifest) -> Iterator[str
         oracle.build(rows)
         for built in (searcher, oracle):
             built.remove(live.removed)
-        found = searcher.search(rows[queries], k)
-        right = oracle.search(rows[queries], k)
-        # By score, because among equal rows either is right; some indexes round what they score.
-        own = np.einsum("qkd,qd->qk", rows[live.stored[found.ids]], rows[queries])
-        right_enough = (own >= right.scores[:, -1:] - 1e-5) & (found.ids != protocol.MISSING)
-        recall = float(right_enough.mean())
+        hits = searcher.search(rows[queries], k)
+        expected = oracle.search(rows[queries], k)
+        # Compares scores, because any of several equal rows is correct. The scores are recomputed in
+        # float32, because some indexes round theirs.
+        exact_scores = np.einsum("qkd,qd->qk", rows[live.stored[hits.ids]], rows[queries])
+        is_correct = exact_scores >= expected.scores[:, -1:] - 1e-5
+        recall = float((is_correct & (hits.ids != protocol.MISSING)).mean())
         if recall < _MIN_RECALL:
             yield f"View {view}: recall@{k} against exact search is {recall:.3f} < {_MIN_RECALL}."
 

@@ -1,4 +1,4 @@
-"""Changes to a memory that embed nothing: rows taken out, taken over, and written anew."""
+"""Changes to a memory that need no models: remove, merge and compact."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
@@ -20,18 +20,18 @@ def remove(
     urls: Collection[str] = (),
     licenses: Collection[str] = (),
 ) -> None:
-    """Makes the next version, without some documents; see `Memory.remove`."""
-    with writer.next_version(root) as (before, _):
-        live = shard_file.load_live(root, before)
-        found = _find(root, before, live.mask, set(ids), set(urls), set(licenses))
-        removed = np.union1d(live.removed, found)
-        dropped = f"{before.folder}/{manifest.REMOVED}"
+    """Writes the next version without some documents; see `Memory.remove`."""
+    with writer.next_version(root) as (previous, _):
+        live = shard_file.load_live(root, previous)
+        matches = _find(root, previous, live.mask, set(ids), set(urls), set(licenses))
+        removed = np.union1d(live.removed, matches)
+        dropped = f"{previous.folder}/{manifest.REMOVED}"
         after = dataclasses.replace(
-            before,
-            version=before.version + 1,
+            previous,
+            version=previous.version + 1,
             removed=len(removed),
-            indexed_by=before.indexed_by or before.folder,
-            files={name: entry for name, entry in before.files.items() if name != dropped},
+            indexed_by=previous.indexed_by or previous.folder,
+            files={name: entry for name, entry in previous.files.items() if name != dropped},
         )
         writer.clear(root, [after.folder])
         files.write_array(root / after.folder / manifest.REMOVED, removed.astype(np.int64))
@@ -44,27 +44,28 @@ def merge(
     shard_size: int = 8192,
     on_progress: Progress | None = None,
 ) -> None:
-    """Makes the next version, with the documents of another memory; see `Memory.merge`."""
+    """Writes the next version with the documents of another memory; see `Memory.merge`."""
     version, other_sha256 = manifest.read_current(other)
-    theirs = manifest.read(other, version, other_sha256)
-    with writer.next_version(root) as (before, sha256):
+    other_contents = manifest.read(other, version, other_sha256)
+    with writer.next_version(root) as (previous, sha256):
         for name in ("encoder", "tokenizer", "image_size"):
-            mine, given = getattr(before, name), getattr(theirs, name)
-            if mine != given:
+            ours, theirs = getattr(previous, name), getattr(other_contents, name)
+            if ours != theirs:
                 raise UserError(
-                    f"{other} has {name} {given} and {root} has {mine}: memories of one retriever "
-                    "and one tokenizer can be merged, others must be built anew."
+                    f"{other} has {name} {theirs} and {root} has {ours}: only memories with the same "
+                    "retriever, tokenizer and image size can be merged; build one of them again."
                 )
-        live = shard_file.load_live(root, before)
-        known = {shard_file.load_ids(root, before)[place] for place in live.stored}
-        new = shard_file.load_ids(other, theirs)
-        for place in shard_file.load_live(other, theirs).stored:
-            if new[place] in known:
-                raise UserError(f"Both memories have the id {new[place]!r}: remove it from one.")
+        live = shard_file.load_live(root, previous)
+        known_ids = {shard_file.load_ids(root, previous)[position] for position in live.stored}
+        new_ids = shard_file.load_ids(other, other_contents)
+        for position in shard_file.load_live(other, other_contents).stored:
+            name = new_ids[position]
+            if name in known_ids:
+                raise UserError(f"Both memories have the id {name!r}: remove it from one of them.")
         plan = {"what": "merge", "before": sha256, "other": other_sha256, "shard_size": shard_size}
-        stage = staging.Staging(root, before, plan)
-        _copy(stage, root, other, theirs, shard_size, on_progress)
-        writer.finish(root, before, stage, None, live.removed)
+        stage = staging.Staging(root, previous, plan)
+        _copy(stage, root, other, other_contents, shard_size, on_progress)
+        writer.finish(root, previous, stage, None, live.removed)
 
 
 def compact(
@@ -73,24 +74,25 @@ def compact(
     shard_size: int = 8192,
     on_progress: Progress | None = None,
 ) -> None:
-    """Makes the next version, with nothing but the rows that are left; see `Memory.compact`."""
+    """Writes the next version with only the live rows; see `Memory.compact`."""
     if prune and (root / "manifest.json").exists():
         raise UserError(
-            f"{root} is a run's own memory, whose stages read earlier versions: compact it unpruned."
+            f"{root} is a run's own memory, whose stages read earlier versions: "
+            "compact it without --prune."
         )
-    with writer.next_version(root) as (before, sha256):
+    with writer.next_version(root) as (previous, sha256):
         plan = {"what": "compact", "before": sha256, "shard_size": shard_size}
-        stage = staging.Staging(root, before, plan)
-        _copy(stage, root, root, before, shard_size, on_progress)
+        stage = staging.Staging(root, previous, plan)
+        _copy(stage, root, root, previous, shard_size, on_progress)
         carried = {
             name: entry
-            for name, entry in before.files.items()
+            for name, entry in previous.files.items()
             if manifest.version_of(name.split("/")[0]) is None
         }
-        bare = dataclasses.replace(before, shards=(), files=carried, num_codes=None)
-        writer.finish(root, bare, stage, None, np.zeros(0, np.int64))
+        empty = dataclasses.replace(previous, shards=(), files=carried, num_codes=None)
+        writer.finish(root, empty, stage, None, np.zeros(0, np.int64))
         if prune:
-            _prune(root, before.version)
+            _prune(root, previous.version)
 
 
 def _find(
@@ -101,31 +103,35 @@ def _find(
     urls: set[str],
     licenses: set[str],
 ) -> np.ndarray:
-    """Places of the rows that are left and have one of these, int64 [M].
+    """Stored positions of the live rows that have one of the ids, urls or licenses, int64 [M].
 
     Raises:
-        UserError: nothing was asked for, or something that no document has.
+        UserError: no value was given, or no document has one of them.
     """
     if not ids | urls | licenses:
-        raise UserError("Nothing to remove: name ids, urls or licences.")
-    wanted = {"id": ids, "url": urls, "license": licenses}
-    found, seen = [], set()
+        raise UserError("Nothing to remove: give ids, urls or licenses.")
+    requested = {"id": ids, "url": urls, "license": licenses}
+    positions, matched = [], set()
     names = shard_file.load_ids(root, contents)
     origins = [shard_file.load_origins(root, contents, shard) for shard in contents.shards]
     columns: dict[str, Sequence[str | None]] = {
         "id": names,
-        "url": [url for one in origins for url in one.url],
-        "license": [license for one in origins for license in one.license],
+        "url": [url for shard in origins for url in shard.url],
+        "license": [license for shard in origins for license in shard.license],
     }
-    for place in np.flatnonzero(mask).tolist():
-        has = {kind: values[place] for kind, values in columns.items()}
-        hits = {(kind, has[kind]) for kind, values in wanted.items() if has[kind] in values}
-        seen |= hits
-        found += [place] if hits else []
-    unseen = {(kind, value) for kind, values in wanted.items() for value in values} - seen
-    for kind, value in sorted(unseen):
-        raise UserError(f"{root} has no document with the {kind} {value!r}: nothing was removed.")
-    return np.array(found, np.int64)
+    for position in np.flatnonzero(mask).tolist():
+        row = {field: values[position] for field, values in columns.items()}
+        matches = {
+            (field, row[field]) for field, values in requested.items() if row[field] in values
+        }
+        matched |= matches
+        positions += [position] if matches else []
+    unmatched = {
+        (field, value) for field, values in requested.items() for value in values
+    } - matched
+    for field, value in sorted(unmatched):
+        raise UserError(f"{root} has no document with the {field} {value!r}: nothing was removed.")
+    return np.array(positions, np.int64)
 
 
 def _copy(
@@ -136,23 +142,23 @@ def _copy(
     shard_size: int,
     on_progress: Progress | None,
 ) -> None:
-    """Writes the rows that are left of a memory's version as shards, from the last commit on."""
-    places = shard_file.load_live(source, contents).stored
+    """Writes the live rows of a memory's version as shards, resuming after the last commit."""
+    positions = shard_file.load_live(source, contents).stored
     records = shard_file.Records(source, contents.shards)
-    for start in range(stage.position, len(places), shard_size):
-        chosen = places[start : start + shard_size]
+    for start in range(stage.position, len(positions), shard_size):
+        batch = positions[start : start + shard_size]
         shard = shard_file.ShardWriter(root, stage.folder, len(stage.commits))
-        shard.write(records[place] for place in chosen)
-        stage.commit(staging.Commit(*shard.close(), position=start + len(chosen)))
+        shard.write(records[position] for position in batch)
+        stage.commit(staging.Commit(*shard.close(), position=start + len(batch)))
         if on_progress is not None:
-            on_progress(start + len(chosen), len(places))
+            on_progress(start + len(batch), len(positions))
 
 
 def _prune(root: Path, newest: int) -> None:
-    """Deletes the versions up to `newest`, later ones first: those name files of earlier ones."""
+    """Deletes the versions up to `newest`, latest first, because versions refer to files of earlier ones."""
     for version in range(newest, 0, -1):
         folder = manifest.folder_of(version)
         if (root / folder).exists():
-            # By one rename it is gone; what a kill leaves of it is no version any more.
+            # One rename removes the version; what a killed deletion leaves is no longer a version.
             (root / folder).rename(root / f"{manifest.PRUNED}{folder}")
             writer.clear(root, [f"{manifest.PRUNED}{folder}"])

@@ -1,4 +1,4 @@
-"""Documents into shards: checked, fitted, embedded, filtered, and committed shard by shard."""
+"""Turns documents into shards: checks, resizes, embeds and filters them, and commits shard by shard."""
 
 import collections
 import dataclasses
@@ -18,19 +18,19 @@ from rag_mm.memory.writing import near_duplicates, staging, stream
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How to write.
+    """Options of a build or an addition.
 
     Attributes:
-        index: `scann`, `exact` or `device`; a memory keeps its kind.
-        scann: how ScaNN searches, where it does.
+        index: `scann`, `exact` or `device`; fixed when the memory is built.
+        scann: settings of a `scann` index.
         batch_size: documents encoded at once.
-        shard_size: rows of one file; what is held in RAM beside the index's rows.
-        on_progress: called with (records read, all records, or those read where nobody knows).
-        max_bad: the share of bad records above which nothing is written, one record aside; 0 refuses
-            the first.
-        exclude: what must stay out.
-        dedup: leaves a document out whose text an earlier one has and whose picture has at least
-            this cosine with that one's; None keeps repeats.
+        shard_size: rows per shard. One shard is held in memory, in addition to the index's rows.
+        on_progress: called with (records read, total records); an unknown total is the number read so far.
+        max_bad: if a larger share of the records is bad, nothing is written; a single bad record is always
+            tolerated, except with 0, which fails at the first bad record.
+        exclude: documents that must not enter the memory.
+        dedup: skips a document if an earlier one has the same text and an image with at least this cosine;
+            None keeps duplicates.
     """
 
     index: str = "scann"
@@ -45,7 +45,7 @@ class Options:
 
 @dataclasses.dataclass
 class _Draft:
-    """A shard before it is committed."""
+    """A shard that is being written."""
 
     number: int
     position: int
@@ -67,27 +67,29 @@ class Ingest:
     def __init__(
         self,
         root: Path,
-        before: manifest.MemoryManifest,
+        previous: manifest.MemoryManifest,
         encoder: model_protocols.Encoder,
         tokenizer: model_protocols.ImageTokenizer | None,
         options: Options,
     ):
-        """For the version after `before`; reads what must not repeat."""
+        """Prepares the version after `previous`; loads the ids and captions that must not occur again."""
         self._root = root
-        self._before = before
+        self._previous = previous
         self._encoder = encoder
         self._tokenizer = tokenizer
         self._options = options
-        live = shard_file.load_live(root, before)
-        ids = shard_file.load_ids(root, before)
-        self._known = {ids[place] for place in live.stored}
-        self._repeats = None
+        live = shard_file.load_live(root, previous)
+        ids = shard_file.load_ids(root, previous)
+        self._known_ids = {ids[position] for position in live.stored}
+        self._duplicates = None
         if options.dedup is not None:
-            self._repeats = near_duplicates.Repeats(options.dedup)
-            self._remember(before.shards, live.mask, shard_file.load_rows(root, before, "image"))
+            self._duplicates = near_duplicates.DuplicateFilter(options.dedup)
+            self._register(
+                previous.shards, live.mask, shard_file.load_rows(root, previous, "image")
+            )
 
     def plan(self, source: stream.RecordStream, sha256: str) -> dict[str, Any]:
-        """What the shards depend on; `sha256` is the digest of the manifest before."""
+        """Everything that the shards depend on; `sha256` is the digest of the previous manifest."""
         options = self._options
         return {
             "what": "documents",
@@ -95,21 +97,21 @@ class Ingest:
             "source": source.fingerprint,
             "encoder": self._encoder.fingerprint,
             "tokenizer": None if self._tokenizer is None else self._tokenizer.fingerprint,
-            "image_size": self._before.image_size,
-            "index": self._before.index,
+            "image_size": self._previous.image_size,
+            "index": self._previous.index,
             "shard_size": options.shard_size,
             "exclude": None if options.exclude is None else options.exclude.fingerprint,
             "dedup": options.dedup,
         }
 
     def write(self, stage: staging.Staging, source: stream.RecordStream) -> None:
-        """Reads the source to its end from where the last commit left it.
+        """Reads the source to its end, resuming after the last commit.
 
         Raises:
-            UserError: a bad record where none is allowed, or an encoder that gives no numbers.
+            UserError: a bad record with `max_bad` 0, or a non-finite embedding.
         """
         for commit in stage.commits:
-            self._recall(commit)
+            self._restore(commit)
         items = source.read(stage.position)
         done = sum(_num_records(commit) for commit in stage.commits)
         while True:
@@ -129,12 +131,12 @@ class Ingest:
         done: int,
         size: int | None,
     ) -> None:
-        """Reads until the shard is full or the source at its end."""
+        """Reads until the shard is full or the source ends."""
         for item in items:
             draft.position = item.position
             self._take(item, draft)
-            room = self._options.shard_size - draft.rows
-            if len(draft.batch) == min(self._options.batch_size, room):
+            remaining = self._options.shard_size - draft.rows
+            if len(draft.batch) == min(self._options.batch_size, remaining):
                 self._flush(draft, folder)
                 if self._options.on_progress is not None:
                     read = done + draft.rows + len(draft.rejects) + draft.excluded.total()
@@ -145,17 +147,18 @@ class Ingest:
             self._flush(draft, folder)
 
     def _take(self, item: stream.Item, draft: _Draft) -> None:
-        """Puts a good document into the batch and a bad one among the rejects."""
+        """Adds a good document to the batch, or a bad record to the rejects."""
         reject = item.reject
         if item.document is not None:
             reject = self._check(item.document, draft)
         if reject is None and item.document is not None:
-            draft.batch.append(_fit(item.document, self._before.image_size))
+            draft.batch.append(_fit(item.document, self._previous.image_size))
             draft.batch_notes.append(item.notes)
         elif reject is not None:
             if self._options.max_bad == 0:
-                is_named = reject is not item.reject  # Sources leave out their sentence's subject.
-                raise UserError(reject.detail if is_named else f"{reject.name}: {reject.detail}")
+                # A source's detail lacks the subject of its sentence; that of `_check` has one.
+                has_subject = reject is not item.reject
+                raise UserError(reject.detail if has_subject else f"{reject.name}: {reject.detail}")
             draft.rejects.append(reject)
 
     def _check(self, document: document_types.Document, draft: _Draft) -> stream.Reject | None:
@@ -164,11 +167,11 @@ class Ingest:
             return stream.Reject(
                 name, "empty-id", "A document has an empty id: give every document one."
             )
-        if name in self._known or any(name == other.id for other in draft.batch):
+        if name in self._known_ids or any(name == other.id for other in draft.batch):
             return stream.Reject(
                 name,
                 "duplicate-id",
-                f"Two documents have the id {name!r}: ids are unique in a memory.",
+                f"Two documents have the id {name!r}: ids must be unique in a memory.",
             )
         if document.image is None and not document.text.strip():
             return stream.Reject(
@@ -177,78 +180,80 @@ class Ingest:
         return None
 
     def _flush(self, draft: _Draft, folder: str) -> None:
-        """Embeds the batch and writes what no filter keeps out."""
+        """Embeds the batch and writes the documents that no filter excludes."""
         embeddings = model_protocols.embed(draft.batch, self._encoder, self._options.batch_size)
-        kept = [
-            place
-            for place, reason in enumerate(self._filter(draft.batch, embeddings))
-            if reason is None or draft.excluded.update([reason])
-        ]
-        batch = [draft.batch[place] for place in kept]
+        kept = []
+        for i, reason in enumerate(self._filter(draft.batch, embeddings)):
+            if reason is None:
+                kept.append(i)
+            else:
+                draft.excluded.update([reason])
+        batch = [draft.batch[i] for i in kept]
         codes: list[np.ndarray | None] = [None] * len(batch)
         if self._tokenizer is not None:
             codes = model_protocols.encode_codes(batch, self._tokenizer, self._options.batch_size)
         records = [
             record.Record(
                 document,
-                {view: rows[place] for view, rows in embeddings.items()},
+                {view: rows[i] for view, rows in embeddings.items()},
                 values,
-                None if values is None else self._before.tokenizer,
+                None if values is None else self._previous.tokenizer,
             )
-            for place, document, values in zip(kept, batch, codes, strict=True)
+            for i, document, values in zip(kept, batch, codes, strict=True)
         ]
         if records:
             draft.writer = draft.writer or shard_file.ShardWriter(self._root, folder, draft.number)
             draft.writer.write(records)
-        self._known.update(document.id for document in batch)
-        draft.notes.update(note for place in kept for note in draft.batch_notes[place])
+        self._known_ids.update(document.id for document in batch)
+        draft.notes.update(note for i in kept for note in draft.batch_notes[i])
         draft.batch, draft.batch_notes = [], []
 
     def _filter(
         self, batch: list[document_types.Document], embeddings: dict[str, np.ndarray]
     ) -> Iterator[str | None]:
-        """Why each document stays out, or None."""
+        """Why each document is excluded, or None."""
         reasons: list[str | None] = [None] * len(batch)
         if self._options.exclude is not None:
             reasons = self._options.exclude.reasons(batch, embeddings)
-        for document, row, reason in zip(batch, embeddings["image"], reasons, strict=True):
-            if reason is None and self._repeats is not None:
+        for document, embedding, reason in zip(batch, embeddings["image"], reasons, strict=True):
+            if reason is None and self._duplicates is not None:
                 caption = shard_file.caption_hash(document.text)
-                if self._repeats.is_repeat(caption, row):
+                if self._duplicates.is_duplicate(caption, embedding):
                     reason = "near-duplicate"
                 else:
-                    self._repeats.add([caption], [row])
+                    self._duplicates.add([caption], [embedding])
             yield reason
 
-    def _recall(self, commit: staging.Commit) -> None:
-        """Knows what the documents of an earlier commit were."""
+    def _restore(self, commit: staging.Commit) -> None:
+        """Restores the known ids and captions from a commit of an earlier attempt."""
         if commit.shard.rows == 0:
             return
         contents = dataclasses.replace(
-            self._before, shards=(commit.shard,), files=commit.files, removed=0
+            self._previous, shards=(commit.shard,), files=commit.files, removed=0
         )
-        self._known.update(shard_file.load_ids(self._root, contents))
-        if self._repeats is not None:
+        self._known_ids.update(shard_file.load_ids(self._root, contents))
+        if self._duplicates is not None:
             rows = shard_file.load_rows(self._root, contents, "image")
-            self._remember((commit.shard,), np.ones(len(rows), bool), rows, contents)
+            self._register((commit.shard,), np.ones(len(rows), bool), rows, contents)
 
-    def _remember(
+    def _register(
         self,
         shards: tuple[manifest.Shard, ...],
         mask: np.ndarray,
         rows: np.ndarray,
         contents: manifest.MemoryManifest | None = None,
     ) -> None:
-        assert self._repeats is not None
+        """Registers stored rows with the duplicate filter."""
+        assert self._duplicates is not None
         captions = [
             caption
             for shard in shards
             for caption in shard_file.load_origins(
-                self._root, contents or self._before, shard
+                self._root, contents or self._previous, shard
             ).caption
         ]
-        places = np.flatnonzero(mask)
-        self._repeats.add([captions[place] for place in places], rows[places])
+        positions = np.flatnonzero(mask)
+        self._duplicates.add([captions[position] for position in positions], rows[positions])
 
 
 def _commit(draft: _Draft, folder: str) -> staging.Commit:
@@ -266,7 +271,7 @@ def _num_records(commit: staging.Commit) -> int:
 
 
 def _fit(document: document_types.Document, image_size: int) -> document_types.Document:
-    """The document with its pictures at the memory's size."""
+    """The document with its images resized to the memory's size."""
     segments = tuple(
         document_types.Image(image_files.fit(segment.pixels, image_size))
         if isinstance(segment, document_types.Image)

@@ -1,4 +1,4 @@
-"""What a source brought: how much was added, how much was left out, and why."""
+"""The report of an ingestion: counts of added and skipped records, and why records were skipped."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ COUNTS, REJECTS = "ingest.json", "rejects.jsonl"
 
 
 class TooManyRejects(UserError):
-    """Nothing was written, because of these records."""
+    """Nothing was written because too many records are bad; `rejects` lists them."""
 
     def __init__(self, message: str, rejects: Sequence[stream.Reject]):
         super().__init__(message)
@@ -23,26 +23,26 @@ class TooManyRejects(UserError):
 
 
 def write(folder: Path, commits: Sequence[staging.Commit], max_bad: float) -> None:
-    """Writes `ingest.json`, and `rejects.jsonl` where there are any, into a version's folder.
+    """Writes `ingest.json`, and `rejects.jsonl` if there are rejects, into a version's folder.
 
     Raises:
-        TooManyRejects: more than `max_bad` of the records, and more than one, are bad; or nothing
-            is left.
+        TooManyRejects: more than one record and more than the share `max_bad` are bad, or no document
+            was added.
     """
     rejects = [reject for commit in commits for reject in commit.rejects]
     added = sum(commit.shard.rows for commit in commits)
-    excluded = _added_up([commit.excluded for commit in commits])
+    excluded = _sum_counts([commit.excluded for commit in commits])
     num_read = added + len(rejects) + sum(excluded.values())
-    # One bad record says nothing about a small source; of a large one it is less than the share.
+    # One bad record is always tolerated: in a small source it would exceed the share by itself.
     if not added or len(rejects) > max(max_bad * num_read, 1):
-        message = _complaint(num_read, added, rejects, excluded, max_bad)
+        message = _message(num_read, added, rejects, excluded, max_bad)
         raise TooManyRejects(message, rejects)
     counts = {
         "read": num_read,
         "added": added,
         "rejected": stream.count_reasons(rejects),
         "excluded": excluded,
-        "notes": _added_up([commit.notes for commit in commits]),
+        "notes": _sum_counts([commit.notes for commit in commits]),
     }
     files.write_json(folder / COUNTS, counts)
     if rejects:
@@ -50,7 +50,7 @@ def write(folder: Path, commits: Sequence[staging.Commit], max_bad: float) -> No
 
 
 def write_rejects(path: Path, rejects: Sequence[stream.Reject]) -> None:
-    """One JSON object a line: name, reason, detail."""
+    """Writes one JSON object per line: name, reason, detail."""
     lines = [files.canonical_json(dataclasses.asdict(reject)) + "\n" for reject in rejects]
     files.write_atomic(path, "".join(lines).encode())
 
@@ -58,7 +58,7 @@ def write_rejects(path: Path, rejects: Sequence[stream.Reject]) -> None:
 def read(
     root: Path, contents: manifest.MemoryManifest
 ) -> tuple[dict[str, Any], list[stream.Reject]]:
-    """The counts and the rejects of the documents that a version brought; empty if it brought none."""
+    """The counts and rejects of the ingestion that wrote a version; empty if no ingestion did."""
     folder = root / contents.folder
     if not (folder / COUNTS).exists():
         return {}, []
@@ -69,7 +69,7 @@ def read(
     return files.read_json(folder / COUNTS), rejects
 
 
-def _complaint(
+def _message(
     num_read: int,
     added: int,
     rejects: Sequence[stream.Reject],
@@ -85,12 +85,12 @@ def _complaint(
         return f"{len(rejects)} of {num_read} records are bad, {limit} ({reasons}){first}"
     if rejects:
         return f"There is no good record among {num_read} ({reasons}){first}"
-    return f"All of the {num_read} documents were kept out ({', '.join(excluded)})."
+    return f"All {num_read} documents were excluded ({', '.join(excluded)})."
 
 
-def _added_up(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
+def _sum_counts(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
     total: dict[str, int] = {}
-    for one in counts:
-        for name, count in one.items():
+    for counter in counts:
+        for name, count in counter.items():
             total[name] = total.get(name, 0) + count
     return dict(sorted(total.items()))

@@ -1,8 +1,8 @@
-"""A version in the making: what it is made of, and which of its shards are done.
+"""An unfinished version: its plan and the shards that are finished.
 
-`begun.json` says what is being made from what. Each finished shard gets a commit marker, written
-after all its files are on the disk. A killed writer that is started again with the same plan keeps
-the committed shards and reads on behind them; with another plan it starts anew.
+`begun.json` holds the plan. Each finished shard gets a commit marker, written after all its files are on
+disk. A killed writer that is started again with the same plan keeps the committed shards and resumes after
+them; with another plan it starts over.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ class Commit:
     """A finished shard.
 
     Attributes:
-        shard: the shard; without rows where nothing good was left to write.
+        shard: the shard; it has no rows if no document passed the checks and filters.
         files: its files by path relative to the memory.
-        position: where the source is read on.
-        rejects: bad records met on the way.
-        excluded: how many good ones were kept out, by reason.
-        notes: how often each was noted of those written.
+        position: position in the source from which reading resumes.
+        rejects: bad records read for this shard.
+        excluded: number of good documents that were excluded, by reason.
+        notes: number of written documents by note (`Item.notes`).
     """
 
     shard: manifest.Shard
@@ -41,25 +41,25 @@ class Commit:
 
 
 class Staging:
-    """The folder of the version after `before`, with the commits that lie there.
+    """The folder of the version after `previous` and its commits.
 
     Attributes:
         folder: its name.
-        commits: of finished shards, in order.
+        commits: commits of the finished shards, in order.
     """
 
-    def __init__(self, root: Path, before: manifest.MemoryManifest, plan: Mapping[str, Any]):
-        """Goes on where a writer with the same plan was killed, else begins.
+    def __init__(self, root: Path, previous: manifest.MemoryManifest, plan: Mapping[str, Any]):
+        """Resumes the work of a killed writer with the same plan, or starts with an empty folder.
 
         Args:
             root: the memory.
-            before: the version that this one follows.
-            plan: everything that the shards depend on, as JSON.
+            previous: the manifest of the previous version.
+            plan: everything that the shards depend on, JSON-serializable.
         """
-        self.folder = manifest.folder_of(before.version + 1)
+        self.folder = manifest.folder_of(previous.version + 1)
         self._root = root
         self.commits: list[Commit] = []
-        if self._is_mine(plan):
+        if self._has_plan(plan):
             self.commits = list(self._read_commits())
             self._keep_only_commits()
         else:
@@ -69,17 +69,18 @@ class Staging:
 
     @property
     def position(self) -> int:
-        """Where the source is read on."""
+        """Position in the source from which reading resumes."""
         return self.commits[-1].position if self.commits else 0
 
     def commit(self, commit: Commit) -> None:
-        """Counts a shard as done; its files are on the disk already."""
+        """Marks a shard as finished; its files must already be on disk."""
         path = self._marker(len(self.commits))
-        files.write_json(path, {**dataclasses.asdict(commit), "rejects": _rows(commit.rejects)})
+        rejects = [[reject.name, reject.reason, reject.detail] for reject in commit.rejects]
+        files.write_json(path, {**dataclasses.asdict(commit), "rejects": rejects})
         self.commits.append(commit)
 
     def files(self) -> dict[str, manifest.FileEntry]:
-        """All files of the shards, and what says that they are done."""
+        """All files of the shards, the plan and the commit markers."""
         markers = [self._marker(number) for number in range(len(self.commits))]
         sealed = manifest.seal_all(self._root, [self._root / self.folder / BEGUN, *markers])
         for commit in self.commits:
@@ -89,10 +90,10 @@ class Staging:
     def _marker(self, number: int) -> Path:
         return self._root / self.folder / f"commit-{number:05d}.json"
 
-    def _is_mine(self, plan: Mapping[str, Any]) -> bool:
+    def _has_plan(self, plan: Mapping[str, Any]) -> bool:
         try:
             return files.read_json(self._root / self.folder / BEGUN) == plan
-        except UserError:  # Missing, or cut short: nothing in the folder counts.
+        except UserError:  # Missing or incomplete: the folder's contents are not used.
             return False
 
     def _read_commits(self) -> Iterator[Commit]:
@@ -116,10 +117,6 @@ class Staging:
                 shutil.rmtree(path)
             elif path not in kept:
                 path.unlink()
-
-
-def _rows(rejects: Sequence[stream.Reject]) -> list[list[str]]:
-    return [[reject.name, reject.reason, reject.detail] for reject in rejects]
 
 
 def _parse(fields: dict[str, Any]) -> Commit:

@@ -1,4 +1,4 @@
-"""Documents as they come in: numbered, one at a time, each good or bad with a reason."""
+"""Sources of documents: numbered items, each a document or a reject with a reason."""
 
 import collections
 import dataclasses
@@ -12,12 +12,12 @@ _SAMPLED = 8
 
 @dataclasses.dataclass(frozen=True)
 class Reject:
-    """A record that is left out.
+    """A bad record, which is skipped.
 
     Attributes:
-        name: of the record: its file, its key, or its line.
-        reason: a code, such as `truncated`.
-        detail: what exactly is wrong with it, in words.
+        name: identifies the record: its file, key or line.
+        reason: a reason code, such as `truncated`.
+        detail: a description of the problem.
     """
 
     name: str
@@ -30,10 +30,10 @@ class Item:
     """One record of a source.
 
     Attributes:
-        position: where to go on reading after it.
-        document: what it holds, or None where it is bad.
-        reject: what is wrong with it, or None.
-        notes: codes of what was done to read it, such as `grey` or `rotated`.
+        position: the position from which reading resumes after this item.
+        document: the document, or None if the record is bad.
+        reject: the problem, or None if the record is good.
+        notes: codes of the conversions applied, such as `grey` or `rotated`.
     """
 
     position: int
@@ -44,23 +44,23 @@ class Item:
 
 @runtime_checkable
 class RecordStream(Protocol):
-    """Records in an order that does not change, read from any position on.
+    """Records in a fixed order that can be read from any position.
 
     Attributes:
-        size: how many records there are, or None where only reading tells.
-        fingerprint: changes where the records do, so that a build is not resumed on others.
+        size: number of records, or None if it is only known after reading them.
+        fingerprint: changes when the records change, so that a build is not resumed with other records.
     """
 
     size: int | None
     fingerprint: str
 
     def read(self, start: int) -> Iterator[Item]:
-        """Items from `start` on: 0, or the position of an item of an earlier reading."""
+        """Items from `start` on, which is 0 or the `position` of an item read earlier."""
         ...
 
 
 class Documents(Protocol):
-    """Documents in an order, each of which can be read at any time."""
+    """An ordered collection of documents with random access."""
 
     def __len__(self) -> int: ...
 
@@ -68,32 +68,32 @@ class Documents(Protocol):
 
 
 class DocumentSource:
-    """Documents as a source without bad records."""
+    """A source made of documents; it has no bad records."""
 
     def __init__(self, documents: Documents):
-        """The fingerprint is that of their number and of eight of them, ends included."""
+        """The fingerprint covers the number of documents and eight of them, including first and last."""
         self._documents = documents
         self.size: int | None = len(documents)
         last = len(documents) - 1
-        places = sorted({round(i * last / (_SAMPLED - 1)) for i in range(_SAMPLED)} - {-1})
-        sampled = [_describe(documents[i]) for i in places]
+        indices = sorted({round(i * last / (_SAMPLED - 1)) for i in range(_SAMPLED)} - {-1})
+        sampled = [_describe(documents[i]) for i in indices]
         self.fingerprint = files.digest(
             files.canonical_json([len(documents), sampled]).encode("utf-8", "surrogatepass")
         )
 
     def read(self, start: int) -> Iterator[Item]:
-        """All documents from number `start` on."""
+        """All documents from index `start` on."""
         for i in range(start, len(self._documents)):
             yield Item(i + 1, self._documents[i])
 
 
 def as_source(documents: Documents | RecordStream) -> RecordStream:
-    """A source as it is, documents as one."""
+    """Returns a source unchanged and wraps documents into one."""
     return documents if isinstance(documents, RecordStream) else DocumentSource(documents)
 
 
 def count_reasons(rejects: Iterable[Reject]) -> dict[str, int]:
-    """How many records each reason left out, most frequent first."""
+    """Number of rejects by reason, most frequent first."""
     return dict(collections.Counter(reject.reason for reject in rejects).most_common())
 
 

@@ -1,8 +1,8 @@
-"""Writes memories: each call makes the next version, whole or not at all.
+"""Writes memories: each call atomically writes the next version.
 
-A version counts once CURRENT names it, and that is written last, atomically. What a killed writer
-leaves behind is invisible to readers. The next writer goes on from it if it makes the same thing from
-the same documents, and removes it otherwise.
+A version is valid once CURRENT names it; CURRENT is written last, atomically. Readers never see what a killed
+writer leaves behind. The next writer resumes from it if it has the same plan (operation, documents and
+options), and deletes it otherwise.
 """
 
 import contextlib
@@ -36,8 +36,8 @@ def build(
     carried: Mapping[str, Path],
     options: Options,
 ) -> None:
-    """Makes a memory in a folder that is not one yet; see `Memory.build`."""
-    registry.make_index(options.index, options.scann)  # A missing ScaNN is found before the work.
+    """Builds a memory in a folder that is not a memory yet; see `Memory.build`."""
+    registry.make_index(options.index, options.scann)  # Fails early if ScaNN is missing.
     source = _open_source(documents)
     check_vacant(root, tuple(carried))
     is_new = not root.exists()
@@ -74,77 +74,75 @@ def add(
     tokenizer: model_protocols.ImageTokenizer | None,
     options: Options,
 ) -> None:
-    """Makes the next version of a memory; see `Memory.add`."""
+    """Writes the next version of a memory; see `Memory.add`."""
     source = _open_source(documents)
-    with next_version(root) as (before, sha256):
-        if encoder.fingerprint != before.encoder:
+    with next_version(root) as (previous, sha256):
+        if encoder.fingerprint != previous.encoder:
             raise UserError(
-                f"{root} was built by another retriever ({before.encoder[:12]}, not "
-                f"{encoder.fingerprint[:12]}): their embeddings cannot stand together."
+                f"{root} was built by another retriever ({previous.encoder[:12]}, not "
+                f"{encoder.fingerprint[:12]}): their embeddings are not comparable."
             )
-        given = None if tokenizer is None else tokenizer.fingerprint
-        if given != before.tokenizer:
+        fingerprint = None if tokenizer is None else tokenizer.fingerprint
+        if fingerprint != previous.tokenizer:
             raise UserError(
-                f"{root} holds codes of tokenizer {before.tokenizer}, but {given} is given: "
-                "add with the tokenizer of its build."
+                f"{root} holds codes of tokenizer {previous.tokenizer}, but {fingerprint} is given: "
+                "add with the tokenizer that the memory was built with."
             )
-        registry.make_index(
-            before.index, options.scann
-        )  # A missing ScaNN is found before the work.
-        _write_documents(root, before, sha256, source, encoder, tokenizer, options)
+        registry.make_index(previous.index, options.scann)  # Fails early if ScaNN is missing.
+        _write_documents(root, previous, sha256, source, encoder, tokenizer, options)
 
 
 @contextlib.contextmanager
 def next_version(root: Path) -> Iterator[tuple[manifest.MemoryManifest, str]]:
-    """The one writer's turn: the current manifest and its digest.
+    """Holds the writer's lock; yields the current manifest and its digest.
 
-    A mistake of the user removes what was begun; an interruption leaves it, to go on from.
+    A UserError deletes the unfinished version; an interruption keeps it, so that it can be resumed.
     """
     with _lock(root):
         version, sha256 = manifest.read_current(root)
-        before = manifest.read(root, version, sha256)
-        begun = manifest.folder_of(version + 1)
-        clear(root, [name for name in _unfinished(root, version) if name != begun])
+        previous = manifest.read(root, version, sha256)
+        unfinished = manifest.folder_of(version + 1)
+        clear(root, [name for name in _leftovers(root, version) if name != unfinished])
         try:
-            yield before, sha256
+            yield previous, sha256
         except UserError:
             if manifest.read_current(root)[0] == version:
-                clear(root, [begun])
+                clear(root, [unfinished])
             raise
 
 
 def finish(
     root: Path,
-    before: manifest.MemoryManifest,
+    previous: manifest.MemoryManifest,
     stage: staging.Staging,
     scann: ScannConfig | None,
     removed: np.ndarray,
 ) -> None:
-    """Indexes the shards of `before` and of the stage, and switches to the version they make.
+    """Indexes the shards of `previous` and of the stage together, and switches to the new version.
 
     Args:
         root: the memory.
-        before: the manifest before, with the shards and files that are kept.
-        stage: what was written.
-        scann: how ScaNN searches; None as before.
-        removed: places of the stored rows that are no longer there, int64 [M].
+        previous: the manifest of the previous version, reduced to the shards and files that are kept.
+        stage: the new shards.
+        scann: settings of a `scann` index; None keeps the previous ones.
+        removed: stored positions of removed rows, int64 [M].
     """
     shards = [commit.shard for commit in stage.commits if commit.shard.rows]
-    dropped = (f"{before.index_folder('')}", f"{before.folder}/{manifest.REMOVED}")
-    kept = {n: e for n, e in before.files.items() if not n.startswith(dropped)}
+    dropped = (f"{previous.index_folder('')}", f"{previous.folder}/{manifest.REMOVED}")
+    kept = {n: e for n, e in previous.files.items() if not n.startswith(dropped)}
     after = dataclasses.replace(
-        before,
-        version=before.version + 1,
-        num_codes=_num_codes(root, before.num_codes, shards),
-        shards=(*before.shards, *shards),
+        previous,
+        version=previous.version + 1,
+        num_codes=_num_codes(root, previous.num_codes, shards),
+        shards=(*previous.shards, *shards),
         files=kept | stage.files(),
         removed=len(removed),
         indexed_by="",
     )
-    if scann is None and before.version:
-        scann = registry.saved_scann(before.index, root / before.index_folder("image"))
+    if scann is None and previous.version:
+        scann = registry.saved_scann(previous.index, root / previous.index_folder("image"))
     for view in model_protocols.VIEWS:
-        searcher = registry.make_index(before.index, scann)
+        searcher = registry.make_index(previous.index, scann)
         searcher.build(shard_file.load_rows(root, after, view))
         searcher.save(root / after.folder / f"index-{view}")
     if len(removed):
@@ -153,7 +151,7 @@ def finish(
 
 
 def publish(root: Path, after: manifest.MemoryManifest) -> None:
-    """Seals what lies in a version's folder and is not listed yet, and switches to the version."""
+    """Adds the files of a version's folder to its manifest, writes it, and switches to the version."""
     folder = root / after.folder
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     new = [p for p in paths if p.relative_to(root).as_posix() not in after.files]
@@ -170,40 +168,40 @@ def _open_source(documents: Documents | stream.RecordStream) -> stream.RecordStr
 
 def _write_documents(
     root: Path,
-    before: manifest.MemoryManifest,
+    previous: manifest.MemoryManifest,
     sha256: str,
     source: stream.RecordStream,
     encoder: model_protocols.Encoder,
     tokenizer: model_protocols.ImageTokenizer | None,
     options: Options,
 ) -> None:
-    """Writes the version after `before` and switches to it."""
-    ingestion = ingest.Ingest(root, before, encoder, tokenizer, options)
-    stage = staging.Staging(root, before, ingestion.plan(source, sha256))
+    """Ingests documents into the version after `previous` and switches to it."""
+    ingestion = ingest.Ingest(root, previous, encoder, tokenizer, options)
+    stage = staging.Staging(root, previous, ingestion.plan(source, sha256))
     ingestion.write(stage, source)
     ingest_report.write(root / stage.folder, stage.commits, options.max_bad)
-    removed = shard_file.load_live(root, before).removed
-    finish(root, before, stage, options.scann, removed)
+    removed = shard_file.load_live(root, previous).removed
+    finish(root, previous, stage, options.scann, removed)
 
 
-def _num_codes(root: Path, before: int | None, shards: Sequence[manifest.Shard]) -> int | None:
-    """Codes of one image, which every shard agrees on; None where no image has any."""
-    lengths = {before} if before is not None else set()
+def _num_codes(root: Path, previous: int | None, shards: Sequence[manifest.Shard]) -> int | None:
+    """Codes per image, equal in all shards; None if no image has codes."""
+    lengths = {previous} if previous is not None else set()
     for shard in shards:
         path = root / shard.file("codes", "npy")
         if path.exists():
             lengths.add(int(np.load(path, mmap_mode="r").shape[1]))
     if len(lengths) > 1:
-        raise ValueError(f"the tokenizer gave images of {sorted(lengths)} codes")
+        raise ValueError(f"the tokenizer returned different numbers of codes: {sorted(lengths)}")
     return lengths.pop() if lengths else None
 
 
 @contextlib.contextmanager
 def _lock(root: Path) -> Iterator[None]:
-    """One writer at a time; a killed one lets go by itself.
+    """Locks the memory for one writer; the lock of a killed process is released by the system.
 
     Raises:
-        UserError: the folder cannot be written, or another process writes into it.
+        UserError: the folder cannot be written, or another process is writing to it.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -214,7 +212,9 @@ def _lock(root: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"Another process is writing {root}: try again when it ends.") from None
+            raise UserError(
+                f"Another process is writing {root}: try again when it has finished."
+            ) from None
         try:
             yield
         except OSError as error:
@@ -222,7 +222,7 @@ def _lock(root: Path) -> Iterator[None]:
 
 
 def check_vacant(root: Path, carried: Sequence[str]) -> None:
-    """Raises UserError where a build would touch what no build of a memory has made."""
+    """Raises UserError if a build would overwrite a memory, or files that no build created."""
     if (root / manifest.CURRENT).exists():
         raise UserError(f"{root} is a memory already: add to it, or name another folder.")
     if not (root / manifest.LOCK).exists():
@@ -231,13 +231,13 @@ def check_vacant(root: Path, carried: Sequence[str]) -> None:
                 raise UserError(f"{root / name} is in the way: name another folder.")
 
 
-def _unfinished(root: Path, version: int) -> list[str]:
-    """Versions after the current one, cut-short switches, half-deleted versions: a killed writer's."""
-    starts = (f".{manifest.CURRENT}.", manifest.PRUNED)
+def _leftovers(root: Path, version: int) -> list[str]:
+    """What a killed writer left: versions after the current one, unfinished switches and deletions."""
+    prefixes = (f".{manifest.CURRENT}.", manifest.PRUNED)
     return [
         name
         for name in os.listdir(root)
-        if (manifest.version_of(name) or 0) > version or name.startswith(starts)
+        if (manifest.version_of(name) or 0) > version or name.startswith(prefixes)
     ]
 
 
@@ -252,9 +252,9 @@ def clear(root: Path, names: Sequence[str] | Mapping[str, Path]) -> None:
 
 
 def _copy_folder(source: Path, root: Path, name: str) -> dict[str, manifest.FileEntry]:
-    """Copies a folder's files to MEM/name and measures them."""
+    """Copies a folder's files to MEM/name; returns their sizes and digests."""
     if not source.is_dir():
-        raise UserError(f"{source} is not a folder: it should hold the {name}'s weights.")
+        raise UserError(f"{source} is not a folder: it should hold the weights of the {name}.")
     entries = {}
     for path in sorted(source.rglob("*")):
         if path.is_file():

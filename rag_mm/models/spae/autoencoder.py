@@ -1,12 +1,16 @@
-"""The image tokenizer: an autoencoder around a pyramid of codes (SPAE, spec sections 2, 3, 5, 7)."""
+"""SPAE (Yu et al., NeurIPS 2023, arXiv 2306.17842): an image autoencoder with a pyramid of codes.
+
+This file is the network; `objective` trains it, `rag_mm.ops.quantize` does the quantization.
+"""
 
 import dataclasses
 import itertools
-from typing import Literal, Self
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float32, Int
 
 from rag_mm.core.errors import UserError
 from rag_mm.nn import conv
@@ -15,49 +19,62 @@ from rag_mm.ops import quantize
 
 @dataclasses.dataclass(frozen=True)
 class SPAEConfig:
-    """Sizes of the tokenizer; the defaults are SPAE's image model at 128 pixels.
+    """Sizes of the image tokenizer; the defaults are SPAE's image model at 128 pixels.
 
-    The full grid has image_size / (patch_size * 2 ** (scales - 1)) positions a side, and scales =
-    len(width_multipliers).
+    The finest code grid has image_size / (patch_size * 2 ** (num_scales - 1)) positions a side, where
+    num_scales = len(width_multipliers).
+
+    Attributes:
+        image_size: pixels a side.
+        patch_size: pixels a side that are folded into channels at input and output.
+        encoder: conv, or patch, where a code sees the pixels of its patch only.
+        width: channels at the finest scale.
+        width_multipliers: channels of each scale, in units of `width`.
+        num_res_blocks: residual blocks at each scale, and once more on the code grid.
+        embed_dim: width of a codebook entry.
+        codebook_size: entries of the codebook.
+        levels: positions a side of each pyramid level, coarse to fine.
+        commitment_weight: of the commitment loss.
+        random_flip_rotate: training images are flipped and rotated by quarter turns at random.
     """
 
     image_size: int = 128
-    patch_size: int = 1  # pixels a side that are folded into channels at both ends
-    encoder: Literal["conv", "patch"] = "conv"  # "patch": a code sees the pixels of its patch only
+    patch_size: int = 1
+    encoder: Literal["conv", "patch"] = "conv"
     width: int = 128
     width_multipliers: tuple[int, ...] = (1, 2, 2, 4)
-    num_res_blocks: int = 2  # at each scale and once more beside the grid of codes
+    num_res_blocks: int = 2
     embed_dim: int = 256
     codebook_size: int = 8192
     levels: quantize.Levels = (1, 2, 4, 8, 16, 16)
     commitment_weight: float = 0.33
-    random_flip_rotate: bool = False  # training images are flipped and turned at random, see ops.images
+    random_flip_rotate: bool = False
 
     def __post_init__(self):
         quantize.check_levels(self.levels)
         for name in ("patch_size", "width", "embed_dim", "codebook_size"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} is no size: give at least 1.")
+                raise UserError(f"{name}={getattr(self, name)} is too small: give at least 1.")
         shrink = self.patch_size * 2 ** (len(self.width_multipliers) - 1)
         if self.image_size != shrink * self.levels[-1]:
             raise UserError(
-                f"image_size={self.image_size} does not fit: patches and scales shrink it by "
-                f"{shrink} and levels end in a grid of {self.levels[-1]}, so it must be "
+                f"image_size={self.image_size} does not fit: patches and scales downsample by "
+                f"{shrink} and the last level is a grid of {self.levels[-1]}, so it must be "
                 f"{shrink * self.levels[-1]}."
             )
         if self.encoder not in ("conv", "patch"):
             raise UserError(f"encoder={self.encoder!r} is unknown: choose conv or patch.")
         if self.encoder == "patch" and len(self.width_multipliers) > 1:
-            raise UserError("encoder=patch has one scale: give one width multiplier.")
+            raise UserError("encoder=patch has one scale: give a single width multiplier.")
 
     @property
     def num_codes(self) -> int:
-        """Codes of one image."""
+        """Codes per image."""
         return quantize.num_codes(self.levels)
 
     @classmethod
-    def tiny(cls) -> Self:
-        """64 codes of 256 for 32-pixel pictures, plain VQ, trained in seconds: for tests."""
+    def tiny(cls) -> "SPAEConfig":
+        """For tests: 32-pixel images as 64 codes, codebook of 256, plain VQ; trains in seconds."""
         return cls(
             image_size=32,
             patch_size=4,
@@ -74,7 +91,7 @@ class SPAEConfig:
 
 
 class PatchEncoder(nnx.Module):
-    """Embeds each patch by itself, so that equal patches get equal codes wherever they stand."""
+    """Embeds each patch independently: equal patches get equal codes at any position."""
 
     def __init__(self, config: SPAEConfig, *, rngs: nnx.Rngs):
         patch_dim = 3 * config.patch_size**2
@@ -87,8 +104,8 @@ class PatchEncoder(nnx.Module):
             config.width, config.embed_dim, kernel_init=nnx.initializers.zeros_init(), rngs=rngs
         )
 
-    def __call__(self, patches: jax.Array) -> jax.Array:
-        """float32 [B, S, S, 3 * patch ** 2] -> float32 [B, S, S, embed_dim]."""
+    def __call__(self, patches: Float32[Array, "B S S patch_dim"]) -> Float32[Array, "B S S D"]:
+        """Embeds patches of 3 * patch_size ** 2 values; D is embed_dim."""
         h = self.stem(patches)
         for block in self.blocks:
             h = block(h)
@@ -96,21 +113,21 @@ class PatchEncoder(nnx.Module):
 
 
 class ConvEncoder(nnx.Module):
-    """Residual blocks with an average pool between scales (section 2)."""
+    """Residual blocks with average pooling between scales."""
 
     def __init__(self, config: SPAEConfig, *, rngs: nnx.Rngs):
         widths = [config.width * m for m in config.width_multipliers]
         self.stem = conv.conv3x3(3 * config.patch_size**2, widths[0], rngs=rngs)
         scales, previous = [], widths[0]
-        for width in [*widths, widths[-1]]:  # the last scale is followed by blocks on its grid
+        for width in [*widths, widths[-1]]:  # one more group of blocks on the code grid
             scales.append(_res_blocks(previous, width, config.num_res_blocks, rngs=rngs))
             previous = width
         self.scales = nnx.List(scales)
         self.norm = conv.group_norm(previous, rngs=rngs)
         self.to_embedding = nnx.Linear(previous, config.embed_dim, rngs=rngs)
 
-    def __call__(self, patches: jax.Array) -> jax.Array:
-        """float32 [B, H, W, 3 * patch ** 2] -> float32 [B, S, S, embed_dim]."""
+    def __call__(self, patches: Float32[Array, "B H W patch_dim"]) -> Float32[Array, "B S S D"]:
+        """Embeds patches of 3 * patch_size ** 2 values; D is embed_dim."""
         h = self.stem(patches)
         for index, blocks in enumerate(self.scales):
             h = blocks(h)
@@ -120,7 +137,7 @@ class ConvEncoder(nnx.Module):
 
 
 class ImageDecoder(nnx.Module):
-    """The mirror of ConvEncoder, with nearest upsampling and a convolution between scales."""
+    """Mirrors ConvEncoder, with nearest-neighbor upsampling and a convolution between scales."""
 
     def __init__(self, config: SPAEConfig, *, rngs: nnx.Rngs):
         widths = [config.width * m for m in reversed(config.width_multipliers)]
@@ -144,8 +161,8 @@ class ImageDecoder(nnx.Module):
         else:
             self.shortcut = None
 
-    def __call__(self, z: jax.Array) -> jax.Array:
-        """float32 [B, S, S, embed_dim] -> float32 [B, H, W, 3 * patch ** 2]."""
+    def __call__(self, z: Float32[Array, "B S S D"]) -> Float32[Array, "B H W patch_dim"]:
+        """Patches of 3 * patch_size ** 2 values from embeddings of width embed_dim."""
         h = self.blocks(self.stem(z))
         for index, blocks in enumerate(self.scales):
             h = blocks(h)
@@ -156,7 +173,7 @@ class ImageDecoder(nnx.Module):
 
 
 class SPAE(nnx.Module):
-    """Images to codes and back. Images are float32 [B, H, W, 3] in 0..1."""
+    """SPAE: images to a pyramid of codes and back; images are RGB in 0..1."""
 
     def __init__(self, config: SPAEConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -167,21 +184,21 @@ class SPAE(nnx.Module):
         shape = (config.codebook_size, config.embed_dim)
         self.codebook = nnx.Param(scale(rngs.params(), shape, jnp.float32))
 
-    def embed(self, images: jax.Array) -> jax.Array:
-        """What is quantised: float32 [B, S, S, embed_dim]."""
+    def embed(self, images: Float32[Array, "B H W 3"]) -> Float32[Array, "B S S D"]:
+        """Embeddings of the finest grid before quantization; D is embed_dim."""
         return self.encoder(conv.space_to_depth(images, self.config.patch_size))
 
-    def encode(self, images: jax.Array) -> jax.Array:
-        """int32 [B, num_codes], level by level, in raster order inside a level."""
+    def encode(self, images: Float32[Array, "B H W 3"]) -> Int[Array, "B C"]:
+        """int32 codes, coarsest level first, in raster order within a level; C is num_codes."""
         return quantize.quantize(self.embed(images), self.codebook[...], self.config.levels)
 
-    def decode(self, codes: jax.Array) -> jax.Array:
-        """Images in 0..1 from int32 [B, N] codes of all levels or of the first few."""
+    def decode(self, codes: Int[Array, "B C"]) -> Float32[Array, "B H W 3"]:
+        """Images in 0..1 from the codes of all levels, or of the first few levels."""
         averages = quantize.running_averages(codes, self.codebook[...], self.config.levels)
         return jnp.clip(self.render(averages[-1]), 0, 1)
 
-    def render(self, z: jax.Array) -> jax.Array:
-        """Images, not yet clipped, from float32 [B, S, S, embed_dim]."""
+    def render(self, z: Float32[Array, "B S S D"]) -> Float32[Array, "B H W 3"]:
+        """Images, not clipped to 0..1, from embeddings of the finest grid."""
         return conv.depth_to_space(self.decoder(z), self.config.patch_size)
 
 
@@ -191,6 +208,6 @@ def _res_blocks(in_dim: int, out_dim: int, count: int, *, rngs: nnx.Rngs) -> nnx
 
 
 def _init_eye(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
-    """The identity, cut or padded with zeros: so new patch embeddings are the pixels themselves."""
+    """Identity, cropped or zero-padded: embeddings of a new patch encoder are the pixels themselves."""
     del key
     return jnp.eye(*shape, dtype=dtype)

@@ -1,30 +1,26 @@
-"""What a pyramid autoencoder is trained on: pixel error, codebook and commitment losses; and its start."""
+"""SPAE's training loss without its GAN and semantic terms, its PSNR, and its k-means initialization."""
 
-from collections.abc import Mapping
-
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float32, Key, UInt8
 
+from rag_mm.models.objective_types import Batch, Metrics
 from rag_mm.models.spae.autoencoder import SPAE
 from rag_mm.ops import images as image_ops
 from rag_mm.ops import quantize
 
-Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
-
-def loss_fn(
-    model: SPAE, batch: Mapping[str, jax.Array], rng: jax.Array
-) -> tuple[jax.Array, Metrics]:
-    """Pixel error + codebook loss + weighted commitment (section 7 without its GAN terms).
+def loss_fn(model: SPAE, batch: Batch, rng: Key[Array, ""]) -> tuple[Float32[Array, ""], Metrics]:
+    """Pixel error + codebook loss + weighted commitment loss.
 
     Args:
-      batch: images uint8 [B, H, W, 3].
-      rng: of the turns of config.random_flip_rotate; unused without them.
+      model: the image tokenizer.
+      batch: `images` uint8 [B, H, W, 3].
+      rng: for the flips and rotations of config.random_flip_rotate; otherwise unused.
 
     Returns:
-      The float32 loss and metrics name -> (sum, weight). `squared_error` pools over all pixels and
-      channels for psnr(); `code_frequencies` has a float32 [codebook_size] vector as its sum.
+      The loss, and metrics as sums with weights. `squared_error` sums over all pixels and channels,
+      for `psnr`; `code_frequencies` counts the uses of each code, float32 [codebook_size].
     """
     config = model.config
     images = image_ops.to_float(batch["images"])
@@ -54,16 +50,19 @@ def loss_fn(
 
 
 def psnr(squared_error: float) -> float:
-    """Decibels of a mean squared error of images in 0..1, pooled over all of them."""
+    """Peak signal-to-noise ratio in dB of images in 0..1, from the mean squared error of all of them."""
     return float(-10 * np.log10(squared_error))
 
 
-def init_codebook(model: SPAE, images: jax.Array, key: jax.Array) -> jax.Array:
-    """k-means centres of embedded patches, float32 [codebook_size, embed_dim].
+def init_codebook(
+    model: SPAE, images: UInt8[Array, "B H W 3"], key: Key[Array, ""]
+) -> Float32[Array, "C D"]:
+    """Codebook of k-means centers of the images' embeddings, C = codebook_size and D = embed_dim.
 
     Args:
-      images: uint8 [B, H, W, 3] with at least codebook_size positions in all.
-      key: the result is deterministic in it.
+      model: the image tokenizer; only its encoder is used.
+      images: with at least codebook_size grid positions in all.
+      key: the result is deterministic given it.
     """
     z = model.embed(image_ops.to_float(images))
     points = z.reshape(-1, z.shape[-1])

@@ -1,4 +1,4 @@
-"""What `train.guard` costs: our training step with it beside the same step without, rounds by turns."""
+"""What `train.update_guard` costs: our training step with it and without it, in alternating rounds."""
 
 import functools
 import statistics

@@ -35,7 +35,7 @@ def make_rows(rng: np.random.Generator, shape: tuple[int, int], vocab_size: int)
 def make_train_step(
     config: ra_cm3.RACM3Config, optimizer: optax.GradientTransformation
 ) -> Callable[..., float]:
-    """`train.step` with RA-CM3's loss on a mesh of one device, from fresh parameters on.
+    """`train.train_step` with RA-CM3's loss on a mesh of one device, from fresh parameters on.
 
     Returns:
         (batch of host arrays [B, T], num_steps = 1) -> the loss before the last of so many steps on it, in

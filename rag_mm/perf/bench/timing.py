@@ -1,4 +1,4 @@
-"""Times of two things done by turns, so that what slows the machine slows both."""
+"""Interleaved timing of several calls, so that a slow phase of the machine affects all of them."""
 
 import contextlib
 import math

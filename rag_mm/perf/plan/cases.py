@@ -9,14 +9,51 @@ from rag_mm.core.errors import UserError
 from rag_mm.models import cm3leon, ra_cm3
 from rag_mm.perf import chips
 from rag_mm.perf.plan import programs
-from rag_mm.train import optimizer
+from rag_mm.train.optimizer import OptimizerConfig
 
 FAMILIES: dict[str, type[ra_cm3.RACM3Config]] = {
     "cm3leon": cm3leon.CM3LeonConfig,
     "ra_cm3": ra_cm3.RACM3Config,
 }
-# Float32 logits of one run of positions take no more of a chip than this.
+# Most bytes of a chip that the float32 logits of one chunk of positions take.
 LOGITS_BYTES = 1 << 29
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanPage:
+    """A page of one model at one size, to compile for a TPU topology.
+
+    Attributes:
+        family: cm3leon | ra_cm3.
+        model: the decoder and its loss.
+        optimizer: as published.
+        num_steps: training steps, as published.
+        batch_size: sequences a step.
+        accumulate: parts that a step's batch is split into.
+    """
+
+    family: str
+    model: ra_cm3.RACM3Config
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    num_steps: int = 1
+    batch_size: int = 1
+    accumulate: int = 1
+
+
+def sections(page: Mapping[str, Any]) -> dict[str, configuration.Section]:
+    """The dataclasses that define a page of a model's sizes.
+
+    Raises:
+        UserError: an unknown family.
+    """
+    family = page.get("family")
+    if family not in FAMILIES:
+        raise UserError(f"There is no family {family!r}; there are {', '.join(FAMILIES)}.")
+    return {
+        "": configuration.Section(PlanPage, ("model", "optimizer")),
+        "model": configuration.Section(FAMILIES[family]),
+        "optimizer": configuration.Section(OptimizerConfig),
+    }
 
 
 def make_case(
@@ -44,22 +81,18 @@ def make_case(
     Raises:
         UserError: a value that does not fit.
     """
-    family = config["family"]
-    if family not in FAMILIES:
-        raise UserError(f"There is no family {family!r}; there are {', '.join(FAMILIES)}.")
-    model = configuration.make(FAMILIES[family], config["model"], "model")
+    config = configuration.fill(config, sections)
+    model = configuration.make(FAMILIES[config["family"]], config["model"], "model")
     if num_new == -1:
         num_new = min(1024, model.decoder.max_seq_len // 2)
     if num_new is not None and num_new < 1:
         raise UserError(f"--decode is {num_new}; give at least 1 token.")
     shape = _mesh_shape(model, topology, mesh, bool(num_new))
     rows = batch_size or (shape[0] * shape[1] if num_new else config["batch_size"])
-    parts = 1 if num_new else num_parts or config.get("accumulate", 1)
+    parts = 1 if num_new else num_parts or config["accumulate"]
     case = programs.Case(
         model=_prepare(model, remat, rows / (shape[0] * shape[1] * parts), shape[2], bool(num_new)),
-        optimizer=configuration.make(
-            optimizer.OptimizerConfig, config.get("optimizer", {}), "optimizer"
-        ),
+        optimizer=configuration.make(OptimizerConfig, config["optimizer"], "optimizer"),
         mesh_shape=shape,
         batch_size=rows,
         num_parts=parts,

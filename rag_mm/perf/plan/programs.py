@@ -84,7 +84,7 @@ def make_mesh(topology: chips.Topology, mesh_shape: tuple[int, int, int]) -> Mes
 
 
 def lower_train(case: Case, mesh: Mesh) -> jax.stages.Lowered:
-    """The real training step (`train.step`) on abstract state and batch, state donated.
+    """The real training step (`train.train_step`) on abstract state and batch, state donated.
 
     Raises:
         UserError: the batch does not split over the mesh and the parts.

@@ -1,7 +1,7 @@
 """Watching a decoder learn to copy: how well it foresees art it never saw, with a document and without.
 
 Copying comes late and all at once, and the training loss hardly tells of it; the difference that a document
-makes to art of unseen classes does (RA-CM3, spec section 12).
+makes to art of unseen classes does (docs/papers/ra_cm3.md#evaluation).
 """
 
 import dataclasses

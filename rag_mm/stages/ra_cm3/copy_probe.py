@@ -15,10 +15,10 @@ from rag_mm.eval import likelihood, scene_accuracy, statistics
 from rag_mm.stages import multiprocess
 from rag_mm.stages.ra_cm3 import copy_metrics, train_decoder
 from rag_mm.stages.shared import coded_corpus, train_tokenizer, world_config
+from rag_mm.stages.stage import PER_DOCUMENT
 from rag_mm.worlds.emoji import emoji_scenes
 
 INPUTS = ("tokenizer",)
-PER_DOCUMENT = "per_document.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +45,8 @@ def run(config: CopyProbeStageConfig, run: run_folder.Run, stage_dir: epath.Path
         for splits in (world_config.SEEN, world_config.HELD_OUT)
     )
     source = config.world.scenes("train", *world_config.SEEN)
-    neighbors = _draw(config, source.class_ids, seen, config.captions_per_image + 1)
-    row_source = train_decoder.make_rows(config, corpus, source, seen.examples, neighbors)
+    neighbors = _draw(config, source.class_ids, seen, config.sequences.captions_per_image + 1)
+    training_source = train_decoder.make_sequences(config, corpus, source, seen.examples, neighbors)
     tests = config.world.scenes("test", *world_config.HELD_OUT)
     chosen = world_config.sample_rows(tests, config.num_test, config.seed)
     mains, art = corpus.test(tests, chosen)
@@ -60,12 +60,12 @@ def run(config: CopyProbeStageConfig, run: run_folder.Run, stage_dir: epath.Path
         config.loop.num_steps,
         config.min_gain,
     )
-    metrics = train_decoder.fit(config, stage_dir, image_tokenizer, row_source, watch)
+    metrics = train_decoder.fit(config, stage_dir, image_tokenizer, training_source, watch)
     if not multiprocess.is_leader():
         return {}
     generator = train_decoder.load_params(stage_dir, image_tokenizer)
     values = {}
-    for count in range(config.max_docs + 1):
+    for count in range(config.sequences.max_docs + 1):
         given = [some[:count] for some in docs]
         nll, is_top1 = likelihood.score_codes(generator, mains, given)
         values[f"docs{count}"] = {
@@ -102,7 +102,7 @@ def _draw(
     rng = np.random.default_rng((config.seed, 6))
     rows_of = {c: np.flatnonzero(documents.class_ids == c) for c in np.unique(class_ids)}
     draws = [
-        [rng.permutation(rows_of[c])[: config.max_docs] for _ in range(num_draws)]
+        [rng.permutation(rows_of[c])[: config.sequences.max_docs] for _ in range(num_draws)]
         for c in class_ids
     ]
     return np.array(draws, np.int32)

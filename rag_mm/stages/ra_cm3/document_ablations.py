@@ -1,4 +1,4 @@
-"""Documents that a generator is given to see what it takes from them (RA-CM3, section 5)."""
+"""Documents that a generator is given to see what it takes from them (docs/papers/ra_cm3.md#evaluation)."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

@@ -10,6 +10,7 @@ from rag_mm.core import files, run_folder
 from rag_mm.eval import breakdown, cider, kernel_distance, likelihood, scene_accuracy, statistics
 from rag_mm.stages.ra_cm3 import generate_samples
 from rag_mm.stages.shared import build_memory, coded_corpus, find_neighbors, world_config
+from rag_mm.stages.stage import PER_DOCUMENT
 from rag_mm.worlds.emoji import emoji_scenes, scene_facts
 
 INPUTS = (*generate_samples.INPUTS, "generation")
@@ -29,12 +30,17 @@ PAIRS = (
     ("cider", "docs2", "docs0"),
     ("cider", "docs2", "control"),
 )
-PER_DOCUMENT = "per_document.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationStageConfig:
-    """What is measured follows from what `generation` drew."""
+    """What is measured follows from what `generation` generated.
+
+    Attributes:
+        seed: of nothing here.
+        world: where the test documents come from.
+        generation: the config of that stage.
+    """
 
     seed: int
     world: world_config.EmojiWorld

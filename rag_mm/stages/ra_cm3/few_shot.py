@@ -33,6 +33,8 @@ class FewShotStageConfig:
     """What is asked.
 
     Attributes:
+        seed: of random examples.
+        world: where the test documents come from.
         shots: numbers of examples, each at most the decoder's `max_docs`.
         views: in which the memory is searched with the picture's embedding: `image` compares it with
             pictures, `text` with captions, `mixed` with both.
@@ -123,7 +125,7 @@ def _write(
 ) -> list[str]:
     """Captions, read where an earlier run of the stage wrote them."""
     if not path.exists():
-        seeds, sampling = tasks.row_seeds(config.seed, len(codes)), Sampling(config.temperature)
+        seeds, sampling = tasks.make_seeds(config.seed, len(codes)), Sampling(config.temperature)
         captions, _ = tasks.generate_captions(generator, codes, docs, seeds, sampling)
         files.write_json(path, {"captions": captions})
     return files.read_json(path)["captions"]

@@ -30,10 +30,19 @@ INPUTS = ("tokenizer", "retriever", "memory", "neighbors", "decoder", "control")
 
 @dataclasses.dataclass(frozen=True)
 class GenerationStageConfig:
-    """How many test documents of each split are drawn, and how.
+    """How many test documents of each split are generated, and how.
 
-    `num_candidates` above 1 keeps the picture that the retriever finds nearest to its caption.
-    `document_ablations` names further documents to draw from, see `stages.ra_cm3.document_ablations`.
+    Attributes:
+        seed: of sampling, and of random documents.
+        world: where the test documents come from.
+        num_held_out: test documents of held-out classes.
+        num_seen: test documents of seen classes.
+        temperature: of image codes.
+        top_p: probability mass that image codes are sampled from.
+        caption_temperature: of captions; 0 takes the most likely token.
+        num_candidates: images generated per caption, of which the one nearest to it in the retriever's
+            space is kept.
+        document_ablations: further documents to generate from, see `stages.ra_cm3.document_ablations`.
     """
 
     seed: int
@@ -50,7 +59,7 @@ class GenerationStageConfig:
         for name in self.document_ablations:
             if name not in document_ablations.ABLATIONS:
                 known = ", ".join(document_ablations.ABLATIONS)
-                raise ValueError(f"there is no control {name!r}, choose from {known}")
+                raise ValueError(f"there is no document ablation {name!r}, choose from {known}")
         Sampling(self.temperature, self.top_p)
         Sampling(self.caption_temperature)
         # Of one document no interval can be told.
@@ -244,7 +253,7 @@ def _caption(
         return
     codes = np.stack([main.codes for main in test.mains])
     docs = variant.by_image
-    seeds = tasks.row_seeds(config.seed, len(codes))
+    seeds = tasks.make_seeds(config.seed, len(codes))
     sampling = Sampling(config.caption_temperature)
     captions, _ = tasks.generate_captions(variant.model, codes, docs, seeds, sampling)
     files.write_json(path, {"captions": captions})

@@ -60,8 +60,8 @@ def _make_retrieval(
             vectors,
             num_neighbors=bench.decoder.layout.max_docs,
             max_similarity=rules["max_similarity"],
-            own_rows=np.full(len(captions), -1),
-            own_keys=np.full(len(captions), policy.NO_KEY),
+            query_rows=np.full(len(captions), -1),
+            query_keys=np.full(len(captions), policy.NO_KEY),
             row_keys=unknown,
             counts=counts,
         )
@@ -78,7 +78,7 @@ def _make_drawing(
     sampling = Sampling(config.temperature, config.top_p)
     texts = [main.text for main in test.mains[:size]]
     found = test.hits[:size, : bench.decoder.layout.max_docs]
-    seeds = tasks.row_seeds(config.seed, size)
+    seeds = tasks.make_seeds(config.seed, size)
 
     def draw() -> object:
         docs = bench.docs(found)

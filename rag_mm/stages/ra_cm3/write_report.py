@@ -24,14 +24,19 @@ INPUTS = (*generate_samples.INPUTS, "generation", "evaluation")
 
 @dataclasses.dataclass(frozen=True)
 class ReportStageConfig:
-    """What is shown follows from the order of the test documents, see `report.choice`.
+    """What the page shows; see `report.selection` for which test documents.
 
     Attributes:
+        seed: shown on the page.
+        world: where the test documents come from.
+        generation: the config of that stage.
         num_flags: held-out flags on the first screen, as far as there are so many.
         num_others: other held-out entities there.
         num_rows: rows of every other panel: those of the first screen, then further entities.
-        reference: a file that `report.reference` made, for the bands behind the training curves;
-            where there is none, there are no bands.
+        reference: a file made by `report.reference`, for the bands behind the training curves; "" for none.
+        title: of the page.
+        command: shown as the one that made the page.
+        notes: sentences shown under the title.
     """
 
     seed: int
@@ -140,7 +145,8 @@ def _setting(
     config: ReportStageConfig, num_rows: int, whole: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
     world = config.world
-    taught = whole.get("retriever", {}).get("splits", train_retriever.RetrieverStageConfig.splits)
+    retriever = train_retriever.RetrieverStageConfig
+    taught = whole.get("retriever", {}).get("splits", retriever.splits)
     return [
         ("Level of the scenes", ", ".join(world.levels)),
         ("Classes seen in training", f"{len(world.classes(*world_config.SEEN)):,}"),

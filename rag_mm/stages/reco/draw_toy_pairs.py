@@ -17,6 +17,8 @@ class ToyPairsStageConfig:
     """How many pairs there are.
 
     Attributes:
+        seed: of everything.
+        world: what the classes are like.
         num_train: pairs to train on.
         rare_weight: how often a rare class occurs among them, a common one being 1.
         rows_per_class: pairs of each class in the memory.

@@ -26,7 +26,8 @@ class DocumentPairsStageConfig:
     """What is paired.
 
     Attributes:
-        world: none; every chain has one.
+        seed: of nothing here; every chain has one.
+        world: likewise.
         documents: to train on, as `--documents` of `rag-mm memory build` names them.
         memory: the folder of a memory.
         max_documents: of the training documents the first so many; None takes all.

@@ -124,6 +124,8 @@ class PairsStageConfig:
     """How scenes become pairs.
 
     Attributes:
+        seed: of the captions.
+        world: where the scenes come from.
         train_splits: whose scenes the fusion learns from.
         captions_per_image: captions of each training scene, with facts dropped at random.
         rare_repeats: how often scenes of rare classes count, which have a quarter of the scenes.
@@ -239,7 +241,7 @@ def _captioned(
     source = emoji_scenes.Scenes(level, ids, "test", class_share=config.world.class_share)
     rows = world_config.evenly_spaced(np.arange(len(source)), config.max_test)
     texts = [source.full_caption(int(row)) for row in rows]
-    keys = np.array([policy.twin_key(text) for text in texts], np.int64)
+    keys = np.array([policy.fact_key(text) for text in texts], np.int64)
     return {
         "captioned": _embed(encoder, source, rows, texts, numbers),
         "caption_keys": keys,

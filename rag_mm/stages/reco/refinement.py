@@ -75,15 +75,17 @@ class RetrievedRows:
 
 @dataclasses.dataclass(frozen=True)
 class SearchSettings:
-    """How queries look things up; every field may change without training anew.
+    """How queries retrieve; every field may change without training again.
 
     Attributes:
-        image, text: what queries of each modality search and fuse.
-        num_neighbors: k.
-        max_similarity: rows more similar to the query, or to one that it has already, are near copies
-            and passed over; `NO_BOUND` passes over none.
-        retrieval_override: `query` retrieves the query itself k times, `random` rows drawn by lot; for comparison.
-        seed: of `random`.
+        image: what image queries search and fuse.
+        text: what text queries search and fuse.
+        num_neighbors: memory rows retrieved per query (k).
+        max_similarity: memory rows more similar than this to the query, or to one already retrieved, are
+            skipped as near-duplicates; 2.0 skips none.
+        retrieval_override: none, or for comparison: query retrieves the query itself k times, random
+            retrieves random memory rows.
+        seed: of the random rows.
     """
 
     image: reco.Lookup = dataclasses.field(default_factory=reco.Lookup)
@@ -97,12 +99,13 @@ class SearchSettings:
         if self.num_neighbors < 1:
             raise ValueError(f"num_neighbors is {self.num_neighbors}, give at least 1")
         if self.retrieval_override not in RETRIEVAL_OVERRIDES:
+            known = ", ".join(RETRIEVAL_OVERRIDES)
             raise ValueError(
-                f"retrieval_override is one of {', '.join(RETRIEVAL_OVERRIDES)}, not {self.retrieval_override!r}"
+                f"retrieval_override is one of {known}, not {self.retrieval_override!r}"
             )
 
     def find(
-        self, bank: Bank, modality: str, queries: np.ndarray, own_rows: np.ndarray | None = None
+        self, bank: Bank, modality: str, queries: np.ndarray, query_rows: np.ndarray | None = None
     ) -> RetrievedRows:
         """Looks up unit rows float32 [Q, D].
 
@@ -110,7 +113,7 @@ class SearchSettings:
             bank: the memory.
             modality: of the queries, `image` or `text`.
             queries: the embeddings.
-            own_rows: int [Q], the row that is the query's own pair, or -1; it is never retrieved.
+            query_rows: int [Q], the row that is the query's own pair, or -1; it is never retrieved.
         """
         lookup: reco.Lookup = getattr(self, modality)
         searched, fused = lookup.columns(modality)
@@ -128,8 +131,8 @@ class SearchSettings:
             bank.columns[searched],
             num_neighbors=self.num_neighbors,
             max_similarity=self.max_similarity,
-            own_rows=nothing if own_rows is None else own_rows,
-            own_keys=np.full(len(queries), policy.NO_KEY),
+            query_rows=nothing if query_rows is None else query_rows,
+            query_keys=np.full(len(queries), policy.NO_KEY),
             row_keys=np.full(len(bank), policy.NO_KEY),
             num_candidates=self.num_neighbors
             + (_SPARE if self.max_similarity >= NO_BOUND else _FAR),

@@ -36,7 +36,7 @@ class Classifier:
         Towers of public weights take CLIP's templates where none are given, those trained here the
         bare name, since captions that look alike find each other by what they share.
         """
-        is_public = isinstance(self.encoder.vocabulary, public_text.PublicText)
+        is_public = isinstance(self.encoder.vocabulary, public_text.PublicTokenizer)
         chosen = templates or (zeroshot.TEMPLATES if is_public else zeroshot.NAME_ONLY)
         rows = self.encoder.encode_text(zeroshot.prompts(names, chosen))
         return zeroshot.ensemble(rows.reshape(len(names), len(chosen), -1))
@@ -212,9 +212,9 @@ def _cards(
                 truth=class_names[own],
                 before=before,
                 after=after,
-                image_side=_hits(found.memory, by_image[n]),
-                asked_text=class_names[guessed],
-                text_side=_hits(found.memory, by_text[guessed]),
+                image_neighbors=_hits(found.memory, by_image[n]),
+                text_query=class_names[guessed],
+                text_neighbors=_hits(found.memory, by_text[guessed]),
             )
         )
     return cards

@@ -24,7 +24,14 @@ SEEN_VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class MemoryStageConfig:
-    """`index` is `scann` or `exact`; recall is measured with `num_queries` captions."""
+    """The memory and its index.
+
+    Attributes:
+        seed: of the queries that recall is measured with.
+        world: whose documents of role `memory` are stored.
+        index: scann | exact | device.
+        num_queries: captions that recall@10 is measured with.
+    """
 
     seed: int
     world: world_config.EmojiWorld | world_config.OwnImages
@@ -32,9 +39,8 @@ class MemoryStageConfig:
     num_queries: int = 500
 
     def __post_init__(self):
-        if (
-            self.index != "device"
-        ):  # An index of devices would use them before processes have joined.
+        # The device index would use devices before the processes have joined.
+        if self.index != "device":
             registry.make_index(self.index)
 
 
@@ -81,7 +87,7 @@ def run(config: MemoryStageConfig, run: run_folder.Run, stage_dir: epath.Path) -
 
 def sources(
     world: world_config.EmojiWorld | world_config.OwnImages,
-) -> tuple[world_config.DocumentSource, world_config.DocumentSource]:
+) -> tuple[world_config.SplitDocuments, world_config.SplitDocuments]:
     """The memory's documents in row order: seen classes, then held-out ones."""
     return world.scenes("memory", *world_config.SEEN), world.scenes(
         "memory", *world_config.HELD_OUT

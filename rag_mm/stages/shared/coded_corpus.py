@@ -34,7 +34,7 @@ class Corpus:
         return [self.example(memory.document(i).text, codes[i]) for i in range(len(memory))]
 
     def test(
-        self, source: world_config.DocumentSource, chosen: np.ndarray
+        self, source: world_config.SplitDocuments, chosen: np.ndarray
     ) -> tuple[list[sequences.Example], np.ndarray]:
         """Scenes with all facts told, and which of their codes show an entity: bool [Q, N]."""
         model, codes = self.image_tokenizer.config, self.codes(source, chosen)
@@ -47,7 +47,7 @@ class Corpus:
         return mains, np.stack(masks)
 
     def codes(
-        self, source: world_config.DocumentSource, chosen: np.ndarray | None = None
+        self, source: world_config.SplitDocuments, chosen: np.ndarray | None = None
     ) -> np.ndarray:
         """Codes of scenes, int32 [R, N]."""
         return self.image_tokenizer.encode(world_config.images(source, chosen))

@@ -1,8 +1,8 @@
 """Stage `neighbors`: what every training and test document retrieves, decided before training starts.
 
 Training asks with one modality of the main document, never with all of it, as inference does: with its
-image, or with one of several captions from which words were dropped (RA-CM3 section 3.1). So a training
-step stays pure and a resumed run reads the same documents.
+image, or with one of several captions from which words were dropped (docs/papers/ra_cm3.md#retrieval). So a
+training step stays pure and a resumed run reads the same documents.
 
 Several processes (`core.processes.join`) that all call `run` share the training queries; process 0 writes.
 """
@@ -29,15 +29,21 @@ QUERIES = ("text", "image", "text_of_seen")  # the last one asks the memory with
 
 @dataclasses.dataclass(frozen=True)
 class NeighborsStageConfig:
-    """`max_similarity` None calibrates it on the memory; 0.9 is the papers' value for CLIP weights.
+    """How neighbors are retrieved for training documents and test documents.
 
-    Pictures of one's own have no classes: there, it must be given, and the gate stays open.
-
-    `split_phrases` asks a text's parts that `and` joins one by one (`memory.policy.split_queries`), at inference
-    too. Words are dropped first, so that a fifth of the training captions of two entities are asked whole.
-
-    `min_same_class` is the gate before the decoder: the least share of neighbors of held-out
-    captions that show what was asked for.
+    Attributes:
+        seed: of the tokens that are dropped from queries.
+        world: where the documents come from.
+        num_neighbors: neighbors of each query.
+        captions_per_image: captions of each training document to query with; as many as the decoder's.
+        token_dropout: probability of dropping each word of a training query (RA-CM3: 20 %).
+        max_similarity: neighbors more similar than this cosine to the query, or to a chosen neighbor, are
+            redundant and skipped; None calibrates it on the memory's classes, 0.9 is RA-CM3's value for CLIP.
+        split_phrases: split captions at " and " and retrieve for each phrase, at inference too. Words are
+            dropped first, so a fifth of the training captions with two entities are queried whole.
+        num_test: test documents of each group of splits.
+        min_same_class: the chain stops where a smaller share of the neighbors of held-out captions shows
+            the class that the caption names.
     """
 
     seed: int
@@ -60,7 +66,7 @@ class NeighborsStageConfig:
             raise ValueError(f"min_same_class is {self.min_same_class}, give 0 to 1")
         if isinstance(self.world, world_config.OwnImages) and not self.max_similarity:
             raise ValueError(
-                "max_similarity is calibrated by classes, which your own pictures have none of; "
+                "max_similarity is calibrated by classes, which your own images do not have; "
                 "give a cosine, such as 0.9"
             )
 
@@ -127,7 +133,7 @@ def _train_neighbors(
     config: NeighborsStageConfig, memory: retrieval_memory.Memory, bound: float
 ) -> np.ndarray:
     source = config.world.scenes("train", *world_config.SEEN)
-    part, columns = range(len(source))[shared_encoding.own_part(len(source))], []
+    part, columns = range(len(source))[shared_encoding.local_slice(len(source))], []
     rows = part or range(1)  # One of many processes may have none, and asks all the same.
     with progress.track("neighbors", total=config.captions_per_image + 1) as bar:
         for draw in range(config.captions_per_image):
@@ -149,9 +155,9 @@ def memory_facts(world: world_config.EmojiWorld) -> list[emoji_scenes.Facts]:
     return [source.facts(row) for source in parts for row in range(len(source))]
 
 
-def _keys(source: world_config.DocumentSource, rows: Iterable[int]) -> np.ndarray:
+def _keys(source: world_config.SplitDocuments, rows: Iterable[int]) -> np.ndarray:
     """Scenes of which all captions say the same are twins: one must not be the other's answer."""
-    return np.array([policy.twin_key(source.full_caption(int(row))) for row in rows], np.int64)
+    return np.array([policy.fact_key(source.full_caption(int(row))) for row in rows], np.int64)
 
 
 def _memory_keys(world: world_config.EmojiWorld | world_config.OwnImages) -> np.ndarray:
@@ -160,7 +166,7 @@ def _memory_keys(world: world_config.EmojiWorld | world_config.OwnImages) -> np.
 
 
 def _dropped_caption(
-    config: NeighborsStageConfig, source: world_config.DocumentSource, row: int, draw: int
+    config: NeighborsStageConfig, source: world_config.SplitDocuments, row: int, draw: int
 ) -> str:
     rng = np.random.default_rng((config.seed, 3, row, draw))
     asked = Document(id="", segments=(Text(source.caption(row, draw)),))
@@ -189,19 +195,19 @@ def _find(
     memory: retrieval_memory.Memory,
     queries: np.ndarray,
     counts: np.ndarray | None,
-    source: world_config.DocumentSource,
+    source: world_config.SplitDocuments,
     rows: Iterable[int],
     bound: float,
 ) -> np.ndarray:
-    own_keys = _keys(source, rows)
+    query_keys = _keys(source, rows)
     found = policy.find_neighbors(
         memory.index("mixed").search,
         queries,
         memory.embeddings("mixed"),
         num_neighbors=config.num_neighbors,
         max_similarity=bound,
-        own_rows=np.full(len(own_keys), -1),
-        own_keys=own_keys,
+        query_rows=np.full(len(query_keys), -1),
+        query_keys=query_keys,
         row_keys=_memory_keys(config.world)[: len(memory)],
         counts=counts,
     )

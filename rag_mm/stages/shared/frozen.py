@@ -26,7 +26,7 @@ from rag_mm.nn.param_trees import Params
 from rag_mm.ops import images as image_ops
 from rag_mm.train import checkpoint
 
-Words = vocabulary.Vocabulary | public_text.PublicText
+Words = vocabulary.Vocabulary | public_text.PublicTokenizer
 CONFIG, VOCABULARY, PARAMS = "config.json", "vocabulary.json", "params.safetensors"
 
 
@@ -170,7 +170,9 @@ def _make_spae(config: autoencoder.SPAEConfig) -> autoencoder.SPAE:
 def _save(
     folder: epath.Path, config: Mapping[str, Any], words: vocabulary.Vocabulary, params: Params
 ) -> None:
-    files.write_atomic(folder / PARAMS, safetensors.numpy.save(table.named(jax.device_get(params))))
+    files.write_atomic(
+        folder / PARAMS, safetensors.numpy.save(table.leaves_by_path(jax.device_get(params)))
+    )
     words.save(folder / VOCABULARY)
     files.write_json(folder / CONFIG, config)
 
@@ -186,7 +188,7 @@ def _mount(folder: epath.Path, make_model: Callable[[], nnx.Module]) -> Mounted:
 def _load_words(folder: epath.Path) -> Words | None:
     if (folder / VOCABULARY).exists():
         return vocabulary.load_vocabulary(folder / VOCABULARY)
-    return public_text.load_text(folder)
+    return public_text.load_tokenizer(folder)
 
 
 def _read_config(folder: epath.Path, family: str) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from rag_mm.core import run_folder, sharding
-from rag_mm.data import pipeline, vocabulary
+from rag_mm.data import pipeline
+from rag_mm.data.vocabulary import Vocabulary
 from rag_mm.models import clip
 from rag_mm.stages import multiprocess, training
 from rag_mm.stages.shared import frozen, train_tokenizer, world_config
@@ -21,25 +22,19 @@ FOLDER = "frozen"
 
 
 @dataclasses.dataclass(frozen=True)
-class RetrieverStageConfig:
-    """Both towers have one width; `splits` and `roles` say which scenes the retriever may have seen.
+class TowersConfig:
+    """Both towers, of one width.
 
-    Beside those of the role `train` these may be the memory's own, `memory`, as a CLIP of the public web
-    may have seen what a memory of public pictures holds; never those of tests.
-
-    A picture is shown with the shortest of `captions_per_image` captions: the more, the more often with
-    nothing but names, and the more the entity outweighs place and colour in a query that tells them all.
-
-    All three splits make `clip:all`, which stands for an off-the-shelf CLIP; `common` alone makes
-    `clip:common`.
+    Attributes:
+        embed_dim: width of either tower.
+        num_heads: attention heads of either.
+        vision_layers: blocks of the image tower.
+        text_layers: blocks of the text tower.
+        patch_size: pixels a side of an image patch.
+        projection_dim: width of the embeddings.
+        max_text_len: longest text, in tokens; longer ones are truncated.
     """
 
-    seed: int
-    world: world_config.EmojiWorld | world_config.OwnImages
-    optimizer: optimizer.OptimizerConfig
-    loop: loop.LoopConfig
-    splits: tuple[str, ...] = ("common", "rare_seen", "held_out")
-    roles: tuple[str, ...] = ("train",)
     embed_dim: int = 128
     num_heads: int = 4
     vision_layers: int = 3
@@ -47,50 +42,83 @@ class RetrieverStageConfig:
     patch_size: int = 8
     projection_dim: int = 64
     max_text_len: int = 24
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 1:
+                raise ValueError(f"{field.name} is {getattr(self, field.name)}, give at least 1")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"num_heads is {self.num_heads}, which does not divide {self.embed_dim}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrieverStageConfig:
+    """A CLIP trained on scenes of some splits and roles.
+
+    All three splits stand in for an off-the-shelf CLIP, which has seen the held-out classes; `common` and
+    `rare_seen` alone make one that has not.
+
+    Attributes:
+        seed: of initial weights and of the order of pairs.
+        world: where the documents come from.
+        optimizer: learning rate, schedule and moments.
+        loop: number of steps, logging and checkpoints.
+        model: both towers.
+        splits: splits of classes that it is trained on.
+        roles: roles of documents that it is trained on: `train`, and `memory` as a public CLIP may have
+            seen what a memory of public images holds; never those of tests.
+        captions_per_image: an image is shown with the shortest of so many captions. The more, the more often
+            it is a mere name, and the more the entity outweighs place and color in a query.
+        batch_size: pairs a step.
+        num_eval: test pairs to measure recall on.
+    """
+
+    seed: int
+    world: world_config.EmojiWorld | world_config.OwnImages
+    optimizer: optimizer.OptimizerConfig
+    loop: loop.LoopConfig
+    model: TowersConfig = dataclasses.field(default_factory=TowersConfig)
+    splits: tuple[str, ...] = ("common", "rare_seen", "held_out")
+    roles: tuple[str, ...] = ("train",)
     captions_per_image: int = 1
     batch_size: int = 256
     num_eval: int = 1000
 
     def __post_init__(self):
         training.check_config(self.optimizer, self.loop, self.batch_size)
-        for name in (
-            "embed_dim",
-            "num_heads",
-            "vision_layers",
-            "text_layers",
-            "patch_size",
-            "captions_per_image",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, give at least 1")
+        if self.captions_per_image < 1:
+            raise ValueError(f"captions_per_image is {self.captions_per_image}, give at least 1")
         if not self.splits or not set(self.splits) <= set(class_splits.SPLITS):
             known = ", ".join(class_splits.SPLITS)
             raise ValueError(f"splits are {self.splits}, choose some of {known}")
         if not self.roles or not set(self.roles) <= {"train", "memory"}:
             raise ValueError(f"roles are {self.roles}, choose some of train, memory")
-        if self.embed_dim % self.num_heads or self.world.image_size % self.patch_size:
+        if self.world.image_size % self.model.patch_size:
             raise ValueError(
-                "num_heads divides embed_dim and patch_size the pictures' side, which "
-                f"{self.num_heads} and {self.patch_size} do not"
+                f"model.patch_size is {self.model.patch_size}, which does not divide the image "
+                f"size {self.world.image_size}"
             )
 
-    def model(self, words: vocabulary.Vocabulary) -> clip.CLIPConfig:
-        """The towers over a vocabulary's text ids; its `eod` closes a text."""
+    def clip_config(self, vocabulary: Vocabulary) -> clip.CLIPConfig:
+        """The towers over a vocabulary's text ids; its `eod` ends a text."""
+        model = self.model
         tower = partial(
             clip.TowerConfig,
-            embed_dim=self.embed_dim,
-            num_heads=self.num_heads,
-            mlp_dim=4 * self.embed_dim,
+            embed_dim=model.embed_dim,
+            num_heads=model.num_heads,
+            mlp_dim=4 * model.embed_dim,
         )
         return clip.CLIPConfig(
             image_size=self.world.image_size,
-            patch_size=self.patch_size,
-            vision=tower(num_layers=self.vision_layers),
-            text=tower(num_layers=self.text_layers),
-            vocab_size=words.code_offset,
-            max_text_len=self.max_text_len,
-            end_of_text=words.eod,
-            projection_dim=self.projection_dim,
+            patch_size=model.patch_size,
+            vision=tower(num_layers=model.vision_layers),
+            text=tower(num_layers=model.text_layers),
+            vocab_size=vocabulary.code_offset,
+            max_text_len=model.max_text_len,
+            end_of_text=vocabulary.eod,
+            projection_dim=model.projection_dim,
         )
 
 
@@ -101,8 +129,8 @@ def make_mesh(config: RetrieverStageConfig) -> Mesh:
 
 def run(config: RetrieverStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict:
     """Trains, freezes, and measures on unseen scenes."""
-    words = train_tokenizer.load_tokenizer(run.workdir).vocabulary
-    model_config = config.model(words)
+    vocabulary = train_tokenizer.load_tokenizer(run.workdir).vocabulary
+    model_config = config.clip_config(vocabulary)
     sources = [config.world.scenes(role, *config.splits) for role in config.roles]
     pictures = np.concatenate([world_config.images(source) for source in sources])
     places = [(source, row) for source in sources for row in range(len(source))]
@@ -111,7 +139,7 @@ def run(config: RetrieverStageConfig, run: run_folder.Run, stage_dir: epath.Path
         source, row = places[index]
         draws = rng.integers(1 << 30, size=config.captions_per_image)
         text = min((source.caption(row, int(draw)) for draw in draws), key=len)
-        tokens = frozen.text_tokens(model_config, words, [text])[0]
+        tokens = frozen.text_tokens(model_config, vocabulary, [text])[0]
         return {"images": pictures[index].astype(np.float32) / 255, "tokens": tokens}
 
     mesh = make_mesh(config)
@@ -135,7 +163,7 @@ def run(config: RetrieverStageConfig, run: run_folder.Run, stage_dir: epath.Path
     )
     if not multiprocess.is_leader():
         return {}
-    frozen.save_retriever(stage_dir / FOLDER, model_config, words, params)
+    frozen.save_retriever(stage_dir / FOLDER, model_config, vocabulary, params)
     retriever = frozen.FrozenRetriever(stage_dir / FOLDER)
     return {"loss": rows[-1]["loss"], "recall_at_1": _recall(config, retriever)}
 
@@ -167,7 +195,7 @@ def _recall(config: RetrieverStageConfig, retriever: frozen.FrozenRetriever) -> 
 
 
 def _share_right(
-    source: world_config.DocumentSource, rows: np.ndarray, hits: np.ndarray, texts: list[str]
+    source: world_config.SplitDocuments, rows: np.ndarray, hits: np.ndarray, texts: list[str]
 ) -> float:
     """Share of the rows whose hit, a place among them, shows what their caption tells."""
     if not isinstance(source, emoji_scenes.Scenes):

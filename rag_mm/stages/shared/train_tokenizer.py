@@ -26,19 +26,44 @@ FOLDER = "frozen"
 
 
 @dataclasses.dataclass(frozen=True)
+class TextVocabularyConfig:
+    """The text vocabulary, learned from captions of training documents.
+
+    Attributes:
+        vocab_size: entries, bytes included.
+        num_sentinels: ids that stand for masked spans.
+        captions_per_image: captions of each training document that it is learned from.
+    """
+
+    vocab_size: int = 1024
+    num_sentinels: int = 8
+    captions_per_image: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
 class TokenizerStageConfig:
-    """`model` is a `spae.Config`; the text vocabulary is learned from `captions_per_image` captions a scene."""
+    """How the text vocabulary and the image tokenizer are trained.
+
+    Attributes:
+        seed: of initial weights and of the order of images.
+        world: where the documents come from.
+        model: the image tokenizer.
+        optimizer: learning rate, schedule and moments.
+        loop: number of steps, logging and checkpoints.
+        text: the text vocabulary.
+        batch_size: images a step.
+        num_init_images: images whose patches k-means starts the codebook from.
+        num_eval: test images to measure on.
+    """
 
     seed: int
     world: world_config.EmojiWorld | world_config.OwnImages
     model: autoencoder.SPAEConfig
     optimizer: optimizer.OptimizerConfig
     loop: loop.LoopConfig
+    text: TextVocabularyConfig = dataclasses.field(default_factory=TextVocabularyConfig)
     batch_size: int = 128
-    text_size: int = 1024  # entries of the text vocabulary, bytes included
-    num_sentinels: int = 8
-    captions_per_image: int = 2
-    num_init_images: int = 2048  # pictures that k-means sees
+    num_init_images: int = 2048
     num_eval: int = 1024
 
     def __post_init__(self):
@@ -51,13 +76,13 @@ class TokenizerStageConfig:
             )
         if self.model.image_size != self.world.image_size:
             raise ValueError(
-                f"model.image_size is {self.model.image_size}, but the world's pictures have "
+                f"model.image_size is {self.model.image_size}, but the world's images have "
                 f"{self.world.image_size} pixels a side"
             )
 
 
 def make_mesh(config: TokenizerStageConfig) -> Mesh:
-    """What it trains on; raises as `training.make_mesh` does."""
+    """The mesh it trains on; raises as `training.make_mesh` does."""
     return training.make_mesh(config.batch_size, is_explicit=False)
 
 
@@ -111,12 +136,14 @@ def _make_model(config: TokenizerStageConfig) -> autoencoder.SPAE:
 
 
 def _make_vocabulary(
-    config: TokenizerStageConfig, source: world_config.DocumentSource
+    config: TokenizerStageConfig, source: world_config.SplitDocuments
 ) -> vocabulary.Vocabulary:
     texts = [
-        source.caption(i, d) for i in range(len(source)) for d in range(config.captions_per_image)
+        source.caption(i, d)
+        for i in range(len(source))
+        for d in range(config.text.captions_per_image)
     ]
-    size, sentinels = config.text_size, config.num_sentinels
+    size, sentinels = config.text.vocab_size, config.text.num_sentinels
     return vocabulary.train_vocabulary(texts, size, config.model.codebook_size, sentinels)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from rag_mm.core import configuration
 from rag_mm.core.document_types import Document
-from rag_mm.stages.shared.own_pictures import OwnImages
+from rag_mm.stages.shared.own_images import OwnImages
 from rag_mm.worlds import concepts
 from rag_mm.worlds.emoji import class_splits, emoji_scenes
 
@@ -16,7 +16,7 @@ SEEN = ("common", "rare_seen")
 HELD_OUT = ("held_out",)
 
 
-class DocumentSource(Protocol):
+class SplitDocuments(Protocol):
     """Documents of one split and role, as the stages read them."""
 
     def __len__(self) -> int: ...
@@ -42,9 +42,11 @@ class DocumentSource(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class EmojiWorld:
-    """Emoji scenes. `class_share` keeps that share of every split's classes, partners in pairs too.
+    """Emoji scenes; with several levels, each class has scenes of all of them.
 
-    With several `levels` each class shows scenes of all of them.
+    Attributes:
+        levels: easy | pairs | sizes | off_grid | free, one or more.
+        class_share: share of every split's classes that is kept, as partners in pairs, too.
     """
 
     levels: tuple[str, ...] = ("easy",)
@@ -82,30 +84,33 @@ class EmojiWorld:
         return self.geometry.image_size
 
 
-KINDS = {
+NAMES = {
     EmojiWorld: "emoji scenes",
-    OwnImages: "pictures of one's own, which tell no facts to score by",
-    concepts.ConceptWorld: "a toy of embeddings",
+    OwnImages: "the user's images, which come without facts to score by",
+    concepts.ConceptWorld: "a toy world of embeddings",
 }
+
+
+def world_class(values: Mapping[str, Any]) -> type[EmojiWorld | OwnImages | concepts.ConceptWorld]:
+    """The class of a config's `world`: `OwnImages` where it names documents, a toy world where it has a
+    setting of one, else emoji scenes.
+    """
+    if "documents" in values:
+        return OwnImages
+    toy_settings = {field.name for field in dataclasses.fields(concepts.ConceptWorld)}
+    return concepts.ConceptWorld if toy_settings & set(values) else EmojiWorld
 
 
 def make(values: Mapping[str, Any]) -> EmojiWorld | OwnImages | concepts.ConceptWorld:
     """The world that a config's `world` describes.
 
-    One with `documents` is one's own, one with a setting of a toy of embeddings is that; any other is of
-    emoji scenes.
-
     Raises:
         UserError: an unknown setting, or a value that the world refuses.
     """
-    if "documents" in values:
-        return configuration.make(OwnImages, values, "world")
-    if {field.name for field in dataclasses.fields(concepts.ConceptWorld)} & set(values):
-        return configuration.make(concepts.ConceptWorld, values, "world")
-    return configuration.make(EmojiWorld, values, "world")
+    return configuration.make(world_class(values), values, "world")
 
 
-def images(source: DocumentSource, rows: np.ndarray | None = None) -> np.ndarray:
+def images(source: SplitDocuments, rows: np.ndarray | None = None) -> np.ndarray:
     """Pictures of the given rows (all if None): uint8 [R, H, W, 3]."""
     rows = np.arange(len(source)) if rows is None else rows
     return np.stack([source.picture(int(row)) for row in rows])
@@ -117,7 +122,7 @@ def evenly_spaced(rows: np.ndarray, count: int) -> np.ndarray:
     return rows[np.linspace(0, len(rows) - 1, count).round().astype(np.int64)]
 
 
-def sample_rows(source: DocumentSource, count: int, seed: int) -> np.ndarray:
+def sample_rows(source: SplitDocuments, count: int, seed: int) -> np.ndarray:
     """At most `count` distinct rows, the same for the same seed, sorted."""
     order = np.random.default_rng((seed, len(source))).permutation(len(source))
     return np.sort(order[:count])

@@ -1,21 +1,19 @@
-"""ScaNN's own hazards (design.md section 3), each with its guard."""
+"""Hazards of ScaNN that would give wrong results or end the process, and the guard against each."""
 
 import json
 import os
 import pathlib
 import pickle
-import subprocess
-import sys
 
+import fresh_python
 import numpy as np
 import pytest
 
-import rag_mm
 from rag_mm.core.errors import UserError
 from rag_mm.memory.index import exact, scann
 
 HASHED = scann.ScannConfig(scoring="hashed")
-ROOT = pathlib.Path(rag_mm.__file__).parents[1]
+PROGRAMS = pathlib.Path(__file__).parent / "programs"
 
 
 def unit(rng: np.random.Generator, rows: int, dim: int = 64) -> np.ndarray:
@@ -125,32 +123,15 @@ def test_a_strange_configuration_is_refused(tmp_path):
             scann.ScannIndex().load(tmp_path, rows)
 
 
-SEARCH = """
-import sys
-import numpy as np
-{before}
-from rag_mm.memory.index import scann as scann_index
-index = scann_index.ScannIndex(scann_index.ScannConfig(scoring="hashed"))
-rows = np.random.default_rng(0).normal(size=(100, 8)).astype(np.float32)
-index.build(rows / np.linalg.norm(rows, axis=1, keepdims=True))
-print(index.search(rows[:1], 1).ids[0, 0])
-{after}
-"""
 RAISING = "raise ImportError('a TensorFlow of another release')"
 NOTHING = "version = 'none'"
 
 
-@pytest.mark.parametrize(
-    ("package", "before", "after"),
-    [
-        (RAISING, "", "assert 'tensorflow' not in sys.modules"),
-        (NOTHING, "import tensorflow as own", "assert sys.modules['tensorflow'] is own"),
-    ],
-)
-def test_a_foreign_tensorflow_breaks_nothing_and_is_left_alone(tmp_path, package, before, after):
+@pytest.mark.parametrize(("package", "imported_first"), [(RAISING, ()), (NOTHING, ("tensorflow",))])
+def test_a_foreign_tensorflow_breaks_nothing_and_is_left_alone(tmp_path, package, imported_first):
     (tmp_path / "tensorflow").mkdir()
     (tmp_path / "tensorflow" / "__init__.py").write_text(package)
-    done = _python(SEARCH.format(before=before, after=after), tmp_path)
+    done = fresh_python.run(PROGRAMS / "search_hashed.py", *imported_first, path=(tmp_path,))
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["0"]
 
@@ -158,38 +139,11 @@ def test_a_foreign_tensorflow_breaks_nothing_and_is_left_alone(tmp_path, package
 def test_without_scann_the_error_names_exact(tmp_path):
     (tmp_path / "scann").mkdir()
     (tmp_path / "scann" / "__init__.py").write_text("raise ImportError('no wheel here')")
-    code = """
-from rag_mm.core.errors import UserError
-from rag_mm.memory.index import scann as scann_index
-import sys
-try:
-    scann_index.ScannIndex()
-except UserError as error:
-    print(error)
-assert "tensorflow" not in sys.modules
-"""
-    done = _python(code, tmp_path)
+    done = fresh_python.run(PROGRAMS / "open_scann_index.py", path=(tmp_path,))
     assert done.returncode == 0, done.stderr
     assert "use the index exact" in done.stdout
 
 
-def test_importing_the_memory_loads_neither_scann_nor_jax(tmp_path):
-    code = """
-import sys
-from rag_mm.memory import retrieval_memory
-loaded = {name.split(".")[0] for name in sys.modules}
-print(sorted(loaded & {"scann", "jax", "tensorflow", "torch"}))
-"""
-    done = _python(code, tmp_path)
-    assert done.stdout.strip() == "[]", done.stderr
-
-
-def _python(code: str, first_on_path: pathlib.Path) -> subprocess.CompletedProcess:
-    path = os.pathsep.join([str(first_on_path), str(ROOT)])
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
-        check=False,
-    )
+def test_importing_the_memory_loads_neither_scann_nor_jax():
+    loaded = fresh_python.modules_loaded_by("rag_mm.memory.retrieval_memory")
+    assert not loaded & {"scann", "jax", "tensorflow", "torch"}

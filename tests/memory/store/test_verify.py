@@ -140,7 +140,7 @@ def test_rows_that_are_wrong_although_every_digest_is_right(copy):
     name = "v000001/embeddings-text-00000.npy"
     rows = np.load(copy / name)
     rows[3] *= 2
-    assert any("row 3 and 0 more are not unit" in p for p in with_file(copy, name, rows))
+    assert any("row 3 and 0 more do not have unit length" in p for p in with_file(copy, name, rows))
     rows[3] = np.nan
     problems = with_file(copy, name, rows)
     assert any("row 3 and 0 more hold NaN" in p for p in problems)
@@ -154,7 +154,7 @@ def test_ids_that_repeat_or_are_too_few(copy):
     name = "v000001/ids-00000.json"
     ids = json.loads((copy / name).read_text())
     problems = with_file(copy, name, [ids[1], *ids[1:]])
-    assert any("'doc-001' stands in 2 rows" in p for p in problems)
+    assert any("'doc-001' occurs in 2 rows" in p for p in problems)
     assert any("Row 0: the record does not match" in p for p in problems)
     assert any("does not hold 32 ids" in p for p in with_file(copy, name, ids[1:]))
 

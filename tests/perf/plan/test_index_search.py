@@ -37,8 +37,8 @@ def test_a_billion_rows_fit_into_a_pod_and_not_into_four_chips(topology, num_chi
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--memory=1000"], "does not read as ROWSxDIM"),
-        (["--memory=0x512"], "does not read as ROWSxDIM"),
+        (["--memory=1000"], "is not ROWSxDIM"),
+        (["--memory=0x512"], "is not ROWSxDIM"),
         (["--memory=1000x512", "--config=configs/cm3leon.py:7b"], "not allowed with"),
         ([], "required"),
     ],

@@ -2,9 +2,8 @@
 
 import pytest
 
-from rag_mm.core import configuration
 from rag_mm.core.errors import UserError
-from rag_mm.stages import chain
+from rag_mm.stages import chain, chain_config
 from rag_mm.stages.ra_cm3 import generate_samples, write_report
 from rag_mm.stages.shared import world_config
 from rag_mm.worlds.emoji import art
@@ -41,16 +40,16 @@ def test_the_story_is_never_cut():
 @pytest.mark.parametrize("change", [{"num_flags": "-1"}, {"num_others": "-1"}, {"num_rows": "0"}])
 def test_counts_make_sense(change):
     overrides = {f"report.{key}": value for key, value in change.items()}
-    config = configuration.to_dict(configuration.load_config("configs/quickstart.py:tiny"))
+    config = chain_config.load("configs/quickstart.py:tiny")
     config["report"] |= {key.split(".")[1]: int(value) for key, value in overrides.items()}
     with pytest.raises(UserError, match="give at least"):
-        chain.stage_configs(config)
+        chain_config.stage_configs(config)
 
 
 def test_a_damaged_reference_is_refused_before_anything_runs(tmp_path):
-    config = configuration.to_dict(configuration.load_config("configs/quickstart.py:tiny"))
+    config = chain_config.load("configs/quickstart.py:tiny")
     config["report"]["reference"] = str(tmp_path / "curves.json")
-    assert chain.stage_configs(config)["report"].reference
+    assert chain_config.stage_configs(config)["report"].reference
     (tmp_path / "curves.json").write_text("{")
     with pytest.raises(UserError, match=r"curves\.json is not readable JSON"):
         chain.run_chain(config, tmp_path / "run")

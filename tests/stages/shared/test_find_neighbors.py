@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 from etils import epath
 
-from rag_mm.core import configuration, files, run_folder
+from rag_mm.core import files, run_folder
 from rag_mm.core.errors import UserError
 from rag_mm.memory import policy
 from rag_mm.memory.retrieval_memory import Memory
-from rag_mm.stages import chain
+from rag_mm.stages import chain_config
 from rag_mm.stages.shared import find_neighbors, world_config
 
 
 @pytest.fixture(scope="module")
 def config():
-    page = configuration.load_config("configs/quickstart.py:tiny")
-    return chain.stage_configs(configuration.to_dict(page))["neighbors"]
+    page = chain_config.load("configs/quickstart.py:tiny")
+    return chain_config.stage_configs(page)["neighbors"]
 
 
 def test_no_training_document_reads_its_own_facts_or_one_document_twice(tiny_run, config):
@@ -79,7 +79,7 @@ def test_facts_tell_rows_of_the_memory_apart(tiny_run, config):
     assert [shown.entities[0].class_id for shown in facts] == [
         int(name.split("-")[1]) for name in memory.ids
     ]
-    assert len({policy.twin_key(repr(shown)) for shown in facts}) == len(facts)
+    assert len({policy.fact_key(repr(shown)) for shown in facts}) == len(facts)
 
 
 def test_without_held_out_rows_only_seen_classes_are_found(tiny_run, config):

@@ -1,0 +1,74 @@
+"""Names that changed: whoever uses an old one is told the new one. The list for people is docs/renames.md."""
+
+_TOKENIZER = {
+    "model.is_turned": "model.random_flip_rotate",
+    "text_size": "text.vocab_size",
+    "num_sentinels": "text.num_sentinels",
+    "caption_draws": "text.captions_per_image",
+}
+_RETRIEVER = {
+    "caption_draws": "captions_per_image",
+    "max_text": "model.max_text_len",
+    "embed_dim": "model.embed_dim",
+    "num_heads": "model.num_heads",
+    "vision_layers": "model.vision_layers",
+    "text_layers": "model.text_layers",
+    "patch_size": "model.patch_size",
+    "projection_dim": "model.projection_dim",
+}
+_DECODER = {
+    "caption_draws": "sequences.captions_per_image",
+    "max_docs": "sequences.max_docs",
+    "docs_shares": "sequences.num_docs_weights",
+    "max_text": "sequences.max_text_len",
+    "docs_text": "sequences.mean_doc_text_len",
+    "full_captions": "sequences.full_caption_prob",
+    "code_noise": "sequences.code_noise",
+    "max_spans": "masking.max_spans",
+    "mask_probability": "masking.prob",
+    "segment_probability": "masking.segment_prob",
+    "caption_probability": "masking.caption_prob",
+}
+_INIT = {
+    "init_std": "init.std",
+    "init_cut": "init.cut",
+    "output_init_std": "init.output_std",
+    "position_init_std": "init.position_std",
+    "head_init_std": "init.head_std",
+}
+_FUSION = {
+    "search.control": "search.retrieval_override",
+    "curve_neighbors": "measures.curve_neighbors",
+    "curve_rows": "measures.curve_rows",
+    "question_weight": "measures.question_weight",
+}
+_IN_STAGES = {
+    "tokenizer": _TOKENIZER,
+    "retriever": _RETRIEVER,
+    "neighbors": {"caption_draws": "captions_per_image", "by_phrase": "split_phrases"},
+    "decoder": _DECODER | {f"model.{old}": f"model.{new}" for old, new in _INIT.items()},
+    "copy_probe": _DECODER | {f"model.{old}": f"model.{new}" for old, new in _INIT.items()},
+    "generation": {"controls": "document_ablations"},
+    "pairs": {"caption_draws": "captions_per_image"},
+    "fusion": _FUSION,
+    "toy_fusion": _FUSION,
+    "document_fusion": _FUSION,
+}
+# Old name -> new name of dotted config keys, of config pages, and of commands' options.
+RENAMES = {
+    **{
+        f"{stage}.{old}": f"{stage}.{new}"
+        for stage, names in _IN_STAGES.items()
+        for old, new in names.items()
+    },
+    **{f"model.decoder.{old}": f"model.decoder.{new}" for old, new in _INIT.items()},
+    "world.spread": "world.class_spread",
+    "world.noise": "world.noise_std",
+    "configs/own_pictures.py": "configs/own_images.py",
+    "rag-mm ablate --borrow": "rag-mm ablate --reuse",
+}
+
+
+def hint(old: str) -> str:
+    """The end of an error message about an old name, "; it is now called NEW"; "" for any other name."""
+    return f"; it is now called {RENAMES[old]!r}" if old in RENAMES else ""

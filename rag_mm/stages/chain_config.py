@@ -1,0 +1,122 @@
+"""A chain's config: from a page's values to the frozen config of each stage."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from rag_mm.core import configuration
+from rag_mm.core.configuration import Section
+from rag_mm.core.errors import UserError
+from rag_mm.stages import ablation_plan
+from rag_mm.stages.ra_cm3 import stages as ra_cm3_stages
+from rag_mm.stages.reco import stages as reco_stages
+from rag_mm.stages.shared import stages as shared_stages
+from rag_mm.stages.shared import world_config
+from rag_mm.stages.stage import Stage
+
+STAGES: dict[str, Stage] = {
+    **shared_stages.STAGES,
+    **ra_cm3_stages.STAGES,
+    **reco_stages.STAGES,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ChainSettings:
+    """What every chain has.
+
+    Attributes:
+        stages: names of the stages, in the order in which they run.
+        seed: of every stage.
+    """
+
+    stages: tuple[str, ...]
+    seed: int = 0
+
+
+def load(name: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A page's config, filled and overridden, as plain values; see `configuration.load_config`.
+
+    Raises:
+        UserError: an unknown page, preset, stage or setting, or a value of the wrong type.
+    """
+    return configuration.to_dict(configuration.load_config(name, overrides, sections))
+
+
+def sections(config: Mapping[str, Any]) -> dict[str, Section]:
+    """The dataclasses that define a chain's config.
+
+    Raises:
+        UserError: no stages, an unknown one, or a part of the config that belongs to no stage.
+    """
+    if not config.get("stages"):
+        raise UserError(f"The config has no stages; stages are {', '.join(STAGES)}.")
+    unknown = [name for name in config["stages"] if name not in STAGES]
+    if unknown:
+        raise UserError(f"There is no stage {unknown[0]!r}; stages are {', '.join(STAGES)}.")
+    for key in ("seed", "world"):
+        if key not in config:
+            raise UserError(f"The config has no {key!r}, which every chain needs.")
+    found = {
+        "": Section(ChainSettings),
+        "world": Section(world_config.world_class(config["world"])),
+    }
+    for name, stage in STAGES.items():
+        if name in config or name in config["stages"]:
+            without = () if stage.section else ("seed", "world", *stage.holds)
+            found[name] = Section(stage.section or stage.config, without)
+    if ablation_plan.KEY in config:
+        found[ablation_plan.KEY] = Section(ablation_plan.AblationPlan)
+    return found
+
+
+def stage_configs(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Each stage's frozen config, in the order of `config["stages"]`.
+
+    Raises:
+        UserError: no stage or an unknown one, or a value that a stage refuses.
+    """
+    config = configuration.fill(config, sections)
+    if config["seed"] < 0:
+        raise UserError(f"The config's seed is {config['seed']}; give 0 or more.")
+    world = world_config.make(config["world"])
+    _check_world(world, config["stages"])
+    configs = {name: _stage_config(config, name, world) for name in config["stages"]}
+    ra_cm3_stages.check_agreement(configs)
+    return configs
+
+
+def override(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The filled config with some settings changed, as plain values; see `apply_overrides`."""
+    changed = ml_collections.ConfigDict(dict(config), allow_dotted_keys=True)
+    configuration.apply_overrides(changed, overrides)
+    return configuration.to_dict(configuration.fill(configuration.to_dict(changed), sections))
+
+
+def slice_of(config: Any) -> dict[str, Any]:
+    """A stage's config as its manifest records it."""
+    return dataclasses.asdict(config)
+
+
+def _stage_config(config: Mapping[str, Any], name: str, world: Any) -> Any:
+    stage = STAGES[name]
+    every: dict[str, Any] = {"seed": config["seed"], "world": world}
+    held: dict[str, Any] = {
+        other: configuration.make(STAGES[other].config, {**config.get(other, {}), **every}, other)
+        for other in stage.holds
+    }
+    own = config[name]
+    if stage.resolve is not None:
+        own = stage.resolve(config, own)
+    return configuration.make(stage.config, {**every, **held, **own}, name)
+
+
+def _check_world(world: Any, names: Sequence[str]) -> None:
+    for name in names:
+        if not isinstance(world, STAGES[name].worlds):
+            raise UserError(
+                f"The stage {name} does not support the config's world, "
+                f"{world_config.NAMES[type(world)]}; remove it from the config's stages."
+            )

@@ -1,0 +1,109 @@
+"""The stages of RA-CM3, and what they must agree on."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from rag_mm.core.errors import UserError
+from rag_mm.stages.ra_cm3 import (
+    copy_probe,
+    evaluate,
+    few_shot,
+    generate_samples,
+    train_decoder,
+    write_report,
+)
+from rag_mm.stages.stage import SCENES, Stage
+
+
+@dataclasses.dataclass(frozen=True)
+class ControlSection:
+    """The baseline without retrieval: the decoder's config in everything else.
+
+    Attributes:
+        num_steps: training steps; None: as many as the decoder's.
+    """
+
+    num_steps: int | None = None
+
+
+def resolve_control(page: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of the baseline's config, from those of the page's decoder."""
+    values = {**page.get("decoder", {}), "is_vanilla": True}
+    if section.get("num_steps") is not None:
+        values["loop"] = {**values["loop"], "num_steps": section["num_steps"]}
+    return values
+
+
+STAGES = {
+    "decoder": Stage(
+        train_decoder.DecoderStageConfig,
+        train_decoder.INPUTS,
+        train_decoder.run,
+        mesh=train_decoder.make_mesh,
+    ),
+    "control": Stage(
+        train_decoder.DecoderStageConfig,
+        train_decoder.CONTROL_INPUTS,
+        train_decoder.run,
+        mesh=train_decoder.make_mesh,
+        section=ControlSection,
+        resolve=resolve_control,
+    ),
+    "copy_probe": Stage(
+        copy_probe.CopyProbeStageConfig,
+        copy_probe.INPUTS,
+        copy_probe.run,
+        SCENES,
+        mesh=train_decoder.make_mesh,
+    ),
+    "few_shot": Stage(few_shot.FewShotStageConfig, few_shot.INPUTS, few_shot.run, SCENES),
+    "generation": Stage(
+        generate_samples.GenerationStageConfig,
+        generate_samples.INPUTS,
+        generate_samples.run,
+        SCENES,
+    ),
+    "evaluation": Stage(
+        evaluate.EvaluationStageConfig,
+        evaluate.INPUTS,
+        evaluate.run,
+        SCENES,
+        holds=("generation",),
+        reports_on_others=True,
+    ),
+    "report": Stage(
+        write_report.ReportStageConfig,
+        write_report.INPUTS,
+        write_report.run,
+        SCENES,
+        holds=("generation",),
+        finish=write_report.finish,
+        page=write_report.PAGE,
+    ),
+}
+
+
+def check_agreement(configs: Mapping[str, Any]) -> None:
+    """Refuses counts of one stage that another cannot serve.
+
+    Raises:
+        UserError: more captions, documents or test documents are read than `neighbors` has.
+    """
+    neighbors = configs.get("neighbors")
+    for stage, path, name in (
+        ("decoder", "sequences.captions_per_image", "captions_per_image"),
+        ("decoder", "sequences.max_docs", "num_neighbors"),
+        ("generation", "num_held_out", "num_test"),
+        ("generation", "num_seen", "num_test"),
+    ):
+        if neighbors is None or stage not in configs:
+            continue
+        wanted, available = configs[stage], getattr(neighbors, name)
+        for part in path.split("."):
+            wanted = getattr(wanted, part)
+        is_count_fixed = name == "captions_per_image"
+        if wanted > available or (is_count_fixed and wanted != available):
+            raise UserError(
+                f"{stage}.{path} is {wanted}, but neighbors.{name} is {available}; make them agree."
+            )

@@ -1,0 +1,183 @@
+"""Training sequences of RA-CM3: a main document after the documents retrieved for it."""
+
+import dataclasses
+from functools import partial
+
+import grain
+import numpy as np
+
+from rag_mm.core.errors import UserError
+from rag_mm.core.roles import MAIN
+from rag_mm.data import masking, pipeline, sequences
+from rag_mm.data.vocabulary import Vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class SequencesConfig:
+    """Documents, captions and room of a training sequence.
+
+    Attributes:
+        captions_per_image: captions of each image that drop facts at random; as many as in `neighbors`.
+        max_docs: most retrieved documents in a sequence.
+        num_docs_weights: how often a batch holds 0, 1, .. max_docs documents a sequence (RA-CM3: uniform).
+        max_text_len: room for a caption, in tokens.
+        mean_doc_text_len: room for a retrieved document's caption, on average; a sequence that needs more,
+            which is rare, loses its first document.
+        full_caption_prob: probability that the main caption states all facts, as at inference, whatever
+            caption the retriever was queried with.
+        code_noise: probability of replacing an input code of the main image by another code of the
+            sequence; targets stay clean. Makes copying robust to the model's own errors.
+    """
+
+    captions_per_image: int = 4
+    max_docs: int = 2
+    num_docs_weights: tuple[float, ...] = (1.0, 1.0, 1.0)
+    max_text_len: int = 24
+    mean_doc_text_len: int = 24
+    full_caption_prob: float = 0.0
+    code_noise: float = 0.0
+
+    def __post_init__(self):
+        if len(self.num_docs_weights) != self.max_docs + 1:
+            raise UserError(
+                f"num_docs_weights has {len(self.num_docs_weights)} values; give {self.max_docs + 1}, "
+                f"one for each count from 0 to max_docs={self.max_docs}."
+            )
+        if min(self.num_docs_weights) < 0 or not sum(self.num_docs_weights):
+            raise ValueError(f"num_docs_weights are {self.num_docs_weights}, give positive numbers")
+        if not 0 <= self.mean_doc_text_len <= self.max_text_len:
+            raise ValueError(
+                f"mean_doc_text_len is {self.mean_doc_text_len}, give 0 to "
+                f"max_text_len={self.max_text_len}"
+            )
+        if self.captions_per_image < 1:
+            raise ValueError(f"captions_per_image is {self.captions_per_image}, give at least 1")
+        _check_probabilities(self, "full_caption_prob", "code_noise")
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskingConfig:
+    """How spans of a training sequence are replaced by sentinels and moved to its end (CM3, section 2).
+
+    Attributes:
+        max_spans: most spans in a sequence.
+        prob: probability that a sequence has masked spans; the others are plain causal sequences.
+        segment_prob: probability that a masked sequence masks whole captions or images.
+        caption_prob: probability that a sequence masks the main caption and nothing else, as captioning
+            does; by `segment_prob` alone few sequences mask the caption of the main document.
+    """
+
+    max_spans: int = 3
+    prob: float = 0.5
+    segment_prob: float = 0.5
+    caption_prob: float = 0.0
+
+    def __post_init__(self):
+        _check_probabilities(self, "prob", "segment_prob", "caption_prob")
+        masking.Masking(0, self.segment_prob, self.prob)
+
+
+def _check_probabilities(config: SequencesConfig | MaskingConfig, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name} is {getattr(config, name)}, give a number in [0, 1]")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SequenceSource:
+    """Makes training sequences: transform(index, rng) of `data.pipeline`.
+
+    Attributes:
+        config: documents, captions and room.
+        masking: which spans are masked.
+        layout: where the parts of a sequence are.
+        vocabulary: of the tokens.
+        texts: `texts[i][d]` is caption d of main document i; the last one states all facts.
+        memory: the documents that may be retrieved.
+        neighbors: int32 [R, captions + 1, K], indices into `memory` for each caption and for the image,
+            -1 for none; None for the baseline.
+    """
+
+    config: SequencesConfig
+    masking: MaskingConfig
+    layout: sequences.Layout
+    vocabulary: Vocabulary
+    texts: list[list[sequences.Example]]
+    memory: list[sequences.Example]
+    neighbors: np.ndarray | None
+
+    def make(
+        self, index: np.int64, rng: np.random.Generator, num_docs: int
+    ) -> dict[str, np.ndarray]:
+        """One sequence with at most `num_docs` documents.
+
+        The main document is sampled first, so that the baseline sees the same ones.
+        """
+        config, captions = self.config, self.texts[index]
+        caption = int(rng.integers(config.captions_per_image))
+        main, docs = captions[-1 if rng.random() < config.full_caption_prob else caption], []
+        if self.neighbors is not None:
+            query = caption if rng.random() < 0.5 else config.captions_per_image
+            neighbors = self.neighbors[index, query]
+            chosen = rng.permutation(neighbors[neighbors >= 0])[:num_docs]
+            docs = [self.memory[i] for i in chosen]
+        length = self.length(num_docs)
+        while sequences.find_segments(self.layout, main, docs)[-1, 1] + 1 + self.room > length:
+            docs = docs[1:]
+        segments = sequences.find_segments(self.layout, main, docs)
+        if rng.random() < self.masking.caption_prob:
+            spans = segments[-2:-1]
+        else:
+            masks = masking.Masking(0, self.masking.segment_prob, self.masking.prob)
+            spans = masking.sample_spans(masks, segments, rng, self.masking.max_spans)
+        sequence = sequences.make_row(self.layout, self.vocabulary, main, docs, spans)
+        self._add_code_noise(sequence, rng)
+        return {name: values[:length] for name, values in sequence.items()}
+
+    def _add_code_noise(self, sequence: dict[str, np.ndarray], rng: np.random.Generator) -> None:
+        """Replaces some input codes of the main image by other codes of the sequence, in place."""
+        tokens = sequence["tokens"]
+        is_code = tokens >= self.vocabulary.code_offset
+        is_main = is_code & (np.roll(sequence["roles"], 1) == MAIN)
+        replaced = np.flatnonzero(is_main & (rng.random(len(tokens)) < self.config.code_noise))
+        tokens[replaced] = rng.choice(tokens[is_code], len(replaced))
+
+    @property
+    def room(self) -> int:
+        """Tokens that masking may add to a sequence."""
+        return self.layout.length - self.layout.moved_start
+
+    def length(self, num_docs: int) -> int:
+        """Tokens of a sequence with `num_docs` documents, chosen so that little of it is padding."""
+        layout = self.layout
+        num_docs = min(num_docs, layout.max_docs)
+        alone = dataclasses.replace(layout, max_docs=0).length
+        return alone + num_docs * (
+            layout.slot - layout.max_text_len + self.config.mean_doc_text_len
+        )
+
+    def batches(
+        self, batch_size: int, seed: int, rows: range | None = None
+    ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+        """Batches whose sequences all have the same number of documents, so that few positions are padding.
+
+        Args:
+            batch_size: sequences a batch.
+            seed: of the order, and of what is sampled for each sequence.
+            rows: the part of each batch that this process makes (`sharding.local_rows`); None: all.
+        """
+        return pipeline.make_batches(
+            np.arange(len(self.texts)),
+            batch_size,
+            seed,
+            *(partial(self.make, num_docs=count) for count in range(self.config.max_docs + 1)),
+            shares=self.config.num_docs_weights,
+            rows=rows,
+        )
+
+    @property
+    def mean_length(self) -> float:
+        """Positions of a sequence on average, padding included."""
+        weights = np.asarray(self.config.num_docs_weights)
+        lengths = [self.length(count) for count in range(self.config.max_docs + 1)]
+        return float(weights / weights.sum() @ lengths)

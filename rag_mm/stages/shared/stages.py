@@ -1,0 +1,29 @@
+"""The stages that several systems share: image tokenizer, retriever, memory and neighbors."""
+
+from rag_mm.stages.shared import build_memory, find_neighbors, train_retriever, train_tokenizer
+from rag_mm.stages.stage import Stage
+
+STAGES = {
+    "tokenizer": Stage(
+        train_tokenizer.TokenizerStageConfig,
+        train_tokenizer.INPUTS,
+        train_tokenizer.run,
+        mesh=train_tokenizer.make_mesh,
+    ),
+    "retriever": Stage(
+        train_retriever.RetrieverStageConfig,
+        train_retriever.INPUTS,
+        train_retriever.run,
+        mesh=train_retriever.make_mesh,
+    ),
+    "memory": Stage(
+        build_memory.MemoryStageConfig, build_memory.INPUTS, build_memory.run, is_shared=True
+    ),
+    "neighbors": Stage(
+        find_neighbors.NeighborsStageConfig,
+        find_neighbors.INPUTS,
+        find_neighbors.run,
+        is_shared=True,
+        reports_on_others=True,
+    ),
+}

@@ -1,0 +1,76 @@
+"""Whoever uses an old name is told the new one."""
+
+import importlib
+import pathlib
+import re
+
+import pytest
+
+import configs
+from rag_mm.core import configuration, renames
+from rag_mm.core.errors import UserError
+from rag_mm.perf.plan import cases
+from rag_mm.stages import chain_config
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+PAGES = sorted(path.stem for path in pathlib.Path(configs.__file__).parent.glob("[!_]*.py"))
+
+
+def test_the_page_for_people_lists_every_rename():
+    rows = re.findall(r"^\| `(.+)` \| `(.+)` \|$", (ROOT / "docs/renames.md").read_text(), re.M)
+    assert dict(rows) == renames.RENAMES
+
+
+def _settings(page: str) -> set[str]:
+    """Dotted keys that some preset of a page has, once filled."""
+    found = set()
+    for preset in importlib.import_module(f"configs.{page}").PRESETS:
+        config = configuration.to_dict(configuration.load_config(f"configs/{page}.py:{preset}"))
+        sections = cases.sections if "family" in config else chain_config.sections
+        filled = configuration.fill(config, sections)
+        found |= {setting.path for setting in configuration.settings(filled, sections)}
+    return found
+
+
+def test_new_names_exist_and_old_ones_do_not():
+    settings = set().union(*(_settings(page) for page in PAGES))
+    for old, new in renames.RENAMES.items():
+        if old.startswith("configs/"):
+            assert (ROOT / new).exists() and not (ROOT / old).exists()
+        elif not old.startswith("rag-mm "):
+            assert new in settings and old not in settings, old
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("decoder.docs_shares", "decoder.sequences.num_docs_weights"),
+        ("retriever.embed_dim", "retriever.model.embed_dim"),
+        ("decoder.model.init_std", "decoder.model.init.std"),
+    ],
+)
+def test_an_override_of_an_old_name_names_the_new_one(old, new):
+    with pytest.raises(UserError, match=f"no key '{old}'; it is now called '{new}'"):
+        chain_config.load("configs/quickstart.py:tiny", {old: "1"})
+
+
+def test_a_page_that_uses_an_old_name_is_told_the_new_one(tmp_path):
+    page = tmp_path / "mine.py"
+    page.write_text(
+        "from rag_mm.configs import quickstart\n"
+        "PRESETS = ('only',)\n"
+        "def get_config(preset):\n"
+        "    config = quickstart.tiny()\n"
+        "    config['decoder']['masking'] = dict()\n"
+        "    config['decoder']['mask_probability'] = 0.5\n"
+        "    return config\n"
+    )
+    with pytest.raises(
+        UserError, match="'mask_probability'; it is now called 'decoder.masking.prob'"
+    ):
+        chain_config.load(str(page))
+
+
+def test_an_old_page_is_told_its_new_name():
+    with pytest.raises(UserError, match="now called 'configs/own_images.py'"):
+        chain_config.load("configs/own_pictures.py:tiny")

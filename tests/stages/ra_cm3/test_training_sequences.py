@@ -1,0 +1,172 @@
+"""Training sequences: the baseline sees the same main documents, the decoder also retrieved ones."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+from rag_mm.core.errors import UserError
+from rag_mm.core.roles import MAIN
+from rag_mm.data import sequences, vocabulary
+from rag_mm.stages.ra_cm3.training_sequences import MaskingConfig, SequencesConfig, SequenceSource
+
+VOCABULARY = vocabulary.train_vocabulary([], 256, 64, 4)
+NUM_CODES, CAPTIONS, BATCH_SIZE = 4, 2, 4
+CONFIG = SequencesConfig(
+    captions_per_image=CAPTIONS,
+    num_docs_weights=(0.2, 0.4, 0.4),
+    max_text_len=4,
+    mean_doc_text_len=1,
+)
+
+
+def example(code: int, text: int = 1) -> sequences.Example:
+    """A document recognized by its only code."""
+    return sequences.Example([text], np.full(NUM_CODES, code, np.int32))
+
+
+def make_source(neighbors, caption_prob=0.0, **changes) -> SequenceSource:
+    """Two main documents with codes 0 and 1, with the caption's number as text; the memory has 10, 11, ..."""
+    config = dataclasses.replace(CONFIG, **changes)
+    texts = [[example(i, caption) for caption in range(CAPTIONS)] for i in range(2)]
+    memory = [example(10 + i) for i in range(8)]
+    max_docs = 0 if neighbors is None else config.max_docs
+    layout = sequences.Layout(max_docs, config.max_text_len, NUM_CODES, max_spans=3)
+    masking = MaskingConfig(prob=0.0, caption_prob=caption_prob)
+    return SequenceSource(config, masking, layout, VOCABULARY, texts, memory, neighbors)
+
+
+def codes_of(row: dict[str, np.ndarray]) -> list[int]:
+    """The documents of a row in order, the main one last."""
+    codes = row["tokens"][row["tokens"] >= VOCABULARY.code_offset] - VOCABULARY.code_offset
+    return codes.reshape(-1, NUM_CODES)[:, 0].tolist()
+
+
+NEIGHBORS = np.array(
+    [[[0, 1], [2, 3], [4, 5]], [[6, 7], [6, -1], [-1, -1]]], np.int32
+)  # [main document, caption or image, K]
+
+
+def take(source: SequenceSource, count: int) -> list[dict[str, np.ndarray]]:
+    return list(itertools.islice(source.batches(BATCH_SIZE, seed=0), count))
+
+
+def rows_of(batches: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+    return [{k: v[i] for k, v in batch.items()} for batch in batches for i in range(4)]
+
+
+def test_the_baseline_sees_the_same_main_documents_in_the_same_order():
+    decoder = take(make_source(NEIGHBORS), 10)
+    control = take(make_source(None), 10)
+    for one, other in zip(rows_of(decoder), rows_of(control), strict=True):
+        assert codes_of(one)[-1:] == codes_of(other)
+        assert main_text(one) == main_text(other)
+
+
+def test_a_batch_is_as_long_as_its_number_of_documents_wants():
+    source = make_source(NEIGHBORS, num_docs_weights=(0.25, 0.25, 0.5))
+    batches = take(source, 8)
+    lengths = [batch["tokens"].shape[1] for batch in batches]
+    assert sorted(lengths) == sorted(
+        [source.length(0)] * 2 + [source.length(1)] * 2 + [source.length(2)] * 4
+    )
+    for batch, length in zip(batches, lengths, strict=True):
+        # A short row loses nothing but padding.
+        most = {source.length(k): k for k in range(3)}[length]
+        assert all(len(codes_of(row)) <= most + 1 for row in rows_of([batch]))
+        assert (batch["roles"] == MAIN).sum() == 4 * (1 + 1 + NUM_CODES + 1)
+    control = take(make_source(None), 8)
+    assert {batch["tokens"].shape[1] for batch in control} == {source.length(0)}
+
+
+def main_text(row: dict[str, np.ndarray]) -> list[int]:
+    return row["tokens"][row["tokens"] < VOCABULARY.text_size].tolist()[-1:]
+
+
+def test_documents_come_from_the_caption_that_is_shown_or_from_the_image():
+    source = make_source(NEIGHBORS)
+    seen = set()
+    for seed in range(60):
+        row = source.make(0, np.random.default_rng(seed), 2)
+        *docs, main = codes_of(row)
+        (draw,) = main_text(row)
+        assert main == 0
+        assert sorted(docs) in (sorted(10 + NEIGHBORS[0, draw]), sorted(10 + NEIGHBORS[0, -1]))
+        seen.add(tuple(docs))
+    # Either order, of the two texts' documents and of the image's.
+    assert len(seen) == 6
+
+
+def test_a_full_caption_stands_before_what_a_shorter_one_retrieved():
+    source = make_source(NEIGHBORS, full_caption_prob=1.0)
+    for draws in source.texts:
+        draws.append(example(int(draws[0].codes[0]), text=9))
+    made = [source.make(0, np.random.default_rng(seed), 2) for seed in range(40)]
+    assert all(main_text(row) == [9] for row in made)
+    found = {tuple(sorted(codes_of(row)[:-1])) for row in made}
+    assert found == {(10, 11), (12, 13), (14, 15)}
+
+
+def test_noise_is_read_in_the_main_image_and_never_foreseen():
+    plain, noisy = make_source(NEIGHBORS), make_source(NEIGHBORS, code_noise=0.5)
+    num_wrong = 0
+    for seed in range(50):
+        one, other = (each.make(0, np.random.default_rng(seed), 2) for each in (plain, noisy))
+        for name in ("targets", "positions", "roles", "segment_ids"):
+            np.testing.assert_array_equal(one[name], other[name])
+        changed = np.flatnonzero(one["tokens"] != other["tokens"])
+        assert (
+            one["tokens"][changed] == VOCABULARY.code_offset
+        ).all()  # The main document's only code.
+        assert set(other["tokens"][changed]) <= set(one["tokens"])
+        num_wrong += len(changed)
+    # Half of 4 codes, of which a third is replaced by itself.
+    assert 0.2 < num_wrong / (50 * NUM_CODES) < 0.5
+
+
+def test_the_main_caption_alone_is_masked_where_describing_is_practised():
+    source = make_source(NEIGHBORS, caption_prob=1.0)
+    for seed in range(20):
+        row = source.make(0, np.random.default_rng(seed), 2)
+        tokens = row["tokens"][row["segment_ids"] > 0].tolist()
+        hole, moved = (i for i, token in enumerate(tokens) if token == VOCABULARY.sentinel(0))
+        assert tokens[hole + 1] == VOCABULARY.brk and tokens[moved - 1] == VOCABULARY.eod
+        assert tokens[moved + 1] in range(CAPTIONS) and tokens[moved + 2 :] == [VOCABULARY.eoss]
+        assert VOCABULARY.sentinel(1) not in tokens
+
+
+def test_a_missing_neighbor_is_left_out():
+    source = make_source(NEIGHBORS)
+    made = [source.make(1, np.random.default_rng(seed), 2) for seed in range(40)]
+    found = {len(codes_of(row)) - 1 for row in made}
+    assert found == {0, 1, 2}
+
+
+def test_a_row_that_is_too_long_loses_its_first_document():
+    """There is room for four tokens of text, and one document of main document 0 has four itself."""
+    source = make_source(NEIGHBORS, mean_doc_text_len=0)
+    source.memory[0] = sequences.Example([1] * 4, np.full(NUM_CODES, 9, np.int32))
+    found = {tuple(codes_of(source.make(0, np.random.default_rng(s), 2))) for s in range(80)}
+    whole = {(12, 13, 0), (13, 12, 0), (14, 15, 0), (15, 14, 0)}
+    assert found == whole | {(11, 0), (9, 0)}
+
+
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [
+        (SequencesConfig, "full_caption_prob"),
+        (SequencesConfig, "code_noise"),
+        (MaskingConfig, "prob"),
+        (MaskingConfig, "segment_prob"),
+        (MaskingConfig, "caption_prob"),
+    ],
+)
+def test_a_probability_is_between_0_and_1(group, name):
+    with pytest.raises(ValueError, match=f"{name} is 1.5"):
+        group(**{name: 1.5})
+
+
+def test_there_is_one_weight_for_each_number_of_documents():
+    with pytest.raises(UserError, match="give 3"):
+        dataclasses.replace(CONFIG, num_docs_weights=(1.0,))
