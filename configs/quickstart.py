@@ -190,7 +190,7 @@ def tiny() -> dict:
         neighbors=dict(num_test=16),
         decoder=decoder
         | dict(model=decoder["model"] | dict(embed_dim=64, mlp_dim=128), loop=loop, batch_size=8),
-        generation=dict(num_held_out=16, num_seen=16, temperature=0.4),
+        generation=dict(num_held_out=16, num_seen=16),
         report=dict(
             title="rag_mm quickstart (tiny)",
             command="rag-mm quickstart --config=configs/quickstart.py:tiny",

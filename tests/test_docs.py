@@ -253,7 +253,7 @@ def check_command(words: list[str], is_whole: bool) -> None:
 @pages
 def test_commands_and_options_exist(page):
     problems = []
-    for quoted, words, is_whole in commands(page):
+    for quoted, words, is_whole in commands(page) if page != OLD_NAMES else ():
         if words and not is_placeholder(words[0]) and not words[0].startswith("-"):
             try:
                 check_command(words, is_whole)
@@ -333,8 +333,8 @@ def test_there_are_ten_questions():
     assert len(questions()) == 10
 
 
-@pytest.mark.parametrize(("question", "path_line"), questions(), ids=lambda text: text[:40])
-def test_a_newcomer_gets_there_in_three_clicks(question, path_line):
+@pytest.mark.parametrize("path_line", [pytest.param(path, id=name) for name, path in questions()])
+def test_a_newcomer_gets_there_in_three_clicks(path_line):
     """From the README each page links to the next, and the last file defines what the path names."""
     stops = [resolve(NEWCOMER, target)[0] for _, target in LINK.findall(path_line)]
     assert stops[0] == README and 2 <= len(stops) <= 4

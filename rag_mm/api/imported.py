@@ -63,7 +63,7 @@ class ImportedChameleon(language_model.LanguageModel):
     """
 
     model: chameleon.ChameleonConfig
-    vq: frozen.Mounted
+    vq: frozen.LoadedModel
 
     def encode_image(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Image tokens, int32 [B, N], of images uint8 [H, W, 3] of any size, preprocessed for Chameleon."""
@@ -197,7 +197,7 @@ def load(workdir: epath.PathLike, dtype: str | None = None) -> ImportedModel:
     if not isinstance(config, chameleon.ChameleonConfig):
         return language_model.LanguageModel(decoder_config, graphdef, decoder, text, stop_tokens)
     vq_graphdef, _ = nnx.split(jax.eval_shape(functools.partial(_make_vq, config)), nnx.Param)
-    vq = frozen.Mounted(vq_graphdef, jax.tree.map(_to_float32, params["vq"]))
+    vq = frozen.LoadedModel(vq_graphdef, jax.tree.map(_to_float32, params["vq"]))
     return ImportedChameleon(decoder_config, graphdef, decoder, text, stop_tokens, config, vq)
 
 

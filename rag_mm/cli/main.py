@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import rag_mm
+from rag_mm.core import renames
 from rag_mm.core.errors import UserError
 
 
@@ -276,7 +277,8 @@ def _parse(name: str, module: Any, argv: list[str]) -> argparse.Namespace:
     for arg in extra:
         key, equals, value = arg.removeprefix("--config.").partition("=")
         if not arg.startswith("--config.") or not hasattr(args, "config"):
-            parser.error(f"unknown argument {arg!r}")
+            hint = renames.hint(f"rag-mm {name} {arg.partition('=')[0]}")
+            parser.error(f"unknown argument {arg!r}{hint}")
         if not equals or not key:
             parser.error(f"{arg} has no value; write --config.key=value")
         args.overrides[key] = value

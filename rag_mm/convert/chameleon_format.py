@@ -22,7 +22,7 @@ from rag_mm.models import chameleon, chameleon_vq
 
 _VQ = "model.vqmodel."
 _RESCALE = 0.0078
-_POINT = LinearKernel(tail=(1, 1))
+_CONV1X1 = LinearKernel(tail=(1, 1))
 _LAYER = "model.layers.{}.self_attn."
 
 
@@ -114,19 +114,21 @@ def rules(config: chameleon.ChameleonConfig) -> list[Rule]:
     for name in ("q_norm", "k_norm"):
         name_rules.append(Rule(f"{blocks}{name}/scale", f"{_LAYER}{name}.weight"))
         name_rules.append(Rule(f"{blocks}{name}/bias", f"{_LAYER}{name}.bias"))
-    num = len(config.vq.width_multipliers)
+    num_scales = len(config.vq.width_multipliers)
     name_rules.append(Rule("vq/codebook/embedding", f"{_VQ}quantize.embedding.weight"))
-    name_rules += _point("vq/to_embedding", f"{_VQ}quant_conv")
-    name_rules += _point("vq/from_embedding", f"{_VQ}post_quant_conv")
-    name_rules += _half(
-        "vq/encoder", f"{_VQ}encoder", "to_latent", "down", list(range(num)), "downsample"
+    name_rules += _conv1x1("vq/to_embedding", f"{_VQ}quant_conv")
+    name_rules += _conv1x1("vq/from_embedding", f"{_VQ}post_quant_conv")
+    name_rules += _coder_rules(
+        "vq/encoder", f"{_VQ}encoder", "to_latent", "down", list(range(num_scales)), "downsample"
     )
-    coarse_first = list(reversed(range(num)))
-    name_rules += _half("vq/decoder", f"{_VQ}decoder", "to_pixels", "up", coarse_first, "upsample")
+    coarse_first = list(reversed(range(num_scales)))
+    name_rules += _coder_rules(
+        "vq/decoder", f"{_VQ}decoder", "to_pixels", "up", coarse_first, "upsample"
+    )
     return name_rules
 
 
-def _half(
+def _coder_rules(
     ours: str, theirs: str, last: str, scales: str, order: list[int], change: str
 ) -> list[Rule]:
     """Encoder or decoder of the image tokenizer; `order` is their index of each of our scales."""
@@ -138,8 +140,8 @@ def _half(
         *_attention(f"{ours}/middle/attention", f"{theirs}.mid.attn_1"),
         *_block(f"{ours}/middle/block2", f"{theirs}.mid.block_2"),
     ]
-    for scale, number in enumerate(order):
-        here, there = f"{ours}/scales/{scale}", f"{theirs}.{scales}.{number}"
+    for scale, their_scale in enumerate(order):
+        here, there = f"{ours}/scales/{scale}", f"{theirs}.{scales}.{their_scale}"
         name_rules += _conv(f"{here}/change", f"{there}.{change}.conv")
         for block in range(_MAX_BLOCKS):
             name_rules += _block(f"{here}/blocks/{block}", f"{there}.block.{block}")
@@ -156,14 +158,14 @@ def _block(ours: str, theirs: str) -> list[Rule]:
         *_conv(f"{ours}/conv1", f"{theirs}.conv1"),
         *_norm(f"{ours}/norm2", f"{theirs}.norm2"),
         *_conv(f"{ours}/conv2", f"{theirs}.conv2"),
-        *_point(f"{ours}/skip", f"{theirs}.nin_shortcut"),
+        *_conv1x1(f"{ours}/skip", f"{theirs}.nin_shortcut"),
     ]
 
 
 def _attention(ours: str, theirs: str) -> list[Rule]:
     name_rules = _norm(f"{ours}/norm", f"{theirs}.norm")
     for here, there in {"q": "q", "k": "k", "v": "v", "out": "proj_out"}.items():
-        name_rules += _point(f"{ours}/{here}", f"{theirs}.{there}")
+        name_rules += _conv1x1(f"{ours}/{here}", f"{theirs}.{there}")
     return name_rules
 
 
@@ -176,8 +178,8 @@ def _conv(ours: str, theirs: str) -> list[Rule]:
     return [weight, Rule(f"{ours}/bias", f"{theirs}.bias")]
 
 
-def _point(ours: str, theirs: str) -> list[Rule]:
-    weight = Rule(f"{ours}/kernel", f"{theirs}.weight", _POINT)
+def _conv1x1(ours: str, theirs: str) -> list[Rule]:
+    weight = Rule(f"{ours}/kernel", f"{theirs}.weight", _CONV1X1)
     return [weight, Rule(f"{ours}/bias", f"{theirs}.bias")]
 
 

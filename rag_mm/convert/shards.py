@@ -107,34 +107,34 @@ def open_folder(folder: epath.Path) -> dict[str, TensorSpec]:
             raise UserError(_no_checkpoint(folder))
         return read_header(folder / FILE)
     index = files.read_json(folder / INDEX)
-    places = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(places, dict) or not places:
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{folder / INDEX} has no weight_map.")
-    for name, place in places.items():
-        _check_place(folder, name, place)
+    for name, file_name in weight_map.items():
+        _check_file_name(folder, name, file_name)
     specs: dict[str, TensorSpec] = {}
-    for place in sorted(set(places.values())):
-        for name, spec in read_header(folder / place).items():
-            if places.get(name) != place:
+    for file_name in sorted(set(weight_map.values())):
+        for name, spec in read_header(folder / file_name).items():
+            if weight_map.get(name) != file_name:
                 raise UserError(
-                    f"{folder / place} holds {name}, but {INDEX} does not place it there."
+                    f"{folder / file_name} holds {name}, but {INDEX} does not map it there."
                 )
             specs[name] = spec
-    for name, place in places.items():
+    for name, file_name in weight_map.items():
         if name not in specs:
-            raise UserError(f"{folder / place} does not hold {name}, where {INDEX} places it.")
+            raise UserError(f"{folder / file_name} does not hold {name}, which {INDEX} maps to it.")
     return specs
 
 
-def _check_place(folder: epath.Path, name: str, place: Any) -> None:
-    if not isinstance(place, str) or not re.fullmatch(r"[\w-][\w.-]*", place, re.ASCII):
-        raise UserError(f"{INDEX} puts {name} into {place!r}, which is not a plain file name.")
-    if place.endswith(_PICKLES):
-        raise UserError(_pickled(place))
-    if not place.endswith(".safetensors"):
-        raise UserError(f"{INDEX} puts {name} into {place!r}, which is not a safetensors file.")
-    if not (folder / place).is_file():
-        raise UserError(f"{INDEX} names {place}, which is not in {folder}.")
+def _check_file_name(folder: epath.Path, name: str, file_name: Any) -> None:
+    if not isinstance(file_name, str) or not re.fullmatch(r"[\w-][\w.-]*", file_name, re.ASCII):
+        raise UserError(f"{INDEX} maps {name} to {file_name!r}, which is not a plain file name.")
+    if file_name.endswith(_PICKLES):
+        raise UserError(_pickled(file_name))
+    if not file_name.endswith(".safetensors"):
+        raise UserError(f"{INDEX} maps {name} to {file_name!r}, which is not a safetensors file.")
+    if not (folder / file_name).is_file():
+        raise UserError(f"{INDEX} names {file_name}, which is not in {folder}.")
 
 
 def _no_checkpoint(folder: epath.Path) -> str:
@@ -228,7 +228,7 @@ def write_folder(
     names = [FILE]
     if len(groups) > 1:
         names = [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
-    places: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     done = 0
     for file_name, group in zip(names, groups, strict=True):
         with (folder / file_name).open("wb") as file:
@@ -236,14 +236,14 @@ def write_folder(
             for name in group:
                 array = np.ascontiguousarray(load(name))
                 file.write(array.reshape(-1).view(np.uint8).data)
-                places[name] = file_name
+                weight_map[name] = file_name
                 done += array.nbytes
                 on_progress(done)
             file.flush()
             os.fsync(file.fileno())
     if len(groups) > 1:
         total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in shapes.values())
-        index = {"metadata": {"total_size": total}, "weight_map": places}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         files.write_json(folder / INDEX, index)
     return names
 

@@ -1,7 +1,7 @@
 """The interfaces of a memory's retriever and image tokenizer, and the embedding views computed with them.
 
-Views are the embeddings that can be searched: `image`, `text`, and `mixed`, the mean of the two
-rescaled to unit length (docs/papers/ra_cm3.md#retrieval). A document with one modality has its embedding in every view.
+Views are the embeddings that can be searched: `image`, `text`, and `mixed`, the mean of the two rescaled to
+unit length (docs/papers/ra_cm3.md#retrieval). A document with one modality has its embedding in every view.
 """
 
 from collections.abc import Callable, Sequence

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float32, Key
+from jaxtyping import Array, Bool, Float32, Int, Key
 
 from rag_mm.core import sharding
 from rag_mm.models.objective_types import Batch, Metrics
@@ -50,7 +50,7 @@ class Lookup:
         """The memory's columns (`image` or `text`) that queries of `modality` search and fuse."""
         other = MODALITIES[1 - MODALITIES.index(modality)]
         searched, fused = (
-            modality if kind == "uni" else other for kind in (self.search, self.fuse)
+            modality if choice == "uni" else other for choice in (self.search, self.fuse)
         )
         return searched, fused
 
@@ -259,16 +259,19 @@ def loss_fn(model: RECO, batch: Batch, rng: Key[Array, ""]) -> tuple[Float32[Arr
     return loss, metrics
 
 
-def _same_class(class_ids: jax.Array) -> jax.Array:
-    """Pairs of two different examples of one class, bool [B, B]."""
+def _same_class(class_ids: Int[Array | np.ndarray, " B"]) -> Bool[Array, "B B"]:
+    """Pairs of two different examples of one class."""
     ids = sharding.place(class_ids, None)
     is_diagonal = jnp.eye(len(ids), dtype=bool)
     return (ids[:, None] == ids[None, :]) & (ids >= 0)[:, None] & ~is_diagonal
 
 
 def _similarities(
-    left: jax.Array, right: jax.Array, scale: jax.Array, is_same: jax.Array | None
-) -> jax.Array:
+    left: Float32[Array | np.ndarray, "B D"],
+    right: Float32[Array | np.ndarray, "B D"],
+    scale: Float32[Array, ""],
+    is_same: Bool[Array, "B B"] | None,
+) -> Float32[Array, "B B"]:
     all_right = sharding.place(right, None, None)
     products = sharding.place(jnp.einsum("id,jd->ij", left, all_right), None, None)
     logits = scale * products

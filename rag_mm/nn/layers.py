@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int
 
 from rag_mm.core import sharding
 from rag_mm.ops import projection
@@ -122,7 +122,7 @@ class Embedding(nnx.Module):
         self.table = make_param(rngs, (size, dim), axes, std, cut)
 
     def __call__(
-        self, ids: Int[Array | np.ndarray, "B T"], dtype: jnp.dtype
+        self, ids: Int[Array | np.ndarray, "B T"], dtype: DTypeLike
     ) -> Float[Array, "B T D"]:
         """Looks up ids; returns `dtype`."""
         return projection.look_up(ids, self.table[...], dtype)

@@ -91,12 +91,12 @@ def choose(
 
 
 def _attend(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    q: Float[Array | np.ndarray, "B T N H"],
+    k: Float[Array | np.ndarray, "B S K H"],
+    v: Float[Array | np.ndarray, "B S K H"],
     is_causal: bool,
-    query_segment_ids: Int[Array, "B T"] | None,
-    key_segment_ids: Int[Array, "B S"] | None,
+    query_segment_ids: Int[Array | np.ndarray, "B T"] | None,
+    key_segment_ids: Int[Array | np.ndarray, "B S"] | None,
     query_offset: Int[Array, ""] | int,
     backend: str = "xla",
 ) -> Float[Array, "B T N H"]:

@@ -46,8 +46,8 @@ token_nll.defvjp(_token_nll, _token_nll_grad)
 
 def chunked_token_nll(
     logits_fn: Callable[[Float[Array, "B t D"]], Float32[Array, "B t V"]],
-    hidden: Float[Array, "B T D"],
-    targets: Int[Array, "B T"],
+    hidden: Float[Array | np.ndarray, "B T D"],
+    targets: Int[Array | np.ndarray, "B T"],
     num_chunks: int,
 ) -> Float32[Array, "B T"]:
     """`token_nll(logits_fn(hidden), targets)`, with the logits of one chunk of positions at a time.

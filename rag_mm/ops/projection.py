@@ -10,7 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int
 
 from rag_mm.core import sharding
 
@@ -55,7 +55,7 @@ _transpose.defvjp(
 
 
 def look_up(
-    ids: Int[Array | np.ndarray, "B T"], table: Float[Array, "V D"], dtype: jnp.dtype
+    ids: Int[Array | np.ndarray, "B T"], table: Float[Array, "V D"], dtype: DTypeLike
 ) -> Float[Array, "B T D"]:
     """`table[ids]` in `dtype`; the table's logical axes are (any, "embed")."""
     function = _rows if table.dtype == dtype else _look_up

@@ -1,4 +1,4 @@
-"""Published peaks of the chips that a plan is made for, each with the page it stands on."""
+"""Published peak rates of accelerator chips, each with its source."""
 
 import dataclasses
 import math
@@ -12,13 +12,13 @@ class Chip:
     """Peaks of one chip.
 
     Attributes:
-        flops: bfloat16 multiply-adds counted as two, a second.
-        hbm_bandwidth: bytes a second.
-        ici_bandwidth: bytes a second that it sends over all of its links together; pages that give
-            both directions together are halved.
-        num_dims: of the torus.
-        options: what the compiler's topology wants to hear besides the name.
-        source: where the figures stand.
+        flops: dense bfloat16 FLOP/s; a multiply-add counts as two.
+        hbm_bandwidth: bytes per second.
+        ici_bandwidth: bytes per second sent over all links together; half of the published number where that
+            counts both directions.
+        num_dims: dimensions of the torus.
+        source: where the numbers are published.
+        options: further arguments for the compiler's topology.
     """
 
     flops: float
@@ -37,12 +37,12 @@ CHIPS = {
     "v5p": Chip(459e12, 2765e9, 600e9, 3, f"{_DOCS}/v5p"),
     "v6e": Chip(918e12, 1638e9, 400e9, 2, f"{_DOCS}/v6e"),
 }
-# Between slices, bytes a second that a chip sends: v5e's page gives 6.4 Tbit/s for 256 chips; taken for all.
+# Bytes per second that a chip sends between slices: v5e's page gives 6.4 Tbit/s for 256 chips; used for all.
 DCN_BANDWIDTH = 6.4e12 / 8 / 256
 
 
-# Dense bfloat16 FLOP/s by jax's name of the device, for a run's MFU; GPUs from NVIDIA's H100 and H200 data
-# sheets (SXM, without sparsity).
+# Dense bfloat16 FLOP/s by JAX device kind, for a run's MFU; GPUs from NVIDIA's H100 and H200 data sheets
+# (SXM, without sparsity).
 DEVICE_FLOPS = {
     "TPU v4": CHIPS["v4"].flops,
     "TPU v5 lite": CHIPS["v5e"].flops,
@@ -52,7 +52,7 @@ DEVICE_FLOPS = {
     "NVIDIA H100 80GB HBM3": 989.4e12,
     "NVIDIA H200": 989.4e12,
 }
-# Bytes a second of its memory, from the same pages (HBM3 and HBM3e).
+# Memory bandwidth in bytes per second, from the same sources (HBM3 and HBM3e).
 DEVICE_BANDWIDTH = {
     "TPU v4": CHIPS["v4"].hbm_bandwidth,
     "TPU v5 lite": CHIPS["v5e"].hbm_bandwidth,
@@ -66,7 +66,7 @@ DEVICE_BANDWIDTH = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Slices of chips: `name` is what the compiler is asked for, such as v5e:16x16."""
+    """One or more slices of chips; `name` is the compiler's name of a slice, such as v5e:16x16."""
 
     name: str
     chip: Chip
@@ -75,26 +75,26 @@ class Topology:
 
     @property
     def num_chips(self) -> int:
-        """Of all slices."""
+        """Number of chips in all slices."""
         return math.prod(self.shape) * self.num_slices
 
 
 def parse_topology(name: str, num_slices: int = 1) -> Topology:
-    """`v5e:16x16` and the like.
+    """Parses a topology such as `v5e:16x16`.
 
     Raises:
-        UserError: an unknown chip, or not as many sides as its torus has.
+        UserError: an unknown chip, or the wrong number of dimensions for its torus.
     """
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
-    if found is None:
-        raise UserError(f"--topology={name} does not read as chip:sides; write v5e:16x16.")
-    kind, sides = found.groups()
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+    if match is None:
+        raise UserError(f"--topology={name} is not of the form CHIP:SHAPE, such as v5e:16x16.")
+    kind, sides = match.groups()
     if kind not in CHIPS:
         raise UserError(f"There is no chip {kind!r}; there are {', '.join(CHIPS)}.")
     shape = tuple(int(side) for side in sides.split("x"))
     if len(shape) != CHIPS[kind].num_dims or min(shape) < 1:
         raise UserError(
-            f"--topology={name} has {len(shape)} sides; a torus of {kind} has {CHIPS[kind].num_dims}."
+            f"--topology={name} has {len(shape)} dimensions; a torus of {kind} has {CHIPS[kind].num_dims}."
         )
     if num_slices < 1:
         raise UserError(f"--slices is {num_slices}; give at least 1.")

@@ -1,15 +1,15 @@
-"""FLOPs of a decoder counted by hand: a scanned layer and a Pallas kernel hide from the compiler's own count.
+"""Analytic FLOP counts of a decoder; the compiler's count misses scanned layers and Pallas kernels.
 
-Model FLOPs are what the mathematics needs (PaLM, Chowdhery et al. 2022, appendix B): six for every weight
-that is multiplied, a token, and of the attention scores only those that a causal mask leaves. Recomputing
-a layer in the backward pass costs the chip and counts for nothing here; it is what `hardware_flops` adds.
+Model FLOPs follow PaLM (Chowdhery et al. 2022, appendix B): six per token and multiplied weight, plus the
+attention scores that a causal mask leaves. Recomputation in the backward pass does not count as model FLOPs;
+`hardware_flops` adds it.
 """
 
 from rag_mm.nn.decoder import DecoderConfig
 
 
 def multiplied_params(config: DecoderConfig) -> int:
-    """Weights that multiply every token's vector: layers and head, not the table that is looked up."""
+    """Number of weights multiplied per token: layers and output head, without the embedding lookup."""
     block = config.block
     heads = block.num_heads + block.num_kv_heads
     attention = 2 * config.embed_dim * block.head_dim * heads
@@ -19,31 +19,31 @@ def multiplied_params(config: DecoderConfig) -> int:
 
 
 def forward_flops(config: DecoderConfig, length: int) -> float:
-    """Of one token, on average over a causal row of `length` tokens in one segment."""
+    """FLOPs per token of a forward pass, averaged over a causal sequence of one segment, `length` tokens."""
     block = config.block
-    # Scores and weighted values, two each, over (length + 1) / 2 keys on average.
+    # Scores and weighted values, two FLOPs each, over (length + 1) / 2 keys on average.
     attention = 4 * block.num_heads * block.head_dim * (length + 1) / 2
     return 2 * multiplied_params(config) + config.num_layers * attention
 
 
 def train_flops(config: DecoderConfig, length: int) -> float:
-    """Of one token's forward and backward pass: three forward passes."""
+    """FLOPs per token of a forward and backward pass: three forward passes."""
     return 3 * forward_flops(config, length)
 
 
 def hardware_flops(config: DecoderConfig, length: int, is_loss_chunked: bool) -> float:
-    """`train_flops` and what remat computes again, a token.
+    """`train_flops` plus recomputation, per token.
 
-    `full` repeats the layers. `dots` keeps their products and the attention kernel's own memory, so
-    nothing that counts. Chunked logits are made twice.
+    Remat `full` recomputes the layers. `dots` keeps their matrix products and the residuals of the attention
+    kernel, so it recomputes nothing that counts. Chunked logits are computed twice.
     """
     head = 2 * config.vocab_size * config.embed_dim
-    again = forward_flops(config, length) - head if config.remat == "full" else 0.0
-    return train_flops(config, length) + again + (head if is_loss_chunked else 0.0)
+    recomputed = forward_flops(config, length) - head if config.remat == "full" else 0.0
+    return train_flops(config, length) + recomputed + (head if is_loss_chunked else 0.0)
 
 
 def decode_flops(config: DecoderConfig, num_keys: int) -> float:
-    """Of one new token that sees `num_keys` keys."""
+    """FLOPs of one decoded token that attends to `num_keys` keys."""
     block = config.block
     attention = 4 * block.num_heads * block.head_dim * num_keys
     return 2 * multiplied_params(config) + config.num_layers * attention

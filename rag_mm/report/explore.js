@@ -12,7 +12,7 @@ function make(tag, text, className) {
   return element;
 }
 
-function picture(address, text) {
+function imageElement(address, text) {
   if (!address) return make("p", "no image", "empty");
   const image = make("img");
   image.src = address;
@@ -42,7 +42,7 @@ async function post(path, query, fields) {
 
 function showHit(hit) {
   const item = make("li");
-  item.append(picture(hit.image, hit.text), make("p", hit.text || "(no text)"));
+  item.append(imageElement(hit.image, hit.text), make("p", hit.text || "(no text)"));
   item.append(make("p", `${hit.score.toFixed(3)} · ${hit.id}`, "soft"));
   const origin = make("p", undefined, "soft");
   if (hit.link) {
@@ -64,7 +64,7 @@ function showHit(hit) {
 function showAnswer(place, docs, answer) {
   const title = docs === 1 ? "1 document" : `${docs || "no"} documents`;
   place.replaceChildren(make("h3", title));
-  if (answer.image) place.append(picture(answer.image, title));
+  if (answer.image) place.append(imageElement(answer.image, title));
   if (answer.text !== undefined) place.append(make("p", answer.text || "(empty)", "said"));
   for (const neighbor of answer.neighbors) {
     const score = neighbor.score === null ? "given" : neighbor.score.toFixed(3);
@@ -104,7 +104,7 @@ async function ask(query, name) {
   }
 }
 
-function askPicture(files) {
+function askImage(files) {
   if (files.length) ask({ file: files[0] }, files[0].name);
 }
 
@@ -113,13 +113,13 @@ byId("ask").addEventListener("submit", (event) => {
   ask({ text: byId("text").value }, byId("text").value);
 });
 byId("file").addEventListener("change", (event) => {
-  askPicture(event.target.files);
+  askImage(event.target.files);
 });
 // On the whole page: an image dropped outside the field must not replace the page.
 for (const name of ["dragover", "dragleave", "drop"]) {
   document.addEventListener(name, (event) => {
     event.preventDefault();
     byId("drop").classList.toggle("over", name === "dragover");
-    if (name === "drop") askPicture(event.dataTransfer.files);
+    if (name === "drop") askImage(event.dataTransfer.files);
   });
 }

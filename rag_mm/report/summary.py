@@ -52,7 +52,7 @@ def summary_table(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         (
             "Memory, recall@10",
             percent(at("memory.recall_at_10")),
-            "Neighbors that the approximate index returns, relative to exact search.",
+            "Fraction of the exact 10 nearest neighbors that the index returns.",
         ),
         (
             "NLL per art code",

@@ -164,8 +164,8 @@ def _memory_swap(metrics: Mapping[str, Any]) -> list[Verdict]:
     seen = find(metrics, "decoder.seen.paired.joint_docs2_minus_held_out_removed")
     points = "not measured" if seen is None else f"{100 * seen.value:+.1f} points"
     without = (
-        f"Without the held-out documents in the memory joint accuracy is {percent(removed)}; "
-        f"without any documents it is {percent(none)}"
+        f"Without the held-out documents in the memory, joint accuracy is {percent(removed)}; "
+        f"without any documents, it is {percent(none)}"
     )
     return [
         _verdict(

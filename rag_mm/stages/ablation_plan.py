@@ -1,4 +1,4 @@
-"""What a config's `ablation` part holds: variants, seeds, and the figures of their table."""
+"""The `ablation` section of a config: variants, seeds, and the figures of their table."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -6,22 +6,22 @@ from typing import Any
 
 from rag_mm.eval import ablation_table
 
-KEY = "ablation"  # of a config
+KEY = "ablation"  # Key of the section in a config.
 
 
 @dataclasses.dataclass(frozen=True)
 class AblationPlan:
     """The variants and seeds of an ablation, and the figures of its table.
 
-    Where neither `figures` nor `pairs` are given, the table shows all figures that every cell has.
+    If neither `figures` nor `pairs` are given, the table shows all figures that every cell has.
 
     Attributes:
-        variants: name -> the settings it overrides, as {"decoder.alpha": 1.0}.
-        seeds: each variant is run with each seed.
+        variants: name -> overridden settings, such as {"decoder.alpha": 1.0}.
+        seeds: every variant runs with every seed.
         figures: dotted paths into the stage's `per_document.json`, such as "held_out.docs2.joint".
         pairs: pairs of figures; the table shows the first minus the second, paired by document.
         baseline: the variant that the others are compared with.
-        stage: the stage whose figures are compared.
+        stage: stage whose figures are compared.
     """
 
     variants: Mapping[str, Mapping[str, Any]]
@@ -34,19 +34,19 @@ class AblationPlan:
     def __post_init__(self):
         overrides = self.variants.values() if isinstance(self.variants, Mapping) else [None]
         if not all(isinstance(each, Mapping) for each in overrides):
-            raise ValueError("variants are a dict of dicts, {name: {dotted key: value}}")
+            raise ValueError("variants must be a dict of dicts, {name: {dotted key: value}}")
         if not all(isinstance(seed, int) for seed in self.seeds):
-            raise ValueError(f"seeds are integers, not {self.seeds}")
+            raise ValueError(f"seeds must be integers, not {self.seeds}")
         if any("seed" in each for each in overrides):
-            raise ValueError("a variant has no seed of its own; `seeds` are for all")
+            raise ValueError("a variant cannot set the seed; use `seeds`, which apply to all variants")
         if self.baseline is not None and self.baseline not in self.variants:
             names = ", ".join(self.variants)
             raise ValueError(
-                f"the baseline {self.baseline!r} is not a variant, choose from {names}"
+                f"the baseline {self.baseline!r} is not a variant; choose from {names}"
             )
         for pair in self.pairs:
             if isinstance(pair, str) or len(pair) != 2:
-                raise ValueError(f"a pair is two figures, not {pair!r}")
+                raise ValueError(f"a pair must be two figures, not {pair!r}")
 
     @property
     def order(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""A chain's config: from a page's values to the frozen config of each stage."""
+"""Turns the values of a config page into the frozen config of each stage."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -25,11 +25,11 @@ STAGES: dict[str, Stage] = {
 
 @dataclasses.dataclass(frozen=True)
 class ChainSettings:
-    """What every chain has.
+    """Settings of every chain.
 
     Attributes:
         stages: names of the stages, in the order in which they run.
-        seed: of every stage.
+        seed: seed of every stage.
     """
 
     stages: tuple[str, ...]
@@ -37,7 +37,7 @@ class ChainSettings:
 
 
 def load(name: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A page's config, filled and overridden, as plain values; see `configuration.load_config`.
+    """The config of a page with defaults and overrides, as plain values; see `configuration.load_config`.
 
     Raises:
         UserError: an unknown page, preset, stage or setting, or a value of the wrong type.
@@ -46,10 +46,10 @@ def load(name: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any
 
 
 def sections(config: Mapping[str, Any]) -> dict[str, Section]:
-    """The dataclasses that define a chain's config.
+    """The dataclasses that define a chain's config, by the config's keys ("" for the top level).
 
     Raises:
-        UserError: no stages, an unknown one, or a part of the config that belongs to no stage.
+        UserError: there are no stages, one is unknown, or `seed` or `world` is missing.
     """
     if not config.get("stages"):
         raise UserError(f"The config has no stages; stages are {', '.join(STAGES)}.")
@@ -59,24 +59,24 @@ def sections(config: Mapping[str, Any]) -> dict[str, Section]:
     for key in ("seed", "world"):
         if key not in config:
             raise UserError(f"The config has no {key!r}, which every chain needs.")
-    found = {
+    result = {
         "": Section(ChainSettings),
         "world": Section(world_config.world_class(config["world"])),
     }
     for name, stage in STAGES.items():
         if name in config or name in config["stages"]:
-            without = () if stage.section else ("seed", "world", *stage.holds)
-            found[name] = Section(stage.section or stage.config, without)
+            excluded = () if stage.section else ("seed", "world", *stage.holds)
+            result[name] = Section(stage.section or stage.config, excluded)
     if ablation_plan.KEY in config:
-        found[ablation_plan.KEY] = Section(ablation_plan.AblationPlan)
-    return found
+        result[ablation_plan.KEY] = Section(ablation_plan.AblationPlan)
+    return result
 
 
 def stage_configs(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Each stage's frozen config, in the order of `config["stages"]`.
+    """The frozen config of each stage, in the order of `config["stages"]`.
 
     Raises:
-        UserError: no stage or an unknown one, or a value that a stage refuses.
+        UserError: there are no stages, one is unknown, or a stage rejects a value.
     """
     config = configuration.fill(config, sections)
     if config["seed"] < 0:
@@ -89,28 +89,28 @@ def stage_configs(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def override(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The filled config with some settings changed, as plain values; see `apply_overrides`."""
+    """The config with overrides and defaults, as plain values; see `configuration.apply_overrides`."""
     changed = ml_collections.ConfigDict(dict(config), allow_dotted_keys=True)
     configuration.apply_overrides(changed, overrides)
     return configuration.to_dict(configuration.fill(configuration.to_dict(changed), sections))
 
 
 def slice_of(config: Any) -> dict[str, Any]:
-    """A stage's config as its manifest records it."""
+    """The config of a stage as its manifest records it."""
     return dataclasses.asdict(config)
 
 
 def _stage_config(config: Mapping[str, Any], name: str, world: Any) -> Any:
     stage = STAGES[name]
-    every: dict[str, Any] = {"seed": config["seed"], "world": world}
-    held: dict[str, Any] = {
-        other: configuration.make(STAGES[other].config, {**config.get(other, {}), **every}, other)
+    shared: dict[str, Any] = {"seed": config["seed"], "world": world}
+    nested: dict[str, Any] = {
+        other: configuration.make(STAGES[other].config, {**config.get(other, {}), **shared}, other)
         for other in stage.holds
     }
-    own = config[name]
+    values = config[name]
     if stage.resolve is not None:
-        own = stage.resolve(config, own)
-    return configuration.make(stage.config, {**every, **held, **own}, name)
+        values = stage.resolve(config, values)
+    return configuration.make(stage.config, {**shared, **nested, **values}, name)
 
 
 def _check_world(world: Any, names: Sequence[str]) -> None:

@@ -1,8 +1,8 @@
-"""A chain of stages under several processes: process 0 leads, the others do what it says.
+"""Runs a chain of stages in several processes: process 0 leads, the others follow.
 
-Process 0 runs the chain as it would alone: it holds the lock, and writes manifests, metrics and times. Where
-a stage is shared it says so first, and the others go into the stage's function with it; where it is not,
-they wait for the next word. What ends one of them ends all (`core.processes.abort_all`).
+Process 0 runs the chain as a single process would: it holds the lock and writes manifests, metrics and times.
+Before a shared stage it broadcasts the stage's name, and all processes call the stage's function; during
+other stages the followers wait. If one process fails, all end (`core.processes.abort_all`).
 """
 
 import contextlib
@@ -15,29 +15,32 @@ import jax
 from rag_mm.core import files, processes, run_folder
 from rag_mm.core.errors import UserError
 
-# How long a folder on a network may take to show what another machine wrote.
-_PATIENCE_SECONDS = 30.0
-_OVER = ""
+# How long a network file system may take to show what another machine wrote.
+_VISIBILITY_TIMEOUT_SECONDS = 30.0
+_END_OF_CHAIN = ""
 
 
 def is_leader() -> bool:
-    """Whether this process is the first, or the only one: the one that writes."""
+    """Whether this is process 0, which writes the files; true for a single process."""
     return jax.process_index() == 0
 
 
 def has_others() -> bool:
-    """Whether there are other processes."""
+    """Whether there is more than one process."""
     return jax.process_count() > 1
 
 
-def agree(asked: Mapping[str, Any]) -> None:
-    """Refuses processes that were not all asked for the same.
+def agree(arguments: Mapping[str, Any]) -> None:
+    """Checks that all processes were started with the same arguments.
+
+    Args:
+        arguments: JSON values.
 
     Raises:
-        UserError: this one was asked for something else than process 0.
+        UserError: this process has other arguments than process 0.
     """
-    own = files.digest(files.canonical_json(asked).encode())
-    if processes.broadcast_from_leader(own) != own:
+    digest = files.digest(files.canonical_json(arguments).encode())
+    if processes.broadcast_from_leader(digest) != digest:
         raise UserError(
             f"Process {jax.process_index()} was started with another config or other options than "
             "process 0; start all with the same command."
@@ -46,21 +49,21 @@ def agree(asked: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def leading() -> Iterator[None]:
-    """For process 0: the chain, at whose good end the others are dismissed."""
+    """Context of the chain in process 0; tells the followers to return when it ends without an error."""
     yield
-    processes.broadcast_from_leader(_OVER)
+    processes.broadcast_from_leader(_END_OF_CHAIN)
 
 
 def share(stage: str) -> None:
-    """For process 0: the others enter this stage now."""
+    """For process 0: starts a shared stage in the followers."""
     processes.broadcast_from_leader(stage)
 
 
 def follow(run: run_folder.Run, stages: Mapping[str, Callable[[], Any]]) -> None:
-    """For the others: does the stages that process 0 shares, until it is done with all.
+    """For the followers: runs the stages that process 0 shares, until the chain ends.
 
     Raises:
-        UserError: this process does not see the folder of process 0.
+        UserError: this process does not see the stage's folder of process 0.
     """
     while stage := processes.broadcast_from_leader():
         _await_stage(run, stage)
@@ -68,11 +71,11 @@ def follow(run: run_folder.Run, stages: Mapping[str, Callable[[], Any]]) -> None
 
 
 def _await_stage(run: run_folder.Run, stage: str) -> None:
-    deadline = time.monotonic() + _PATIENCE_SECONDS
+    deadline = time.monotonic() + _VISIBILITY_TIMEOUT_SECONDS
     while (manifest := run.manifest(stage)) is None or manifest.is_done:
         if time.monotonic() > deadline:
             raise UserError(
                 f"Process {jax.process_index()} does not see {run.stage_dir(stage)} of process 0; "
-                "--workdir is to be a folder that all machines share."
+                "--workdir must be a folder that all machines share."
             )
         time.sleep(0.2)

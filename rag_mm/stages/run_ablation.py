@@ -1,4 +1,4 @@
-"""Ablations of chains: a config's variants x seeds, each a run of its own that borrows what it shares."""
+"""Runs an ablation: one run per variant and seed; runs reuse the stages that they have in common."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -23,28 +23,30 @@ def run_ablation(
     reuse_from: Sequence[epath.PathLike] = (),
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Runs the cells that are not measured yet, and writes `table.json` and `table.md` after each.
+    """Runs the cells that have no figures yet, and writes `table.json` and `table.md` after each.
 
-    A cell is the run `workdir/VARIANT/seedN`. A stage that another cell, or a run of `reuse_from`, has
-    finished from the same config and inputs is copied instead of computed.
+    A cell is the run `workdir/VARIANT/seedN`. A stage that another cell, or a run in `reuse_from`, has
+    finished with the same config and inputs is copied instead of computed.
 
     Args:
         config: nested plain dicts with the key `ablation`, see `AblationPlan`.
-        workdir: the table's folder; made if it does not exist.
-        seeds: instead of the config's.
-        overwrite: rebuild what the config has changed.
+        workdir: folder of the table and the runs; created if it does not exist.
+        seeds: replace those of the config.
+        reuse_from: runs whose finished stages may be copied.
+        overwrite: rebuild cells and stages whose config has changed.
 
     Returns:
-        `eval.ablation_table.results`.
+        The result of `eval.ablation_table.results`, as in `table.json`.
 
     Raises:
-        UserError: the config or the folder does not fit; nothing has been touched then.
+        UserError: the config or the folder is unsuitable (nothing has been changed then),
+            or a cell raises one.
     """
     plan = _plan(config, seeds)
     folder = epath.Path(workdir)
     if (folder / "config.json").exists():
-        raise UserError(f"{workdir} is a run; an ablation wants a folder of its own.")
-    lenders = [run_folder.open_run(source).workdir for source in reuse_from]
+        raise UserError(f"{workdir} is a run; give the ablation another folder.")
+    reused_runs = [run_folder.open_run(source).workdir for source in reuse_from]
     cells = _cells(config, plan, folder)
     if not overwrite:
         _check_runs(cells)
@@ -55,15 +57,15 @@ def run_ablation(
             cells[cell].config,
             cells[cell].workdir,
             overwrite=overwrite,
-            reuse_from=[*others, *lenders],
+            reuse_from=[*others, *reused_runs],
         )
         return _flatten(files.read_json(run.finished_stage(plan.stage) / PER_DOCUMENT))
 
     def save(table: ablation_table.Table) -> dict[str, Any]:
-        found = ablation_table.results(table, plan.columns or table.figures, plan.baseline)
-        files.write_json(folder / "table.json", found)
-        files.write_atomic(folder / "table.md", ablation_table.markdown(found).encode())
-        return found
+        results = ablation_table.results(table, plan.columns or table.figures, plan.baseline)
+        files.write_json(folder / "table.json", results)
+        files.write_atomic(folder / "table.md", ablation_table.markdown(results).encode())
+        return results
 
     compilation_cache.keep_programs(folder)
     table = ablation_table.run(
@@ -80,7 +82,7 @@ def run_ablation(
 
 @dataclasses.dataclass(frozen=True)
 class _Cell:
-    """Its file, its run's folder, its run's config, and a digest of what its figures are made from."""
+    """A cell's file of figures, run folder and config, and the digest of all configs it depends on."""
 
     path: epath.Path
     workdir: epath.Path
@@ -90,12 +92,12 @@ class _Cell:
 
 def _plan(config: Mapping[str, Any], seeds: Sequence[int] | None) -> AblationPlan:
     if KEY not in config:
-        raise UserError(f"The config has no {KEY!r}, which names variants, seeds and figures.")
-    chosen = {} if seeds is None else {"seeds": list(seeds)}
-    plan = configuration.make(AblationPlan, {**config[KEY], **chosen}, KEY)
+        raise UserError(f"The config has no {KEY!r} section with variants, seeds and figures.")
+    changes = {} if seeds is None else {"seeds": list(seeds)}
+    plan = configuration.make(AblationPlan, {**config[KEY], **changes}, KEY)
     ablation_table.check_names(plan.order, plan.seeds)
     if plan.stage not in config.get("stages", ()):
-        raise UserError(f"{KEY}.stage is {plan.stage!r}, which the config's stages do not have.")
+        raise UserError(f"{KEY}.stage is {plan.stage!r}, which is not among the config's stages.")
     return plan
 
 
@@ -105,17 +107,17 @@ def _cells(
     cells = {}
     for variant, overrides in plan.variants.items():
         for seed in plan.seeds:
-            made = _override(config, variant, {**overrides, "seed": seed})
+            cell_config = _override(config, variant, {**overrides, "seed": seed})
             path = ablation_table.cell_path(folder, variant, seed)
-            key = _key(plan.stage, made)
-            cells[variant, seed] = _Cell(path, path.with_suffix(""), made, key)
+            key = _key(plan.stage, cell_config)
+            cells[variant, seed] = _Cell(path, path.with_suffix(""), cell_config, key)
     return cells
 
 
 def _override(
     config: Mapping[str, Any], variant: str, overrides: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The config of one cell, which knows nothing of the others."""
+    """The config of one cell, without the ablation section."""
     variant_config = {key: value for key, value in config.items() if key != KEY}
     try:
         plain = chain_config.override(variant_config, overrides)
@@ -126,7 +128,7 @@ def _override(
 
 
 def _check_runs(cells: Mapping[tuple[str, int], _Cell]) -> None:
-    """Refuses what a cell would refuse hours later: stages that it left half done, or that were edited."""
+    """Rejects early what a cell would reject hours later: stages left by another config, or edited."""
     for (variant, seed), cell in cells.items():
         if cell.path.exists():
             continue
@@ -140,7 +142,7 @@ def _check_runs(cells: Mapping[tuple[str, int], _Cell]) -> None:
 
 
 def _key(stage: str, config: Mapping[str, Any]) -> str:
-    """A digest of the configs of a stage and of all it is made from."""
+    """Digest of the configs of a stage and of all stages that it depends on."""
     configs = chain_config.stage_configs(config)
     needed, todo = {}, [stage]
     while todo:
@@ -152,7 +154,7 @@ def _key(stage: str, config: Mapping[str, Any]) -> str:
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
-    """{"held_out": {"docs2": {"joint": [...]}}} as {"held_out.docs2.joint": [Q]}."""
+    """{"held_out": {"docs2": {"joint": [...]}}} -> {"held_out.docs2.joint": float64 [Q]}."""
     flat: dict[str, np.ndarray] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""What a stage is: a function of a run, the dataclass of its config, and the stages it reads."""
+"""The definition of a stage: its function, the dataclass of its config, and the stages it reads."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -11,32 +11,33 @@ from rag_mm.core import run_folder
 from rag_mm.stages.shared import world_config
 from rag_mm.worlds import concepts
 
-# File of a measuring stage: {split: {variant: {metric: one value per test document}}}.
+# File that a stage with metrics per document writes: {split: {variant: {metric: one value per test
+# document}}}.
 PER_DOCUMENT = "per_document.json"
-SCENES = (world_config.EmojiWorld,)  # Only emoji scenes come with facts to score by.
+SCENES = (world_config.EmojiWorld,)  # Only emoji scenes have the facts that scoring needs.
 IMAGES = (world_config.EmojiWorld, world_config.OwnImages)
 EVERY_WORLD = (*IMAGES, concepts.ConceptWorld)
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One named step of a chain. Of several processes, the leader alone runs a stage unless it is shared.
+    """One step of a chain. With several processes, only the leader runs a stage unless it is shared.
 
     Attributes:
         config: frozen dataclass, the first argument of `function`.
         inputs: names of the stages that it reads.
         function: (config, run, stage_dir) -> metrics.
-        worlds: classes of worlds that it works in.
-        mesh: config -> the mesh that it trains on, so that a batch that does not fit is refused early;
+        worlds: classes of the worlds that it supports.
+        mesh: config -> the mesh that it trains on, so that a batch that does not fit is rejected early;
             None for a stage that does not train. All processes run a stage that trains.
         is_shared: all processes run it although it does not train.
-        holds: other stages whose configs its config contains, as fields of those names.
-        section: dataclass of its part of a config page, where that is not `config` itself.
-        resolve: (page, section's values) -> values of `config`, where there is a `section`.
+        holds: other stages whose configs its config contains, in fields of the same names.
+        section: dataclass of its part of a config page, if that differs from `config`.
+        resolve: (page, values of the section) -> values of `config`; given with `section`.
         reports_on_others: its metrics are nested by the stages that they belong to.
-        finish: (config, run, finished stages) -> None, called when a chain that includes the stage ends
-            and did anything.
-        page: file of the run that `finish` writes; it is called when the file is missing, too.
+        finish: (config, run, finished stages) -> None, called at the end of a chain that includes the
+            stage, if any stage ran.
+        page: file of the run that `finish` writes; `finish` is also called if it is missing.
     """
 
     config: type

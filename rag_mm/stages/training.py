@@ -1,4 +1,4 @@
-"""What the training stages share: a model made or resumed, an optimizer, the loop."""
+"""Training code that the training stages share: config checks, the mesh, and `train`."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -22,10 +22,10 @@ from rag_mm.train import train_state as state
 def check_config(
     optimizer_config: optimizer.OptimizerConfig, loop_config: loop.LoopConfig, batch_size: int
 ) -> None:
-    """Refuses before a run is touched what would fail, or teach nothing, in the middle of it.
+    """Rejects settings that would fail, or train nothing, before a run is started.
 
     Raises:
-        ValueError: an unknown schedule, or a batch size or learning rate that is not positive.
+        ValueError: the schedule is unknown, or the batch size or learning rate is not positive.
     """
     optimizer.make_schedule(optimizer_config, loop_config.num_steps)
     if batch_size < 1:
@@ -35,18 +35,18 @@ def check_config(
 
 
 def make_mesh(
-    num_rows: int, axes: tuple[int, int, int] = (1, 1, 1), is_explicit: bool = True
+    batch_size: int, axes: tuple[int, int, int] = (1, 1, 1), is_explicit: bool = True
 ) -> Mesh:
     """The mesh that a stage trains on.
 
     Args:
-        num_rows: of its batches.
-        axes: `data`, `fsdp` and `tensor` of its config; for processes that have joined, be it one, `data` is
-            as large as it takes to have all devices in the mesh.
+        batch_size: examples in a batch; must be a multiple of data * fsdp.
+        axes: sizes of `data`, `fsdp` and `tensor` in the config. If processes have joined (even a single
+            one), `data` is chosen so that the mesh covers all devices.
         is_explicit: see `sharding.make_mesh`.
 
     Raises:
-        UserError: there are fewer devices, or the batch does not split evenly over them.
+        UserError: there are too few devices, or the batch does not split evenly over them.
     """
     data, fsdp, tensor = axes
     num_devices, rest = jax.device_count(), 0
@@ -56,23 +56,23 @@ def make_mesh(
         raise UserError(
             f"a mesh of data={data}, fsdp={fsdp}, tensor={tensor} does not fit {num_devices} devices."
         )
-    if num_rows % (data * fsdp):
+    if batch_size % (data * fsdp):
         raise UserError(
-            f"its batch of {num_rows} does not split over {data * fsdp} devices; give a batch_size "
+            f"its batch of {batch_size} does not split over {data * fsdp} devices; give a batch_size "
             "that does, or fewer devices."
         )
     return sharding.make_mesh(data, fsdp, tensor, is_explicit)
 
 
-def cost_of(model: nnx.Module, mesh: Mesh) -> throughput.Cost | None:
-    """FLOPs of a step of a decoder, and the mesh's peak where its devices have a published one."""
+def step_cost(model: nnx.Module, mesh: Mesh) -> throughput.Cost | None:
+    """FLOPs of a training step, and the peak of the mesh if known; None for models other than decoders."""
     if not isinstance(model, decoder.Decoder):
         return None
     config = model.config
 
     def step_flops(batch: Mapping[str, Any]) -> float:
-        rows, length = batch["tokens"].shape
-        return rows * length * flops.train_flops(config, length)
+        batch_size, length = batch["tokens"].shape
+        return batch_size * length * flops.train_flops(config, length)
 
     peak = chips.DEVICE_FLOPS.get(mesh.devices.flat[0].device_kind)
     return throughput.Cost(step_flops, None if peak is None else peak * mesh.size)
@@ -93,23 +93,27 @@ def train(
     derive: loop.Derive | None = None,
     watch: loop.Watch | None = None,
 ) -> tuple[Params, list[dict[str, float]]]:
-    """Trains a model to its end, going on from where a killed run stood.
+    """Trains a model to the last step, resuming from the latest checkpoint of an interrupted run.
 
     Args:
-        name: shown beside the progress bar.
-        stage_dir: gets `checkpoints/` to resume from and `log.jsonl`.
-        make_model: fresh model; called abstractly and once compiled.
-        loss_fn: see `step.LossFn`.
-        batches: from `data.pipeline`; of several processes each makes its `sharding.local_rows`.
-        optimizer_config, loop_config: how to train.
+        name: label of the progress bar.
+        stage_dir: receives `checkpoints/`, from which training resumes, and `log.jsonl`.
+        make_model: makes an untrained model; called abstractly and once compiled.
+        loss_fn: see `train_step.LossFn`.
+        batches: from `data.pipeline`; with several processes, each makes its `sharding.local_rows`.
+        optimizer_config: learning rate, schedule and moments.
+        loop_config: number of steps, logging, checkpoints and guard.
         seed: of randomness inside the loss.
-        mesh: where state and batches lie.
-        derive: figures to log beside the averages they follow from.
-        watch: figures to log at every checkpoint, measured on other data; may raise to end a broken run.
-        prepare: changes fresh parameters before step 0 (such as a codebook from data).
+        mesh: devices of the state and the batches.
+        prepare: changes the initial parameters before step 0, for instance to set a codebook from data.
+        derive: metrics computed from the logged averages and logged with them.
+        watch: metrics on other data, logged at every checkpoint; may raise to end a run early.
 
     Returns:
-        The trained parameters and the log's rows.
+        The trained parameters, and the entries of the log.
+
+    Raises:
+        FloatingPointError: the loss is not finite, or the guard skipped too many updates in a row.
     """
     graphdef, _ = param_trees.describe(make_model, mesh)
     params = param_trees.init_params(make_model, mesh)
@@ -119,10 +123,10 @@ def train(
     tx = optimizer.make_optimizer(optimizer_config, loop_config.num_steps, guard)
     train_state = state.init_state(params, tx, mesh)
     step_fn = train_step.make_train_step(graphdef, loss_fn, tx, seed)
-    extras = loop.Extras(cost=cost_of(nnx.eval_shape(make_model), mesh))
+    extras = loop.Extras(cost=step_cost(nnx.eval_shape(make_model), mesh))
     if guard is not None:
         extras = dataclasses.replace(extras, max_skipped=guard.max_in_a_row)
-    train_state, rows = loop.fit(
+    train_state, log = loop.fit(
         name,
         train_state,
         step_fn,
@@ -134,4 +138,4 @@ def train(
         watch,
         extras,
     )
-    return train_state.params, rows
+    return train_state.params, log

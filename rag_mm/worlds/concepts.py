@@ -1,9 +1,9 @@
-"""Concepts: a toy world of embeddings in which images find images, texts find texts, and the two do not meet.
+"""Concepts: synthetic embeddings whose rare classes can be retrieved only within a modality.
 
-Classes are centers in groups of close ones. An image lies near its class's center. A text of a *common* class
-lies near the same one, as after contrastive training; that of a *rare* class lies near another vector, so it
-can be found by its like and by nothing else (docs/papers/reco.md#acceptance). A part of the rare classes is
-held out: it may stand in a memory and is shown in no training.
+Each class has a center; classes of one group have similar centers. Images are noisy copies of their class's
+center. Texts of a *common* class share that center, as after contrastive training. Texts of a *rare* class
+have another center, so only texts of the same class are close to them (docs/papers/reco.md#acceptance). Some
+rare classes are held out: they may occur in a memory but never in training.
 """
 
 import dataclasses
@@ -15,19 +15,19 @@ SPLITS = ("common", "rare_seen", "held_out")
 
 @dataclasses.dataclass(frozen=True)
 class ConceptWorld:
-    """What the world is like.
+    """Configuration of the world.
 
     Attributes:
         num_classes: classes in all splits.
         group_size: classes whose centers are close together.
         num_common: common classes; those neither common nor held out are rare and seen.
-        num_held_out: classes that no training shows.
-        dim: width of an embedding.
+        num_held_out: held-out classes, never used in training.
+        dim: embedding dimension.
         noise_std: standard deviation of an embedding in each dimension.
-        class_spread: distance of a class from its group's center; less makes classes confusable.
-        agreement: how much of the image's center the text of a rare class has.
-        modality_offset: length of a vector that all images share, and of another one for all texts.
-        wrong_captions: share of a memory's texts that belong to another class of the group.
+        class_spread: distance of a class from its group's center; smaller values make classes confusable.
+        agreement: weight of the image center in the text center of a rare class.
+        modality_offset: length of a vector added to all images, and of another one added to all texts.
+        wrong_captions: fraction of a memory's texts that describe another class of the same group.
     """
 
     num_classes: int = 200
@@ -51,25 +51,27 @@ class ConceptWorld:
         if not 0 <= self.wrong_captions <= 1:
             raise ValueError(f"wrong_captions is {self.wrong_captions}, give 0 to 1")
         if self.noise_std < 0 or self.class_spread <= 0 or self.modality_offset < 0:
-            raise ValueError("noise_std and modality_offset are at least 0, class_spread more than 0")
+            raise ValueError(
+                "noise_std and modality_offset are at least 0, class_spread more than 0"
+            )
 
 
 class Concepts:
     """The classes of one seed.
 
     Attributes:
-        splits: int64 [C], an index into `SPLITS`.
-        groups: int64 [C], which classes lie close together.
+        splits: int64 [C], indices into `SPLITS`.
+        groups: int64 [C], the group of each class.
     """
 
     def __init__(self, config: ConceptWorld, seed: int):
-        """Draws the classes."""
+        """Samples the classes."""
         self.config = c = config
         rng = np.random.default_rng((seed, 0))
         self.groups = np.arange(c.num_classes) // c.group_size
-        middles = _unit(rng.standard_normal((c.num_classes // c.group_size, c.dim)))
-        apart = _unit(rng.standard_normal((c.num_classes, c.dim)))
-        self._image_centers = _unit(middles[self.groups] + c.class_spread * apart)
+        group_means = _unit(rng.standard_normal((c.num_classes // c.group_size, c.dim)))
+        class_offsets = _unit(rng.standard_normal((c.num_classes, c.dim)))
+        self._image_centers = _unit(group_means[self.groups] + c.class_spread * class_offsets)
         num_seen = c.num_classes - c.num_held_out
         rank = rng.permutation(c.num_classes)
         self.splits = (rank >= c.num_common).astype(np.int64) + (rank >= num_seen)
@@ -83,19 +85,19 @@ class Concepts:
         )
 
     def classes(self, *names: str) -> np.ndarray:
-        """Ids of the splits' classes, int64, ascending."""
+        """Ids of the classes in the named splits, int64, ascending."""
         return np.flatnonzero(np.isin(self.splits, [SPLITS.index(name) for name in names]))
 
     def images(self, class_ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """An embedding of an image of each class: unit rows, float32 [N, D]."""
-        return self._draw(self._image_centers[class_ids], self._image_offset, rng)
+        """One image embedding per class id: unit vectors, float32 [N, D]."""
+        return self._sample(self._image_centers[class_ids], self._image_offset, rng)
 
     def texts(self, class_ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """An embedding of a text about each class: unit rows, float32 [N, D]."""
-        return self._draw(self._text_centers[class_ids], self._text_offset, rng)
+        """One text embedding per class id: unit vectors, float32 [N, D]."""
+        return self._sample(self._text_centers[class_ids], self._text_offset, rng)
 
     def captioned_as(self, class_ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The classes that captions in a memory tell of, int64 [N]: some are wrong."""
+        """The classes that a memory's captions describe, int64 [N]; some are wrong."""
         size = self.config.group_size
         others = (
             class_ids // size * size + (class_ids + rng.integers(1, size, len(class_ids))) % size
@@ -103,7 +105,7 @@ class Concepts:
         is_wrong = rng.random(len(class_ids)) < self.config.wrong_captions
         return np.where(is_wrong, others, class_ids)
 
-    def _draw(
+    def _sample(
         self, centers: np.ndarray, offset: np.ndarray, rng: np.random.Generator
     ) -> np.ndarray:
         noise = self.config.noise_std * rng.standard_normal(centers.shape)

@@ -150,5 +150,5 @@ def test_a_retriever_round_trips_as_clip(tmp_path):
     before = frozen.FrozenRetriever(run / "retriever" / "frozen").encode_image(pictures)
     again = imported.load(tmp_path / "again")
     np.testing.assert_array_equal(again.encode_image(list(pictures)), before)
-    with pytest.raises(UserError, match="has no tokenizer, so it takes no text"):
+    with pytest.raises(UserError, match="has no tokenizer and cannot encode text"):
         again.encode_text(["a red apple"])

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from rag_mm.cli import main
-from rag_mm.core import configuration, files, run_folder
+from rag_mm.core import files, run_folder
 from rag_mm.core.errors import UserError
 from rag_mm.eval import ablation_table
+from rag_mm.stages import chain_config
 from rag_mm.stages import run_ablation as ablation
 
 # The whole chain but for the report.
@@ -66,12 +67,11 @@ def measured(monkeypatch):
 
 
 def test_a_page_spells_out_overrides_in_dotted_keys(desk):
-    loaded = configuration.load_config("page.py", {"ablation.seeds": "4,5", "decoder.alpha": "0.2"})
-    plain = configuration.to_dict(loaded)
+    plain = chain_config.load("page.py", {"ablation.seeds": "4,5", "decoder.alpha": "0.2"})
     variants = {"alpha 0.1": {}, "alpha 1.0": {"decoder.alpha": 1.0}}
     assert plain["ablation"]["variants"] == variants and plain["ablation"]["seeds"] == [4, 5]
     with pytest.raises(UserError, match="no key 'ablation.variants.alpha 1.0.decoder.alpha'"):
-        configuration.load_config("page.py", {"ablation.variants.alpha 1.0.decoder.alpha": "2"})
+        chain_config.load("page.py", {"ablation.variants.alpha 1.0.decoder.alpha": "2"})
 
 
 def test_it_prints_the_table_and_fails_if_a_cell_is_missing(desk, measured, capsys):
@@ -103,11 +103,11 @@ def test_json_holds_the_table(desk, measured, capsys):
         ("--config=page.py:beta --workdir=out", "no preset 'beta'; it has alpha, plain"),
         ("--config=page.py:plain --workdir=out", "no 'ablation'"),
         ("--config=page.py --workdir=out --seeds x", "--seeds: invalid int value"),
-        ("--config=page.py --workdir=out --seeds -1", "no seed -1"),
-        ("--config=page.py --workdir=out --seeds 1 1", "each seed once"),
+        ("--config=page.py --workdir=out --seeds -1", "Seed -1 is negative"),
+        ("--config=page.py --workdir=out --seeds 1 1", "must be unique"),
         ("--config=page.py --workdir=out --reuse no", "no is not a run"),
         ("--config=page.py --workdir=page.py", "page.py/alpha 0.1/seed0 cannot be created"),
-        ("--config=page.py --workdir=out --config.ablation.baseline=x", "'x' is no variant"),
+        ("--config=page.py --workdir=out --config.ablation.baseline=x", "'x' is not a variant"),
         ("--config=page.py --workdir=out --config.ablation.stage=report", "stage is 'report'"),
         ("--config=page.py --workdir=out --config.decoder.alfa=1", "no key 'decoder.alfa'"),
         ("--config=page.py --workdir=out --config.decoder.batch_size=0", "batch_size is 0"),

@@ -148,7 +148,7 @@ def test_an_index_that_does_not_match_its_files_is_rejected(tmp_path):
     places = index["weight_map"]
     for weight_map, reason in (
         (places | {"d": places["a"]}, "does not hold d"),
-        (places | {"a": places["b"]}, "does not place it there|does not hold a"),
+        (places | {"a": places["b"]}, "does not map it there|does not hold a"),
         ({}, "has no weight_map"),
         ([], "has no weight_map"),
     ):

@@ -7,6 +7,7 @@ import re
 import pytest
 
 import configs
+from rag_mm.cli import main
 from rag_mm.core import configuration, renames
 from rag_mm.core.errors import UserError
 from rag_mm.perf.plan import cases
@@ -74,3 +75,8 @@ def test_a_page_that_uses_an_old_name_is_told_the_new_one(tmp_path):
 def test_an_old_page_is_told_its_new_name():
     with pytest.raises(UserError, match="now called 'configs/own_images.py'"):
         chain_config.load("configs/own_pictures.py:tiny")
+
+
+def test_an_old_option_is_told_its_new_name(capfd):
+    assert main.main(["ablate", "--config=x.py", "--workdir=out", "--borrow=run"]) == 2
+    assert "now called 'rag-mm ablate --reuse'" in capfd.readouterr().err

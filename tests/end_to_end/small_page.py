@@ -13,11 +13,10 @@ def get_config(preset: str) -> dict:
         name: config[name] | dict(loop=loop) for name in ("tokenizer", "retriever", "decoder")
     }
     shrunk["tokenizer"]["num_eval"] = 16
-    shrunk["decoder"]["num_docs_weights"] = (
-        0.0,
-        0.0,
-        1.0,
-    )  # Each kind of batch is a program to compile.
+    # One kind of batch, because each is a program to compile.
+    shrunk["decoder"]["sequences"] = config["decoder"]["sequences"] | dict(
+        num_docs_weights=(0.0, 0.0, 1.0)
+    )
     if preset == "all":
         return config | shrunk | dict(stages=STAGES)
     if preset == "long":  # Enough steps to be ended in the middle of them.

@@ -14,7 +14,6 @@ def get_config(preset: str) -> dict:
         toy_fusion=fusion
         | dict(
             loop=fusion["loop"] | dict(num_steps=150, checkpoint_every=150),
-            curve_neighbors=(1,),
-            curve_rows=(1,),
+            measures=dict(curve_neighbors=(1,), curve_rows=(1,)),
         ),
     )

@@ -72,7 +72,7 @@ def test_from_a_folder_to_a_trained_run(tmp_path, capsys, monkeypatch):
     (tmp_path / "pictures").mkdir()
     lines = []
     for i in range(120):
-        PIL.Image.fromarray(scenes.picture(i)).resize((50 + i, 60)).save(f"pictures/p{i}.webp")
+        PIL.Image.fromarray(scenes.image(i)).resize((50 + i, 60)).save(f"pictures/p{i}.webp")
         fields = {
             "image": f"p{i}.webp",
             "caption": scenes.full_caption(i),

@@ -19,17 +19,17 @@ SMALL_TINY = {
     "retriever.loop.num_steps": 30,
     "retriever.loop.log_every": 10,
     "retriever.loop.checkpoint_every": 30,
-    "retriever.embed_dim": 32,
-    "retriever.vision_layers": 1,
-    "retriever.text_layers": 1,
+    "retriever.model.embed_dim": 32,
+    "retriever.model.vision_layers": 1,
+    "retriever.model.text_layers": 1,
     "retriever.batch_size": 64,
     "retriever.num_eval": 64,
     "memory.num_queries": 32,
     "pairs.max_test": 24,
     "fusion.loop.num_steps": 50,
     "fusion.loop.checkpoint_every": 50,
-    "fusion.curve_neighbors": "1,",
-    "fusion.curve_rows": "1,",
+    "fusion.measures.curve_neighbors": "1,",
+    "fusion.measures.curve_rows": "1,",
 }
 
 
@@ -53,7 +53,7 @@ def images(tmp_path_factory) -> pathlib.Path:
     for row in range(12):
         class_folder = folder / source.full_caption(row).split(" at the ")[0].replace(" ", "_")
         class_folder.mkdir(parents=True, exist_ok=True)
-        PIL.Image.fromarray(source.picture(row)).save(class_folder / f"{row}.png")
+        PIL.Image.fromarray(source.image(row)).save(class_folder / f"{row}.png")
     lines = [
         json.dumps({"image": str(path.relative_to(folder)), "caption": path.parent.name})
         for path in sorted(folder.rglob("*.png"))

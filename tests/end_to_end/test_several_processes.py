@@ -48,7 +48,7 @@ def make_images(tmp_path):
     folder.mkdir()
     lines = []
     for i in range(300):
-        PIL.Image.fromarray(source.picture(i)).save(folder / f"p{i}.png")
+        PIL.Image.fromarray(source.image(i)).save(folder / f"p{i}.png")
         lines.append(json.dumps({"image": f"p{i}.png", "caption": source.full_caption(i)}))
     lines[17], lines[280] = "{", lines[3]
     (folder / "captions.jsonl").write_text("\n".join(lines))

@@ -40,9 +40,8 @@ class FixedLogits(decoder.Decoder):
 
 
 def loss_fn(logits, retrieved_weight, batch=BATCH):
-    return cm3.loss_fn(
-        FixedLogits(logits), batch, retrieved_weight=retrieved_weight, code_offset=CODE_OFFSET
-    )
+    model, batch = FixedLogits(logits), jax.tree.map(jnp.asarray, batch)
+    return cm3.loss_fn(model, batch, retrieved_weight=retrieved_weight, code_offset=CODE_OFFSET)
 
 
 GRAD = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))

@@ -249,7 +249,8 @@ def test_the_chosen_implementation_runs(monkeypatch):
     seen = []
     monkeypatch.setattr(sharding, "platform", lambda: "tpu")
     monkeypatch.setattr(splash, "splash_attention", lambda q, k, v, ids: seen.append(ids) or q)
-    (q, k, v), segments = make_long_heads(2)
+    heads, segments = make_long_heads(2)
+    q, k, v = map(jnp.asarray, heads)
     ids = dict(query_segment_ids=segments, key_segment_ids=segments)
     attention.attention(q, k, v, is_causal=True, **ids)
     assert len(seen) == 1 and seen[0] is segments

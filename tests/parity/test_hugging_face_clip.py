@@ -168,7 +168,7 @@ def test_features_before_the_unit_norm(ours, batch, expected):
 
 
 def test_contrastive_loss(torch, theirs, ours, batch, expected):
-    loss, _ = clip.loss_fn(ours, batch, jax.random.key(0))
+    loss, _ = clip.loss_fn(ours, jax.tree.map(jnp.asarray, batch), jax.random.key(0))
     targets = torch.arange(4)
     entropy = torch.nn.functional.cross_entropy
     both = entropy(expected.logits_per_image, targets) + entropy(expected.logits_per_text, targets)

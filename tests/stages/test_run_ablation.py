@@ -10,6 +10,7 @@ import pytest
 from rag_mm.core import files, run_folder
 from rag_mm.core.errors import UserError
 from rag_mm.stages import chain, chain_config, run_ablation
+from rag_mm.stages.stage import Stage
 
 CONFIG = {
     "stages": ["words", "model", "exam"],
@@ -89,11 +90,11 @@ def made(monkeypatch):
         return {}
 
     stages = {
-        "words": chain.Stage(Words, (), words),
-        "model": chain.Stage(Model, ("words",), model),
-        "exam": chain.Stage(Exam, ("words", "model"), exam),
+        "words": Stage(Words, (), words),
+        "model": Stage(Model, ("words",), model),
+        "exam": Stage(Exam, ("words", "model"), exam),
     }
-    monkeypatch.setattr(chain, "STAGES", stages)
+    monkeypatch.setattr(chain_config, "STAGES", stages)
     return calls
 
 
@@ -117,7 +118,7 @@ def test_a_table_of_runs_that_share_their_early_stages(made, config, tmp_path):
     assert "| alpha |" in (tmp_path / "table" / "table.md").read_text()
 
 
-def test_borrowed_stages_are_those_that_a_run_alone_would_make(made, config, tmp_path):
+def test_reused_stages_are_those_that_a_run_alone_would_make(made, config, tmp_path):
     run_ablation.run_ablation(config, tmp_path / "table", seeds=[1])
     cell = run_folder.open_run(tmp_path / "table" / "alpha" / "seed1")
     assert "ablation" not in cell.config and cell.config["model"]["alpha"] == 2.0
@@ -129,7 +130,7 @@ def test_borrowed_stages_are_those_that_a_run_alone_would_make(made, config, tmp
     assert costs["model"]["borrowed_seconds"] == 0
 
 
-def test_a_run_by_hand_can_lend_too(made, config, tmp_path):
+def test_a_run_by_hand_can_be_reused_too(made, config, tmp_path):
     alone = {key: value for key, value in config.items() if key != "ablation"}
     chain.run_chain(alone, tmp_path / "alone")
     made.clear()
@@ -197,22 +198,22 @@ def change(config: dict, path: str, value: object) -> None:
     [
         ("ablation", None, "no 'ablation'"),
         ("ablation/variants", None, "variants"),
-        ("ablation/variants", {}, "baseline 'base 0.5' is no variant"),
+        ("ablation/variants", {}, "baseline 'base 0.5' is not a variant"),
         ("ablation/variants", ["a", "b"], "a dict of dicts"),
         ("ablation/variants/alpha", 3, "a dict of dicts"),
         ("ablation/variants/alpha", {"model.beta": 1}, "Variant 'alpha': .* nearest is model."),
         ("ablation/variants/alpha", {"model.alpha": "x"}, "Variant 'alpha': .*does not fit"),
         ("ablation/variants/alpha", {"model.alpha": -1.0}, "Variant 'alpha': model: alpha is -1"),
-        ("ablation/variants/alpha", {"seed": 3}, "no seed of its own"),
-        ("ablation/variants/a:b", {}, "'a:b' cannot name a variant"),
+        ("ablation/variants/alpha", {"seed": 3}, "cannot set the seed"),
+        ("ablation/variants/a:b", {}, "'a:b' is not a valid variant name"),
         ("ablation/seeds", [], "at least one variant and one seed"),
-        ("ablation/seeds", [0, -2], "no seed -2"),
-        ("ablation/seeds", ["a"], "seeds are integers"),
-        ("ablation/pairs", [["a"]], "a pair is two figures"),
-        ("ablation/pairs", ["ab"], "a pair is two figures"),
-        ("ablation/stage", "evaluation", "'evaluation', which the config's stages do not have"),
+        ("ablation/seeds", [0, -2], "Seed -2 is negative"),
+        ("ablation/seeds", ["a"], "seeds must be integers"),
+        ("ablation/pairs", [["a"]], "a pair must be two figures"),
+        ("ablation/pairs", ["ab"], "a pair must be two figures"),
+        ("ablation/stage", "evaluation", "'evaluation', which is not among the config's stages"),
         ("ablation/figure", ["a"], "no setting 'figure'"),
-        ("stages", ["words", "paint"], "no stage 'paint'|stages do not have"),
+        ("stages", ["words", "paint"], "no stage 'paint'|not among the config's stages"),
     ],
 )
 def test_a_bad_config_is_refused_before_anything_runs(made, config, tmp_path, path, value, says):
@@ -224,7 +225,7 @@ def test_a_bad_config_is_refused_before_anything_runs(made, config, tmp_path, pa
 
 def test_an_unknown_figure_is_told_after_the_first_cell(made, config, tmp_path):
     config["ablation"]["figures"] = ["held_out.docs1.nll"]
-    with pytest.raises(UserError, match=r"no figure 'held_out.docs1.nll'; the nearest is"):
+    with pytest.raises(UserError, match=r"no metric 'held_out.docs1.nll'; the closest is"):
         run_ablation.run_ablation(config, tmp_path / "table")
     assert len([call for call in made if call[0] == "exam"]) == 1
 
@@ -232,7 +233,7 @@ def test_an_unknown_figure_is_told_after_the_first_cell(made, config, tmp_path):
 def test_a_run_is_no_place_for_a_table(made, config, tmp_path):
     alone = {key: value for key, value in config.items() if key != "ablation"}
     chain.run_chain(alone, tmp_path / "alone")
-    with pytest.raises(UserError, match="is a run; an ablation wants a folder of its own"):
+    with pytest.raises(UserError, match="is a run; give the ablation another folder"):
         run_ablation.run_ablation(config, tmp_path / "alone")
 
 

@@ -12,13 +12,13 @@ import time
 import jax
 import numpy as np
 import pytest
-import several
+import training_process
 
 import rag_mm
 from rag_mm.core import sharding
 from rag_mm.train import checkpoint, preemption, watchdog
 
-SCRIPT = pathlib.Path(several.__file__)
+SCRIPT = pathlib.Path(training_process.__file__)
 ROOT = pathlib.Path(rag_mm.__file__).parents[1]
 
 
@@ -28,8 +28,8 @@ def test_one_process_has_the_whole_batch():
 
 def test_the_shares_of_several_processes_are_the_batch_of_one():
     """Without overlap or loss, in any order of reading."""
-    whole = several.make_batches()
-    shares = [several.make_batches(range(*bounds)) for bounds in ((0, 3), (3, 4), (4, 8))]
+    whole = training_process.make_batches()
+    shares = [training_process.make_batches(range(*bounds)) for bounds in ((0, 3), (3, 4), (4, 8))]
     for _ in range(5):
         batch, parts = next(whole), [next(share) for share in shares]
         for name, rows in batch.items():
@@ -89,8 +89,8 @@ def assert_same_losses(rows, expected):
 def params_on_one_device(folder):
     """The newest checkpoint as restored on a single device."""
     checkpoints = checkpoint.Checkpoints(folder / "run" / "checkpoints", 2)
-    state = several.make_state(sharding.make_mesh())
-    restored = checkpoints.restore(state, several.make_batches())
+    state = training_process.make_state(sharding.make_mesh())
+    restored = checkpoints.restore(state, training_process.make_batches())
     checkpoints.close()
     assert len(restored.params["kernel"].sharding.device_set) == 1
     return jax.device_get(restored)
@@ -167,7 +167,7 @@ def test_a_process_stuck_in_its_input_prints_its_stack_and_all_end(tmp_path):
     running = start(tmp_path, 2, 8, "stuck")
     assert running[1].wait(timeout=240) == 1
     stderr = (tmp_path / "stderr-1").read_text()
-    assert "Timeout" in stderr and "several.py" in stderr and "__next__" in stderr
+    assert "Timeout" in stderr and "training_process.py" in stderr and "__next__" in stderr
     assert running[0].wait(timeout=60) != 0
 
 

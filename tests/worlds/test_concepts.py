@@ -1,4 +1,4 @@
-"""The world of concepts: what finds what in it, and that it is the same for the same seed."""
+"""The concept world: which embeddings retrieve which, and determinism."""
 
 import dataclasses
 
@@ -48,9 +48,9 @@ def test_rows_are_unit_and_equal_seeds_give_equal_bits(world):
 def test_wrong_captions_are_of_another_class_of_the_group():
     world = concepts.Concepts(dataclasses.replace(CONFIG, wrong_captions=0.4), seed=0)
     ids = np.repeat(np.arange(40), 200)
-    told = world.captioned_as(ids, np.random.default_rng(0))
-    assert (told != ids).mean() == pytest.approx(0.4, abs=0.02)
-    np.testing.assert_array_equal(world.groups[told], world.groups[ids])
+    captioned = world.captioned_as(ids, np.random.default_rng(0))
+    assert (captioned != ids).mean() == pytest.approx(0.4, abs=0.02)
+    np.testing.assert_array_equal(world.groups[captioned], world.groups[ids])
 
 
 def test_an_offset_parts_the_modalities():

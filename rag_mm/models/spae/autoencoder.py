@@ -207,7 +207,7 @@ def _res_blocks(in_dim: int, out_dim: int, count: int, *, rngs: nnx.Rngs) -> nnx
     return nnx.Sequential(*[conv.ResBlock(a, b, rngs=rngs) for a, b in itertools.pairwise(dims)])
 
 
-def _init_eye(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
+def _init_eye(key: jax.Array, shape: tuple[int, int], dtype: jax.typing.DTypeLike) -> jax.Array:
     """Identity, cropped or zero-padded: embeddings of a new patch encoder are the pixels themselves."""
     del key
     return jnp.eye(*shape, dtype=dtype)

@@ -1,4 +1,4 @@
-"""FAISS as the peer of our indexes: built as its own guide advises, tuned to a recall."""
+"""FAISS as the peer of our indexes, built as its guide recommends and tuned to a target recall."""
 
 import dataclasses
 import pathlib
@@ -11,14 +11,14 @@ import numpy as np
 from rag_mm.core.errors import UserError
 
 Search = Callable[[np.ndarray, int], np.ndarray]
-# What is tried, fastest first by habit; the fastest that reaches the recall is the peer.
+# Search settings to try; the fastest one that reaches the target recall is the peer.
 _PROBES = (8, 16, 24, 32, 48, 64)
 _REFINES = (4, 8, 16)
 _BREADTHS = (16, 32, 64, 128, 256, 512)
 
 
 def load() -> types.ModuleType:
-    """FAISS itself.
+    """Imports FAISS.
 
     Raises:
         UserError: it is not installed.
@@ -26,22 +26,20 @@ def load() -> types.ModuleType:
     try:
         import faiss
     except ImportError:
-        raise UserError(
-            "The peer is not installed: pip install '.[bench]' brings faiss-cpu."
-        ) from None
+        raise UserError("FAISS is not installed: pip install '.[bench]'.") from None
     return faiss
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One setting of a built index."""
+    """A built index with one search setting."""
 
     name: str
     search: Search
 
 
 def build_ivf(rows: np.ndarray, num_threads: int) -> tuple[object, list[Candidate]]:
-    """IVF with 4-bit fast-scan PQ and exact refinement over float32 [R, D]: the index, its settings."""
+    """IVF with 4-bit fast-scan PQ and exact refinement of float32 [R, D]: the index and its candidates."""
     faiss = load()
     faiss.omp_set_num_threads(num_threads)
     num_lists = 1 << max(4, round(float(np.log2(2 * np.sqrt(len(rows))))))
@@ -63,7 +61,7 @@ def build_ivf(rows: np.ndarray, num_threads: int) -> tuple[object, list[Candidat
 
 
 def build_hnsw(rows: np.ndarray, num_threads: int) -> tuple[object, list[Candidate]]:
-    """HNSW over float32 [R, D]: the index, its settings."""
+    """HNSW over float32 [R, D]: the index and its candidates."""
     faiss = load()
     faiss.omp_set_num_threads(num_threads)
     index = faiss.IndexHNSWFlat(rows.shape[1], 32, faiss.METRIC_INNER_PRODUCT)
@@ -81,13 +79,13 @@ def build_hnsw(rows: np.ndarray, num_threads: int) -> tuple[object, list[Candida
 
 
 def num_bytes(index: object) -> int:
-    """Size of an index when it is written down."""
-    with tempfile.TemporaryDirectory() as folder:  # In memory it would be held twice.
+    """Size of the serialized index."""
+    with tempfile.TemporaryDirectory() as folder:  # In memory it would need twice the space.
         path = pathlib.Path(folder) / "index"
         load().write_index(index, str(path))
         return path.stat().st_size
 
 
 def version() -> str:
-    """The library's own."""
+    """The FAISS version."""
     return load().__version__

@@ -17,16 +17,17 @@ def run(
     num_steps: int = 1,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Mapping[str, Any]]:
-    """Tokens a second of steps of Adam, guarded (`ours`) and not (`peer`); a case `WIDTH_guard` a width.
+    """Tokens per second of Adam steps, guarded (`ours`) and unguarded (`peer`); case `WIDTH_guard` per width.
 
-    Both go once a round, each after a call of its own kind, so each round has a ratio of its own, in which
-    most of what the machine does besides cancels. `ratio` is their median, below 1 by what the guard costs,
-    and `ci95` its 95 % interval.
+    Both run once per round, each after an untimed call of the same step, so most of the machine's noise
+    cancels in the ratio of a round. `ratio` is the median over rounds, below 1 by the cost of the guard, and
+    `ci95` its 95 % interval.
 
     Args:
-        config: shapes as beside transformers, threads, and at least `timing.LEAST_ROUNDS` rounds.
-        num_steps: that are timed together in a round.
-        say: is told what begins.
+        config: shapes as in the comparison with transformers, threads, and at least `timing.LEAST_ROUNDS`
+            rounds.
+        num_steps: steps timed together in a round.
+        say: called with a progress message.
     """
     with timing.on_threads(config.num_threads):
         cases = {
@@ -38,7 +39,7 @@ def run(
 def _measure(
     config: bench_models.StepBenchConfig, width: int, num_steps: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    say(f"training, {width} wide, with a guard and without")
+    say(f"training, width {width}, with and without the guard")
     model, rows = config.model(width), config.rows()
     adam = optax.adam(bench_models.LEARNING_RATE)
     steps = [
@@ -47,7 +48,7 @@ def _measure(
     ]
     calls = [functools.partial(step, rows, num_steps) for step in steps]
     guarded, plain = timing.rounds(calls, config.num_rounds, is_warm=True)
-    ratios = [without / with_ for with_, without in zip(guarded, plain, strict=True)]
+    ratios = [p / g for g, p in zip(guarded, plain, strict=True)]
     num_tokens = rows["tokens"].size * num_steps
     return {
         "ours": num_tokens / statistics.median(guarded),

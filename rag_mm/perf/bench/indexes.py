@@ -1,9 +1,8 @@
-"""The memory's indexes beside FAISS: queries a second at one recall, build time, bytes, resident memory."""
+"""Our indexes compared with FAISS: queries per second at equal recall, build time, size, resident memory."""
 
 import dataclasses
 import functools
 import importlib.metadata
-import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,25 +22,23 @@ from rag_mm.perf.bench.vectors import Cones
 
 _K = 10
 _BATCH = 256
-_SINGLES = 64  # queries timed one by one
-_BLOCK = 65_536  # rows searched exactly at once
+_SINGLES = 64  # Queries timed one by one.
+_BLOCK = 65_536  # Rows per block of the exact search.
 _WARM_ROWS = 2_048
 
 
 @dataclasses.dataclass(frozen=True)
 class IndexBenchConfig:
-    """What is measured.
+    """Configuration of the benchmark.
 
     Attributes:
-        rows, dim: of the memory.
-        recall: at 10, that both sides reach.
-        num_queries: for the recall; the times use some of them.
-        num_threads: of both sides.
-        num_rounds: of which the median counts.
-        device_rows: at most, of the comparisons of `device` with a bare program and of `exact` with FAISS's
-            flat index, whose queries a second only fall with the rows.
-        with_hnsw: FAISS's graph too, which takes several times longer to build.
-        num_small: rows whose build is timed beside the whole, 0 for none.
+        rows, dim: size of the memory. recall: recall@10 that both sides must reach. num_queries: queries for
+        the recall; timings use a subset. num_threads: threads of both sides. num_rounds: timing rounds; the
+        median is reported. device_rows: maximal rows for comparing `device` with a plain JAX program and
+        `exact` with FAISS's flat
+            index, whose throughput only falls with more rows.
+        with_hnsw: also compare with FAISS HNSW, which takes several times longer to build.
+        num_small: rows of a second, smaller build for the scaling case; 0 disables it.
     """
 
     rows: int = 300_000
@@ -59,7 +56,7 @@ class IndexBenchConfig:
 class _Data:
     rows: np.ndarray
     queries: np.ndarray
-    right: np.ndarray  # ids of the exact neighbors
+    true_ids: np.ndarray  # Ids of the exact neighbors.
 
 
 def run(
@@ -67,15 +64,10 @@ def run(
 ) -> dict[str, Mapping[str, Any]]:
     """All cases, each `{"ours", "peer", "ratio", "unit", ...}` with machine and versions.
 
-    The ratio is ours over the peer's where more is better, and the peer's over ours elsewhere; so it is
-    above 1 where ours is better.
+    A ratio above 1 means that ours is better: ours / peer where higher is better, otherwise peer / ours.
     """
-    used = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, used[: config.num_threads])
-    try:
+    with timing.on_threads(config.num_threads):
         cases = _run(config, say)
-    finally:
-        os.sched_setaffinity(0, used)
     made_on = costs.machine()
     common = {
         "machine": f"{made_on['processor']}, {config.num_threads} of {made_on['cores']} cores",
@@ -102,11 +94,11 @@ def _run(config: IndexBenchConfig, say: Callable[[str], None]) -> dict[str, dict
         (index, candidates), peer_build = _timed(
             functools.partial(make, rows, config.num_threads), rows
         )
-        cases |= _beside(config, ours, (name, index, candidates), data, build, peer_build)
+        cases |= _compare(config, ours, (name, index, candidates), data, build, peer_build)
         del index, candidates
-    del ours  # The larger sizes leave no room for what is not needed any more.
+    del ours  # Frees memory, which is scarce at the larger sizes.
     if config.num_small:
-        say("building of fewer rows")
+        say("building fewer rows")
         cases["scaling"] = _scaling(config, rows)
     say("device")
     cases["device"] = _device(config, data)
@@ -116,16 +108,16 @@ def _run(config: IndexBenchConfig, say: Callable[[str], None]) -> dict[str, dict
 def true_neighbors(
     rows: np.ndarray, queries: np.ndarray, k: int, block: int = _BLOCK
 ) -> np.ndarray:
-    """Ids of the exact neighbors, int32 [Q, k], searched block by block: never are all rows copied."""
+    """Ids of the exact neighbors, int32 [Q, k]; searches block by block to avoid copying all rows."""
     best = protocol.Neighbors(
         np.zeros((len(queries), 0), np.int32), np.zeros((len(queries), 0), np.float32)
     )
     for start in range(0, len(rows), block):
         oracle = exact.ExactIndex()
         oracle.build(rows[start : start + block])
-        found = oracle.search(queries, min(k, oracle.num_rows))
-        ids = np.concatenate([best.ids, found.ids + np.int32(start)], axis=1)
-        scores = np.concatenate([best.scores, found.scores], axis=1)
+        hits = oracle.search(queries, min(k, oracle.num_rows))
+        ids = np.concatenate([best.ids, hits.ids + np.int32(start)], axis=1)
+        scores = np.concatenate([best.scores, hits.scores], axis=1)
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         best = protocol.Neighbors(
             np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
@@ -134,11 +126,11 @@ def true_neighbors(
 
 
 def _warm_up(config: IndexBenchConfig, rows: np.ndarray) -> None:
-    """Loads both libraries and starts their threads, which belong to no index's build."""
-    few = rows[: min(len(rows), _WARM_ROWS)]
-    scann.ScannIndex(ScannConfig(scoring="hashed")).build(few)
+    """Loads both libraries and starts their threads, so that no build is charged for it."""
+    sample = rows[: min(len(rows), _WARM_ROWS)]
+    scann.ScannIndex(ScannConfig(scoring="hashed")).build(sample)
     for make in _peers(config).values():
-        make(few, config.num_threads)
+        make(sample, config.num_threads)
 
 
 def _peers(config: IndexBenchConfig) -> dict[str, Callable]:
@@ -147,32 +139,32 @@ def _peers(config: IndexBenchConfig) -> dict[str, Callable]:
 
 
 def _build(rows: np.ndarray) -> scann.ScannIndex:
-    built = scann.ScannIndex()
-    built.build(rows)
-    return built
+    index = scann.ScannIndex()
+    index.build(rows)
+    return index
 
 
 def _timed(make: Callable[[], Any], rows: np.ndarray) -> tuple[Any, dict[str, float]]:
-    """What `make` makes; its seconds, and resident memory at most over that of the rows alone."""
+    """The result of `make`; its seconds, and peak resident memory relative to the rows' size."""
     timing.reset_peak_memory()
     before = timing.resident_memory(peak=False)
-    began = time.perf_counter()
-    made = make()
-    seconds = time.perf_counter() - began
+    start = time.perf_counter()
+    result = make()
+    seconds = time.perf_counter() - start
     extra = timing.resident_memory(peak=True) - before
-    return made, {"seconds": seconds, "memory": (rows.nbytes + extra) / rows.nbytes}
+    return result, {"seconds": seconds, "memory": (rows.nbytes + extra) / rows.nbytes}
 
 
-def _recall(ids: np.ndarray, right: np.ndarray) -> float:
-    return float(np.mean([np.isin(a, b).mean() for a, b in zip(right, ids, strict=True)]))
+def _recall(ids: np.ndarray, true_ids: np.ndarray) -> float:
+    return float(np.mean([np.isin(a, b).mean() for a, b in zip(true_ids, ids, strict=True)]))
 
 
-def _ratio(ours: float, peer: float, unit: str, more_is_better: bool, **more: Any) -> dict:
-    ratio = ours / peer if more_is_better else peer / ours
-    return {"ours": ours, "peer": peer, "ratio": ratio, "unit": unit, **more}
+def _ratio(ours: float, peer: float, unit: str, higher_is_better: bool, **extra: Any) -> dict:
+    ratio = ours / peer if higher_is_better else peer / ours
+    return {"ours": ours, "peer": peer, "ratio": ratio, "unit": unit, **extra}
 
 
-def _beside(
+def _compare(
     config: IndexBenchConfig,
     ours: scann.ScannIndex,
     peer: tuple[str, object, list[faiss_peer.Candidate]],
@@ -180,11 +172,11 @@ def _beside(
     build: Mapping[str, float],
     peer_build: Mapping[str, float],
 ) -> dict[str, dict[str, Any]]:
-    """Search, build, bytes and memory beside one peer."""
+    """Search, build, size and memory compared with one peer."""
     name, index, candidates = peer
     best, peer_recall = _tune(config, candidates, data)
     recalls = {
-        "our_recall": _recall(ours.search(data.queries, _K).ids, data.right),
+        "our_recall": _recall(ours.search(data.queries, _K).ids, data.true_ids),
         "peer_recall": peer_recall,
         "peer_setting": best.name,
     }
@@ -217,16 +209,16 @@ def _beside(
 def _tune(
     config: IndexBenchConfig, candidates: list[faiss_peer.Candidate], data: _Data
 ) -> tuple[faiss_peer.Candidate, float]:
-    """The fastest setting that reaches the recall, or the most accurate where none does."""
+    """The fastest setting that reaches the target recall, or the most accurate one if none does."""
     recalls, seconds = [], []
     for candidate in candidates:
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         batches = range(0, len(data.queries), _BATCH)
         ids = [candidate.search(data.queries[start : start + _BATCH], _K) for start in batches]
-        seconds.append(time.perf_counter() - began)
-        recalls.append(_recall(np.concatenate(ids), data.right))
-    good = [place for place, recall in enumerate(recalls) if recall >= config.recall]
-    best = min(good, key=seconds.__getitem__) if good else int(np.argmax(recalls))
+        seconds.append(time.perf_counter() - start_time)
+        recalls.append(_recall(np.concatenate(ids), data.true_ids))
+    accurate = [i for i, recall in enumerate(recalls) if recall >= config.recall]
+    best = min(accurate, key=seconds.__getitem__) if accurate else int(np.argmax(recalls))
     return candidates[best], recalls[best]
 
 
@@ -242,7 +234,7 @@ def _num_bytes(index: Index) -> int:
 
 
 def _exact(config: IndexBenchConfig, data: _Data) -> dict[str, Any]:
-    """Beside FAISS's flat index."""
+    """`exact` compared with FAISS's flat index."""
     faiss = faiss_peer.load()
     faiss.omp_set_num_threads(config.num_threads)
     rows = data.rows[: config.device_rows]
@@ -258,7 +250,7 @@ def _exact(config: IndexBenchConfig, data: _Data) -> dict[str, Any]:
 
 
 def _wrapper(config: IndexBenchConfig, ours: scann.ScannIndex, data: _Data) -> dict[str, Any]:
-    """Our search beside ScaNN's own call with the same settings."""
+    """Our search compared with a direct ScaNN call with the same settings."""
     bare = ours.native()
     batches = [data.queries[i : i + _BATCH] for i in range(0, len(data.queries), _BATCH)]
     seconds = timing.alternate(
@@ -273,7 +265,7 @@ def _wrapper(config: IndexBenchConfig, ours: scann.ScannIndex, data: _Data) -> d
 
 
 def _scaling(config: IndexBenchConfig, rows: np.ndarray) -> dict[str, Any]:
-    """Seconds a row of all rows over those of fewer: ours, and FAISS's."""
+    """Build time per row at full size divided by that at `num_small` rows: ours, and FAISS's."""
     growth = []
     for make in (_build, lambda part: faiss_peer.build_ivf(part, config.num_threads)):
         seconds = []
@@ -286,7 +278,7 @@ def _scaling(config: IndexBenchConfig, rows: np.ndarray) -> dict[str, Any]:
 
 
 def _device(config: IndexBenchConfig, data: _Data) -> dict[str, Any]:
-    """The index beside the bare program on one device: scores, then the best k."""
+    """The index compared with a plain JAX program on one device: scores, then top k."""
     rows = data.rows[: config.device_rows]
     index = device.DeviceIndex()
     index.build(rows)

@@ -1,4 +1,4 @@
-"""Our side of a benchmark: the house's own training step and greedy decoding as plain calls."""
+"""Our side of the benchmarks: the training step and greedy decoding as plain functions."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -19,27 +19,27 @@ from rag_mm.train import train_state, train_step
 
 
 def make_rows(rng: np.random.Generator, shape: tuple[int, int], vocab_size: int) -> dict:
-    """A batch [B, T] of random ids above 0: one document a row, every token of it a target but the first."""
+    """A batch [B, T] of random ids above 0: one document each, all tokens but the first are targets."""
     ids = rng.integers(1, vocab_size, shape).astype(np.int32)
-    kinds = np.full(shape, roles.MAIN, np.int8)
-    kinds[:, -1] = roles.IGNORED
+    token_roles = np.full(shape, roles.MAIN, np.int8)
+    token_roles[:, -1] = roles.IGNORED
     return {
         "tokens": ids,
         "targets": np.roll(ids, -1, axis=1),
         "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
         "segment_ids": np.ones_like(ids),
-        "roles": kinds,
+        "roles": token_roles,
     }
 
 
 def make_train_step(
     config: ra_cm3.RACM3Config, optimizer: optax.GradientTransformation
 ) -> Callable[..., float]:
-    """`train.train_step` with RA-CM3's loss on a mesh of one device, from fresh parameters on.
+    """`train.train_step` with RA-CM3's loss on a mesh of one device, starting from new parameters.
 
     Returns:
-        (batch of host arrays [B, T], num_steps = 1) -> the loss before the last of so many steps on it, in
-        nats a target. It returns when the new parameters are there.
+        (batch of host arrays [B, T], num_steps = 1) -> the loss before the last of `num_steps` steps on this
+        batch, in nats per target. Blocks until the new parameters are ready.
     """
     mesh = sharding.make_mesh()
     make_model = functools.partial(_make_model, config.decoder)
@@ -50,7 +50,7 @@ def make_train_step(
 
     def step(batch: Mapping[str, np.ndarray], num_steps: int = 1) -> float:
         nonlocal state
-        # The gradient of attention in bfloat16 mixes dtypes too.
+        # The gradient of bfloat16 attention mixes dtypes.
         with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):
             placed = sharding.put_batch(dict(batch), mesh)
             for _ in range(num_steps):
@@ -64,7 +64,7 @@ def make_train_step(
 def make_generate(
     decoder: DecoderConfig, weights: str = "float32"
 ) -> Callable[[np.ndarray, int], np.ndarray]:
-    """(prompts int [B, T], count) -> int [B, count], the likeliest tokens; `weights`: their dtype at rest."""
+    """(prompts int [B, T], count) -> int [B, count], greedy tokens; `weights` is the parameters' dtype."""
     make_model = functools.partial(_make_model, decoder)
     graphdef, _ = param_trees.describe(make_model, None)
 
@@ -78,19 +78,19 @@ def make_generate(
     def generate(prompts: np.ndarray, count: int) -> np.ndarray:
         rows, length = prompts.shape
         positions = np.broadcast_to(np.arange(length, dtype=np.int32), prompts.shape)
-        given = sampler.Prompts(
+        batch = sampler.Prompts(
             prompts, positions, np.ones_like(prompts), np.full(rows, length, np.int32)
         )
-        drawn = sampler.sample(
+        samples = sampler.sample(
             params,
-            given,
+            batch,
             np.arange(rows, dtype=np.uint32),
             allowed,
             graphdef=graphdef,
             num_steps=count,
             sampling=sampler.Sampling(temperature=0.0),
         )
-        return np.asarray(drawn.tokens)
+        return np.asarray(samples.tokens)
 
     return generate
 
@@ -100,9 +100,10 @@ def with_machine(
     num_threads: int | None = None,
     versions: Mapping[str, str] | None = None,
 ) -> dict[str, Mapping[str, Any]]:
-    """The cases with `machine`, `versions` (the given ones besides ours) and `xla_flags`.
+    """Adds `machine`, `versions` (ours and the given ones) and `xla_flags` to the cases.
 
-    The machine is its processor and how many of its cores count, or without `num_threads` the first device.
+    The machine is described by its processor and the number of cores used, or, without `num_threads`, by the
+    first device.
     """
     made_on = costs.machine()
     device = jax.devices()[0].device_kind

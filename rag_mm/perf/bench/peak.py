@@ -1,13 +1,13 @@
-"""One device against its published peaks: MFU of a training step, bandwidth of greedy decoding at batch 1.
+"""One device compared with its published peaks: training MFU, bandwidth of greedy decoding at batch size 1.
 
-The models are CM3Leon's decoder at the paper's 7 B and at 1.3 B in between, bfloat16 over float32 parameters.
-Nothing beyond jax, flax, optax and orbax is imported.
+The models are CM3Leon's decoder with 7B (the paper's) and 1.3B parameters, bfloat16 compute over float32
+parameters. Nothing beyond jax, flax, optax, orbax and their dependencies is imported.
 
-What fits an H200 (141 GB): a parameter, Adam's two moments and its gradient are 16 bytes in float32, so
-7 B take 108 GB and leave some 20 GB to the layers. Four rows with full remat keep 4 GB of inputs, beside
-them what one layer and one run of logits need; `dots` keeps 12 GB a row. So no moment is narrowed or
-factored. 1.3 B take 22 GB, and `dots` 4.4 GB a row. This is reckoned; `peak_bytes` of a result is what the
-device saw.
+Memory on an H200 (141 GB): a parameter, its gradient and Adam's two moments take 16 bytes in float32, so 7B
+parameters take 108 GB and leave about 20 GB for activations. Four sequences with full remat keep 4 GB of
+layer inputs, plus the working memory of one layer and one chunk of logits; `dots` keeps 12 GB per sequence.
+No moment is therefore stored in lower precision or factored. 1.3B parameters take 22 GB, and `dots` 4.4 GB
+per sequence. These are estimates; `peak_bytes` of a result is measured.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A model, and the rows and remat of a training step that leave room on an H200."""
+    """A model, with the batch size and remat of a training step that fit an H200."""
 
     model: cm3leon.CM3LeonConfig
     batch_size: int
@@ -60,44 +60,44 @@ def train(
     num_rounds: int = 5,
     say: Say = lambda line: None,
 ) -> dict[str, Mapping[str, Any]]:
-    """Model FLOPs a second (`perf.flops`) of the house's training step beside the peak: `ratio` is the MFU.
+    """Model FLOP/s (`perf.flops`) of our training step compared with the peak; `ratio` is the MFU.
 
-    Rows are as long as the model's longest and one segment each, so that cuDNN runs without a mask. Peak and
-    ratio are None where `size` is tiny and the device has no published peak.
+    Sequences have the model's maximal length and one segment each, so that cuDNN runs without a mask. Peak
+    and ratio are None if `size` is tiny and the device has no published peak.
 
     Args:
         size: one of SIZES.
-        batch_size: rows; None takes the size's.
-        remat: none, dots or full; None takes the size's.
-        loss_chunks: runs of positions whose logits are made one after the other.
-        num_steps: that are timed together.
-        num_rounds: of which the median counts.
-        say: is told what begins.
+        batch_size: sequences per step; None means the size's.
+        remat: none, dots or full; None means the size's.
+        loss_chunks: chunks of positions whose logits are computed one after the other.
+        num_steps: steps timed together.
+        num_rounds: timing rounds; the median is reported.
+        say: called with a progress message.
 
     Returns:
-        One case named after the size. `ours` and `peer` are FLOP/s; beside them stand `tokens_per_second`,
-        `step_seconds`, `loss` (nats), `attention` (the kernel), the settings, and `peak_bytes` of the
-        device where it counts them.
+        One case named after the size. `ours` and `peer` are FLOP/s; the others are `tokens_per_second`,
+        `step_seconds`, `loss` (nats), `attention` (the kernel), the settings, and `peak_bytes` of the device
+        if it reports them.
 
     Raises:
         UserError: no published peak, or the step does not fit the device.
     """
     device = _device(size)
     batch_size = SIZES[size].batch_size if batch_size is None else batch_size
-    given = SIZES[size].model
-    decoder = dataclasses.replace(given.decoder, remat=remat or SIZES[size].remat)
-    model = dataclasses.replace(given, decoder=decoder, loss_chunks=loss_chunks)
+    base = SIZES[size].model
+    decoder = dataclasses.replace(base.decoder, remat=remat or SIZES[size].remat)
+    model = dataclasses.replace(base, decoder=decoder, loss_chunks=loss_chunks)
     length = decoder.max_seq_len
-    say(f"training {size}: {batch_size} rows of {length} tokens, remat {decoder.remat}")
+    say(f"training {size}: {batch_size} sequences of {length} tokens, remat {decoder.remat}")
     rows = ours.make_rows(np.random.default_rng(0), (batch_size, length), decoder.vocab_size)
     del rows["segment_ids"]
-    with _must_fit(device, "fewer --batch rows or --remat=full"):
+    with _must_fit(device, "a smaller --batch or --remat=full"):
         step = ours.make_train_step(model, optimizer.make_optimizer(_ADAM, _SCHEDULED_STEPS))
         loss = step(rows)
         [seconds] = timing.alternate([functools.partial(step, rows, num_steps)], num_rounds)
     rate = batch_size * length * num_steps / seconds
     case = {
-        **_beside(rate * flops.train_flops(decoder, length), chips.DEVICE_FLOPS, device, "FLOP/s"),
+        **_ratio(rate * flops.train_flops(decoder, length), chips.DEVICE_FLOPS, device, "FLOP/s"),
         "tokens_per_second": rate,
         "step_seconds": seconds / num_steps,
         "loss": loss,
@@ -118,25 +118,25 @@ def decode(
     num_rounds: int = 5,
     say: Say = lambda line: None,
 ) -> dict[str, Mapping[str, Any]]:
-    """Bytes a second that greedy decoding of one row must read beside the bandwidth: `ratio` is its share.
+    """Bytes per second that greedy decoding at batch size 1 must read, compared with the memory bandwidth.
 
-    A token must read the weights that multiply it and the keys and values before it, all in bfloat16
-    (`traffic.decode_bytes`). The time is that of the whole call, prefill included. Peak and ratio as in
-    `train`.
+    Each token reads the weights that multiply it and all previous keys and values, in bfloat16
+    (`traffic.decode_bytes`). The time is that of the whole call, including prefill. `ratio` is the fraction
+    of the bandwidth; peak and ratio may be None as in `train`.
 
     Args:
         size: one of SIZES.
-        length: tokens of the row at its end; None is a quarter of the model's longest.
-        num_new: of which so many are decoded, the rest is the prompt; None is a half.
-        num_rounds: of which the median counts.
-        say: is told what begins.
+        length: final sequence length in tokens; None means a quarter of the model's maximum.
+        num_new: tokens to decode, the rest is the prompt; None means half.
+        num_rounds: timing rounds; the median is reported.
+        say: called with a progress message.
 
     Returns:
-        One case named after the size. `ours` and `peer` are B/s; beside them stand `tokens_per_second`,
-        `bytes_per_token`, the settings, and `peak_bytes` of the device where it counts them.
+        One case named after the size. `ours` and `peer` are B/s; the others are `tokens_per_second`,
+        `bytes_per_token`, the settings, and `peak_bytes` of the device if it reports them.
 
     Raises:
-        UserError: no published peak, no room for prompt and new tokens, or no room on the device.
+        UserError: no published peak, no space for a prompt, or the model does not fit the device.
     """
     device = _device(size)
     decoder = SIZES[size].model.decoder
@@ -144,10 +144,10 @@ def decode(
     num_new = length // 2 if num_new is None else num_new
     if not 1 <= num_new < length <= decoder.max_seq_len:
         raise UserError(
-            f"--new={num_new} and --length={length} do not fit: a row of {size} holds at most "
-            f"{decoder.max_seq_len} tokens, and --new leaves room for a prompt in --length."
+            f"--new={num_new} and --length={length} are invalid: {size} supports at most "
+            f"{decoder.max_seq_len} tokens, and --new must be less than --length to leave a prompt."
         )
-    say(f"decoding {size}: {num_new} tokens behind {length - num_new}")
+    say(f"decoding {size}: {num_new} tokens after a prompt of {length - num_new}")
     shape = (1, length - num_new)
     prompts = np.random.default_rng(0).integers(1, decoder.vocab_size, shape).astype(np.int32)
     with _must_fit(device, "a smaller --length"):
@@ -157,7 +157,7 @@ def decode(
     per_token = traffic.decode_bytes(decoder, length - num_new / 2)
     rate = num_new / seconds
     case = {
-        **_beside(rate * per_token, chips.DEVICE_BANDWIDTH, device, "B/s"),
+        **_ratio(rate * per_token, chips.DEVICE_BANDWIDTH, device, "B/s"),
         "tokens_per_second": rate,
         "bytes_per_token": per_token,
         "length": length,
@@ -171,13 +171,13 @@ def _device(size: str) -> jax.Device:
     device = jax.devices()[0]
     if size != "tiny" and device.device_kind not in chips.DEVICE_FLOPS:
         raise UserError(
-            f"There is no published peak of {device.device_kind!r} here to measure {size} against (there "
-            f"are {', '.join(chips.DEVICE_FLOPS)}); --size=tiny runs anywhere, without one."
+            f"{size} needs a device with a published peak, and {device.device_kind!r} has no published peak "
+            f"here (known: {', '.join(chips.DEVICE_FLOPS)}); --size=tiny runs on any device."
         )
     return device
 
 
-def _beside(
+def _ratio(
     rate: float, peaks: Mapping[str, float], device: jax.Device, unit: str
 ) -> dict[str, Any]:
     peak = peaks.get(device.device_kind)
@@ -192,7 +192,7 @@ def _must_fit(device: jax.Device, remedy: str) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise UserError(f"It does not fit {device.device_kind}; give {remedy}.") from error
+        raise UserError(f"Out of memory on {device.device_kind}; use {remedy}.") from error
 
 
 def _kernel(decoder: DecoderConfig, device: jax.Device) -> str:

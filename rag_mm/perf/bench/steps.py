@@ -1,4 +1,4 @@
-"""Our training step and our decoding beside transformers: one shape, one process, rounds by turns."""
+"""Our training step and decoding compared with transformers: same shapes and process, interleaved rounds."""
 
 import dataclasses
 import functools
@@ -18,18 +18,18 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class StepBenchConfig:
-    """What is measured; the defaults are the quickstart's decoder when this was first measured.
+    """Configuration of the benchmark; the defaults are the quickstart's decoder when it was first measured.
 
     Attributes:
-        widths: of the decoder, a case each; heads and MLP grow with it.
+        widths: decoder widths, one case each; heads and MLP scale with the width.
         num_layers, vocab_size: of the decoder.
-        length: tokens of a row.
-        batch_size: rows of a training step.
-        batch_sizes: of decoding, a case each.
-        num_new: tokens that are decoded at the end of a row; the rest is the prompt.
-        num_threads: of both sides.
-        num_rounds: of which the median counts.
-        with_compiled: torch.compile as a peer too; it needs a C++ compiler.
+        length: tokens per sequence.
+        batch_size: sequences per training step.
+        batch_sizes: batch sizes for decoding, one case each.
+        num_new: tokens to decode at the end of a sequence; the rest is the prompt.
+        num_threads: threads of both sides.
+        num_rounds: timing rounds; the median is reported.
+        with_compiled: also compare with torch.compile, which needs a C++ compiler.
     """
 
     widths: tuple[int, ...] = (192, 768)
@@ -44,7 +44,7 @@ class StepBenchConfig:
     with_compiled: bool = True
 
     def model(self, width: int) -> ra_cm3.RACM3Config:
-        """LLaMA's family in float32: heads of 32, a gated MLP of 8/3 the width."""
+        """A LLaMA-like decoder in float32: heads of dimension 32, a gated MLP of 8/3 the width."""
         decoder = DecoderConfig(
             vocab_size=self.vocab_size,
             num_layers=self.num_layers,
@@ -56,23 +56,23 @@ class StepBenchConfig:
         return ra_cm3.RACM3Config(decoder, code_offset=self.vocab_size)
 
     def rows(self) -> dict[str, np.ndarray]:
-        """The batch of every training step."""
+        """The batch used in every training step."""
         shape = (self.batch_size, self.length)
         return ours.make_rows(np.random.default_rng(0), shape, self.vocab_size)
 
 
 def train(config: StepBenchConfig, say: Say = lambda line: None) -> dict[str, Mapping[str, Any]]:
-    """Tokens a second of a step of Adam, prepared batch to new parameters; a case a width and peer."""
+    """Tokens per second of an Adam step, prepared batch to new parameters; one case per width and peer."""
     with timing.on_threads(config.num_threads):
         cases = _train(config, say)
     return ours.with_machine(cases, config.num_threads, torch_peer.versions())
 
 
 def decode(config: StepBenchConfig, say: Say = lambda line: None) -> dict[str, Mapping[str, Any]]:
-    """New tokens a second, greedy, prefill included; a case a batch size.
+    """New tokens per second of greedy decoding, including prefill; one case per batch size.
 
-    `two_streams` is what a second row costs at batch 1, as guidance by a second stream would: seconds of
-    two over seconds of one.
+    `two_streams` is the cost of a second sequence at batch size 1, as in classifier-free guidance: seconds at
+    batch size 2 divided by seconds at batch size 1.
     """
     with timing.on_threads(config.num_threads):
         cases = _decode(config, say)
@@ -84,21 +84,20 @@ def _train(config: StepBenchConfig, say: Say) -> dict[str, dict[str, Any]]:
     rows = config.rows()
     ids = rows["tokens"]
     for width in config.widths:
-        say(f"training, {width} wide")
+        say(f"training, width {width}")
         model = config.model(width)
-        kinds = {"eager": False} | ({"compiled": True} if config.with_compiled else {})
+        peers = {"eager": False} | ({"compiled": True} if config.with_compiled else {})
         calls = [functools.partial(ours.make_train_step(model, optax.adam(LEARNING_RATE)), rows)]
-        for is_compiled in kinds.values():
+        for is_compiled in peers.values():
             peer = torch_peer.make_train_step(
                 model.decoder, LEARNING_RATE, config.num_threads, is_compiled
             )
             calls.append(functools.partial(peer, ids))
         losses = [call() for call in calls]
-        rates = [
-            ids.size / each for each in timing.alternate(calls, config.num_rounds, is_warm=True)
-        ]
-        for kind, rate, loss in zip(kinds, rates[1:], losses[1:], strict=True):
-            cases[f"{width}_{kind}"] = {
+        seconds = timing.alternate(calls, config.num_rounds, is_warm=True)
+        rates = [ids.size / step_seconds for step_seconds in seconds]
+        for name, rate, loss in zip(peers, rates[1:], losses[1:], strict=True):
+            cases[f"{width}_{name}"] = {
                 **_ratio(rates[0], rate, "tokens/s"),
                 "our_loss": losses[0],
                 "peer_loss": loss,
@@ -108,10 +107,8 @@ def _train(config: StepBenchConfig, say: Say) -> dict[str, dict[str, Any]]:
 
 def _decode(config: StepBenchConfig, say: Say) -> dict[str, dict[str, Any]]:
     decoder = config.model(config.widths[0]).decoder
-    mine, theirs = (
-        ours.make_generate(decoder),
-        torch_peer.make_generate(decoder, config.num_threads),
-    )
+    generate_ours = ours.make_generate(decoder)
+    generate_peer = torch_peer.make_generate(decoder, config.num_threads)
     rng, count, cases = np.random.default_rng(0), config.num_new, {}
 
     def prompts(batch_size: int) -> np.ndarray:
@@ -119,13 +116,15 @@ def _decode(config: StepBenchConfig, say: Say) -> dict[str, dict[str, Any]]:
         return rng.integers(1, config.vocab_size, shape).astype(np.int32)
 
     for batch_size in config.batch_sizes:
-        say(f"decoding {batch_size} rows")
-        given = prompts(batch_size)
-        calls = [functools.partial(generate, given, count) for generate in (mine, theirs)]
+        say(f"decoding, batch size {batch_size}")
+        batch = prompts(batch_size)
+        calls = [
+            functools.partial(generate, batch, count) for generate in (generate_ours, generate_peer)
+        ]
         seconds = timing.alternate(calls, config.num_rounds, is_warm=True)
-        rates = [batch_size * count / each for each in seconds]
+        rates = [batch_size * count / call_seconds for call_seconds in seconds]
         cases[f"batch_{batch_size}"] = _ratio(rates[0], rates[1], "tokens/s")
-    calls = [functools.partial(mine, prompts(rows), count) for rows in (2, 1)]
+    calls = [functools.partial(generate_ours, prompts(size), count) for size in (2, 1)]
     two, one = timing.alternate(calls, 2 * config.num_rounds, is_warm=True)
     cases["two_streams"] = _ratio(two, one, "s")
     return cases

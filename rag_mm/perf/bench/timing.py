@@ -1,84 +1,84 @@
 """Interleaved timing of several calls, so that a slow phase of the machine affects all of them."""
 
 import contextlib
-import math
 import os
 import pathlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-LEAST_ROUNDS = 6  # Of five values not even the extremes hold the median with 95 %.
+LEAST_ROUNDS = 6  # With five values, even their range has a coverage below 95 %.
 
 
 def alternate(
     calls: Sequence[Callable[[], object]], num_rounds: int, is_warm: bool = False
 ) -> list[float]:
-    """The median seconds of each call; see `rounds`."""
+    """Median seconds of each call; see `rounds`."""
     return [statistics.median(times) for times in rounds(calls, num_rounds, is_warm)]
 
 
 def rounds(
     calls: Sequence[Callable[[], object]], num_rounds: int, is_warm: bool = False
 ) -> list[list[float]]:
-    """The seconds of each call in each round, all of them once a round, after one that is not counted.
+    """Seconds per call and round. Every round runs all calls once, after one uncounted round.
 
-    With `is_warm` each is made twice in its turn and the second counts: steps follow steps of their own kind
-    in a run too, and what another library leaves behind, such as memory given back, is not theirs.
+    With `is_warm`, each call runs twice in a row and the second run is timed, as in training, where a step
+    follows a step. This excludes effects of the other call, such as memory that another library freed.
     """
     seconds: list[list[float]] = [[] for _ in calls]
-    for count in range(num_rounds + 1):
-        for place, call in enumerate(calls):
-            if count and is_warm:
+    for round_number in range(num_rounds + 1):
+        for i, call in enumerate(calls):
+            if round_number and is_warm:
                 call()
-            began = time.perf_counter()
+            start = time.perf_counter()
             call()
-            if count:
-                seconds[place].append(time.perf_counter() - began)
+            if round_number:
+                seconds[i].append(time.perf_counter() - start)
     return seconds
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of the median, whatever the values' distribution: two of the values themselves.
+    """Distribution-free 95 % confidence interval of the median: two order statistics.
 
-    The median lies outside the k-th least and the k-th greatest value as often as a fair coin shows heads
-    fewer than k times or more than n - k; k is the largest for which that is at most 5 %.
+    The true median is outside the k-th smallest and k-th largest of n values with probability 2 P(X < k), X
+    binomial (n, 1/2); k is the largest one for which that is at most 5 %.
 
     Raises:
         ValueError: fewer than LEAST_ROUNDS values.
     """
+    from scipy import stats
+
     count = len(values)
     if count < LEAST_ROUNDS:
-        raise ValueError(f"{count} values have no such interval, give at least {LEAST_ROUNDS}")
-    k, outside = 0, 2 / 2**count
-    while outside <= 0.05:
-        k += 1
-        outside += 2 * math.comb(count, k) / 2**count
+        raise ValueError(
+            f"{count} values are too few for a 95 % interval; give at least {LEAST_ROUNDS}"
+        )
+    k = int(stats.binom.ppf(0.025, count, 0.5))
     ordered = sorted(values)
     return ordered[k - 1], ordered[count - k]
 
 
 @contextlib.contextmanager
 def on_threads(count: int) -> Iterator[None]:
-    """Lets the process use so many processors while the body runs (Linux).
+    """Restricts the process to `count` CPUs within the context (Linux).
 
-    XLA makes as many threads as it may use processors when it starts, so it must not have started before.
+    XLA sizes its thread pool when it starts, so call this before the first JAX operation.
     """
-    used = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, used[:count])
+    cpus = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cpus[:count])
     try:
         yield
     finally:
-        os.sched_setaffinity(0, used)
+        os.sched_setaffinity(0, cpus)
 
 
 def reset_peak_memory() -> None:
-    """Forgets the process's peak of resident memory (Linux)."""
+    """Resets the peak resident memory of the process (Linux)."""
     pathlib.Path("/proc/self/clear_refs").write_text("5")
 
 
 def resident_memory(peak: bool) -> int:
-    """Bytes that are resident now, or were at most since the last reset (Linux)."""
+    """Resident bytes: current, or the peak since the last reset (Linux)."""
     key = "VmHWM:" if peak else "VmRSS:"
     for line in pathlib.Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key):

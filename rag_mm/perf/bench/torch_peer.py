@@ -12,7 +12,7 @@ from rag_mm.nn.decoder import DecoderConfig
 
 
 def load() -> tuple[types.ModuleType, types.ModuleType]:
-    """torch and transformers.
+    """Imports torch and transformers.
 
     Raises:
         UserError: one of them is not installed.
@@ -22,29 +22,29 @@ def load() -> tuple[types.ModuleType, types.ModuleType]:
         import transformers
     except ImportError:
         raise UserError(
-            "The peer is not installed: pip install '.[parity]' brings torch and transformers."
+            "PyTorch and transformers are not installed: pip install '.[parity]'."
         ) from None
     return torch, transformers
 
 
 def versions() -> dict[str, str]:
-    """Of both."""
+    """Versions of torch and transformers."""
     return {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
 
 
 def make_train_step(
     config: DecoderConfig, learning_rate: float, num_threads: int, is_compiled: bool
 ) -> Callable[[np.ndarray], float]:
-    """ids int [B, T] -> the loss of one step of Adam on them, float32, in nats a token."""
+    """ids int [B, T] -> the loss of one float32 Adam step on them, in nats per token."""
     torch, _ = load()
     model = _make_model(config, num_threads).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
     forward = torch.compile(model) if is_compiled else model
 
     def step(ids: np.ndarray) -> float:
-        given = torch.from_numpy(ids).long()
+        tokens = torch.from_numpy(ids).long()
         optimizer.zero_grad(set_to_none=True)
-        loss = forward(input_ids=given, labels=given, use_cache=False).loss
+        loss = forward(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         optimizer.step()
         return float(loss.detach())
@@ -55,21 +55,21 @@ def make_train_step(
 def make_generate(
     config: DecoderConfig, num_threads: int
 ) -> Callable[[np.ndarray, int], np.ndarray]:
-    """(prompts int [B, T], count) -> int [B, count], the likeliest tokens one after the other."""
+    """(prompts int [B, T], count) -> int [B, count], greedy tokens."""
     torch, _ = load()
     model = _make_model(config, num_threads).eval()
 
     def generate(prompts: np.ndarray, count: int) -> np.ndarray:
-        given = torch.from_numpy(prompts).long()
+        tokens = torch.from_numpy(prompts).long()
         with torch.no_grad():
-            found = model.generate(
-                given,
-                attention_mask=torch.ones_like(given),
+            sequences = model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
                 max_new_tokens=count,
                 min_new_tokens=count,
                 do_sample=False,
             )
-        return found[:, prompts.shape[1] :].numpy()
+        return sequences[:, prompts.shape[1] :].numpy()
 
     return generate
 
@@ -78,7 +78,7 @@ def _make_model(config: DecoderConfig, num_threads: int) -> Any:
     torch, transformers = load()
     torch.set_num_threads(num_threads)
     torch.manual_seed(0)
-    theirs = transformers.LlamaConfig(
+    llama_config = transformers.LlamaConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.embed_dim,
         intermediate_size=config.mlp_dim,
@@ -92,4 +92,4 @@ def _make_model(config: DecoderConfig, num_threads: int) -> Any:
         eos_token_id=None,
         pad_token_id=0,
     )
-    return transformers.LlamaForCausalLM(theirs).float()
+    return transformers.LlamaForCausalLM(llama_config).float()

@@ -1,9 +1,9 @@
-"""Rows and queries for measuring an index: a cone of "images" and one of "texts", as CLIP has them.
+"""Synthetic rows and queries for index benchmarks: an "image" cone and a "text" cone, like CLIP embeddings.
 
-Embeddings of the two modalities lie in two narrow cones apart from each other (Liang et al. 2022, arXiv
-2203.02053), rows gather in clusters of very different sizes, and a few directions carry most of the
-variance. A query is the text of something near one of the clusters, so it comes from outside the rows'
-own distribution. Everything follows from the seed; rows are made in blocks, so that memory stays small.
+Embeddings of the two modalities lie in separate narrow cones (Liang et al. 2022, arXiv 2203.02053), rows form
+clusters of very different sizes, and a few directions carry most of the variance. A query is a text near one
+of the clusters, so queries are out of distribution for the rows. Everything is deterministic given the seed;
+rows are generated in blocks to limit memory.
 """
 
 import dataclasses
@@ -18,12 +18,12 @@ class Cones:
     """A distribution of rows and queries.
 
     Attributes:
-        dim: width.
-        num_clusters: their sizes fall as 1 / rank^0.5.
+        dim: embedding dimension.
+        num_clusters: number of clusters; their sizes fall as 1 / rank^0.5.
         spectrum: standard deviations along rotated axes fall as 1 / i^spectrum.
-        gap: length of each cone's mean beside a spread of 1.
-        spread: how far rows lie from their cluster's centre, beside the centres' own spread of 1.
-        seed: of everything.
+        gap: norm of each cone's mean, relative to the spread of the cluster centres.
+        spread: spread of rows around their cluster centre, relative to that of the centres.
+        seed: random seed.
     """
 
     dim: int = 512
@@ -34,28 +34,28 @@ class Cones:
     seed: int = 0
 
     def rows(self, count: int) -> np.ndarray:
-        """Unit rows of the image cone, float32 [count, dim]; the first rows do not depend on `count`."""
-        return self._draw(count, kind=1)
+        """Unit vectors of the image cone, float32 [count, dim]; the first rows do not depend on `count`."""
+        return self._sample(count, kind=1)
 
     def queries(self, count: int) -> np.ndarray:
-        """Unit rows of the text cone, float32 [count, dim]."""
-        return self._draw(count, kind=2)
+        """Unit vectors of the text cone, float32 [count, dim]."""
+        return self._sample(count, kind=2)
 
-    def _draw(self, count: int, kind: int) -> np.ndarray:
-        scales, means, centres, rotation = self._shape()
+    def _sample(self, count: int, kind: int) -> np.ndarray:
+        scales, means, centres, rotation = self._parameters()
         sizes = 1 / np.sqrt(np.arange(1, self.num_clusters + 1))
-        drawn = np.empty((count, self.dim), np.float32)
+        samples = np.empty((count, self.dim), np.float32)
         for start in range(0, count, _BLOCK):
             rng = np.random.default_rng((self.seed, kind, start))
             clusters = rng.choice(self.num_clusters, _BLOCK, p=sizes / sizes.sum())
             noise = rng.standard_normal((_BLOCK, self.dim), np.float32) * (scales * self.spread)
             block = (centres[clusters] + noise) @ rotation + means[kind - 1]
             block /= np.linalg.norm(block, axis=1, keepdims=True)
-            drawn[start : start + _BLOCK] = block[: count - start]
-        return drawn
+            samples[start : start + _BLOCK] = block[: count - start]
+        return samples
 
-    def _shape(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Scales [dim] of variance 1 in all, means [2, dim], centres [clusters, dim], a rotation."""
+    def _parameters(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Scales [dim] of total variance 1, means [2, dim], centres [clusters, dim], rotation [dim, dim]."""
         rng = np.random.default_rng((self.seed, 0))
         scales = np.arange(1, self.dim + 1, dtype=np.float64) ** -self.spectrum
         scales = (scales / np.linalg.norm(scales)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""From a page of one model's sizes (configs/cm3leon.py, configs/ra_cm3.py) to a case to compile."""
+"""Builds the case to compile from a config page (configs/cm3leon.py, configs/ra_cm3.py)."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -66,20 +66,20 @@ def make_case(
     mesh: str | None = None,
     num_new: int | None = None,
 ) -> programs.Case:
-    """The page's model on a topology; what is None is the page's, or chosen.
+    """The page's model on a topology. None means the page's value or the default below.
 
     Args:
-        config: the page's values.
-        topology: where it runs.
-        batch_size: rows of a step.
-        num_parts: parts of a step's batch.
-        remat: none | dots | full; full where neither says.
-        mesh: `data,fsdp,tensor`; as many chips of a slice under fsdp as divide the width, or to decode
-            as many as divide the heads, at most 8, under tensor.
-        num_new: tokens to decode, -1 for 1,024 or half a row; None plans the training step.
+        config: values of the config page.
+        topology: the target.
+        batch_size: sequences per step.
+        num_parts: microbatches per step.
+        remat: none | dots | full; default full.
+        mesh: `data,fsdp,tensor`. By default fsdp is the largest number of chips of a slice that divides the
+            width; for decoding, tensor is the largest one up to 8 that divides the heads.
+        num_new: tokens to decode, -1 for 1,024 or half a sequence; None plans the training step.
 
     Raises:
-        UserError: a value that does not fit.
+        UserError: an invalid value.
     """
     config = configuration.fill(config, sections)
     model = configuration.make(FAMILIES[config["family"]], config["model"], "model")
@@ -88,13 +88,15 @@ def make_case(
     if num_new is not None and num_new < 1:
         raise UserError(f"--decode is {num_new}; give at least 1 token.")
     shape = _mesh_shape(model, topology, mesh, bool(num_new))
-    rows = batch_size or (shape[0] * shape[1] if num_new else config["batch_size"])
+    num_sequences = batch_size or (shape[0] * shape[1] if num_new else config["batch_size"])
     parts = 1 if num_new else num_parts or config["accumulate"]
     case = programs.Case(
-        model=_prepare(model, remat, rows / (shape[0] * shape[1] * parts), shape[2], bool(num_new)),
+        model=_prepare(
+            model, remat, num_sequences / (shape[0] * shape[1] * parts), shape[2], bool(num_new)
+        ),
         optimizer=configuration.make(OptimizerConfig, config["optimizer"], "optimizer"),
         mesh_shape=shape,
-        batch_size=rows,
+        batch_size=num_sequences,
         num_parts=parts,
         num_new=num_new or 0,
     )
@@ -103,17 +105,17 @@ def make_case(
 
 
 def _prepare(
-    model: ra_cm3.RACM3Config, remat: str | None, rows: float, tensor: int, is_decoding: bool
+    model: ra_cm3.RACM3Config, remat: str | None, per_chip: float, tensor: int, is_decoding: bool
 ) -> ra_cm3.RACM3Config:
-    """Remat and loss chunks for so many rows a chip."""
+    """Sets remat and loss chunks for `per_chip` sequences on each chip."""
     decoder = model.decoder
     if is_decoding:
         return model
     if remat is None:
         remat = decoder.remat if decoder.remat != "none" else "full"
     chunks = model.loss_chunks
-    whole = 4 * rows * decoder.max_seq_len * decoder.vocab_size / tensor
-    while whole / chunks > LOGITS_BYTES and chunks < decoder.max_seq_len:
+    logits_bytes = 4 * per_chip * decoder.max_seq_len * decoder.vocab_size / tensor
+    while logits_bytes / chunks > LOGITS_BYTES and chunks < decoder.max_seq_len:
         chunks *= 2
     return dataclasses.replace(
         model, decoder=dataclasses.replace(decoder, remat=remat), loss_chunks=chunks
@@ -123,19 +125,21 @@ def _prepare(
 def _mesh_shape(
     model: ra_cm3.RACM3Config, topology: chips.Topology, mesh: str | None, is_decoding: bool
 ) -> tuple[int, int, int]:
-    chips_a_slice = topology.num_chips // topology.num_slices
+    chips_per_slice = topology.num_chips // topology.num_slices
     if mesh is not None:
         sides = mesh.split(",")
         if len(sides) != 3 or not all(side.strip().isdigit() and int(side) for side in sides):
-            raise UserError(f"--mesh={mesh} does not read as data,fsdp,tensor; write 1,256,1.")
+            raise UserError(f"--mesh={mesh} is not of the form data,fsdp,tensor, such as 1,256,1.")
         data, fsdp, tensor = map(int, sides)
         return data, fsdp, tensor
     if not is_decoding:
         width = model.decoder.embed_dim
-        fsdp = max(n for n in range(1, chips_a_slice + 1) if not (chips_a_slice % n or width % n))
+        fsdp = max(
+            n for n in range(1, chips_per_slice + 1) if not (chips_per_slice % n or width % n)
+        )
         return topology.num_chips // fsdp, fsdp, 1
-    # Gathering weights for every token would cost more than the token.
+    # No fsdp: gathering weights for every token would cost more than the token itself.
     heads = (model.decoder.block.num_heads, model.decoder.block.num_kv_heads)
-    fits = lambda n: not any(size % n for size in (*heads, chips_a_slice))
+    fits = lambda n: not any(size % n for size in (*heads, chips_per_slice))
     tensor = max(n for n in (1, 2, 4, 8) if fits(n))
     return topology.num_chips // tensor, 1, tensor

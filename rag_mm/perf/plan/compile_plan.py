@@ -1,7 +1,7 @@
-"""What a step costs on chips that are not here: compiled by their own compiler, then read.
+"""Compiles a step ahead of time for a TPU topology and estimates its cost.
 
-The step time is a roofline: the slowest of arithmetic, memory and links at their published peaks, each
-thought to run beside the others. The MFU bound follows: model FLOPs over what the chips could have done.
+The step time is a roofline: the slowest of compute, HBM and interconnect at their published peaks, assuming
+perfect overlap. The MFU bound is model FLOPs divided by the peak FLOPs of the chips in that time.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from rag_mm.perf.plan import hlo, programs, traffic
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of one chip, in bytes; `collectives` is empty where it gave up."""
+    """The compiler's report for one chip, in bytes; `collectives` is empty if compilation failed."""
 
     fits: bool
     peak_bytes: int
@@ -29,10 +29,10 @@ class Compiled:
 
 
 def make_plan(case: programs.Case, topology: chips.Topology) -> dict[str, Any]:
-    """Compiles the case and reports; the keys are those of `rag-mm plan --json`.
+    """Compiles the case and returns its report, the keys of `rag-mm plan --json`.
 
     Raises:
-        UserError: the topology, mesh or batch does not fit together.
+        UserError: topology, mesh and batch are incompatible.
     """
     mesh = programs.make_mesh(topology, case.mesh_shape)
     lower = programs.lower_decode if case.num_new else programs.lower_train
@@ -41,31 +41,33 @@ def make_plan(case: programs.Case, topology: chips.Topology) -> dict[str, Any]:
 
 
 def search(case: programs.Case, topology: chips.Topology) -> dict[str, Any]:
-    """The best plan that fits: the largest batch at once, and of it the leanest remat, by MFU bound.
+    """The plan with the highest MFU bound among those that fit, over microbatches and remat.
 
-    A batch that is too large is halved into parts whose gradients add up to the same step, so what the
-    optimizer sees stays. Cases that keep more for the backward pass than a chip holds are not compiled. The
-    last plan, which does not fit, is given where none does.
+    A batch that does not fit is split into twice as many microbatches with accumulated gradients, so the
+    optimizer step stays the same. Cases whose activations alone exceed a chip's memory are not compiled. If
+    nothing fits, the last plan is returned.
 
     Raises:
         UserError: as `make_plan`.
     """
     tried: list[dict[str, Any]] = []
     shards = case.mesh_shape[0] * case.mesh_shape[1]
-    parts, leaner = case.num_parts, list(REMAT)
-    # More parts cost more exchanges: they are worth it for a leaner remat than what fits already.
-    while case.batch_size % (parts * shards) == 0 and leaner:
-        for remat in leaner:
+    parts, remats = case.num_parts, list(REMAT)
+    # More parts mean more communication, so they only pay off with less remat than what already fits.
+    while case.batch_size % (parts * shards) == 0 and remats:
+        for remat in remats:
             model = dataclasses.replace(
                 case.model, decoder=dataclasses.replace(case.model.decoder, remat=remat)
             )
             candidate = dataclasses.replace(case, model=model, num_parts=parts)
             if traffic.kept_bytes(candidate) > programs.hbm_bytes(topology):
                 continue
-            progress.say(f"plan: {remat} remat, {case.batch_size // parts} rows at once")
+            progress.say(
+                f"plan: {remat} remat, {case.batch_size // parts} sequences per microbatch"
+            )
             tried.append(make_plan(candidate, topology))
             if tried[-1]["fits"]:
-                leaner = leaner[: leaner.index(remat)]
+                remats = remats[: remats.index(remat)]
                 break
         parts *= 2
     if not tried:
@@ -76,7 +78,7 @@ def search(case: programs.Case, topology: chips.Topology) -> dict[str, Any]:
 
 
 def report(case: programs.Case, topology: chips.Topology, compiled: Compiled) -> dict[str, Any]:
-    """A plan as plain values; see `make_plan`."""
+    """The plan as plain values; see `make_plan`."""
     config, chip = case.model.decoder, topology.chip
     length = config.max_seq_len
     if case.num_new:
@@ -121,7 +123,7 @@ def report(case: programs.Case, topology: chips.Topology, compiled: Compiled) ->
 
 
 def _sent_bytes(case: programs.Case, compiled: Compiled) -> float:
-    """What a chip sends in a step; a decoded token bears its share of the prompt's prefill."""
+    """Bytes that a chip sends per step; for decoding, prefill is spread over the new tokens."""
     total = sum(c.sent_bytes * c.times for c in compiled.collectives)
     return total / max(case.num_new, 1)
 
@@ -134,14 +136,14 @@ def _bytes_by_kind(compiled: Compiled) -> dict[str, float]:
 
 
 def compile_program(lowered: jax.stages.Lowered, topology: chips.Topology) -> Compiled:
-    """What the compiler says of a program; one that it refuses for memory does not fit."""
+    """Compiles a program; one that the compiler rejects for lack of memory does not fit."""
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        found = programs.read_refusal(str(error))
-        if found is None:
+        sizes = programs.read_refusal(str(error))
+        if sizes is None:
             raise
-        return Compiled(False, *found)
+        return Compiled(False, *sizes)
     memory = program.memory_analysis()
     return Compiled(
         True,

@@ -1,4 +1,4 @@
-"""Collectives of a compiled program, read from its text: how many, how often they run, what moves."""
+"""Parses the collectives of a compiled program from its HLO text: count, executions and bytes."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\]\S* \{([^}]*)\}")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One instruction: bytes that a chip sends each time (a ring over its group), and how often it runs."""
+    """One instruction: bytes that a chip sends per execution (ring over its group), and executions."""
 
     kind: str
     group_size: int
@@ -31,22 +31,22 @@ class Collective:
 
 
 def read_collectives(text: str) -> list[Collective]:
-    """Every collective of a program's text; the body of a loop counts as often as it is known to run."""
+    """All collectives of a program's text; loop bodies count with their trip count where it is known."""
     bodies = _computations(text)
     times = _times(bodies, _entry(text))
-    found = []
+    collectives = []
     for name, lines in bodies.items():
         for shape, opcode, rest in _instructions(lines):
             kind = opcode.removesuffix("-start")
             if kind in KINDS and name in times:
                 size = _group_size(rest)
                 sent = _sent_bytes(kind, _nbytes(shape, opcode), size)
-                found.append(Collective(kind, size, sent, times[name]))
-    return found
+                collectives.append(Collective(kind, size, sent, times[name]))
+    return collectives
 
 
 def count(collectives: list[Collective]) -> dict[str, int]:
-    """How many instructions of each kind stand in the program."""
+    """Number of instructions of each kind."""
     return {kind: sum(c.kind == kind for c in collectives) for kind in KINDS}
 
 
@@ -65,19 +65,19 @@ def _computations(text: str) -> dict[str, list[str]]:
 def _entry(text: str) -> str:
     head = re.search(r"^ENTRY %?([\w.\-]+) ", text, re.MULTILINE)
     if head is None:
-        raise ValueError("this is no program's text: it has no ENTRY computation")
+        raise ValueError("not HLO text: there is no ENTRY computation")
     return head.group(1)
 
 
 def _instructions(lines: list[str]) -> Iterator[tuple[str, str, str]]:
     for line in lines:
-        found = _INSTRUCTION.match(line)
-        if found:
-            yield found.group(1), found.group(2), found.group(3)
+        match = _INSTRUCTION.match(line)
+        if match:
+            yield match.group(1), match.group(2), match.group(3)
 
 
 def _times(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
-    """How often each computation that is reached from the entry runs."""
+    """Number of executions of each computation reachable from the entry."""
     times: dict[str, int] = {}
 
     def visit(name: str, factor: int) -> None:
@@ -98,22 +98,22 @@ def _times(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
 
 
 def _num_trips(bodies: dict[str, list[str]], rest: str) -> int:
-    """Trips of a loop that counts from 0 to a constant, as `lax.scan` does; 1 where no constant is seen."""
+    """Trip count of a loop from 0 to a constant, as in `lax.scan`; 1 if no constant is found."""
     condition = _CONDITION.search(rest)
     lines = bodies.get(condition.group(1), []) if condition else []
-    bounds = [int(found.group(1)) for line in lines if (found := _BOUND.search(line))]
+    bounds = [int(match.group(1)) for line in lines if (match := _BOUND.search(line))]
     return max(bounds, default=1)
 
 
 def _group_size(rest: str) -> int:
-    if found := _MESH.search(rest):
-        sizes = dict(part.split("=") for part in found.group(1).split(","))
-        return math.prod(int(sizes[axis]) for axis in found.group(2).split(","))
-    if found := _IOTA.search(rest):
-        return int(found.group(2))
-    if found := _LISTS.search(rest):
-        return len(found.group(1).split(","))
-    return 2  # Pairs of a permutation.
+    if match := _MESH.search(rest):
+        sizes = dict(part.split("=") for part in match.group(1).split(","))
+        return math.prod(int(sizes[axis]) for axis in match.group(2).split(","))
+    if match := _IOTA.search(rest):
+        return int(match.group(2))
+    if match := _LISTS.search(rest):
+        return len(match.group(1).split(","))
+    return 2  # The pairs of a permutation.
 
 
 def _nbytes(shape: str, opcode: str) -> int:
@@ -122,14 +122,14 @@ def _nbytes(shape: str, opcode: str) -> int:
         for kind, dims in _SHAPE.findall(shape)
     ]
     if opcode.endswith("-start") and len(sizes) > 1:
-        # A tuple of operands and results (and flags of no size to speak of): results are the larger
-        # half in a gather, the smaller in nothing that is started here.
+        # A tuple of operands, results and small flags. The result is the largest in an all-gather, and no
+        # started collective here has a result smaller than its operand.
         return max(sizes)
     return sum(sizes)
 
 
 def _sent_bytes(kind: str, result_bytes: int, size: int) -> float:
-    """What one chip sends in a ring of `size` chips for a result of `result_bytes` a chip."""
+    """Bytes that one chip sends in a ring of `size` chips for a result of `result_bytes` per chip."""
     share = (size - 1) / max(size, 1)
     return (
         result_bytes

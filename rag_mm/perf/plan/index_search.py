@@ -1,4 +1,4 @@
-"""Compiles the search of a `device` memory for TPUs that are not here: does it fit, what does it move."""
+"""Compiles the search of a `device` index ahead of time for a TPU topology: memory and collectives."""
 
 from typing import Any
 
@@ -20,12 +20,12 @@ def make_plan(
     num_queries: int = 256,
     recall_target: float = 0.95,
 ) -> dict[str, Any]:
-    """The compiled search for the 10 best of bfloat16 rows [num_rows, dim] over every chip.
+    """Compiles a top-10 search over bfloat16 embeddings [num_rows, dim] sharded over all chips.
 
     Args:
-        num_rows, dim: of the memory.
-        topology: where.
-        num_queries: of one batch.
+        num_rows, dim: size of the memory.
+        topology: the target.
+        num_queries: batch size.
         recall_target: see `DeviceConfig`.
 
     Returns:
@@ -33,18 +33,18 @@ def make_plan(
         `flops_per_query` on all chips, `num_chips`, `rows_per_chip`, `num_queries`.
 
     Raises:
-        UserError: libtpu is not installed or knows no such topology.
+        UserError: libtpu is not installed or does not know the topology.
     """
     num_chips = topology.num_chips
     along = (topology.num_slices, num_chips // topology.num_slices, 1)
     devices = programs.make_mesh(topology, along).devices.reshape(-1)
     mesh = Mesh(devices, ("rows",), axis_types=(AxisType.Auto,))
     padded = -(-num_rows // num_chips) * num_chips
-    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("rows",), ()))
+    sharded, replicated = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("rows",), ()))
     shapes = (
-        jax.ShapeDtypeStruct((num_queries, dim), jnp.bfloat16, sharding=whole),
-        jax.ShapeDtypeStruct((padded, dim), jnp.bfloat16, sharding=split),
-        jax.ShapeDtypeStruct((padded,), jnp.bool_, sharding=split),
+        jax.ShapeDtypeStruct((num_queries, dim), jnp.bfloat16, sharding=replicated),
+        jax.ShapeDtypeStruct((padded, dim), jnp.bfloat16, sharding=sharded),
+        jax.ShapeDtypeStruct((padded,), jnp.bool_, sharding=sharded),
     )
     search = device.make_search(mesh, _K, recall_target)
     compiled = compile_plan.compile_program(search.lower(*shapes), topology)

@@ -1,4 +1,4 @@
-"""Training and decoding steps lowered for chips that are not here: shapes in, one compiled program out."""
+"""Lowers training and decoding steps for a TPU topology from abstract shapes."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ from rag_mm.perf import chips
 from rag_mm.train import optimizer, train_step
 from rag_mm.train import train_state as state
 
-ROW = {
+BATCH_DTYPES = {
     "tokens": jnp.int32,
     "targets": jnp.int32,
     "positions": jnp.int32,
@@ -34,15 +34,15 @@ ROW = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is compiled.
+    """A program to compile.
 
     Attributes:
-        model: the model, its remat and loss chunks included.
-        optimizer: of the training step.
+        model: the model, including remat and loss chunks.
+        optimizer: optimizer of the training step.
         mesh_shape: data, fsdp, tensor.
-        batch_size: rows of `model.decoder.max_seq_len` tokens, on all chips together.
-        num_parts: parts into which a step cuts its batch.
-        num_new: tokens to decode behind prompts that leave room for them; 0 is the training step.
+        batch_size: global batch size, in sequences of `model.decoder.max_seq_len` tokens.
+        num_parts: microbatches per step.
+        num_new: tokens to decode after prompts of the remaining length; 0 means the training step.
     """
 
     model: ra_cm3.RACM3Config
@@ -54,40 +54,42 @@ class Case:
 
 
 def make_mesh(topology: chips.Topology, mesh_shape: tuple[int, int, int]) -> Mesh:
-    """The mesh over a topology's chips; slices lie along `data`.
+    """The mesh over a topology's chips, with slices along `data`.
 
     Raises:
-        UserError: the shape does not hold the chips, or libtpu is missing or knows no such topology.
+        UserError: the shape does not match the chips, or libtpu is missing or does not know the topology.
     """
     if math.prod(mesh_shape) != topology.num_chips or mesh_shape[0] % topology.num_slices:
         raise UserError(
             f"A mesh {'x'.join(map(str, mesh_shape))} does not fit {topology.num_slices} x "
-            f"{topology.name}: its product is the number of chips, {topology.num_chips}, and its "
-            "first side a multiple of the slices."
+            f"{topology.name}: its product must be the number of chips, {topology.num_chips}, and its "
+            "first dimension a multiple of the slices."
         )
     options = dict(topology.chip.options, num_slices=topology.num_slices)
     try:
-        found = topologies.get_topology_desc(topology.name, platform="tpu", **options)
-    except Exception as error:  # libtpu raises whatever its C++ side does.
+        description = topologies.get_topology_desc(topology.name, platform="tpu", **options)
+    except Exception as error:  # libtpu does not document its exceptions.
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(
-            f"The TPU compiler gives no topology {topology.name} ({reason}); pip install 'rag_mm[tpu]'."
+            f"The TPU compiler has no topology {topology.name} ({reason}); pip install 'rag_mm[tpu]'."
         ) from error
-    devices = sorted(found.devices, key=lambda d: (getattr(d, "slice_index", 0) or 0, d.id))
+    devices = sorted(description.devices, key=lambda d: (getattr(d, "slice_index", 0) or 0, d.id))
     per_slice = (mesh_shape[0] // topology.num_slices, *mesh_shape[1:])
     slices = np.array(devices).reshape(topology.num_slices, -1)
     grids = [
-        mesh_utils.create_device_mesh(per_slice, list(each), allow_split_physical_axes=True)
-        for each in slices
+        mesh_utils.create_device_mesh(
+            per_slice, list(chips_of_slice), allow_split_physical_axes=True
+        )
+        for chips_of_slice in slices
     ]
     return Mesh(np.concatenate(grids), sharding.MESH_AXES, axis_types=(AxisType.Explicit,) * 3)
 
 
 def lower_train(case: Case, mesh: Mesh) -> jax.stages.Lowered:
-    """The real training step (`train.train_step`) on abstract state and batch, state donated.
+    """The actual training step (`train.train_step`) on abstract state and batch, with the state donated.
 
     Raises:
-        UserError: the batch does not split over the mesh and the parts.
+        UserError: the batch size is not divisible over mesh and microbatches.
     """
     check_case(case)
     config = case.model
@@ -97,7 +99,7 @@ def lower_train(case: Case, mesh: Mesh) -> jax.stages.Lowered:
     shape = (case.batch_size, config.decoder.max_seq_len)
     batch = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding)
-        for name, dtype in ROW.items()
+        for name, dtype in BATCH_DTYPES.items()
     }
     with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):
         train_state = jax.eval_shape(
@@ -110,26 +112,28 @@ def lower_train(case: Case, mesh: Mesh) -> jax.stages.Lowered:
 
 
 def lower_decode(case: Case, mesh: Mesh) -> jax.stages.Lowered:
-    """Prefill and the loop of `decode.sampler` on abstract prompts, with top-p sampling.
+    """Prefill and decoding loop of `decode.sampler` on abstract prompts, with top-p sampling.
 
     Raises:
-        UserError: the batch does not split over the mesh, or no room is left for a prompt.
+        UserError: the batch size is not divisible over the mesh, or there is no space for a prompt.
     """
     check_case(case)
     config = case.model.decoder
     length = config.max_seq_len - case.num_new
     if length < 1:
-        raise UserError(f"{case.num_new} new tokens leave no room for a prompt in {length}.")
+        raise UserError(
+            f"{case.num_new} new tokens leave no space for a prompt in a sequence of {config.max_seq_len}."
+        )
     graphdef, params = param_trees.describe(partial(_make_model, case.model), mesh)
-    rows = PartitionSpec(sharding.ACTIVATION_AXES["batch"])
+    batch_axes = PartitionSpec(sharding.ACTIVATION_AXES["batch"])
 
-    def spec(shape: tuple[int, ...], dtype: Any, where: PartitionSpec) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, where))
+    def spec(shape: tuple[int, ...], dtype: Any, axes: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, axes))
 
-    wide = spec((case.batch_size, length), jnp.int32, rows)
-    narrow = spec((case.batch_size,), jnp.int32, rows)
-    prompts = sampler.Prompts(wide, wide, wide, narrow)
-    seeds = spec((case.batch_size,), jnp.uint32, rows)
+    tokens = spec((case.batch_size, length), jnp.int32, batch_axes)
+    lengths = spec((case.batch_size,), jnp.int32, batch_axes)
+    prompts = sampler.Prompts(tokens, tokens, tokens, lengths)
+    seeds = spec((case.batch_size,), jnp.uint32, batch_axes)
     allowed = spec((config.vocab_size,), jnp.bool_, PartitionSpec())
     scalar = spec((), jnp.float32, PartitionSpec())
     with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):
@@ -146,10 +150,10 @@ def lower_decode(case: Case, mesh: Mesh) -> jax.stages.Lowered:
 
 
 def check_case(case: Case) -> None:
-    """Refuses what some chip would get no whole share of.
+    """Checks that every dimension is divisible over the mesh.
 
     Raises:
-        UserError: it says which numbers would do.
+        UserError: one is not; the message says which values are valid.
     """
     config, (data, fsdp, tensor) = case.model.decoder, case.mesh_shape
     for side, axis, names in (
@@ -159,19 +163,19 @@ def check_case(case: Case) -> None:
         for name in names:
             if getattr(config, name) % side:
                 raise UserError(
-                    f"{name} is {getattr(config, name)}, which {axis}={side} of the mesh does not divide."
+                    f"{name} is {getattr(config, name)}, which is not divisible by the mesh's {axis}={side}."
                 )
     shards = data * fsdp * case.num_parts
     if case.batch_size < 1 or case.batch_size % shards:
         raise UserError(
-            f"A batch of {case.batch_size} rows does not split over data x fsdp x parts = {shards}; "
-            f"give a multiple of {shards}."
+            f"A batch of {case.batch_size} sequences does not split over data x fsdp x parts = {shards}; "
+            f"use a multiple of {shards}."
         )
 
 
 @functools.cache
 def hbm_bytes(topology: chips.Topology) -> int:
-    """What a program may use of one chip, asked of the compiler: it refuses one that is far too large."""
+    """Usable HBM of one chip, read from the compiler's error for a program that is far too large."""
     mesh = make_mesh(topology, (topology.num_slices, topology.num_chips // topology.num_slices, 1))
     huge = jax.ShapeDtypeStruct(
         (1 << 20, 1 << 20), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec())
@@ -179,28 +183,28 @@ def hbm_bytes(topology: chips.Topology) -> int:
     try:
         jax.jit(jnp.negative).lower(huge).compile()
     except jax.errors.JaxRuntimeError as error:
-        found = read_refusal(str(error))
-        if found is None:
+        sizes = read_refusal(str(error))
+        if sizes is None:
             raise
-        return found[1]
-    raise RuntimeError(f"the compiler puts 4 TiB onto one chip of {topology.name}")
+        return sizes[1]
+    raise RuntimeError(f"the compiler accepted a program of 4 TiB for one chip of {topology.name}")
 
 
 def read_refusal(message: str) -> tuple[int, int] | None:
-    """Bytes wanted and bytes there are, in the compiler's own words; None: not about memory."""
+    """Required and available bytes from the compiler's error message; None if it is not about memory."""
     size = r"([\d.]+)([KMGT])"
-    found = re.search(rf"Used {size} of {size} hbm", message) or re.search(
+    match = re.search(rf"Used {size} of {size} hbm", message) or re.search(
         rf"temporaries \({size}\) exceeds available HBM \({size}\)", message
     )
-    if found is None:
+    if match is None:
         return None
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-    wanted, unit, limit, limit_unit = found.groups()
-    return int(float(wanted) * units[unit]), int(float(limit) * units[limit_unit])
+    required, unit, limit, limit_unit = match.groups()
+    return int(float(required) * units[unit]), int(float(limit) * units[limit_unit])
 
 
 def count_params(model: ra_cm3.RACM3Config) -> int:
-    """Of the whole model, by abstract evaluation."""
+    """Number of parameters, by abstract evaluation."""
     _, abstract = param_trees.describe(partial(_make_model, model), None)
     return sum(leaf.size for leaf in jax.tree.leaves(abstract))
 

@@ -1,7 +1,7 @@
-"""Bytes that a step cannot avoid, by hand: what each chip moves through its memory, and keeps in it.
+"""Analytic lower bounds on the bytes that each chip moves through its memory and keeps in it.
 
-Lower bounds: every operand and result of a product with parameters passes through memory once, scores of
-attention never do, and elementwise work is free.
+Every operand and result of a product with parameters passes through memory once; attention scores never do,
+and elementwise work is free.
 """
 
 import math
@@ -14,17 +14,17 @@ from rag_mm.perf.plan import programs
 
 
 def hbm_bytes(case: programs.Case) -> float:
-    """Through one chip's memory in a training step, or in the step of one decoded token."""
+    """HBM traffic of one chip per training step, or per decoded token."""
     config = case.model.decoder
     data, fsdp, tensor = case.mesh_shape
     num_params = programs.count_params(case.model)
     narrow = jnp.dtype(config.dtype).itemsize
     if case.num_new:
-        rows = case.batch_size / (data * fsdp)
+        sequences = case.batch_size / (data * fsdp)
         keys = config.max_seq_len - case.num_new / 2
-        return narrow * (num_params + rows * _cache_size(config, keys)) / tensor
-    # Weights and both moments are read and written in float32; the gathered form is written and read in
-    # every pass of every part.
+        return narrow * (num_params + sequences * _cache_size(config, keys)) / tensor
+    # Weights and both moments are read and written in float32; the gathered weights are written and read in
+    # every pass of every microbatch.
     passes = 2 + (config.remat == "full")
     weights = 6 * 4 * num_params / math.prod(case.mesh_shape[1:])
     weights += 2 * narrow * num_params / tensor * passes * case.num_parts
@@ -35,16 +35,16 @@ def hbm_bytes(case: programs.Case) -> float:
 
 
 def decode_bytes(config: DecoderConfig, num_keys: float) -> float:
-    """Read for one new token of one row on one chip that sees `num_keys` keys, in the config's dtype.
+    """Bytes read per decoded token at batch size 1 on one chip with `num_keys` keys, in the config's dtype.
 
-    Weights that multiply its vector, and the cache; of a table that is looked up one row counts for nothing.
+    Multiplied weights and the KV cache; the embedding lookup is negligible.
     """
     narrow = jnp.dtype(config.dtype).itemsize
     return narrow * (flops.multiplied_params(config) + _cache_size(config, num_keys))
 
 
 def kept_bytes(case: programs.Case) -> float:
-    """What the layers of one part keep on a chip for the backward pass, by the model's remat."""
+    """Bytes of activations per chip that one microbatch keeps for the backward pass, given the remat."""
     config = case.model.decoder
     data, fsdp, tensor = case.mesh_shape
     tokens = case.batch_size * config.max_seq_len / (data * fsdp * case.num_parts)
@@ -55,7 +55,7 @@ def kept_bytes(case: programs.Case) -> float:
         + {
             "full": 0,
             "dots": (heads + hidden) / tensor + 2 * config.embed_dim,
-            # Both norms' outputs and the activation's besides.
+            # Also the outputs of both norms and of the activation.
             "none": (heads + 2 * hidden) / tensor + 4 * config.embed_dim,
         }[config.remat]
     )
@@ -63,7 +63,7 @@ def kept_bytes(case: programs.Case) -> float:
 
 
 def dcn_bytes(case: programs.Case, num_slices: int) -> float:
-    """Between slices: float32 gradients, each chip's own part, all-reduced in a ring."""
+    """Bytes sent between slices: ring all-reduce of float32 gradients, each chip's shard."""
     if num_slices == 1 or case.num_new:
         return 0.0
     share = 4 * programs.count_params(case.model) / math.prod(case.mesh_shape[1:])
@@ -71,12 +71,12 @@ def dcn_bytes(case: programs.Case, num_slices: int) -> float:
 
 
 def _cache_size(config: DecoderConfig, num_keys: float) -> float:
-    """Elements of the keys and values of one row."""
+    """Elements of the keys and values of one sequence."""
     return 2 * config.num_layers * config.block.num_kv_heads * config.block.head_dim * num_keys
 
 
 def _product_width(case: programs.Case) -> float:
-    """Elements in and out of one layer's products, a token."""
+    """Elements read and written by one layer's products, per token."""
     config = case.model.decoder
     q = config.block.num_heads * config.block.head_dim
     kv = config.block.num_kv_heads * config.block.head_dim

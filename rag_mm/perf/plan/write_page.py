@@ -1,9 +1,9 @@
-"""The page docs/results/plans.md: every preset on two topologies, compiled one after the other, resumable.
+"""Writes docs/results/plans.md: every preset on two topologies, compiled one by one, resumable.
 
     make plans
 
-Each plan is kept in `runs/plans/` and not made again; the page is written anew after each one, and says which
-are still missing.
+Each plan is stored in `runs/plans/` and not recomputed; the page is rewritten after each one and lists the
+missing ones.
 """
 
 import importlib.metadata
@@ -32,84 +32,86 @@ COLUMNS = (
     "config",
     "topology",
     "parameters",
-    "rows x tokens in parts",
+    "sequences x tokens in parts",
     "remat",
     "arguments",
     "peak / HBM",
     "fits",
-    "GFLOPs a token",
+    "GFLOPs per token",
     "step, s (bound by)",
     "MFU bound",
     "collectives",
 )
 SEARCH_COLUMNS = (*COLUMNS[:2], *COLUMNS[3:5], "peak / HBM", "step, s", "MFU bound", "tried")
-HEAD = """# Plans for TPUs that are not here
+HEAD = """# TPU plans, compiled ahead of time
 
-Every preset's training step, compiled on a CPU by the TPU's own compiler (`rag-mm plan`, libtpu {libtpu}, jax
-{jax}): nothing here was run on a TPU. `make plans` makes the page; a plan takes minutes on two cores.
+Every preset's training step, compiled on a CPU by the TPU compiler (`rag-mm plan`, libtpu {libtpu}, jax
+{jax}); nothing was run on a TPU. `make plans` writes this page; a plan takes minutes on two cores.
 
-*Peak* is what the compiler says the program needs of one chip, *HBM* what it may use, both in GiB. *MFU
-bound* is model FLOPs (six a multiplied weight and token, causal attention) over the published peak in the
-time that the slowest of arithmetic, memory and links needs at its own published peak: what no run can
-exceed, not what one reaches. Full remat alone caps it at 75 %. *Collectives* count instructions in the
-program's text.
+*Peak* is the memory that the program needs on one chip according to the compiler, *HBM* what it may use,
+both in GiB. *MFU bound* is a roofline: model FLOPs (six per multiplied weight and token, causal attention)
+over the published peak FLOPs in the time of the slowest of compute, memory and interconnect at their
+published peaks. It is an upper bound, not a prediction; full remat alone limits it to 75 %. *Collectives*
+counts instructions in the program's text.
 
 """
 SEARCH_HEAD = """
 ## Searched
 
-The largest batch at once and leanest remat that fit (`--search`); a step's batch stays the config's.
+The largest microbatch and least remat that fit (`--search`); the step's batch stays that of the config.
 
 """
 TAIL = """
-## What the compiler had to be told
+## Notes on the compiler
 
-- Gradients: asked for a product in the parameter's layout, it all-reduces, or on a small torus goes round the
-  ring chip by chip. A reduce-scatter over all chips of a torus, or over an axis other than an array's last,
-  becomes an all-reduce as well. So sums go along one side of the torus after the other, over the last axis
-  (`core/sharding.py`). A 64 MiB gradient on `v5e:16x16` then costs a chip 64 to 68 MiB sent instead of 127.
-- It still all-reduces some gradients where a chip's share of the width is no multiple of 16 (2,560 and 1,536
-  over 256), and on `v5p:4x4x4` its program holds all-reduces where the same step has all-gathers on `v5e`.
-  All of their bytes are in the links' time, which stays far below arithmetic's.
-- `temp_bytes` adds up buffers that never live together; `peak_bytes` is the compiler's own peak.
+- Gradients: when a product is requested in the parameter's layout, the compiler uses an all-reduce, or on a
+  small torus a ring of permutes. A reduce-scatter over all chips of a torus, or over any axis but an
+  array's last, also becomes an all-reduce. Sums are therefore taken along one torus dimension after the
+  other, over the last axis (`core/sharding.py`). A chip then sends 64 to 68 MiB for a 64 MiB gradient on
+  `v5e:16x16`, not 127.
+- Some gradients are still all-reduced: where a chip's share of the width is not a multiple of 16 (2,560 and
+  1,536 over 256), and on `v5p:4x4x4` where the same step uses all-gathers on `v5e`. Their bytes are
+  included in the interconnect time, which is far below the compute time.
+- `temp_bytes` adds up buffers that are never live at the same time; `peak_bytes` is the compiler's peak.
 """
 
 
 def main(folder: str = "runs/plans", page: str = "docs/results/plans.md") -> None:
-    """Makes what is missing, cheapest first, and the page after each."""
+    """Computes the missing plans, cheapest first, and rewrites the page after each."""
     write_page(epath.Path(folder), epath.Path(page))
-    for name, words in cases():
+    for name, arguments in cases():
         path = epath.Path(folder) / f"{name}.json"
         if path.exists():
             continue
         progress.say(f"plans: {name}")
-        command = [sys.executable, "-m", "rag_mm", "plan", "--json", *words]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        files.write_json(path, json.loads(done.stdout))
+        command = [sys.executable, "-m", "rag_mm", "plan", "--json", *arguments]
+        process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        files.write_json(path, json.loads(process.stdout))
         write_page(epath.Path(folder), epath.Path(page))
 
 
 def cases() -> Iterator[tuple[str, list[str]]]:
-    """Name and arguments of every plan."""
+    """Name and command-line arguments of every plan."""
     for is_searched in (False, True):
         for topology in TOPOLOGIES:
             for config in SEARCHED if is_searched else PRESETS:
-                words = [f"--config={config}", f"--topology={topology}"]
-                yield _name(config, topology, is_searched), words + ["--search"] * is_searched
+                arguments = [f"--config={config}", f"--topology={topology}"]
+                arguments += ["--search"] * is_searched
+                yield _name(config, topology, is_searched), arguments
 
 
 def write_page(folder: epath.Path, page: epath.Path) -> None:
-    """The page of the plans that are there."""
-    made = {name: _read(folder / f"{name}.json") for name, _ in cases()}
+    """Writes the page of the plans computed so far."""
+    plans = {name: _read(folder / f"{name}.json") for name, _ in cases()}
     versions = {name: importlib.metadata.version(name) for name in ("libtpu", "jax")}
-    rows = [_row(plan) for plan in made.values() if plan and "tried" not in plan]
-    searched = [_search_row(plan) for plan in made.values() if plan and "tried" in plan]
-    missing = [name for name, plan in made.items() if plan is None]
+    rows = [_row(plan) for plan in plans.values() if plan and "tried" not in plan]
+    searched = [_search_row(plan) for plan in plans.values() if plan and "tried" in plan]
+    missing = [name for name, plan in plans.items() if plan is None]
     text = HEAD.format(**versions) + _head(COLUMNS) + "".join(rows)
     if searched:
         text += SEARCH_HEAD + _head(SEARCH_COLUMNS) + "".join(searched)
     if missing:
-        text += f"\nNot made yet: {', '.join(missing)}.\n"
+        text += f"\nMissing: {', '.join(missing)}.\n"
     files.write_atomic(page, (text + TAIL).encode())
 
 
@@ -155,11 +157,10 @@ def _row(plan: dict[str, Any]) -> str:
 
 def _search_row(plan: dict[str, Any]) -> str:
     tried = []
-    for each in plan["tried"]:
-        verdict = f"{100 * each['mfu_bound']:.0f} %" if each["fits"] else "does not fit"
-        tried.append(
-            f"{each['remat']} in {each['num_parts']}: {each['peak_bytes'] / GIB:.1f} GiB, {verdict}"
-        )
+    for attempt in plan["tried"]:
+        result = f"{100 * attempt['mfu_bound']:.0f} %" if attempt["fits"] else "does not fit"
+        gib = attempt["peak_bytes"] / GIB
+        tried.append(f"{attempt['remat']} in {attempt['num_parts']}: {gib:.1f} GiB, {result}")
     cells = [
         f"`{plan['config']}`",
         plan["topology"],

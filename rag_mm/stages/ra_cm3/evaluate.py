@@ -160,7 +160,7 @@ def _hits(run: run_folder.Run, test: generate_samples.TestSet) -> np.ndarray:
     """The best retrieved document's own picture, uint8 [Q, H, W, 3]; black where nothing was found."""
     memory = build_memory.open_memory(run)
     black = np.zeros_like(test.pictures[0])
-    found = [coded_corpus.picture(memory, int(i)) if i >= 0 else black for i in test.hits[:, 0]]
+    found = [coded_corpus.memory_image(memory, int(i)) if i >= 0 else black for i in test.hits[:, 0]]
     return np.stack(found)
 
 

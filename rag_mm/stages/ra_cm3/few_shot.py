@@ -1,7 +1,7 @@
 """Stage `few_shot`: pictures of classes never seen, captioned after examples that RICES or the lot chose.
 
 The examples of a prompt are documents of the memory, caption and picture, and the picture that is asked
-about comes last (RA-CM3 section 5.3; RICES: Yang et al. 2022, arXiv 2109.05014). Compared are the views in
+about comes last (docs/papers/ra_cm3.md; RICES: Yang et al. 2022, arXiv 2109.05014). Compared are the views in
 which a picture looks for its examples, and examples drawn by lot.
 """
 

@@ -74,7 +74,7 @@ class SelectedExamples:
 def run(config: ReportStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict[str, Any]:
     """Writes the figures into the stage; `finish` makes the page once all costs are known."""
     bench = generate_samples.open_eval_context(config.generation, run)
-    report.save_figures(gather(config, run, bench, {}), stage_dir / "figures")
+    report.save_figures(gather_data(config, run, bench, {}), stage_dir / "figures")
     return {}
 
 
@@ -83,12 +83,12 @@ def finish(config: ReportStageConfig, run: run_folder.Run, stages: Sequence[str]
     bench = generate_samples.open_eval_context(config.generation, run)
     run.save_costs(COSTS, stages, **latency.measure(config.generation, run, bench))
     page = run.workdir / PAGE
-    data = gather(config, run, bench, run.metrics)
+    data = gather_data(config, run, bench, run.metrics)
     files.write_atomic(page, report.render_report(data).encode())
     return page
 
 
-def gather(
+def gather_data(
     config: ReportStageConfig,
     run: run_folder.Run,
     bench: generate_samples.EvalContext,
@@ -96,7 +96,7 @@ def gather(
 ) -> report.ReportData:
     """Everything on the page."""
     memory = build_memory.open_memory(run)
-    shown = choose(config, bench.tests["held_out"])
+    shown = select_examples(config, bench.tests["held_out"])
     generations = list(_generations(config, bench, run, memory, shown.places))
     healthy = reference.load(config.reference)
     costs = metrics.get(run_folder.MACHINE, {})
@@ -124,7 +124,7 @@ def gather(
     )
 
 
-def choose(config: ReportStageConfig, test: generate_samples.TestSet) -> SelectedExamples:
+def select_examples(config: ReportStageConfig, test: generate_samples.TestSet) -> SelectedExamples:
     """One document of every class shown, the same in every panel."""
     class_ids = test.class_ids
     is_flag = art.load_art().is_flag[class_ids]
@@ -177,7 +177,7 @@ def _retrievals(
         hits = []
         for row in test.hits[i][test.hits[i] >= 0]:
             document = memory.document(int(row))
-            pixels = coded_corpus.picture(memory, int(row))
+            pixels = coded_corpus.memory_image(memory, int(row))
             hits.append(report.Hit(document.text, pixels, float(query @ vectors[row])))
         yield report.Retrieval(test.captions[i], hits)
 
@@ -205,7 +205,7 @@ def _generations(
         yield report.Generation(
             test.captions[i],
             test.pictures[i],
-            [coded_corpus.picture(memory, int(row)) for row in test.hits[i] if row >= 0],
+            [coded_corpus.memory_image(memory, int(row)) for row in test.hits[i] if row >= 0],
             {name: pictures[n] for name, pictures in drawn.items()},
             {name: verdicts[n] for name, verdicts in right.items()},
         )

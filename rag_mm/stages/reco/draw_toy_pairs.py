@@ -44,12 +44,12 @@ class ToyPairsStageConfig:
 
 def run(config: ToyPairsStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict:
     """Draws the pairs."""
-    found = draw(config)
+    found = sample_pairs(config)
     embed_pairs.save(stage_dir, found)
     return {"train": len(found.train), "memory": len(found.memory)}
 
 
-def draw(config: ToyPairsStageConfig) -> embed_pairs.Embedded:
+def sample_pairs(config: ToyPairsStageConfig) -> embed_pairs.EmbeddedPairs:
     """The pairs of a seed, the same for the same config."""
     world = concepts.Concepts(config.world, config.seed)
     rng = np.random.default_rng((config.seed, 1))
@@ -60,7 +60,7 @@ def draw(config: ToyPairsStageConfig) -> embed_pairs.Embedded:
     tested = np.repeat(np.arange(config.world.num_classes), config.num_test)
     prompted = np.repeat(np.arange(config.world.num_classes), config.num_prompts)
     named = world.texts(prompted, rng).reshape(-1, config.num_prompts, config.world.dim)
-    return embed_pairs.Embedded(
+    return embed_pairs.EmbeddedPairs(
         train=_pairs(world, shown, shown, rng),
         memory=_pairs(world, stored, world.captioned_as(stored, rng), rng),
         num_seen=len(seen) * config.rows_per_class,

@@ -56,7 +56,7 @@ def run(config: DocumentPairsStageConfig, run: run_folder.Run, stage_dir: epath.
     memory, encoder = open_memory(config.memory)
     train = _embed(config, encoder)
     unknown = np.full(len(memory), -1, np.int32)
-    found = embed_pairs.Embedded(
+    found = embed_pairs.EmbeddedPairs(
         train=train,
         memory=embed_pairs.Pairs(memory.embeddings("image"), memory.embeddings("text"), unknown),
         num_seen=len(memory),

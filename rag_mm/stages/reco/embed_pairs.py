@@ -47,7 +47,7 @@ class Pairs:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Embedded:
+class EmbeddedPairs:
     """What a `pairs` stage leaves.
 
     Attributes:
@@ -96,7 +96,7 @@ _PARTS = ("train", "memory", "test", "questions", "captioned")
 _ARRAYS = ("prompts", "splits", "caption_keys")
 
 
-def save(folder: epath.Path, found: Embedded) -> None:
+def save(folder: epath.Path, found: EmbeddedPairs) -> None:
     """Writes what `load` reads."""
     for part in _PARTS:
         for field, array in vars(getattr(found, part)).items():
@@ -107,7 +107,7 @@ def save(folder: epath.Path, found: Embedded) -> None:
     files.write_json(folder / FACTS, facts)
 
 
-def load(folder: epath.Path) -> Embedded:
+def load(folder: epath.Path) -> EmbeddedPairs:
     """Reads what `save` wrote."""
     fields = [field.name for field in dataclasses.fields(Pairs)]
     found: dict[str, Any] = {
@@ -116,7 +116,7 @@ def load(folder: epath.Path) -> Embedded:
     }
     found |= {name: files.read_array(folder / f"{name}.npy") for name in _ARRAYS}
     found |= files.read_json(folder / FACTS)
-    return Embedded(**found | {"split_names": tuple(found["split_names"])})
+    return EmbeddedPairs(**found | {"split_names": tuple(found["split_names"])})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +164,7 @@ def run(config: PairsStageConfig, run: run_folder.Run, stage_dir: epath.Path) ->
     names = art.load_art().names
     texts = zeroshot.prompts([names[i][0] for i in class_ids], config.templates)
     tests = [config.world.scenes("test", split) for split in class_splits.SPLITS]
-    found = Embedded(
+    found = EmbeddedPairs(
         train=_train(config, encoder, numbers),
         memory=Pairs(memory.embeddings("image"), memory.embeddings("text"), numbers(shown)),
         num_seen=len(sources[0]),

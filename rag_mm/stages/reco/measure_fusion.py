@@ -14,7 +14,15 @@ from flax import nnx
 from rag_mm.eval import statistics, zeroshot
 from rag_mm.models import reco
 from rag_mm.stages.reco import embed_pairs
-from rag_mm.stages.reco.refinement import Bank, Fuse, Refiner, SearchSettings, fuse, learned, mean
+from rag_mm.stages.reco.refinement import (
+    Bank,
+    Fuse,
+    Refiner,
+    SearchSettings,
+    fuse,
+    learned_fusions,
+    mean_fusions,
+)
 from rag_mm.stages.shared import frozen
 
 
@@ -48,14 +56,14 @@ class FusionEvaluation:
         measures: MeasuresConfig,
         search: SearchSettings,
         seed: int,
-        found: embed_pairs.Embedded,
-        mounted: frozen.Mounted,
+        found: embed_pairs.EmbeddedPairs,
+        mounted: frozen.LoadedModel,
         make_model: Callable[[], reco.RECO],
     ):
         """`mounted` is the trained fusion; `make_model` makes a fresh one."""
         self._measures, self._search, self._seed = measures, search, seed
         self._found, self._make_model = found, make_model
-        self._fusions = learned(mounted)
+        self._fusions = learned_fusions(mounted)
         self._names = zeroshot.ensemble(found.prompts)
         self._bank = Bank.of_pairs(found.memory)
 
@@ -79,10 +87,10 @@ class FusionEvaluation:
             "text": self._hits(image, whole[1]),
         }
         fresh = nnx.split(self._make_model(), nnx.Param)
-        untrained = frozen.Mounted(fresh[0], nnx.to_pure_dict(fresh[1]))
+        untrained = frozen.LoadedModel(fresh[0], nnx.to_pure_dict(fresh[1]))
         others: dict[str, tuple[Mapping[str, Fuse], Bank, SearchSettings]] = {
-            "step 0": (learned(untrained), self._bank, search),
-            "mean": (mean(), self._bank, search),
+            "step 0": (learned_fusions(untrained), self._bank, search),
+            "mean": (mean_fusions(), self._bank, search),
         }
         for name, bank in self._banks().items():
             others[name] = (self._fusions, bank, search)

@@ -171,12 +171,12 @@ def fuse(
     return np.concatenate(parts)
 
 
-def learned(mounted: frozen.Mounted) -> dict[str, Fuse]:
+def learned_fusions(mounted: frozen.LoadedModel) -> dict[str, Fuse]:
     """The trained fusion of each modality."""
     return {name: mounted.compile(f"refine_{name}") for name in reco.MODALITIES}
 
 
-def mean() -> dict[str, Fuse]:
+def mean_fusions() -> dict[str, Fuse]:
     """The plain mean for both."""
     import jax
 

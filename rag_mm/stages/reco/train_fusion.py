@@ -121,7 +121,7 @@ def run(
 class TrainedFusion:
     """A trained fusion: its model, how it searched, and the fingerprint of its towers."""
 
-    mounted: frozen.Mounted
+    mounted: frozen.LoadedModel
     search: SearchSettings
     towers: str
 
@@ -146,7 +146,7 @@ def _make_model(config: reco.RecoConfig, seed: int) -> reco.RECO:
 def _train(
     config: FusionStageConfig,
     make_model: Callable[[], reco.RECO],
-    found: embed_pairs.Embedded,
+    found: embed_pairs.EmbeddedPairs,
     stage_dir: epath.Path,
 ) -> tuple[Params, list[dict[str, float]]]:
     train, neighbors = found.train, find_for_training(config, found)
@@ -182,7 +182,7 @@ def _train(
 
 
 def find_for_training(
-    config: FusionStageConfig, found: embed_pairs.Embedded
+    config: FusionStageConfig, found: embed_pairs.EmbeddedPairs
 ) -> dict[str, RetrievedRows]:
     """What each training pair retrieves, by modality; a pair may stand among the rows itself."""
     rows, query_rows = found.seen_memory, None

@@ -81,7 +81,7 @@ def load(
             raise UserError(f"{num_neighbors} neighbors are too few; give at least 1.")
         search = dataclasses.replace(search, num_neighbors=num_neighbors)
     bank = refinement.Bank.of_memory(opened)
-    fusions = refinement.learned(trained.mounted)
+    fusions = refinement.learned_fusions(trained.mounted)
     return Classifier(encoder, opened, refinement.Refiner(fusions, bank, search))
 
 

@@ -1,7 +1,7 @@
-"""Stage `memory`: the documents that may be retrieved, embedded and indexed.
+"""Stage `memory`: embeds and indexes the documents that may be retrieved.
 
-Version 1 holds seen classes only, and training neighbors come from it. Version 2 adds held-out classes:
-no weight changes, and whether a model draws what it never saw is asked with it.
+Version 1 holds seen classes only; the neighbors of training documents come from it. Version 2 adds held-out
+classes without retraining anything; it is used to test generation of entities that no model was trained on.
 """
 
 import dataclasses
@@ -27,10 +27,10 @@ class MemoryStageConfig:
     """The memory and its index.
 
     Attributes:
-        seed: of the queries that recall is measured with.
-        world: whose documents of role `memory` are stored.
+        seed: seed of the choice of queries for recall@10.
+        world: world whose documents of role `memory` are stored.
         index: scann | exact | device.
-        num_queries: captions that recall@10 is measured with.
+        num_queries: number of captions that recall@10 of the index is measured with.
     """
 
     seed: int
@@ -45,9 +45,12 @@ class MemoryStageConfig:
 
 
 def run(config: MemoryStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict:
-    """Builds version 1, adds version 2, measures the index against exact search.
+    """Builds version 1, adds version 2, and compares the index with exact search.
 
-    Several processes share the embedding; the first one does all else.
+    With several processes, all embed; the leader does everything else.
+
+    Returns:
+        `rows`, `index` and `recall_at_10` in the leader, {} in followers.
     """
     encoder, image_tokenizer = (
         train_retriever.load_encoder(run.workdir),
@@ -63,7 +66,7 @@ def run(config: MemoryStageConfig, run: run_folder.Run, stage_dir: epath.Path) -
         return {}
     batch_size = writer.Options.batch_size * jax.process_count()
     with (
-        shared_encoding.lead(encoder, image_tokenizer) as (shared_encoder, shared_codec),
+        shared_encoding.lead(encoder, image_tokenizer) as (shared_encoder, shared_tokenizer),
         progress.track("memory", total=len(seen) + len(held_out)) as bar,
     ):
         if not (stage_dir / "CURRENT").exists():
@@ -73,14 +76,14 @@ def run(config: MemoryStageConfig, run: run_folder.Run, stage_dir: epath.Path) -
                 on_progress=lambda done, total: bar.update(done),
             )
             retrieval_memory.Memory.build(
-                stage_dir, seen, shared_encoder, shared_codec, carried=carried, options=options
+                stage_dir, seen, shared_encoder, shared_tokenizer, carried=carried, options=options
             )
         memory = retrieval_memory.Memory.open(stage_dir, shared_encoder)
         if memory.manifest.version == SEEN_VERSION:
             options = writer.Options(
                 batch_size=batch_size, on_progress=lambda done, total: bar.update(len(seen) + done)
             )
-            memory.add(held_out, shared_codec, options=options)
+            memory.add(held_out, shared_tokenizer, options=options)
     memory = retrieval_memory.Memory.open(stage_dir, encoder)
     return {"rows": len(memory), "index": config.index, "recall_at_10": _recall(config, memory)}
 
@@ -88,14 +91,14 @@ def run(config: MemoryStageConfig, run: run_folder.Run, stage_dir: epath.Path) -
 def sources(
     world: world_config.EmojiWorld | world_config.OwnImages,
 ) -> tuple[world_config.SplitDocuments, world_config.SplitDocuments]:
-    """The memory's documents in row order: seen classes, then held-out ones."""
+    """The documents of versions 1 and 2, in the order of memory rows: seen classes, then held-out ones."""
     return world.scenes("memory", *world_config.SEEN), world.scenes(
         "memory", *world_config.HELD_OUT
     )
 
 
 def open_memory(run: run_folder.Run, version: int | None = None) -> retrieval_memory.Memory:
-    """The run's memory with its retriever, at a version (the newest if None).
+    """Opens a version of the run's memory (the newest if None) with its retriever.
 
     Raises:
         UserError: the stage is missing, unfinished or edited.
@@ -107,14 +110,14 @@ def open_memory(run: run_folder.Run, version: int | None = None) -> retrieval_me
 
 
 def _recall(config: MemoryStageConfig, memory: retrieval_memory.Memory) -> float:
-    """Share of the ten exact neighbors of unseen captions that the index finds too."""
+    """Recall@10 on test captions: the share of the exact ten neighbors that the index finds."""
     source = config.world.scenes("test", *world_config.SEEN, *world_config.HELD_OUT)
     rows = world_config.sample_rows(source, config.num_queries, config.seed)
     queries = memory.encode(text=[source.caption(int(row), 0) for row in rows])
     vectors, k = memory.embeddings("mixed"), min(10, len(memory))
     exact = ExactIndex()
     exact.build(vectors)
-    wanted = exact.search(queries, k).ids
-    found = memory.search(vectors=queries, view="mixed", k=k).ids
-    hits = [np.isin(want, got).mean() for want, got in zip(wanted, found, strict=True)]
-    return float(np.mean(hits))
+    exact_ids = exact.search(queries, k).ids
+    found_ids = memory.search(vectors=queries, view="mixed", k=k).ids
+    recalls = [np.isin(e, f).mean() for e, f in zip(exact_ids, found_ids, strict=True)]
+    return float(np.mean(recalls))

@@ -1,4 +1,4 @@
-"""Scenes and memory rows as the decoder reads them: text ids and codes."""
+"""Turns scenes and memory rows into the text ids and image codes that the decoder reads."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,58 +13,58 @@ from rag_mm.stages.shared import frozen, world_config
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Corpus:
-    """Makes examples of one layout and vocabulary."""
+    """Makes `sequences.Example`s for one sequence layout and one image tokenizer."""
 
     layout: sequences.Layout
     image_tokenizer: frozen.FrozenTokenizer
 
     def example(self, text: str, codes: np.ndarray) -> sequences.Example:
-        """One document; a text too long for the layout is cut."""
+        """One document, from its text and its codes int32 [N]; text beyond `layout.max_text_len` is cut."""
         return sequences.make_example(self.layout, self.image_tokenizer.vocabulary, text, codes)
 
     def memory(self, memory: Memory) -> list[sequences.Example]:
-        """Every row of a memory.
+        """An example of every row of a memory, in order.
 
         Raises:
             UserError: a record is damaged, or the memory was built without a tokenizer.
         """
         codes = memory.codes
         if codes is None:
-            raise UserError(f"{memory.path} holds no codes; build it with a tokenizer.")
+            raise UserError(f"{memory.path} has no codes; build it with a tokenizer.")
         return [self.example(memory.document(i).text, codes[i]) for i in range(len(memory))]
 
     def test(
-        self, source: world_config.SplitDocuments, chosen: np.ndarray
+        self, source: world_config.SplitDocuments, rows: np.ndarray
     ) -> tuple[list[sequences.Example], np.ndarray]:
-        """Scenes with all facts told, and which of their codes show an entity: bool [Q, N]."""
-        model, codes = self.image_tokenizer.config, self.codes(source, chosen)
+        """The Q scenes of `rows` with full captions, and which of their codes are art codes: bool [Q, N]."""
+        model, codes = self.image_tokenizer.config, self.codes(source, rows)
         patch = model.image_size // model.levels[-1]
-        masks = [source.entity_mask(int(row), patch).ravel() for row in chosen]
+        masks = [source.entity_mask(int(row), patch).ravel() for row in rows]
         mains = [
-            self.example(source.full_caption(int(row)), own)
-            for row, own in zip(chosen, codes, strict=True)
+            self.example(source.full_caption(int(row)), image_codes)
+            for row, image_codes in zip(rows, codes, strict=True)
         ]
         return mains, np.stack(masks)
 
     def codes(
-        self, source: world_config.SplitDocuments, chosen: np.ndarray | None = None
+        self, source: world_config.SplitDocuments, rows: np.ndarray | None = None
     ) -> np.ndarray:
-        """Codes of scenes, int32 [R, N]."""
-        return self.image_tokenizer.encode(world_config.images(source, chosen))
+        """Codes of the images of some rows (all if None): int32 [R, N]."""
+        return self.image_tokenizer.encode(world_config.images(source, rows))
 
 
-def picture(memory: Memory, row: int) -> np.ndarray:
-    """A memory row's picture, uint8 [H, W, 3].
+def memory_image(memory: Memory, row: int) -> np.ndarray:
+    """The image of a memory row, uint8 [H, W, 3].
 
     Raises:
-        UserError: it has none, or its record is damaged.
+        UserError: the row has no image, or its record is damaged.
     """
     pixels = memory.document(row).image
     if pixels is None:
-        raise UserError(f"Row {row} of {memory.path} has no picture.")
+        raise UserError(f"Row {row} of {memory.path} has no image.")
     return pixels
 
 
 def pick(examples: Sequence[sequences.Example], ids: np.ndarray) -> list[sequences.Example]:
-    """The present neighbors, the best one last: next to the main document."""
+    """The examples of the neighbors `ids` (-1 is skipped), best last, next to the main document."""
     return [examples[i] for i in ids[ids >= 0]][::-1]

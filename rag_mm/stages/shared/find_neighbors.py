@@ -1,8 +1,8 @@
-"""Stage `neighbors`: what every training and test document retrieves, decided before training starts.
+"""Stage `neighbors`: retrieves the neighbors of all training and test documents before training starts.
 
-Training asks with one modality of the main document, never with all of it, as inference does: with its
-image, or with one of several captions from which words were dropped (docs/papers/ra_cm3.md#retrieval). So a
-training step stays pure and a resumed run reads the same documents.
+As at inference, a query is one modality of the main document, never the whole: its image, or one of its
+captions, from which training drops words (docs/papers/ra_cm3.md#retrieval). With neighbors computed in
+advance, a training step is a pure function and a resumed run reads the same documents.
 
 Several processes (`core.processes.join`) that all call `run` share the training queries; process 0 writes.
 """
@@ -22,9 +22,9 @@ from rag_mm.stages.shared import build_memory, world_config
 from rag_mm.worlds.emoji import emoji_scenes
 
 INPUTS = ("retriever", "memory")
-POLICY = "policy.json"  # what retrieval at inference must keep to as well
+POLICY = "policy.json"  # Retrieval settings that inference must use too.
 TEST_SPLITS = {"held_out": world_config.HELD_OUT, "seen": world_config.SEEN}
-QUERIES = ("text", "image", "text_of_seen")  # the last one asks the memory without held-out classes
+QUERIES = ("text", "image", "text_of_seen")  # The last one searches the memory without held-out classes.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,18 +32,18 @@ class NeighborsStageConfig:
     """How neighbors are retrieved for training documents and test documents.
 
     Attributes:
-        seed: of the tokens that are dropped from queries.
-        world: where the documents come from.
-        num_neighbors: neighbors of each query.
-        captions_per_image: captions of each training document to query with; as many as the decoder's.
+        seed: seed of the words dropped from queries and of the choice of test documents.
+        world: world of the documents.
+        num_neighbors: number of neighbors of each query.
+        captions_per_image: captions of each training document used as queries; must equal the decoder's.
         token_dropout: probability of dropping each word of a training query (RA-CM3: 20 %).
-        max_similarity: neighbors more similar than this cosine to the query, or to a chosen neighbor, are
-            redundant and skipped; None calibrates it on the memory's classes, 0.9 is RA-CM3's value for CLIP.
+        max_similarity: hits with a higher cosine to the query or to a chosen neighbor are skipped as
+            redundant; None calibrates the bound on the classes of the memory. RA-CM3 uses 0.9 with CLIP.
         split_phrases: split captions at " and " and retrieve for each phrase, at inference too. Words are
-            dropped first, so a fifth of the training captions with two entities are queried whole.
-        num_test: test documents of each group of splits.
-        min_same_class: the chain stops where a smaller share of the neighbors of held-out captions shows
-            the class that the caption names.
+            dropped first, so a fifth of the training captions with two entities remain one query.
+        num_test: number of test documents of held-out classes, and of seen classes.
+        min_same_class: retrieval check; the chain stops if a smaller share of the neighbors of held-out
+            captions shows the class that the caption names. 0 disables it.
     """
 
     seed: int
@@ -61,24 +61,29 @@ class NeighborsStageConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, give at least 1")
         if not 0 <= self.token_dropout < 1:
-            raise ValueError(f"token_dropout is {self.token_dropout}, give 0 up to 1")
+            raise ValueError(f"token_dropout is {self.token_dropout}, give at least 0 and less than 1")
         if not 0 <= self.min_same_class <= 1:
             raise ValueError(f"min_same_class is {self.min_same_class}, give 0 to 1")
         if isinstance(self.world, world_config.OwnImages) and not self.max_similarity:
             raise ValueError(
-                "max_similarity is calibrated by classes, which your own images do not have; "
+                "max_similarity cannot be calibrated on your own images, which have no classes; "
                 "give a cosine, such as 0.9"
             )
 
 
 def run(config: NeighborsStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict:
-    """Writes rows of the memory, int32, -1 where there is no neighbor:
+    """Retrieves all neighbors and writes them as memory rows, int32, -1 for a missing neighbor.
 
-    `train.npy` [R, captions_per_image + 1, K], the last column asked by image; and for each test split
-    `SPLIT_rows.npy` [Q] (which test scenes) and, for each of `QUERIES`, `SPLIT_QUERY.npy` [Q, K].
+    - `train.npy` [R, captions_per_image + 1, K]: for each caption query, then for the image query;
+    - `SPLIT_rows.npy` [Q]: which of the world's test documents are tested, for each of `TEST_SPLITS`;
+    - `SPLIT_QUERY.npy` [Q, K]: their neighbors, for each of `QUERIES`;
+    - `policy.json`: the retrieval settings.
+
+    Returns:
+        The similarity bound, and for emoji scenes the share of neighbors that show the right class.
 
     Raises:
-        UserError: the neighbors do not pass the gate.
+        UserError: the retrieval check failed (`min_same_class`).
     """
     seen_memory = build_memory.open_memory(run, version=build_memory.SEEN_VERSION)
     whole_memory = build_memory.open_memory(run)
@@ -91,21 +96,21 @@ def run(config: NeighborsStageConfig, run: run_folder.Run, stage_dir: epath.Path
         captions = [source.full_caption(int(row)) for row in rows]
         by_text = _encode(config, whole_memory, captions)
         by_image = whole_memory.encode(image=world_config.images(source, rows)), None
-        asked = (whole_memory, by_text), (whole_memory, by_image), (seen_memory, by_text)
-        found = {
+        searches = (whole_memory, by_text), (whole_memory, by_image), (seen_memory, by_text)
+        neighbors = {
             name: _find(config, memory, *queries, source, rows, bound)
-            for name, (memory, queries) in zip(QUERIES, asked, strict=True)
+            for name, (memory, queries) in zip(QUERIES, searches, strict=True)
         }
-        for name, array in ({"rows": rows} | found).items():
+        for name, array in ({"rows": rows} | neighbors).items():
             _write(stage_dir / f"{split}_{name}.npy", array)
         if isinstance(source, emoji_scenes.Scenes):
-            same_class[split] = _same_class(source, rows, found["text"], facts)
+            same_class[split] = _same_class(source, rows, neighbors["text"], facts)
     if same_class:
-        _check_gate(config, same_class["held_out"])
+        _check_retrieval(config, same_class["held_out"])
     _write(stage_dir / "train.npy", _train_neighbors(config, seen_memory, bound))
     if jax.process_index() == 0:
-        rules = {"max_similarity": bound, "split_phrases": config.split_phrases}
-        files.write_json(stage_dir / POLICY, rules)
+        settings = {"max_similarity": bound, "split_phrases": config.split_phrases}
+        files.write_json(stage_dir / POLICY, settings)
     if not same_class:
         return {"neighbors": {"max_similarity": bound}}
     return {
@@ -119,13 +124,13 @@ def _write(path: epath.Path, array: np.ndarray) -> None:
         files.write_array(path, array)
 
 
-def _check_gate(config: NeighborsStageConfig, same_class: float) -> None:
+def _check_retrieval(config: NeighborsStageConfig, same_class: float) -> None:
     if same_class < config.min_same_class:
         raise UserError(
-            f"The gate before the decoder is shut: {same_class:.3f} of the neighbors of held-out "
-            f"captions show what was asked for, and neighbors.min_same_class is "
-            f"{config.min_same_class}; show the retriever more captions that only name "
-            "(retriever.captions_per_image), train it longer (retriever.loop.num_steps), or lower the gate."
+            f"Retrieval check failed: {100 * same_class:.1f} % of the neighbors of held-out captions "
+            f"show the class asked for, neighbors.min_same_class is {100 * config.min_same_class:g} %; "
+            "train the retriever on shorter captions (retriever.captions_per_image), train it longer "
+            "(retriever.loop.num_steps), or lower neighbors.min_same_class."
         )
 
 
@@ -134,13 +139,13 @@ def _train_neighbors(
 ) -> np.ndarray:
     source = config.world.scenes("train", *world_config.SEEN)
     part, columns = range(len(source))[shared_encoding.local_slice(len(source))], []
-    rows = part or range(1)  # One of many processes may have none, and asks all the same.
+    rows = part or range(1)  # A process without a share still takes part in the encoding.
     with progress.track("neighbors", total=config.captions_per_image + 1) as bar:
-        for draw in range(config.captions_per_image):
-            texts = [_dropped_caption(config, source, i, draw) for i in rows]
+        for caption_index in range(config.captions_per_image):
+            texts = [_dropped_caption(config, source, i, caption_index) for i in rows]
             queries = _encode(config, memory, texts)
             columns.append(_find(config, memory, *queries, source, rows, bound))
-            bar.update(draw + 1)
+            bar.update(caption_index + 1)
         by_image = memory.encode(image=world_config.images(source, np.array(rows)))
         columns.append(_find(config, memory, by_image, None, source, rows, bound))
         bar.update(config.captions_per_image + 1)
@@ -148,7 +153,7 @@ def _train_neighbors(
 
 
 def memory_facts(world: world_config.EmojiWorld) -> list[emoji_scenes.Facts]:
-    """What each row of the memory shows."""
+    """The facts of every memory row, in order."""
     parts = (
         world.scenes("memory", *splits) for splits in (world_config.SEEN, world_config.HELD_OUT)
     )
@@ -166,18 +171,18 @@ def _memory_keys(world: world_config.EmojiWorld | world_config.OwnImages) -> np.
 
 
 def _dropped_caption(
-    config: NeighborsStageConfig, source: world_config.SplitDocuments, row: int, draw: int
+    config: NeighborsStageConfig, source: world_config.SplitDocuments, row: int, caption_index: int
 ) -> str:
-    rng = np.random.default_rng((config.seed, 3, row, draw))
-    asked = Document(id="", segments=(Text(source.caption(row, draw)),))
-    return str(policy.make_query(asked, "text", rng, config.token_dropout))
+    """A caption from which words were dropped at random."""
+    rng = np.random.default_rng((config.seed, 3, row, caption_index))
+    document = Document(id="", segments=(Text(source.caption(row, caption_index)),))
+    return str(policy.make_query(document, "text", rng, config.token_dropout))
 
 
 def _calibrate(
     config: NeighborsStageConfig, memory: retrieval_memory.Memory, facts: list[emoji_scenes.Facts]
 ) -> float:
-    seen = facts[: len(memory)]
-    classes = np.array([shown.entities[0].class_id for shown in seen])
+    classes = np.array([row_facts.entities[0].class_id for row_facts in facts[: len(memory)]])
     keys = _memory_keys(config.world)[: len(memory)]
     return policy.calibrate_max_similarity(memory.embeddings("mixed"), classes, keys)
 
@@ -185,9 +190,9 @@ def _calibrate(
 def _encode(
     config: NeighborsStageConfig, memory: retrieval_memory.Memory, texts: list[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Queries float32 [P, D] and how many each text asks."""
-    asked, counts = policy.split_queries(texts, config.split_phrases)
-    return memory.encode(text=asked), counts
+    """Query embeddings float32 [P, D], and the number of queries of each text, int [Q]."""
+    queries, counts = policy.split_queries(texts, config.split_phrases)
+    return memory.encode(text=queries), counts
 
 
 def _find(
@@ -199,8 +204,9 @@ def _find(
     rows: Iterable[int],
     bound: float,
 ) -> np.ndarray:
+    """Memory rows int32 [Q, K]; `queries` is float32 [P, D], with `counts` of them per document."""
     query_keys = _keys(source, rows)
-    found = policy.find_neighbors(
+    neighbors = policy.find_neighbors(
         memory.index("mixed").search,
         queries,
         memory.embeddings("mixed"),
@@ -211,21 +217,21 @@ def _find(
         row_keys=_memory_keys(config.world)[: len(memory)],
         counts=counts,
     )
-    return found.ids
+    return neighbors.ids
 
 
 def _same_class(
     source: emoji_scenes.Scenes, rows: np.ndarray, ids: np.ndarray, facts: list[emoji_scenes.Facts]
 ) -> float:
-    """Share of neighbors that show an entity that was asked for; a missing one does not."""
+    """Share of neighbors that show a class of the query's scene; missing neighbors count as wrong."""
 
-    def classes(shown: emoji_scenes.Facts) -> set[int]:
-        return {entity.class_id for entity in shown.entities}
+    def classes(scene: emoji_scenes.Facts) -> set[int]:
+        return {entity.class_id for entity in scene.entities}
 
-    right = [
+    is_same = [
         bool(classes(facts[i]) & classes(source.facts(int(row))))
-        for row, found in zip(rows, ids, strict=True)
-        for i in found
+        for row, neighbors in zip(rows, ids, strict=True)
+        for i in neighbors
         if i >= 0
     ]
-    return sum(right) / ids.size
+    return sum(is_same) / ids.size

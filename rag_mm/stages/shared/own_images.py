@@ -1,4 +1,4 @@
-"""A world of one's own: pictures and captions of a folder, split so that some are never trained on."""
+"""World of the user's own images and captions, with a split that is held out from training."""
 
 import dataclasses
 import functools
@@ -14,24 +14,23 @@ from rag_mm.core.errors import UserError
 from rag_mm.data import open_documents
 from rag_mm.memory.writing import stream
 
-_MAX_BAD = 0.01  # As `rag-mm memory build`: more bad records say that something else is wrong.
+_MAX_BAD_SHARE = 0.01  # As in `rag-mm memory build`: more bad records suggest a systematic problem.
 
 
 @dataclasses.dataclass(frozen=True)
 class OwnImages:
-    """What `opening.open_documents` reads, held in RAM at the models' size.
+    """Documents read by `open_documents.open_documents`, kept in RAM with images resized for the models.
 
-    The split of a document follows from its id: `held_out_share` of them are `held_out`, the rest `common`,
-    and none `rare_seen`. There are too few to be kept apart by role as well, so each document is trained
-    on, lies in the memory and is asked about; that it never answers for itself is the policy's part.
+    A document's id decides its split: a share of `held_out_share` is `held_out`, the rest is `common`, and
+    none is `rare_seen`. There are too few documents to divide them by role as well, so the same ones are used
+    for training, in the memory and for testing; the retrieval policy ensures that none retrieves itself.
 
     Attributes:
-        documents: a folder with captions.jsonl, tars, or what else `--documents` names.
-        image_size: pixels a side, to which pictures are fitted.
-        held_out_share: of the documents; none of these is trained on, and the memory's first version
-            lacks them.
-        digest: of what `documents` holds (of tars, their names and sizes); made here, so that a changed
-            folder is another world.
+        documents: a folder with captions.jsonl, tar files, or anything else that `--documents` accepts.
+        image_size: height and width in pixels to which images are resized.
+        held_out_share: share of documents that no stage trains on; the memory's first version lacks them too.
+        digest: digest of the content of `documents` (for tar files, of names and sizes). It is computed, so
+            that a changed folder is a different world.
     """
 
     documents: str
@@ -49,7 +48,7 @@ class OwnImages:
         if not 0 < self.held_out_share < 1:
             raise ValueError(f"held_out_share is {self.held_out_share}, give more than 0, below 1")
         source = open_documents.open_documents(self.documents)
-        # A folder's own fingerprint is of its captions alone.
+        # The fingerprint of a folder source covers the captions only.
         pixels = (
             digests.folder_digests(folder)
             if (folder := epath.Path(self.documents)).is_dir()
@@ -58,93 +57,93 @@ class OwnImages:
         whole = json.dumps([source.fingerprint, pixels], sort_keys=True)
         object.__setattr__(self, "digest", files.digest(whole.encode()))
 
-    def scenes(self, role: str, *split_names: str) -> "Captioned":
-        """The documents of some splits, the same in each role."""
-        found = _read(self)
-        num_held_out = min(max(1, round(self.held_out_share * len(found))), len(found) - 1)
-        # By a digest of the id: a few documents more move few others to another split.
-        order = sorted(found, key=lambda document: (zlib.crc32(document.id.encode()), document.id))
+    def scenes(self, role: str, *split_names: str) -> "CaptionedImages":
+        """The documents of some splits, the same ones in every role."""
+        documents = _read(self)
+        num_held_out = min(max(1, round(self.held_out_share * len(documents))), len(documents) - 1)
+        # Order by a digest of the id, so that adding a few documents moves few others to another split.
+        order = sorted(documents, key=lambda document: (zlib.crc32(document.id.encode()), document.id))
         held_out = {document.id for document in order[:num_held_out]}
-        wanted = {"held_out": True, "common": False}
-        kept = {wanted[name] for name in split_names if name in wanted}
-        return Captioned([each for each in found if (each.id in held_out) in kept])
+        is_held_out = {"held_out": True, "common": False}
+        chosen = {is_held_out[name] for name in split_names if name in is_held_out}
+        return CaptionedImages([doc for doc in documents if (doc.id in held_out) in chosen])
 
 
-class Captioned:
-    """Documents of one caption and one picture; what a caption leaves out nobody knows."""
+class CaptionedImages:
+    """Documents with one image and one caption each, as `world_config.SplitDocuments`; facts are unknown."""
 
     def __init__(self, documents: list[Document]):
-        """Of documents with both."""
+        """Takes documents that have both an image and a text."""
         self._documents = documents
 
     def __len__(self) -> int:
         return len(self._documents)
 
     def __getitem__(self, index: int) -> Document:
-        """The document, its picture at the models' size."""
+        """A document, its image resized for the models."""
         return self._documents[index]
 
-    def picture(self, index: int) -> np.ndarray:
-        """uint8 [S, S, 3]."""
+    def image(self, index: int) -> np.ndarray:
+        """The image of a document, uint8 [S, S, 3]."""
         pixels = self._documents[index].image
         assert pixels is not None
         return pixels
 
-    def caption(self, index: int, draw: int) -> str:
-        """The same for each draw."""
+    def caption(self, index: int, caption_index: int) -> str:
+        """The only caption of a document, whatever `caption_index` is."""
         return self._documents[index].text
 
     def full_caption(self, index: int) -> str:
-        """As `caption`."""
+        """The only caption of a document."""
         return self._documents[index].text
 
     def entity_mask(self, index: int, patch: int = 4) -> np.ndarray:
-        """All codes, bool [S / patch, S / patch]: nobody says where what stands."""
-        side = len(self.picture(index)) // patch
+        """All True, bool [S / patch, S / patch]: where entities are is unknown."""
+        side = len(self.image(index)) // patch
         return np.ones((side, side), bool)
 
 
 @functools.lru_cache(maxsize=2)
 def _read(world: OwnImages) -> list[Document]:
-    """All good documents.
+    """All valid documents.
 
     Raises:
-        UserError: fewer than two, or more bad records than one and one in a hundred.
+        UserError: there are fewer than two, or more than one and more than 1 % of the records are bad.
     """
     source = open_documents.open_documents(world.documents)
-    found: dict[str, Document] = {}
+    documents: dict[str, Document] = {}
     rejects: list[stream.Reject] = []
-    with progress.track("pictures", source.size or 0) as bar:
+    with progress.track("images", source.size or 0) as bar:
         for item in source.read(0):
-            reject = item.reject or _refuse(item.document, found)
+            reject = item.reject or _reject(item.document, documents)
             if reject is not None:
                 rejects.append(reject)
             elif item.document is not None and item.document.image is not None:
-                found[item.document.id] = _fit(item.document, world.image_size)
-            bar.update(len(found) + len(rejects))
+                documents[item.document.id] = _resize(item.document, world.image_size)
+            bar.update(len(documents) + len(rejects))
     first = f"; the first is {rejects[0].name}: {rejects[0].detail}" if rejects else ""
-    if len(rejects) > max(1, _MAX_BAD * (len(found) + len(rejects))) or len(found) < 2:
+    if len(rejects) > max(1, _MAX_BAD_SHARE * (len(documents) + len(rejects))) or len(documents) < 2:
         raise UserError(
-            f"{world.documents} has {len(found)} good and {len(rejects)} bad records{first}"
+            f"{world.documents} has {len(documents)} valid and {len(rejects)} bad records{first}"
         )
     if rejects:
-        progress.say(f"{world.documents}: passed over {len(rejects)} bad records{first}")
-    return list(found.values())
+        progress.say(f"{world.documents}: skipped {len(rejects)} bad records{first}")
+    return list(documents.values())
 
 
-def _refuse(document: Document | None, found: dict[str, Document]) -> stream.Reject | None:
+def _reject(document: Document | None, earlier: dict[str, Document]) -> stream.Reject | None:
     if document is None:
         return None
     name = document.id
     if document.image is None or not document.text.strip():
-        return stream.Reject(name, "one-sided", "has no picture or no caption; training needs both")
-    if name in found:
-        return stream.Reject(name, "duplicate-id", f"has the id {name!r} of an earlier one")
+        return stream.Reject(name, "one-sided", "lacks an image or a caption; training needs both")
+    if name in earlier:
+        return stream.Reject(name, "duplicate-id", f"has the id {name!r} of an earlier record")
     return None
 
 
-def _fit(document: Document, size: int) -> Document:
-    """One caption and one picture, of `size` pixels a side."""
+def _resize(document: Document, size: int) -> Document:
+    """The document with its text as one segment and its image resized to `size` x `size` pixels."""
     assert document.image is not None
     segments = (Text(document.text), Image(image_files.fit(document.image, size)))
     return dataclasses.replace(document, segments=segments)

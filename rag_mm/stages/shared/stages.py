@@ -1,4 +1,4 @@
-"""The stages that several systems share: image tokenizer, retriever, memory and neighbors."""
+"""Table of the stages that several systems share: image tokenizer, retriever, memory and neighbors."""
 
 from rag_mm.stages.shared import build_memory, find_neighbors, train_retriever, train_tokenizer
 from rag_mm.stages.stage import Stage

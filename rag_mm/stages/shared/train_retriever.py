@@ -1,4 +1,4 @@
-"""Stage `retriever`: a CLIP trained on scenes, then frozen; all embeddings of a run are its."""
+"""Stage `retriever`: trains a CLIP and freezes it; it makes all embeddings of a run."""
 
 import dataclasses
 from functools import partial
@@ -23,16 +23,16 @@ FOLDER = "frozen"
 
 @dataclasses.dataclass(frozen=True)
 class TowersConfig:
-    """Both towers, of one width.
+    """Architecture of both towers.
 
     Attributes:
-        embed_dim: width of either tower.
-        num_heads: attention heads of either.
-        vision_layers: blocks of the image tower.
-        text_layers: blocks of the text tower.
-        patch_size: pixels a side of an image patch.
+        embed_dim: width of each tower.
+        num_heads: attention heads of each tower.
+        vision_layers: layers of the image tower.
+        text_layers: layers of the text tower.
+        patch_size: height and width of an image patch in pixels.
         projection_dim: width of the embeddings.
-        max_text_len: longest text, in tokens; longer ones are truncated.
+        max_text_len: maximum length of a text in tokens; longer texts are truncated.
     """
 
     embed_dim: int = 128
@@ -49,30 +49,30 @@ class TowersConfig:
                 raise ValueError(f"{field.name} is {getattr(self, field.name)}, give at least 1")
         if self.embed_dim % self.num_heads:
             raise ValueError(
-                f"num_heads is {self.num_heads}, which does not divide {self.embed_dim}"
+                f"num_heads is {self.num_heads}, which does not divide embed_dim={self.embed_dim}"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class RetrieverStageConfig:
-    """A CLIP trained on scenes of some splits and roles.
+    """How the retriever, a CLIP, is trained.
 
-    All three splits stand in for an off-the-shelf CLIP, which has seen the held-out classes; `common` and
-    `rare_seen` alone make one that has not.
+    Trained on all three splits, it stands for an off-the-shelf CLIP, which has seen the held-out classes;
+    trained on `common` and `rare_seen`, it has not seen them.
 
     Attributes:
-        seed: of initial weights and of the order of pairs.
-        world: where the documents come from.
+        seed: seed of the initial weights, the order of the pairs and the choice of captions.
+        world: world of the documents.
         optimizer: learning rate, schedule and moments.
         loop: number of steps, logging and checkpoints.
         model: both towers.
-        splits: splits of classes that it is trained on.
-        roles: roles of documents that it is trained on: `train`, and `memory` as a public CLIP may have
-            seen what a memory of public images holds; never those of tests.
-        captions_per_image: an image is shown with the shortest of so many captions. The more, the more often
-            it is a mere name, and the more the entity outweighs place and color in a query.
-        batch_size: pairs a step.
-        num_eval: test pairs to measure recall on.
+        splits: splits of classes to train on.
+        roles: roles of documents to train on: `train`, and `memory`, since a public CLIP may have seen the
+            images of a public memory. Never `test`.
+        captions_per_image: an image is paired with the shortest of this many random captions. With more
+            captions, more of them only name the entity, which then outweighs place and color in a query.
+        batch_size: image-caption pairs per step.
+        num_eval: number of test pairs that recall is measured on.
     """
 
     seed: int
@@ -92,17 +92,17 @@ class RetrieverStageConfig:
             raise ValueError(f"captions_per_image is {self.captions_per_image}, give at least 1")
         if not self.splits or not set(self.splits) <= set(class_splits.SPLITS):
             known = ", ".join(class_splits.SPLITS)
-            raise ValueError(f"splits are {self.splits}, choose some of {known}")
+            raise ValueError(f"splits are {self.splits}, choose from {known}")
         if not self.roles or not set(self.roles) <= {"train", "memory"}:
-            raise ValueError(f"roles are {self.roles}, choose some of train, memory")
+            raise ValueError(f"roles are {self.roles}, choose from train, memory")
         if self.world.image_size % self.model.patch_size:
             raise ValueError(
-                f"model.patch_size is {self.model.patch_size}, which does not divide the image "
-                f"size {self.world.image_size}"
+                f"model.patch_size is {self.model.patch_size}, which does not divide the image size "
+                f"{self.world.image_size}"
             )
 
     def clip_config(self, vocabulary: Vocabulary) -> clip.CLIPConfig:
-        """The towers over a vocabulary's text ids; its `eod` ends a text."""
+        """The CLIP's config. Its text tower reads the vocabulary's ids below the codes; `eod` ends a text."""
         model = self.model
         tower = partial(
             clip.TowerConfig,
@@ -123,34 +123,38 @@ class RetrieverStageConfig:
 
 
 def make_mesh(config: RetrieverStageConfig) -> Mesh:
-    """What it trains on; raises as `training.make_mesh` does."""
+    """The mesh to train on; raises as `training.make_mesh` does."""
     return training.make_mesh(config.batch_size)
 
 
 def run(config: RetrieverStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict:
-    """Trains, freezes, and measures on unseen scenes."""
+    """Trains the CLIP, writes it as a frozen model, and measures recall on test scenes.
+
+    Returns:
+        `loss` and `recall_at_1` in the leader, {} in followers.
+    """
     vocabulary = train_tokenizer.load_tokenizer(run.workdir).vocabulary
     model_config = config.clip_config(vocabulary)
     sources = [config.world.scenes(role, *config.splits) for role in config.roles]
-    pictures = np.concatenate([world_config.images(source) for source in sources])
-    places = [(source, row) for source in sources for row in range(len(source))]
+    images = np.concatenate([world_config.images(source) for source in sources])
+    documents = [(source, row) for source in sources for row in range(len(source))]
 
     def make_pair(index: np.int64, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        source, row = places[index]
-        draws = rng.integers(1 << 30, size=config.captions_per_image)
-        text = min((source.caption(row, int(draw)) for draw in draws), key=len)
+        source, row = documents[index]
+        numbers = rng.integers(1 << 30, size=config.captions_per_image)
+        text = min((source.caption(row, int(number)) for number in numbers), key=len)
         tokens = frozen.text_tokens(model_config, vocabulary, [text])[0]
-        return {"images": pictures[index].astype(np.float32) / 255, "tokens": tokens}
+        return {"images": images[index].astype(np.float32) / 255, "tokens": tokens}
 
     mesh = make_mesh(config)
     batches = pipeline.make_batches(
-        np.arange(len(places)),
+        np.arange(len(documents)),
         config.batch_size,
         config.seed,
         make_pair,
         rows=sharding.local_rows(config.batch_size, mesh),
     )
-    params, rows = training.train(
+    params, log = training.train(
         "retriever",
         stage_dir,
         lambda: clip.CLIP(model_config, rngs=nnx.Rngs(params=config.seed)),
@@ -165,14 +169,14 @@ def run(config: RetrieverStageConfig, run: run_folder.Run, stage_dir: epath.Path
         return {}
     frozen.save_retriever(stage_dir / FOLDER, model_config, vocabulary, params)
     retriever = frozen.FrozenRetriever(stage_dir / FOLDER)
-    return {"loss": rows[-1]["loss"], "recall_at_1": _recall(config, retriever)}
+    return {"loss": log[-1]["loss"], "recall_at_1": _recall(config, retriever)}
 
 
 def load_encoder(path: epath.PathLike) -> frozen.FrozenRetriever:
-    """The retriever of a run, or of a folder that holds one (as a memory does).
+    """Loads the retriever of a run, or a frozen retriever from its own folder (as in a memory).
 
     Raises:
-        UserError: there is none, or its stage is unfinished or edited.
+        UserError: there is no retriever, or its stage is unfinished or edited.
     """
     path = epath.Path(path)
     if (path / "config.json").exists() and (path / frozen.PARAMS).exists():
@@ -181,30 +185,30 @@ def load_encoder(path: epath.PathLike) -> frozen.FrozenRetriever:
 
 
 def _recall(config: RetrieverStageConfig, retriever: frozen.FrozenRetriever) -> dict[str, float]:
-    """Recall at 1 among unseen documents with all facts told; any that satisfies a caption is a hit."""
-    is_own = isinstance(config.world, world_config.OwnImages)  # Its seen ones were trained on.
+    """Recall@1 among test documents with full captions; any document that fits the query is correct."""
+    # In a world of own images, the seen documents were trained on.
+    is_own = isinstance(config.world, world_config.OwnImages)
     splits = world_config.HELD_OUT if is_own else (*world_config.SEEN, *world_config.HELD_OUT)
     source = config.world.scenes("test", *splits)
     rows = world_config.sample_rows(source, config.num_eval, config.seed)
     texts = [source.full_caption(int(row)) for row in rows]
     images = retriever.encode_image(world_config.images(source, rows))
     similarities = retriever.encode_text(texts) @ images.T
-    best = {"text_to_image": similarities.argmax(1), "image_to_text": similarities.argmax(0)}
-
-    return {name: _share_right(source, rows, hits, texts) for name, hits in best.items()}
+    best_hits = {"text_to_image": similarities.argmax(1), "image_to_text": similarities.argmax(0)}
+    return {name: _share_right(source, rows, hits, texts) for name, hits in best_hits.items()}
 
 
 def _share_right(
     source: world_config.SplitDocuments, rows: np.ndarray, hits: np.ndarray, texts: list[str]
 ) -> float:
-    """Share of the rows whose hit, a place among them, shows what their caption tells."""
+    """Share of queries whose hit fits; `hits` int [Q] are indices into `rows` and `texts`."""
     if not isinstance(source, emoji_scenes.Scenes):
         return float(
-            np.mean([texts[hit] == wanted for hit, wanted in zip(hits, texts, strict=True)])
+            np.mean([texts[hit] == text for hit, text in zip(hits, texts, strict=True)])
         )
     facts = [source.facts(int(row)) for row in rows]
-    right = [
-        scene_facts.compare(facts[hit], wanted, source.levels[0])["joint"]
-        for hit, wanted in zip(hits, facts, strict=True)
+    is_right = [
+        scene_facts.compare(facts[hit], query_facts, source.levels[0])["joint"]
+        for hit, query_facts in zip(hits, facts, strict=True)
     ]
-    return float(np.mean(right))
+    return float(np.mean(is_right))

@@ -1,4 +1,4 @@
-"""Stage `tokenizer`: the text vocabulary and the image tokenizer, trained on seen classes only."""
+"""Stage `tokenizer`: learns the text vocabulary and trains the image tokenizer, on seen classes only."""
 
 import dataclasses
 from functools import partial
@@ -30,9 +30,9 @@ class TextVocabularyConfig:
     """The text vocabulary, learned from captions of training documents.
 
     Attributes:
-        vocab_size: entries, bytes included.
-        num_sentinels: ids that stand for masked spans.
-        captions_per_image: captions of each training document that it is learned from.
+        vocab_size: number of text tokens, the 256 bytes included.
+        num_sentinels: number of sentinel tokens, which replace masked spans.
+        captions_per_image: captions of each training document to learn from.
     """
 
     vocab_size: int = 1024
@@ -45,15 +45,15 @@ class TokenizerStageConfig:
     """How the text vocabulary and the image tokenizer are trained.
 
     Attributes:
-        seed: of initial weights and of the order of images.
-        world: where the documents come from.
-        model: the image tokenizer.
+        seed: seed of the initial weights and the order of images.
+        world: world of the documents.
+        model: architecture and loss of the image tokenizer.
         optimizer: learning rate, schedule and moments.
         loop: number of steps, logging and checkpoints.
         text: the text vocabulary.
-        batch_size: images a step.
-        num_init_images: images whose patches k-means starts the codebook from.
-        num_eval: test images to measure on.
+        batch_size: images per step.
+        num_init_images: number of images whose patches initialize the codebook by k-means.
+        num_eval: number of test images for the metrics.
     """
 
     seed: int
@@ -71,32 +71,37 @@ class TokenizerStageConfig:
         patches = self.num_init_images * self.model.levels[-1] ** 2
         if patches < self.model.codebook_size:
             raise ValueError(
-                f"num_init_images gives {patches} patches for a codebook of "
-                f"{self.model.codebook_size}, give more"
+                f"num_init_images={self.num_init_images} gives {patches} patches, fewer than "
+                f"model.codebook_size={self.model.codebook_size}; give more"
             )
         if self.model.image_size != self.world.image_size:
             raise ValueError(
                 f"model.image_size is {self.model.image_size}, but the world's images have "
-                f"{self.world.image_size} pixels a side"
+                f"{self.world.image_size} x {self.world.image_size} pixels"
             )
 
 
 def make_mesh(config: TokenizerStageConfig) -> Mesh:
-    """The mesh it trains on; raises as `training.make_mesh` does."""
+    """The mesh to train on; raises as `training.make_mesh` does."""
     return training.make_mesh(config.batch_size, is_explicit=False)
 
 
 def run(config: TokenizerStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict:
-    """Trains both, then measures on test scenes of classes never seen."""
+    """Trains both and writes them as a frozen model; measures on test images of held-out classes.
+
+    Returns:
+        `psnr` in dB, `code_usage` in [0, 1], `perplexity` and, for emoji scenes, the scorer's accuracy on
+        original and on reconstructed images; {} in followers.
+    """
     source = config.world.scenes("train", *world_config.SEEN)
     mesh = make_mesh(config)
     make_model = partial(_make_model, config)
-    pictures = world_config.images(source)
+    images = world_config.images(source)
     batches = pipeline.make_batches(
-        pictures,
+        images,
         config.batch_size,
         config.seed,
-        lambda picture, rng: {"images": picture},
+        lambda image, rng: {"images": image},
         rows=sharding.local_rows(config.batch_size, mesh),
     )
     params, _ = training.train(
@@ -109,21 +114,21 @@ def run(config: TokenizerStageConfig, run: run_folder.Run, stage_dir: epath.Path
         loop_config=config.loop,
         seed=config.seed,
         mesh=mesh,
-        prepare=partial(_with_codebook, config, pictures, mesh),
+        prepare=partial(_with_codebook, config, images, mesh),
         derive=_derive,
     )
     if not multiprocess.is_leader():
         return {}
-    words = _make_vocabulary(config, source)
-    frozen.save_tokenizer(stage_dir / FOLDER, config.model, words, params)
+    text_vocabulary = _make_vocabulary(config, source)
+    frozen.save_tokenizer(stage_dir / FOLDER, config.model, text_vocabulary, params)
     return _evaluate(config, frozen.FrozenTokenizer(stage_dir / FOLDER))
 
 
 def load_tokenizer(path: epath.PathLike) -> frozen.FrozenTokenizer:
-    """The tokenizer of a run, or of a folder that holds one (as a memory does).
+    """Loads the image tokenizer of a run, or a frozen one from its own folder (as in a memory).
 
     Raises:
-        UserError: there is none, or its stage is unfinished or edited.
+        UserError: there is no tokenizer, or its stage is unfinished or edited.
     """
     path = epath.Path(path)
     if (path / "config.json").exists() and (path / frozen.PARAMS).exists():
@@ -139,32 +144,33 @@ def _make_vocabulary(
     config: TokenizerStageConfig, source: world_config.SplitDocuments
 ) -> vocabulary.Vocabulary:
     texts = [
-        source.caption(i, d)
+        source.caption(i, caption_index)
         for i in range(len(source))
-        for d in range(config.text.captions_per_image)
+        for caption_index in range(config.text.captions_per_image)
     ]
     size, sentinels = config.text.vocab_size, config.text.num_sentinels
     return vocabulary.train_vocabulary(texts, size, config.model.codebook_size, sentinels)
 
 
 def _with_codebook(
-    config: TokenizerStageConfig, pictures: np.ndarray, mesh: Mesh, params: Params
+    config: TokenizerStageConfig, images: np.ndarray, mesh: Mesh, params: Params
 ) -> Params:
+    """The parameters with a codebook initialized from `images` uint8 [R, H, W, 3]."""
     graphdef = nnx.graphdef(jax.eval_shape(partial(_make_model, config)))
-    rows = np.random.default_rng((config.seed, 1)).permutation(len(pictures))
+    rows = np.random.default_rng((config.seed, 1)).permutation(len(images))
     rows = rows[: config.num_init_images]
 
     @jax.jit
-    def init(params, images):
+    def init(params, pixels):
         model = nnx.merge(graphdef, params)
-        return objective.init_codebook(model, images, jax.random.key(config.seed))
+        return objective.init_codebook(model, pixels, jax.random.key(config.seed))
 
     with jax.set_mesh(mesh):
-        return params | {"codebook": init(params, pictures[rows])}
+        return params | {"codebook": init(params, images[rows])}
 
 
 def _derive(averages: dict[str, np.ndarray]) -> dict[str, float]:
-    """Decibels, and how much of the codebook is in use."""
+    """PSNR in dB, and usage and perplexity of the codebook."""
     frequencies = averages["code_frequencies"]
     return {
         "psnr": objective.psnr(float(averages["squared_error"])),
@@ -180,23 +186,23 @@ def _evaluate(config: TokenizerStageConfig, tokenizer: frozen.FrozenTokenizer) -
     codes = tokenizer.encode(originals)
     error = np.square((tokenizer.decode(codes).astype(np.float64) - originals) / 255).mean()
     frequencies = np.bincount(codes.ravel(), minlength=config.model.codebook_size) / codes.size
-    measured: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "psnr": objective.psnr(error),
         "code_usage": float((frequencies > 0).mean()),
         "perplexity": float(quantize.perplexity(frequencies)),
     }
     if isinstance(held_out, emoji_scenes.Scenes):
-        measured["scorer_on_originals"] = _accuracy(held_out, rows, originals)
-        measured["scorer_ceiling"] = _accuracy(held_out, rows, tokenizer.decode(codes))
-    return measured
+        metrics["scorer_on_originals"] = _accuracy(held_out, rows, originals)
+        metrics["scorer_ceiling"] = _accuracy(held_out, rows, tokenizer.decode(codes))
+    return metrics
 
 
-def _accuracy(source: emoji_scenes.Scenes, rows: np.ndarray, pictures: np.ndarray) -> dict:
-    """What the scorer reads in pictures that should show these scenes."""
+def _accuracy(source: emoji_scenes.Scenes, rows: np.ndarray, images: np.ndarray) -> dict:
+    """The scorer's accuracies on images of the scenes `rows`."""
     levels = [source.levels[row] for row in rows]
-    asked = [source.facts(int(row)) for row in rows]
-    found = scene_accuracy.outcomes(scene_facts.read(pictures, levels), asked, levels[0])
+    facts = [source.facts(int(row)) for row in rows]
+    outcomes = scene_accuracy.outcomes(scene_facts.read(images, levels), facts, levels[0])
     return {
         name.removesuffix("_accuracy"): value
-        for name, value in scene_accuracy.accuracies(found).items()
+        for name, value in scene_accuracy.accuracies(outcomes).items()
     }

@@ -1,4 +1,4 @@
-"""The world a run lives in: emoji scenes (classes, levels, splits, roles), or pictures of one's own."""
+"""The worlds that a run's documents come from: emoji scenes, the user's images, or toy embeddings."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,36 +17,36 @@ HELD_OUT = ("held_out",)
 
 
 class SplitDocuments(Protocol):
-    """Documents of one split and role, as the stages read them."""
+    """Interface of the documents of some splits in one role, as the stages use it."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Document: ...
 
-    def picture(self, index: int) -> np.ndarray:
-        """uint8 [S, S, 3]."""
+    def image(self, index: int) -> np.ndarray:
+        """The image of a document, uint8 [S, S, 3]."""
         ...
 
-    def caption(self, index: int, draw: int) -> str:
-        """A caption that may leave out facts; `draw` is any count."""
+    def caption(self, index: int, caption_index: int) -> str:
+        """Caption variant `caption_index` (any int >= 0) of a document; facts may be missing."""
         ...
 
     def full_caption(self, index: int) -> str:
-        """All that a caption can tell."""
+        """The caption that states all facts."""
         ...
 
     def entity_mask(self, index: int, patch: int = 4) -> np.ndarray:
-        """Codes that show what the caption names, bool [S / patch, S / patch]."""
+        """Codes that show an entity of the caption (art codes): bool [S / patch, S / patch]."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class EmojiWorld:
-    """Emoji scenes; with several levels, each class has scenes of all of them.
+    """Emoji scenes; with several levels, every class has scenes of each level.
 
     Attributes:
         levels: easy | pairs | sizes | off_grid | free, one or more.
-        class_share: share of every split's classes that is kept, as partners in pairs, too.
+        class_share: share of the classes of each split that is used, also as partners in pairs.
     """
 
     levels: tuple[str, ...] = ("easy",)
@@ -55,45 +55,46 @@ class EmojiWorld:
     def __post_init__(self):
         known = ", ".join(emoji_scenes.LEVELS)
         if not self.levels:
-            raise ValueError(f"there are no levels, choose from {known}")
+            raise ValueError(f"levels is empty; choose from {known}")
         for name in self.levels:
             if name not in emoji_scenes.LEVELS:
-                raise ValueError(f"there is no level {name!r}, choose from {known}")
+                raise ValueError(f"unknown level {name!r}; choose from {known}")
         if not 0 < self.class_share <= 1:
             raise ValueError(f"class_share is {self.class_share}, give more than 0 and at most 1")
 
     def classes(self, *split_names: str) -> np.ndarray:
-        """Class ids, int64, of the splits."""
+        """Class ids of the splits, int64 [C]."""
         return np.concatenate(
             [class_splits.classes(name, share=self.class_share) for name in split_names]
         )
 
     def scenes(self, role: str, *split_names: str) -> emoji_scenes.Scenes:
-        """Documents of the splits in one role: memory, train or test."""
+        """The documents of some splits in one role: memory, train or test."""
         ids = self.classes(*split_names)
         return emoji_scenes.Scenes(self.levels, ids, role, class_share=self.class_share)
 
     @property
     def geometry(self) -> emoji_scenes.Level:
-        """A level for what all of them share, the size of a picture and the names of places."""
+        """The first level, for the properties that all levels share: image size and names of places."""
         return emoji_scenes.LEVELS[self.levels[0]]
 
     @property
     def image_size(self) -> int:
-        """Pixels a side."""
+        """Image height and width in pixels."""
         return self.geometry.image_size
 
 
 NAMES = {
     EmojiWorld: "emoji scenes",
-    OwnImages: "the user's images, which come without facts to score by",
+    OwnImages: "the user's images, which have no facts to score",
     concepts.ConceptWorld: "a toy world of embeddings",
 }
 
 
 def world_class(values: Mapping[str, Any]) -> type[EmojiWorld | OwnImages | concepts.ConceptWorld]:
-    """The class of a config's `world`: `OwnImages` where it names documents, a toy world where it has a
-    setting of one, else emoji scenes.
+    """The class of a config's `world`.
+
+    `OwnImages` if it has `documents`, `ConceptWorld` if it has a setting of that class, else `EmojiWorld`.
     """
     if "documents" in values:
         return OwnImages
@@ -105,24 +106,24 @@ def make(values: Mapping[str, Any]) -> EmojiWorld | OwnImages | concepts.Concept
     """The world that a config's `world` describes.
 
     Raises:
-        UserError: an unknown setting, or a value that the world refuses.
+        UserError: a setting is unknown, or its value is invalid.
     """
     return configuration.make(world_class(values), values, "world")
 
 
 def images(source: SplitDocuments, rows: np.ndarray | None = None) -> np.ndarray:
-    """Pictures of the given rows (all if None): uint8 [R, H, W, 3]."""
+    """Images of some rows (all if None): uint8 [R, H, W, 3]."""
     rows = np.arange(len(source)) if rows is None else rows
-    return np.stack([source.picture(int(row)) for row in rows])
+    return np.stack([source.image(int(row)) for row in rows])
 
 
 def evenly_spaced(rows: np.ndarray, count: int) -> np.ndarray:
-    """At most `count` of sorted rows, evenly spaced: a share of every split and kind of class."""
+    """At most `count` of the sorted `rows`, evenly spaced, so that all splits and classes are represented."""
     count = min(count, len(rows))
     return rows[np.linspace(0, len(rows) - 1, count).round().astype(np.int64)]
 
 
 def sample_rows(source: SplitDocuments, count: int, seed: int) -> np.ndarray:
-    """At most `count` distinct rows, the same for the same seed, sorted."""
+    """At most `count` distinct random rows, sorted: int64 [R], the same for the same seed."""
     order = np.random.default_rng((seed, len(source))).permutation(len(source))
     return np.sort(order[:count])

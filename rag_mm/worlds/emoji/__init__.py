@@ -1,1 +1,1 @@
-"""The emoji world: pictures with names, and scenes whose facts are known exactly."""
+"""The emoji world: named emoji art, and scenes with exact facts."""

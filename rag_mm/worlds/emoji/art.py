@@ -1,4 +1,4 @@
-"""The emoji pictures: one WebP sheet and its index, and the art of each class at any size.
+"""The emoji art: a WebP sheet and its index, and the art of each class at any size.
 
 The sheet holds 64-pixel cells with alpha, rendered by `render.py`; the classes in the index were
 merged by `classes.py`.
@@ -20,13 +20,13 @@ WHITE = (255, 255, 255)
 
 
 def draw_cells(cells: np.ndarray, size: int) -> np.ndarray:
-    """Resizes pictures with straight alpha: uint8 [N, H, W, 4] to uint8 [N, size, size, 4].
+    """Resizes RGBA cells with straight alpha: uint8 [N, H, W, 4] to uint8 [N, size, size, 4].
 
-    Pillow filters premultiplied values in integers: no colour leaks out of clear pixels, and every
-    machine gets the same bits.
+    Pillow filters premultiplied integer values: transparent pixels leak no colour, and the result is
+    bitwise identical on every machine.
     """
     drawn = [Image.fromarray(cell).resize((size, size), Image.Resampling.LANCZOS) for cell in cells]
-    return np.stack([np.asarray(picture) for picture in drawn])
+    return np.stack([np.asarray(image) for image in drawn])
 
 
 def lay_on(rgba: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
@@ -37,7 +37,7 @@ def lay_on(rgba: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
 
 
 def read_cells(sheet: bytes, cell: int, glyphs: Sequence[int]) -> np.ndarray:
-    """Cuts cells, numbered row by row, out of an encoded sheet: uint8 [N, cell, cell, 4]."""
+    """Cuts cells, numbered row by row, from an encoded sheet: uint8 [N, cell, cell, 4]."""
     pixels = np.asarray(Image.open(io.BytesIO(sheet)))
     rows, columns = pixels.shape[0] // cell, pixels.shape[1] // cell
     grid = pixels.reshape(rows, cell, columns, cell, 4).swapaxes(1, 2)
@@ -45,16 +45,16 @@ def read_cells(sheet: bytes, cell: int, glyphs: Sequence[int]) -> np.ndarray:
 
 
 class Art:
-    """The pictures and names of all classes.
+    """The art and names of all classes.
 
     Attributes:
-        names: for each class its names, that of the picture first.
+        names: the names of each class, that of the drawn glyph first.
         is_flag: bool [num_classes], flags of countries and regions.
-        num_classes: how many classes there are; ids are 0..num_classes-1.
+        num_classes: number of classes; ids are 0..num_classes-1.
     """
 
     def __init__(self, index: dict[str, Any], sheet: bytes):
-        """Takes what `render.py` wrote: the parsed index and the bytes of the sheet."""
+        """Takes the output of `render.py`: the parsed index and the bytes of the sheet."""
         glyphs = [entry["glyph"] for entry in index["classes"]]
         self.names = tuple(tuple(entry["names"]) for entry in index["classes"])
         self.is_flag = np.array([index["glyphs"][glyph]["flag"] for glyph in glyphs])
@@ -90,7 +90,7 @@ class Art:
 
 @functools.cache
 def load_art() -> Art:
-    """Reads the sheet and the index that are shipped with the package."""
+    """Loads the sheet and the index that ship with the package."""
     folder = importlib.resources.files("rag_mm.worlds.emoji")
     index = json.loads(folder.joinpath(INDEX_FILE).read_text())
     return Art(index, folder.joinpath(SHEET_FILE).read_bytes())

@@ -1,7 +1,7 @@
-"""Which classes are seen and how often: common, rare_seen and held_out (RA-CM3's unseen entities).
+"""The split of the emoji classes into common, rare_seen and held_out (RA-CM3's unseen entities).
 
-No training image, caption or retrieved document shows a held-out class; a rare one is seen in a
-quarter of the usual training scenes.
+No training image, caption or retrieved document shows a held-out class. A rare class has a quarter of the
+training scenes of a common one.
 """
 
 import functools
@@ -21,21 +21,21 @@ HELD_OUT_SHARE = 0.15
 def split_of(seed: int = 0) -> np.ndarray:
     """The split of each class, as an index into `SPLITS`: int64 [num_classes], read-only.
 
-    Classes that share a base name (`woman running`, `person running facing right`) fall in one
-    split. Flags and the rest are dealt separately, so that each split has its share of flags.
+    Classes that share a base name (`woman running`, `person running facing right`) are in the same
+    split. Flags and other classes are split separately, so that each split has its share of flags.
     """
-    pictures = art.load_art()
-    groups = _related_classes(pictures.names)
-    result = np.empty(pictures.num_classes, np.int64)
+    emoji_art = art.load_art()
+    groups = _related_classes(emoji_art.names)
+    result = np.empty(emoji_art.num_classes, np.int64)
     for is_flag in (False, True):
-        kin = [group for group in groups if pictures.is_flag[group[0]] == is_flag]
-        order = np.random.default_rng((seed, int(is_flag))).permutation(len(kin))
-        sizes = np.array([len(kin[i]) for i in order])
-        # A group belongs where its middle falls, so that a large one shifts no share by its size.
-        middles = (np.cumsum(sizes) - sizes / 2) / sizes.sum()
-        split = np.where(middles < HELD_OUT_SHARE, 2, middles < HELD_OUT_SHARE + RARE_SHARE)
+        members = [group for group in groups if emoji_art.is_flag[group[0]] == is_flag]
+        order = np.random.default_rng((seed, int(is_flag))).permutation(len(members))
+        sizes = np.array([len(members[i]) for i in order])
+        # The midpoint of a group decides, so that large groups do not bias the shares.
+        midpoints = (np.cumsum(sizes) - sizes / 2) / sizes.sum()
+        split = np.where(midpoints < HELD_OUT_SHARE, 2, midpoints < HELD_OUT_SHARE + RARE_SHARE)
         for i, index in zip(order, split, strict=True):
-            result[kin[i]] = index
+            result[members[i]] = index
     result.setflags(write=False)
     return result
 
@@ -44,9 +44,9 @@ def classes(*split_names: str, seed: int = 0, share: float = 1.0) -> np.ndarray:
     """The ids of the classes in the named splits, ascending: int64 [N].
 
     Args:
-        split_names: of `SPLITS`.
-        seed: of the split.
-        share: how much of every split is kept, the first of its classes, and three at the least.
+        split_names: members of `SPLITS`.
+        seed: seed of the split.
+        share: fraction of every split to keep, lowest ids first, at least three classes.
 
     Raises:
         UserError: a name is not one of `SPLITS`.
@@ -55,17 +55,17 @@ def classes(*split_names: str, seed: int = 0, share: float = 1.0) -> np.ndarray:
         if name not in SPLITS:
             raise UserError(f"There is no split {name!r}; choose from {', '.join(SPLITS)}.")
     ids = [np.flatnonzero(split_of(seed) == SPLITS.index(name)) for name in split_names]
-    # Three classes are the fewest of which each can invite another that does not invite it.
-    kept = [own[: max(3, round(len(own) * share))] for own in ids]
+    # With fewer than three classes, partners of pairs could not be chosen in one direction only.
+    kept = [members[: max(3, round(len(members) * share))] for members in ids]
     return np.sort(np.concatenate([np.zeros(0, np.int64), *kept]))
 
 
 def _related_classes(class_names: tuple[tuple[str, ...], ...]) -> list[list[int]]:
-    """Groups of class ids linked by a base name, directly or through others."""
+    """Groups of class ids connected by shared base names (connected components)."""
     group_of_base: dict[str, list[int]] = {}
-    for class_id, its_names in enumerate(class_names):
-        bases = sorted({names.base_name(name) for name in its_names})
-        # One object per linked group, so that joining is relabelling.
+    for class_id, aliases in enumerate(class_names):
+        bases = sorted({names.base_name(name) for name in aliases})
+        # Connected bases share one list object, so merging groups means replacing it.
         linked = {id(group): group for base in bases if (group := group_of_base.get(base))}
         joined = sorted(itertools.chain([class_id], *linked.values()))
         group_of_base.update(dict.fromkeys(bases, joined))

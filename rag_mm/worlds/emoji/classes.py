@@ -1,4 +1,4 @@
-"""Which glyphs are one entity: classes by likeness of the art at the smallest drawn size."""
+"""Merges glyphs into classes by the similarity of their art at the smallest drawn size."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,13 +8,13 @@ import numpy as np
 from rag_mm.worlds.emoji import names
 
 DISTINCT_RMS = 0.067  # What a 23.5 dB reconstruction loses: 10 ** (-23.5 / 20).
-SAME_ART_RMS = 0.03  # Below it only duplicates are found: flags of territories, "family".
-SMALLEST_SIZE = 16  # Pixels; the smallest size at which any level draws.
+SAME_ART_RMS = 0.03  # Only duplicates are below it: flags of territories, "family".
+SMALLEST_SIZE = 16  # Pixels; the smallest entity size of any level.
 
 
 @dataclasses.dataclass(frozen=True)
 class GlyphClass:
-    """One entity: the glyph that is drawn, and the names it goes by (its own first)."""
+    """One entity: the drawn glyph, and its names (that of the glyph first)."""
 
     glyph: int
     names: tuple[str, ...]
@@ -23,34 +23,33 @@ class GlyphClass:
 def rms_to(cards: np.ndarray, card: np.ndarray) -> np.ndarray:
     """RMS difference (values 0..1) of each of `cards`, uint8 [N, S, S, 3], from `card` [S, S, 3].
 
-    The squares are summed in integers, so that a threshold falls the same way on every machine.
+    Squares are summed as integers, so that thresholding is identical on every machine.
     """
     difference = cards.astype(np.int32) - card.astype(np.int32)
     return np.sqrt((difference**2).sum(axis=(1, 2, 3)) / card.size) / 255
 
 
 def merge_glyphs(glyph_names: Sequence[str], cards: np.ndarray) -> tuple[GlyphClass, ...]:
-    """Chooses the glyphs that are drawn, and gives each the names of its near-equals.
+    """Selects the glyphs that become classes and assigns them the names of near-duplicates.
 
-    Glyphs come with the simplest name first (fewest words, then alphabet). One whose card differs
-    from the blank card and from every drawn glyph by `DISTINCT_RMS` or more is drawn itself.
-    Any other shows what another shows: it lends its name to the nearest drawn glyph if both are
-    the same art or variants of one drawing (`names.base_name`), and is left out otherwise, so no
-    caption names what the picture does not show.
+    Glyphs are visited by name, simplest first (fewest words, then alphabetically). A glyph whose card differs
+    from the blank card and from every selected glyph by at least `DISTINCT_RMS` is selected. Any other glyph
+    is a near-duplicate: its name becomes an alias of the nearest selected glyph if both are the same art or
+    variants of one drawing (`names.base_name`); otherwise it is dropped, so that no caption names something
+    that its image does not show.
 
-    Why 0.067: two pictures nearer than what the image tokenizer loses (23.5 dB) cannot be promised
-    to survive it. Measured on the sheet of 1,899 glyphs at 16 px: this rule gives 1,881 classes
-    at 0.03, 1,831 at 0.05, 1,760 at 0.067, 1,710 at 0.08 and 1,578 at 0.1. Connected
-    components at 0.067 are 1,733, but they chain: cloud, keyboard, swan and tooth become one, its
-    ends 0.11 apart. Here every two *drawn* pictures are at least 0.067 apart, and every name lies
-    within 0.067 of its picture.
+    Why 0.067: images that differ by less than the image tokenizer's loss (23.5 dB) may become
+    indistinguishable. On the sheet of 1,899 glyphs at 16 px this rule gives 1,881 classes at 0.03, 1,831 at
+    0.05, 1,760 at 0.067, 1,710 at 0.08 and 1,578 at 0.1. Connected components at 0.067 would give 1,733, but
+    they chain: cloud, keyboard, swan and tooth merge, with ends 0.11 apart. Here any two selected glyphs are
+    at least 0.067 apart, and every alias is within 0.067 of its glyph.
 
     Args:
-        glyph_names: cleaned names, one a glyph.
+        glyph_names: cleaned names, one per glyph.
         cards: uint8 [N, S, S, 3], the glyphs on white at `SMALLEST_SIZE`.
 
     Returns:
-        Classes in the order of their drawn glyphs.
+        Classes in the order of their selected glyphs.
     """
     order = sorted(
         range(len(glyph_names)), key=lambda i: (glyph_names[i].count(" "), glyph_names[i])
@@ -59,7 +58,7 @@ def merge_glyphs(glyph_names: Sequence[str], cards: np.ndarray) -> tuple[GlyphCl
     nearest = np.full(len(cards), -1)  # -1 is the blank card.
     distance = rms_to(cards, blank)
     members: dict[int, list[int]] = {}
-    # Drawn glyphs are found first: only then is the nearest one known.
+    # Aliases are assigned afterwards, once all selected glyphs are known.
     for i in order:
         if distance[i] >= DISTINCT_RMS:
             members[i] = []

@@ -1,8 +1,8 @@
-"""Scenes composed from the emoji art, with their exact facts, captions and masks.
+"""Scenes composed from the emoji art, with exact facts, captions and masks.
 
-A scene is a pure function of (level, class, configuration, seed). The levels are a ladder: `easy`
-puts one picture as an opaque white card on the code grid, each further one relaxes one thing of
-the one before it, and `free` cuts out one or two pictures and puts them anywhere.
+A scene is a pure function of (level, class, configuration, seed). Levels increase in difficulty: `easy`
+places one entity as an opaque white card on the code grid, each next level relaxes one constraint, and `free`
+places one or two cut-out entities anywhere.
 """
 
 import dataclasses
@@ -37,12 +37,12 @@ LICENSE = "OFL-1.1"
 
 @dataclasses.dataclass(frozen=True)
 class Level:
-    """How hard a world is; all lengths in pixels.
+    """A difficulty level; all lengths in pixels.
 
     Attributes:
-        sizes: sides of the square box an entity may have; pairs take the smallest.
-        step: boxes start at multiples of it.
-        card: whether an entity is an opaque white tile, or cut out along its alpha.
+        sizes: possible side lengths of an entity's square box; pairs use the smallest.
+        step: box offsets are multiples of it.
+        card: whether an entity is drawn as an opaque white card, or cut out along its alpha.
         max_entities: 1 or 2; with 2, half of the configurations show a pair.
     """
 
@@ -54,13 +54,13 @@ class Level:
     max_entities: int = 1
 
     def corners(self, size: int) -> tuple[tuple[int, int], ...]:
-        """All (row, column) at which a box of `size` may start, row by row."""
+        """All (row, column) offsets of a box of `size`, in row-major order."""
         offsets = range(0, self.image_size - size + 1, self.step)
         return tuple((row, column) for row in offsets for column in offsets)
 
 
-# The ladder: with step 8, every card of 16 or 24 pixels covers whole 4-pixel codes, wherever it
-# stands, and the offsets of each size are places with names of their own.
+# With step 8, cards of 16 or 24 pixels always cover whole 4-pixel codes, and every offset of a size has a
+# distinct place name.
 LEVELS = {
     "easy": Level("easy"),
     "pairs": Level("pairs", sizes=(16,), max_entities=2),
@@ -68,7 +68,7 @@ LEVELS = {
     "off_grid": Level("off_grid", sizes=(16, 24), step=1, max_entities=2),
     "free": Level("free", sizes=(16, 24), step=1, card=False, max_entities=2),
 }
-# What each level relaxes of the one before it.
+# What each level relaxes compared with the previous one.
 RELAXES = {
     "pairs": "two entities, hence cards of 16 pixels",
     "sizes": "cards of 16 or 24 pixels",
@@ -89,14 +89,14 @@ class Entity:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """All there is to know about a scene. The first entity is the one it was made for."""
+    """The complete description of a scene. The first entity is the class it was created for."""
 
     entities: tuple[Entity, ...]
     color: str
 
 
 def place(entity: Entity, level: Level) -> str:
-    """Where an entity stands, in words: `top left`, `top`, ..., `center`, ..., `bottom right`."""
+    """The place of an entity in words: `top left`, `top`, ..., `center`, ..., `bottom right`."""
     span = level.image_size - entity.size
     row, column = (
         int(2 * offset / span + 0.5) if span else 1 for offset in (entity.row, entity.column)
@@ -107,13 +107,13 @@ def place(entity: Entity, level: Level) -> str:
 def configurations(
     level: Level, class_id: int, seed: int = 0, class_share: float = 1.0
 ) -> tuple[Facts, ...]:
-    """The 32 scenes of a class; no two agree in all of places, colour and partner.
+    """The 32 scenes of a class, all different in place, colour or partner.
 
-    Where one size on a grid gives exactly 32 (as in `easy`: 4 places x 8 colours), these are all.
-    Otherwise they are drawn at random, half of them pairs if the level has pairs. A partner comes
-    from the same split, of which `class_share` is kept, and of two classes only one ever invites the
-    other, so no pair of classes meets in another class's scenes. A class is not put on a colour on which
-    it cannot be seen.
+    If one size on a grid gives exactly 32 (as in `easy`: 4 places x 8 colours), these are all of them.
+    Otherwise they are sampled, half of them pairs if the level has pairs. A partner comes from the same
+    split, of which `class_share` is kept. Of two classes at most one chooses the other as a partner, so a
+    pair of classes occurs in the scenes of only one of them. No class is drawn on a colour that makes it
+    invisible.
     """
     return _configurations(level, class_id, seed, class_share)
 
@@ -130,21 +130,21 @@ def _configurations(
         )
     rng = _rng(f"configurations of {level.name}", seed, class_id)
     num_pairs = NUM_CONFIGURATIONS // 2 if level.max_entities == 2 else 0
-    found: dict[tuple[object, ...], Facts] = {}
-    while len(found) < NUM_CONFIGURATIONS:
-        if len(found) < NUM_CONFIGURATIONS - num_pairs:
-            facts = _draw_single(level, class_id, rng)
+    unique: dict[tuple[object, ...], Facts] = {}
+    while len(unique) < NUM_CONFIGURATIONS:
+        if len(unique) < NUM_CONFIGURATIONS - num_pairs:
+            facts = _sample_single(level, class_id, rng)
         else:
-            facts = _draw_pair(level, class_id, _kin(class_id, seed, class_share), rng)
-        # Only what captions ask for is a difference: else a hit could be the answer itself.
-        told = [(entity.class_id, place(entity, level)) for entity in facts.entities]
-        found.setdefault((*told, facts.color), facts)
-    return tuple(found.values())
+            facts = _sample_pair(level, class_id, _same_split(class_id, seed, class_share), rng)
+        # Scenes must differ in what captions state; otherwise a hit could be the answer itself.
+        stated = [(entity.class_id, place(entity, level)) for entity in facts.entities]
+        unique.setdefault((*stated, facts.color), facts)
+    return tuple(unique.values())
 
 
 @functools.cache
 def disjoint_corners(level: Level) -> tuple[tuple[tuple[int, int], tuple[int, int]], ...]:
-    """All ordered pairs of corners at which boxes of the smallest size do not overlap."""
+    """All ordered pairs of offsets at which boxes of the smallest size do not overlap."""
     size = min(level.sizes)
     return tuple(
         (one, two)
@@ -153,7 +153,7 @@ def disjoint_corners(level: Level) -> tuple[tuple[tuple[int, int], tuple[int, in
     )
 
 
-def _draw_single(level: Level, class_id: int, rng: np.random.Generator) -> Facts:
+def _sample_single(level: Level, class_id: int, rng: np.random.Generator) -> Facts:
     size = level.sizes[rng.integers(len(level.sizes))]
     colors = _visible_colors(level, class_id)
     color = colors[rng.integers(len(colors))]
@@ -161,16 +161,18 @@ def _draw_single(level: Level, class_id: int, rng: np.random.Generator) -> Facts
     return Facts((Entity(class_id, size, *corners[rng.integers(len(corners))]),), color)
 
 
-def _kin(class_id: int, seed: int, class_share: float) -> np.ndarray:
+def _same_split(class_id: int, seed: int, class_share: float) -> np.ndarray:
     """Ids of the kept classes of a class's own split, ascending."""
     split = class_splits.SPLITS[class_splits.split_of(seed)[class_id]]
     return class_splits.classes(split, seed=seed, share=class_share)
 
 
-def _draw_pair(level: Level, class_id: int, members: np.ndarray, rng: np.random.Generator) -> Facts:
+def _sample_pair(
+    level: Level, class_id: int, members: np.ndarray, rng: np.random.Generator
+) -> Facts:
     size, pairs = min(level.sizes), disjoint_corners(level)
     while True:
-        # Only the half of the circle ahead: whoever is invited never invites back.
+        # Partners come from the next half of the cyclic order, so two classes never choose each other.
         ahead = rng.integers(1, (len(members) - 1) // 2 + 1)
         partner = int(members[(np.searchsorted(members, class_id) + ahead) % len(members)])
         visible = _visible_colors(level, partner)
@@ -187,7 +189,7 @@ def _visible_colors(level: Level, class_id: int) -> tuple[str, ...]:
 
 @functools.cache
 def _contrasting_colors() -> tuple[tuple[str, ...], ...]:
-    """For each class, the colours on which its cut-out differs enough from nothing."""
+    """For each class, the colours on which its cut-out is visible."""
     drawn = art.load_art().drawn(classes.SMALLEST_SIZE)
     contrast = []
     for color in COLORS.values():
@@ -199,14 +201,14 @@ def _contrasting_colors() -> tuple[tuple[str, ...], ...]:
 
 def render(facts: Facts, level: Level) -> np.ndarray:
     """Draws a scene: uint8 [S, S, 3] with S = `level.image_size`."""
-    pictures = art.load_art()
+    emoji_art = art.load_art()
     image = np.empty((level.image_size, level.image_size, 3), np.uint8)
     image[:] = COLORS[facts.color]
     for entity in facts.entities:
         if level.card:
-            tile = pictures.card(entity.class_id, entity.size)
+            tile = emoji_art.card(entity.class_id, entity.size)
         else:
-            tile = art.lay_on(pictures.rgba(entity.class_id, entity.size), COLORS[facts.color])
+            tile = art.lay_on(emoji_art.rgba(entity.class_id, entity.size), COLORS[facts.color])
         image[_box(entity)] = tile
     return image
 
@@ -217,15 +219,15 @@ def _box(entity: Entity) -> tuple[slice, slice]:
 
 
 def caption(facts: Facts, level: Level, rng: np.random.Generator | None, drop: bool = True) -> str:
-    """Says what a scene shows, for instance `red apple at the top left on a blue background`.
+    """Describes a scene, for instance `red apple at the top left on a blue background`.
 
-    Together with its place, what fills no more than half of a side is called `little`, and what is not
-    exactly there stands `near` it. With `drop`, half of the captions only name, a sixth leave out the
-    background, a sixth the places, and a sixth say everything; each name is a random one of its class.
-    Without, everything is said with first names, and `rng` may be None.
+    If the place is stated, an entity of at most half the image side is called `little`, and one that is not
+    exactly at the place is `near` it. With `drop`, half of the captions only name the entities, a sixth omit
+    the background, a sixth omit the places, and a sixth state everything; names are sampled from the names of
+    the class. Without `drop`, everything is stated with first names, and `rng` may be None.
 
     Raises:
-        ValueError: facts are to be dropped without an `rng`.
+        ValueError: `drop` without `rng`.
     """
     names = [art.load_art().names[entity.class_id] for entity in facts.entities]
     says_place = says_color = True
@@ -250,7 +252,7 @@ def _with_place(name: str, entity: Entity, level: Level) -> str:
 
 
 def entity_mask(facts: Facts, level: Level, patch: int = 4) -> np.ndarray:
-    """Code positions that any entity's box overlaps: bool [S / patch, S / patch]."""
+    """Code positions that the box of any entity overlaps: bool [S / patch, S / patch]."""
     covered = np.zeros((level.image_size, level.image_size), bool)
     for entity in facts.entities:
         covered[_box(entity)] = True
@@ -259,17 +261,17 @@ def entity_mask(facts: Facts, level: Level, patch: int = 4) -> np.ndarray:
 
 
 def _rng(purpose: str, *key: int) -> np.random.Generator:
-    """A stream of its own for each purpose: NumPy takes (1, 2) and (1, 2, 0) for one seed."""
+    """An independent stream per purpose; without it, NumPy treats (1, 2) and (1, 2, 0) as the same seed."""
     return np.random.default_rng((zlib.crc32(purpose.encode()), *key))
 
 
 class Scenes:
     """Random access to the scenes of some classes in one role, as documents (a Grain source).
 
-    Item i is a function of i and the arguments alone. Within a level memory, train and test share no facts.
+    Item i depends only on i and the arguments. Within a level, memory, train and test share no facts.
 
     Attributes:
-        class_ids: int64 [len], the class each item was made for.
+        class_ids: int64 [len], the class each item was created for.
         levels: the level of each item, as long as `class_ids`.
     """
 
@@ -281,13 +283,20 @@ class Scenes:
         seed: int = 0,
         class_share: float = 1.0,
     ):
-        """Takes `level_names` from `LEVELS`, `role` from `ROLES`; partners in pairs are of `class_share`.
+        """Selects scenes by level and role.
 
-        A class has 16 scenes in the memory, 12 to train on (3 if it is a rare one) and 4 to test. Several
-        levels take turns at them, each class beginning with another one.
+        A class has 16 memory scenes, 12 training scenes (3 if it is rare) and 4 test scenes. Several levels
+        alternate over them, with a different first level per class.
+
+        Args:
+            level_names: members of `LEVELS`.
+            class_ids: int64 [C].
+            role: one of `ROLES`.
+            seed: of configurations, roles, captions and splits.
+            class_share: fraction of each split from which partners are chosen.
 
         Raises:
-            UserError: no such level or role.
+            UserError: unknown level or role.
         """
         level_names = [level_names] if isinstance(level_names, str) else list(level_names)
         for name in level_names:
@@ -295,8 +304,8 @@ class Scenes:
                 raise UserError(f"There is no level {name!r}; choose from {', '.join(LEVELS)}.")
         if role not in ROLES:
             raise UserError(f"There is no role {role!r}; choose from {', '.join(ROLES)}.")
-        shown = f"{len(class_ids)} classes, partners of {class_share:g}"
-        self._name = f"{'+'.join(level_names)}, {shown}, {role}, seed {seed}"
+        selection = f"{len(class_ids)} classes, partners of {class_share:g}"
+        self._name = f"{'+'.join(level_names)}, {selection}, {role}, seed {seed}"
         self._seed, self._class_share = seed, class_share
         rare = class_splits.split_of(seed) == class_splits.SPLITS.index("rare_seen")
         numbers, levels = [], []
@@ -319,36 +328,38 @@ class Scenes:
         return len(self.class_ids)
 
     def __getitem__(self, index: int) -> Document:
-        """The scene with its caption's draw 0; its id is `level-class-configuration`."""
+        """The scene with its caption of index 0; its id is `level-class-configuration`."""
         class_id, number = self.class_ids[index], self._numbers[index]
         return Document(
             id=f"{self.levels[index].name}-{class_id:04d}-{number:02d}",
-            segments=(Text(self.caption(index, 0)), Image(self.picture(index))),
+            segments=(Text(self.caption(index, 0)), Image(self.image(index))),
             license=LICENSE,
         )
 
     def facts(self, index: int) -> Facts:
-        """What item `index` shows."""
-        own = configurations(
+        """The facts of item `index`."""
+        class_scenes = configurations(
             self.levels[index], int(self.class_ids[index]), self._seed, self._class_share
         )
-        return own[self._numbers[index]]
+        return class_scenes[self._numbers[index]]
 
-    def picture(self, index: int) -> np.ndarray:
-        """Item `index` drawn: uint8 [S, S, 3]."""
+    def image(self, index: int) -> np.ndarray:
+        """The image of item `index`: uint8 [S, S, 3]."""
         return render(self.facts(index), self.levels[index])
 
-    def caption(self, index: int, draw: int) -> str:
-        """A caption of item `index` with facts dropped at random; `draw` is any count."""
-        rng = _rng("caption", self._seed, self.class_ids[index], self._numbers[index], draw)
+    def caption(self, index: int, caption_index: int) -> str:
+        """Caption number `caption_index` of item `index`, with facts dropped at random."""
+        rng = _rng(
+            "caption", self._seed, self.class_ids[index], self._numbers[index], caption_index
+        )
         return caption(self.facts(index), self.levels[index], rng)
 
     def full_caption(self, index: int) -> str:
-        """All facts of item `index` in words."""
+        """The caption of item `index` that states all facts."""
         return caption(self.facts(index), self.levels[index], None, drop=False)
 
     def entity_mask(self, index: int, patch: int = 4) -> np.ndarray:
-        """Codes of item `index` that any entity's box overlaps: bool [S / patch, S / patch]."""
+        """Codes of item `index` that the box of any entity overlaps: bool [S / patch, S / patch]."""
         return entity_mask(self.facts(index), self.levels[index], patch)
 
 
@@ -356,7 +367,7 @@ def open_documents(spec: str) -> Scenes:
     """Opens `level/split[+split]/role` with seed 0, for instance `easy/held_out/memory`.
 
     Raises:
-        UserError: `spec` has another shape, or names a level, split or role that does not exist.
+        UserError: `spec` is malformed, or names an unknown level, split or role.
     """
     parts = spec.split("/")
     if len(parts) != 3:

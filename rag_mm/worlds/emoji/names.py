@@ -1,4 +1,4 @@
-"""Names of glyphs: what a caption calls one, and what its near relatives have in common."""
+"""Glyph names: as used in captions, and the base name shared by variants of one drawing."""
 
 import re
 import unicodedata
@@ -20,9 +20,9 @@ def clean_name(short_name: str, is_flag: bool) -> str:
 
 
 def base_name(name: str) -> str:
-    """What is left of a cleaned name without who does it and which way it points.
+    """A cleaned name without words for person and direction.
 
-    Glyphs with one base name are variants of one drawing: `woman running facing right` and
+    Glyphs with the same base name are variants of one drawing: `woman running facing right` and
     `person running` are both `running`, all clock faces are `clock`, all keycaps are `keycap`.
     """
     if name.endswith(("o'clock", "-thirty")):

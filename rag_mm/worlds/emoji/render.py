@@ -2,8 +2,8 @@
 
     python -m rag_mm.worlds.emoji.render --font=NotoColorEmoji.ttf --out=rag_mm/worlds/emoji
 
-The shipped sheet comes from Debian's package fonts-noto-color-emoji 2.042 and the Python package
-`emoji`, which is needed here only. Same font, `emoji` and Pillow: same bytes.
+The shipped sheet was made with Debian's package fonts-noto-color-emoji 2.042 and the Python package `emoji`,
+which only this script needs. The same versions of font, `emoji` and Pillow give the same bytes.
 """
 
 import argparse
@@ -19,17 +19,17 @@ from rag_mm.core.errors import UserError
 from rag_mm.worlds.emoji import art, classes, names
 
 CELL = 64
-COLUMNS = 44  # Makes 1,899 cells a square.
+COLUMNS = 44  # Makes the sheet of 1,899 cells square.
 QUALITY = 90
-FONT_SIZE = 109  # The one size at which this bitmap font exists; its glyphs are 136 x 128.
+FONT_SIZE = 109  # The only size of this bitmap font; its glyphs are 136 x 128.
 GLYPH_WIDTH = 136
-TOP = 4  # Centres 128 rows in a square of 136.
+TOP = 4  # Centers 128 pixel rows in a square of 136.
 FULL_FACE = "\U0001f600"
 
 
 @dataclasses.dataclass(frozen=True)
 class Glyph:
-    """A sequence of code points, its cleaned name, whether it is a country's or region's flag."""
+    """A sequence of code points, its cleaned name, and whether it is the flag of a country or region."""
 
     sequence: str
     name: str
@@ -41,7 +41,7 @@ def list_glyphs() -> Iterator[Glyph]:
     try:
         import emoji
     except ImportError as error:
-        raise UserError("The names come from the package emoji: pip install emoji.") from error
+        raise UserError("This script needs the package emoji: pip install emoji.") from error
     for sequence, entry in emoji.EMOJI_DATA.items():
         has_skin_tone = any(0x1F3FB <= ord(character) <= 0x1F3FF for character in sequence)
         if entry["status"] == emoji.STATUS["fully_qualified"] and not has_skin_tone:
@@ -51,14 +51,14 @@ def list_glyphs() -> Iterator[Glyph]:
 
 
 def load_font(path: epath.PathLike) -> ImageFont.FreeTypeFont:
-    """Opens the font with the layout engine that joins sequences.
+    """Opens the font with the layout engine that supports joined sequences.
 
     Raises:
-        UserError: there is no such font, or Pillow lacks raqm.
+        UserError: the font cannot be opened, or Pillow lacks raqm.
     """
     if not features.check("raqm"):
         raise UserError(
-            "Pillow was built without raqm, so joined emoji would fall apart: use its wheel."
+            "Pillow was built without raqm and cannot render joined emoji: install its wheel."
         )
     try:
         return ImageFont.truetype(str(path), FONT_SIZE, layout_engine=ImageFont.Layout.RAQM)
@@ -69,18 +69,18 @@ def load_font(path: epath.PathLike) -> ImageFont.FreeTypeFont:
 
 
 def render_glyph(font: ImageFont.FreeTypeFont, sequence: str) -> Image.Image | None:
-    """Draws one cell, RGBA; None if the font draws nothing or falls back to several glyphs."""
+    """Renders one RGBA cell; None if the font has no glyph for it or falls back to several glyphs."""
     if font.getlength(sequence) != font.getlength(FULL_FACE):
         return None
-    picture = Image.new("RGBA", (GLYPH_WIDTH, GLYPH_WIDTH))
-    ImageDraw.Draw(picture).text((0, TOP), sequence, font=font, embedded_color=True)
-    if picture.getbbox() is None:
+    image = Image.new("RGBA", (GLYPH_WIDTH, GLYPH_WIDTH))
+    ImageDraw.Draw(image).text((0, TOP), sequence, font=font, embedded_color=True)
+    if image.getbbox() is None:
         return None
-    return picture.resize((CELL, CELL), Image.Resampling.LANCZOS)
+    return image.resize((CELL, CELL), Image.Resampling.LANCZOS)
 
 
 def encode_sheet(cells: Sequence[Image.Image]) -> bytes:
-    """Lays cells out row by row and encodes them as one WebP."""
+    """Arranges cells row by row and encodes them as one WebP image."""
     sheet = Image.new("RGBA", (COLUMNS * CELL, -(-len(cells) // COLUMNS) * CELL))
     for i, cell in enumerate(cells):
         sheet.paste(cell, (i % COLUMNS * CELL, i // COLUMNS * CELL))
@@ -95,7 +95,7 @@ def write_sheet(font_path: epath.PathLike, out: epath.PathLike) -> None:
     drawn = [(glyph, render_glyph(font, glyph.sequence)) for glyph in list_glyphs()]
     glyphs = [glyph for glyph, cell in drawn if cell is not None]
     sheet = encode_sheet([cell for _, cell in drawn if cell is not None])
-    # Classes are merged as WebP shows them, which is what everybody else will see.
+    # Classes are merged from the compressed cells, the ones that everything else uses.
     cells = art.draw_cells(art.read_cells(sheet, CELL, range(len(glyphs))), classes.SMALLEST_SIZE)
     merged = classes.merge_glyphs([glyph.name for glyph in glyphs], art.lay_on(cells, art.WHITE))
     index = {
@@ -114,7 +114,7 @@ def write_sheet(font_path: epath.PathLike, out: epath.PathLike) -> None:
     files.write_atomic(epath.Path(out) / art.SHEET_FILE, sheet)
     text = (
         files.canonical_json(index).replace("},{", "},\n{") + "\n"
-    )  # One entry a line, for diffs.
+    )  # One entry per line, for diffs.
     files.write_atomic(epath.Path(out) / art.INDEX_FILE, text.encode())
 
 

@@ -34,7 +34,7 @@ def test_what_gives_no_interval_or_says_nothing_is_refused(capsys, words):
     assert words[0].partition("=")[0] in capsys.readouterr().err
 
 
-def test_the_interval_holds_the_median_as_often_as_it_says():
+def test_the_interval_has_the_stated_coverage():
     rng = np.random.default_rng(0)
     for count in (6, 20, 41):
         k, tail = 0, 0.0
@@ -54,8 +54,8 @@ def test_five_values_have_no_interval():
         timing.median_interval([1.0] * 5)
 
 
-def test_they_run_where_there_is_little_besides_jax():
-    """On an image with jax, flax, optax and orbax: nothing else of the base install is imported."""
+def test_they_need_little_beyond_jax():
+    """On an image with jax, flax, optax and orbax: none of the other base packages is imported."""
     commands = [
         ["bench", "train", "--against=peak", "--size=tiny", "--steps=1", "--rounds=1"],
         ["bench", "decode", "--against=peak", "--size=tiny", "--rounds=1"],

@@ -1,4 +1,4 @@
-"""Training and decoding beside transformers, at the smallest sizes: the figures mean what they say."""
+"""Training and decoding compared with transformers, at the smallest sizes."""
 
 import json
 

@@ -30,7 +30,7 @@ def test_topologies_are_read():
     ("words", "says"),
     [
         (["--topology=v9:2x2"], "There is no chip 'v9'; there are v4, v5e, v5p, v6e."),
-        (["--topology=v5e:4x4x4"], "has 3 sides; a torus of v5e has 2."),
+        (["--topology=v5e:4x4x4"], "has 3 dimensions; a torus of v5e has 2."),
         (["--topology=big"], "write v5e:16x16"),
         (["--topology=v5e:16x16", "--batch=100"], "give a multiple of 256"),
         (["--topology=v5e:16x16", "--mesh=1,4,64"], "num_heads is 32, which tensor=64"),
@@ -60,7 +60,7 @@ def test_the_page_decides_what_the_command_does_not():
     assert case.optimizer.b2 == 0.95
     case = make_case(batch_size=512, remat="dots", num_parts=2, mesh="2,64,2")
     assert case.mesh_shape == (2, 64, 2) and case.model.decoder.remat == "dots"
-    # Fewer rows a chip need fewer chunks, and a split vocabulary fewer still.
+    # Fewer sequences per chip need fewer chunks, and a sharded vocabulary even fewer.
     assert case.model.loss_chunks == 2
     assert make_case("configs/ra_cm3.py:tiny").mesh_shape == (4, 64, 1)  # its width is 64
     case = make_case(num_new=-1, topology=chips.parse_topology("v5e:2x4"))
@@ -114,7 +114,7 @@ def test_a_program_that_does_not_fit_says_by_how_much():
 
 
 def search_with(monkeypatch, fits, **options):
-    """The search over a compiler that `fits(remat, parts)` stands for, and what it was asked."""
+    """The search with `fits(remat, parts)` in place of the compiler, and the calls it made."""
     asked = []
 
     def make_plan(case, topology):
@@ -130,7 +130,7 @@ def search_with(monkeypatch, fits, **options):
 
 def test_the_search_passes_over_what_cannot_fit_and_prefers_less_recomputing(monkeypatch):
     found, asked = search_with(monkeypatch, lambda remat, parts: remat == "full" or parts >= 8)
-    # Eight rows a chip keep 72 GiB of products, and one row without remat 18: never compiled.
+    # Eight sequences per chip keep 72 GiB of products, and one without remat 18: never compiled.
     assert asked == [("full", 1), ("dots", 8)]
     assert found["fits"] and found["remat"] == "dots" and found["mfu_bound"] > 0.9
     assert [(t["remat"], t["num_parts"]) for t in found["tried"]] == asked

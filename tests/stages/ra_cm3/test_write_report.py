@@ -19,7 +19,7 @@ def shown(**changes):
     rows = world_config.sample_rows(source, 100, 0)
     # Only which classes these are matters.
     test = generate_samples.TestSet(source.class_ids[rows], *[None] * 7)
-    return write_report.choose(config, test), source.class_ids[rows]
+    return write_report.select_examples(config, test), source.class_ids[rows]
 
 
 def test_every_class_is_shown_once_and_the_story_first():

@@ -8,7 +8,7 @@ import pytest
 from rag_mm.core.errors import UserError
 from rag_mm.models import reco
 from rag_mm.stages.reco import draw_toy_pairs, embed_pairs, train_fusion
-from rag_mm.stages.reco.refinement import Bank, Refiner, SearchSettings, is_refined, mean
+from rag_mm.stages.reco.refinement import Bank, Refiner, SearchSettings, is_refined, mean_fusions
 from rag_mm.worlds import concepts
 
 N, DIM = 12, 16
@@ -71,7 +71,7 @@ def test_controls(bank):
 
 
 def test_a_memory_is_exchanged_without_touching_the_model(bank):
-    refiner = Refiner(mean(), bank, SearchSettings(num_neighbors=2))
+    refiner = Refiner(mean_fusions(), bank, SearchSettings(num_neighbors=2))
     queries = bank.columns["image"][:5]
     before = refiner.refine("image", queries)
     refiner.bank = Bank({name: rows[:1] for name, rows in bank.columns.items()})
@@ -90,7 +90,7 @@ def test_which_side_is_refined():
 
 @pytest.mark.parametrize(
     ("changes", "says"),
-    [({"num_neighbors": 0}, "at least 1"), ({"control": "oracle"}, "none, query, random")],
+    [({"num_neighbors": 0}, "at least 1"), ({"retrieval_override": "oracle"}, "none, query, random")],
 )
 def test_searches_that_cannot_be(changes, says):
     with pytest.raises(ValueError, match=says):
@@ -102,7 +102,7 @@ TOY = draw_toy_pairs.ToyPairsStageConfig(0, WORLD, num_train=64, rows_per_class=
 
 
 def test_toy_pairs_keep_held_out_classes_from_training(tmp_path):
-    found = draw_toy_pairs.draw(TOY)
+    found = draw_toy_pairs.sample_pairs(TOY)
     held_out = np.flatnonzero(found.splits == 2)
     assert not np.isin(found.train.class_ids, held_out).any()
     assert not np.isin(found.seen_memory.class_ids, held_out).any()
@@ -117,7 +117,7 @@ def test_toy_pairs_keep_held_out_classes_from_training(tmp_path):
 
 def test_training_retrieves_seen_rows_and_never_itself():
     page = dict(model=dict(num_heads=4), optimizer=dict(), loop=dict(num_steps=1))
-    found = draw_toy_pairs.draw(TOY)
+    found = draw_toy_pairs.sample_pairs(TOY)
     for in_memory, masked in ((False, True), (True, True), (True, False)):
         config = train_fusion.FusionStageConfig(
             seed=0,

@@ -89,11 +89,11 @@ def test_without_held_out_rows_only_seen_classes_are_found(tiny_run, config):
     assert all(facts[i].entities[0].class_id in seen for i in found.ravel() if i >= 0)
 
 
-def test_the_gate_stops_a_chain_whose_retriever_brings_the_wrong_classes(config):
+def test_the_retrieval_check_stops_a_chain_whose_neighbors_show_the_wrong_classes(config):
     strict = dataclasses.replace(config, min_same_class=0.9)
-    find_neighbors._check_gate(strict, 0.9)
-    with pytest.raises(UserError, match=r"gate before the decoder is shut: 0.850 .* 0.9"):
-        find_neighbors._check_gate(strict, 0.85)
-    find_neighbors._check_gate(config, 0.0)
+    find_neighbors._check_retrieval(strict, 0.9)
+    with pytest.raises(UserError, match=r"Retrieval check failed: 85.0 % .* is 90 %"):
+        find_neighbors._check_retrieval(strict, 0.85)
+    find_neighbors._check_retrieval(config, 0.0)
     with pytest.raises(ValueError, match="min_same_class"):
         dataclasses.replace(config, min_same_class=1.5)

@@ -1,4 +1,4 @@
-"""A world of one's own pictures: its split, its caption source, and what it refuses."""
+"""The world of the user's own images: its split, its documents, and the mistakes it rejects."""
 
 import json
 
@@ -13,7 +13,7 @@ from rag_mm.stages.shared import find_neighbors, world_config
 
 @pytest.fixture
 def folder(tmp_path):
-    """Twenty pictures of several sizes."""
+    """Twenty images of several sizes."""
     return make_folder(tmp_path / "pictures", range(20))
 
 
@@ -60,7 +60,7 @@ def test_a_tenth_is_held_out_and_stays_so(folder):
 
 def test_documents_have_one_caption_and_the_models_size(folder):
     source = world_config.make(dict(documents=str(folder), image_size=16)).scenes("train", "common")
-    assert source.picture(3).shape == (16, 16, 3)
+    assert source.image(3).shape == (16, 16, 3)
     assert source.caption(3, 0) == source.caption(3, 1) == source.full_caption(3) == source[3].text
     assert source.entity_mask(3).all() and source.entity_mask(3).shape == (4, 4)
 
@@ -77,8 +77,8 @@ def test_the_page_makes_a_chain_without_the_scorer(folder):
         ({"world.documents": ""}, "world: documents is empty"),
         ({"world.held_out_share": "1.0"}, "held_out_share is 1.0"),
         ({"world.image_size": "64"}, "model.image_size is 32"),
-        ({"neighbors.max_similarity": "0.0"}, "your own pictures have none of"),
-        ({"stages": "tokenizer,report"}, "stage report does not work .* no facts to score by"),
+        ({"neighbors.max_similarity": "0.0"}, "your own images, which have no classes"),
+        ({"stages": "tokenizer,report"}, "stage report does not support .* have no facts to score"),
         ({"world.documents": "/nowhere"}, "/nowhere is not a folder"),
     ],
 )
@@ -87,12 +87,12 @@ def test_mistakes(folder, changes, says):
         chain_config.stage_configs(config(folder, **changes))
 
 
-def test_bad_records_are_passed_over_while_they_are_few(folder, capsys):
+def test_a_few_bad_records_are_skipped(folder, capsys):
     make_folder(folder, range(20), bad=1)
     assert len(world_config.make(dict(documents=str(folder))).scenes("train", "common")) == 18
-    assert "passed over 1 bad records; the first is line 1" in capsys.readouterr().err
+    assert "skipped 1 bad records; the first is line 1" in capsys.readouterr().err
     make_folder(folder, range(20), bad=2)
-    with pytest.raises(UserError, match="20 good and 2 bad records"):
+    with pytest.raises(UserError, match="20 valid and 2 bad records"):
         world_config.make(dict(documents=str(folder))).scenes("train", "common")
 
 

@@ -1,4 +1,4 @@
-"""What a retriever may be shown."""
+"""The documents that a retriever may train on."""
 
 import pytest
 
@@ -7,8 +7,8 @@ from rag_mm.train import loop, optimizer
 
 
 @pytest.mark.parametrize("roles", [(), ("test",), ("train", "test")], ids=str)
-def test_scenes_of_tests_are_never_shown(roles):
-    with pytest.raises(ValueError, match="choose some of train, memory"):
+def test_it_never_trains_on_test_scenes(roles):
+    with pytest.raises(ValueError, match="choose from train, memory"):
         train_retriever.RetrieverStageConfig(
             seed=0,
             world=world_config.EmojiWorld(),

@@ -272,7 +272,7 @@ def test_several_levels_take_turns_in_every_class_and_share_nothing_between_role
             assert source[i].id.startswith(f"{level.name}-")
             assert source.facts(i) in emoji_scenes.configurations(level, int(source.class_ids[i]))
             np.testing.assert_array_equal(
-                source.picture(i), emoji_scenes.render(source.facts(i), alone[level.name].levels[0])
+                source.image(i), emoji_scenes.render(source.facts(i), alone[level.name].levels[0])
             )
     # The id is level, class, configuration: no role has a configuration of another, at any level.
     shown = [source[i].id.partition("-")[2] for source in sources for i in range(len(source))]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-import faults
+import killed_runs
 import numpy as np
 import pytest
 import test_checkpoint
@@ -17,7 +17,7 @@ import rag_mm
 from rag_mm.core.errors import UserError
 from rag_mm.train import checkpoint
 
-SCRIPT = pathlib.Path(faults.__file__)
+SCRIPT = pathlib.Path(killed_runs.__file__)
 ROOT = pathlib.Path(rag_mm.__file__).parents[1]
 
 
@@ -45,10 +45,10 @@ def killed(tmp_path_factory):
     return result(start("points", tmp_path_factory.mktemp("killed")))
 
 
-@pytest.mark.parametrize("point", faults.POINTS)
+@pytest.mark.parametrize("point", killed_runs.POINTS)
 def test_a_run_killed_at_a_named_point_and_restarted_is_bitwise_identical(killed, point):
     assert killed["endings"][point] == 9
-    assert killed["saved"][point] == faults.POINTS[point][-1]
+    assert killed["saved"][point] == killed_runs.POINTS[point][-1]
     assert_continues(killed["results"][point], killed["results"]["unbroken"])
 
 
@@ -66,7 +66,7 @@ def step_fn():
 
 @pytest.fixture(scope="module")
 def long_run(step_fn, tmp_path_factory):
-    return faults.run(tmp_path_factory.mktemp("long"), faults.LONG, step_fn)
+    return killed_runs.run(tmp_path_factory.mktemp("long"), killed_runs.LONG, step_fn)
 
 
 @pytest.mark.slow
@@ -78,7 +78,7 @@ def test_killed_at_a_random_instant(long_run, step_fn, tmp_path, seed):
     time.sleep(np.random.default_rng(seed).uniform(0.0, 1.5))
     process.kill()
     process.communicate()
-    again = faults.run(tmp_path, faults.LONG, step_fn)
+    again = killed_runs.run(tmp_path, killed_runs.LONG, step_fn)
     assert again["log"] == long_run["log"] and again["state"] == long_run["state"]
     assert again["order"].items() <= long_run["order"].items()
 

@@ -7,8 +7,8 @@ import time
 
 import jax
 import jax.numpy as jnp
-from faults import RecordingIterator
 from flax import nnx
+from killed_runs import RecordingIterator
 from test_loop import make_example
 
 from rag_mm.core import processes, sharding
