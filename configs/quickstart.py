@@ -159,7 +159,7 @@ def full() -> dict:
                     "neighbors.min_same_class": 0.0,
                 },
                 # A sequence without documents has half of the tokens.
-                "vanilla of equal FLOPs": {"control.num_steps": 3000},
+                "baseline of equal FLOPs": {"control.num_steps": 3000},
             },
         ),
     )

@@ -22,6 +22,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     config = configuration.load_config(args.config, args.overrides, sections)
     plain = configuration.to_dict(config)
+    if "stages" in plain:  # A value that a stage refuses is refused here, too.
+        chain_config.stage_configs(plain)
     listed = configuration.settings(plain, sections)
     settings = [
         {
@@ -38,8 +40,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def show(result: dict[str, Any], console: rich.console.Console) -> None:
     """Prints a line for each value; `*` marks those that differ from their default."""
     table = rich.table.Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("", "setting", "value", "meaning"):
-        table.add_column(name, overflow="fold")
+    for name, width in (("", None), ("setting", None), ("value", 48), ("meaning", None)):
+        table.add_column(name, overflow="fold", max_width=width)
     section = ""
     for setting in result["settings"]:
         first = setting["path"].partition(".")[0] if "." in setting["path"] else ""
@@ -47,7 +49,7 @@ def show(result: dict[str, Any], console: rich.console.Console) -> None:
             table.add_row()
             section = first
         mark = "" if setting["is_default"] else "*"
-        value = _short(setting["value"])
+        value = _text(setting["value"])
         cells = (mark, setting["path"], value, setting["meaning"])
         table.add_row(*(rich.text.Text(cell) for cell in cells))
     console.print(table)
@@ -56,11 +58,10 @@ def show(result: dict[str, Any], console: rich.console.Console) -> None:
     )
 
 
-def _short(value: Any, most: int = 60) -> str:
+def _text(value: Any) -> str:
     if isinstance(value, dict):
-        return f"{len(value)} entries: {_short(', '.join(value), most)}"
-    text = str(_as_tuple(value))
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+        return f"{{{', '.join(value)}: ..}}"
+    return str(_as_tuple(value))
 
 
 def _as_tuple(value: Any) -> Any:

@@ -95,9 +95,7 @@ def apply_overrides(config: ml_collections.ConfigDict, overrides: Mapping[str, A
     known = dict(_flatten(config))
     for key, given in overrides.items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-            hint = renames.hint(key) or (f"; the nearest is {near[0]}" if near else "")
-            raise UserError(f"The config has no key {key!r}{hint}.")
+            raise UserError(f"The config has no key {key!r}{_near(key, known)}.")
         try:
             value = _parse(given, known[key])
         except (ValueError, SyntaxError, KeyError):
@@ -206,6 +204,25 @@ def make(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         return cls(**made)
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: {error}.") from error
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _near(key: str, known: Mapping[str, Any]) -> str:
+    """The end of an error message: the new name, what a group holds, the nearest key, or what there is."""
+    if hint := renames.hint(key):
+        return hint
+    members = [each for each in known if each.startswith(f"{key}.")]
+    if members:
+        return f": it is a group; set one of {_list(members)}"
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+    parent = key.rpartition(".")[0]
+    siblings = [each for each in known if parent and each.rpartition(".")[0] == parent]
+    if near:
+        return f"; the nearest is {near[0]}"
+    if siblings:
+        return f"; {parent} has {_list([each.rpartition('.')[2] for each in siblings])}"
+    return f"; it has {_list(list(dict.fromkeys(each.partition('.')[0] for each in known)))}"
 
 
 def _find(path_text: str) -> pathlib.Path:

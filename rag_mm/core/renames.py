@@ -28,6 +28,7 @@ _DECODER = {
     "mask_probability": "masking.prob",
     "segment_probability": "masking.segment_prob",
     "caption_probability": "masking.caption_prob",
+    "is_vanilla": "is_baseline",
 }
 _INIT = {
     "init_std": "init.std",
@@ -45,7 +46,11 @@ _FUSION = {
 _IN_STAGES = {
     "tokenizer": _TOKENIZER,
     "retriever": _RETRIEVER,
-    "neighbors": {"caption_draws": "captions_per_image", "by_phrase": "split_phrases"},
+    "neighbors": {
+        "caption_draws": "captions_per_image",
+        "by_phrase": "split_phrases",
+        "token_dropout": "word_dropout",
+    },
     "decoder": _DECODER | {f"model.{old}": f"model.{new}" for old, new in _INIT.items()},
     "copy_probe": _DECODER | {f"model.{old}": f"model.{new}" for old, new in _INIT.items()},
     "generation": {"controls": "document_ablations"},

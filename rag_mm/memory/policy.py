@@ -16,16 +16,16 @@ def make_query(
     document: document_types.Document,
     modality: Literal["text", "image"],
     rng: np.random.Generator | None = None,
-    token_dropout: float = 0.2,
+    word_dropout: float = 0.2,
 ) -> str | np.ndarray:
     """One modality of a document as a query, so that in training the query never contains the whole target.
 
     Args:
         document: the main document.
         modality: which modality becomes the query.
-        rng: for query dropout: drops each word with probability `token_dropout` but keeps at least one.
+        rng: for query dropout: drops each word with probability `word_dropout` but keeps at least one.
             None drops nothing (inference). Dropout applies to text only.
-        token_dropout: the probability.
+        word_dropout: the probability.
 
     Returns:
         A text, or an image as uint8 [H, W, 3].
@@ -43,7 +43,7 @@ def make_query(
     if rng is None:
         return document.text
     uniform = rng.random(len(words))
-    kept = [word for word, value in zip(words, uniform, strict=True) if value >= token_dropout]
+    kept = [word for word, value in zip(words, uniform, strict=True) if value >= word_dropout]
     return " ".join(kept) if kept else words[int(uniform.argmax())]
 
 

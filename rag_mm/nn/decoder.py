@@ -21,11 +21,12 @@ class InitConfig:
     """Standard deviations of initial weights.
 
     Attributes:
-        std: of every matrix and table without a value of its own.
-        cut: samples are truncated at this many standard deviations; None truncates none.
-        output_std: of the projections that write to the residual stream; None: std / sqrt(2 num_layers).
-        position_std: of learned positions; None: std.
-        head_std: of an untied output head; None: std.
+        std: standard deviation of every matrix and table that has no value below.
+        cut: samples are truncated at this many standard deviations; None disables truncation.
+        output_std: standard deviation of the projections that write to the residual stream; None uses
+            std / sqrt(2 num_layers).
+        position_std: standard deviation of learned position embeddings; None uses std.
+        head_std: standard deviation of an untied output head; None uses std.
     """
 
     std: float = 0.02
@@ -37,34 +38,34 @@ class InitConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes and family of a decoder; a weight converter is a table of names over these values.
+    """Sizes and architecture of a decoder.
 
     Attributes:
         vocab_size: token ids, text and image codes together.
-        num_layers: blocks.
+        num_layers: number of transformer blocks.
         embed_dim: width of the residual stream.
-        num_heads: query heads.
+        num_heads: number of query heads.
         mlp_dim: hidden width of the MLP.
         max_seq_len: longest sequence, in tokens.
         num_kv_heads: key and value heads (grouped-query attention); None: as many as num_heads.
         head_dim: width of a head; None: embed_dim / num_heads.
-        norm: layernorm | layernorm_no_params | rmsnorm.
-        norm_eps: added to the variance.
-        positions: rope | sinusoidal | learned.
+        norm: kind of normalization: layernorm | layernorm_no_params | rmsnorm.
+        norm_eps: added to the variance for stability.
+        positions: kind of position encoding: rope | sinusoidal | learned.
         rope_theta: base of RoPE's wavelengths.
-        rope_scaling: LLaMA 3's rescaling of RoPE for long contexts; None: none.
-        mlp: swiglu | relu | gelu.
-        qk_norm: normalize queries and keys per head.
-        smear_lags: for each head, the lags whose keys it compares at once; () is a plain head. Lag 1 is the
-            token before; an image's width is the code above.
-        induction_init: a fresh layer attends to what resembles the query and copies what followed it.
+        rope_scaling: LLaMA 3's rescaling of RoPE for long contexts; None disables it.
+        mlp: kind of MLP: swiglu | relu | gelu.
+        qk_norm: whether queries and keys are normalized per head.
+        smear_lags: for each head, the lags whose keys are mixed; () is a plain head. Lag 1 is the previous
+            token, the code grid's width the code directly above.
+        induction_init: whether a fresh layer attends to what resembles the query and copies what followed it.
         qk_norm_kind: rmsnorm, or layernorm_per_head as in Chameleon.
-        post_norm: normalize a branch's output instead of its input.
-        use_bias: biases in attention and MLP.
-        tie_embeddings: the output head is the token table.
+        post_norm: whether a branch's output is normalized instead of its input.
+        use_bias: whether attention and MLP have biases.
+        tie_embeddings: whether the output head is the token table.
         init: standard deviations of initial weights.
-        dtype: of activations; softmax and loss stay float32, as do parameters trained here.
-        remat: none | dots | full: what a layer's backward pass recomputes.
+        dtype: dtype of activations; softmax, loss and trained parameters stay float32.
+        remat: what a layer's backward pass recomputes: none | dots | full.
     """
 
     vocab_size: int

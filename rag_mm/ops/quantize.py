@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int, Int32, Key
+from jaxtyping import Array, Float, Float32, Int, Int32, Key
 
 from rag_mm.core.errors import UserError
 
@@ -55,7 +55,7 @@ def word_counts(levels: Levels) -> Int32[np.ndarray, "levels S S"]:
 
 
 def nearest_codes(
-    z: Float32[Array | np.ndarray, "*shape D"], codebook: Float32[Array | np.ndarray, "C D"]
+    z: Float[Array | np.ndarray, "*shape D"], codebook: Float[Array | np.ndarray, "C D"]
 ) -> Int32[Array, "*shape"]:
     """argmin_k ||z - codebook[k]||^2; ties go to the lowest k."""
     points = z.reshape(-1, z.shape[-1])
@@ -73,8 +73,8 @@ def nearest_codes(
 
 
 def quantize(
-    z: Float32[Array | np.ndarray, "B S S D"],
-    codebook: Float32[Array | np.ndarray, "C D"],
+    z: Float[Array | np.ndarray, "B S S D"],
+    codebook: Float[Array | np.ndarray, "C D"],
     levels: Levels,
 ) -> Int32[Array, "B num_codes"]:
     """The codes of every level by SPAE's streaming average quantization; passes no gradient.
@@ -99,9 +99,9 @@ def quantize(
 
 def running_averages(
     codes: Int[Array | np.ndarray, "B num_codes"],
-    codebook: Float32[Array | np.ndarray, "C D"],
+    codebook: Float[Array | np.ndarray, "C D"],
     levels: Levels,
-) -> list[Float32[Array, "B S S D"]]:
+) -> list[Float[Array, "B S S D"]]:
     """zhat_<=l for each level of `codes`: the mean of the vectors that a position has so far.
 
     Args:
@@ -132,8 +132,8 @@ def running_averages(
 
 
 def straight_through(
-    z: Float32[Array | np.ndarray, "B S S D"], average: Float32[Array, "B S S D"], levels: Levels
-) -> Float32[Array, "B S S D"]:
+    z: Float[Array | np.ndarray, "B S S D"], average: Float[Array, "B S S D"], levels: Levels
+) -> Float[Array, "B S S D"]:
     """Exactly the value of `average`; its gradient goes to z unchanged.
 
     Positions without a code pass no gradient, since their value does not depend on z.
@@ -171,12 +171,12 @@ def code_counts(
     return jnp.zeros(codebook_size, jnp.float32).at[codes.reshape(-1)].add(1.0)
 
 
-def usage(counts: Float32[Array | np.ndarray, " C"]) -> Float32[Array, ""]:
+def usage(counts: Float[Array | np.ndarray, " C"]) -> Float32[Array, ""]:
     """The fraction of codes with a positive count; `counts` may be frequencies."""
     return jnp.mean((counts > 0).astype(jnp.float32))
 
 
-def perplexity(counts: Float32[Array | np.ndarray, " C"]) -> Float32[Array, ""]:
+def perplexity(counts: Float[Array | np.ndarray, " C"]) -> Float32[Array, ""]:
     """exp of the entropy of the code distribution, in 1..C; `counts` may be frequencies."""
     share = counts / jnp.sum(counts)
     return jnp.exp(-jnp.sum(jnp.where(share > 0, share * jnp.log(share), 0.0)))

@@ -44,7 +44,7 @@ def summary_table(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             "Fraction of captions whose top hit, among unseen scenes, is an image that matches them.",
         ),
         (
-            "Retriever, same entity@2",
+            "Retriever, same class@2",
             percent(at("retriever.same_class_at_2")),
             "Of the top two documents, the ones given to the decoder, the fraction that show the "
             "requested entity.",

@@ -38,7 +38,9 @@ class AblationPlan:
         if not all(isinstance(seed, int) for seed in self.seeds):
             raise ValueError(f"seeds must be integers, not {self.seeds}")
         if any("seed" in each for each in overrides):
-            raise ValueError("a variant cannot set the seed; use `seeds`, which apply to all variants")
+            raise ValueError(
+                "a variant cannot set the seed; use `seeds`, which apply to all variants"
+            )
         if self.baseline is not None and self.baseline not in self.variants:
             names = ", ".join(self.variants)
             raise ValueError(

@@ -62,13 +62,18 @@ def run_chain(
         for name in configs:
             # config.json describes every stage, so all must match it or be rebuilt.
             if not overwrite:
-                run_folder.check_stage(run, name, slice_of(configs[name]), chain_config.STAGES[name].inputs)
+                run_folder.check_stage(
+                    run, name, slice_of(configs[name]), chain_config.STAGES[name].inputs
+                )
         run.save_config(config)
         sources = [run_folder.Run(epath.Path(source)) for source in reuse_from]
         has_run = [_run_stage(run, name, configs[name], overwrite, sources) for name in chosen]
         finished = [name for name in configs if run.manifest(name) is not None]
         for name in chosen:
-            finish, page = chain_config.STAGES[name].finish, run.workdir / chain_config.STAGES[name].page
+            finish, page = (
+                chain_config.STAGES[name].finish,
+                run.workdir / chain_config.STAGES[name].page,
+            )
             if finish is not None and (any(has_run) or not page.exists()):
                 finish(configs[name], run, finished)
     return run
@@ -111,7 +116,9 @@ def _run_stage(
         progress.say(f"{name}: {'already done, checking' if before.is_done else 'resuming'}")
     else:
         identity = (run, name, slice_of(config), stage.inputs)
-        source = next((candidate for candidate in sources if reuse.reuse_stage(*identity, candidate)), None)
+        source = next(
+            (candidate for candidate in sources if reuse.reuse_stage(*identity, candidate)), None
+        )
         progress.say(f"{name}: {f'reused from {source.workdir}' if source else 'starting'}")
     after = run_folder.run_stage(
         run,

@@ -51,6 +51,10 @@ def sections(config: Mapping[str, Any]) -> dict[str, Section]:
     Raises:
         UserError: there are no stages, one is unknown, or `seed` or `world` is missing.
     """
+    if "family" in config and "stages" not in config:
+        raise UserError(
+            "The config is one model's sizes, for rag-mm plan; to train, give one with stages."
+        )
     if not config.get("stages"):
         raise UserError(f"The config has no stages; stages are {', '.join(STAGES)}.")
     unknown = [name for name in config["stages"] if name not in STAGES]

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from rag_mm.core import costs, files, progress, sharding
+from rag_mm.core import checks, costs, files, progress, sharding
 from rag_mm.data import pipeline
 from rag_mm.nn.param_trees import Params
 from rag_mm.train import checkpoint, preemption, throughput, train_metrics, update_guard, watchdog
@@ -54,15 +54,15 @@ class LoopConfig:
     guard: update_guard.GuardConfig | None = None
 
     def __post_init__(self):
-        least = min(self.num_steps, self.log_every, self.checkpoint_every)
-        if least < 1 or self.checkpoint_every % self.log_every:
+        checks.at_least(self, 1, "num_steps", "log_every", "checkpoint_every")
+        if self.checkpoint_every % self.log_every:
             raise ValueError(
-                "num_steps is at least 1 and checkpoint_every a multiple of log_every, not "
-                f"{self.num_steps}, {self.checkpoint_every} and {self.log_every}"
+                f"checkpoint_every is {self.checkpoint_every}; give a multiple of "
+                f"log_every={self.log_every}"
             )
         if self.guard is not None and not isinstance(self.guard, update_guard.GuardConfig):
             raise ValueError(
-                f"guard is {self.guard!r}, give None or its settings, such as {{'window': 128}}"
+                f"guard is {self.guard!r}; give None or its settings, such as {{'window': 128}}"
             )
 
 

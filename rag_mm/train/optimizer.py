@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import optax
 
+from rag_mm.core import checks
 from rag_mm.train import update_guard
 
 
@@ -13,13 +14,13 @@ class OptimizerConfig:
     """AdamW with clipping and a schedule; defaults are RA-CM3's where the paper gives them.
 
     Attributes:
-        learning_rate: at its peak.
+        learning_rate: peak learning rate.
         warmup_steps: steps of linear warm-up from zero.
         schedule: linear | cosine | wsd, to zero at the last step; or constant.
-        b1: decay of the first moment.
-        b2: decay of the second moment.
-        weight_decay: decoupled, times the learning rate.
-        clip_norm: gradients of a larger global norm are scaled down to it.
+        b1: decay rate of the first moment.
+        b2: decay rate of the second moment.
+        weight_decay: decoupled weight decay (AdamW), times the learning rate.
+        clip_norm: largest global norm of a gradient; larger gradients are scaled down to it.
     """
 
     learning_rate: float = 1e-4
@@ -29,6 +30,13 @@ class OptimizerConfig:
     b2: float = 0.98
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+
+    def __post_init__(self):
+        checks.above(self, 0, "learning_rate", "clip_norm")
+        checks.at_least(self, 0, "warmup_steps", "weight_decay")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give 0 up to, not including, 1")
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:

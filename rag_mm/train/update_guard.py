@@ -18,9 +18,9 @@ class GuardConfig:
     """When an update is skipped, and when a run gives up.
 
     Attributes:
-        window: accepted losses that are remembered; until there are as many, nothing is a spike.
-        sigmas: a loss further above their mean than so many of their standard deviations is a spike.
-        max_in_a_row: so many skipped updates one after the other end the run.
+        window: number of accepted losses to compare with; before there are as many, nothing is a spike.
+        sigmas: a loss more than this many standard deviations above their mean is a spike.
+        max_in_a_row: this many consecutive skipped updates end the run.
     """
 
     window: int = 128

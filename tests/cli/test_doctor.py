@@ -34,7 +34,7 @@ def test_a_wrong_libtpu_is_named(monkeypatch):
     versions = {"jax": "0.10.2", "jaxlib": "0.10.2", "libtpu": "0.0.41.1"}
     monkeypatch.setattr(doctor, "required_libtpu", lambda: "0.0.42.*")
     (problem,) = doctor._version_problems(versions)
-    assert "wants libtpu 0.0.42.*, not 0.0.41.1" in problem
+    assert "requires libtpu 0.0.42.*, not 0.0.41.1" in problem
     assert not doctor._version_problems({**versions, "libtpu": "0.0.42.1"})
     assert doctor._version_problems({**versions, "libtpu": "0.0.420"})
 

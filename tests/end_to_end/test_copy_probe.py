@@ -1,4 +1,4 @@
-"""The copy probe by the command: what it writes, and how it ends where nothing is copied."""
+"""The copy probe on the command line: what it writes, and how it stops if nothing is copied."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ COMMAND = ["train", "--config=configs/copy_probe.py:tiny"]
 
 
 @pytest.mark.slow
-def test_the_probe_measures_each_count_of_documents_and_can_end_at_half_time(tmp_path, capsys):
+def test_the_probe_measures_each_number_of_documents_and_can_stop_early(tmp_path, capsys):
     run = tmp_path / "run"
     assert main.main([*COMMAND, f"--workdir={run}"]) == 0
     measured = files.read_json(run / "metrics.json")["copy_probe"]
@@ -22,9 +22,9 @@ def test_the_probe_measures_each_count_of_documents_and_can_end_at_half_time(tmp
     log = (run / "copy_probe" / "log.jsonl").read_text()
     assert log.count("art_top1_docs1") == 2  # At both checkpoints.
 
-    # No model gains 0.9 in 40 steps: it is stopped, and nothing half-made is left.
+    # No model gains 0.9 in 40 steps: the stage stops and leaves nothing behind.
     capsys.readouterr()
     args = [f"--workdir={run}", "--overwrite", "--config.copy_probe.min_gain=0.9"]
     assert main.main([*COMMAND, *args]) == 2
-    assert "Copying has not begun at step 20 of 40" in capsys.readouterr().err
+    assert "Copying has not started at step 20 of 40" in capsys.readouterr().err
     assert not (run / "copy_probe").exists()

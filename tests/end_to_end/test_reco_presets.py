@@ -15,5 +15,6 @@ def test_every_stage_of_a_preset_has_a_config(preset):
 def test_presets_of_public_weights_ask_for_documents_and_a_memory(tmp_path, capsys):
     command = ["train", "--config=configs/reco.py:clip_b32", f"--workdir={tmp_path / 'run'}"]
     assert main.main(command) == 2
-    assert "name the training documents and the memory" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "give --config.document_pairs.documents=... and --config.document_pairs.memory" in message
     assert not (tmp_path / "run").exists()

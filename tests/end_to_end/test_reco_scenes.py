@@ -108,7 +108,7 @@ def test_without_refinement_the_accuracy_is_that_of_the_frozen_model(evaluate):
 
 def test_the_page_shows_what_was_retrieved(evaluate, run):
     evaluate()
-    assert "What the picture found" in (run / "eval" / "zeroshot.html").read_text()
+    assert "Hits of the image" in (run / "eval" / "zeroshot.html").read_text()
 
 
 def test_another_memory_is_used_by_its_folder_and_changes_nothing_in_the_run(evaluate, memory):

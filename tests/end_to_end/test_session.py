@@ -79,7 +79,7 @@ def test_documents_by_hand_are_read_instead(run):
     assert [d["score"] for d in drawn.neighbors] == [None, None]
     with pytest.raises(UserError, match="reads 0 to 2 documents, not 3"):
         run.generate(PROMPT, documents=by_hand(run, 3))
-    with pytest.raises(UserError, match="'words' has no picture"):
+    with pytest.raises(UserError, match="'words' has no image"):
         run.generate(PROMPT, documents=[Document("words", (Text("an apple"),))])
 
 

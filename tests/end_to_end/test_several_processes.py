@@ -41,8 +41,8 @@ def run_all(commands: list[list[str]]) -> None:
 
 
 @pytest.fixture
-def make_images(tmp_path):
-    """300 pictures, so that the second batch is not full, two of them bad."""
+def images(tmp_path):
+    """300 images, so that the second batch is not full, two of them bad."""
     source = world_config.EmojiWorld(class_share=0.02).scenes("memory", "common")
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -56,10 +56,10 @@ def make_images(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_memory_of_two_processes_is_that_of_one(tiny_run, pictures, tmp_path):
+def test_a_memory_of_two_processes_is_that_of_one(tiny_run, images, tmp_path):
     def build(out: str, *words: str) -> list[str]:
         program = str(pathlib.Path(sys.executable).with_name("rag-mm"))
-        shared = ["memory", "build", f"--documents={pictures}", f"--retriever={tiny_run.workdir}"]
+        shared = ["memory", "build", f"--documents={images}", f"--retriever={tiny_run.workdir}"]
         return [program, *shared, f"--out={tmp_path / out}", *words]
 
     meeting = [f"--coordinator={free_address()}", "--num-processes=2"]

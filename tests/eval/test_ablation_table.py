@@ -43,7 +43,7 @@ def test_a_difference_is_paired_by_document_and_its_error_is_over_seeds(tmp_path
     assert found["standard_error"] == pytest.approx(np.std(means, ddof=1) / math.sqrt(3))
     assert (found["over"], found["n"], found["counts"]) == ("seeds", Q, True)
     # Student's t of two degrees of freedom.
-    assert found["ci95"] == pytest.approx(4.3027 * found["standard_error"])
+    assert found["ci95"] == pytest.approx(4.30265273 * found["standard_error"])
 
 
 def test_of_one_seed_the_error_is_over_documents_and_no_claim_counts(tmp_path):

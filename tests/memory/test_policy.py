@@ -31,7 +31,7 @@ def test_dropout_takes_a_fifth_of_the_words_in_order_and_leaves_one():
         kept.append(len(query))
         assert query == [word for word in words if word in query]
     assert 0.77 < np.mean(kept) / 5 < 0.83
-    alone = policy.make_query(DOCUMENT, "text", rng, token_dropout=1.0)
+    alone = policy.make_query(DOCUMENT, "text", rng, word_dropout=1.0)
     assert alone in words
     first, second = (
         policy.make_query(DOCUMENT, "text", np.random.default_rng((1, 2))) for _ in range(2)

@@ -129,6 +129,4 @@ def test_an_unknown_reading_and_a_tied_head_with_its_own_std_are_rejected():
     with pytest.raises(ValueError, match="zero_outputs"):
         cm3leon.CM3LeonConfig.tiny("both")
     with pytest.raises(ValueError, match="tied"):
-        dataclasses.replace(
-            cm3leon.CM3LeonConfig.tiny().decoder, init=InitConfig(head_std=0.0)
-        )
+        dataclasses.replace(cm3leon.CM3LeonConfig.tiny().decoder, init=InitConfig(head_std=0.0))

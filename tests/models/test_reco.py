@@ -208,15 +208,10 @@ def test_the_temperature_learns_and_is_clipped(rng):
 def test_eight_devices_equal_one(rng):
     """The same loss and gradients when the batch is split; negatives come from the whole batch."""
     model = make_model()
-    batch = {
-        key: np.concatenate([value] * 4)
-        + (
-            0
-            if value.dtype in (np.int32, bool)
-            else 0.1 * rng.standard_normal((4 * B, *value.shape[1:])).astype(np.float32)
-        )
-        for key, value in batch_of(rng).items()
-    }
+    batch = {key: np.concatenate([value] * 4) for key, value in batch_of(rng).items()}
+    for key, value in batch.items():
+        if value.dtype == np.float32:
+            batch[key] = value + 0.1 * rng.standard_normal(value.shape).astype(np.float32)
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     def compute(params, batch):

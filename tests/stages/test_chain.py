@@ -35,7 +35,7 @@ def test_a_presets_stages_share_seed_and_world(preset):
 def test_the_control_differs_in_its_documents_alone(config):
     made = chain_config.stage_configs(config)
     decoder, control = made["decoder"], made["control"]
-    assert control == dataclasses.replace(decoder, is_vanilla=True)
+    assert control == dataclasses.replace(decoder, is_baseline=True)
     assert decoder.layout(4).max_docs == 2 and control.layout(4).max_docs == 0
 
 
@@ -108,7 +108,7 @@ def test_the_control_follows_what_is_changed_of_the_decoder():
     changed = {"decoder.loop.num_steps": "60", "decoder.batch_size": "4"}
     config = chain_config.load("configs/quickstart.py:tiny", changed)
     configs = chain_config.stage_configs(config)
-    alike = dataclasses.replace(configs["decoder"], is_vanilla=True)
+    alike = dataclasses.replace(configs["decoder"], is_baseline=True)
     assert configs["control"] == alike
 
 

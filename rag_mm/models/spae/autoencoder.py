@@ -5,7 +5,6 @@ This file is the network; `objective` trains it, `rag_mm.ops.quantize` does the 
 
 import dataclasses
 import itertools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,22 +24,22 @@ class SPAEConfig:
     num_scales = len(width_multipliers).
 
     Attributes:
-        image_size: pixels a side.
-        patch_size: pixels a side that are folded into channels at input and output.
-        encoder: conv, or patch, where a code sees the pixels of its patch only.
+        image_size: image height and width, in pixels.
+        patch_size: height and width of the patches folded into channels at input and output, in pixels.
+        encoder: conv | patch; with patch, a code sees only the pixels of its patch.
         width: channels at the finest scale.
         width_multipliers: channels of each scale, in units of `width`.
         num_res_blocks: residual blocks at each scale, and once more on the code grid.
         embed_dim: width of a codebook entry.
         codebook_size: entries of the codebook.
         levels: positions a side of each pyramid level, coarse to fine.
-        commitment_weight: of the commitment loss.
+        commitment_weight: weight of the commitment loss.
         random_flip_rotate: training images are flipped and rotated by quarter turns at random.
     """
 
     image_size: int = 128
     patch_size: int = 1
-    encoder: Literal["conv", "patch"] = "conv"
+    encoder: str = "conv"
     width: int = 128
     width_multipliers: tuple[int, ...] = (1, 2, 2, 4)
     num_res_blocks: int = 2

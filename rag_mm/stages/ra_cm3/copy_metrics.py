@@ -1,7 +1,7 @@
-"""Watching a decoder learn to copy: how well it foresees art it never saw, with a document and without.
+"""Metrics of how well a decoder copies: its predictions of unseen art codes with and without documents.
 
-Copying comes late and all at once, and the training loss hardly tells of it; the difference that a document
-makes to art of unseen classes does (docs/papers/ra_cm3.md#evaluation).
+Decoders learn to copy late and suddenly, and the training loss barely shows it. The difference that documents
+make to the prediction of unseen classes does (docs/papers/ra_cm3.md#evaluation).
 """
 
 import dataclasses
@@ -17,15 +17,15 @@ from rag_mm.eval import likelihood, scene_accuracy
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CopyWatch:
-    """Test documents of unseen classes, asked about whenever training is watched.
+    """Scores test documents of unseen classes at every checkpoint; see `training.train`'s `watch`.
 
     Attributes:
-        mains: Q documents.
-        docs: what each may read; nothing for the control.
+        mains: Q test documents.
+        docs: documents that each may read, best last; empty lists for the baseline.
         art: bool [Q, N], the codes that show an entity.
-        num_steps: steps of the whole training.
-        min_gain: how much documents must add to the top-1 share of art codes by half time; 0 asks
-            for nothing.
+        num_steps: number of training steps.
+        min_gain: minimum gain of the top-1 share of art codes by documents at half of the steps, in [0, 1];
+            0 disables the check.
     """
 
     mains: Sequence[sequences.Example]
@@ -35,24 +35,24 @@ class CopyWatch:
     min_gain: float = 0.0
 
     def __call__(self, step: int, generator: Generator) -> dict[str, float]:
-        """`art_nll_docsK` in nats and `art_top1_docsK` in [0, 1], K 0 and as many as are given.
+        """Returns `art_nll_docsK` in nats and `art_top1_docsK` in [0, 1], for K = 0 and the largest number.
 
         Raises:
-            UserError: half of the steps are done and documents do not help by `min_gain`.
+            UserError: half of the steps are done and the gain by documents is below `min_gain`.
         """
-        most = max(len(given) for given in self.docs)
+        max_docs = max(len(docs) for docs in self.docs)
         figures = {}
-        for count in sorted({0, most}):
-            given = [docs[-count:] if count else [] for docs in self.docs]
-            scores = likelihood.score_codes(generator, self.mains, given)
+        for count in sorted({0, max_docs}):
+            docs = [documents[-count:] if count else [] for documents in self.docs]
+            scores = likelihood.score_codes(generator, self.mains, docs)
             for name, values in (("nll", scores.nll), ("top1", scores.is_top1)):
                 mean = scene_accuracy.per_document(values, self.art).mean()
                 figures[f"art_{name}_docs{count}"] = float(mean)
-        gain = figures[f"art_top1_docs{most}"] - figures["art_top1_docs0"]
+        gain = figures[f"art_top1_docs{max_docs}"] - figures["art_top1_docs0"]
         if self.min_gain and 2 * step >= self.num_steps and gain < self.min_gain:
             raise UserError(
-                f"Copying has not begun at step {step} of {self.num_steps}: documents raise the top-1 "
-                f"share of unseen art by {gain:.3f} only (least: {self.min_gain}); smear_lags, "
-                "induction_init, more steps and smaller batches make it begin."
+                f"Copying has not started at step {step} of {self.num_steps}: documents raise the top-1 "
+                f"share of unseen art codes by {gain:.3f}, min_gain is {self.min_gain}; try smear_lags, "
+                "induction_init, more steps or smaller batches."
             )
         return figures

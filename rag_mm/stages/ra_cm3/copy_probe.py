@@ -1,7 +1,7 @@
-"""Stage `copy_probe`: does a decoder learn to copy, when every document it reads is the right one?
+"""Stage `copy_probe`: tests within minutes whether a decoder learns to copy from documents.
 
-No retriever and no memory: documents are other scenes of the same class, drawn by lot. What cannot be learned
-here cannot be learned behind a retriever, and here it takes minutes to know.
+There is no retriever and no memory: documents are random other scenes of the same class. A decoder that does
+not learn to copy from these does not learn it from retrieved documents either.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ INPUTS = ("tokenizer",)
 
 @dataclasses.dataclass(frozen=True)
 class CopyProbeStageConfig(train_decoder.DecoderStageConfig):
-    """A decoder's config.
+    """A decoder's config, and how the probe measures it.
 
     Attributes:
-        min_gain: how much a document must add to the top-1 share of unseen art by half time, or
-            the stage ends there; 0 lets every run go on.
-        num_test: unseen scenes measured at the end.
+        min_gain: the stage stops at half of the steps if documents raise the top-1 share of unseen art codes
+            by less than this; 0 disables the check.
+        num_test: number of test scenes of held-out classes measured at the end.
     """
 
     world: world_config.EmojiWorld
@@ -37,7 +37,14 @@ class CopyProbeStageConfig(train_decoder.DecoderStageConfig):
 
 
 def run(config: CopyProbeStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict:
-    """Trains, then measures on unseen classes; writes `per_document.json` as `evaluation` does."""
+    """Trains, then measures on unseen classes; writes `per_document.json` as `evaluation` does.
+
+    Returns:
+        The decoder's metrics, and `art_nll` and `art_top1` for 0 to `max_docs` documents; {} in followers.
+
+    Raises:
+        UserError: the gain by documents is below `min_gain` at half of the steps.
+    """
     image_tokenizer = train_tokenizer.load_tokenizer(run.workdir)
     corpus = coded_corpus.Corpus(config.layout(image_tokenizer.config.num_codes), image_tokenizer)
     seen, held_out = (
@@ -45,18 +52,19 @@ def run(config: CopyProbeStageConfig, run: run_folder.Run, stage_dir: epath.Path
         for splits in (world_config.SEEN, world_config.HELD_OUT)
     )
     source = config.world.scenes("train", *world_config.SEEN)
-    neighbors = _draw(config, source.class_ids, seen, config.sequences.captions_per_image + 1)
+    num_queries = config.sequences.captions_per_image + 1
+    neighbors = _sample_neighbors(config, source.class_ids, seen, num_queries)
     training_source = train_decoder.make_sequences(config, corpus, source, seen.examples, neighbors)
     tests = config.world.scenes("test", *world_config.HELD_OUT)
-    chosen = world_config.sample_rows(tests, config.num_test, config.seed)
-    mains, art = corpus.test(tests, chosen)
-    found = _draw(config, tests.class_ids[chosen], held_out, 1)[:, 0]
-    docs = [[held_out.examples[i] for i in ids] for ids in found]
-    few = world_config.evenly_spaced(np.arange(len(mains)), config.num_watched)
+    rows = world_config.sample_rows(tests, config.num_test, config.seed)
+    mains, art = corpus.test(tests, rows)
+    test_neighbors = _sample_neighbors(config, tests.class_ids[rows], held_out, 1)[:, 0]
+    docs = [[held_out.examples[i] for i in ids] for ids in test_neighbors]
+    watched = world_config.evenly_spaced(np.arange(len(mains)), config.num_watched)
     watch = copy_metrics.CopyWatch(
-        [mains[i] for i in few],
-        [docs[i][:1] for i in few],
-        art[few],
+        [mains[i] for i in watched],
+        [docs[i][:1] for i in watched],
+        art[watched],
         config.loop.num_steps,
         config.min_gain,
     )
@@ -66,8 +74,8 @@ def run(config: CopyProbeStageConfig, run: run_folder.Run, stage_dir: epath.Path
     generator = train_decoder.load_params(stage_dir, image_tokenizer)
     values = {}
     for count in range(config.sequences.max_docs + 1):
-        given = [some[:count] for some in docs]
-        nll, is_top1 = likelihood.score_codes(generator, mains, given)
+        first_docs = [documents[:count] for documents in docs]
+        nll, is_top1 = likelihood.score_codes(generator, mains, first_docs)
         values[f"docs{count}"] = {
             "art_nll": scene_accuracy.per_document(nll, art),
             "art_top1": scene_accuracy.per_document(is_top1, art),
@@ -83,7 +91,7 @@ def run(config: CopyProbeStageConfig, run: run_folder.Run, stage_dir: epath.Path
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Documents:
-    """Examples, and the class of each."""
+    """Documents as examples, and the class of each, int [R]."""
 
     examples: list[sequences.Example]
     class_ids: np.ndarray
@@ -91,18 +99,18 @@ class _Documents:
 
 def _documents(corpus: coded_corpus.Corpus, source: emoji_scenes.Scenes) -> _Documents:
     codes = corpus.codes(source)
-    made = [corpus.example(source.caption(i, 0), codes[i]) for i in range(len(source))]
-    return _Documents(made, source.class_ids)
+    examples = [corpus.example(source.caption(i, 0), codes[i]) for i in range(len(source))]
+    return _Documents(examples, source.class_ids)
 
 
-def _draw(
-    config: CopyProbeStageConfig, class_ids: np.ndarray, documents: _Documents, num_draws: int
+def _sample_neighbors(
+    config: CopyProbeStageConfig, class_ids: np.ndarray, documents: _Documents, num_queries: int
 ) -> np.ndarray:
-    """Rows of `documents` that show each class, int32 [Q, num_draws, max_docs], without repeats in a draw."""
+    """Rows of `documents` of each class, int32 [Q, num_queries, max_docs], distinct in the last axis."""
     rng = np.random.default_rng((config.seed, 6))
     rows_of = {c: np.flatnonzero(documents.class_ids == c) for c in np.unique(class_ids)}
-    draws = [
-        [rng.permutation(rows_of[c])[: config.sequences.max_docs] for _ in range(num_draws)]
+    neighbors = [
+        [rng.permutation(rows_of[c])[: config.sequences.max_docs] for _ in range(num_queries)]
         for c in class_ids
     ]
-    return np.array(draws, np.int32)
+    return np.array(neighbors, np.int32)

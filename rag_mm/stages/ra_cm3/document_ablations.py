@@ -1,4 +1,4 @@
-"""Documents that a generator is given to see what it takes from them (docs/papers/ra_cm3.md#evaluation)."""
+"""Document ablations: other documents than the retrieved ones (docs/papers/ra_cm3.md#evaluation)."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -13,7 +13,15 @@ from rag_mm.worlds.emoji.emoji_scenes import Facts
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AblationInputs:
-    """Q test documents, their facts and retrieved documents; R rows of the memory and their facts."""
+    """Inputs of the document ablations.
+
+    Attributes:
+        facts: facts of the Q test documents.
+        docs: documents retrieved for each of them, best last.
+        memory: the R memory rows as examples.
+        memory_facts: facts of the memory rows.
+        image_tokenizer: the decoder's image tokenizer.
+    """
 
     facts: Sequence[Facts]
     docs: Sequence[Docs]
@@ -22,74 +30,76 @@ class AblationInputs:
     image_tokenizer: frozen.FrozenTokenizer
 
 
-# (asked, rng) -> the documents of each query, and what pictures should show if not what captions say.
+# (inputs, rng) -> the documents of each query, and the facts that its image should show, or None for the
+# facts of its caption.
 Ablation = Callable[[AblationInputs, np.random.Generator], tuple[list[Docs], list[Facts] | None]]
 
 
 def oracle_documents(
-    asked: AblationInputs, rng: np.random.Generator
+    inputs: AblationInputs, rng: np.random.Generator
 ) -> tuple[list[Docs], list[Facts] | None]:
-    """As many documents as were retrieved, each of an entity that was asked for, in turns, drawn by lot."""
-    showing: dict[int, list[int]] = {}
-    for row, shown in enumerate(asked.memory_facts):
-        for entity in shown.entities:
-            showing.setdefault(entity.class_id, []).append(row)
+    """Random documents that show the query's entities, by turns; as many as were retrieved."""
+    rows_of: dict[int, list[int]] = {}
+    for row, row_facts in enumerate(inputs.memory_facts):
+        for entity in row_facts.entities:
+            rows_of.setdefault(entity.class_id, []).append(row)
 
-    def draw(facts: Facts, count: int) -> list[sequences.Example]:
-        # In a small world a pair's partner may be one that no document shows.
-        known = [e.class_id for e in facts.entities if e.class_id in showing]
-        turns = [known[i % len(known)] for i in range(count if known else 0)]
-        return [asked.memory[int(rng.choice(showing[class_id]))] for class_id in turns]
+    def sample(facts: Facts, count: int) -> list[sequences.Example]:
+        # In a small world, no document may show the partner in a pair.
+        available = [e.class_id for e in facts.entities if e.class_id in rows_of]
+        turns = [available[i % len(available)] for i in range(count if available else 0)]
+        return [inputs.memory[int(rng.choice(rows_of[class_id]))] for class_id in turns]
 
-    pairs = zip(asked.facts, asked.docs, strict=True)
-    return [draw(facts, len(docs)) for facts, docs in pairs], None
+    queries = zip(inputs.facts, inputs.docs, strict=True)
+    return [sample(facts, len(docs)) for facts, docs in queries], None
 
 
 def counterfactual_documents(
-    asked: AblationInputs, rng: np.random.Generator
+    inputs: AblationInputs, rng: np.random.Generator
 ) -> tuple[list[Docs], list[Facts] | None]:
-    """The captions of the retrieved documents beside pictures of what another query retrieved.
+    """The captions of the retrieved documents, with the images of another query's documents.
 
-    A picture should show the other query's entities, where and on what its own caption asks: the picture
-    follows the document, not the name.
+    A generated image should show the other query's entities, at the places and on the background of its own
+    caption: it should follow the documents' images, not the names.
     """
-    order = rng.permutation(len(asked.facts))
+    order = rng.permutation(len(inputs.facts))
     docs: list[Docs] = []
-    wanted = []
-    for i, own in enumerate(asked.facts):
-        other = next((j for j in order if _is_other(own, asked.facts[j])), i)
-        pairs = zip(asked.docs[i], asked.docs[other], strict=False)
-        docs.append([dataclasses.replace(mine, codes=theirs.codes) for mine, theirs in pairs])
-        entities = zip(own.entities, asked.facts[other].entities, strict=True)
-        swapped = [dataclasses.replace(mine, class_id=theirs.class_id) for mine, theirs in entities]
-        wanted.append(dataclasses.replace(own, entities=tuple(swapped)))
-    return docs, wanted
+    expected = []
+    for i, facts in enumerate(inputs.facts):
+        other = next((j for j in order if _shares_no_class(facts, inputs.facts[j])), i)
+        pairs = zip(inputs.docs[i], inputs.docs[other], strict=False)
+        docs.append([dataclasses.replace(doc, codes=donor.codes) for doc, donor in pairs])
+        entities = zip(facts.entities, inputs.facts[other].entities, strict=True)
+        swapped = [dataclasses.replace(e, class_id=donor.class_id) for e, donor in entities]
+        expected.append(dataclasses.replace(facts, entities=tuple(swapped)))
+    return docs, expected
 
 
 def image_only_documents(
-    asked: AblationInputs, rng: np.random.Generator
+    inputs: AblationInputs, rng: np.random.Generator
 ) -> tuple[list[Docs], list[Facts] | None]:
     """The retrieved documents without their captions."""
-    return [[dataclasses.replace(doc, text=()) for doc in docs] for docs in asked.docs], None
+    return [[dataclasses.replace(doc, text=()) for doc in docs] for docs in inputs.docs], None
 
 
 def text_only_documents(
-    asked: AblationInputs, rng: np.random.Generator
+    inputs: AblationInputs, rng: np.random.Generator
 ) -> tuple[list[Docs], list[Facts] | None]:
-    """The retrieved documents with plain grey pictures: a row has room for a picture in any case."""
-    side = asked.image_tokenizer.config.image_size
-    blank = asked.image_tokenizer.encode(np.full((1, side, side, 3), 128, np.uint8))[0]
-    return [[dataclasses.replace(doc, codes=blank) for doc in docs] for docs in asked.docs], None
+    """The retrieved documents with plain gray images, since every document in a sequence has an image."""
+    size = inputs.image_tokenizer.config.image_size
+    blank = inputs.image_tokenizer.encode(np.full((1, size, size, 3), 128, np.uint8))[0]
+    return [[dataclasses.replace(doc, codes=blank) for doc in docs] for docs in inputs.docs], None
 
 
-def _is_other(own: Facts, other: Facts) -> bool:
-    mine, theirs = ({e.class_id for e in facts.entities} for facts in (own, other))
-    return len(mine) == len(theirs) and not mine & theirs
+def _shares_no_class(facts: Facts, other: Facts) -> bool:
+    """Whether both scenes have the same number of classes and none in common."""
+    classes, other_classes = ({e.class_id for e in scene.entities} for scene in (facts, other))
+    return len(classes) == len(other_classes) and not classes & other_classes
 
 
 ABLATIONS: dict[str, Ablation] = {
-    control.__name__: control
-    for control in (
+    ablation.__name__: ablation
+    for ablation in (
         oracle_documents,
         counterfactual_documents,
         image_only_documents,

@@ -1,4 +1,4 @@
-"""Stage `evaluation`: everything the run claims, as figures with intervals, held-out classes first."""
+"""Stage `evaluation`: metrics of the generated images and captions, with confidence intervals."""
 
 import dataclasses
 from typing import Any
@@ -14,8 +14,8 @@ from rag_mm.stages.stage import PER_DOCUMENT
 from rag_mm.worlds.emoji import emoji_scenes, scene_facts
 
 INPUTS = (*generate_samples.INPUTS, "generation")
-PATCH = 4  # pixels a side that one code of a scene covers
-# Differences that the claims rest on, paired by test document: (figure, variant, against).
+PATCH = 4  # Height and width in pixels of the area that one code of a scene covers.
+# Differences to report, paired by test document: (figure, variant, variant to subtract).
 PAIRS = (
     ("art_nll", "docs1", "docs0"),
     ("art_nll", "docs2", "docs1"),
@@ -34,12 +34,12 @@ PAIRS = (
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationStageConfig:
-    """What is measured follows from what `generation` generated.
+    """Has no settings of its own: the config of `generation` decides what is measured.
 
     Attributes:
-        seed: of nothing here.
-        world: where the test documents come from.
-        generation: the config of that stage.
+        seed: unused.
+        world: world of the test documents.
+        generation: the config of the stage `generation`.
     """
 
     seed: int
@@ -50,19 +50,23 @@ class EvaluationStageConfig:
 def run(
     config: EvaluationStageConfig, run: run_folder.Run, stage_dir: epath.Path
 ) -> dict[str, Any]:
-    """Measures; figures of the decoder, the control and the baselines come under their own names.
+    """Measures all variants of all splits.
 
-    Writes `per_document.json`: {split: {variant: {figure: one value a test document}}}.
+    Writes `per_document.json`: {split: {variant: {figure: one value per test document}}}.
+
+    Returns:
+        Figures of held-out classes under `decoder`, `control` (the model without retrieval) and `baselines`;
+        figures of seen classes under the key `seen` of each.
     """
-    bench = generate_samples.open_eval_context(config.generation, run)
-    drawn = run.finished_stage("generation")
-    measured = {split: _measure(config, bench, run, drawn, split) for split in bench.tests}
+    context = generate_samples.open_eval_context(config.generation, run)
+    folder = run.finished_stage("generation")
+    measured = {split: _measure(config, context, run, folder, split) for split in context.tests}
     values = {
         split: {
             name: {k: v.tolist() for k, v in figures.items()}
-            for name, figures in found.values.items()
+            for name, figures in split_figures.values.items()
         }
-        for split, found in measured.items()
+        for split, split_figures in measured.items()
     }
     files.write_json(stage_dir / PER_DOCUMENT, values)
     metrics, seen = (_arrange(measured[split]) for split in ("held_out", "seen"))
@@ -73,9 +77,12 @@ def run(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SplitFigures:
-    """Figures of one split by variant, and the values [Q] by test document that they are means of.
+    """The figures of one split.
 
-    `groups` names, for each way of dividing the test documents, the group of each.
+    Attributes:
+        summary: {variant: {figure: value with its interval}}.
+        values: {variant: {figure: [Q], one value per test document}}.
+        groups: {division: [Q], the group of each test document}, for figures by group.
     """
 
     summary: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
@@ -85,32 +92,32 @@ class SplitFigures:
 
 def _measure(
     config: EvaluationStageConfig,
-    bench: generate_samples.EvalContext,
+    context: generate_samples.EvalContext,
     run: run_folder.Run,
-    drawn: epath.Path,
+    folder: epath.Path,
     split: str,
 ) -> SplitFigures:
-    test = bench.tests[split]
+    test = context.tests[split]
     measured = SplitFigures(groups=_groups(config, test))
     scenes = list(zip(test.facts, test.levels, strict=True))
     art = np.stack([emoji_scenes.entity_mask(*scene, PATCH).ravel() for scene in scenes])
 
-    def judge(
-        variant: str, pictures: np.ndarray, wanted: list[emoji_scenes.Facts] | None = None
+    def score_images(
+        variant: str, images: np.ndarray, expected: list[emoji_scenes.Facts] | None = None
     ) -> None:
-        read = scene_facts.read(pictures, test.levels)
-        right = scene_accuracy.outcomes(read, wanted or test.facts, test.levels[0])
-        measured.summary[variant] = scene_accuracy.accuracies(right)
-        measured.values[variant] = {name: found.astype(float) for name, found in right.items()}
+        facts = scene_facts.read(images, test.levels)
+        outcomes = scene_accuracy.outcomes(facts, expected or test.facts, test.levels[0])
+        measured.summary[variant] = scene_accuracy.accuracies(outcomes)
+        measured.values[variant] = {name: hits.astype(float) for name, hits in outcomes.items()}
 
-    real_features = bench.encoder.encode_image(test.pictures)
+    real_features = context.encoder.encode_image(test.images)
     for variant in test.variants:
-        pictures = bench.image_tokenizer.decode(
-            files.read_array(drawn / f"{split}_{variant.name}_codes.npy")
+        images = context.image_tokenizer.decode(
+            files.read_array(folder / f"{split}_{variant.name}_codes.npy")
         )
-        judge(variant.name, pictures, variant.wanted)
+        score_images(variant.name, images, variant.expected)
         summary, values = measured.summary[variant.name], measured.values[variant.name]
-        features = bench.encoder.encode_image(pictures)
+        features = context.encoder.encode_image(images)
         summary["kernel_distance"] = kernel_distance.kernel_distance(features, real_features)
         nll, is_top1 = likelihood.score_codes(variant.model, test.mains, variant.by_text)
         summary |= scene_accuracy.nll_summary(nll, art)
@@ -118,54 +125,51 @@ def _measure(
         values["art_top1"] = scene_accuracy.per_document(is_top1, art)
         summary["art_top1"] = statistics.mean(values["art_top1"])
         if variant.by_image is not None:
-            written = files.read_json(drawn / f"{split}_{variant.name}_captions.json")["captions"]
-            values["cider"] = cider.cider(written, [[text] for text in test.captions])
+            captions = files.read_json(folder / f"{split}_{variant.name}_captions.json")["captions"]
+            values["cider"] = cider.cider(captions, [[text] for text in test.captions])
             summary["cider"] = statistics.mean(values["cider"])
-    judge("hit_itself", _hits(run, test))
-    judge("oracle_paste", _pasted(config, test))
+    score_images("hit_itself", _best_hits(run, test))
+    score_images("oracle_paste", _pasted(config, test))
     return measured
 
 
 def _groups(config: EvaluationStageConfig, test: generate_samples.TestSet) -> dict[str, list[str]]:
-    """By level, by how many entities are asked for, by how many training scenes show the class."""
+    """Groups by level, by number of entities, and by number of training scenes of the class."""
     trained = config.world.scenes("train", *world_config.SEEN).class_ids
     groups = {
         "level": [level.name for level in test.levels],
         "num_entities": [str(len(facts.entities)) for facts in test.facts],
         "training_scenes": [str(int((trained == class_id).sum())) for class_id in test.class_ids],
     }
-    return {name: each for name, each in groups.items() if len(set(each)) > 1}
+    return {name: labels for name, labels in groups.items() if len(set(labels)) > 1}
 
 
 def _pasted(config: EvaluationStageConfig, test: generate_samples.TestSet) -> np.ndarray:
-    """The art of the best hits where and on what was asked: what copying without a fault would draw."""
-    shown = find_neighbors.memory_facts(config.world)
+    """The hits' entities at the places and on the background of the captions, as if copied perfectly."""
+    memory_facts = find_neighbors.memory_facts(config.world)
 
-    def paste(
-        wanted: emoji_scenes.Facts, level: emoji_scenes.Level, hits: np.ndarray
-    ) -> np.ndarray:
-        brought = [entity.class_id for hit in hits if hit >= 0 for entity in shown[hit].entities]
+    def paste(facts: emoji_scenes.Facts, level: emoji_scenes.Level, hits: np.ndarray) -> np.ndarray:
+        class_ids = [e.class_id for hit in hits if hit >= 0 for e in memory_facts[hit].entities]
         pasted = [
             dataclasses.replace(entity, class_id=class_id)
-            for entity, class_id in zip(wanted.entities, brought, strict=False)
+            for entity, class_id in zip(facts.entities, class_ids, strict=False)
         ]
-        facts = dataclasses.replace(wanted, entities=tuple(pasted))
-        return emoji_scenes.render(facts, level)
+        return emoji_scenes.render(dataclasses.replace(facts, entities=tuple(pasted)), level)
 
-    each = zip(test.facts, test.levels, test.hits, strict=True)
-    return np.stack([paste(*one) for one in each])
+    queries = zip(test.facts, test.levels, test.hits, strict=True)
+    return np.stack([paste(*query) for query in queries])
 
 
-def _hits(run: run_folder.Run, test: generate_samples.TestSet) -> np.ndarray:
-    """The best retrieved document's own picture, uint8 [Q, H, W, 3]; black where nothing was found."""
+def _best_hits(run: run_folder.Run, test: generate_samples.TestSet) -> np.ndarray:
+    """The images of the best hits, uint8 [Q, H, W, 3]; black for queries without a hit."""
     memory = build_memory.open_memory(run)
-    black = np.zeros_like(test.pictures[0])
-    found = [coded_corpus.memory_image(memory, int(i)) if i >= 0 else black for i in test.hits[:, 0]]
-    return np.stack(found)
+    black = np.zeros_like(test.images[0])
+    best = test.hits[:, 0]
+    return np.stack([coded_corpus.memory_image(memory, int(i)) if i >= 0 else black for i in best])
 
 
 def _arrange(measured: SplitFigures) -> dict[str, Any]:
-    """{variant: {figure: value}} turned into decoder.FIGURE.docsK, control.FIGURE, baselines.NAME.FIGURE."""
+    """The metrics by owner: decoder.FIGURE.docsK, control.FIGURE and baselines.VARIANT.FIGURE."""
     summary, values = measured.summary, measured.values
     decoder: dict[str, Any] = {}
     for variant, figures in summary.items():
@@ -175,6 +179,6 @@ def _arrange(measured: SplitFigures) -> dict[str, Any]:
     decoder["paired"] = breakdown.paired(values, PAIRS)
     for division, names in measured.groups.items():
         decoder[f"by_{division}"] = breakdown.by_group(values, names, PAIRS)
-    owned = ("control", *decoder["joint_accuracy"])
-    baselines = {name: figures for name, figures in summary.items() if name not in owned}
+    models = ("control", *decoder["joint_accuracy"])
+    baselines = {name: figures for name, figures in summary.items() if name not in models}
     return {"decoder": decoder, "control": summary["control"], "baselines": baselines}

@@ -1,8 +1,8 @@
-"""Stage `few_shot`: pictures of classes never seen, captioned after examples that RICES or the lot chose.
+"""Stage `few_shot`: captions images of unseen classes after examples chosen by RICES or at random.
 
-The examples of a prompt are documents of the memory, caption and picture, and the picture that is asked
-about comes last (docs/papers/ra_cm3.md; RICES: Yang et al. 2022, arXiv 2109.05014). Compared are the views in
-which a picture looks for its examples, and examples drawn by lot.
+A prompt consists of examples, which are documents of the memory, followed by the image to caption
+(docs/papers/ra_cm3.md#generation; RICES: Yang et al. 2022, arXiv 2109.05014). The stage compares the views in
+which examples are retrieved, and random examples.
 """
 
 import dataclasses
@@ -21,26 +21,26 @@ from rag_mm.memory import model_protocols, retrieval_memory, rices
 from rag_mm.memory.index import protocol
 from rag_mm.stages.ra_cm3 import train_decoder
 from rag_mm.stages.shared import build_memory, coded_corpus, train_tokenizer, world_config
+from rag_mm.stages.stage import PER_DOCUMENT
 from rag_mm.worlds.emoji import art, emoji_scenes
 
 INPUTS = ("tokenizer", "retriever", "memory", "decoder")
 RANDOM = "random"
-PER_DOCUMENT = "per_document.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class FewShotStageConfig:
-    """What is asked.
+    """Which prompts are compared, and how many images are captioned.
 
     Attributes:
-        seed: of random examples.
-        world: where the test documents come from.
-        shots: numbers of examples, each at most the decoder's `max_docs`.
-        views: in which the memory is searched with the picture's embedding: `image` compares it with
-            pictures, `text` with captions, `mixed` with both.
-        order: see `memory.rices.select_examples`.
-        num_test: pictures of held-out classes.
-        temperature: of the captions; 0 takes the likeliest token.
+        seed: seed of the random examples, the choice of test images and sampling.
+        world: world of the test documents.
+        shots: numbers of examples in the prompt, each at most the decoder's `max_docs`.
+        views: views in which the memory is searched with the image's embedding: `image` compares it with
+            images, `text` with captions, `mixed` with both.
+        order: order of the examples; see `memory.rices.select_examples`.
+        num_test: number of test images of held-out classes.
+        temperature: sampling temperature of the captions; 0 takes the most likely token.
     """
 
     seed: int
@@ -53,47 +53,50 @@ class FewShotStageConfig:
 
     def __post_init__(self):
         if not self.shots or min(self.shots) < 0:
-            raise ValueError(f"shots are {self.shots}, give one count or more, from 0 on")
+            raise ValueError(f"shots are {self.shots}, give one or more counts of at least 0")
         for view in self.views:
             model_protocols.check_view(view)
         if self.order not in get_args(rices.Order):
             known = ", ".join(get_args(rices.Order))
-            raise ValueError(f"there is no order {self.order!r}, choose from {known}")
+            raise ValueError(f"unknown order {self.order!r}; choose from {known}")
         if self.num_test < 2:
             raise ValueError(f"num_test is {self.num_test}, give at least 2")
         Sampling(self.temperature)
 
 
 def run(config: FewShotStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict[str, Any]:
-    """{selection: {figure: {"shotsK": value}}}, a selection being a view or `random`.
+    """Captions the test images with every selection of examples, which is a view or `random`.
 
-    Figures are `cider` and `names`, the share of captions that name every entity shown. Writes
-    `SELECTION_shotsK.json` with the captions, and `per_document.json`.
+    Writes `SELECTION_shotsK.json` with the captions, and `per_document.json`.
+
+    Returns:
+        {selection: {figure: {"shotsK": value}}} with the figures `cider` (0 to 10) and `names`, the share of
+        captions that name every entity of the image.
     """
     image_tokenizer = train_tokenizer.load_tokenizer(run.workdir)
     generator = train_decoder.load_generator(run, "decoder", image_tokenizer)
     memory = build_memory.open_memory(run)
     examples = coded_corpus.Corpus(generator.layout, image_tokenizer).memory(memory)
     source = config.world.scenes("test", *world_config.HELD_OUT)
-    asked = world_config.sample_rows(source, config.num_test, config.seed)
-    pictures = world_config.images(source, asked)
-    codes, queries = image_tokenizer.encode(pictures), memory.encode(image=pictures)
+    rows = world_config.sample_rows(source, config.num_test, config.seed)
+    images = world_config.images(source, rows)
+    codes, queries = image_tokenizer.encode(images), memory.encode(image=images)
     summary: dict[str, Any] = {}
     values: dict[str, Any] = {}
     jobs = [(name, shots) for name in (*config.views, RANDOM) for shots in config.shots]
     with progress.track("few_shot", total=len(jobs)) as bar:
         for done, (selection, shots) in enumerate(jobs, start=1):
-            chosen = select(config, memory, queries, selection, shots)
-            docs = [[examples[i] for i in ids if i != protocol.MISSING] for ids in chosen.ids]
+            neighbors = select(config, memory, queries, selection, shots)
+            docs = [[examples[i] for i in ids if i != protocol.MISSING] for ids in neighbors.ids]
             path = stage_dir / f"{selection}_shots{shots}.json"
-            written = _write(config, generator, codes, docs, path)
-            found = _measure(source, asked, written)
+            captions = _load_or_generate(config, generator, codes, docs, path)
+            scores = _score(source, rows, captions)
             values.setdefault(selection, {})[f"shots{shots}"] = {
-                name: each.tolist() for name, each in found.items()
+                name: array.tolist() for name, array in scores.items()
             }
             figures = summary.setdefault(selection, {"cider": {}, "names": {}})
-            figures["cider"][f"shots{shots}"] = statistics.mean(found["cider"])
-            figures["names"][f"shots{shots}"] = statistics.accuracy(found["names"])
+            figures["cider"][f"shots{shots}"] = statistics.mean(scores["cider"])
+            figures["names"][f"shots{shots}"] = statistics.accuracy(scores["names"])
             bar.update(done)
     files.write_json(stage_dir / PER_DOCUMENT, values)
     return summary
@@ -106,24 +109,24 @@ def select(
     selection: str,
     shots: int,
 ) -> protocol.Neighbors:
-    """The examples of each query [Q, shots] in the prompt's order, by a view or by lot."""
+    """The examples of each query, memory rows [Q, shots] in prompt order, by a view or at random."""
     rng = np.random.default_rng((config.seed, 5, shots))
     if selection == RANDOM:
-        drawn = [rng.permutation(len(memory))[:shots] for _ in queries]
-        ids = np.stack(drawn).astype(np.int32)
+        rows = [rng.permutation(len(memory))[:shots] for _ in queries]
+        ids = np.stack(rows).astype(np.int32)
         return protocol.Neighbors(ids, np.zeros(ids.shape, np.float32))
     search = memory.index(selection).search
     return rices.select_examples(search, queries, shots, order=config.order, rng=rng)
 
 
-def _write(
+def _load_or_generate(
     config: FewShotStageConfig,
     generator: tasks.Generator,
     codes: np.ndarray,
     docs: Sequence[Sequence[sequences.Example]],
     path: epath.Path,
 ) -> list[str]:
-    """Captions, read where an earlier run of the stage wrote them."""
+    """The captions in `path`, generated first unless an interrupted run has written them."""
     if not path.exists():
         seeds, sampling = tasks.make_seeds(config.seed, len(codes)), Sampling(config.temperature)
         captions, _ = tasks.generate_captions(generator, codes, docs, seeds, sampling)
@@ -131,16 +134,16 @@ def _write(
     return files.read_json(path)["captions"]
 
 
-def _measure(
-    source: emoji_scenes.Scenes, asked: np.ndarray, captions: Sequence[str]
+def _score(
+    source: emoji_scenes.Scenes, rows: np.ndarray, captions: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """Figures by test picture, float [Q]."""
+    """The figures of each test image, float [Q]."""
     names = art.load_art().names
-    shown = [
-        [names[entity.class_id] for entity in source.facts(int(row)).entities] for row in asked
+    entity_names = [
+        [names[entity.class_id] for entity in source.facts(int(row)).entities] for row in rows
     ]
-    references = [[source.full_caption(int(row))] for row in asked]
+    references = [[source.full_caption(int(row))] for row in rows]
     return {
         "cider": cider.cider(captions, references),
-        "names": cider.are_named(captions, shown).astype(float),
+        "names": cider.are_named(captions, entity_names).astype(float),
     }

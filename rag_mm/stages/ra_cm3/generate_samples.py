@@ -1,6 +1,6 @@
-"""Stage `generation`: pictures and captions for test documents, asked in every way that is compared.
+"""Stage `generation`: generates images and captions of the test documents with every compared variant.
 
-Every piece lies in a file of its own, so a killed stage goes on with the next one.
+Each variant of each split has its own files, so an interrupted stage resumes with the next one.
 """
 
 import dataclasses
@@ -30,19 +30,19 @@ INPUTS = ("tokenizer", "retriever", "memory", "neighbors", "decoder", "control")
 
 @dataclasses.dataclass(frozen=True)
 class GenerationStageConfig:
-    """How many test documents of each split are generated, and how.
+    """How many images and captions are generated, and how they are sampled.
 
     Attributes:
-        seed: of sampling, and of random documents.
-        world: where the test documents come from.
-        num_held_out: test documents of held-out classes.
-        num_seen: test documents of seen classes.
-        temperature: of image codes.
+        seed: seed of sampling, random documents and document ablations.
+        world: world of the test documents.
+        num_held_out: number of test documents of held-out classes.
+        num_seen: number of test documents of seen classes.
+        temperature: sampling temperature of image codes.
         top_p: probability mass that image codes are sampled from.
-        caption_temperature: of captions; 0 takes the most likely token.
-        num_candidates: images generated per caption, of which the one nearest to it in the retriever's
-            space is kept.
-        document_ablations: further documents to generate from, see `stages.ra_cm3.document_ablations`.
+        caption_temperature: sampling temperature of captions; 0 takes the most likely token.
+        num_candidates: images generated per caption; the one most similar to it for the retriever is kept.
+        document_ablations: names of document ablations to generate with; see
+            `stages.ra_cm3.document_ablations`.
     """
 
     seed: int
@@ -59,46 +59,57 @@ class GenerationStageConfig:
         for name in self.document_ablations:
             if name not in document_ablations.ABLATIONS:
                 known = ", ".join(document_ablations.ABLATIONS)
-                raise ValueError(f"there is no document ablation {name!r}, choose from {known}")
+                raise ValueError(f"unknown document ablation {name!r}; choose from {known}")
         Sampling(self.temperature, self.top_p)
         Sampling(self.caption_temperature)
-        # Of one document no interval can be told.
-        for name, least in (("num_held_out", 2), ("num_seen", 2), ("num_candidates", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}, give at least {least}")
+        # A confidence interval needs two documents.
+        for name, minimum in (("num_held_out", 2), ("num_seen", 2), ("num_candidates", 1)):
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{name} is {getattr(self, name)}, give at least {minimum}")
 
     def count(self, split: str) -> int:
-        """Test documents drawn of a split."""
+        """The number of test documents of a split, `held_out` or `seen`."""
         return {"held_out": self.num_held_out, "seen": self.num_seen}[split]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Variant:
-    """One way to ask: a model, and for each of Q test documents what to read first.
+    """A model, and the documents that it reads for each of the Q test documents.
 
-    `by_text` stands before a caption to draw, `by_image` before a picture to describe; None asks
-    for no captions. `wanted` is what a picture should show, where that is not what its caption says.
+    Attributes:
+        name: name in files and metrics.
+        model: the decoder or the baseline.
+        by_text: documents to generate an image with, retrieved by caption unless the variant replaces them.
+        by_image: documents to generate a caption with, retrieved by image; None generates no captions.
+        expected: facts that the images should show, if not those of the captions.
     """
 
     name: str
     model: tasks.Generator
     by_text: list[tasks.Docs]
     by_image: list[tasks.Docs] | None = None
-    wanted: list[emoji_scenes.Facts] | None = None
+    expected: list[emoji_scenes.Facts] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TestSet:
-    """The test documents of one split, and the ways in which they are asked for.
+    """The Q test documents of one split.
 
-    `facts` and `levels` are those of the scenes; `hits` is what their captions retrieve: rows of the
-    memory, int32 [Q, K], best first, -1 missing.
+    Attributes:
+        class_ids: class of each, int [Q].
+        facts: facts of the scenes.
+        levels: levels of the scenes.
+        images: uint8 [Q, H, W, 3].
+        captions: full captions.
+        mains: the documents as examples.
+        hits: memory rows that the captions retrieve, int32 [Q, K], best first, -1 for a missing one.
+        variants: the variants that are compared.
     """
 
     class_ids: np.ndarray
     facts: list[emoji_scenes.Facts]
     levels: list[emoji_scenes.Level]
-    pictures: np.ndarray
+    images: np.ndarray
     captions: list[str]
     mains: list[sequences.Example]
     hits: np.ndarray
@@ -107,148 +118,182 @@ class TestSet:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EvalContext:
-    """Everything that generation and evaluation read: two models, a memory as examples, test sets."""
+    """Everything that generation and evaluation read.
+
+    Attributes:
+        decoder: the trained decoder.
+        baseline: the decoder without retrieval, of the stage `control`.
+        image_tokenizer: their image tokenizer.
+        encoder: the retriever.
+        memory: the memory rows as examples.
+        tests: the test set of each split.
+    """
 
     decoder: tasks.Generator
-    control: tasks.Generator
+    baseline: tasks.Generator
     image_tokenizer: frozen.FrozenTokenizer
     encoder: frozen.FrozenRetriever
     memory: list[sequences.Example]
     tests: dict[str, TestSet]
 
     def docs(self, ids: np.ndarray) -> list[tasks.Docs]:
-        """The documents of each query, the best next to the prompt."""
-        return _docs(self.memory, ids)
+        """The documents of memory rows `ids` int32 [Q, K] (-1 is skipped), best last."""
+        return [coded_corpus.pick(self.memory, rows) for rows in ids]
 
 
 def run(config: GenerationStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict:
-    """Writes `SPLIT_VARIANT_codes.npy` and `SPLIT_VARIANT_captions.json`."""
-    bench = open_eval_context(config, run)
+    """Writes `SPLIT_VARIANT_codes.npy`, int32 [Q, N], and `SPLIT_VARIANT_captions.json`.
+
+    Returns:
+        The number of test documents of each split.
+    """
+    context = open_eval_context(config, run)
     jobs = [
-        (split, test, variant) for split, test in bench.tests.items() for variant in test.variants
+        (split, test, variant) for split, test in context.tests.items() for variant in test.variants
     ]
     with progress.track("generation", total=len(jobs)) as bar:
         for done, (split, test, variant) in enumerate(jobs, start=1):
-            _draw(config, bench, stage_dir / f"{split}_{variant.name}_codes.npy", test, variant)
-            _caption(
-                config, bench, stage_dir / f"{split}_{variant.name}_captions.json", test, variant
+            _generate_images(
+                config, context, stage_dir / f"{split}_{variant.name}_codes.npy", test, variant
+            )
+            _generate_captions(
+                config, stage_dir / f"{split}_{variant.name}_captions.json", test, variant
             )
             bar.update(done)
-    return {split: len(test.facts) for split, test in bench.tests.items()}
+    return {split: len(test.facts) for split, test in context.tests.items()}
 
 
 def open_eval_context(config: GenerationStageConfig, run: run_folder.Run) -> EvalContext:
-    """Loads what is compared.
+    """Loads the models, the memory and the test sets of a run.
 
     Raises:
         UserError: a stage is missing, unfinished or edited.
     """
     image_tokenizer = train_tokenizer.load_tokenizer(run.workdir)
     decoder = train_decoder.load_generator(run, "decoder", image_tokenizer)
-    control = train_decoder.load_generator(run, "control", image_tokenizer)
+    baseline = train_decoder.load_generator(run, "control", image_tokenizer)
     corpus = coded_corpus.Corpus(decoder.layout, image_tokenizer)
     memory = corpus.memory(build_memory.open_memory(run))
-    folder = run.finished_stage("neighbors")
     encoder = train_retriever.load_encoder(run.workdir)
-    tests = {}
-    for split, names in find_neighbors.TEST_SPLITS.items():
-        source, count = config.world.scenes("test", *names), config.count(split)
-        found = {
-            kind: files.read_array(folder / f"{split}_{kind}.npy")
-            for kind in ("rows", *find_neighbors.QUERIES)
-        }
-        few = world_config.evenly_spaced(np.arange(len(found["rows"])), count)
-        found = {kind: array[few] for kind, array in found.items()}
-        chosen = [int(row) for row in found["rows"]]
-        captions = [source.full_caption(row) for row in chosen]
-        pictures = world_config.images(source, found["rows"])
-        codes = image_tokenizer.encode(pictures)
-        facts = [source.facts(row) for row in chosen]
-        rng = np.random.default_rng((config.seed, 4, count))
-        variants = _variants(found, decoder, control, rng, memory)
-        if config.document_ablations:
-            asked = document_ablations.AblationInputs(
-                facts,
-                _docs(memory, found["text"][:, : decoder.layout.max_docs]),
-                memory,
-                find_neighbors.memory_facts(config.world),
-                image_tokenizer,
-            )
-            for name in config.document_ablations:
-                docs, wanted = document_ablations.ABLATIONS[name](asked, rng)
-                variants.append(Variant(name, decoder, docs, wanted=wanted))
-        tests[split] = TestSet(
-            source.class_ids[chosen],
-            facts,
-            [source.levels[row] for row in chosen],
-            pictures,
-            captions,
-            [corpus.example(text, own) for text, own in zip(captions, codes, strict=True)],
-            found["text"],
-            variants,
-        )
-    return EvalContext(decoder, control, image_tokenizer, encoder, memory, tests)
+    context = EvalContext(decoder, baseline, image_tokenizer, encoder, memory, tests={})
+    tests = {
+        split: _open_test_set(config, run, context, split) for split in find_neighbors.TEST_SPLITS
+    }
+    return dataclasses.replace(context, tests=tests)
 
 
-def _docs(memory: list[sequences.Example], ids: np.ndarray) -> list[tasks.Docs]:
-    return [coded_corpus.pick(memory, found) for found in ids]
-
-
-def _variants(
-    found: Mapping[str, np.ndarray],
-    decoder: tasks.Generator,
-    control: tasks.Generator,
-    rng: np.random.Generator,
-    memory: list[sequences.Example],
-) -> list[Variant]:
-    """0 to K documents; without retrieval; by lot; from the memory without held-out classes."""
-    most = decoder.layout.max_docs
-    by_text, by_image = (
-        [_docs(memory, found[kind][:, :count]) for count in range(most + 1)]
-        for kind in ("text", "image")
+def _open_test_set(
+    config: GenerationStageConfig, run: run_folder.Run, context: EvalContext, split: str
+) -> TestSet:
+    source = config.world.scenes("test", *find_neighbors.TEST_SPLITS[split])
+    arrays = _load_neighbors(run, split, config.count(split))
+    rows = [int(row) for row in arrays["rows"]]
+    facts = [source.facts(row) for row in rows]
+    captions = [source.full_caption(row) for row in rows]
+    images = world_config.images(source, arrays["rows"])
+    codes = context.image_tokenizer.encode(images)
+    corpus = coded_corpus.Corpus(context.decoder.layout, context.image_tokenizer)
+    # Both functions sample from one generator, in this order.
+    rng = np.random.default_rng((config.seed, 4, config.count(split)))
+    variants = [
+        *_retrieval_variants(context, arrays, rng),
+        *_ablation_variants(config, context, facts, arrays["text"], rng),
+    ]
+    return TestSet(
+        class_ids=source.class_ids[rows],
+        facts=facts,
+        levels=[source.levels[row] for row in rows],
+        images=images,
+        captions=captions,
+        mains=[corpus.example(*pair) for pair in zip(captions, codes, strict=True)],
+        hits=arrays["text"],
+        variants=variants,
     )
-    by_lot = rng.integers(len(memory), size=(len(found["rows"]), most))
+
+
+def _load_neighbors(run: run_folder.Run, split: str, count: int) -> dict[str, np.ndarray]:
+    """The stage `neighbors`' arrays of a split, by name, for at most `count` documents, evenly spaced."""
+    folder = run.finished_stage("neighbors")
+    arrays = {
+        name: files.read_array(folder / f"{split}_{name}.npy")
+        for name in ("rows", *find_neighbors.QUERIES)
+    }
+    chosen = world_config.evenly_spaced(np.arange(len(arrays["rows"])), count)
+    return {name: array[chosen] for name, array in arrays.items()}
+
+
+def _retrieval_variants(
+    context: EvalContext, neighbors: Mapping[str, np.ndarray], rng: np.random.Generator
+) -> list[Variant]:
+    """0 to max_docs documents, the baseline, random documents, and no documents of held-out classes."""
+    decoder, max_docs = context.decoder, context.decoder.layout.max_docs
+    by_text, by_image = (
+        [context.docs(neighbors[query][:, :count]) for count in range(max_docs + 1)]
+        for query in ("text", "image")
+    )
+    random_rows = rng.integers(len(context.memory), size=(len(neighbors["rows"]), max_docs))
+    without_held_out = neighbors["text_of_seen"][:, :max_docs]
     return [
-        *(Variant(f"docs{k}", decoder, by_text[k], by_image[k]) for k in range(most + 1)),
-        Variant("control", control, by_text[0], by_image[0]),
-        Variant("random_documents", decoder, _docs(memory, by_lot)),
-        Variant("held_out_removed", decoder, _docs(memory, found["text_of_seen"][:, :most])),
+        *(Variant(f"docs{k}", decoder, by_text[k], by_image[k]) for k in range(max_docs + 1)),
+        Variant("control", context.baseline, by_text[0], by_image[0]),
+        Variant("random_documents", decoder, context.docs(random_rows)),
+        Variant("held_out_removed", decoder, context.docs(without_held_out)),
     ]
 
 
-def _draw(
+def _ablation_variants(
     config: GenerationStageConfig,
-    bench: EvalContext,
+    context: EvalContext,
+    facts: list[emoji_scenes.Facts],
+    neighbors: np.ndarray,
+    rng: np.random.Generator,
+) -> list[Variant]:
+    """The document ablations that the config names, from neighbors int32 [Q, K]."""
+    if not config.document_ablations:
+        return []
+    inputs = document_ablations.AblationInputs(
+        facts,
+        context.docs(neighbors[:, : context.decoder.layout.max_docs]),
+        context.memory,
+        find_neighbors.memory_facts(config.world),
+        context.image_tokenizer,
+    )
+    variants = []
+    for name in config.document_ablations:
+        docs, expected = document_ablations.ABLATIONS[name](inputs, rng)
+        variants.append(Variant(name, context.decoder, docs, expected=expected))
+    return variants
+
+
+def _generate_images(
+    config: GenerationStageConfig,
+    context: EvalContext,
     path: epath.Path,
     test: TestSet,
     variant: Variant,
 ) -> None:
+    """Writes the codes of the best of `num_candidates` images of every caption, unless they exist."""
     if path.exists():
         return
     sampling = Sampling(config.temperature, config.top_p)
-    docs = variant.by_text
     texts = [main.text for main in test.mains]
-    wanted = bench.encoder.encode_text(test.captions)
+    captions = context.encoder.encode_text(test.captions)
 
-    def draw(seeds: np.ndarray) -> tasks.SampledCodes:
-        return tasks.generate_codes(variant.model, texts, docs, seeds, sampling)
+    def generate(seeds: np.ndarray) -> tasks.SampledCodes:
+        return tasks.generate_codes(variant.model, texts, variant.by_text, seeds, sampling)
 
     def score(codes: np.ndarray) -> np.ndarray:
-        return (bench.encoder.encode_image(bench.image_tokenizer.decode(codes)) * wanted).sum(
-            axis=1
-        )
+        images = context.encoder.encode_image(context.image_tokenizer.decode(codes))
+        return (images * captions).sum(axis=1)
 
-    codes = tasks.best_of(draw, score, len(texts), config.num_candidates, config.seed)
+    codes = tasks.best_of(generate, score, len(texts), config.num_candidates, config.seed)
     files.write_array(path, codes)
 
 
-def _caption(
-    config: GenerationStageConfig,
-    bench: EvalContext,
-    path: epath.Path,
-    test: TestSet,
-    variant: Variant,
+def _generate_captions(
+    config: GenerationStageConfig, path: epath.Path, test: TestSet, variant: Variant
 ) -> None:
+    """Writes a caption of every image, unless they exist or the variant has none."""
     if path.exists() or variant.by_image is None:
         return
     codes = np.stack([main.codes for main in test.mains])

@@ -1,6 +1,6 @@
-"""What looking things up costs beside drawing, measured with programs that are compiled already.
+"""Measures the time of retrieval compared with generation, excluding compilation.
 
-Times differ between two runs of the same bits, so they are no stage's metrics: they stand with the costs.
+Times differ between runs of the same bits, so they are recorded with the costs, not with a stage's metrics.
 """
 
 import statistics
@@ -16,84 +16,86 @@ from rag_mm.memory import policy
 from rag_mm.stages.ra_cm3 import generate_samples
 from rag_mm.stages.shared import build_memory, find_neighbors
 
-BATCH_SIZE = 64  # rows that generation samples at once
-_MOST_REPEATS = 9
-_BUDGET_SECONDS = 3.0  # for the repeats of one measurement
+BATCH_SIZE = 64  # Images generated at once.
+_MAX_REPEATS = 9
+_MAX_SECONDS = 3.0  # Time limit for the repeats of one measurement.
 
 
 def measure(
     config: generate_samples.GenerationStageConfig,
     run: run_folder.Run,
-    bench: generate_samples.EvalContext,
+    context: generate_samples.EvalContext,
 ) -> dict[str, float]:
-    """One batch of held-out captions, retrieved for and drawn as `generation` does.
+    """Times retrieval and generation for one batch of held-out captions, with the settings of `generation`.
 
     Returns:
-        `retrieval_ms` a caption: encoding it, search, selection; `generation_ms` a picture: after
-        reading the most documents, with its way back from codes to pixels; `retrieval_share` of
-        the sum.
+        `retrieval_ms`: per caption, for encoding, search and selection;
+        `generation_ms`: per image, with the maximum number of documents, including decoding codes to pixels;
+        `retrieval_share`: share of retrieval in the sum, in [0, 1].
     """
-    test = bench.tests["held_out"]
+    test = context.tests["held_out"]
     size = min(BATCH_SIZE, len(test.captions))
-    retrieval = _median_seconds(_make_retrieval(run, bench, test.captions[:size])) / size
-    drawing = _median_seconds(_make_drawing(config, bench, test, size)) / size
+    retrieval = _median_seconds(_make_retrieval(run, context, test.captions[:size])) / size
+    generation = _median_seconds(_make_generation(config, context, test, size)) / size
     return {
         "retrieval_ms": round(1000 * retrieval, 4),
-        "generation_ms": round(1000 * drawing, 3),
-        "retrieval_share": round(retrieval / (retrieval + drawing), 5),
+        "generation_ms": round(1000 * generation, 3),
+        "retrieval_share": round(retrieval / (retrieval + generation), 5),
     }
 
 
 def _make_retrieval(
-    run: run_folder.Run, bench: generate_samples.EvalContext, captions: list[str]
+    run: run_folder.Run, context: generate_samples.EvalContext, captions: list[str]
 ) -> Callable[[], object]:
     memory = build_memory.open_memory(run)
-    rules = files.read_json(run.finished_stage("neighbors") / find_neighbors.POLICY)
+    settings = files.read_json(run.finished_stage("neighbors") / find_neighbors.POLICY)
     vectors, search = memory.embeddings("mixed"), memory.index("mixed").search
-    unknown = np.full(len(memory), policy.NO_KEY)
+    row_keys = np.full(len(memory), policy.NO_KEY)
 
     def retrieve() -> object:
-        asked, counts = policy.split_queries(captions, rules.get("split_phrases", False))
+        queries, counts = policy.split_queries(captions, settings.get("split_phrases", False))
         return policy.find_neighbors(
             search,
-            bench.encoder.encode_text(asked),
+            context.encoder.encode_text(queries),
             vectors,
-            num_neighbors=bench.decoder.layout.max_docs,
-            max_similarity=rules["max_similarity"],
+            num_neighbors=context.decoder.layout.max_docs,
+            max_similarity=settings["max_similarity"],
             query_rows=np.full(len(captions), -1),
             query_keys=np.full(len(captions), policy.NO_KEY),
-            row_keys=unknown,
+            row_keys=row_keys,
             counts=counts,
         )
 
     return retrieve
 
 
-def _make_drawing(
+def _make_generation(
     config: generate_samples.GenerationStageConfig,
-    bench: generate_samples.EvalContext,
+    context: generate_samples.EvalContext,
     test: generate_samples.TestSet,
     size: int,
 ) -> Callable[[], object]:
     sampling = Sampling(config.temperature, config.top_p)
     texts = [main.text for main in test.mains[:size]]
-    found = test.hits[:size, : bench.decoder.layout.max_docs]
+    hits = test.hits[:size, : context.decoder.layout.max_docs]
     seeds = tasks.make_seeds(config.seed, size)
 
-    def draw() -> object:
-        docs = bench.docs(found)
-        codes = tasks.generate_codes(bench.decoder, texts, docs, seeds, sampling, BATCH_SIZE).codes
-        return bench.image_tokenizer.decode(codes)
+    def generate() -> object:
+        docs = context.docs(hits)
+        codes = tasks.generate_codes(
+            context.decoder, texts, docs, seeds, sampling, BATCH_SIZE
+        ).codes
+        return context.image_tokenizer.decode(codes)
 
-    return draw
+    return generate
 
 
 def _median_seconds(call: Callable[[], object]) -> float:
-    """After one call that does not count: what it loads and compiles is done once a process."""
+    """Median time of several calls, after a first one that loads and compiles."""
     call()
     seconds: list[float] = []
-    while not seconds or (len(seconds) < _MOST_REPEATS and sum(seconds) < _BUDGET_SECONDS):
-        began = time.perf_counter()
+    while not seconds or (len(seconds) < _MAX_REPEATS and sum(seconds) < _MAX_SECONDS):
+        start = time.perf_counter()
         call()
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)

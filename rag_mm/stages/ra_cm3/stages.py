@@ -1,4 +1,4 @@
-"""The stages of RA-CM3, and what they must agree on."""
+"""Table of RA-CM3's stages, and the settings on which they must agree."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,18 +18,18 @@ from rag_mm.stages.stage import SCENES, Stage
 
 @dataclasses.dataclass(frozen=True)
 class ControlSection:
-    """The baseline without retrieval: the decoder's config in everything else.
+    """The baseline without retrieval; all other settings are those of the decoder.
 
     Attributes:
-        num_steps: training steps; None: as many as the decoder's.
+        num_steps: number of training steps; None for the decoder's.
     """
 
     num_steps: int | None = None
 
 
 def resolve_control(page: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of the baseline's config, from those of the page's decoder."""
-    values = {**page.get("decoder", {}), "is_vanilla": True}
+    """The values of the baseline's config, derived from the decoder's on the page."""
+    values = {**page.get("decoder", {}), "is_baseline": True}
     if section.get("num_steps") is not None:
         values["loop"] = {**values["loop"], "num_steps": section["num_steps"]}
     return values
@@ -85,10 +85,10 @@ STAGES = {
 
 
 def check_agreement(configs: Mapping[str, Any]) -> None:
-    """Refuses counts of one stage that another cannot serve.
+    """Checks that `decoder` and `generation` read no more than `neighbors` writes.
 
     Raises:
-        UserError: more captions, documents or test documents are read than `neighbors` has.
+        UserError: they read more documents or test documents, or another number of captions.
     """
     neighbors = configs.get("neighbors")
     for stage, path, name in (
@@ -99,11 +99,11 @@ def check_agreement(configs: Mapping[str, Any]) -> None:
     ):
         if neighbors is None or stage not in configs:
             continue
-        wanted, available = configs[stage], getattr(neighbors, name)
+        required, available = configs[stage], getattr(neighbors, name)
         for part in path.split("."):
-            wanted = getattr(wanted, part)
-        is_count_fixed = name == "captions_per_image"
-        if wanted > available or (is_count_fixed and wanted != available):
+            required = getattr(required, part)
+        must_equal = name == "captions_per_image"
+        if required > available or (must_equal and required != available):
             raise UserError(
-                f"{stage}.{path} is {wanted}, but neighbors.{name} is {available}; make them agree."
+                f"{stage}.{path} is {required}, but neighbors.{name} is {available}; make them agree."
             )

@@ -1,4 +1,4 @@
-"""Stages `decoder` and `control`: RA-CM3 on retrieved documents, and the same main documents without."""
+"""Stages `decoder` and `control`: train RA-CM3, and the baseline without retrieved documents."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -34,21 +34,21 @@ VOCAB_MULTIPLE = 128
 
 @dataclasses.dataclass(frozen=True)
 class DecoderStageConfig:
-    """What a decoder is trained on, and how.
+    """Data, model and training of a decoder.
 
     Attributes:
-        seed: of initial weights, of the order of sequences and of what is sampled for each.
-        world: where the documents come from.
-        model: a `DecoderConfig` without vocabulary and length, which follow from the data.
+        seed: seed of the initial weights, the order of sequences and the random choices in each.
+        world: world of the documents.
+        model: a `DecoderConfig` without vocabulary size and length, which follow from the data.
         optimizer: learning rate, schedule and moments.
         loop: number of steps, logging and checkpoints.
-        sequences: documents, captions and room of a training sequence.
-        masking: how spans are moved to the end of a sequence.
-        alpha: weight of the targets in retrieved documents (docs/papers/ra_cm3.md#loss).
-        is_vanilla: the baseline, which reads the same main documents in the same order and no others.
-        batch_size: sequences a step.
-        num_watched: unseen scenes on which copying is measured at every checkpoint.
-        mesh: devices along data, fsdp and tensor.
+        sequences: documents, captions and lengths of a training sequence.
+        masking: which spans are moved to the end of a sequence.
+        alpha: loss weight of the targets in retrieved documents (docs/papers/ra_cm3.md#loss).
+        is_baseline: train the baseline: the same main documents in the same order, without retrieved ones.
+        batch_size: sequences per step.
+        num_watched: number of unseen scenes on which copying is measured at every checkpoint.
+        mesh: numbers of devices along data, fsdp and tensor.
     """
 
     seed: int
@@ -61,7 +61,7 @@ class DecoderStageConfig:
     sequences: SequencesConfig = dataclasses.field(default_factory=SequencesConfig)
     masking: MaskingConfig = dataclasses.field(default_factory=MaskingConfig)
     alpha: float = 0.1
-    is_vanilla: bool = False
+    is_baseline: bool = False
     batch_size: int = 32
     num_watched: int = 64
     mesh: tuple[int, int, int] = (1, 1, 1)
@@ -71,28 +71,28 @@ class DecoderStageConfig:
         shape = DecoderConfig(vocab_size=VOCAB_MULTIPLE, max_seq_len=1, **dict(self.model))
         if shape.head_dim is None and shape.embed_dim % shape.num_heads:
             raise ValueError(
-                f"model.num_heads is {shape.num_heads}, which does not divide {shape.embed_dim}"
+                f"model.num_heads is {shape.num_heads}, which does not divide embed_dim={shape.embed_dim}"
             )
 
     def layout(self, num_codes: int) -> Layout:
-        """The sequences this decoder reads."""
-        max_docs = 0 if self.is_vanilla else self.sequences.max_docs
+        """The layout of the decoder's sequences, for images of `num_codes` codes."""
+        max_docs = 0 if self.is_baseline else self.sequences.max_docs
         return Layout(max_docs, self.sequences.max_text_len, num_codes, self.masking.max_spans)
 
 
 def make_mesh(config: DecoderStageConfig) -> Mesh:
-    """The mesh it trains on; raises as `training.make_mesh` does."""
+    """The mesh to train on; raises as `training.make_mesh` does."""
     return training.make_mesh(config.batch_size, config.mesh)
 
 
 def run(config: DecoderStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict:
-    """Trains the decoder, or the baseline where `is_vanilla`; returns its metrics."""
+    """Trains the decoder, or the baseline where `is_baseline`; returns its metrics."""
     image_tokenizer = train_tokenizer.load_tokenizer(run.workdir)
     corpus = coded_corpus.Corpus(config.layout(image_tokenizer.config.num_codes), image_tokenizer)
     source = config.world.scenes("train", *world_config.SEEN)
     documents: list[Example] = []
     neighbors = None
-    if not config.is_vanilla:
+    if not config.is_baseline:
         documents = corpus.memory(build_memory.open_memory(run))
         neighbors = files.read_array(run.finished_stage("neighbors") / "train.npy")
         num_captions = config.sequences.captions_per_image
@@ -102,7 +102,7 @@ def run(config: DecoderStageConfig, run: run_folder.Run, stage_dir: epath.Path) 
                 f"retrieved for {neighbors.shape[1] - 1} captions; give both stages the same number."
             )
     watch = _make_watch(config, run, corpus, documents)
-    # Training reads no document of a held-out class: in the memory these come after the seen ones.
+    # Training must not read documents of held-out classes, which come last in the memory.
     num_seen = len(build_memory.open_memory(run, build_memory.SEEN_VERSION)) if documents else 0
     training_source = make_sequences(config, corpus, source, documents[:num_seen], neighbors)
     return fit(config, stage_dir, image_tokenizer, training_source, watch)
@@ -115,13 +115,21 @@ def make_sequences(
     memory: list[Example],
     neighbors: np.ndarray | None,
 ) -> SequenceSource:
-    """Sequences of all scenes of `source`, each with `captions_per_image` captions and a full one."""
+    """The training sequences of all documents of `source`.
+
+    Args:
+        config: of the decoder or the baseline.
+        corpus: layout and image tokenizer.
+        source: main documents; each gets `captions_per_image` captions and a full one.
+        memory: documents that may be retrieved.
+        neighbors: see `SequenceSource`.
+    """
     codes, num_captions = corpus.codes(source), config.sequences.captions_per_image
     captions = [
-        [*(source.caption(i, draw) for draw in range(num_captions)), source.full_caption(i)]
+        [*(source.caption(i, number) for number in range(num_captions)), source.full_caption(i)]
         for i in range(len(source))
     ]
-    texts = [[corpus.example(text, codes[i]) for text in each] for i, each in enumerate(captions)]
+    texts = [[corpus.example(text, codes[i]) for text in group] for i, group in enumerate(captions)]
     vocabulary = corpus.image_tokenizer.vocabulary
     return SequenceSource(
         config.sequences, config.masking, corpus.layout, vocabulary, texts, memory, neighbors
@@ -135,7 +143,16 @@ def fit(
     source: SequenceSource,
     watch: copy_metrics.CopyWatch,
 ) -> dict:
-    """Trains on sequences and writes the model; the stage's metrics in the leader, {} in followers."""
+    """Trains a decoder on the sequences of `source` and writes it to `stage_dir`.
+
+    Returns:
+        `train` (the last logged metrics), `tokens` (the number trained on, within a batch) and `cut_texts`
+        (the share of captions that were truncated) in the leader, {} in followers.
+
+    Raises:
+        UserError: `watch` ends the training.
+        FloatingPointError: the loss is not finite.
+    """
     layout, mesh = source.layout, make_mesh(config)
     model_config = make_model_config(config, image_tokenizer, layout)
     make_model = partial(_make_model, model_config, config.seed)
@@ -159,13 +176,13 @@ def fit(
     checkpoint.save_params(stage_dir / "params", params)
     if not multiprocess.is_leader():
         return {}
-    # What a loader needs to refuse another tokenizer's codes, and to lay out prompts as in training.
+    # For loading: rejects codes of another tokenizer, and lays out prompts as in training.
     record = {"tokenizer": image_tokenizer.fingerprint, "layout": dataclasses.asdict(layout)}
     model = dataclasses.asdict(model_config)
     files.write_json(stage_dir / "decoder.json", record | {"model": model})
     train = {k: v for k, v in log[-1].items() if k != "step"}
     cut = _share_cut(source.texts)
-    # To within a batch: the sampled shares of document counts differ a little from the weights.
+    # Approximate: the sampled shares of document counts differ a little from the weights.
     tokens = round(config.loop.num_steps * config.batch_size * source.mean_length)
     return {"train": train, "tokens": tokens, "cut_texts": cut}
 
@@ -176,26 +193,26 @@ def _make_watch(
     corpus: coded_corpus.Corpus,
     documents: list[Example],
 ) -> copy_metrics.CopyWatch:
-    """Unseen scenes with the best document that each retrieves."""
+    """Measures copying on test scenes of held-out classes, each with the best document it retrieves."""
     source = config.world.scenes("test", *world_config.HELD_OUT)
     docs: list[list[Example]]
-    if config.is_vanilla:
-        chosen = world_config.sample_rows(source, config.num_watched, config.seed)
-        docs = [[] for _ in chosen]
+    if config.is_baseline:
+        rows = world_config.sample_rows(source, config.num_watched, config.seed)
+        docs = [[] for _ in rows]
     else:
         folder = run.finished_stage("neighbors")
-        chosen = files.read_array(folder / "held_out_rows.npy")
-        found = files.read_array(folder / "held_out_text.npy")[:, :1]
-        few = world_config.evenly_spaced(np.arange(len(chosen)), config.num_watched)
-        chosen, docs = chosen[few], [coded_corpus.pick(documents, ids) for ids in found[few]]
-    mains, art = corpus.test(source, chosen)
+        rows = files.read_array(folder / "held_out_rows.npy")
+        best = files.read_array(folder / "held_out_text.npy")[:, :1]
+        watched = world_config.evenly_spaced(np.arange(len(rows)), config.num_watched)
+        rows, docs = rows[watched], [coded_corpus.pick(documents, ids) for ids in best[watched]]
+    mains, art = corpus.test(source, rows)
     return copy_metrics.CopyWatch(mains, docs, art, config.loop.num_steps)
 
 
 def load_generator(
     run: run_folder.Run, stage: str, image_tokenizer: frozen.FrozenTokenizer
 ) -> Generator:
-    """A trained decoder of a run (stage `decoder` or `control`), with prompts laid out as in training.
+    """Loads a trained decoder of a run (stage `decoder` or `control`), with the layout of its training.
 
     Raises:
         UserError: the stage is missing, unfinished or edited, or was trained on another tokenizer's codes.
@@ -204,35 +221,35 @@ def load_generator(
 
 
 def load_params(stage_dir: epath.Path, image_tokenizer: frozen.FrozenTokenizer) -> Generator:
-    """What `fit` wrote; raises as `load_generator` does."""
+    """Loads what `fit` wrote; raises as `load_generator` does."""
     record = files.read_json(stage_dir / "decoder.json")
     if record["tokenizer"] != image_tokenizer.fingerprint:
         raise UserError(
             f"{stage_dir} was trained on codes of tokenizer {record['tokenizer'][:12]}, not of "
-            f"{image_tokenizer.fingerprint[:12]}; use its own tokenizer."
+            f"{image_tokenizer.fingerprint[:12]}; use the tokenizer that it was trained with."
         )
     model = dict(record["model"])
     try:
         model_config = ra_cm3.RACM3Config(DecoderConfig(**model.pop("decoder")), **model)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"{stage_dir} holds a model of another version ({error}); train it anew."
+            f"{stage_dir} contains a model of another version ({error}); train it again."
         ) from None
-    mounted = frozen.load_params(stage_dir / "params", partial(_make_model, model_config, 0))
+    loaded = frozen.load_params(stage_dir / "params", partial(_make_model, model_config, 0))
     layout = Layout(**record["layout"])
-    return Generator(mounted.graphdef, mounted.params, image_tokenizer.vocabulary, layout)
+    return Generator(loaded.graphdef, loaded.params, image_tokenizer.vocabulary, layout)
 
 
 def make_model_config(
     config: DecoderStageConfig, image_tokenizer: frozen.FrozenTokenizer, layout: Layout
 ) -> ra_cm3.RACM3Config:
-    """The model over a vocabulary rounded up, and over every position a row may use."""
-    words = image_tokenizer.vocabulary
-    vocab_size = -(-words.size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    """The model's config: the vocabulary size is rounded up, and all positions of the layout are covered."""
+    vocabulary = image_tokenizer.vocabulary
+    vocab_size = -(-vocabulary.size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     shape = DecoderConfig(
         vocab_size=vocab_size, max_seq_len=layout.num_positions, **dict(config.model)
     )
-    return ra_cm3.RACM3Config(shape, words.code_offset, config.alpha)
+    return ra_cm3.RACM3Config(shape, vocabulary.code_offset, config.alpha)
 
 
 def _make_model(config: ra_cm3.RACM3Config, seed: int) -> ra_cm3.Model:
@@ -240,4 +257,5 @@ def _make_model(config: ra_cm3.RACM3Config, seed: int) -> ra_cm3.Model:
 
 
 def _share_cut(texts: list[list[Example]]) -> float:
-    return float(np.mean([example.num_cut > 0 for draws in texts for example in draws]))
+    """Share of captions that were truncated."""
+    return float(np.mean([example.num_cut > 0 for captions in texts for example in captions]))

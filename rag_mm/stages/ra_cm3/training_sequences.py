@@ -1,4 +1,4 @@
-"""Training sequences of RA-CM3: a main document after the documents retrieved for it."""
+"""Training sequences of RA-CM3: retrieved documents followed by the main document."""
 
 import dataclasses
 from functools import partial
@@ -14,17 +14,19 @@ from rag_mm.data.vocabulary import Vocabulary
 
 @dataclasses.dataclass(frozen=True)
 class SequencesConfig:
-    """Documents, captions and room of a training sequence.
+    """Documents, captions and lengths of a training sequence.
 
     Attributes:
-        captions_per_image: captions of each image that drop facts at random; as many as in `neighbors`.
-        max_docs: most retrieved documents in a sequence.
-        num_docs_weights: how often a batch holds 0, 1, .. max_docs documents a sequence (RA-CM3: uniform).
-        max_text_len: room for a caption, in tokens.
-        mean_doc_text_len: room for a retrieved document's caption, on average; a sequence that needs more,
-            which is rare, loses its first document.
-        full_caption_prob: probability that the main caption states all facts, as at inference, whatever
-            caption the retriever was queried with.
+        captions_per_image: captions of each image, with facts dropped at random; must equal that of
+            `neighbors`.
+        max_docs: maximum number of retrieved documents in a sequence.
+        num_docs_weights: relative frequencies of batches with 0, 1, ..., max_docs documents per sequence
+            (RA-CM3: uniform).
+        max_text_len: maximum length of a caption in tokens; longer ones are truncated.
+        mean_doc_text_len: tokens reserved per caption of a retrieved document; the rare sequence that needs
+            more loses its first document.
+        full_caption_prob: probability that the main caption states all facts, as at inference, whichever
+            caption was the query.
         code_noise: probability of replacing an input code of the main image by another code of the
             sequence; targets stay clean. Makes copying robust to the model's own errors.
     """
@@ -44,7 +46,9 @@ class SequencesConfig:
                 f"one for each count from 0 to max_docs={self.max_docs}."
             )
         if min(self.num_docs_weights) < 0 or not sum(self.num_docs_weights):
-            raise ValueError(f"num_docs_weights are {self.num_docs_weights}, give positive numbers")
+            raise ValueError(
+                f"num_docs_weights are {self.num_docs_weights}, give at least 0, not all 0"
+            )
         if not 0 <= self.mean_doc_text_len <= self.max_text_len:
             raise ValueError(
                 f"mean_doc_text_len is {self.mean_doc_text_len}, give 0 to "
@@ -60,11 +64,11 @@ class MaskingConfig:
     """How spans of a training sequence are replaced by sentinels and moved to its end (CM3, section 2).
 
     Attributes:
-        max_spans: most spans in a sequence.
+        max_spans: maximum number of spans in a sequence.
         prob: probability that a sequence has masked spans; the others are plain causal sequences.
         segment_prob: probability that a masked sequence masks whole captions or images.
-        caption_prob: probability that a sequence masks the main caption and nothing else, as captioning
-            does; by `segment_prob` alone few sequences mask the caption of the main document.
+        caption_prob: probability that a sequence masks the main caption only, as in captioning; with
+            `segment_prob` alone, few sequences mask the main caption.
     """
 
     max_spans: int = 3
@@ -85,17 +89,17 @@ def _check_probabilities(config: SequencesConfig | MaskingConfig, *names: str) -
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SequenceSource:
-    """Makes training sequences: transform(index, rng) of `data.pipeline`.
+    """Makes training sequences; `make` is a transform of `data.pipeline.make_batches`.
 
     Attributes:
-        config: documents, captions and room.
+        config: documents, captions and lengths.
         masking: which spans are masked.
-        layout: where the parts of a sequence are.
-        vocabulary: of the tokens.
-        texts: `texts[i][d]` is caption d of main document i; the last one states all facts.
-        memory: the documents that may be retrieved.
+        layout: positions of the parts of a sequence.
+        vocabulary: vocabulary of the tokens.
+        texts: `texts[i][d]` is main document i with caption d; the last caption states all facts.
+        memory: documents that may be retrieved.
         neighbors: int32 [R, captions + 1, K], indices into `memory` for each caption and for the image,
-            -1 for none; None for the baseline.
+            -1 for a missing neighbor; None for the baseline.
     """
 
     config: SequencesConfig
@@ -109,9 +113,10 @@ class SequenceSource:
     def make(
         self, index: np.int64, rng: np.random.Generator, num_docs: int
     ) -> dict[str, np.ndarray]:
-        """One sequence with at most `num_docs` documents.
+        """One sequence with at most `num_docs` retrieved documents, as arrays [T] by batch field.
 
-        The main document is sampled first, so that the baseline sees the same ones.
+        T is `length(num_docs)`. The caption is sampled first, so that the baseline gets the same main
+        documents.
         """
         config, captions = self.config, self.texts[index]
         caption = int(rng.integers(config.captions_per_image))
@@ -119,10 +124,12 @@ class SequenceSource:
         if self.neighbors is not None:
             query = caption if rng.random() < 0.5 else config.captions_per_image
             neighbors = self.neighbors[index, query]
-            chosen = rng.permutation(neighbors[neighbors >= 0])[:num_docs]
-            docs = [self.memory[i] for i in chosen]
+            kept = rng.permutation(neighbors[neighbors >= 0])[:num_docs]
+            docs = [self.memory[i] for i in kept]
         length = self.length(num_docs)
-        while sequences.find_segments(self.layout, main, docs)[-1, 1] + 1 + self.room > length:
+        while (
+            sequences.find_segments(self.layout, main, docs)[-1, 1] + 1 + self.masking_len > length
+        ):
             docs = docs[1:]
         segments = sequences.find_segments(self.layout, main, docs)
         if rng.random() < self.masking.caption_prob:
@@ -143,28 +150,28 @@ class SequenceSource:
         tokens[replaced] = rng.choice(tokens[is_code], len(replaced))
 
     @property
-    def room(self) -> int:
-        """Tokens that masking may add to a sequence."""
+    def masking_len(self) -> int:
+        """Maximum number of tokens that masking adds to a sequence."""
         return self.layout.length - self.layout.moved_start
 
     def length(self, num_docs: int) -> int:
-        """Tokens of a sequence with `num_docs` documents, chosen so that little of it is padding."""
+        """Length in tokens of a sequence with `num_docs` documents, chosen for little padding."""
         layout = self.layout
         num_docs = min(num_docs, layout.max_docs)
-        alone = dataclasses.replace(layout, max_docs=0).length
-        return alone + num_docs * (
+        main_len = dataclasses.replace(layout, max_docs=0).length
+        return main_len + num_docs * (
             layout.slot - layout.max_text_len + self.config.mean_doc_text_len
         )
 
     def batches(
         self, batch_size: int, seed: int, rows: range | None = None
     ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
-        """Batches whose sequences all have the same number of documents, so that few positions are padding.
+        """Endless batches; all sequences of a batch have the same number of documents, for little padding.
 
         Args:
-            batch_size: sequences a batch.
-            seed: of the order, and of what is sampled for each sequence.
-            rows: the part of each batch that this process makes (`sharding.local_rows`); None: all.
+            batch_size: sequences per batch.
+            seed: seed of the order of documents and of the random choices in each sequence.
+            rows: the part of each batch that this process makes (`sharding.local_rows`); None for all.
         """
         return pipeline.make_batches(
             np.arange(len(self.texts)),
@@ -177,7 +184,7 @@ class SequenceSource:
 
     @property
     def mean_length(self) -> float:
-        """Positions of a sequence on average, padding included."""
+        """Mean length of a sequence in tokens, including padding."""
         weights = np.asarray(self.config.num_docs_weights)
         lengths = [self.length(count) for count in range(self.config.max_docs + 1)]
         return float(weights / weights.sum() @ lengths)

@@ -1,4 +1,4 @@
-"""Stage `report`: one page a person looks at, and the same pictures as PNG files."""
+"""Stage `report`: writes the HTML report of a run, and its images as PNG files."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,8 +9,7 @@ from etils import epath
 
 import rag_mm
 from rag_mm import report
-from rag_mm.core import costs as clock
-from rag_mm.core import files, run_folder
+from rag_mm.core import costs, files, run_folder
 from rag_mm.memory.retrieval_memory import Memory
 from rag_mm.report import logs, reference, selection
 from rag_mm.stages.ra_cm3 import generate_samples, latency
@@ -18,25 +17,25 @@ from rag_mm.stages.shared import build_memory, coded_corpus, train_retriever, wo
 from rag_mm.worlds.emoji import art, scene_facts
 
 PAGE = "report.html"
-COSTS = "quickstart"  # Key of metrics.json under which a whole run's costs stand.
+COSTS = "quickstart"  # Key in metrics.json of the costs of the whole run.
 INPUTS = (*generate_samples.INPUTS, "generation", "evaluation")
 
 
 @dataclasses.dataclass(frozen=True)
 class ReportStageConfig:
-    """What the page shows; see `report.selection` for which test documents.
+    """Contents of the page; `report.selection` chooses the test documents.
 
     Attributes:
-        seed: shown on the page.
-        world: where the test documents come from.
-        generation: the config of that stage.
-        num_flags: held-out flags on the first screen, as far as there are so many.
-        num_others: other held-out entities there.
-        num_rows: rows of every other panel: those of the first screen, then further entities.
-        reference: a file made by `report.reference`, for the bands behind the training curves; "" for none.
-        title: of the page.
-        command: shown as the one that made the page.
-        notes: sentences shown under the title.
+        seed: seed shown on the page.
+        world: world of the test documents.
+        generation: the config of the stage `generation`.
+        num_flags: number of held-out flags on the first screen (fewer if there are fewer).
+        num_others: number of other held-out entities on the first screen.
+        num_rows: number of rows in each other panel: those of the first screen, then further entities.
+        reference: file written by `report.reference` with the bands behind the training curves; "" for none.
+        title: title of the page.
+        command: command shown as the one that made the page.
+        notes: sentences shown below the title.
     """
 
     seed: int
@@ -51,39 +50,45 @@ class ReportStageConfig:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self):
-        for name, least in (("num_flags", 0), ("num_others", 0), ("num_rows", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}, give at least {least}")
-        reference.load(self.reference)  # A damaged one is found before anything is trained.
+        for name, minimum in (("num_flags", 0), ("num_others", 0), ("num_rows", 1)):
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{name} is {getattr(self, name)}, give at least {minimum}")
+        reference.load(self.reference)  # Fails before training if the file is damaged.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SelectedExamples:
-    """Places in the held-out test set, one a class: the story's, then further ones; int64 [R]."""
+    """The test documents that the page shows, one per class.
 
-    places: np.ndarray
+    Attributes:
+        indices: int64 [R], into the held-out test set: those of the first screen, then further ones.
+        num_story: number of documents on the first screen.
+        num_flags: number of flags among these.
+    """
+
+    indices: np.ndarray
     num_story: int
     num_flags: int
 
     @property
     def rule(self) -> str:
-        """How the story's were chosen."""
+        """How the documents of the first screen were chosen, as a sentence."""
         return selection.rule(self.num_flags, self.num_story - self.num_flags)
 
 
 def run(config: ReportStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict[str, Any]:
-    """Writes the figures into the stage; `finish` makes the page once all costs are known."""
-    bench = generate_samples.open_eval_context(config.generation, run)
-    report.save_figures(gather_data(config, run, bench, {}), stage_dir / "figures")
+    """Writes the page's images to `figures/`; `finish` writes the page when all costs are known."""
+    context = generate_samples.open_eval_context(config.generation, run)
+    report.save_figures(gather_data(config, run, context, {}), stage_dir / "figures")
     return {}
 
 
 def finish(config: ReportStageConfig, run: run_folder.Run, stages: Sequence[str]) -> epath.Path:
-    """Adds up what the stages cost, measures speed, and writes `report.html` beside metrics.json."""
-    bench = generate_samples.open_eval_context(config.generation, run)
-    run.save_costs(COSTS, stages, **latency.measure(config.generation, run, bench))
+    """Adds up the costs of the stages, measures speed, and writes `report.html` next to metrics.json."""
+    context = generate_samples.open_eval_context(config.generation, run)
+    run.save_costs(COSTS, stages, **latency.measure(config.generation, run, context))
     page = run.workdir / PAGE
-    data = gather_data(config, run, bench, run.metrics)
+    data = gather_data(config, run, context, run.metrics)
     files.write_atomic(page, report.render_report(data).encode())
     return page
 
@@ -91,15 +96,16 @@ def finish(config: ReportStageConfig, run: run_folder.Run, stages: Sequence[str]
 def gather_data(
     config: ReportStageConfig,
     run: run_folder.Run,
-    bench: generate_samples.EvalContext,
+    context: generate_samples.EvalContext,
     metrics: dict[str, Any],
 ) -> report.ReportData:
-    """Everything on the page."""
+    """The contents of the page."""
     memory = build_memory.open_memory(run)
-    shown = select_examples(config, bench.tests["held_out"])
-    generations = list(_generations(config, bench, run, memory, shown.places))
-    healthy = reference.load(config.reference)
-    costs = metrics.get(run_folder.MACHINE, {})
+    selected = select_examples(config, context.tests["held_out"])
+    indices = selected.indices
+    generations = list(_generations(context, run, memory, indices))
+    bands = reference.load(config.reference)
+    stage_costs = metrics.get(run_folder.MACHINE, {})
     return report.ReportData(
         title=config.title,
         command=config.command,
@@ -111,69 +117,71 @@ def gather_data(
         notes=config.notes,
         machine=_machine(),
         stage_seconds={
-            stage: costs[stage]["wall_seconds"] for stage in run.config["stages"] if stage in costs
+            stage: stage_costs[stage]["wall_seconds"]
+            for stage in run.config["stages"]
+            if stage in stage_costs
         },
-        story=generations[: shown.num_story],
-        choice=shown.rule,
-        reconstructions=_reconstructions(bench, shown.places),
-        retrievals=list(_retrievals(bench, memory, shown.places)),
+        story=generations[: selected.num_story],
+        choice=selected.rule,
+        reconstructions=_reconstructions(context, indices),
+        retrievals=list(_retrievals(context, memory, indices)),
         generations=generations,
-        captions=_captions(bench, run, shown.places),
-        curves=list(logs.read_curves(run.workdir, healthy.bands if healthy else {})),
-        band_note=healthy.note if healthy else "",
+        captions=_captions(context, run, indices),
+        curves=list(logs.read_curves(run.workdir, bands.bands if bands else {})),
+        band_note=bands.note if bands else "",
     )
 
 
 def select_examples(config: ReportStageConfig, test: generate_samples.TestSet) -> SelectedExamples:
-    """One document of every class shown, the same in every panel."""
+    """Chooses one document per class, the same ones for all panels."""
     class_ids = test.class_ids
     is_flag = art.load_art().is_flag[class_ids]
     story = selection.choose(class_ids, is_flag, config.num_flags, config.num_others)
     further = np.setdiff1d(selection.first_of_each_class(class_ids), story)
-    places = np.concatenate([story, further[: max(0, config.num_rows - len(story))]])
-    return SelectedExamples(places, len(story), int(is_flag[story].sum()))
+    indices = np.concatenate([story, further[: max(0, config.num_rows - len(story))]])
+    return SelectedExamples(indices, len(story), int(is_flag[story].sum()))
 
 
 def _machine() -> str:
-    machine = clock.machine()
+    machine = costs.machine()
     versions = machine["versions"]
     cores = f"{machine['processor']}, {machine['cores']} cores"
     return f"{cores}, Python {machine['python']}, jax {versions['jax']}, flax {versions['flax']}"
 
 
 def _setting(
-    config: ReportStageConfig, num_rows: int, whole: Mapping[str, Any]
+    config: ReportStageConfig, num_rows: int, run_config: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
     world = config.world
     retriever = train_retriever.RetrieverStageConfig
-    taught = whole.get("retriever", {}).get("splits", retriever.splits)
+    splits = run_config.get("retriever", {}).get("splits", retriever.splits)
     return [
         ("Level of the scenes", ", ".join(world.levels)),
         ("Classes seen in training", f"{len(world.classes(*world_config.SEEN)):,}"),
         ("Classes never shown in training", f"{len(world.classes(*world_config.HELD_OUT)):,}"),
-        ("Classes the retriever saw", ", ".join(taught)),
+        ("Classes the retriever saw", ", ".join(splits)),
         ("Documents in the memory", f"{num_rows:,}"),
     ]
 
 
 def _reconstructions(
-    bench: generate_samples.EvalContext, places: np.ndarray
+    context: generate_samples.EvalContext, indices: np.ndarray
 ) -> list[report.Reconstruction]:
-    test = bench.tests["held_out"]
-    decoded = bench.image_tokenizer.decode(np.stack([test.mains[i].codes for i in places]))
+    test = context.tests["held_out"]
+    decoded = context.image_tokenizer.decode(np.stack([test.mains[i].codes for i in indices]))
     return [
-        report.Reconstruction(test.captions[i], test.pictures[i], back)
-        for i, back in zip(places, decoded, strict=True)
+        report.Reconstruction(test.captions[i], test.images[i], reconstruction)
+        for i, reconstruction in zip(indices, decoded, strict=True)
     ]
 
 
 def _retrievals(
-    bench: generate_samples.EvalContext, memory: Memory, places: np.ndarray
+    context: generate_samples.EvalContext, memory: Memory, indices: np.ndarray
 ) -> Iterator[report.Retrieval]:
-    test = bench.tests["held_out"]
-    queries = bench.encoder.encode_text([test.captions[i] for i in places])
+    test = context.tests["held_out"]
+    queries = context.encoder.encode_text([test.captions[i] for i in indices])
     vectors = memory.embeddings("mixed")
-    for i, query in zip(places, queries, strict=True):
+    for i, query in zip(indices, queries, strict=True):
         hits = []
         for row in test.hits[i][test.hits[i] >= 0]:
             document = memory.document(int(row))
@@ -183,45 +191,42 @@ def _retrievals(
 
 
 def _generations(
-    config: ReportStageConfig,
-    bench: generate_samples.EvalContext,
+    context: generate_samples.EvalContext,
     run: run_folder.Run,
     memory: Memory,
-    places: np.ndarray,
+    indices: np.ndarray,
 ) -> Iterator[report.Generation]:
-    test, folder = bench.tests["held_out"], run.finished_stage("generation")
-    asked, levels = [test.facts[i] for i in places], [test.levels[i] for i in places]
-    drawn, right = {}, {}
+    test, folder = context.tests["held_out"], run.finished_stage("generation")
+    expected, levels = [test.facts[i] for i in indices], [test.levels[i] for i in indices]
+    images, outcomes = {}, {}
     for name in (v.name for v in test.variants):
-        codes = files.read_array(folder / f"held_out_{name}_codes.npy")[places]
-        drawn[name] = bench.image_tokenizer.decode(codes)
-        right[name] = [
-            scene_facts.compare(got, wanted, level)
-            for got, wanted, level in zip(
-                scene_facts.read(drawn[name], levels), asked, levels, strict=True
-            )
+        codes = files.read_array(folder / f"held_out_{name}_codes.npy")[indices]
+        images[name] = context.image_tokenizer.decode(codes)
+        facts = scene_facts.read(images[name], levels)
+        outcomes[name] = [
+            scene_facts.compare(*scene) for scene in zip(facts, expected, levels, strict=True)
         ]
-    for n, i in enumerate(places):
+    for n, i in enumerate(indices):
         yield report.Generation(
             test.captions[i],
-            test.pictures[i],
+            test.images[i],
             [coded_corpus.memory_image(memory, int(row)) for row in test.hits[i] if row >= 0],
-            {name: pictures[n] for name, pictures in drawn.items()},
-            {name: verdicts[n] for name, verdicts in right.items()},
+            {name: generated[n] for name, generated in images.items()},
+            {name: verdicts[n] for name, verdicts in outcomes.items()},
         )
 
 
 def _captions(
-    bench: generate_samples.EvalContext, run: run_folder.Run, places: np.ndarray
+    context: generate_samples.EvalContext, run: run_folder.Run, indices: np.ndarray
 ) -> list[report.CaptionExample]:
-    test, folder = bench.tests["held_out"], run.finished_stage("generation")
-    written = {
+    test, folder = context.tests["held_out"], run.finished_stage("generation")
+    captions = {
         name: files.read_json(folder / f"held_out_{name}_captions.json")["captions"]
         for name in (v.name for v in test.variants if v.by_image is not None)
     }
     return [
         report.CaptionExample(
-            test.pictures[i], test.captions[i], {name: texts[i] for name, texts in written.items()}
+            test.images[i], test.captions[i], {name: texts[i] for name, texts in captions.items()}
         )
-        for i in places
+        for i in indices
     ]

@@ -1,4 +1,4 @@
-"""Stage `toy_pairs`: the pairs of a world of concepts, whose frozen towers are the world itself."""
+"""Stage `toy_pairs`: samples pairs of embeddings from a toy world of concepts, without any towers."""
 
 import dataclasses
 
@@ -14,16 +14,16 @@ INPUTS = ()
 
 @dataclasses.dataclass(frozen=True)
 class ToyPairsStageConfig:
-    """How many pairs there are.
+    """Numbers of pairs.
 
     Attributes:
-        seed: of everything.
-        world: what the classes are like.
-        num_train: pairs to train on.
-        rare_weight: how often a rare class occurs among them, a common one being 1.
-        rows_per_class: pairs of each class in the memory.
-        num_test: pictures of each class to classify.
-        num_prompts: texts whose mean names a class.
+        seed: seed of the world and the pairs.
+        world: the toy world.
+        num_train: number of pairs to train on.
+        rare_weight: frequency of a `rare_seen` class among these, relative to a common class.
+        rows_per_class: memory rows of each class.
+        num_test: images of each class to classify.
+        num_prompts: prompts of each class; a class is the mean of its prompts.
     """
 
     seed: int
@@ -43,30 +43,34 @@ class ToyPairsStageConfig:
 
 
 def run(config: ToyPairsStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict:
-    """Draws the pairs."""
-    found = sample_pairs(config)
-    embed_pairs.save(stage_dir, found)
-    return {"train": len(found.train), "memory": len(found.memory)}
+    """Samples and writes the pairs.
+
+    Returns:
+        The numbers of training pairs (`train`) and memory rows (`memory`).
+    """
+    pairs = sample_pairs(config)
+    embed_pairs.save(stage_dir, pairs)
+    return {"train": len(pairs.train), "memory": len(pairs.memory)}
 
 
 def sample_pairs(config: ToyPairsStageConfig) -> embed_pairs.EmbeddedPairs:
-    """The pairs of a seed, the same for the same config."""
+    """Samples the pairs; the same config gives the same pairs."""
     world = concepts.Concepts(config.world, config.seed)
     rng = np.random.default_rng((config.seed, 1))
     seen, held_out = world.classes("common", "rare_seen"), world.classes("held_out")
     weights = np.where(world.splits[seen] == 0, 1.0, config.rare_weight)
-    shown = rng.choice(seen, config.num_train, p=weights / weights.sum())
-    stored = np.repeat(np.concatenate([seen, held_out]), config.rows_per_class)
-    tested = np.repeat(np.arange(config.world.num_classes), config.num_test)
-    prompted = np.repeat(np.arange(config.world.num_classes), config.num_prompts)
-    named = world.texts(prompted, rng).reshape(-1, config.num_prompts, config.world.dim)
+    train_classes = rng.choice(seen, config.num_train, p=weights / weights.sum())
+    memory_classes = np.repeat(np.concatenate([seen, held_out]), config.rows_per_class)
+    test_classes = np.repeat(np.arange(config.world.num_classes), config.num_test)
+    prompt_classes = np.repeat(np.arange(config.world.num_classes), config.num_prompts)
+    prompts = world.texts(prompt_classes, rng).reshape(-1, config.num_prompts, config.world.dim)
     return embed_pairs.EmbeddedPairs(
-        train=_pairs(world, shown, shown, rng),
-        memory=_pairs(world, stored, world.captioned_as(stored, rng), rng),
+        train=_pairs(world, train_classes, train_classes, rng),
+        memory=_pairs(world, memory_classes, world.captioned_as(memory_classes, rng), rng),
         num_seen=len(seen) * config.rows_per_class,
         towers=files.digest(files.canonical_json(dataclasses.asdict(config)).encode()),
-        test=_pairs(world, tested, tested, rng),
-        prompts=named,
+        test=_pairs(world, test_classes, test_classes, rng),
+        prompts=prompts,
         splits=world.splits.astype(np.int32),
         questions=embed_pairs.no_pairs(config.world.dim),
         captioned=embed_pairs.no_pairs(config.world.dim),
@@ -75,8 +79,13 @@ def sample_pairs(config: ToyPairsStageConfig) -> embed_pairs.EmbeddedPairs:
 
 
 def _pairs(
-    world: concepts.Concepts, shown: np.ndarray, told: np.ndarray, rng: np.random.Generator
+    world: concepts.Concepts,
+    image_classes: np.ndarray,
+    text_classes: np.ndarray,
+    rng: np.random.Generator,
 ) -> embed_pairs.Pairs:
     return embed_pairs.Pairs(
-        world.images(shown, rng), world.texts(told, rng), shown.astype(np.int32)
+        world.images(image_classes, rng),
+        world.texts(text_classes, rng),
+        image_classes.astype(np.int32),
     )

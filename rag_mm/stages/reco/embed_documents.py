@@ -1,6 +1,6 @@
-"""Stage `document_pairs`: pairs of any documents and any memory, embedded by the towers the memory carries.
+"""Stage `document_pairs`: embeds any documents with the towers that a memory carries.
 
-This is how RECO trains on weights of your own: `rag-mm import clip`, `rag-mm memory build`, then this.
+This is how RECO trains on imported weights: `rag-mm import clip`, `rag-mm memory build`, then this stage.
 """
 
 import dataclasses
@@ -23,15 +23,15 @@ INPUTS = ()
 
 @dataclasses.dataclass(frozen=True)
 class DocumentPairsStageConfig:
-    """What is paired.
+    """Training documents and memory.
 
     Attributes:
-        seed: of nothing here; every chain has one.
-        world: likewise.
-        documents: to train on, as `--documents` of `rag-mm memory build` names them.
-        memory: the folder of a memory.
-        max_documents: of the training documents the first so many; None takes all.
-        embed_batch: documents embedded at once.
+        seed: unused; every chain has one.
+        world: unused; every chain has one.
+        documents: training documents, as for `--documents` of `rag-mm memory build`.
+        memory: folder of a memory.
+        max_documents: use only the first training documents, up to this number; None uses all.
+        embed_batch: number of documents embedded at once.
     """
 
     seed: int
@@ -43,20 +43,27 @@ class DocumentPairsStageConfig:
 
     def __post_init__(self):
         if self.embed_batch < 1 or (self.max_documents is not None and self.max_documents < 1):
-            raise ValueError("embed_batch and max_documents are at least 1")
+            raise ValueError("embed_batch and max_documents must be at least 1")
         if not self.documents or not self.memory:
             raise ValueError(
-                "name the training documents and the memory: --config.document_pairs.documents=... "
+                "documents or memory is empty; give --config.document_pairs.documents=... and "
                 "--config.document_pairs.memory=..."
             )
 
 
 def run(config: DocumentPairsStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict:
-    """Embeds the documents; a bad record is passed over, and one without picture or text."""
+    """Embeds the documents; bad records, and documents without image or text, are skipped.
+
+    Returns:
+        The numbers of training pairs (`train`) and memory rows (`memory`).
+
+    Raises:
+        UserError: there is no memory, it carries no retriever, or no document has an image and a text.
+    """
     memory, encoder = open_memory(config.memory)
     train = _embed(config, encoder)
     unknown = np.full(len(memory), -1, np.int32)
-    found = embed_pairs.EmbeddedPairs(
+    pairs = embed_pairs.EmbeddedPairs(
         train=train,
         memory=embed_pairs.Pairs(memory.embeddings("image"), memory.embeddings("text"), unknown),
         num_seen=len(memory),
@@ -68,12 +75,12 @@ def run(config: DocumentPairsStageConfig, run: run_folder.Run, stage_dir: epath.
         captioned=embed_pairs.no_pairs(encoder.dim),
         caption_keys=np.zeros(0, np.int64),
     )
-    embed_pairs.save(stage_dir, found)
+    embed_pairs.save(stage_dir, pairs)
     return {"train": len(train), "memory": len(memory)}
 
 
 def open_memory(path: epath.PathLike) -> tuple[retrieval_memory.Memory, frozen.FrozenRetriever]:
-    """A memory and the towers that it carries, attached.
+    """Opens a memory with the towers that it carries.
 
     Raises:
         UserError: there is no memory, or it carries no retriever.
@@ -91,13 +98,13 @@ def _embed(config: DocumentPairsStageConfig, encoder: frozen.FrozenRetriever) ->
     done = 0
     with progress.track("document_pairs", total) as bar:
         for batch in _batches(source, config):
-            rows = model_protocols.embed(batch, encoder, config.embed_batch)
-            alone = np.full(len(batch), -1, np.int32)
-            parts.append(embed_pairs.Pairs(rows["image"], rows["text"], alone))
+            embeddings = model_protocols.embed(batch, encoder, config.embed_batch)
+            unknown = np.full(len(batch), -1, np.int32)
+            parts.append(embed_pairs.Pairs(embeddings["image"], embeddings["text"], unknown))
             done += len(batch)
             bar.update(done)
     if not done:
-        raise UserError(f"{config.documents} has no document with a picture and a text.")
+        raise UserError(f"{config.documents} has no document with both an image and a text.")
     return sum(parts[1:], parts[0])
 
 
@@ -105,14 +112,14 @@ def _batches(
     source: stream.RecordStream, config: DocumentPairsStageConfig
 ) -> Iterator[list[document_types.Document]]:
     batch: list[document_types.Document] = []
-    taken = 0
+    count = 0
     for item in source.read(0):
-        if taken == config.max_documents:
+        if count == config.max_documents:
             break
-        found = item.document
-        if found is not None and found.image is not None and found.text.strip():
-            batch.append(found)
-            taken += 1
+        document = item.document
+        if document is not None and document.image is not None and document.text.strip():
+            batch.append(document)
+            count += 1
         if len(batch) == config.embed_batch:
             yield batch
             batch = []

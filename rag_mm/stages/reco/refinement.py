@@ -1,4 +1,4 @@
-"""RECO at work: a memory's two columns, what a query finds in them, and the query refined by it."""
+"""RECO at inference: retrieves neighbors of a query embedding and fuses them into it."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -15,36 +15,36 @@ from rag_mm.stages.reco.embed_pairs import Pairs
 from rag_mm.stages.shared import frozen
 
 RETRIEVAL_OVERRIDES = ("none", "query", "random")
-# More similar than any two unit rows are: nothing is a near copy.
+# Above any cosine, so that no row is skipped as a near-duplicate.
 NO_BOUND = 2.0
-_SPARE = 8  # Hits beyond k, of which the query's own row may be one.
-_FAR = 64
+_EXTRA_HITS = 8  # Hits searched beyond k, since the query's own row may be among them.
+_EXTRA_HITS_WITH_BOUND = 64  # More, since near-duplicates are skipped.
 
 
 class Bank:
-    """A memory as RECO sees it: float32 [N, D] unit rows of images and of the texts beside them."""
+    """The embeddings of a memory's images and texts, and an index of each."""
 
     def __init__(
         self, columns: Mapping[str, np.ndarray], indexes: Mapping[str, protocol.Index] | None = None
     ):
-        """Takes `image` and `text`, and an index over each; exact ones are made if None."""
+        """Takes the columns `image` and `text`, float32 [N, D], and their indexes (exact if None)."""
         self.columns = columns
         self._indexes = dict(indexes or {})
 
     @classmethod
     def of_pairs(cls, pairs: Pairs) -> "Bank":
-        """Over embeddings in memory."""
+        """A bank of pairs, with exact indexes."""
         return cls({"image": pairs.image, "text": pairs.text})
 
     @classmethod
     def of_memory(cls, memory: retrieval_memory.Memory) -> "Bank":
-        """Over a memory on disk, by its own indexes.
+        """A bank of a memory on disk, with the memory's indexes.
 
         Raises:
             UserError: the memory is empty or damaged.
         """
         if not len(memory):
-            raise UserError(f"{memory.path} is empty, so nothing can be looked up in it.")
+            raise UserError(f"{memory.path} is empty; add documents to it first.")
         columns = {name: memory.embeddings(name) for name in reco.MODALITIES}
         return cls(columns, {name: memory.index(name) for name in reco.MODALITIES})
 
@@ -52,7 +52,7 @@ class Bank:
         return len(self.columns["image"])
 
     def index(self, column: str) -> protocol.Index:
-        """What searches a column."""
+        """The index of a column, `image` or `text`."""
         if column not in self._indexes:
             exact = ExactIndex()
             exact.build(self.columns[column])
@@ -62,30 +62,35 @@ class Bank:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RetrievedRows:
-    """What queries retrieved: rows of a table, float32 [N, D], by number, int32 [Q, K], -1 for none."""
+    """Embeddings retrieved for Q queries.
+
+    Attributes:
+        table: float32 [N, D].
+        ids: rows of `table`, int32 [Q, K], -1 for a missing neighbor.
+    """
 
     table: np.ndarray
     ids: np.ndarray
 
     def take(self, queries: np.ndarray | slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
-        """Of some queries the rows, float32 [q, K, D], and which are there, bool [q, K]."""
+        """Neighbors of some queries, float32 [Q, K, D], and which of them are present, bool [Q, K]."""
         ids = self.ids[queries]
         return self.table[ids], ids >= 0
 
 
 @dataclasses.dataclass(frozen=True)
 class SearchSettings:
-    """How queries retrieve; every field may change without training again.
+    """How neighbors are retrieved; every field may differ between training and inference.
 
     Attributes:
-        image: what image queries search and fuse.
-        text: what text queries search and fuse.
+        image: which column image queries search, and which they fuse.
+        text: which column text queries search, and which they fuse.
         num_neighbors: memory rows retrieved per query (k).
-        max_similarity: memory rows more similar than this to the query, or to one already retrieved, are
+        max_similarity: memory rows with a higher cosine to the query, or to a row already retrieved, are
             skipped as near-duplicates; 2.0 skips none.
-        retrieval_override: none, or for comparison: query retrieves the query itself k times, random
-            retrieves random memory rows.
-        seed: of the random rows.
+        retrieval_override: `none`, or for comparison `query` (the query itself, k times) or `random` (random
+            memory rows).
+        seed: seed of the random rows.
     """
 
     image: reco.Lookup = dataclasses.field(default_factory=reco.Lookup)
@@ -101,94 +106,94 @@ class SearchSettings:
         if self.retrieval_override not in RETRIEVAL_OVERRIDES:
             known = ", ".join(RETRIEVAL_OVERRIDES)
             raise ValueError(
-                f"retrieval_override is one of {known}, not {self.retrieval_override!r}"
+                f"retrieval_override must be one of {known}, not {self.retrieval_override!r}"
             )
 
     def find(
         self, bank: Bank, modality: str, queries: np.ndarray, query_rows: np.ndarray | None = None
     ) -> RetrievedRows:
-        """Looks up unit rows float32 [Q, D].
+        """Retrieves the neighbors of Q queries.
 
         Args:
-            bank: the memory.
-            modality: of the queries, `image` or `text`.
-            queries: the embeddings.
-            query_rows: int [Q], the row that is the query's own pair, or -1; it is never retrieved.
+            bank: embeddings of the memory.
+            modality: modality of the queries, `image` or `text`.
+            queries: embeddings of length 1, float32 [Q, D].
+            query_rows: int [Q], the memory row of the query's own pair, which is never retrieved, or -1.
         """
         lookup: reco.Lookup = getattr(self, modality)
         searched, fused = lookup.columns(modality)
         shape = (len(queries), self.num_neighbors)
         if self.retrieval_override == "query":
-            own = np.broadcast_to(np.arange(len(queries), dtype=np.int32)[:, None], shape)
-            return RetrievedRows(queries, own)
+            ids = np.broadcast_to(np.arange(len(queries), dtype=np.int32)[:, None], shape)
+            return RetrievedRows(queries, ids)
         if self.retrieval_override == "random":
-            drawn = np.random.default_rng((self.seed, 7)).integers(len(bank), size=shape)
-            return RetrievedRows(bank.columns[fused], drawn.astype(np.int32))
-        nothing = np.full(len(queries), protocol.MISSING)
-        found = policy.find_neighbors(
+            rows = np.random.default_rng((self.seed, 7)).integers(len(bank), size=shape)
+            return RetrievedRows(bank.columns[fused], rows.astype(np.int32))
+        no_rows = np.full(len(queries), protocol.MISSING)
+        neighbors = policy.find_neighbors(
             bank.index(searched).search,
             queries,
             bank.columns[searched],
             num_neighbors=self.num_neighbors,
             max_similarity=self.max_similarity,
-            query_rows=nothing if query_rows is None else query_rows,
+            query_rows=no_rows if query_rows is None else query_rows,
             query_keys=np.full(len(queries), policy.NO_KEY),
             row_keys=np.full(len(bank), policy.NO_KEY),
             num_candidates=self.num_neighbors
-            + (_SPARE if self.max_similarity >= NO_BOUND else _FAR),
+            + (_EXTRA_HITS if self.max_similarity >= NO_BOUND else _EXTRA_HITS_WITH_BOUND),
         )
-        return RetrievedRows(bank.columns[fused], found.ids)
+        return RetrievedRows(bank.columns[fused], neighbors.ids)
 
 
 Fuse = Callable[..., Any]
 
 
 class Refiner:
-    """Refines embeddings of both modalities with one memory."""
+    """Refines embeddings of both modalities with a memory."""
 
     def __init__(self, fusions: Mapping[str, Fuse], bank: Bank, search: SearchSettings):
-        """Takes a function (query, retrieved, is_there) for each modality, as `reco.Fusion`."""
+        """Takes a function (query, retrieved, neighbor_mask) for each modality, such as `reco.Fusion`."""
         self.fusions, self.bank, self.search = fusions, bank, search
 
     def refine(self, modality: str, queries: np.ndarray) -> np.ndarray:
-        """Unit rows float32 [Q, D], refined."""
+        """Refines embeddings of length 1, float32 [Q, D]."""
         if not len(queries):
             return queries
         return fuse(self.fusions[modality], queries, self.search.find(self.bank, modality, queries))
 
 
 def fuse(
-    fusion: Fuse, queries: np.ndarray, found: RetrievedRows, batch_size: int = 256
+    fusion: Fuse, queries: np.ndarray, retrieved: RetrievedRows, batch_size: int = 256
 ) -> np.ndarray:
-    """Fuses what was found into unit rows float32 [Q, D], some at a time."""
+    """Fuses the retrieved rows into the queries: float32 [Q, D] of length 1, in batches."""
     parts = []
     for start in range(0, len(queries), batch_size):
         rows = np.arange(start, start + batch_size)
-        # Beyond the end the last one again, so that it compiles once.
+        # Pads the last batch with the last query, so that the function compiles once.
         rows = np.minimum(rows, len(queries) - 1)
-        refined = np.asarray(fusion(queries[rows], *found.take(rows)))
+        refined = np.asarray(fusion(queries[rows], *retrieved.take(rows)))
         parts.append(refined[: len(queries) - start])
     return np.concatenate(parts)
 
 
-def learned_fusions(mounted: frozen.LoadedModel) -> dict[str, Fuse]:
+def learned_fusions(model: frozen.LoadedModel) -> dict[str, Fuse]:
     """The trained fusion of each modality."""
-    return {name: mounted.compile(f"refine_{name}") for name in reco.MODALITIES}
+    return {name: model.compile(f"refine_{name}") for name in reco.MODALITIES}
 
 
 def mean_fusions() -> dict[str, Fuse]:
-    """The plain mean for both."""
+    """The plain mean of query and neighbors, for both modalities."""
     import jax
 
     return dict.fromkeys(reco.MODALITIES, jax.jit(reco.mean_fusion))
 
 
 def is_refined(modality: str, refine: str) -> bool:
-    """Whether `refine` (none, image, text, both) covers a modality.
+    """Whether `refine` (none, image, text or both) includes a modality.
 
     Raises:
-        UserError: there is no such choice.
+        UserError: `refine` is none of these.
     """
     if refine not in reco.REFINE:
-        raise UserError(f"refine is one of {', '.join(reco.REFINE)}, not {refine!r}.")
+        raise UserError(f"refine must be one of {', '.join(reco.REFINE)}, not {refine!r}.")
     return refine in (modality, "both")

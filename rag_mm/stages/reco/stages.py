@@ -1,4 +1,4 @@
-"""The stages of RECO: pairs of embeddings from three sources, and the fusion trained on each."""
+"""Table of RECO's stages: embedded pairs from three sources, and the fusion trained on each."""
 
 from functools import partial
 

@@ -1,6 +1,7 @@
-"""Stage `fusion`: RECO's two fusion modules, trained on pairs of frozen embeddings, and measured by split.
+"""Stage `fusion`: trains RECO's two fusion modules on pairs of frozen embeddings, and measures them by split.
 
-Neighbors of the training pairs are found before the first step, among the memory rows of seen classes only.
+The neighbors of the training pairs are retrieved before the first step, from memory rows of seen classes
+only.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ from rag_mm.stages.shared import frozen
 from rag_mm.stages.stage import PER_DOCUMENT
 from rag_mm.train import checkpoint, loop, optimizer, train_step
 
-# Rows of a batch are drawn so many at a time: one by one, drawing them would take longer than the step.
+# Pairs of a batch are sampled in groups of this size; one by one, sampling would take longer than the step.
 GROUP = 32
 RECORD = "fusion.json"
 PARAMS = "params"
@@ -42,16 +43,16 @@ class FusionStageConfig:
     """How the fusion is trained and measured.
 
     Attributes:
-        seed: of initial weights and of the order of pairs.
-        world: of the pairs; recorded, not read.
-        model: a `RecoConfig` without `dim`, which comes with the embeddings.
+        seed: seed of the initial weights and the choice of pairs.
+        world: world of the pairs; recorded only.
+        model: a `RecoConfig` without `dim`, which follows from the embeddings.
         optimizer: learning rate, schedule and moments.
         loop: number of steps, logging and checkpoints.
-        search: what is retrieved, in training and, unless overridden, at inference.
+        search: how neighbors are retrieved, in training and by default at inference.
         measures: what is measured after training.
-        batch_size: pairs a step; a multiple of 32.
-        train_in_memory: the training pairs are among the memory rows they may retrieve.
-        mask_self: with `train_in_memory`, no pair retrieves itself.
+        batch_size: pairs per step; a multiple of 32.
+        train_in_memory: add the training pairs to the memory rows that training retrieves.
+        mask_self: with `train_in_memory`, prevent a pair from retrieving itself.
     """
 
     seed: int
@@ -74,23 +75,34 @@ class FusionStageConfig:
         self.reco(8 * self.model.get("num_heads", 8))
 
     def reco(self, dim: int) -> reco.RecoConfig:
-        """The model over embeddings of a width; raises UserError where its settings do not fit."""
+        """The model's config for embeddings of width `dim`; raises UserError if its settings are invalid."""
         return configuration.make(reco.RecoConfig, {"dim": dim} | dict(self.model), "model")
 
 
 def make_mesh(config: FusionStageConfig) -> Mesh:
-    """What it trains on; raises as `training.make_mesh` does."""
+    """The mesh to train on; raises as `training.make_mesh` does."""
     return training.make_mesh(config.batch_size // GROUP)
 
 
 def run(
     config: FusionStageConfig, run: run_folder.Run, stage_dir: epath.Path, *, source: str = "pairs"
 ) -> dict:
-    """Trains; then, where there is something to classify, writes `per_document.json`."""
-    found = embed_pairs.load(run.finished_stage(source))
-    model_config = config.reco(found.dim)
+    """Trains the fusion; if the pairs have a test set, measures it and writes `per_document.json`.
+
+    Args:
+        config: of the stage.
+        run: the run.
+        stage_dir: folder of the stage.
+        source: stage whose pairs are used: `pairs`, `toy_pairs` or `document_pairs`.
+
+    Returns:
+        The last logged metrics, `num_params`, and if measured `accuracy` by split and condition; if the run
+        has a retriever, `towers_unchanged`. {} in followers.
+    """
+    pairs = embed_pairs.load(run.finished_stage(source))
+    model_config = config.reco(pairs.dim)
     make_model = partial(_make_model, model_config, config.seed)
-    params, rows = _train(config, make_model, found, stage_dir)
+    params, log = _train(config, make_model, pairs, stage_dir)
     params = jax.device_get(params)
     checkpoint.save_params(stage_dir / PARAMS, params)
     if not multiprocess.is_leader():
@@ -98,45 +110,45 @@ def run(
     record = {
         "model": dataclasses.asdict(model_config),
         "search": dataclasses.asdict(config.search),
-        "towers": found.towers,
+        "towers": pairs.towers,
     }
     files.write_json(stage_dir / RECORD, record)
-    mounted = load_fusion(stage_dir).mounted
-    last = {name: rows[-1][name] for name in rows[-1] if name != "step"}
+    model = load_fusion(stage_dir).model
+    last = {name: value for name, value in log[-1].items() if name != "step"}
     metrics = last | {"num_params": sum(leaf.size for leaf in jax.tree.leaves(params))}
-    if len(found.test):
+    if len(pairs.test):
         evaluation = FusionEvaluation(
-            config.measures, config.search, config.seed, found, mounted, make_model
+            config.measures, config.search, config.seed, pairs, model, make_model
         )
         values = evaluation.all()
         files.write_json(stage_dir / PER_DOCUMENT, to_lists(values))
         metrics |= {"accuracy": summarize(values)}
     if run.manifest("retriever") is not None:
         folder = run.finished_stage("retriever") / "frozen"
-        metrics["towers_unchanged"] = frozen.fingerprint(folder) == found.towers
+        metrics["towers_unchanged"] = frozen.fingerprint(folder) == pairs.towers
     return metrics
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainedFusion:
-    """A trained fusion: its model, how it searched, and the fingerprint of its towers."""
+    """A trained fusion: the model, its search settings, and the fingerprint of its towers."""
 
-    mounted: frozen.LoadedModel
+    model: frozen.LoadedModel
     search: SearchSettings
     towers: str
 
 
 def load_fusion(folder: epath.Path) -> TrainedFusion:
-    """What the stage left in its folder.
+    """Loads a fusion from the folder of its stage.
 
     Raises:
-        UserError: nothing is there, or it is another model's.
+        UserError: there is no fusion, or its files do not match this version.
     """
     record = files.read_json(folder / RECORD)
     model_config = configuration.make(reco.RecoConfig, record["model"], str(folder / RECORD))
     search = configuration.make(SearchSettings, record["search"], str(folder / RECORD))
-    mounted = frozen.load_params(folder / PARAMS, partial(_make_model, model_config, 0))
-    return TrainedFusion(mounted, search, record["towers"])
+    model = frozen.load_params(folder / PARAMS, partial(_make_model, model_config, 0))
+    return TrainedFusion(model, search, record["towers"])
 
 
 def _make_model(config: reco.RecoConfig, seed: int) -> reco.RECO:
@@ -146,17 +158,17 @@ def _make_model(config: reco.RecoConfig, seed: int) -> reco.RECO:
 def _train(
     config: FusionStageConfig,
     make_model: Callable[[], reco.RECO],
-    found: embed_pairs.EmbeddedPairs,
+    pairs: embed_pairs.EmbeddedPairs,
     stage_dir: epath.Path,
 ) -> tuple[Params, list[dict[str, float]]]:
-    train, neighbors = found.train, find_for_training(config, found)
+    train, neighbors = pairs.train, find_for_training(config, pairs)
 
-    def draw_group(_: np.int64, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def sample_group(_: np.int64, rng: np.random.Generator) -> dict[str, np.ndarray]:
         rows = rng.integers(len(train), size=GROUP)
         batch = {"image": train.image[rows], "text": train.text[rows]}
         batch["class_ids"] = train.class_ids[rows]
-        for name, own in neighbors.items():
-            batch[f"{name}_retrieved"], batch[f"{name}_neighbor_mask"] = own.take(rows)
+        for name, retrieved in neighbors.items():
+            batch[f"{name}_retrieved"], batch[f"{name}_neighbor_mask"] = retrieved.take(rows)
         return batch
 
     num_groups, size = max(config.batch_size, len(train)) // GROUP, config.batch_size // GROUP
@@ -165,7 +177,7 @@ def _train(
         np.arange(num_groups),
         size,
         config.seed,
-        draw_group,
+        sample_group,
         rows=sharding.local_rows(size, mesh),
     )
     return training.train(
@@ -182,16 +194,16 @@ def _train(
 
 
 def find_for_training(
-    config: FusionStageConfig, found: embed_pairs.EmbeddedPairs
+    config: FusionStageConfig, pairs: embed_pairs.EmbeddedPairs
 ) -> dict[str, RetrievedRows]:
-    """What each training pair retrieves, by modality; a pair may stand among the rows itself."""
-    rows, query_rows = found.seen_memory, None
+    """Retrieves the neighbors of all training pairs, by modality (`image`, `text`)."""
+    rows, query_rows = pairs.seen_memory, None
     if config.train_in_memory:
-        query_rows = len(rows) + np.arange(len(found.train)) if config.mask_self else None
-        rows = rows + found.train
+        query_rows = len(rows) + np.arange(len(pairs.train)) if config.mask_self else None
+        rows = rows + pairs.train
     bank = Bank.of_pairs(rows)
     return {
-        name: config.search.find(bank, name, getattr(found.train, name), query_rows)
+        name: config.search.find(bank, name, getattr(pairs.train, name), query_rows)
         for name in reco.MODALITIES
     }
 

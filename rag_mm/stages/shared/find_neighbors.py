@@ -24,7 +24,11 @@ from rag_mm.worlds.emoji import emoji_scenes
 INPUTS = ("retriever", "memory")
 POLICY = "policy.json"  # Retrieval settings that inference must use too.
 TEST_SPLITS = {"held_out": world_config.HELD_OUT, "seen": world_config.SEEN}
-QUERIES = ("text", "image", "text_of_seen")  # The last one searches the memory without held-out classes.
+QUERIES = (
+    "text",
+    "image",
+    "text_of_seen",
+)  # The last one searches the memory without held-out classes.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +40,7 @@ class NeighborsStageConfig:
         world: world of the documents.
         num_neighbors: number of neighbors of each query.
         captions_per_image: captions of each training document used as queries; must equal the decoder's.
-        token_dropout: probability of dropping each word of a training query (RA-CM3: 20 %).
+        word_dropout: probability of dropping each word of a training query (RA-CM3: 20 %).
         max_similarity: hits with a higher cosine to the query or to a chosen neighbor are skipped as
             redundant; None calibrates the bound on the classes of the memory. RA-CM3 uses 0.9 with CLIP.
         split_phrases: split captions at " and " and retrieve for each phrase, at inference too. Words are
@@ -50,7 +54,7 @@ class NeighborsStageConfig:
     world: world_config.EmojiWorld | world_config.OwnImages
     num_neighbors: int = 2
     captions_per_image: int = 4
-    token_dropout: float = 0.2
+    word_dropout: float = 0.2
     max_similarity: float | None = None
     split_phrases: bool = False
     num_test: int = 256
@@ -60,8 +64,10 @@ class NeighborsStageConfig:
         for name in ("num_neighbors", "captions_per_image", "num_test"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, give at least 1")
-        if not 0 <= self.token_dropout < 1:
-            raise ValueError(f"token_dropout is {self.token_dropout}, give at least 0 and less than 1")
+        if not 0 <= self.word_dropout < 1:
+            raise ValueError(
+                f"word_dropout is {self.word_dropout}, give at least 0 and less than 1"
+            )
         if not 0 <= self.min_same_class <= 1:
             raise ValueError(f"min_same_class is {self.min_same_class}, give 0 to 1")
         if isinstance(self.world, world_config.OwnImages) and not self.max_similarity:
@@ -176,7 +182,7 @@ def _dropped_caption(
     """A caption from which words were dropped at random."""
     rng = np.random.default_rng((config.seed, 3, row, caption_index))
     document = Document(id="", segments=(Text(source.caption(row, caption_index)),))
-    return str(policy.make_query(document, "text", rng, config.token_dropout))
+    return str(policy.make_query(document, "text", rng, config.word_dropout))
 
 
 def _calibrate(

@@ -86,7 +86,7 @@ class FrozenRetriever:
 
 
 class FrozenTokenizer:
-    """A frozen image tokenizer and the vocabulary with its codes (`memory.model_protocols.ImageTokenizer`)."""
+    """A frozen image tokenizer and its vocabulary (`memory.model_protocols.ImageTokenizer`)."""
 
     def __init__(self, folder: epath.PathLike):
         """Loads a folder that `save_tokenizer` wrote; raises as `FrozenRetriever` does."""
@@ -110,14 +110,20 @@ class FrozenTokenizer:
 
 
 def save_retriever(
-    folder: epath.Path, config: clip.CLIPConfig, text_vocabulary: vocabulary.Vocabulary, params: Params
+    folder: epath.Path,
+    config: clip.CLIPConfig,
+    text_vocabulary: vocabulary.Vocabulary,
+    params: Params,
 ) -> None:
     """Writes a folder that `FrozenRetriever` loads."""
     _save(folder, {"family": "clip", **dataclasses.asdict(config)}, text_vocabulary, params)
 
 
 def save_tokenizer(
-    folder: epath.Path, config: autoencoder.SPAEConfig, text_vocabulary: vocabulary.Vocabulary, params: Params
+    folder: epath.Path,
+    config: autoencoder.SPAEConfig,
+    text_vocabulary: vocabulary.Vocabulary,
+    params: Params,
 ) -> None:
     """Writes a folder that `FrozenTokenizer` loads."""
     _save(folder, {"family": "spae", **dataclasses.asdict(config)}, text_vocabulary, params)
@@ -138,7 +144,9 @@ def fingerprint(folder: epath.Path) -> str:
     return files.digest(files.canonical_json(digests.folder_digests(folder)).encode())
 
 
-def text_tokens(config: clip.CLIPConfig, vocabulary: TextVocabulary, texts: list[str]) -> np.ndarray:
+def text_tokens(
+    config: clip.CLIPConfig, vocabulary: TextVocabulary, texts: list[str]
+) -> np.ndarray:
     """Token ids of texts, truncated and padded with end-of-text: int32 [B, max_text_len]."""
     tokens = np.full((len(texts), config.max_text_len), config.end_of_text, np.int32)
     for i, text in enumerate(texts):
@@ -168,7 +176,10 @@ def _make_spae(config: autoencoder.SPAEConfig) -> autoencoder.SPAE:
 
 
 def _save(
-    folder: epath.Path, config: Mapping[str, Any], text_vocabulary: vocabulary.Vocabulary, params: Params
+    folder: epath.Path,
+    config: Mapping[str, Any],
+    text_vocabulary: vocabulary.Vocabulary,
+    params: Params,
 ) -> None:
     files.write_atomic(
         folder / PARAMS, safetensors.numpy.save(table.leaves_by_path(jax.device_get(params)))

@@ -62,7 +62,9 @@ class OwnImages:
         documents = _read(self)
         num_held_out = min(max(1, round(self.held_out_share * len(documents))), len(documents) - 1)
         # Order by a digest of the id, so that adding a few documents moves few others to another split.
-        order = sorted(documents, key=lambda document: (zlib.crc32(document.id.encode()), document.id))
+        order = sorted(
+            documents, key=lambda document: (zlib.crc32(document.id.encode()), document.id)
+        )
         held_out = {document.id for document in order[:num_held_out]}
         is_held_out = {"held_out": True, "common": False}
         chosen = {is_held_out[name] for name in split_names if name in is_held_out}
@@ -122,7 +124,10 @@ def _read(world: OwnImages) -> list[Document]:
                 documents[item.document.id] = _resize(item.document, world.image_size)
             bar.update(len(documents) + len(rejects))
     first = f"; the first is {rejects[0].name}: {rejects[0].detail}" if rejects else ""
-    if len(rejects) > max(1, _MAX_BAD_SHARE * (len(documents) + len(rejects))) or len(documents) < 2:
+    if (
+        len(rejects) > max(1, _MAX_BAD_SHARE * (len(documents) + len(rejects)))
+        or len(documents) < 2
+    ):
         raise UserError(
             f"{world.documents} has {len(documents)} valid and {len(rejects)} bad records{first}"
         )

@@ -203,9 +203,7 @@ def _share_right(
 ) -> float:
     """Share of queries whose hit fits; `hits` int [Q] are indices into `rows` and `texts`."""
     if not isinstance(source, emoji_scenes.Scenes):
-        return float(
-            np.mean([texts[hit] == text for hit, text in zip(hits, texts, strict=True)])
-        )
+        return float(np.mean([texts[hit] == text for hit, text in zip(hits, texts, strict=True)]))
     facts = [source.facts(int(row)) for row in rows]
     is_right = [
         scene_facts.compare(facts[hit], query_facts, source.levels[0])["joint"]

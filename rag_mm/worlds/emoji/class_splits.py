@@ -1,7 +1,7 @@
 """The split of the emoji classes into common, rare_seen and held_out (RA-CM3's unseen entities).
 
-No training image, caption or retrieved document shows a held-out class. A rare class has a quarter of the
-training scenes of a common one.
+Decoder, baseline and image tokenizer never train on a held-out class; a retriever does unless its `splits`
+exclude them. A rare class has a quarter of the training scenes of a common one.
 """
 
 import functools

@@ -1,11 +1,11 @@
-"""Figures find their owners: the decoder's by number of documents, the control's, the baselines'."""
+"""Metrics by owner: the decoder by number of documents, the model without retrieval, other baselines."""
 
 import numpy as np
 
 from rag_mm.stages.ra_cm3 import evaluate
 
 
-def test_figures_come_under_their_owners_names():
+def test_metrics_are_grouped_by_owner():
     baselines = ("hit_itself", "oracle_paste", "random_documents", "held_out_removed")
     variants = ("docs0", "docs1", "docs2", "control", *baselines)
     summary = {name: {"joint_accuracy": {"accuracy": i / 10}} for i, name in enumerate(variants)}

@@ -1,4 +1,4 @@
-"""Looking things up: the right column, never oneself, and memories exchanged at will."""
+"""Retrieval and fusion of RECO: the right column, no self-matches, and exchangeable memories."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 @pytest.fixture
 def bank():
-    """Rows that find each other by number in either column, the columns being unlike."""
+    """A bank whose two columns are independent random embeddings."""
     rng = np.random.default_rng(0)
     return Bank({name: unit(rng.standard_normal((N, DIM))) for name in reco.MODALITIES})
 
@@ -28,8 +28,8 @@ def bank():
 @pytest.mark.parametrize("modality", reco.MODALITIES)
 @pytest.mark.parametrize("kind", ["uni", "cross"])
 @pytest.mark.parametrize("fuse", ["uni", "cross"])
-def test_what_is_fused_stands_beside_what_was_found(bank, modality, kind, fuse):
-    """Pitfall 2: the index of one column gathers from the other."""
+def test_the_fused_rows_are_those_that_were_found(bank, modality, kind, fuse):
+    """An index of one column must return rows of the other one."""
     search = SearchSettings(**{modality: reco.Lookup(kind, fuse)}, num_neighbors=1)
     searched, fused = reco.Lookup(kind, fuse).columns(modality)
     found = search.find(bank, modality, bank.columns[searched])
@@ -55,7 +55,7 @@ def test_more_neighbors_than_rows_are_missing(bank):
     assert neighbor_mask.sum() == N and retrieved.shape == (1, N + 3, DIM)
 
 
-def test_controls(bank):
+def test_retrieval_overrides(bank):
     queries = bank.columns["image"][:4]
     retrieved, _ = (
         SearchSettings(retrieval_override="query", num_neighbors=2)
@@ -70,7 +70,7 @@ def test_controls(bank):
     assert (drawn[0] == drawn[1]).all() and (drawn[0] != drawn[2]).any()
 
 
-def test_a_memory_is_exchanged_without_touching_the_model(bank):
+def test_a_memory_is_exchanged_without_changing_the_model(bank):
     refiner = Refiner(mean_fusions(), bank, SearchSettings(num_neighbors=2))
     queries = bank.columns["image"][:5]
     before = refiner.refine("image", queries)
@@ -81,18 +81,21 @@ def test_a_memory_is_exchanged_without_touching_the_model(bank):
     assert refiner.refine("image", queries[:0]).shape == (0, DIM)
 
 
-def test_which_side_is_refined():
+def test_which_modalities_are_refined():
     chosen = {r: [m for m in reco.MODALITIES if is_refined(m, r)] for r in reco.REFINE}
     assert chosen == {"none": [], "image": ["image"], "text": ["text"], "both": ["image", "text"]}
-    with pytest.raises(UserError, match="refine is one of none, image, text, both"):
+    with pytest.raises(UserError, match="refine must be one of none, image, text, both"):
         is_refined("image", "all")
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
-    [({"num_neighbors": 0}, "at least 1"), ({"retrieval_override": "oracle"}, "none, query, random")],
+    [
+        ({"num_neighbors": 0}, "at least 1"),
+        ({"retrieval_override": "oracle"}, "none, query, random"),
+    ],
 )
-def test_searches_that_cannot_be(changes, says):
+def test_invalid_search_settings_are_rejected(changes, says):
     with pytest.raises(ValueError, match=says):
         SearchSettings(**changes)
 

@@ -1,0 +1,34 @@
+"""Range checks of configs: a wrong value is refused by name before anything runs."""
+
+from typing import Any
+
+
+def at_least(config: Any, least: float, *names: str) -> None:
+    """Raises ValueError where an attribute is below `least`; None passes."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"{name} is {value}; give at least {least}")
+
+
+def above(config: Any, bound: float, *names: str) -> None:
+    """Raises ValueError where an attribute is not above `bound`; None passes."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value > bound:
+            raise ValueError(f"{name} is {value}; give more than {bound}")
+
+
+def between(config: Any, low: float, high: float, *names: str) -> None:
+    """Raises ValueError where an attribute is outside [low, high]; None passes."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{name} is {value}; give {low} to {high}")
+
+
+def one_of(config: Any, name: str, known: Any) -> None:
+    """Raises ValueError where an attribute is none of `known`."""
+    value = getattr(config, name)
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}; give one of {', '.join(map(str, known))}")
