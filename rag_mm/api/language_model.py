@@ -72,7 +72,7 @@ class LanguageModel:
             prompts: one text, or a sequence of texts or lists of token ids.
             num_tokens: maximum number of new tokens per prompt, at least 1.
             temperature: softmax temperature, at least 0; 0 is greedy.
-            top_p: nucleus sampling, in (0, 1]; keeps the likeliest tokens up to this probability.
+            top_p: nucleus sampling, in (0, 1]; keeps the likeliest tokens up to this total probability.
             seed: the same seed gives the same tokens.
 
         Returns:

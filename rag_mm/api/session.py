@@ -108,7 +108,7 @@ class Session:
             num: number of images, at least 1.
             seed: the same seed gives the same images.
             temperature: softmax temperature, at least 0; 0 is greedy.
-            top_p: nucleus sampling, in (0, 1]; keeps the likeliest tokens up to this probability.
+            top_p: nucleus sampling, in (0, 1]; keeps the likeliest tokens up to this total probability.
             best_of: number of candidates per image; the one whose retriever embedding is closest to the
                 caption's is kept.
 

@@ -37,7 +37,7 @@ class Command:
 
 COMMANDS = {
     "quickstart": Command(
-        "train and evaluate every model on emoji scenes, on two CPU cores, and write a report",
+        "train and evaluate RA-CM3 in miniature on emoji scenes, on two CPU cores, and write a report",
         (
             "rag-mm quickstart",
             "rag-mm quickstart --workdir=runs/tiny --config=configs/quickstart.py:tiny",
@@ -47,6 +47,7 @@ COMMANDS = {
         "run all stages of a config in order, or one of them",
         (
             "rag-mm train --config=configs/quickstart.py:quick --workdir=runs/quickstart",
+            "rag-mm train --config=configs/quickstart.py:quick --show",
             "rag-mm train --config=configs/quickstart.py --workdir=runs/a --stage=tokenizer",
             "rag-mm train --config=configs/quickstart.py --workdir=/shared/a "
             "--coordinator=10.0.0.1:8476 --num-processes=2 --process-id=0",

@@ -30,7 +30,12 @@ _BATCH_SIZE = 256  # documents that each process encodes at once
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the actions and their options."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    build = actions.add_parser("build", help="build a memory from documents")
+    build = actions.add_parser(
+        "build",
+        help="build a memory from documents",
+        description="Build a memory: check the documents, embed them with a retriever, index them.",
+        epilog="example:\n  rag-mm memory build --documents=images --retriever=runs/quickstart --out=mem",
+    )
     build.add_argument(
         "--retriever", required=True, metavar="RUN", help="run with a trained or imported retriever"
     )

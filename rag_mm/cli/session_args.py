@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser, temperature: float, top_p: fl
         "--top-p",
         type=float,
         default=top_p,
-        help="nucleus sampling: keep the likeliest tokens up to this probability (default: %(default)s)",
+        help="nucleus sampling: keep the likeliest tokens of this total probability (default: %(default)s)",
     )
 
 

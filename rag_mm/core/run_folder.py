@@ -179,7 +179,8 @@ def open_run(workdir: epath.PathLike) -> Run:
     """
     run = Run(epath.Path(workdir))
     if not (run.workdir / "config.json").exists():
-        raise UserError(f"{workdir} is not a run: it has no config.json.")
+        why = "it has no config.json" if epath.Path(workdir).exists() else "there is no such folder"
+        raise UserError(f"{workdir} is not a run: {why}; rag-mm train or quickstart makes one.")
     return run
 
 

@@ -164,6 +164,8 @@ class FolderDocuments:
 
 
 def _read_lines(directory: epath.Path) -> list[bytes]:
+    if not directory.exists():
+        raise UserError(f"{directory} is not a folder: it does not exist.")
     if not directory.is_dir():
         raise UserError(f"{directory} is not a folder of images with a {CAPTIONS}.")
     try:

@@ -16,5 +16,7 @@ def test_presets_of_public_weights_ask_for_documents_and_a_memory(tmp_path, caps
     command = ["train", "--config=configs/reco.py:clip_b32", f"--workdir={tmp_path / 'run'}"]
     assert main.main(command) == 2
     message = capsys.readouterr().err
-    assert "give --config.document_pairs.documents=... and --config.document_pairs.memory" in message
+    assert (
+        "give --config.document_pairs.documents=... and --config.document_pairs.memory" in message
+    )
     assert not (tmp_path / "run").exists()

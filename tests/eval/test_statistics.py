@@ -1,4 +1,4 @@
-"""A figure carries its uncertainty; claims are decided on paired differences."""
+"""Metrics carry confidence intervals; claims rest on paired differences."""
 
 import math
 
@@ -29,6 +29,20 @@ def test_accuracy_wants_hits_and_misses():
         statistics.accuracy([])
 
 
+def test_the_interval_of_an_accuracy_is_wilsons():
+    """Against the closed form of Wilson (1927)."""
+    z, share, n = 1.959964, 0.3, 10
+    center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n * n))
+    figure = statistics.accuracy([1] * 3 + [0] * 7)
+    assert figure["ci95"] == pytest.approx(half + abs(center - share), rel=1e-6)
+
+
+@pytest.mark.parametrize(("num_values", "quantile"), [(2, 12.706), (3, 4.303), (10, 2.262)])
+def test_students_t(num_values, quantile):
+    assert statistics.student_t95(num_values) == pytest.approx(quantile, abs=5e-4)
+
+
 def test_mean_covers_the_truth_about_95_times_in_100():
     rng = np.random.default_rng(0)
     figures = [statistics.mean(rng.normal(3.0, 2.0, size=64)) for _ in range(500)]
@@ -53,7 +67,7 @@ def test_hits_can_be_paired():
 
 
 def test_nan_is_refused_by_name():
-    with pytest.raises(UserError, match="art NLL: 1 of 3 figures are NaN"):
+    with pytest.raises(UserError, match="art NLL: 1 of 3 values are NaN"):
         statistics.mean([1.0, float("nan"), 2.0], "art NLL")
     with pytest.raises(UserError, match="NaN or infinite"):
         statistics.paired_difference([1.0, 2.0], [1.0, float("inf")])

@@ -188,7 +188,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 
 @pytest.mark.parametrize("sizes", [(0, 2, 4), (8, 3, 4), (8, 0, 4), (8, 2, 0)])
 def test_checkpoints_fall_on_logged_steps(sizes):
-    with pytest.raises(ValueError, match="multiple"):
+    with pytest.raises(ValueError, match="multiple|at least 1"):
         loop.LoopConfig(*sizes)
 
 

@@ -59,7 +59,7 @@ def test_resident_memory_shows_what_is_held():
     [
         ([], "WHAT"),
         (["memory", "--rows=3"], "--rows is 3"),
-        (["memory", "--dim=9"], "--dim is even"),
+        (["memory", "--dim=9"], "--dim must be even"),
     ],
 )
 def test_mistakes(capsys, words, complaint):

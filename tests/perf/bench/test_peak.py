@@ -93,7 +93,7 @@ def test_without_a_published_peak_there_is_no_ratio(capsys):
         (("train", "--against=peak", "--size=7b"), "no published peak"),
         (("decode", "--against=peak"), "no published peak"),
         (("train", "--against=peak", "--size=2b"), "--size"),
-        (("train", "--against=peak", "--length=128"), "--length says nothing"),
+        (("train", "--against=peak", "--length=128"), "--length does not apply"),
         ((*TRAIN, "--remat=some"), "--remat"),
         ((*TRAIN, "--loss-chunks=0"), "--loss-chunks is 0"),
         ((*DECODE, "--new=16"), "--new=16"),
