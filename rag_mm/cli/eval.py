@@ -19,11 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workdir", required=True, metavar="RUN", help="finished run of configs/reco.py"
     )
     images = parser.add_mutually_exclusive_group(required=True)
-    images.add_argument("--images", metavar="DIR", help="labelled images as DIR/CLASS/IMAGE.jpg")
+    images.add_argument("--images", metavar="DIR", help="labeled images as DIR/CLASS/IMAGE.jpg")
     images.add_argument(
         "--dataset",
         metavar="NAME[:SPLIT]",
-        help="labelled TFDS dataset in ArrayRecord form, such as caltech_birds2011 (default split: test)",
+        help="labeled TFDS dataset in ArrayRecord form, such as caltech_birds2011 (default split: test)",
     )
     parser.add_argument(
         "--refine",
@@ -45,15 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluates. Returns `accuracy`, `ci95`, `n`, `frozen`, `gain` and more; see `zeroshot_suite`."""
-    from rag_mm.data import labelled
+    from rag_mm.data import labeled
 
     if args.k is not None and args.k < 1:
         raise UserError(f"-k is {args.k}; give at least 1.")
-    images: labelled.Labelled
+    images: labeled.Labelled
     if args.images is not None:
-        images = labelled.LabelledFolder(pathlib.Path(args.images))
+        images = labeled.LabelledFolder(pathlib.Path(args.images))
     else:
-        images = labelled.open_dataset(args.dataset)
+        images = labeled.open_dataset(args.dataset)
 
     # Imported only now, so that missing images are reported before jax starts.
     from rag_mm.stages.reco import zeroshot_suite

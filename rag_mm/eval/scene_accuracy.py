@@ -1,4 +1,4 @@
-"""Accuracy of generated scenes: entity, place and colour, and the NLL of their codes.
+"""Accuracy of generated scenes: entity, place and color, and the NLL of their codes.
 
 The headline metric is *joint* accuracy, all three facts correct at once. Returning the top hit unchanged does
 not score on it, nor does a model without retrieval on held-out entities (docs/papers/ra_cm3.md).

@@ -25,7 +25,7 @@ VARIANTS = {
     "image_only_documents": "image-only documents",
     "text_only_documents": "text-only documents",
 }
-FACTS = {"entity": "entity", "place": "place", "color": "colour"}
+FACTS = {"entity": "entity", "place": "place", "color": "color"}
 
 
 def variant_label(key: str) -> str:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # Importing matplotlib takes a second, so it is imported wher
 
 # Distinguishable by lightness as well as by hue; readable on white and on near-black.
 _LINES = ("#3f7cac", "#c98a3a", "#7a9e6b", "#a2658f", "#8a8f98")
-_INK = "#010203"  # Placeholder, replaced by the page's text colour.
+_INK = "#010203"  # Placeholder, replaced by the page's text color.
 _MAX_POINTS = 300  # More would share pixels.
 
 
@@ -27,7 +27,7 @@ def charts(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
 
 
 def chart_svg(title: str, lines: Sequence[Curve]) -> str:
-    """One chart as an `<svg>` element that inherits the page's text colour and font; deterministic."""
+    """One chart as an `<svg>` element that inherits the page's text color and font; deterministic."""
     import matplotlib
 
     style = {"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}

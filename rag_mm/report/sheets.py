@@ -32,7 +32,7 @@ _HIT_OFFSETS, _IMAGE_OFFSETS = (1, _CELL + 5), (2 * _CELL + 13, 3 * _CELL + 17)
 
 
 def contact_sheet(rows: Sequence[Row]) -> Image.Image:
-    """Rows of labelled images under their lines of text.
+    """Rows of labeled images under their lines of text.
 
     Args:
         rows: at least one (lines, cells), top to bottom; rows may differ in both. Lines are truncated at 120

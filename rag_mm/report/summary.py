@@ -70,7 +70,7 @@ def summary_table(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
                 [(label, at(f"decoder.joint_accuracy.{k}")) for k, label in _DOCS.items()],
                 percent,
             ),
-            f"Generated images with entity, place and colour all correct; {limit}.",
+            f"Generated images with entity, place and color all correct; {limit}.",
         ),
         (
             "Joint accuracy, baselines",

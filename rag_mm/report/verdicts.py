@@ -76,9 +76,9 @@ def _components(metrics: Mapping[str, Any]) -> list[Verdict]:
             "The tokenizer preserves the facts",
             None if ceiling is None else ceiling.value >= CEILING_BAR,
             f"After encoding and decoding, {percent(ceiling)} of test images still show the correct "
-            "entity, place and colour.",
+            "entity, place and color.",
             f"After encoding and decoding, only {percent(ceiling)} of test images still show the "
-            "correct entity, place and colour, which limits every decoder.",
+            "correct entity, place and color, which limits every decoder.",
         ),
         _verdict(
             "Retrieval finds the requested entity",

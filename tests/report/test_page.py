@@ -128,7 +128,7 @@ def test_images_are_lossless_at_an_integer_zoom():
 
 def test_the_scorers_verdict_is_below_each_image():
     text = report.render_report(sample())
-    assert "wrong: entity, colour" in text
+    assert "wrong: entity, color" in text
     assert "0.87" in text and "(empty)" in text
 
 
@@ -189,7 +189,7 @@ def test_the_overview_compares_retrieval_with_the_baseline():
 def test_verdicts_name_the_wrong_facts():
     facts = dict.fromkeys(("entity", "place", "color", "joint"), False)
     assert content.fact_verdict(facts) == "✗ all wrong"
-    assert content.fact_verdict(facts | {"place": True}) == "✗ wrong: entity, colour"
+    assert content.fact_verdict(facts | {"place": True}) == "✗ wrong: entity, color"
     assert content.fact_verdict(dict.fromkeys(facts, True)) == "✓ correct"
 
 

@@ -22,7 +22,7 @@ WHITE = (255, 255, 255)
 def draw_cells(cells: np.ndarray, size: int) -> np.ndarray:
     """Resizes RGBA cells with straight alpha: uint8 [N, H, W, 4] to uint8 [N, size, size, 4].
 
-    Pillow filters premultiplied integer values: transparent pixels leak no colour, and the result is
+    Pillow filters premultiplied integer values: transparent pixels leak no color, and the result is
     bitwise identical on every machine.
     """
     drawn = [Image.fromarray(cell).resize((size, size), Image.Resampling.LANCZOS) for cell in cells]
@@ -30,7 +30,7 @@ def draw_cells(cells: np.ndarray, size: int) -> np.ndarray:
 
 
 def lay_on(rgba: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
-    """Composites uint8 [..., 4] with straight alpha onto a plain colour: uint8 [..., 3]."""
+    """Composites uint8 [..., 4] with straight alpha onto a plain color: uint8 [..., 3]."""
     alpha = rgba[..., 3:].astype(np.int32)
     background = np.array(color, np.int32) * (255 - alpha)
     return ((rgba[..., :3] * alpha + background + 127) // 255).astype(np.uint8)

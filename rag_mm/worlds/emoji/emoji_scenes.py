@@ -107,12 +107,12 @@ def place(entity: Entity, level: Level) -> str:
 def configurations(
     level: Level, class_id: int, seed: int = 0, class_share: float = 1.0
 ) -> tuple[Facts, ...]:
-    """The 32 scenes of a class, all different in place, colour or partner.
+    """The 32 scenes of a class, all different in place, color or partner.
 
-    If one size on a grid gives exactly 32 (as in `easy`: 4 places x 8 colours), these are all of them.
+    If one size on a grid gives exactly 32 (as in `easy`: 4 places x 8 colors), these are all of them.
     Otherwise they are sampled, half of them pairs if the level has pairs. A partner comes from the same
     split, of which `class_share` is kept. Of two classes at most one chooses the other as a partner, so a
-    pair of classes occurs in the scenes of only one of them. No class is drawn on a colour that makes it
+    pair of classes occurs in the scenes of only one of them. No class is drawn on a color that makes it
     invisible.
     """
     return _configurations(level, class_id, seed, class_share)
@@ -189,7 +189,7 @@ def _visible_colors(level: Level, class_id: int) -> tuple[str, ...]:
 
 @functools.cache
 def _contrasting_colors() -> tuple[tuple[str, ...], ...]:
-    """For each class, the colours on which its cut-out is visible."""
+    """For each class, the colors on which its cut-out is visible."""
     drawn = art.load_art().drawn(classes.SMALLEST_SIZE)
     contrast = []
     for color in COLORS.values():

@@ -2,7 +2,7 @@
 
 The result is the scene closest to the image in squared error among all scenes of a level; only the background
 of cut-outs is chosen beforehand, by vote. It defines the headline metric, joint accuracy: entity, place and
-colour all correct.
+color all correct.
 """
 
 import dataclasses
@@ -39,9 +39,9 @@ def read(images: np.ndarray, levels: Sequence[Level]) -> list[Facts]:
 class Scorer:
     """Reads scenes of one level; knows all classes, held out or not.
 
-    A scene is a colour, one or two disjoint boxes, and a class in each. Inside a box the entity hides the
-    colour, so the squared error of a scene is that of the plain colour minus a gain per box, and the best
-    class of a box does not depend on the rest of the scene. It is therefore enough to search over colours
+    A scene is a color, one or two disjoint boxes, and a class in each. Inside a box the entity hides the
+    color, so the squared error of a scene is that of the plain color minus a gain per box, and the best
+    class of a box does not depend on the rest of the scene. It is therefore enough to search over colors
     times single boxes and pairs of boxes.
 
     The expensive part is the best class of each box (370 boxes at step 1). So this is branch and bound: every
@@ -79,11 +79,11 @@ class Scorer:
         return result
 
     def _read_cards(self, images: np.ndarray) -> list[Facts]:
-        """Cards look the same on every colour, so all colours are searched."""
+        """Cards look the same on every color, so all colors are searched."""
         return self._search(images, np.arange(len(_PALETTE)), None)
 
     def _read_cutouts(self, images: np.ndarray) -> list[Facts]:
-        """Cut-outs are transparent: their templates are rendered on the colour that wins the vote."""
+        """Cut-outs are transparent: their templates are rendered on the color that wins the vote."""
         votes = _vote_color(images)
         result: dict[int, Facts] = {}
         for color in np.unique(votes):
@@ -172,7 +172,7 @@ class Scorer:
         return class_ids, distances
 
     def _template(self, size: int, drawn_on: int | None) -> _Templates:
-        """All classes as cards (`drawn_on` None), or as cut-outs on a palette colour."""
+        """All classes as cards (`drawn_on` None), or as cut-outs on a palette color."""
         if (size, drawn_on) not in self._templates:
             emoji_art = art.load_art()
             if drawn_on is None:
@@ -196,7 +196,7 @@ def _nearest_row(points: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.n
 def _blocks(images: np.ndarray) -> np.ndarray:
     """Features of the block that starts at each pixel: [B, S, S, 3] to [B, S - 3, S - 3, 4].
 
-    The first three are the colour means times 4, the last the norm of the deviations from them. Distances of
+    The first three are the color means times 4, the last the norm of the deviations from them. Distances of
     features are lower bounds on distances of blocks: means and deviations are orthogonal, and two deviations
     differ by at least the difference of their norms.
     """
@@ -223,9 +223,9 @@ def _window_sums(values: np.ndarray, size: int) -> np.ndarray:
 
 
 def _vote_color(images: np.ndarray) -> np.ndarray:
-    """Index of the palette colour that most pixels are close to: [B, S, S, 3] to int64 [B]."""
+    """Index of the palette color that most pixels are close to: [B, S, S, 3] to int64 [B]."""
     between = ((_PALETTE[:, None] - _PALETTE) ** 2).sum(-1)
-    # Half the smallest distance (a quarter, squared): a pixel closer to another colour does not count.
+    # Half the smallest distance (a quarter, squared): a pixel closer to another color does not count.
     max_distance = between[between > 0].min() / 4
     distances = ((images[:, :, :, None] - _PALETTE) ** 2).sum(-1)
     return np.minimum(distances, max_distance).sum((1, 2)).argmin(-1)

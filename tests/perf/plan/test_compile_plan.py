@@ -31,13 +31,13 @@ def test_topologies_are_read():
     [
         (["--topology=v9:2x2"], "There is no chip 'v9'; there are v4, v5e, v5p, v6e."),
         (["--topology=v5e:4x4x4"], "has 3 dimensions; a torus of v5e has 2."),
-        (["--topology=big"], "write v5e:16x16"),
-        (["--topology=v5e:16x16", "--batch=100"], "give a multiple of 256"),
-        (["--topology=v5e:16x16", "--mesh=1,4,64"], "num_heads is 32, which tensor=64"),
-        (["--topology=v5e:16x16", "--mesh=1,2"], "write 1,256,1"),
+        (["--topology=big"], "such as v5e:16x16"),
+        (["--topology=v5e:16x16", "--batch=100"], "use a multiple of 256"),
+        (["--topology=v5e:16x16", "--mesh=1,4,64"], "num_heads is 32, which is not divisible by the mesh's tensor=64"),
+        (["--topology=v5e:16x16", "--mesh=1,2"], "such as 1,256,1"),
         (["--topology=v5e:16x16", "--decode=0"], "at least 1 token"),
         (["--topology=v5e:16x16", "--slices=0"], "--slices is 0"),
-        (["--topology=v5e:16x16", "--decode", "--search"], "leave --decode out"),
+        (["--topology=v5e:16x16", "--decode", "--search"], "leave out --decode"),
     ],
 )
 def test_a_mistake_is_one_sentence_before_anything_is_compiled(capsys, monkeypatch, words, says):
@@ -50,7 +50,7 @@ def test_a_mistake_is_one_sentence_before_anything_is_compiled(capsys, monkeypat
 def test_a_page_that_is_no_model_is_refused(capsys):
     words = ["plan", "--config=configs/quickstart.py:tiny", "--topology=v5e:2x2"]
     assert main.main(words) == 2
-    assert "a plan is made of a page of one model's sizes" in capsys.readouterr().err
+    assert "plan needs a config page of a single model" in capsys.readouterr().err
 
 
 def test_the_page_decides_what_the_command_does_not():

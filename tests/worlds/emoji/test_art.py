@@ -130,7 +130,7 @@ def test_the_sheet_is_what_the_font_draws(index, cells):
         drawn = render.render_glyph(font, "".join(chr(int(point, 16)) for point in code_points))
         fresh = np.asarray(drawn)
         np.testing.assert_array_equal(cells[i, ..., 3], fresh[..., 3])
-        # WebP halves the resolution of colour; little of that is left at the drawn sizes.
+        # WebP halves the resolution of color; little of that is left at the drawn sizes.
         shown, wanted = art.lay_on(art.draw_cells(np.stack([cells[i], fresh]), 24), art.WHITE)
         assert classes.rms_to(shown[None], wanted)[0] < 0.04
     ballet_dancer = "\U0001f9d1\u200d\U0001fa70"
