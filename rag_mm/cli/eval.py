@@ -49,9 +49,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.k is not None and args.k < 1:
         raise UserError(f"-k is {args.k}; give at least 1.")
-    images: labeled.Labelled
+    images: labeled.Labeled
     if args.images is not None:
-        images = labeled.LabelledFolder(pathlib.Path(args.images))
+        images = labeled.LabeledFolder(pathlib.Path(args.images))
     else:
         images = labeled.open_dataset(args.dataset)
 

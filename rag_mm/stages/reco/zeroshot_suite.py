@@ -9,7 +9,7 @@ from etils import epath
 
 from rag_mm.core import files, image_files, run_folder
 from rag_mm.core.errors import UserError
-from rag_mm.data import labelled, public_text
+from rag_mm.data import labeled, public_text
 from rag_mm.eval import statistics, zeroshot
 from rag_mm.memory import model_protocols, retrieval_memory
 from rag_mm.report import refinements
@@ -94,7 +94,7 @@ def _own_memory(run: run_folder.Run) -> epath.PathLike:
 
 def evaluate(
     workdir: epath.PathLike,
-    images: labelled.Labelled,
+    images: labeled.Labeled,
     *,
     refine: str = "both",
     memory: epath.PathLike | None = None,
@@ -158,7 +158,7 @@ def evaluate(
 
 
 def _embed(
-    images: labelled.Labelled, encoder: frozen.FrozenRetriever, max_kept: int
+    images: labeled.Labeled, encoder: frozen.FrozenRetriever, max_kept: int
 ) -> tuple[np.ndarray, np.ndarray, dict[int, np.ndarray]]:
     """Embeddings float32 [Q, D], classes int64 [Q], and some of the images, evenly spaced, by index.
 

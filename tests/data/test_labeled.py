@@ -11,7 +11,7 @@ from array_record.python import array_record_module
 from test_tfds import example
 
 from rag_mm.core.errors import UserError
-from rag_mm.data import labelled
+from rag_mm.data import labeled
 
 BIRDS = ["001.Black_footed_Albatross", "002.Laysan_Albatross"]
 
@@ -28,7 +28,7 @@ def folder(tmp_path):
 
 
 def test_a_folder_of_class_folders(folder):
-    found = labelled.LabelledFolder(folder)
+    found = labeled.LabeledFolder(folder)
     assert found.class_names == ("green pear", "red apple")
     read = list(found.read())
     assert [number for _, number in read] == [0, 0, 1, 1]
@@ -37,7 +37,7 @@ def test_a_folder_of_class_folders(folder):
 
 def test_a_bad_picture_is_listed_and_passed_over(folder):
     (folder / "red_apple" / "a.jpg").write_bytes(b"no picture")
-    found = labelled.LabelledFolder(folder)
+    found = labeled.LabeledFolder(folder)
     for _ in range(2):  # A second reading names it no second time.
         assert len(list(found.read())) == 4
     ((name, reason),) = found.rejects
@@ -49,14 +49,14 @@ def test_classes_that_read_alike_are_refused(folder, name, says):
     (folder / name).mkdir()
     (folder / "red_apple" / "0.png").rename(folder / name / "0.png")
     with pytest.raises(UserError, match=says):
-        labelled.LabelledFolder(folder)
+        labeled.LabeledFolder(folder)
 
 
 def test_what_is_no_such_folder(tmp_path):
     with pytest.raises(UserError, match="not a folder of class folders"):
-        labelled.LabelledFolder(tmp_path / "nothing")
+        labeled.LabeledFolder(tmp_path / "nothing")
     with pytest.raises(UserError, match="CLASS/image.jpg"):
-        labelled.LabelledFolder(tmp_path)
+        labeled.LabeledFolder(tmp_path)
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def mocked(tmp_path, monkeypatch):
     ],
 )
 def test_datasets_by_name(mocked, spec, names):
-    found = labelled.open_dataset(spec)
+    found = labeled.open_dataset(spec)
     assert found.class_names == names
     read = list(found.read())
     assert [number for _, number in read] == [0, 1, 0]
@@ -107,19 +107,19 @@ def test_datasets_by_name(mocked, spec, names):
 
 
 def test_the_named_loaders_are_the_generic_route(mocked):
-    assert labelled.cars196("test").class_names == ("AM General Hummer SUV 2000", "Audi A5")
+    assert labeled.cars196("test").class_names == ("AM General Hummer SUV 2000", "Audi A5")
 
 
 def test_a_dataset_without_that_label(mocked):
     with pytest.raises(UserError, match="no class label 'breed'; it has image, label"):
-        labelled.LabelledTfds("cars196", "test", label="breed")
+        labeled.LabeledTfds("cars196", "test", label="breed")
 
 
 def test_a_split_that_is_not_there(mocked):
     with pytest.raises(UserError, match="TFDS cannot read 'cars196', split 'train'"):
-        labelled.open_dataset("cars196:train")
+        labeled.open_dataset("cars196:train")
 
 
 def test_names_become_readable():
-    assert labelled.readable("001.Black_footed_Albatross") == "Black footed Albatross"
-    assert labelled.readable("Audi  A5") == "Audi A5"
+    assert labeled.readable("001.Black_footed_Albatross") == "Black footed Albatross"
+    assert labeled.readable("Audi  A5") == "Audi A5"

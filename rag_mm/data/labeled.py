@@ -13,7 +13,7 @@ from rag_mm.data import array_records, captions, image_decoding, sources
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
 
-class Labelled(Protocol):
+class Labeled(Protocol):
     """Images of named classes."""
 
     class_names: tuple[str, ...]
@@ -24,7 +24,7 @@ class Labelled(Protocol):
         ...
 
 
-class LabelledFolder:
+class LabeledFolder:
     """A folder with one folder of images per class, named after the class with `_` for spaces.
 
     Attributes:
@@ -64,7 +64,7 @@ class LabelledFolder:
                     self.rejects.append((str(path), str(error)))
 
 
-class LabelledTfds:
+class LabeledTfds:
     """A TFDS dataset in ArrayRecord format with an image and a label per record; needs no TensorFlow.
 
     Attributes:
@@ -122,26 +122,26 @@ def _readable(names: list[str], where: object) -> tuple[str, ...]:
     return readable_names
 
 
-def caltech_birds2011(split: str = "test") -> LabelledTfds:
+def caltech_birds2011(split: str = "test") -> LabeledTfds:
     """CUB-200-2011: 200 bird species; 5,794 images in `test`."""
-    return LabelledTfds("caltech_birds2011", split)
+    return LabeledTfds("caltech_birds2011", split)
 
 
-def cars196(split: str = "test") -> LabelledTfds:
+def cars196(split: str = "test") -> LabeledTfds:
     """Stanford Cars: 196 car models; 8,041 images in `test`."""
-    return LabelledTfds("cars196", split)
+    return LabeledTfds("cars196", split)
 
 
-DATASETS: dict[str, Callable[[str], LabelledTfds]] = {
+DATASETS: dict[str, Callable[[str], LabeledTfds]] = {
     "caltech_birds2011": caltech_birds2011,
     "cars196": cars196,
 }
 
 
-def open_dataset(spec: str) -> LabelledTfds:
+def open_dataset(spec: str) -> LabeledTfds:
     """Opens NAME or NAME:SPLIT (default `test`): any TFDS dataset with one image and one label per record."""
     name, _, split = (
         spec.rpartition(":") if re.search(r":\w+(\[[^\]]*\])?$", spec) else (spec, "", "")
     )
     split = split or "test"
-    return DATASETS[name](split) if name in DATASETS else LabelledTfds(name, split)
+    return DATASETS[name](split) if name in DATASETS else LabeledTfds(name, split)
