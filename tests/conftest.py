@@ -16,6 +16,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import hypothesis
 import jax
+import jaxtyping
 import pytest
 
 # Shared machines are slow at times, and a push must not fail by the luck of the draw.
@@ -24,6 +25,10 @@ hypothesis.settings.load_profile("steady")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Before rag_mm is imported. Outside of tests nothing is checked.
+CHECKED = ["rag_mm.ops", "rag_mm.nn", "rag_mm.models", "rag_mm.decode"]
+jaxtyping.install_import_hook(CHECKED, "shape_checks.check")
 
 pytest_plugins = ["resident_memory"]
 

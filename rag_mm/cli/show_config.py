@@ -9,10 +9,13 @@ import rich.table
 import rich.text
 
 from rag_mm.core import configuration
+from rag_mm.core.errors import UserError
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns `config`, its name, and `settings`: path, value, meaning and whether it is the default."""
+    """Returns `config`, its name; `settings`: path, value, meaning and whether it is the default; and
+    `problem`, why `rag-mm train` would refuse it, such as a folder that is still to be named, or None.
+    """
     from rag_mm.perf.plan import cases
     from rag_mm.stages import chain_config
 
@@ -22,8 +25,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     config = configuration.load_config(args.config, args.overrides, sections)
     plain = configuration.to_dict(config)
-    if "stages" in plain:  # A value that a stage refuses is refused here, too.
-        chain_config.stage_configs(plain)
     listed = configuration.settings(plain, sections)
     settings = [
         {
@@ -34,7 +35,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         }
         for setting in listed
     ]
-    return {"config": args.config, "settings": settings}
+    return {"config": args.config, "settings": settings, "problem": _problem(plain)}
+
+
+def _problem(config: dict[str, Any]) -> str | None:
+    from rag_mm.stages import chain_config
+
+    if "stages" not in config:
+        return None
+    try:
+        chain_config.stage_configs(config)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def show(result: dict[str, Any], console: rich.console.Console) -> None:
@@ -54,8 +67,10 @@ def show(result: dict[str, Any], console: rich.console.Console) -> None:
         table.add_row(*(rich.text.Text(cell) for cell in cells))
     console.print(table)
     console.print(
-        "\n* differs from the default. Change a value with --config.SETTING=VALUE.", markup=False
+        "\n* differs from the default. Change a value with --config.KEY=VALUE.", markup=False
     )
+    if result["problem"] is not None:
+        console.print(f"As it is, train refuses it: {result['problem']}", markup=False)
 
 
 def _text(value: Any) -> str:

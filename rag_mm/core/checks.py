@@ -19,6 +19,14 @@ def above(config: Any, bound: float, *names: str) -> None:
             raise ValueError(f"{name} is {value}; give more than {bound}")
 
 
+def below_one(config: Any, *names: str) -> None:
+    """Raises ValueError where an attribute is not in [0, 1)."""
+    for name in names:
+        value = getattr(config, name)
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} is {value}; give at least 0 and less than 1")
+
+
 def between(config: Any, low: float, high: float, *names: str) -> None:
     """Raises ValueError where an attribute is outside [low, high]; None passes."""
     for name in names:

@@ -5,9 +5,8 @@ from collections.abc import Callable
 from functools import partial
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from rag_mm.core.errors import UserError
 
@@ -75,8 +74,8 @@ def upsample_nearest(x: Float[Array, "B H W D"]) -> Float[Array, "B 2*H 2*W D"]:
 
 
 def space_to_depth(
-    x: Float[Array | np.ndarray, "B H W D"], patch: int
-) -> Float[Array | np.ndarray, "B H//{patch} W//{patch} D*{patch**2}"]:
+    x: Num[Array, "B H W D"], patch: int
+) -> Num[Array, "B H//{patch} W//{patch} D*{patch**2}"]:
     """Folds square patches into channels.
 
     Raises:
@@ -90,8 +89,8 @@ def space_to_depth(
 
 
 def depth_to_space(
-    x: Float[Array | np.ndarray, "B h w channels"], patch: int
-) -> Float[Array | np.ndarray, "B h*{patch} w*{patch} channels//{patch**2}"]:
+    x: Num[Array, "B h w channels"], patch: int
+) -> Num[Array, "B h*{patch} w*{patch} channels//{patch**2}"]:
     """Inverse of `space_to_depth`."""
     b, h, w, d = x.shape
     x = x.reshape(b, h, w, patch, patch, d // patch**2)

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
+from rag_mm.core import checks
 from rag_mm.nn import layers
 from rag_mm.nn.block import REMAT, Attend, Block, BlockConfig, Heads, Stack
 from rag_mm.nn.smear import SmearContext
@@ -95,7 +96,7 @@ class DecoderConfig:
 
     def __post_init__(self):
         if not all(isinstance(entry, list | tuple) for entry in self.smear_lags):
-            raise ValueError(f"smear_lags are {self.smear_lags}, give tuples of lags: ((1, 8), ())")
+            raise ValueError(f"smear_lags are {self.smear_lags}; give tuples of lags: ((1, 8), ())")
         # A config read from JSON holds lists, and a static argument must be hashable.
         object.__setattr__(self, "smear_lags", tuple(map(tuple, self.smear_lags)))
         scaling: Any = self.rope_scaling
@@ -115,7 +116,8 @@ class DecoderConfig:
             "max_seq_len",
         ):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, give at least 1")
+                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
+        checks.one_of(self, "dtype", ("float32", "bfloat16", "float16"))
         if self.remat not in REMAT:
             raise ValueError(f"remat is one of {', '.join(REMAT)}, not {self.remat!r}")
         if self.tie_embeddings and self.init.head_std is not None:

@@ -64,7 +64,7 @@ def chunked_token_nll(
         ValueError: num_chunks is below 1.
     """
     if num_chunks < 1:
-        raise ValueError(f"num_chunks is {num_chunks}, give at least 1")
+        raise ValueError(f"num_chunks is {num_chunks}; give at least 1")
     if num_chunks == 1:
         return token_nll(logits_fn(hidden), targets)
     batch, length = targets.shape

@@ -61,7 +61,7 @@ def _attend(
     q: Float[Array, "B N T H"],
     k: Float[Array, "B K T H"],
     v: Float[Array, "B K T H"],
-    segment_ids: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
     *,
     is_interpreted: bool,
 ) -> Float[Array, "B N T H"]:

@@ -29,9 +29,9 @@ def check_config(
     """
     optimizer.make_schedule(optimizer_config, loop_config.num_steps)
     if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, give at least 1")
+        raise ValueError(f"batch_size is {batch_size}; give at least 1")
     if optimizer_config.learning_rate <= 0:
-        raise ValueError(f"learning_rate is {optimizer_config.learning_rate}, give more than 0")
+        raise ValueError(f"learning_rate is {optimizer_config.learning_rate}; give more than 0")
 
 
 def make_mesh(

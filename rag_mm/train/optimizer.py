@@ -34,9 +34,7 @@ class OptimizerConfig:
     def __post_init__(self):
         checks.above(self, 0, "learning_rate", "clip_norm")
         checks.at_least(self, 0, "warmup_steps", "weight_decay")
-        for name in ("b1", "b2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give 0 up to, not including, 1")
+        checks.below_one(self, "b1", "b2")
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:

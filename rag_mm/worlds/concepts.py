@@ -49,7 +49,7 @@ class ConceptWorld:
         ):
             raise ValueError("there are common, seen rare and held-out classes, at least one each")
         if not 0 <= self.wrong_captions <= 1:
-            raise ValueError(f"wrong_captions is {self.wrong_captions}, give 0 to 1")
+            raise ValueError(f"wrong_captions is {self.wrong_captions}; give 0 to 1")
         if self.noise_std < 0 or self.class_spread <= 0 or self.modality_offset < 0:
             raise ValueError(
                 "noise_std and modality_offset are at least 0, class_spread more than 0"

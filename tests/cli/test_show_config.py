@@ -85,3 +85,15 @@ def test_the_quickstart_page_spells_what_differs():
 
     page = dict(importlib.import_module("configs.quickstart").quick())
     assert count({key: value for key, value in page.items() if key != "ablation"}) <= 55
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--config=configs/own_images.py"], "documents is empty"),
+        (["--config=configs/quickstart.py:tiny", "--config.decoder.alpha=-1"], "alpha is -1"),
+    ],
+)
+def test_what_train_would_refuse_is_shown_with_the_reason(capfd, words, says):
+    assert main.main(["train", "--show", "--json", *words]) == 0
+    assert says in json.loads(capfd.readouterr().out)["problem"]

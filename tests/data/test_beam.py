@@ -14,7 +14,7 @@ from rag_mm.memory.store import record
 
 
 @pytest.fixture
-def make_images(tmp_path):
+def image_folder(tmp_path):
     """Fifty records, two of them bad."""
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -36,14 +36,16 @@ def read(spec: str) -> tuple[list[bytes], list[tuple[str, str]]]:
     return good, [(i.reject.name, i.reject.reason) for i in items if i.reject is not None]
 
 
-def test_ranges_are_the_whole_source(pictures, tmp_path):
+def test_ranges_are_the_whole_source(image_folder, tmp_path):
     """Without Beam: what the workers do, one after the other."""
     (tmp_path / "out").mkdir()
-    ranges = beam_ingest.split(open_documents.open_documents(str(pictures)), 16)
+    ranges = beam_ingest.split(open_documents.open_documents(str(image_folder)), 16)
     assert [(each.start, each.stop) for each in ranges] == [(0, 16), (16, 32), (32, 48), (48, 50)]
-    found = [beam_ingest.write_range(each, str(pictures), str(tmp_path / "out")) for each in ranges]
+    found = [
+        beam_ingest.write_range(each, str(image_folder), str(tmp_path / "out")) for each in ranges
+    ]
     beam_ingest.write_summary(found[::-1], str(tmp_path / "out"), max_bad=0.1)
-    good, bad = read(str(pictures))
+    good, bad = read(str(image_folder))
     assert read(str(tmp_path / "out")) == (good, [])
     counts = json.loads((tmp_path / "out" / "ingest.json").read_text())
     assert (counts["read"], counts["added"], counts["ok"]) == (50, 48, True)
@@ -71,25 +73,25 @@ def test_a_tar_is_a_range(tmp_path):
     assert first.start == 0 and first.stop == second.start < second.stop
 
 
-def test_without_beam_the_extra_is_named(pictures, tmp_path, capsys, monkeypatch):
+def test_without_beam_the_extra_is_named(image_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "apache_beam", None)
-    words = ["memory", "ingest", f"--documents={pictures}", f"--out={tmp_path / 'out'}"]
+    words = ["memory", "ingest", f"--documents={image_folder}", f"--out={tmp_path / 'out'}"]
     assert main.main(words) == 2
     assert "[beam]" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
-def test_two_processes_of_beams_local_runner(pictures, tmp_path, capsys):
+def test_two_processes_of_beams_local_runner(image_folder, tmp_path, capsys):
     """Skipped where Beam is not installed: it does not fit beside the lock (docs/beam.md)."""
     pytest.importorskip("apache_beam")
-    words = ["memory", "ingest", f"--documents={pictures}", "--records-per-file=8", "--json"]
+    words = ["memory", "ingest", f"--documents={image_folder}", "--records-per-file=8", "--json"]
     out = tmp_path / "out"
     assert main.main([*words, f"--out={out}", "--max-bad=0.1"]) == 0
     assert json.loads(capsys.readouterr().out)["added"] == 48
     assert len(list(pathlib.Path(out).glob("*.arrayrecord"))) == 7
-    assert read(str(out))[0] == read(str(pictures))[0]
+    assert read(str(out))[0] == read(str(image_folder))[0]
     with pytest.raises(UserError, match="in the way"):
-        beam_ingest.ingest(str(pictures), out)
+        beam_ingest.ingest(str(image_folder), out)
     assert main.main([*words, f"--out={tmp_path / 'few'}"]) == 2
     assert "rejects.jsonl lists the others" in capsys.readouterr().err

@@ -111,7 +111,7 @@ def test_a_manifest_records_the_whole_guard():
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("on", "guard is 'on', give None or its settings"),
+        ("on", "guard is 'on'; give None or its settings"),
         ("{'windw': 64}", "decoder.loop.guard has no setting 'windw'"),
         ("{'window': 1}", "a guard's window is at least 2"),
     ],

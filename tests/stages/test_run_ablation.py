@@ -201,7 +201,7 @@ def change(config: dict, path: str, value: object) -> None:
         ("ablation/variants", {}, "baseline 'base 0.5' is not a variant"),
         ("ablation/variants", ["a", "b"], "a dict of dicts"),
         ("ablation/variants/alpha", 3, "a dict of dicts"),
-        ("ablation/variants/alpha", {"model.beta": 1}, "Variant 'alpha': .* nearest is model."),
+        ("ablation/variants/alpha", {"model.beta": 1}, "Variant 'alpha': .* no key 'model.beta'"),
         ("ablation/variants/alpha", {"model.alpha": "x"}, "Variant 'alpha': .*does not fit"),
         ("ablation/variants/alpha", {"model.alpha": -1.0}, "Variant 'alpha': model: alpha is -1"),
         ("ablation/variants/alpha", {"seed": 3}, "cannot set the seed"),

@@ -9,7 +9,7 @@ import dataclasses
 import numpy as np
 from etils import epath
 
-from rag_mm.core import files, run_folder
+from rag_mm.core import checks, files, run_folder
 from rag_mm.data import sequences
 from rag_mm.eval import likelihood, scene_accuracy, statistics
 from rag_mm.stages import multiprocess
@@ -34,6 +34,10 @@ class CopyProbeStageConfig(train_decoder.DecoderStageConfig):
     world: world_config.EmojiWorld
     min_gain: float = 0.0
     num_test: int = 256
+
+    def __post_init__(self):
+        super().__post_init__()
+        checks.at_least(self, 2, "num_test")
 
 
 def run(config: CopyProbeStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict:

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import numpy as np
 from etils import epath
 
-from rag_mm.core import files, progress, run_folder
+from rag_mm.core import checks, files, progress, run_folder
 from rag_mm.data import sequences
 from rag_mm.decode import tasks
 from rag_mm.decode.sampler import Sampling
@@ -53,14 +53,13 @@ class FewShotStageConfig:
 
     def __post_init__(self):
         if not self.shots or min(self.shots) < 0:
-            raise ValueError(f"shots are {self.shots}, give one or more counts of at least 0")
+            raise ValueError(f"shots are {self.shots}; give one or more counts of at least 0")
         for view in self.views:
             model_protocols.check_view(view)
         if self.order not in get_args(rices.Order):
             known = ", ".join(get_args(rices.Order))
             raise ValueError(f"unknown order {self.order!r}; choose from {known}")
-        if self.num_test < 2:
-            raise ValueError(f"num_test is {self.num_test}, give at least 2")
+        checks.at_least(self, 2, "num_test")
         Sampling(self.temperature)
 
 

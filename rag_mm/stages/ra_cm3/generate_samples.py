@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 from etils import epath
 
-from rag_mm.core import files, progress, run_folder
+from rag_mm.core import checks, files, progress, run_folder
 from rag_mm.data import sequences
 from rag_mm.decode import tasks
 from rag_mm.decode.sampler import Sampling
@@ -63,9 +63,8 @@ class GenerationStageConfig:
         Sampling(self.temperature, self.top_p)
         Sampling(self.caption_temperature)
         # A confidence interval needs two documents.
-        for name, minimum in (("num_held_out", 2), ("num_seen", 2), ("num_candidates", 1)):
-            if getattr(self, name) < minimum:
-                raise ValueError(f"{name} is {getattr(self, name)}, give at least {minimum}")
+        checks.at_least(self, 2, "num_held_out", "num_seen")
+        checks.at_least(self, 1, "num_candidates")
 
     def count(self, split: str) -> int:
         """The number of test documents of a split, `held_out` or `seen`."""

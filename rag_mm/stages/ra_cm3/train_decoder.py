@@ -10,7 +10,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from rag_mm.core import configuration, files, run_folder, sharding
+from rag_mm.core import checks, configuration, files, run_folder, sharding
 from rag_mm.core.errors import UserError
 from rag_mm.data.sequences import Example, Layout
 from rag_mm.decode.tasks import Generator
@@ -68,6 +68,8 @@ class DecoderStageConfig:
 
     def __post_init__(self):
         training.check_config(self.optimizer, self.loop, self.batch_size)
+        checks.at_least(self, 0, "alpha")
+        checks.at_least(self, 1, "num_watched")
         shape = DecoderConfig(vocab_size=VOCAB_MULTIPLE, max_seq_len=1, **dict(self.model))
         if shape.head_dim is None and shape.embed_dim % shape.num_heads:
             raise ValueError(

@@ -6,6 +6,7 @@ from functools import partial
 import grain
 import numpy as np
 
+from rag_mm.core import checks
 from rag_mm.core.errors import UserError
 from rag_mm.core.roles import MAIN
 from rag_mm.data import masking, pipeline, sequences
@@ -40,6 +41,7 @@ class SequencesConfig:
     code_noise: float = 0.0
 
     def __post_init__(self):
+        checks.at_least(self, 0, "max_docs")
         if len(self.num_docs_weights) != self.max_docs + 1:
             raise UserError(
                 f"num_docs_weights has {len(self.num_docs_weights)} values; give {self.max_docs + 1}, "
@@ -47,16 +49,15 @@ class SequencesConfig:
             )
         if min(self.num_docs_weights) < 0 or not sum(self.num_docs_weights):
             raise ValueError(
-                f"num_docs_weights are {self.num_docs_weights}, give at least 0, not all 0"
+                f"num_docs_weights are {self.num_docs_weights}; give at least 0, not all 0"
             )
         if not 0 <= self.mean_doc_text_len <= self.max_text_len:
             raise ValueError(
-                f"mean_doc_text_len is {self.mean_doc_text_len}, give 0 to "
+                f"mean_doc_text_len is {self.mean_doc_text_len}; give 0 to "
                 f"max_text_len={self.max_text_len}"
             )
-        if self.captions_per_image < 1:
-            raise ValueError(f"captions_per_image is {self.captions_per_image}, give at least 1")
-        _check_probabilities(self, "full_caption_prob", "code_noise")
+        checks.at_least(self, 1, "captions_per_image", "max_text_len")
+        checks.between(self, 0, 1, "full_caption_prob", "code_noise")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,14 +78,8 @@ class MaskingConfig:
     caption_prob: float = 0.0
 
     def __post_init__(self):
-        _check_probabilities(self, "prob", "segment_prob", "caption_prob")
-        masking.Masking(0, self.segment_prob, self.prob)
-
-
-def _check_probabilities(config: SequencesConfig | MaskingConfig, *names: str) -> None:
-    for name in names:
-        if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"{name} is {getattr(config, name)}, give a number in [0, 1]")
+        checks.at_least(self, 0, "max_spans")
+        checks.between(self, 0, 1, "prob", "segment_prob", "caption_prob")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

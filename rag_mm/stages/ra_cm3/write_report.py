@@ -9,7 +9,7 @@ from etils import epath
 
 import rag_mm
 from rag_mm import report
-from rag_mm.core import costs, files, run_folder
+from rag_mm.core import checks, costs, files, run_folder
 from rag_mm.memory.retrieval_memory import Memory
 from rag_mm.report import logs, reference, selection
 from rag_mm.stages.ra_cm3 import generate_samples, latency
@@ -50,9 +50,8 @@ class ReportStageConfig:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self):
-        for name, minimum in (("num_flags", 0), ("num_others", 0), ("num_rows", 1)):
-            if getattr(self, name) < minimum:
-                raise ValueError(f"{name} is {getattr(self, name)}, give at least {minimum}")
+        checks.at_least(self, 0, "num_flags", "num_others")
+        checks.at_least(self, 1, "num_rows")
         reference.load(self.reference)  # Fails before training if the file is damaged.
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from etils import epath
 
-from rag_mm.core import files, run_folder
+from rag_mm.core import checks, files, run_folder
 from rag_mm.stages.reco import embed_pairs
 from rag_mm.worlds import concepts
 
@@ -35,11 +35,8 @@ class ToyPairsStageConfig:
     num_prompts: int = 4
 
     def __post_init__(self):
-        for name in ("num_train", "rows_per_class", "num_test", "num_prompts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, give at least 1")
-        if self.rare_weight <= 0:
-            raise ValueError(f"rare_weight is {self.rare_weight}, give more than 0")
+        checks.at_least(self, 1, "num_train", "rows_per_class", "num_test", "num_prompts")
+        checks.above(self, 0, "rare_weight")
 
 
 def run(config: ToyPairsStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict:

@@ -150,7 +150,7 @@ class PairsStageConfig:
         known = ("common", "rare_seen")
         if not self.train_splits or not set(self.train_splits) <= set(known):
             raise ValueError(
-                f"train_splits are {self.train_splits}, choose from {', '.join(known)}"
+                f"train_splits are {self.train_splits}; choose from {', '.join(known)}"
             )
         if min(self.captions_per_image, self.rare_repeats, self.max_test) < 1:
             raise ValueError("captions_per_image, rare_repeats and max_test must be at least 1")

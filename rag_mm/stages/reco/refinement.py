@@ -102,7 +102,7 @@ class SearchSettings:
 
     def __post_init__(self):
         if self.num_neighbors < 1:
-            raise ValueError(f"num_neighbors is {self.num_neighbors}, give at least 1")
+            raise ValueError(f"num_neighbors is {self.num_neighbors}; give at least 1")
         if self.retrieval_override not in RETRIEVAL_OVERRIDES:
             known = ", ".join(RETRIEVAL_OVERRIDES)
             raise ValueError(

@@ -71,7 +71,7 @@ class FusionStageConfig:
     def __post_init__(self):
         training.check_config(self.optimizer, self.loop, self.batch_size)
         if self.batch_size % GROUP:
-            raise ValueError(f"batch_size is {self.batch_size}, give a multiple of {GROUP}")
+            raise ValueError(f"batch_size is {self.batch_size}; give a multiple of {GROUP}")
         self.reco(8 * self.model.get("num_heads", 8))
 
     def reco(self, dim: int) -> reco.RecoConfig:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from rag_mm.core import progress, run_folder
+from rag_mm.core import checks, progress, run_folder
 from rag_mm.memory import retrieval_memory, shared_encoding
 from rag_mm.memory.index import registry
 from rag_mm.memory.index.exact import ExactIndex
@@ -42,6 +42,7 @@ class MemoryStageConfig:
         # The device index would use devices before the processes have joined.
         if self.index != "device":
             registry.make_index(self.index)
+        checks.at_least(self, 1, "num_queries")
 
 
 def run(config: MemoryStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict:

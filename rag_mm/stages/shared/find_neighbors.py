@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from rag_mm.core import files, progress, run_folder
+from rag_mm.core import checks, files, progress, run_folder
 from rag_mm.core.document_types import Document, Text
 from rag_mm.core.errors import UserError
 from rag_mm.memory import policy, retrieval_memory, shared_encoding
@@ -61,15 +61,10 @@ class NeighborsStageConfig:
     min_same_class: float = 0.0
 
     def __post_init__(self):
-        for name in ("num_neighbors", "captions_per_image", "num_test"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, give at least 1")
-        if not 0 <= self.word_dropout < 1:
-            raise ValueError(
-                f"word_dropout is {self.word_dropout}, give at least 0 and less than 1"
-            )
-        if not 0 <= self.min_same_class <= 1:
-            raise ValueError(f"min_same_class is {self.min_same_class}, give 0 to 1")
+        checks.at_least(self, 1, "num_neighbors", "captions_per_image", "num_test")
+        checks.at_least(self, -1, "max_similarity")
+        checks.below_one(self, "word_dropout")
+        checks.between(self, 0, 1, "min_same_class")
         if isinstance(self.world, world_config.OwnImages) and not self.max_similarity:
             raise ValueError(
                 "max_similarity cannot be calibrated on your own images, which have no classes; "

@@ -44,9 +44,9 @@ class OwnImages:
                 "documents is empty; name your folder with --config.world.documents=DIR"
             )
         if self.image_size < 1:
-            raise ValueError(f"image_size is {self.image_size}, give at least 1")
+            raise ValueError(f"image_size is {self.image_size}; give at least 1")
         if not 0 < self.held_out_share < 1:
-            raise ValueError(f"held_out_share is {self.held_out_share}, give more than 0, below 1")
+            raise ValueError(f"held_out_share is {self.held_out_share}; give more than 0, below 1")
         source = open_documents.open_documents(self.documents)
         # The fingerprint of a folder source covers the captions only.
         pixels = (

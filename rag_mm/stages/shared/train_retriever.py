@@ -8,7 +8,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from rag_mm.core import run_folder, sharding
+from rag_mm.core import checks, run_folder, sharding
 from rag_mm.data import pipeline
 from rag_mm.data.vocabulary import Vocabulary
 from rag_mm.models import clip
@@ -44,9 +44,7 @@ class TowersConfig:
     max_text_len: int = 24
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 1:
-                raise ValueError(f"{field.name} is {getattr(self, field.name)}, give at least 1")
+        checks.at_least(self, 1, *(field.name for field in dataclasses.fields(self)))
         if self.embed_dim % self.num_heads:
             raise ValueError(
                 f"num_heads is {self.num_heads}, which does not divide embed_dim={self.embed_dim}"
@@ -88,13 +86,12 @@ class RetrieverStageConfig:
 
     def __post_init__(self):
         training.check_config(self.optimizer, self.loop, self.batch_size)
-        if self.captions_per_image < 1:
-            raise ValueError(f"captions_per_image is {self.captions_per_image}, give at least 1")
+        checks.at_least(self, 1, "captions_per_image", "num_eval")
         if not self.splits or not set(self.splits) <= set(class_splits.SPLITS):
             known = ", ".join(class_splits.SPLITS)
-            raise ValueError(f"splits are {self.splits}, choose from {known}")
+            raise ValueError(f"splits are {self.splits}; choose from {known}")
         if not self.roles or not set(self.roles) <= {"train", "memory"}:
-            raise ValueError(f"roles are {self.roles}, choose from train, memory")
+            raise ValueError(f"roles are {self.roles}; choose from train, memory")
         if self.world.image_size % self.model.patch_size:
             raise ValueError(
                 f"model.patch_size is {self.model.patch_size}, which does not divide the image size "

@@ -10,7 +10,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from rag_mm.core import run_folder, sharding
+from rag_mm.core import checks, run_folder, sharding
 from rag_mm.data import pipeline, vocabulary
 from rag_mm.eval import scene_accuracy
 from rag_mm.models.spae import autoencoder, objective
@@ -38,6 +38,11 @@ class TextVocabularyConfig:
     vocab_size: int = 1024
     num_sentinels: int = 8
     captions_per_image: int = 2
+
+    def __post_init__(self):
+        checks.at_least(self, 256, "vocab_size")
+        checks.at_least(self, 0, "num_sentinels")
+        checks.at_least(self, 1, "captions_per_image")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +73,7 @@ class TokenizerStageConfig:
 
     def __post_init__(self):
         training.check_config(self.optimizer, self.loop, self.batch_size)
+        checks.at_least(self, 1, "num_eval")
         patches = self.num_init_images * self.model.levels[-1] ** 2
         if patches < self.model.codebook_size:
             raise ValueError(

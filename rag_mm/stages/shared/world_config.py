@@ -60,7 +60,7 @@ class EmojiWorld:
             if name not in emoji_scenes.LEVELS:
                 raise ValueError(f"unknown level {name!r}; choose from {known}")
         if not 0 < self.class_share <= 1:
-            raise ValueError(f"class_share is {self.class_share}, give more than 0 and at most 1")
+            raise ValueError(f"class_share is {self.class_share}; give more than 0 and at most 1")
 
     def classes(self, *split_names: str) -> np.ndarray:
         """Class ids of the splits, int64 [C]."""
