@@ -10,7 +10,7 @@ import numpy as np
 
 from rag_mm.api import importing
 from rag_mm.convert import cm3_format, shards, table, weights
-from rag_mm.core import files, run_folder
+from rag_mm.core import files, renames, run_folder
 from rag_mm.core.errors import UserError
 from rag_mm.data import public_text
 from rag_mm.nn.decoder import DecoderConfig
@@ -181,7 +181,7 @@ def _trained_clip(run: run_folder.Run) -> ExportedModel:
 def _trained_decoder(run: run_folder.Run, family: table.Family) -> ExportedModel:
     stage_dir = run.finished_stage("decoder")
     record = files.read_json(stage_dir / "decoder.json")
-    config = DecoderConfig(**record["model"]["decoder"])
+    config = DecoderConfig(**renames.from_stored(record["model"]["decoder"]))
     if family.config_class is not DecoderConfig:
         raise UserError(
             f"{run.workdir} cannot be exported as {family.name}, which includes an image tokenizer and a "

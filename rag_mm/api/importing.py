@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from rag_mm.convert import chameleon_format, clip_format, llama_format, shards, table, weights
-from rag_mm.core import configuration, files, progress, run_folder
+from rag_mm.core import configuration, files, progress, renames, run_folder
 from rag_mm.core.errors import UserError
 from rag_mm.data import public_text
 from rag_mm.models import chameleon
@@ -132,7 +132,7 @@ def import_checkpoint(
         _copy_side_files(folder, source, _SIDE_FILES)
         _copy_side_files(folder, target, public_text.FILES)
         model_config = {"family": name, **dataclasses.asdict(checkpoint.config)}
-        files.write_json(target / frozen.CONFIG, model_config)
+        files.write_json(target / frozen.CONFIG, renames.to_stored(model_config))
         with megabytes("import", total) as update:
             path = epath.Path(target / frozen.PARAMS)
             weights.write_file(path, checkpoint.mappings, checkpoint.specs, dtype, update)
@@ -183,6 +183,7 @@ def load_config(family: table.Family, folder: epath.Path) -> Any:
     values = files.read_json(folder / frozen.CONFIG)
     if not isinstance(values, dict) or values.pop("family", None) != family.name:
         raise UserError(f"{folder} does not hold a model of the family {family.name}.")
+    values = renames.from_stored(values)
     return configuration.make(family.config_class, values, str(folder / frozen.CONFIG))
 
 

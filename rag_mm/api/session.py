@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from rag_mm.core import compilation_cache, files, image_files, run_folder
+from rag_mm.core import compilation_cache, image_files, run_folder
 from rag_mm.core.document_types import Document
 from rag_mm.core.errors import UserError
 from rag_mm.data import sequences
@@ -332,11 +332,8 @@ def load(workdir: epath.PathLike) -> Session:
     encoder = train_retriever.load_encoder(run.workdir)
     # Not `finished_stage`: users may add documents to a run's memory, and Memory.open checks it itself.
     memory = Memory.open(run.stage_dir("memory"), encoder)
-    settings = files.read_json(run.finished_stage("neighbors") / find_neighbors.POLICY)
-    split_phrases = settings.get("split_phrases", False)  # Absent in older runs.
-    return Session(
-        generator, image_tokenizer, encoder, memory, settings["max_similarity"], split_phrases
-    )
+    max_similarity, split_phrases = find_neighbors.load_policy(run)
+    return Session(generator, image_tokenizer, encoder, memory, max_similarity, split_phrases)
 
 
 def _sampling(temperature: float, top_p: float) -> Sampling:

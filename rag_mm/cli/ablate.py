@@ -5,6 +5,7 @@ from typing import Any
 
 import rich.console
 
+from rag_mm.core import configuration
 from rag_mm.core.errors import UserError
 
 
@@ -39,6 +40,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the cells. Returns `table` (see `ablation_table.results`) and `ok`: no cell is missing."""
     if not args.workdir:
         raise UserError("--workdir is empty. Give the folder for the table.")
+    configuration.load_config(args.config)  # A mistyped name is refused before jax is imported.
+
     from rag_mm.stages import chain_config, run_ablation
 
     config = chain_config.load(args.config, args.overrides)

@@ -6,6 +6,7 @@ from typing import Any
 import rich.console
 
 from rag_mm.cli import process_args, show_config
+from rag_mm.core import configuration
 from rag_mm.core.errors import UserError
 
 
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError("--workdir is empty. Give the run folder.")
     process_args.check_arguments(args)
     profile_steps = _read_profile_steps(args.profile)
+    configuration.load_config(args.config)  # A mistyped name is refused before jax is imported.
 
     from rag_mm.stages import chain, chain_config
     from rag_mm.train import loop

@@ -175,6 +175,17 @@ def meanings(cls: type) -> dict[str, str]:
     return found
 
 
+def group_of(field: "dataclasses.Field[Any]") -> Section | None:
+    """The section of a field whose metadata is `part_of` a dataclass, else None."""
+    return field.metadata.get("section")
+
+
+def without_defaults(section: Section, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a section that differ from their defaults."""
+    defaults = {name: _plain(_default(field)) for name, field in _fields(section).items()}
+    return {name: value for name, value in values.items() if _plain(value) != defaults[name]}
+
+
 def part_of(cls: type, without: tuple[str, ...] = ()) -> dict[str, Section]:
     """Metadata of a field, typed Mapping, that holds `cls`'s values except those known only later."""
     return {"section": Section(cls, without)}
@@ -200,6 +211,8 @@ def make(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         if isinstance(value, Mapping) and own is not None:
             value = make(own, value, f"{where}.{key}")
         made[key] = tuple(value) if isinstance(value, list) else value
+        if not _fits(made[key], hints[key]):
+            raise UserError(f"{where}.{key} is {value!r}; give {_type_name(hints[key])}.")
     try:
         return cls(**made)
     except (TypeError, ValueError) as error:
@@ -223,6 +236,28 @@ def _near(key: str, known: Mapping[str, Any]) -> str:
     if siblings:
         return f"; {parent} has {_list([each.rpartition('.')[2] for each in siblings])}"
     return f"; it has {_list(list(dict.fromkeys(each.partition('.')[0] for each in known)))}"
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value has the annotated type; an int is a float, and other types are not judged."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, each) for each in inner)
+    if hint is type(None):
+        return value is None
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint in (int, bool, str):
+        return type(value) is hint
+    if origin is tuple and isinstance(value, tuple | list):
+        if inner[1:] == (...,):
+            return all(_fits(each, inner[0]) for each in value)
+        return len(value) == len(inner) and all(map(_fits, value, inner))
+    return origin is not tuple
+
+
+def _type_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
 def _find(path_text: str) -> pathlib.Path:
@@ -308,6 +343,8 @@ def _parse_sequence(given: Any, current: tuple[Any, ...] | list[Any]) -> Any:
 
 
 def _plain(value: Any, keep_tuples: bool = False) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
     if isinstance(value, Mapping | ml_collections.ConfigDict):
         return {key: _plain(item, keep_tuples) for key, item in value.items()}
     if isinstance(value, tuple | list):
@@ -321,7 +358,7 @@ def _list(names: Sequence[str]) -> str:
 
 
 def _fields(section: Section) -> dict[str, "dataclasses.Field[Any]"]:
-    fields = dataclasses.fields(section.cls)
+    fields = (field for field in dataclasses.fields(section.cls) if field.init)
     return {field.name: field for field in fields if field.name not in section.without}
 
 

@@ -1,4 +1,11 @@
-"""Names that changed: whoever uses an old one is told the new one. The list for people is docs/renames.md."""
+"""Names that changed: whoever uses an old one is told the new one. The list for people is docs/renames.md.
+
+Stored model configs are another matter: files keep the old names, so that the fingerprints of models, and of
+the memories that were built with them, stay what they were.
+"""
+
+from collections.abc import Mapping
+from typing import Any
 
 _TOKENIZER = {
     "model.is_turned": "model.random_flip_rotate",
@@ -77,3 +84,26 @@ RENAMES = {
 def hint(old: str) -> str:
     """The end of an error message about an old name, "; it is now called NEW"; "" for any other name."""
     return f"; it is now called {RENAMES[old]!r}" if old in RENAMES else ""
+
+
+# Old name, as files have it -> name in the code.
+_STORED = {"max_text": "max_text_len", "is_turned": "random_flip_rotate"}
+
+
+def to_stored(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's config under the names that files have."""
+    old = {new: old for old, new in _STORED.items()}
+    return {old.get(key, key): value for key, value in config.items()}
+
+
+def from_stored(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's config under today's names, from a file of any version; nested configs too."""
+    found: dict[str, Any] = {}
+    init: dict[str, Any] = {}
+    for key, value in config.items():
+        value = from_stored(value) if isinstance(value, Mapping) else value
+        if key in _INIT:
+            init[_INIT[key].removeprefix("init.")] = value
+        else:
+            found[_STORED.get(key, key)] = value
+    return found | {"init": {**found.get("init", {}), **init}} if init else found

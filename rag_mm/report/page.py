@@ -16,8 +16,7 @@ import markupsafe
 import numpy as np
 from PIL import Image
 
-from rag_mm.report import curves, summary, verdicts
-from rag_mm.report import figures as measured
+from rag_mm.report import curves, figures, summary, verdicts
 from rag_mm.report.content import FACTS, ReportData, fact_verdict, variant_label
 
 _SIDE = 96  # Pixels on the page; a 32-pixel image is enlarged threefold.
@@ -69,18 +68,18 @@ def render_report(data: ReportData) -> str:
         headline_rows=summary.summary_table(data.metrics),
         fact_table=fact_table(data.metrics),
         ceiling=fact_ceiling(data.metrics),
-        missing_text=measured.MISSING,
+        missing_text=figures.MISSING,
         charts=[
             markupsafe.Markup(curves.chart_svg(title, lines))
             for title, lines in curves.charts(data.curves).items()
         ],
         stage_times=[
-            (name, measured.duration(s), 100 * s / max([*seconds.values(), 1e-9]))
+            (name, figures.duration(s), 100 * s / max([*seconds.values(), 1e-9]))
             for name, s in seconds.items()
         ],
-        total_time=measured.duration(sum(seconds.values())),
+        total_time=figures.duration(sum(seconds.values())),
         speed=_speed(data.metrics),
-        all_metrics=measured.flatten(data.metrics),
+        all_metrics=figures.flatten(data.metrics),
         config=json.dumps(data.config, indent=2, sort_keys=True, ensure_ascii=False),
     )
     return html.encode("utf-8", "replace").decode("utf-8")
@@ -109,25 +108,25 @@ Cell = tuple[str, float | None]  # Text, and the length of its bar in percent.
 
 
 def fact_table(metrics: Mapping[str, Any]) -> list[tuple[str, list[Cell], str]]:
-    """Rows (variant, a cell per fact, kernel distance) of the variants that were measured."""
+    """Rows (variant, a cell per fact, kernel distance) of the variants that were figures."""
     rows = []
     for key, template in _ROWS.items():
-        figures = [measured.find(metrics, template.format(f"{fact}_accuracy")) for fact in _FACTS]
+        facts = [figures.find(metrics, template.format(f"{fact}_accuracy")) for fact in _FACTS]
         distance = template.format("kernel_distance") + ".polynomial"
-        kernel = measured.find(metrics, distance)
-        if any(figure is not None for figure in [*figures, kernel]):
-            cells = [_cell(figure) for figure in figures]
-            rows.append((variant_label(key), cells, measured.number(kernel, 2)))
+        kernel = figures.find(metrics, distance)
+        if any(figure is not None for figure in [*facts, kernel]):
+            cells = [_cell(figure) for figure in facts]
+            rows.append((variant_label(key), cells, figures.number(kernel, 2)))
     return rows
 
 
 def fact_ceiling(metrics: Mapping[str, Any]) -> list[Cell]:
     """The scorer's accuracy on tokenizer reconstructions, one cell per fact."""
-    return [_cell(measured.find(metrics, f"tokenizer.scorer_ceiling.{fact}")) for fact in _FACTS]
+    return [_cell(figures.find(metrics, f"tokenizer.scorer_ceiling.{fact}")) for fact in _FACTS]
 
 
-def _cell(figure: measured.Figure | None) -> Cell:
-    return measured.percent(figure), None if figure is None else 100 * figure.value
+def _cell(figure: figures.Figure | None) -> Cell:
+    return figures.percent(figure), None if figure is None else 100 * figure.value
 
 
 def _nobreak(text: str) -> str:
@@ -138,13 +137,13 @@ def _nobreak(text: str) -> str:
 
 
 def _speed(metrics: Mapping[str, Any]) -> str:
-    """The cost of retrieval; empty if it was not measured."""
+    """The cost of retrieval; empty if it was not figures."""
     names = ("retrieval_ms", "generation_ms", "retrieval_share")
-    retrieval, generation, share = (measured.find(metrics, f"quickstart.{name}") for name in names)
+    retrieval, generation, share = (figures.find(metrics, f"quickstart.{name}") for name in names)
     if retrieval is None or generation is None or share is None:
         return ""
     return (
         f"In batched generation, retrieval (caption encoding, search, selection) takes "
-        f"{measured.number(retrieval, 2, 'ms')} per image and generation "
-        f"{measured.number(generation, 1, 'ms')}: retrieval is {measured.percent(share)} of the total."
+        f"{figures.number(retrieval, 2, 'ms')} per image and generation "
+        f"{figures.number(generation, 1, 'ms')}: retrieval is {figures.percent(share)} of the total."
     )

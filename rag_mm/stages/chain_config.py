@@ -94,14 +94,26 @@ def stage_configs(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def override(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """The config with overrides and defaults, as plain values; see `configuration.apply_overrides`."""
-    changed = ml_collections.ConfigDict(dict(config), allow_dotted_keys=True)
+    filled = configuration.fill(config, sections)
+    changed = ml_collections.ConfigDict(filled, allow_dotted_keys=True)
     configuration.apply_overrides(changed, overrides)
     return configuration.to_dict(configuration.fill(configuration.to_dict(changed), sections))
 
 
 def slice_of(config: Any) -> dict[str, Any]:
-    """The config of a stage as its manifest records it."""
-    return dataclasses.asdict(config)
+    """A stage's config as its manifest records it, nested plain values.
+
+    Of a group that a page fills from another dataclass (`configuration.part_of`) only what differs from the
+    defaults is recorded, and no guard where there is none: so a field that is added to that dataclass later
+    does not make finished runs look edited.
+    """
+    values = dataclasses.asdict(config)
+    for field in dataclasses.fields(config):
+        if (group := configuration.group_of(field)) is not None:
+            values[field.name] = configuration.without_defaults(group, values[field.name])
+    if "loop" in values and values["loop"]["guard"] is None:
+        del values["loop"]["guard"]
+    return values
 
 
 def _stage_config(config: Mapping[str, Any], name: str, world: Any) -> Any:

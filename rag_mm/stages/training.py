@@ -15,8 +15,7 @@ from rag_mm.core.errors import UserError
 from rag_mm.nn import decoder, param_trees
 from rag_mm.nn.param_trees import Params
 from rag_mm.perf import chips, flops
-from rag_mm.train import loop, optimizer, throughput, train_step
-from rag_mm.train import train_state as state
+from rag_mm.train import loop, optimizer, throughput, train_state, train_step
 
 
 def check_config(
@@ -121,14 +120,14 @@ def train(
         params = prepare(params)
     guard = loop_config.guard
     tx = optimizer.make_optimizer(optimizer_config, loop_config.num_steps, guard)
-    train_state = state.init_state(params, tx, mesh)
+    state = train_state.init_state(params, tx, mesh)
     step_fn = train_step.make_train_step(graphdef, loss_fn, tx, seed)
     extras = loop.Extras(cost=step_cost(nnx.eval_shape(make_model), mesh))
     if guard is not None:
         extras = dataclasses.replace(extras, max_skipped=guard.max_in_a_row)
-    train_state, log = loop.fit(
+    state, log = loop.fit(
         name,
-        train_state,
+        state,
         step_fn,
         batches,
         mesh,
@@ -138,4 +137,4 @@ def train(
         watch,
         extras,
     )
-    return train_state.params, log
+    return state.params, log

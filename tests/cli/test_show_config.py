@@ -1,8 +1,10 @@
 """`rag-mm train --show` prints every value of a config with its meaning, for every page."""
 
+import dataclasses
 import importlib
 import json
 import pathlib
+import re
 
 import pytest
 
@@ -38,6 +40,8 @@ def test_a_pages_header_says_what_each_preset_costs_and_gives(page):
             line for line in module.__doc__.splitlines() if line.startswith(f"    {preset} ")
         ]
         assert len(line.split()) > 5
+        # A figure or a duration, or plainly that there is none.
+        assert re.search(r"\d|not (run|trained)|no figure|nothing|same shape", line), line
 
 
 def test_what_is_shown_is_what_stages_are_made_from(capfd):
@@ -45,7 +49,7 @@ def test_what_is_shown_is_what_stages_are_made_from(capfd):
     name = "configs/quickstart.py:full"
     made = chain_config.stage_configs(chain_config.load(name))
     shown = {s["path"]: s["value"] for s in _show(capfd, f"--config={name}")}
-    slices = {stage: chain_config.slice_of(config) for stage, config in made.items()}
+    slices = {stage: dataclasses.asdict(config) for stage, config in made.items()}
     checked = 0
     for path, value in shown.items():
         stage, *keys = path.split(".")

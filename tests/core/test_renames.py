@@ -80,3 +80,16 @@ def test_an_old_page_is_told_its_new_name():
 def test_an_old_option_is_told_its_new_name(capfd):
     assert main.main(["ablate", "--config=x.py", "--workdir=out", "--borrow=run"]) == 2
     assert "now called 'rag-mm ablate --reuse'" in capfd.readouterr().err
+
+
+def test_files_keep_the_old_names_so_that_fingerprints_stay():
+    config = {"family": "clip", "max_text_len": 24, "patch_size": 8}
+    stored = renames.to_stored(config)
+    assert stored == {"family": "clip", "max_text": 24, "patch_size": 8}
+    assert renames.from_stored(stored) == config == renames.from_stored(config)
+
+
+def test_a_stored_decoder_of_any_version_is_read():
+    old = {"decoder": {"num_layers": 2, "init_std": 0.1, "output_init_std": None}, "alpha": 0.1}
+    new = {"decoder": {"num_layers": 2, "init": {"std": 0.1, "output_std": None}}, "alpha": 0.1}
+    assert renames.from_stored(old) == new == renames.from_stored(new)

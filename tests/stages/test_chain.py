@@ -66,7 +66,7 @@ def test_a_stage_is_refused_in_a_world_it_cannot_work_in(config, world, stage, s
     ("path", "value", "says"),
     [
         ("decoder.model.layers", 3, "decoder.model has no setting 'layers'"),
-        ("decoder.model.positions", "none", "decoder: positions are rope"),
+        ("decoder.model.positions", "none", "decoder: model: positions are rope"),
         ("decoder.masking.prob", 2.0, "prob is 2.0"),
         ("decoder.sequences.num_docs_weights", [0.0, 0.0, 0.0], "num_docs_weights are"),
         ("decoder.sequences.captions_per_image", 0, "captions_per_image is 0"),
@@ -77,6 +77,13 @@ def test_a_stage_is_refused_in_a_world_it_cannot_work_in(config, world, stage, s
         ("generation.top_p", 0.0, "generation: temperature must be at least 0 and top_p"),
         ("generation.num_candidates", 0, "num_candidates is 0"),
         ("report.rows", 3, "report has no setting 'rows'"),
+        ("decoder.mesh", [2], "decoder.mesh is .2.; give tuple"),
+        ("decoder.model.head_dim", "wide", "model.head_dim is 'wide'; give int"),
+        ("decoder.model.dtype", "float99", "dtype is 'float99'; give one of float32"),
+        ("decoder.model.smear_lags", [[1, "x"], []], "smear_lags is .*; give tuple"),
+        ("decoder.alpha", -1.0, "alpha is -1.0; give at least 0"),
+        ("neighbors.max_similarity", "much", "neighbors.max_similarity is 'much'; give float"),
+        ("tokenizer.text.vocab_size", -5, "vocab_size is -5; give at least 256"),
     ],
 )
 def test_a_wrong_value_is_refused_before_anything_runs(config, tmp_path, path, value, says):

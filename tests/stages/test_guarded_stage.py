@@ -102,10 +102,19 @@ def test_a_guard_is_named_on_the_page_or_by_an_override():
     )
 
 
-def test_a_manifest_records_the_whole_guard():
-    assert chain_config.slice_of(load()["decoder"])["loop"]["guard"] is None
+def test_a_manifest_records_a_guard_only_where_there_is_one():
+    """Stages that were finished before loops could have a guard stay finished."""
+    assert "guard" not in chain_config.slice_of(load()["decoder"])["loop"]
     made = load(**{"decoder.loop.guard": "{}"})["decoder"]
     assert chain_config.slice_of(made)["loop"]["guard"]["window"] == update_guard.GuardConfig.window
+
+
+def test_a_manifest_records_what_differs_from_a_models_defaults():
+    """A field that is added to a model's config later does not make finished runs look edited."""
+    model = chain_config.slice_of(load()["decoder"])["model"]
+    assert model["embed_dim"] == 64 and "rope_theta" not in model and "init" not in model
+    changed = load(**{"decoder.model.init.std": "0.01"})["decoder"]
+    assert chain_config.slice_of(changed)["model"]["init"]["std"] == 0.01
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,7 @@ def change(config: dict, path: str, value: object) -> None:
         ("ablation/variants/a:b", {}, "'a:b' is not a valid variant name"),
         ("ablation/seeds", [], "at least one variant and one seed"),
         ("ablation/seeds", [0, -2], "Seed -2 is negative"),
-        ("ablation/seeds", ["a"], "seeds must be integers"),
+        ("ablation/seeds", ["a"], "seeds is .*; give tuple"),
         ("ablation/pairs", [["a"]], "a pair must be two figures"),
         ("ablation/pairs", ["ab"], "a pair must be two figures"),
         ("ablation/stage", "evaluation", "'evaluation', which is not among the config's stages"),

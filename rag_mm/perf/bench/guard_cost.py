@@ -7,13 +7,12 @@ from typing import Any
 
 import optax
 
-from rag_mm.perf.bench import ours, timing
-from rag_mm.perf.bench import steps as bench_models
+from rag_mm.perf.bench import ours, steps, timing
 from rag_mm.train import update_guard
 
 
 def run(
-    config: bench_models.StepBenchConfig,
+    config: steps.StepBenchConfig,
     num_steps: int = 1,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Mapping[str, Any]]:
@@ -37,16 +36,16 @@ def run(
 
 
 def _measure(
-    config: bench_models.StepBenchConfig, width: int, num_steps: int, say: Callable[[str], None]
+    config: steps.StepBenchConfig, width: int, num_steps: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
     say(f"training, width {width}, with and without the guard")
     model, rows = config.model(width), config.rows()
-    adam = optax.adam(bench_models.LEARNING_RATE)
-    steps = [
+    adam = optax.adam(steps.LEARNING_RATE)
+    train_steps = [
         ours.make_train_step(model, tx)
         for tx in (update_guard.guard(adam, update_guard.GuardConfig()), adam)
     ]
-    calls = [functools.partial(step, rows, num_steps) for step in steps]
+    calls = [functools.partial(step, rows, num_steps) for step in train_steps]
     guarded, plain = timing.rounds(calls, config.num_rounds, is_warm=True)
     ratios = [p / g for g, p in zip(guarded, plain, strict=True)]
     num_tokens = rows["tokens"].size * num_steps

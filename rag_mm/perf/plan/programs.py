@@ -20,8 +20,7 @@ from rag_mm.decode import sampler
 from rag_mm.models import ra_cm3
 from rag_mm.nn import param_trees
 from rag_mm.perf import chips
-from rag_mm.train import optimizer, train_step
-from rag_mm.train import train_state as state
+from rag_mm.train import optimizer, train_state, train_step
 
 BATCH_DTYPES = {
     "tokens": jnp.int32,
@@ -102,12 +101,12 @@ def lower_train(case: Case, mesh: Mesh) -> jax.stages.Lowered:
         for name, dtype in BATCH_DTYPES.items()
     }
     with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):
-        train_state = jax.eval_shape(
-            lambda p: state.TrainState(jnp.int32(0), p, tx.init(p)), params
+        state = jax.eval_shape(
+            lambda p: train_state.TrainState(jnp.int32(0), p, tx.init(p)), params
         )
         loss_fn = partial(ra_cm3.loss_fn, config=config)
         return train_step.make_train_step(graphdef, loss_fn, tx, 0, case.num_parts).lower(
-            train_state, batch
+            state, batch
         )
 
 

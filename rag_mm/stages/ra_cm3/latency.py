@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from rag_mm.core import files, run_folder
+from rag_mm.core import run_folder
 from rag_mm.decode import tasks
 from rag_mm.decode.sampler import Sampling
 from rag_mm.memory import policy
@@ -48,18 +48,18 @@ def _make_retrieval(
     run: run_folder.Run, context: generate_samples.EvalContext, captions: list[str]
 ) -> Callable[[], object]:
     memory = build_memory.open_memory(run)
-    settings = files.read_json(run.finished_stage("neighbors") / find_neighbors.POLICY)
+    max_similarity, split_phrases = find_neighbors.load_policy(run)
     vectors, search = memory.embeddings("mixed"), memory.index("mixed").search
     row_keys = np.full(len(memory), policy.NO_KEY)
 
     def retrieve() -> object:
-        queries, counts = policy.split_queries(captions, settings.get("split_phrases", False))
+        queries, counts = policy.split_queries(captions, split_phrases)
         return policy.find_neighbors(
             search,
             context.encoder.encode_text(queries),
             vectors,
             num_neighbors=context.decoder.layout.max_docs,
-            max_similarity=settings["max_similarity"],
+            max_similarity=max_similarity,
             query_rows=np.full(len(captions), -1),
             query_keys=np.full(len(captions), policy.NO_KEY),
             row_keys=row_keys,

@@ -10,7 +10,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from rag_mm.core import checks, configuration, files, run_folder, sharding
+from rag_mm.core import checks, configuration, files, renames, run_folder, sharding
 from rag_mm.core.errors import UserError
 from rag_mm.data.sequences import Example, Layout
 from rag_mm.decode.tasks import Generator
@@ -70,7 +70,8 @@ class DecoderStageConfig:
         training.check_config(self.optimizer, self.loop, self.batch_size)
         checks.at_least(self, 0, "alpha")
         checks.at_least(self, 1, "num_watched")
-        shape = DecoderConfig(vocab_size=VOCAB_MULTIPLE, max_seq_len=1, **dict(self.model))
+        sizes = dict(vocab_size=VOCAB_MULTIPLE, max_seq_len=1)
+        shape = configuration.make(DecoderConfig, {**sizes, **self.model}, "model")
         if shape.head_dim is None and shape.embed_dim % shape.num_heads:
             raise ValueError(
                 f"model.num_heads is {shape.num_heads}, which does not divide embed_dim={shape.embed_dim}"
@@ -230,7 +231,7 @@ def load_params(stage_dir: epath.Path, image_tokenizer: frozen.FrozenTokenizer) 
             f"{stage_dir} was trained on codes of tokenizer {record['tokenizer'][:12]}, not of "
             f"{image_tokenizer.fingerprint[:12]}; use the tokenizer that it was trained with."
         )
-    model = dict(record["model"])
+    model = renames.from_stored(record["model"])
     try:
         model_config = ra_cm3.RACM3Config(DecoderConfig(**model.pop("decoder")), **model)
     except (TypeError, ValueError) as error:
@@ -238,7 +239,7 @@ def load_params(stage_dir: epath.Path, image_tokenizer: frozen.FrozenTokenizer) 
             f"{stage_dir} contains a model of another version ({error}); train it again."
         ) from None
     loaded = frozen.load_params(stage_dir / "params", partial(_make_model, model_config, 0))
-    layout = Layout(**record["layout"])
+    layout = Layout(**renames.from_stored(record["layout"]))
     return Generator(loaded.graphdef, loaded.params, image_tokenizer.vocabulary, layout)
 
 

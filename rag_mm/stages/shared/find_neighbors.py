@@ -120,6 +120,17 @@ def run(config: NeighborsStageConfig, run: run_folder.Run, stage_dir: epath.Path
     }
 
 
+def load_policy(run: run_folder.Run) -> tuple[float, bool]:
+    """The retrieval policy of a run: `max_similarity`, and whether captions are split into phrases.
+
+    Raises:
+        UserError: the stage is missing, unfinished or edited.
+    """
+    rules = files.read_json(run.finished_stage("neighbors") / POLICY)
+    # Earlier runs call it by_phrase, the first ones lack it.
+    return rules["max_similarity"], rules.get("split_phrases", rules.get("by_phrase", False))
+
+
 def _write(path: epath.Path, array: np.ndarray) -> None:
     if jax.process_index() == 0:
         files.write_array(path, array)

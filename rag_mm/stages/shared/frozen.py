@@ -16,7 +16,7 @@ from etils import epath
 from flax import nnx
 
 from rag_mm.convert import table, weights
-from rag_mm.core import digests, files
+from rag_mm.core import digests, files, renames
 from rag_mm.core.errors import UserError
 from rag_mm.data import public_text, vocabulary
 from rag_mm.models import clip
@@ -185,7 +185,7 @@ def _save(
         folder / PARAMS, safetensors.numpy.save(table.leaves_by_path(jax.device_get(params)))
     )
     text_vocabulary.save(folder / VOCABULARY)
-    files.write_json(folder / CONFIG, config)
+    files.write_json(folder / CONFIG, renames.to_stored(config))
 
 
 def _load_model(folder: epath.Path, make_model: Callable[[], nnx.Module]) -> LoadedModel:
@@ -206,7 +206,7 @@ def _read_config(folder: epath.Path, family: str) -> dict[str, Any]:
     config = files.read_json(folder / CONFIG)
     if not isinstance(config, dict) or config.pop("family", None) != family:
         raise UserError(f"{folder} does not contain a model of the family {family}.")
-    return config
+    return renames.from_stored(config)
 
 
 def _tuples(value: Any) -> Any:

@@ -36,7 +36,7 @@ class OwnImages:
     documents: str
     image_size: int = 32
     held_out_share: float = 0.1
-    digest: str = ""
+    digest: str = dataclasses.field(init=False, default="")
 
     def __post_init__(self):
         if not self.documents:
