@@ -113,16 +113,16 @@ def test_a_strangers_words_stay_words(client):
         ("/search", dict(json={}), 400, "field text is missing"),
         ("/search", dict(json=[1]), 400, "not a JSON object"),
         ("/search", dict(json={"text": "a", "k": 0}), 400, "field k must be an integer from 1 to 60"),
-        ("/search", dict(json={"text": "a", "k": [1]}), 400, "field k is no number"),
+        ("/search", dict(json={"text": "a", "k": [1]}), 400, "field k must be an integer"),
         ("/search", dict(json={"text": "a", "view": "x"}), 400, "no view 'x'"),
         ("/search", dict(json={"document": "none"}), 400, "no document with the id 'none'"),
         ("/search", dict(content=b"GIF89a", headers=PICTURE), 400, "not a JPEG, PNG or WebP"),
         ("/search", dict(content=b"", headers=PICTURE), 400, "it is empty"),
         ("/search", dict(json={"text": "a" * (1 << 16)}), 413, "more than 65,536 bytes"),
         ("/search", dict(data={"text": "a"}), 415, "neither application/json"),
-        ("/generate", dict(json={"text": "a", "docs": 3}), 400, "field docs is no number"),
+        ("/generate", dict(json={"text": "a", "docs": 3}), 400, "field docs must be an integer"),
         ("/generate", dict(json={"text": "a " * 99, "docs": 0}), 400, "shorten it"),
-        ("/caption", dict(json={"docs": 1}), 400, "There is no picture"),
+        ("/caption", dict(json={"docs": 1}), 400, "no image to caption"),
         ("/none", dict(json={}), 404, "Not Found"),
     ],
 )  # fmt: skip
@@ -150,7 +150,7 @@ def test_only_this_machine_is_answered(client):
     ("words", "complaint"),
     [
         (["nowhere"], "nowhere"),
-        (["nowhere", "--port=70000"], "--port=70000 is no port"),
+        (["nowhere", "--port=70000"], "--port=70000 is not a port"),
         ([], "RUN"),
     ],
 )

@@ -60,7 +60,7 @@ def test_a_finished_quickstart_is_asked(finished):
     [
         ("shots", (-1,), "shots are"),
         ("views", ("smell",), "no view 'smell'"),
-        ("order", "upside_down", "no order 'upside_down'"),
+        ("order", "upside_down", "unknown order 'upside_down'"),
         ("num_test", 1, "num_test is 1"),
     ],
 )

@@ -91,7 +91,7 @@ def test_neighbors_of_two_processes_are_those_of_one(tiny_run, tmp_path):
         (["--num-processes=2"], "together"),
         (["--coordinator=127.0.0.1:1"], "together"),
         (["--coordinator=auto", "--process-id=1"], "leave them out"),
-        (["--coordinator=a:1", "--num-processes=0", "--process-id=0"], "count from 0"),
+        (["--coordinator=a:1", "--num-processes=0", "--process-id=0"], "give at least 1"),
     ],
 )
 def test_mistakes(words, complaint, tmp_path, capsys):
