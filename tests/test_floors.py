@@ -123,6 +123,19 @@ def test_a_system_imports_the_engine_shared_and_what_its_paper_builds_on():
     assert not wrong
 
 
+def test_a_systems_model_imports_no_other_systems():
+    """Except that of the paper it builds on; the language models below them (cm3, clip, llama) are for all."""
+    wrong = []
+    for path in (PACKAGE / "models").rglob("*.py"):
+        own = path.relative_to(PACKAGE / "models").parts[0].removesuffix(".py")
+        for name, _ in _imports(path):
+            parts = name.split(".")
+            other = parts[2] if name.startswith("rag_mm.models.") else ""
+            if other in SYSTEMS and other != own and other not in SYSTEMS.get(own, set()):
+                wrong.append(f"{path.relative_to(PACKAGE).as_posix()} imports {name}")
+    assert not wrong
+
+
 def test_every_system_of_stages_is_listed():
     folders = {path.name for path in (PACKAGE / "stages").iterdir() if path.is_dir()}
     assert folders - {"__pycache__"} <= set(SYSTEMS)
