@@ -3,7 +3,7 @@
 # make test        lint and the fast tests;  make test-slow  the rest
 # make picture     the README's first picture, from the story of runs/quickstart
 # make plans       docs/results/plans.md, by the TPU's compiler; an hour, resumable
-# make lock        resolves requirements.lock anew for Python 3.11-3.13
+# make lock        resolves requirements.lock again for Python 3.11-3.13
 
 SHELL := /bin/bash
 VENV := .venv
