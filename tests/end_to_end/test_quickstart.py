@@ -152,7 +152,7 @@ def test_killed_inside_each_stage_it_gives_the_same_bits(quickstart, tiny_run):
     for before, stage in zip(("", *page.STAGES), page.STAGES, strict=False):
         said = quickstart.kill_inside(stage)
         assert quickstart.status(stage) == "running"
-        assert not before or f"{before}: going on" in said
+        assert not before or f"{before}: resuming" in said
     done = quickstart.run()
     assert done.returncode == 0, done.stderr[-4000:]
     assert metrics(quickstart.workdir) == metrics(tiny_run.workdir)
