@@ -171,7 +171,7 @@ def _decode(data: bytes) -> np.ndarray:
     try:
         return image_decoding.decode(data).pixels
     except image_decoding.BadImage as error:
-        raise UserError(f"The image {error}") from None
+        raise UserError(f"The file {error}") from None
 
 
 def _text(fields: dict[str, Any], name: str, default: str | None = None) -> str:
