@@ -124,7 +124,7 @@ def test_a_system_imports_the_engine_shared_and_what_its_paper_builds_on():
 
 
 def test_a_systems_model_imports_no_other_systems():
-    """Except that of the paper it builds on; the language models below them (cm3, clip, llama) are for all."""
+    """Except that of the paper it builds on; cm3, clip and llama, are for all."""
     wrong = []
     for path in (PACKAGE / "models").rglob("*.py"):
         own = path.relative_to(PACKAGE / "models").parts[0].removesuffix(".py")

@@ -232,9 +232,7 @@ def test_the_page_in_a_browser(workdir, run, tmp_path):
         expect(page.locator("#hits li").first).to_contain_text("1.000")
         # What is refused is said.
         page.set_input_files("#file", tmp_path / "text.png")
-        expect(page.locator("#status")).to_have_text(
-            "The file is not a JPEG, PNG or WebP image."
-        )
+        expect(page.locator("#status")).to_have_text("The file is not a JPEG, PNG or WebP image.")
         assert len(wrong) == 1 and "400" in wrong.pop()
         # A stranger's words are shown and do nothing.
         page.evaluate("() => ask({document: 'stranger'}, 'stranger')")
