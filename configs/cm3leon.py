@@ -9,8 +9,10 @@
     7b      300,000 steps of 7.3 s             not trained here; the paper's model
 
 `plan` prints what one training step of 8M tokens needs of each chip (docs/results/plans.md). Learning rate,
-warm-up and batch are the paper's; betas, clipping and decay are OPT's, on which the paper builds. Override
-single values with `--config.model.decoder.dtype=float32` and the like.
+warm-up and batch are the paper's; betas, clipping, weight decay and the linear schedule, which ends at a
+tenth of the peak, are OPT's, on whose code the paper builds. Left different: the paper restarted 760m and 7b
+with a higher rate after one epoch (figure 3), here one schedule covers all steps. Override single values with
+`--config.model.decoder.dtype=float32` and the like.
 """
 
 import dataclasses
@@ -39,6 +41,7 @@ def get_config(preset: str) -> dict:
             b2=0.95,
             weight_decay=0.1,
             clip_norm=1.0,
+            end_rate=0.1,
         ),
         num_steps=num_steps,
         batch_size=256 if is_tiny else 2048,  # sequences of max_seq_len tokens: 8M tokens

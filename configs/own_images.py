@@ -39,8 +39,8 @@ def get_config(preset: str) -> dict:
             captions_per_image=1,
         ),
         memory=config.get("memory", {}),
-        # Without classes the bound cannot be calibrated. It only keeps copies out: in a small retriever's
-        # space the right documents are nearer than the 0.9 of RA-CM3.
+        # The bound on similarity only keeps copies out: in a small retriever's space the right documents are
+        # nearer than the 0.9 of RA-CM3.
         neighbors=config["neighbors"]
         | dict(captions_per_image=2, max_similarity=0.98, min_same_class=0.0),
         decoder=decoder

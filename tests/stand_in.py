@@ -12,6 +12,7 @@ class StandInEncoder:
 
     dim = 24
     image_size = 8
+    image_batch = text_batch = 4
 
     def __init__(self, fingerprint: str = "stand-in"):
         self.fingerprint = fingerprint
@@ -40,6 +41,7 @@ class StandInTokenizer:
     """Codes are the brightness of each quadrant."""
 
     image_size = 8
+    image_batch = 4
 
     def __init__(self, fingerprint: str = "stand-in codes"):
         self.fingerprint = fingerprint

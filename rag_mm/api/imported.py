@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -69,8 +69,11 @@ class ImportedChameleon(language_model.LanguageModel):
         """Image tokens, int32 [B, N], of images uint8 [H, W, 3] of any size, preprocessed for Chameleon."""
         size = self.model.vq.image_size
         fitted = np.stack([preprocess.scale_and_crop(image, size, "lanczos") for image in images])
-        encode = self.vq.compile("encode")
-        codes = frozen.in_batches(lambda batch: encode(image_ops.to_float(batch)), fitted, 8)
+        codes = frozen.in_batches(
+            lambda batch: self._encode(image_ops.to_float(batch)),
+            fitted,
+            image_ops.num_at_once(size),
+        )
         return np.asarray(self.model.code_tokens, np.int32)[codes]
 
     def prompt(self, parts: Sequence[str | np.ndarray]) -> list[int]:
@@ -151,7 +154,19 @@ class ImportedChameleon(language_model.LanguageModel):
             codes = chameleon.tokens_to_codes(self.model.code_tokens, tokens)
         except ValueError as error:
             raise UserError(f"{error}.") from None
-        return np.asarray(image_ops.to_uint8(self.vq.compile("decode")(codes)))
+        return frozen.in_batches(
+            lambda batch: image_ops.to_uint8(self._decode(batch)),
+            codes,
+            image_ops.num_at_once(self.model.vq.image_size),
+        )
+
+    @functools.cached_property
+    def _encode(self) -> Callable[..., jax.Array]:
+        return self.vq.compile("encode")
+
+    @functools.cached_property
+    def _decode(self) -> Callable[..., jax.Array]:
+        return self.vq.compile("decode")
 
 
 ImportedModel = DualEncoder | language_model.LanguageModel

@@ -47,13 +47,14 @@ class GeneratedCaptions:
     """Captions, and the documents that the model read first.
 
     Attributes:
-        captions: N texts, likeliest first.
-        log_probs: the log-probability of each caption, in nats.
+        captions: N texts, likeliest first: by mean log-probability per token, which is by perplexity, so that
+            short captions have no advantage.
+        mean_log_probs: the mean log-probability per token of each caption, in nats.
         neighbors: the documents read, as in `GeneratedImages`.
     """
 
     captions: list[str]
-    log_probs: list[float]
+    mean_log_probs: list[float]
     neighbors: RetrievedDocuments
 
 
@@ -72,17 +73,14 @@ class Session:
         image_tokenizer: images to codes and back.
         encoder: the retriever, images and texts to unit vectors.
         memory: the retrieval memory; see `rag_mm.memory.retrieval_memory.Memory`.
-        max_similarity: retrieval skips documents with a higher cosine similarity to the query, or to a
-            document already chosen.
-        split_phrases: whether retrieval splits captions at " and " and searches for each phrase.
+        rules: which documents retrieval skips as redundant, and whether it splits captions into phrases.
     """
 
     generator: tasks.Generator
     image_tokenizer: frozen.FrozenTokenizer
     encoder: frozen.FrozenRetriever
     memory: Memory
-    max_similarity: float
-    split_phrases: bool = False
+    rules: policy.Rules = policy.Rules()
 
     def generate(
         self,
@@ -160,26 +158,25 @@ class Session:
             num: number of captions; sample several with a temperature above 0.
 
         Returns:
-            `num` captions, likeliest first, with log-probabilities in nats, and the documents read.
+            `num` captions, those of the highest mean log-probability per token first, these means in nats,
+            and the documents read.
 
         Raises:
             UserError: an argument is out of range, or a document has no image.
         """
         sampling = _sampling(temperature, top_p)
         _check_count("num", num)
-        codes = self.image_tokenizer.encode(
-            image_files.fit(image, self.image_tokenizer.image_size)[None]
-        )
+        codes = self._codes(image)
         retrieved, examples = self._documents(documents, docs, {"image": image})
-        captions, log_probs = tasks.generate_captions(
+        captions, means = tasks.generate_captions(
             self.generator,
             np.repeat(codes, num, axis=0),
             [examples] * num,
             tasks.make_seeds(seed, num),
             sampling,
         )
-        order = np.argsort(-log_probs, kind="stable")
-        return GeneratedCaptions([captions[i] for i in order], log_probs[order].tolist(), retrieved)
+        order = np.argsort(-means, kind="stable")
+        return GeneratedCaptions([captions[i] for i in order], means[order].tolist(), retrieved)
 
     def infill(
         self,
@@ -216,10 +213,7 @@ class Session:
         sampling = _sampling(temperature, top_p)
         _check_count("num", num)
         masked_codes = self._codes_in_band(band)
-        codes = self.image_tokenizer.encode(
-            image_files.fit(image, self.image_tokenizer.image_size)[None]
-        )[0]
-        main = sequences.Example(self._text(prompt), codes)
+        main = sequences.Example(self._text(prompt), self._codes(image)[0])
         retrieved, examples = self._documents(documents, docs, {"text": prompt})
         sampled = tasks.infill_codes(
             self.generator,
@@ -270,21 +264,23 @@ class Session:
     def _retrieve(
         self, query: dict[str, Any], count: int
     ) -> tuple[list[Document], list[float | None]]:
-        """Retrieves with the policy used in training; documents without an image are skipped."""
-        counts = None
+        """Retrieves with the rules used in training; documents without an image are skipped."""
+        counts = codes = None
+        if "image" in query and self.rules.max_equal_codes < 1:
+            codes = self._codes(query["image"])
         if "text" in query:
-            phrases, counts = policy.split_queries([query["text"]], self.split_phrases)
+            phrases, counts = policy.split_queries([query["text"]], self.rules.split_phrases)
             query = {"text": phrases}
         neighbors = policy.find_neighbors(
             self.memory.index("mixed").search,
             self.memory.encode(**query),
             self.memory.embeddings("mixed"),
             num_neighbors=4 * count,
-            max_similarity=self.max_similarity,
             query_rows=np.array([-1]),
             query_keys=np.array([policy.NO_KEY]),
             row_keys=np.full(len(self.memory), policy.NO_KEY),
             counts=counts,
+            **self.rules.bounds(self.memory.read_codes, codes),
         )
         present = neighbors.ids[0] >= 0
         documents = [self.memory.document(int(row)) for row in neighbors.ids[0][present]]
@@ -295,11 +291,13 @@ class Session:
     def _example(self, document: Document) -> sequences.Example:
         if document.image is None:
             raise UserError(f"Document {document.id!r} has no image, which this model needs.")
-        codes = self.image_tokenizer.encode(
-            image_files.fit(document.image, self.image_tokenizer.image_size)[None]
-        )[0]
         corpus = coded_corpus.Corpus(self.generator.layout, self.image_tokenizer)
-        return corpus.example(document.text, codes)
+        return corpus.example(document.text, self._codes(document.image)[0])
+
+    def _codes(self, image: np.ndarray) -> np.ndarray:
+        """Codes int32 [1, N] of an image uint8 [H, W, 3] of any size."""
+        pixels = image_files.fit(image, self.image_tokenizer.image_size)
+        return self.image_tokenizer.encode(pixels[None])
 
     def _codes_in_band(self, band: tuple[int, int]) -> tuple[int, int]:
         """(first code, last code + 1) in raster order of a band of pixel rows."""
@@ -332,8 +330,8 @@ def load(workdir: epath.PathLike) -> Session:
     encoder = train_retriever.load_encoder(run.workdir)
     # Not `finished_stage`: users may add documents to a run's memory, and Memory.open checks it itself.
     memory = Memory.open(run.stage_dir("memory"), encoder)
-    max_similarity, split_phrases = find_neighbors.load_policy(run)
-    return Session(generator, image_tokenizer, encoder, memory, max_similarity, split_phrases)
+    rules = find_neighbors.load_policy(run)
+    return Session(generator, image_tokenizer, encoder, memory, rules)
 
 
 def _sampling(temperature: float, top_p: float) -> Sampling:

@@ -32,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="copy finished stages from these runs where config and inputs are the same",
     )
     parser.add_argument(
+        "--table",
+        action="store_true",
+        help="only make the table again, from the cells that are in the folder; run nothing",
+    )
+    parser.add_argument(
         "--overwrite", action="store_true", help="rebuild stages whose config or inputs changed"
     )
 
@@ -45,6 +50,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from rag_mm.stages import chain_config, run_ablation
 
     config = chain_config.load(args.config, args.overrides)
+    if args.table:
+        table = run_ablation.make_table(config, args.workdir, seeds=args.seeds)
+        return {"workdir": args.workdir, "ok": not table["missing"], "table": table}
     table = run_ablation.run_ablation(
         config,
         args.workdir,

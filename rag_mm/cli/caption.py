@@ -11,11 +11,17 @@ from rag_mm.cli import session_args
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `rag-mm caption`."""
     parser.add_argument("--image", required=True, help="JPEG, PNG or WebP file")
-    session_args.add_arguments(parser, temperature=0.0, top_p=1.0)
+    number = "number of captions, printed in the order of their mean log-probability per token"
+    session_args.add_arguments(parser, temperature=0.0, top_p=1.0, number=number)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Captions. Returns `captions`, likeliest first, their `log_probs` in nats, and `neighbors`."""
+    """Captions an image.
+
+    Returns:
+        `captions`, those of the highest mean log-probability per token first, these `mean_log_probs` in nats,
+        and `neighbors`.
+    """
     from rag_mm.data import sources
 
     image = sources.load_image(args.image)
@@ -23,7 +29,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     generated = session_args.load_session(args.workdir).caption(image, **options)
     return {
         "captions": generated.captions,
-        "log_probs": generated.log_probs,
+        "mean_log_probs": generated.mean_log_probs,
         "neighbors": generated.neighbors,
     }
 

@@ -24,7 +24,6 @@ _DOCUMENTS = (
     "or scenes:LEVEL/SPLIT[+SPLIT]/ROLE"
 )
 _SCENES = "scenes:"
-_BATCH_SIZE = 256  # documents that each process encodes at once
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,6 +122,12 @@ def _add_ingestion(parser: argparse.ArgumentParser) -> None:
         default=0.98,
         help="cosine similarity above which images are near-duplicates (default: 0.98)",
     )
+    parser.add_argument(
+        "--image-batch",
+        type=int,
+        metavar="N",
+        help="images encoded at once, a power of two (default: 2 ** 18 pixels in all, at most 256 images)",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -168,6 +173,11 @@ def _check_share(name: str, value: float) -> None:
         raise UserError(f"--{option} is {value}; give a share from 0 to 1.")
 
 
+def _check_image_batch(args: argparse.Namespace) -> None:
+    if args.image_batch is not None and args.image_batch < 1:
+        raise UserError(f"--image-batch is {args.image_batch}; give at least 1.")
+
+
 def _build(args: argparse.Namespace) -> dict[str, Any]:
     from rag_mm.memory.writing import writer
 
@@ -178,6 +188,7 @@ def _build(args: argparse.Namespace) -> dict[str, Any]:
     if (out / "config.json").exists():  # An unfinished memory shares file names with a run.
         raise UserError(f"--out={args.out} already holds a run or a model; choose another folder.")
     process_args.check_arguments(args)
+    _check_image_batch(args)
     writer.check_vacant(out, ("retriever", "tokenizer"))
     documents = _open_documents(args.documents)
     # Join only after the checks above: a process that exits early would leave the others waiting.
@@ -195,19 +206,19 @@ def _build_joined(
 
     from rag_mm.memory import retrieval_memory, shared_encoding
 
-    encoder, tokenizer = load_encoder(retriever), None
+    encoder, tokenizer = load_encoder(retriever, args.image_batch), None
     # In a run the weights are in a subfolder; a folder that holds only a model has no such subfolder.
     weights = {name: retriever / name / "frozen" for name in ("retriever", "tokenizer")}
     carried = {"retriever": retriever}
     carried |= {name: folder for name, folder in weights.items() if folder.is_dir()}
     if "tokenizer" in carried:
-        tokenizer = load_tokenizer(retriever)
+        tokenizer = load_tokenizer(retriever, args.image_batch)
     if jax.process_index():
         shared_encoding.follow(encoder, tokenizer)
         return {"process": jax.process_index()}
     with (
         shared_encoding.lead(encoder, tokenizer) as (encoder, tokenizer),
-        _ingestion(args, documents, encoder, _BATCH_SIZE * jax.process_count()) as options,
+        _ingestion(args, documents, encoder) as options,
     ):
         built = retrieval_memory.Memory.build(
             out, documents, encoder, tokenizer, carried=carried, options=options
@@ -218,12 +229,13 @@ def _build_joined(
 def _add(args: argparse.Namespace) -> dict[str, Any]:
     from rag_mm.memory import retrieval_memory
 
+    _check_image_batch(args)
     before = retrieval_memory.Memory.open(args.memory)
     documents = _open_documents(args.documents)
-    before.attach(load_encoder(before.carried("retriever")))
+    before.attach(load_encoder(before.carried("retriever"), args.image_batch))
     tokenizer = None
     if before.manifest.tokenizer is not None:
-        tokenizer = load_tokenizer(before.carried("tokenizer"))
+        tokenizer = load_tokenizer(before.carried("tokenizer"), args.image_batch)
     with _ingestion(args, documents, before.encoder) as options:
         after = before.add(documents, tokenizer, options=options)
     return _ingested(after, args.rejects)
@@ -234,9 +246,9 @@ def _ingestion(
     args: argparse.Namespace,
     documents: "Documents | RecordStream",
     encoder: "Encoder",
-    batch_size: int = _BATCH_SIZE,
 ) -> "Iterator[Options]":
     """The ingestion options from the arguments, with a progress bar; writes --rejects on failure too."""
+    from rag_mm.memory import shared_encoding
     from rag_mm.memory.writing import ingest_report, near_duplicates, writer
 
     for name in ("max_bad", "similarity"):
@@ -251,7 +263,7 @@ def _ingestion(
         try:
             yield writer.Options(
                 index=getattr(args, "index", "scann"),
-                batch_size=batch_size,
+                batch_size=shared_encoding.documents_at_once(encoder),
                 on_progress=lambda done, _: bar.update(done),
                 max_bad=args.max_bad,
                 exclude=excluded,
@@ -364,15 +376,15 @@ def _open_documents(spec: str) -> "Documents | RecordStream":
     return open_documents.open_documents(spec)
 
 
-def load_encoder(folder: pathlib.Path) -> "Encoder":
+def load_encoder(folder: pathlib.Path, image_batch: int | None = None) -> "Encoder":
     """Loads the retriever of a run, or of a memory's `retriever` folder."""
     from rag_mm.stages.shared import train_retriever
 
-    return train_retriever.load_encoder(folder)
+    return train_retriever.load_encoder(folder, image_batch)
 
 
-def load_tokenizer(folder: pathlib.Path) -> "ImageTokenizer":
+def load_tokenizer(folder: pathlib.Path, image_batch: int | None = None) -> "ImageTokenizer":
     """Loads the image tokenizer of a run, or of a memory's `tokenizer` folder."""
     from rag_mm.stages.shared import train_tokenizer
 
-    return train_tokenizer.load_tokenizer(folder)
+    return train_tokenizer.load_tokenizer(folder, image_batch)

@@ -19,8 +19,13 @@ if TYPE_CHECKING:
     from rag_mm.api.session import Session
 
 
-def add_arguments(parser: argparse.ArgumentParser, temperature: float, top_p: float) -> None:
-    """Adds --workdir, the document options and the sampling options."""
+def add_arguments(
+    parser: argparse.ArgumentParser,
+    temperature: float,
+    top_p: float,
+    number: str = "number of outputs",
+) -> None:
+    """Adds --workdir, the document options and the sampling options; `number` says what --num counts."""
     parser.add_argument("--workdir", required=True, metavar="RUN", help="finished run")
     parser.add_argument(
         "--docs",
@@ -34,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser, temperature: float, top_p: fl
         metavar="DIR",
         help="condition on this folder's documents instead of retrieving",
     )
-    parser.add_argument("--num", type=int, default=1, help="number of outputs (default: 1)")
+    parser.add_argument("--num", type=int, default=1, help=f"{number} (default: 1)")
     parser.add_argument(
         "--seed",
         type=int,

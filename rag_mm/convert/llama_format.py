@@ -96,7 +96,13 @@ def write_config(config: DecoderConfig) -> dict[str, Any]:
 
 def check_family(config: DecoderConfig, family: str, **settings: Any) -> None:
     """Raises UserError if a decoder is not of a family; `settings` are further ones that the family fixes."""
-    fixed = {"norm": "rmsnorm", "positions": "rope", "mlp": "swiglu", "smear_lags": ()}
+    fixed = {
+        "norm": "rmsnorm",
+        "positions": "rope",
+        "mlp": "swiglu",
+        "smear_lags": (),
+        "scale_embeddings": False,
+    }
     for name, expected in (fixed | settings).items():
         if (value := getattr(config, name)) != expected:
             raise UserError(

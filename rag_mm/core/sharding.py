@@ -174,6 +174,21 @@ def _put_rows(x: np.ndarray, sharding: NamedSharding, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_callback((num_rows, *x.shape[1:]), sharding, take)
 
 
+def sum_rows(values: np.ndarray, mesh: Mesh) -> float:
+    """The sum of one value for each example of a batch, in every process.
+
+    Args:
+        values: float [rows], those of this process's `local_rows`. An example that several processes hold
+            counts once. Every process calls this, in the same order.
+        mesh: the mesh of the batch.
+    """
+    if jax.process_count() == 1:
+        return float(values.sum())
+    placed = put_batch({"values": values.astype(np.float32)}, mesh)["values"]
+    add = jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return float(add(placed))
+
+
 def split_batch(batch: dict, num_parts: int) -> dict:
     """Reshapes arrays [B, ...] to [num_parts, B / num_parts, ...]; every device splits its own examples.
 

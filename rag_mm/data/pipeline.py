@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -15,6 +16,8 @@ T = TypeVar("T", covariant=True)
 
 # Key of a batch that holds the indices of its source records, int64 [B].
 RECORDS = "records"
+# One thread next to the training step: more would only wait for Python's global lock.
+_READING = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 
 class RecordSource(Protocol[T]):
@@ -38,12 +41,14 @@ def make_batches(
     start: int = 0,
     num_workers: int = 0,
     rows: range | None = None,
+    whole_epochs: bool = False,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Shuffles, transforms and batches records, for some epochs or without end.
 
     Every epoch has its own order. `seed` and i alone determine example i of the whole run: its record and
     the generator passed to the transform. Batches therefore do not depend on threads, workers or
-    interruptions. A batch may span two epochs; an incomplete last batch is dropped.
+    interruptions. A batch may span two epochs, and then hold a record twice, unless `whole_epochs`; an
+    incomplete last batch is dropped.
 
     Args:
         source: the records.
@@ -59,6 +64,9 @@ def make_batches(
         num_workers: processes that read and transform; 0 uses a thread of this process.
         rows: which examples of each batch to make, if other processes make the rest
             (`sharding.local_rows`); None makes all. The iterator's state does not depend on it.
+        whole_epochs: batches do not span epochs, so none holds a record twice; the records that do not fill
+            an epoch's last batch, other ones in every epoch, are left out. For losses that compare the
+            examples of a batch with each other.
 
     Returns:
         An iterator over dicts of arrays [batch_size, ...], including `RECORDS`. `get_state()` returns a JSON
@@ -68,28 +76,72 @@ def make_batches(
         UserError: the records do not fill a single batch.
         ValueError: the numbers of transforms and shares differ.
     """
-    num_records = len(source)
-    if not num_records or (num_epochs is not None and num_records * num_epochs < batch_size):
-        raise UserError(
-            f"{num_records} records do not fill one batch of {batch_size}; add records or use"
-            " a smaller batch_size."
-        )
+    _check_filled(len(source), batch_size, 1 if whole_epochs else num_epochs)
     seeds = np.random.SeedSequence(seed).spawn(len(transforms))
-    maker = _BatchMaker(source, batch_size, rows or range(batch_size), num_epochs)
+    maker = _BatchMaker(source, batch_size, rows or range(batch_size), num_epochs, whole_epochs)
     mixture = [
         (maker.make(transform, transform_seed), float(share))
         for transform, share, transform_seed in zip(transforms, shares, seeds, strict=True)
         if share > 0
     ]
     dataset = grain.MapDataset.mix(*zip(*mixture, strict=True))
-    # One thread next to the training step: more would only wait for Python's global lock.
-    reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-    batches = dataset[start:].to_iter_dataset(reading)
+    batches = dataset[start:].to_iter_dataset(_READING)
     if num_workers:
         if not flags.FLAGS.is_parsed():  # Grain's worker processes require parsed absl flags.
             flags.FLAGS.mark_as_parsed()
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
     return iter(batches)
+
+
+def make_array_batches(
+    num_records: int,
+    batch_size: int,
+    seed: int,
+    take: Callable[[np.ndarray], dict[str, np.ndarray]],
+    rows: range | None = None,
+) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+    """Shuffles and batches records that lie in arrays, without end, with one call per batch.
+
+    For records so small that `make_batches`, which takes tens of microseconds for each, would be slower than
+    the training step. Every epoch has its own order, and its batches hold no record twice; the records that
+    do not fill its last batch, other ones in every epoch, are left out. `seed` and i alone determine batch i.
+
+    Args:
+        num_records: records are numbered from 0.
+        batch_size: examples per batch.
+        seed: at least 0.
+        take: record numbers, int64 [B] -> arrays [B, ...]. It runs in a separate thread.
+        rows: as for `make_batches`.
+
+    Returns:
+        An iterator as of `make_batches`.
+
+    Raises:
+        UserError: the records do not fill a single batch.
+    """
+    _check_filled(num_records, batch_size, 1)
+    rows = rows or range(batch_size)
+
+    # Two, so that batches of one epoch may still be asked for when the next has begun.
+    @functools.lru_cache(maxsize=2)
+    def order(epoch: int) -> np.ndarray:
+        return np.random.default_rng((seed, epoch)).permutation(num_records)
+
+    def make(index: int) -> dict[str, np.ndarray]:
+        epoch, batch = divmod(index, num_records // batch_size)
+        first = batch * batch_size
+        records = order(epoch)[first + rows.start : first + rows.stop]
+        return {RECORDS: records, **take(records)}
+
+    return iter(grain.MapDataset.range(sys.maxsize).map(make).to_iter_dataset(_READING))
+
+
+def _check_filled(num_records: int, batch_size: int, num_epochs: int | None) -> None:
+    if not num_records or (num_epochs is not None and num_records * num_epochs < batch_size):
+        raise UserError(
+            f"{num_records} records do not fill one batch of {batch_size}; add records or use"
+            " a smaller batch_size."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,18 +152,17 @@ class _BatchMaker:
     batch_size: int
     rows: range
     num_epochs: int | None
+    whole_epochs: bool
 
     def make(self, transform: Transform, seed: np.random.SeedSequence) -> grain.MapDataset:
         """All batches of one transform."""
         # Grain shuffles epoch e with seed + e, so adjacent seeds would repeat each other's epochs.
         shuffle_seed, transform_seed = seed.generate_state(2).tolist()
-        examples = (
-            grain.MapDataset.range(len(self.source))
-            .shuffle(shuffle_seed)
-            .repeat(self.num_epochs)
-            .random_map(
-                functools.partial(_make_example, self.source, transform), seed=transform_seed
-            )
+        order = grain.MapDataset.range(len(self.source)).shuffle(shuffle_seed)
+        if self.whole_epochs:
+            order = order[: len(order) // self.batch_size * self.batch_size]
+        examples = order.repeat(self.num_epochs).random_map(
+            functools.partial(_make_example, self.source, transform), seed=transform_seed
         )
         batches = _LocalExamples(examples, self.batch_size, self.rows)
         return batches.batch(len(self.rows), drop_remainder=True)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rag_mm.core.errors import UserError
-from rag_mm.core.roles import IGNORED, MAIN, RETRIEVED
+from rag_mm.core.roles import IGNORED, MAIN, RETRIEVED, SENTINEL
 from rag_mm.data import masking
 from rag_mm.data.vocabulary import Vocabulary
 
@@ -125,8 +125,8 @@ def make_row(
     Returns:
         Arrays [layout.length]. `tokens`, `targets` (the next token), `positions` and
         `segment_ids` (1, padding 0) are int32. `roles`, int8, is the role of the target: 1 belongs to
-        the main document, 2 to a retrieved one (including its BRK and moved spans), 0 takes no loss
-        (padding, sentinels).
+        the main document, 2 to a retrieved one (including its BRK and moved spans), 3 is a sentinel, 0
+        padding.
 
     Raises:
         UserError: more documents than the layout holds.
@@ -305,7 +305,7 @@ def _mask(
     marks = masking.make_marks(len(spans), vocabulary)
     tokens = np.concatenate([parts.tokens, marks])[source]
     roles = np.concatenate(
-        [parts.roles, np.full(len(spans), IGNORED, np.int8), parts.roles[starts]]
+        [parts.roles, np.full(len(spans), SENTINEL, np.int8), parts.roles[starts]]
     )
     # A sentinel in place gets the position of its span's start; marks at the end are renumbered below.
     marks_at = np.tile(parts.positions[starts], 2)

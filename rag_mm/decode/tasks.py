@@ -107,7 +107,8 @@ def generate_captions(
         docs, seeds, sampling, batch_size: as for `generate_codes`.
 
     Returns:
-        Captions, and the log-probability of each in nats.
+        Captions, and the mean log-probability per token of each, in nats, including the token that ends it;
+        exp(-mean) is the perplexity, which compares captions of different lengths.
 
     Raises:
         UserError: more documents than the layout has room for.
@@ -129,11 +130,13 @@ def generate_captions(
         batch_size,
         stop=vocabulary.eoss,
     )
+    lengths = [_text_len(tokens, vocabulary.eoss) for tokens in sampled.tokens]
     captions = [
-        vocabulary.decode_text(tokens[: _text_len(tokens, vocabulary.eoss)])
-        for tokens in sampled.tokens
+        vocabulary.decode_text(tokens[:length])
+        for tokens, length in zip(sampled.tokens, lengths, strict=True)
     ]
-    return captions, sampled.log_probs.sum(axis=1)
+    num_tokens = np.array(lengths, np.float32) + 1
+    return captions, sampled.log_probs.sum(axis=1) / num_tokens
 
 
 def infill_codes(

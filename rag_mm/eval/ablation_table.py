@@ -5,11 +5,13 @@ file as soon as it is measured, so a killed run resumes with the next cell. The 
 difference of two metrics of the same cell, document by document.
 
 A difference counts as a claim when it has the same sign at all of at least three seeds and exceeds two
-standard errors, taken over the seeds' mean differences.
+standard errors, taken over the seeds' mean differences. A seed that a check stopped, or that diverged, counts
+as a failure: no difference of its variant is a claim, however the other seeds came out.
 """
 
 import dataclasses
 import difflib
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +27,7 @@ from rag_mm.eval import statistics
 
 MINUS = " - "
 MIN_SEEDS = 3
+FAILED = ".failed.json"
 
 Cell = Mapping[str, np.ndarray]
 Measure = Callable[[str, int], Mapping[str, npt.ArrayLike]]
@@ -116,6 +119,44 @@ def run(
     return _table(variants, seeds, cells, errors)
 
 
+def write(table: Table, directory: epath.PathLike, figures: Sequence[str]) -> None:
+    """Writes the named figures of all cells (all figures if none is named), and failures, for `read`.
+
+    Values have seven digits: the files are kept under version control.
+    """
+    for cell, values in table.cells.items():
+        kept = {
+            name: [float(f"{value:.7g}") for value in values[name]]
+            for name in figures or values
+            if name in values
+        }
+        path = cell_path(directory, *cell)
+        files.write_atomic(path, files.canonical_json({"figures": kept}).encode())
+        path.with_suffix(FAILED).unlink(missing_ok=True)
+    for cell, reason in table.failed.items():
+        files.write_json(cell_path(directory, *cell).with_suffix(FAILED), {"reason": reason})
+
+
+def read(variants: Sequence[str], seeds: Sequence[int], directory: epath.PathLike) -> Table:
+    """The table of the cells and failures that `write` left in a directory.
+
+    Raises:
+        UserError: an invalid variant name or seed, a damaged cell, or no cell at all.
+    """
+    check_names(variants, seeds)
+    cells, errors = {}, {}
+    for cell in itertools.product(variants, seeds):
+        path = cell_path(directory, *cell)
+        failure = path.with_suffix(FAILED)
+        if path.exists():
+            cells[cell] = _finite(_content(path, {"figures"})["figures"])
+        elif failure.exists():
+            errors[cell] = UserError(files.read_json(failure)["reason"])
+    if not cells:
+        raise UserError(f"{directory} has no finished cell of this ablation.")
+    return _table(variants, seeds, cells, errors)
+
+
 def cell_path(directory: epath.PathLike, variant: str, seed: int) -> epath.Path:
     """The file of one cell."""
     return epath.Path(directory) / variant / f"seed{seed}.json"
@@ -136,7 +177,7 @@ def summary(table: Table, figure: str, variant: str) -> dict[str, Any] | None:
     by_seed = {seed: table.values(variant, seed, figure) for seed in table.seeds}
     measured = {seed: values for seed, values in by_seed.items() if values is not None}
     described = _describe(measured, f"{variant}: {figure}")
-    return described if described is None or MINUS not in figure else _judged(described)
+    return described if MINUS not in figure else _judged(described, _failures(table, variant))
 
 
 def compare(table: Table, figure: str, ours: str, theirs: str) -> dict[str, Any] | None:
@@ -154,8 +195,7 @@ def compare(table: Table, figure: str, ours: str, theirs: str) -> dict[str, Any]
         left, right = (table.values(variant, seed, figure) for variant in (ours, theirs))
         if left is not None and right is not None:
             differences[seed] = _paired(left, right, f"{what}, seed {seed}")
-    described = _describe(differences, what)
-    return described and _judged(described)
+    return _judged(_describe(differences, what), _failures(table, ours, theirs))
 
 
 def results(table: Table, figures: Sequence[str], baseline: str | None = None) -> dict[str, Any]:
@@ -191,7 +231,10 @@ def results(table: Table, figures: Sequence[str], baseline: str | None = None) -
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """`results` as a Markdown table, followed by a legend and the missing cells."""
+    """`results` as a Markdown table, followed by a legend and the missing cells.
+
+    A row is a variant, or a metric if there are more metrics than variants.
+    """
     baseline, variants, seeds = results["baseline"], results["variants"], results["seeds"]
     header, columns = ["variant"], [list(variants)]
     for figure, entries in results["figures"].items():
@@ -204,7 +247,10 @@ def markdown(results: Mapping[str, Any]) -> str:
             differences = [_text(entries[name]["minus_baseline"], seeds) for name in variants]
             differences[variants.index(baseline)] = ""
             columns.append(differences)
-    rows = [header, ["---"] * len(header), *(list(row) for row in zip(*columns, strict=True))]
+    table = [[name, *cells] for name, cells in zip(header, columns, strict=True)]
+    if len(results["figures"]) <= len(variants):
+        table = [list(row) for row in zip(*table, strict=True)]
+    rows = [table[0], ["---"] * len(table[0]), *table[1:]]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([*lines, "", *_legend(results)]) + "\n"
 
@@ -223,13 +269,17 @@ def _legend(results: Mapping[str, Any]) -> list[str]:
     if baseline is not None:
         lines.append(f"`minus {baseline}` is paired by test document within each seed.")
     lines.append(
-        f"✓: the difference counts as a claim: at least {MIN_SEEDS} seeds, all with the same sign, and "
-        "more than two standard errors from zero."
+        f"✓: the difference counts as a claim: at least {MIN_SEEDS} seeds, none failed, all with the same "
+        "sign, and more than two standard errors from zero."
     )
     reasons = {(variant, seed): reason for variant, seed, reason in results["failed"]}
     for variant, seed in results["missing"]:
         reason = reasons.get((variant, seed))
-        lines.append(f"Missing: {variant}, seed {seed}{f' ({reason})' if reason else ''}.")
+        lines.append(
+            f"Failed: {variant}, seed {seed} ({reason})."
+            if reason
+            else f"Missing: {variant}, seed {seed}."
+        )
     # Two spaces end a line in Markdown.
     return [f"{line}  " for line in lines[:-1]] + lines[-1:]
 
@@ -279,11 +329,19 @@ def _describe(by_seed: Mapping[int, np.ndarray], what: str) -> dict[str, Any] | 
     }
 
 
-def _judged(described: dict[str, Any]) -> dict[str, Any]:
+def _failures(table: Table, *variants: str) -> int:
+    """The number of seeds at which one of the variants failed."""
+    return len({seed for variant, seed in table.failed if variant in variants})
+
+
+def _judged(described: dict[str, Any] | None, num_failed: int) -> dict[str, Any] | None:
+    if described is None:
+        return None
     means = np.asarray(described["seed_means"])
     is_far = abs(described["mean"]) > 2 * described["standard_error"]
     is_one_sign = bool((means > 0).all() or (means < 0).all())
-    return described | {"counts": len(means) >= MIN_SEEDS and is_far and is_one_sign}
+    is_whole = not num_failed and len(means) >= MIN_SEEDS
+    return described | {"counts": is_whole and is_far and is_one_sign}
 
 
 def _paired(ours: np.ndarray, theirs: np.ndarray, what: str) -> np.ndarray:
@@ -351,14 +409,19 @@ def _read(path: epath.Path, key: str, overwrite: bool) -> Cell | None:
     """The stored cell; None if there is none or it is to be measured again."""
     if not path.exists():
         return None
-    content = files.read_json(path)
-    if not isinstance(content, dict) or set(content) != {"key", "figures"}:
-        raise UserError(f"{path} is not an ablation cell; move it away.")
+    content = _content(path, {"key", "figures"})
     if content["key"] == key:
-        return {name: np.asarray(values, np.float64) for name, values in content["figures"].items()}
+        return _finite(content["figures"])
     if overwrite:
         return None
     raise UserError(
         f"{path} was measured from another config; pass --overwrite to measure it again, or choose "
         "another --workdir."
     )
+
+
+def _content(path: epath.Path, keys: set[str]) -> dict[str, Any]:
+    content = files.read_json(path)
+    if not isinstance(content, dict) or set(content) != keys:
+        raise UserError(f"{path} is not an ablation cell; move it away.")
+    return content

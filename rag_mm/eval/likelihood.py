@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from rag_mm.core import sharding
+from rag_mm.core import batches, sharding
 from rag_mm.data import sequences
 from rag_mm.decode.tasks import Generator
 from rag_mm.nn.param_trees import Params
@@ -36,33 +36,24 @@ def score_codes(
         generator: the model; its softmax is over the whole vocabulary.
         mains: the documents to score.
         docs: for each, the documents that precede it.
-        batch_size: sequences per batch, rounded up to a multiple of the data shards of the current mesh; the
-            last batch is padded.
+        batch_size: sequences per batch; see `batches.split`. Batches are multiples of the data shards of the
+            current mesh.
     """
-    batch_size += -batch_size % sharding.batch_parts()
     layout = generator.layout
     # No spans are masked here, so the space for moved spans is cut off.
     max_docs = max((len(preceding) for preceding in docs), default=0)
     length = dataclasses.replace(layout, max_docs=max_docs).moved_start
-    batches = []
-    for first in range(0, len(mains), batch_size):
-        part = slice(first, first + batch_size)
-        rows = [
-            sequences.make_row(layout, generator.vocabulary, main, preceding)
-            for main, preceding in zip(mains[part], docs[part], strict=True)
-        ]
-        code_starts = [
-            int(sequences.find_segments(layout, main, preceding)[-1, 0])
-            for main, preceding in zip(mains[part], docs[part], strict=True)
-        ]
-        padding = batch_size - len(rows)
-        batch = {k: np.stack([row[k] for row in rows + rows[-1:] * padding]) for k in rows[0]}
-        batch = {k: v[:, :length] for k, v in batch.items()}
+    pairs = list(zip(mains, docs, strict=True))
+    found = []
+    for part in batches.split(len(pairs), batch_size, multiple=sharding.batch_parts()):
+        rows = [sequences.make_row(layout, generator.vocabulary, *pairs[i]) for i in part]
+        code_starts = [int(sequences.find_segments(layout, *pairs[i])[-1, 0]) for i in part]
+        batch = {k: np.stack([row[k] for row in rows])[:, :length] for k in rows[0]}
         scores = _score(generator.params, batch, graphdef=generator.graphdef)
         # The target of token t is token t + 1.
         at = np.array(code_starts)[:, None] - 1 + np.arange(layout.num_codes)
-        batches.append([np.take_along_axis(np.asarray(s)[: len(rows)], at, axis=1) for s in scores])
-    return CodeScores(*(np.concatenate(parts) for parts in zip(*batches, strict=True)))
+        found.append([np.take_along_axis(np.asarray(s), at, axis=1) for s in scores])
+    return CodeScores(*(np.concatenate(s)[: len(pairs)] for s in zip(*found, strict=True)))
 
 
 @partial(jax.jit, static_argnames="graphdef")

@@ -4,8 +4,8 @@ Views are the embeddings that can be searched: `image`, `text`, and `mixed`, the
 unit length (docs/papers/ra_cm3.md#retrieval). A document with one modality has its embedding in every view.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -13,7 +13,6 @@ from rag_mm.core import document_types, image_files
 from rag_mm.core.errors import UserError
 
 VIEWS = ("image", "text", "mixed")
-Item = TypeVar("Item")
 
 
 class Encoder(Protocol):
@@ -23,11 +22,15 @@ class Encoder(Protocol):
         dim: width D of the embeddings.
         fingerprint: identifies the weights; a memory accepts only the encoder that built it.
         image_size: side of the input images in pixels.
+        image_batch, text_batch: images and texts in a full batch. Several processes that share the encoding
+            take full batches each.
     """
 
     dim: int
     fingerprint: str
     image_size: int
+    image_batch: int
+    text_batch: int
 
     def encode_text(self, texts: list[str]) -> np.ndarray:
         """Unit-length embeddings, float32 [B, D]."""
@@ -39,10 +42,15 @@ class Encoder(Protocol):
 
 
 class ImageTokenizer(Protocol):
-    """A frozen image tokenizer."""
+    """A frozen image tokenizer.
+
+    Attributes:
+        fingerprint, image_size, image_batch: as of `Encoder`.
+    """
 
     fingerprint: str
     image_size: int
+    image_batch: int
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """Codes, int32 [B, N], of uint8 [B, image_size, image_size, 3]."""
@@ -55,13 +63,8 @@ def check_view(view: str) -> None:
         raise UserError(f"There is no view {view!r}: choose image, text or mixed.")
 
 
-def embed(
-    documents: Sequence[document_types.Document], encoder: Encoder, batch_size: int
-) -> dict[str, np.ndarray]:
-    """Embeds documents in every view.
-
-    The encoder always receives `batch_size` items, padded if necessary, so that it compiles once and an
-    embedding does not depend on the number of documents in its batch.
+def embed(documents: Sequence[document_types.Document], encoder: Encoder) -> dict[str, np.ndarray]:
+    """Embeds documents in every view; each text and each image is encoded once.
 
     Returns:
         Unit-length embeddings, float32 [len(documents), D], by view.
@@ -78,15 +81,14 @@ def embed(
         if d.image is not None
     }
     for view, items, encode in (
-        ("image", images, lambda batch: encoder.encode_image(np.stack(batch))),
-        ("text", texts, lambda batch: encoder.encode_text(list(batch))),
+        ("image", images, lambda: encoder.encode_image(np.stack(list(images.values())))),
+        ("text", texts, lambda: encoder.encode_text(list(texts.values()))),
     ):
         embeddings[view] = np.zeros((len(documents), encoder.dim), np.float32)
         has_modality[view] = np.isin(np.arange(len(documents)), list(items))
         if items:
-            encoded = _in_batches(encode, list(items.values()), batch_size)
             names = [documents[i].id for i in items]
-            embeddings[view][list(items)] = unit_rows(encoded, names)
+            embeddings[view][list(items)] = unit_rows(encode(), names)
     for i in np.flatnonzero(~has_modality["image"] & ~has_modality["text"]).tolist():
         raise UserError(f"Document {documents[i].id!r} has neither text nor image.")
     image = np.where(has_modality["image"][:, None], embeddings["image"], embeddings["text"])
@@ -109,7 +111,7 @@ def encode_query(
         return unit_rows(encoder.encode_text(texts), texts)
     if document is not None:
         check_view(view)
-        return embed([document], encoder, batch_size=1)[view]
+        return embed([document], encoder)[view]
     if image is None:
         raise UserError("A search needs a text, an image, a document or vectors.")
     images = image[None] if image.ndim == 3 else image
@@ -135,7 +137,7 @@ def unit_rows(rows: np.ndarray, names: Sequence[str]) -> np.ndarray:
 
 
 def encode_codes(
-    documents: Sequence[document_types.Document], tokenizer: ImageTokenizer, batch_size: int
+    documents: Sequence[document_types.Document], tokenizer: ImageTokenizer
 ) -> list[np.ndarray | None]:
     """Codes, int32 [N], of each document's first image; None for a document without an image."""
     images = {
@@ -145,20 +147,7 @@ def encode_codes(
     }
     codes: list[np.ndarray | None] = [None] * len(documents)
     if images:
-        encoded = _in_batches(
-            lambda batch: tokenizer.encode(np.stack(batch)), list(images.values()), batch_size
-        )
+        encoded = tokenizer.encode(np.stack(list(images.values())))
         for i, values in zip(images, encoded, strict=True):
             codes[i] = np.asarray(values, np.int32)
     return codes
-
-
-def _in_batches(
-    encode: Callable[[Sequence[Item]], np.ndarray], items: Sequence[Item], batch_size: int
-) -> np.ndarray:
-    encoded = []
-    for start in range(0, len(items), batch_size):
-        batch = list(items[start : start + batch_size])
-        padding = [batch[-1]] * (batch_size - len(batch))
-        encoded.append(np.asarray(encode(batch + padding))[: len(batch)])
-    return np.concatenate(encoded)

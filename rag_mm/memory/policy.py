@@ -1,7 +1,8 @@
 """The retrieval policy: how queries are made and hits selected (docs/papers/ra_cm3.md#retrieval)."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -10,6 +11,63 @@ from rag_mm.memory.index import protocol
 
 NO_KEY = -1
 """The fact key of a memory row or query whose facts are unknown: it equals no other key."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EqualCodes:
+    """Redundancy of images by their codes, for retrievers that give all images of a class nearly one cosine.
+
+    Attributes:
+        max_share: a row is redundant if a larger share of its codes equals, position by position, the codes
+            of the query's image or of a row already kept.
+        read_rows: maps memory rows, int [...], to their codes, int [..., N], -1 for a row without an image.
+        queries: int [Q, N], the codes of the queries' images; None for text queries.
+    """
+
+    max_share: float
+    read_rows: Callable[[np.ndarray], np.ndarray]
+    queries: np.ndarray | None = None
+
+    def take(self, batch: slice) -> "EqualCodes":
+        """The same for some of the queries."""
+        queries = None if self.queries is None else self.queries[batch]
+        return dataclasses.replace(self, queries=queries)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """How a run retrieves, in training and at inference.
+
+    Attributes:
+        max_similarity: largest cosine of a hit to the query and to another hit; None for no bound.
+        max_equal_codes: largest share of equal codes (`EqualCodes.max_share`); 1 for no bound.
+        split_phrases: whether captions are split into phrases (`split_queries`).
+    """
+
+    max_similarity: float | None = None
+    max_equal_codes: float = 1.0
+    split_phrases: bool = False
+
+    def bounds(
+        self,
+        read_codes: Callable[[np.ndarray], np.ndarray] | None,
+        query_codes: np.ndarray | None = None,
+    ) -> dict[str, Any]:
+        """The arguments `max_similarity` and `equal_codes` of `find_neighbors`.
+
+        Args:
+            read_codes: see `EqualCodes.read_rows`; None for a memory without codes, which has no such bound.
+            query_codes: int [Q, N], the codes of image queries.
+        """
+        equal_codes = None
+        if self.max_equal_codes < 1 and read_codes is not None:
+            equal_codes = EqualCodes(self.max_equal_codes, read_codes, query_codes)
+        return {"max_similarity": self.max_similarity, "equal_codes": equal_codes}
+
+
+def equal_share(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """Share of positions with the same code, of int [..., N] and [..., N]; -1 equals nothing."""
+    return ((ours == theirs) & (ours >= 0)).mean(axis=-1)
 
 
 def make_query(
@@ -105,30 +163,33 @@ def select(
     vectors: np.ndarray,
     *,
     num_neighbors: int,
-    max_similarity: float,
+    max_similarity: float | None,
     query_rows: np.ndarray,
     query_keys: np.ndarray,
     row_keys: np.ndarray,
+    equal_codes: EqualCodes | None = None,
 ) -> protocol.Neighbors:
     """Keeps the first K of each query's ranked hits that are neither the query itself nor near-duplicates.
 
-    Skips missing hits, the query's own row, rows with the query's fact key, and rows more similar than
-    `max_similarity` to the query (their score) or to a row already kept.
+    Skips missing hits, the query's own row, rows with the query's fact key, and redundant rows: more similar
+    than `max_similarity` to the query (their score) or to a row already kept, or with too many equal codes.
 
     Args:
         ids: int32 [Q, k] hits, best first, -1 where missing.
         scores: float32 [Q, k].
         vectors: float32 [R, D], unit-length embeddings of the memory, for the similarity of two hits.
         num_neighbors: K, how many to keep.
-        max_similarity: the bound: 0.9 for public CLIP weights; calibrated for a small retriever.
+        max_similarity: the bound, 0.9 in the papers with public CLIP weights; None for none.
         query_rows: int [Q], the memory row of the query's own document, or -1.
         query_keys: int64 [Q], the queries' fact keys, or `NO_KEY`.
         row_keys: int64 [R], the memory rows' fact keys, or `NO_KEY`.
+        equal_codes: the bound on equal codes; None for none.
 
     Returns:
         Neighbors [Q, K], best first.
     """
     num_queries, num_hits = ids.shape
+    bound = np.inf if max_similarity is None else max_similarity
     kept_ids = np.full((num_queries, num_neighbors), protocol.MISSING, np.int32)
     kept_scores = np.full((num_queries, num_neighbors), -np.inf, np.float32)
     kept_vectors = np.zeros((num_queries, num_neighbors, vectors.shape[1]), np.float32)
@@ -146,10 +207,12 @@ def select(
             (id_q != protocol.MISSING)
             & (id_q != query_rows)
             & ((key_q == NO_KEY) | (key_q != query_keys))
-            & (scores[:, rank] <= max_similarity)
-            & (similarity_q <= max_similarity)
+            & (scores[:, rank] <= bound)
+            & (similarity_q <= bound)
             & (num_kept < num_neighbors)
         )
+        if equal_codes is not None:
+            keep &= ~_shares_codes(equal_codes, id_q, kept_ids)
         queries = np.flatnonzero(keep)
         slots = num_kept[queries]
         kept_ids[queries, slots] = id_q[queries]
@@ -159,16 +222,28 @@ def select(
     return protocol.Neighbors(kept_ids, kept_scores)
 
 
+def _shares_codes(equal_codes: EqualCodes, id_q: np.ndarray, kept_qk: np.ndarray) -> np.ndarray:
+    """Whether each row has too many codes of its query or of a kept row: bool [Q]."""
+    codes_qn = equal_codes.read_rows(id_q)
+    # An arbitrary row where nothing is kept yet.
+    kept_share = equal_share(equal_codes.read_rows(kept_qk), codes_qn[:, None])
+    share_q = np.where(kept_qk == protocol.MISSING, 0.0, kept_share).max(axis=1, initial=0.0)
+    if equal_codes.queries is not None:
+        share_q = np.maximum(share_q, equal_share(equal_codes.queries, codes_qn))
+    return share_q > equal_codes.max_share
+
+
 def find_neighbors(
     search: Callable[[np.ndarray, int], protocol.Neighbors],
     queries: np.ndarray,
     vectors: np.ndarray,
     *,
     num_neighbors: int,
-    max_similarity: float,
+    max_similarity: float | None,
     query_rows: np.ndarray,
     query_keys: np.ndarray,
     row_keys: np.ndarray,
+    equal_codes: EqualCodes | None = None,
     counts: np.ndarray | None = None,
     num_candidates: int = 64,
     batch_size: int = 1024,
@@ -179,7 +254,7 @@ def find_neighbors(
     Args:
         search: (queries float32 [q, D], k) -> Neighbors, as `Index.search`.
         queries: float32 [P, D], unit length.
-        vectors, num_neighbors, max_similarity, query_rows, query_keys, row_keys: see `select`.
+        vectors, num_neighbors, max_similarity, query_rows, query_keys, row_keys, equal_codes: see `select`.
         counts: int [Q], the number of queries per document (see `interleave`); None for one each.
         num_candidates: number of hits per query from which neighbors are selected.
         batch_size: number of documents whose queries are searched at once.
@@ -209,6 +284,7 @@ def find_neighbors(
                 query_rows=query_rows[batch],
                 query_keys=query_keys[batch],
                 row_keys=row_keys,
+                equal_codes=equal_codes and equal_codes.take(batch),
             )
         )
         if on_progress is not None:
@@ -217,37 +293,3 @@ def find_neighbors(
         np.concatenate([neighbors.ids for neighbors in selected]),
         np.concatenate([neighbors.scores for neighbors in selected]),
     )
-
-
-def calibrate_max_similarity(
-    vectors: np.ndarray,
-    class_ids: np.ndarray,
-    fact_keys: np.ndarray,
-    percentile: float = 99.0,
-) -> float:
-    """The `percentile` of the similarities between documents of the same class with different facts.
-
-    The embeddings of a small retriever are close together, so the papers' 0.9 would exclude exactly the right
-    documents. This bound still excludes copies, and only the most similar percent of the useful documents.
-
-    Args:
-        vectors: float32 [R, D], unit length.
-        class_ids: int [R], the class of each row.
-        fact_keys: int64 [R], equal for rows with equal facts.
-        percentile: in [0, 100].
-
-    Raises:
-        ValueError: no two rows share a class and differ in facts.
-    """
-    similarities = []
-    order = np.argsort(class_ids, kind="stable")
-    starts = np.flatnonzero(np.diff(class_ids[order], prepend=class_ids[order][:1] - 1))
-    for rows in np.split(order, starts[1:]):
-        first, second = np.triu_indices(len(rows), k=1)
-        differ = fact_keys[rows[first]] != fact_keys[rows[second]]
-        similarity = (vectors[rows] @ vectors[rows].T)[first, second]
-        similarities.append(similarity[differ])
-    values = np.concatenate(similarities) if similarities else np.zeros(0)
-    if not values.size:
-        raise ValueError("no two rows share a class and differ in facts: nothing to calibrate on")
-    return float(np.percentile(values, percentile))

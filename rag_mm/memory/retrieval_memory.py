@@ -1,6 +1,6 @@
 """The memory: documents, their embeddings and codes, and an index for each view."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +208,12 @@ class Memory:
     @property
     def codes(self) -> np.ndarray | None:
         """Codes of each row's first image, int32 [R, N], -1 for a row without one; None without any codes."""
-        return self._views.codes()
+        return self.read_codes and self.read_codes(np.arange(len(self)))
+
+    @property
+    def read_codes(self) -> Callable[[np.ndarray], np.ndarray] | None:
+        """Maps rows, int [...], to the codes of their first images, int32 [..., N]; None without any codes."""
+        return None if self.manifest.num_codes is None else self._views.codes
 
     def embeddings(self, view: str) -> np.ndarray:
         """Unit-length embeddings of a view, float32 [R, D], read-only.

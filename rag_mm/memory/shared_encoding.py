@@ -1,7 +1,9 @@
 """Embedding and search split over the processes of one program (`core.processes.join`).
 
 To build a memory, the leader (process 0) reads, filters and writes as a single process would; the followers
-only encode their part of each batch that it sends. The files are therefore those of a single process.
+only encode their part of each batch that it sends. Parts are whole batches of the encoder, so that the files
+are those of a single process if every document has a text and an image; otherwise embeddings may be rounded
+differently.
 To search, every process opens the memory, searches its part of the queries, and gathers the hits of all.
 """
 
@@ -15,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from rag_mm.memory.model_protocols import Encoder, ImageTokenizer
+from rag_mm.memory.writing import ingest
 
 _END, _TEXT, _IMAGE, _CODES = range(4)
 
@@ -36,6 +39,11 @@ def gather(local: np.ndarray, num_rows: int) -> np.ndarray:
     padding = [(0, _part_size(num_rows) - len(local))] + [(0, 0)] * (local.ndim - 1)
     parts = multihost_utils.process_allgather(np.pad(local, padding), tiled=True)
     return np.asarray(parts)[:num_rows]
+
+
+def documents_at_once(encoder: Encoder) -> int:
+    """`Options.batch_size` for a build shared by all processes, which gives each of them a full batch."""
+    return max(ingest.Options.batch_size, encoder.image_batch) * jax.process_count()
 
 
 @contextlib.contextmanager
@@ -79,11 +87,12 @@ class _SharedModels:
 
     def encode(self, kind: int, payload: np.ndarray) -> np.ndarray:
         if kind == _TEXT:
-            return _share(self.encoder.encode_text, json.loads(payload.tobytes()))
+            texts = json.loads(payload.tobytes())
+            return _share(self.encoder.encode_text, texts, self.encoder.text_batch)
         if kind == _IMAGE:
-            return _share(self.encoder.encode_image, payload)
+            return _share(self.encoder.encode_image, payload, self.encoder.image_batch)
         assert self.tokenizer is not None
-        return _share(self.tokenizer.encode, payload)
+        return _share(self.tokenizer.encode, payload, self.tokenizer.image_batch)
 
 
 class _SharedEncoder:
@@ -94,6 +103,8 @@ class _SharedEncoder:
         self.dim = models.encoder.dim
         self.fingerprint = models.encoder.fingerprint
         self.image_size = models.encoder.image_size
+        self.image_batch = models.encoder.image_batch
+        self.text_batch = models.encoder.text_batch
 
     def encode_text(self, texts: list[str]) -> np.ndarray:
         return self._models.lead(_TEXT, np.frombuffer(json.dumps(texts).encode(), np.uint8))
@@ -110,23 +121,26 @@ class _SharedTokenizer:
         self._models = models
         self.fingerprint = models.tokenizer.fingerprint
         self.image_size = models.tokenizer.image_size
+        self.image_batch = models.tokenizer.image_batch
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         return self._models.lead(_CODES, pixels)
 
 
-def _share(encode: Callable[[Any], np.ndarray], items: list[str] | np.ndarray) -> np.ndarray:
+def _share(
+    encode: Callable[[Any], np.ndarray], items: list[str] | np.ndarray, batch_size: int
+) -> np.ndarray:
     """Encodes `items` on all processes.
 
-    Every process encodes the same number of items, so that all compile the same program; the last item
-    is repeated as padding.
+    Each takes whole batches of `batch_size`, so that every item is encoded in a batch of the same size, and
+    thus by the same program, as in a single process.
     """
-    part = _part_size(len(items))
-    indices = jax.process_index() * part + np.arange(part)
-    indices = np.minimum(indices, len(items) - 1)
-    local = items[indices] if isinstance(items, np.ndarray) else [items[i] for i in indices]
-    encoded = encode(local)
-    parts = multihost_utils.process_allgather(np.asarray(encoded), tiled=True)
+    part = batch_size * _part_size(-(-len(items) // batch_size))
+    # A process without a part encodes the last item, for the shape of the result.
+    start = min(jax.process_index() * part, len(items) - 1)
+    encoded = np.asarray(encode(items[start : start + part]))
+    padding = [(0, part - len(encoded))] + [(0, 0)] * (encoded.ndim - 1)
+    parts = multihost_utils.process_allgather(np.pad(encoded, padding), tiled=True)
     return np.asarray(parts)[: len(items)]
 
 

@@ -21,16 +21,24 @@ class Views:
         self._indexes: dict[str, protocol.Index] = {}
         self._lock = threading.Lock()
 
-    def codes(self) -> np.ndarray | None:
-        """Codes of each row's first image, int32 [R, N], -1 for a row without one; None without any codes."""
+    def codes(self, rows: np.ndarray) -> np.ndarray:
+        """Codes of the first image of some rows, int [...]: int32 [..., N], -1 for a row without an image.
+
+        Raises:
+            ValueError: the memory has no codes.
+        """
         if self._manifest.num_codes is None:
-            return None
-        shards = [
-            shard_file.load_codes(self._root, self._manifest, s) for s in self._manifest.shards
-        ]
-        stored = [np.zeros((0, self._manifest.num_codes), np.int32)]
-        stored += [codes for codes in shards if codes is not None]
-        return np.concatenate(stored)[self._live.stored]
+            raise ValueError(f"{self._root} has no codes")
+        stored = np.asarray(self._live.stored)[rows]
+        codes = np.full((*stored.shape, self._manifest.num_codes), protocol.MISSING, np.int32)
+        start = 0
+        for shard in self._manifest.shards:
+            inside = (stored >= start) & (stored < start + shard.rows)
+            part = shard_file.load_codes(self._root, self._manifest, shard) if inside.any() else None
+            if part is not None:
+                codes[inside] = part[stored[inside] - start]
+            start += shard.rows
+        return codes
 
     def embeddings(self, view: str) -> np.ndarray:
         """Unit-length embeddings, float32 [R, D]; memory-mapped if they are one file without removed rows."""

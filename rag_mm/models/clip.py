@@ -13,11 +13,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int, Key
 
-from rag_mm.core import sharding
+from rag_mm.core import checks, sharding
 from rag_mm.models.objective_types import Batch, Metrics
 from rag_mm.nn import layers
 from rag_mm.nn.block import BlockConfig, Heads, Stack
 from rag_mm.ops import attention, losses
+
+MAX_LOGIT_SCALE = 100.0  # CLIP, section 2.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,7 @@ class CLIPConfig:
         mlp: activation, quick_gelu | gelu.
         image_mean: subtracted from pixels in 0..1, by channel.
         image_std: divides them, by channel.
-        initial_logit_scale: 1 / temperature at the start; 14.3 = 1 / 0.07.
+        initial_logit_scale: 1 / temperature at the start, at most 100; 14.3 = 1 / 0.07.
         pooling: the token whose features represent a text: first_end, the first `end_of_text`; or
             highest_id, the first occurrence of the text's highest id, as in the checkpoints of 2021.
         norm_eps: added to the variance.
@@ -86,6 +88,8 @@ class CLIPConfig:
     def __post_init__(self):
         if self.pooling not in ("first_end", "highest_id"):
             raise ValueError(f"pooling is first_end or highest_id, not {self.pooling!r}")
+        checks.above(self, 0, "initial_logit_scale")
+        checks.between(self, 0, MAX_LOGIT_SCALE, "initial_logit_scale")
 
     @property
     def num_patches(self) -> int:
@@ -219,6 +223,8 @@ class CLIP(nnx.Module):
 def loss_fn(model: CLIP, batch: Batch, rng: Key[Array, ""]) -> tuple[Float32[Array, ""], Metrics]:
     """Symmetric InfoNCE with in-batch negatives (CLIP, section 2.3 and figure 3).
 
+    The logit scale is used as it is; `optimizer.make_optimizer` keeps it at 100 or below.
+
     Args:
         model: both towers.
         batch: images float32 [B, H, W, 3] in [0, 1] and tokens int32 [B, T]; image i and text i match.
@@ -229,7 +235,7 @@ def loss_fn(model: CLIP, batch: Batch, rng: Key[Array, ""]) -> tuple[Float32[Arr
     """
     del rng
     images, texts = model.encode_image(batch["images"]), model.encode_text(batch["tokens"])
-    scale = jnp.exp(jnp.minimum(model.logit_scale[...], jnp.log(100.0)))  # clipped as in the paper
+    scale = jnp.exp(model.logit_scale[...])
     all_texts = sharding.place(texts, None, None)
     similarities = scale * sharding.place(jnp.einsum("id,jd->ij", images, all_texts), None, None)
     per_example, hits = losses.info_nce(similarities)

@@ -12,6 +12,7 @@ import dataclasses
 
 from jaxtyping import Array, Float32, Key
 
+from rag_mm.core import checks
 from rag_mm.models import cm3
 from rag_mm.models.objective_types import Batch, Metrics
 from rag_mm.nn.decoder import Decoder, DecoderConfig, InitConfig
@@ -19,19 +20,28 @@ from rag_mm.nn.decoder import Decoder, DecoderConfig, InitConfig
 
 @dataclasses.dataclass(frozen=True)
 class RACM3Config:
-    """A decoder, its image codes, and the weight of retrieved documents in the loss.
+    """A decoder, its image codes, and how targets count in the loss.
 
     Attributes:
         decoder: sizes and family.
         code_offset: first image code in the shared vocabulary.
         alpha: weight of the targets in retrieved documents; 0.1 is the paper's best, 1.0 CM3Leon's.
         loss_chunks: chunks of positions whose logits are computed one after the other.
+        sentinel_weight: weight of the targets that are sentinels; 0 as in CM3, 1 in CM3Leon.
+        normalize_by: what the weighted sum is divided by: main, the number of targets in main documents; or
+            weights, the sum of all weights (CM3Leon).
     """
 
     decoder: DecoderConfig
     code_offset: int
     alpha: float = 0.1
     loss_chunks: int = 1
+    sentinel_weight: float = 0.0
+    normalize_by: str = "main"
+
+    def __post_init__(self):
+        checks.at_least(self, 0, "alpha", "sentinel_weight")
+        checks.one_of(self, "normalize_by", cm3.NORMALIZE_BY)
 
     @classmethod
     def tiny(cls) -> "RACM3Config":
@@ -50,6 +60,9 @@ class RACM3Config:
 def _family(
     vocab_size: int, num_layers: int, embed_dim: int, num_heads: int, max_seq_len: int, dtype: str
 ) -> DecoderConfig:
+    # fairseq's recipe, from which CM3 has its sinusoids: token vectors of variance 1 next to them, and Xavier's
+    # initialization without scaling by depth. Xavier's value is the MLP's, which holds most of the weights.
+    xavier = (2 / (embed_dim + 4 * embed_dim)) ** 0.5
     return DecoderConfig(
         vocab_size=vocab_size,
         num_layers=num_layers,
@@ -62,7 +75,8 @@ def _family(
         mlp="relu",
         use_bias=True,
         tie_embeddings=True,
-        init=InitConfig(std=0.006),
+        scale_embeddings=True,
+        init=InitConfig(std=xavier, output_std=xavier, embedding_std=embed_dim**-0.5),
         dtype=dtype,
     )
 
@@ -73,12 +87,14 @@ Model = Decoder
 def loss_fn(
     model: Model, batch: Batch, rng: Key[Array, ""], *, config: RACM3Config
 ) -> tuple[Float32[Array, ""], Metrics]:
-    """CM3's loss with retrieved targets weighted by alpha; see `cm3.loss_fn`. `rng` is unused."""
+    """CM3's loss with the weights of `config`; see `cm3.loss_fn`. `rng` is unused."""
     del rng
     return cm3.loss_fn(
         model,
         batch,
         retrieved_weight=config.alpha,
         code_offset=config.code_offset,
+        sentinel_weight=config.sentinel_weight,
+        normalize_by=config.normalize_by,
         num_chunks=config.loss_chunks,
     )

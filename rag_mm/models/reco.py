@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float32, Int, Key
 
 from rag_mm.core import sharding
+from rag_mm.models.clip import MAX_LOGIT_SCALE
 from rag_mm.models.objective_types import Batch, Metrics
 from rag_mm.nn.block import Block, BlockConfig, Heads, Stack
 from rag_mm.ops import attention, losses
@@ -22,7 +23,6 @@ MODALITIES = ("image", "text")
 # Pairs that the loss contrasts: `image` and `text` are frozen embeddings, `refined` ones are after fusion.
 LOSS_TERMS = ("refined_refined", "refined_text", "image_refined")
 REFINE = ("none", "image", "text", "both")
-MAX_LOGIT_SCALE = 100.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class RecoConfig:
         loss_terms: some of `LOSS_TERMS`; without the two that contrast with frozen embeddings, refined
             embeddings may drift.
         mask_same_class: exclude examples of the same class from the negatives.
-        initial_logit_scale: 1 / temperature at the start, that of the frozen model; clipped at 100.
+        initial_logit_scale: 1 / temperature at the start, that of the frozen model; at most 100.
     """
 
     dim: int
@@ -216,7 +216,8 @@ def mean_fusion(
 def loss_fn(model: RECO, batch: Batch, rng: Key[Array, ""]) -> tuple[Float32[Array, ""], Metrics]:
     """Sum of the chosen terms of L = NCE(v', t') + NCE(v', t) + NCE(v, t') (docs/papers/reco.md#loss).
 
-    v and t are frozen image and text embeddings, v' and t' refined ones; NCE is symmetric InfoNCE.
+    v and t are frozen image and text embeddings, v' and t' refined ones; NCE is symmetric InfoNCE. The logit
+    scale is used as it is; `optimizer.make_optimizer` keeps it at 100 or below.
 
     Args:
         model: both fusion modules.
@@ -241,7 +242,7 @@ def loss_fn(model: RECO, batch: Batch, rng: Key[Array, ""]) -> tuple[Float32[Arr
         "refined_text": (refined_image, text),
         "image_refined": (image, refined_text),
     }
-    scale = jnp.exp(jnp.minimum(model.logit_scale[...], jnp.log(MAX_LOGIT_SCALE)))
+    scale = jnp.exp(model.logit_scale[...])
     is_same = _same_class(batch["class_ids"]) if c.mask_same_class else None
     count = jnp.float32(image.shape[0])
     loss = jnp.zeros((), jnp.float32)

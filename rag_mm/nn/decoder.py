@@ -1,6 +1,7 @@
 """One scanned decoder whose config covers every language model here: CM3, CM3Leon, Chameleon, LLaMA."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ class InitConfig:
     Attributes:
         std: standard deviation of every matrix and table that has no value below.
         cut: samples are truncated at this many standard deviations; None disables truncation.
+        embedding_std: standard deviation of token embeddings; None uses std.
         output_std: standard deviation of the projections that write to the residual stream; None uses
             std / sqrt(2 num_layers).
         position_std: standard deviation of learned position embeddings; None uses std.
@@ -32,9 +34,15 @@ class InitConfig:
 
     std: float = 0.02
     cut: float | None = None
+    embedding_std: float | None = None
     output_std: float | None = None
     position_std: float | None = None
     head_std: float | None = None
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if value is not None and value < 0:
+                raise ValueError(f"init.{name} is {value}; give at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +72,8 @@ class DecoderConfig:
         post_norm: whether a branch's output is normalized instead of its input.
         use_bias: whether attention and MLP have biases.
         tie_embeddings: whether the output head is the token table.
+        scale_embeddings: whether token embeddings are multiplied by sqrt(embed_dim) before positions are added,
+            as fairseq does. A tied head multiplies with the table as it is.
         init: standard deviations of initial weights.
         dtype: dtype of activations; softmax, loss and trained parameters stay float32.
         remat: what a layer's backward pass recomputes: none | dots | full.
@@ -90,6 +100,7 @@ class DecoderConfig:
     post_norm: bool = False
     use_bias: bool = False
     tie_embeddings: bool = False
+    scale_embeddings: bool = False
     init: InitConfig = dataclasses.field(default_factory=InitConfig)
     dtype: str = "float32"
     remat: str = "none"
@@ -123,6 +134,11 @@ class DecoderConfig:
         if self.tie_embeddings and self.init.head_std is not None:
             raise ValueError(
                 "a tied head has no init.head_std of its own; untie it or leave it out"
+            )
+        if not isinstance(self.scale_embeddings, bool):
+            raise ValueError(
+                f"scale_embeddings is {self.scale_embeddings!r}; give True or False: the factor is "
+                "sqrt(embed_dim)"
             )
         if self.norm not in layers.NORMS:
             raise ValueError(f"norm is one of {', '.join(layers.NORMS)}, not {self.norm!r}")
@@ -175,7 +191,7 @@ class Decoder(nnx.Module):
             )
 
         learned = c.positions == "learned"
-        self.embedding = table(c.vocab_size, "vocab", None)
+        self.embedding = table(c.vocab_size, "vocab", c.init.embedding_std)
         self.position_embedding = (
             table(c.max_seq_len, None, c.init.position_std) if learned else None
         )
@@ -272,17 +288,22 @@ class Decoder(nnx.Module):
     def embed(
         self, tokens: Int[Array | np.ndarray, "B T"], positions: Int[Array | np.ndarray, "B T"]
     ) -> Float[Array, "B T D"]:
-        """Token embeddings, plus learned or sinusoidal positions, in the config's dtype."""
-        dtype = jnp.dtype(self.config.dtype)
+        """Token embeddings, plus learned or sinusoidal positions, in the config's dtype.
+
+        The sum of scaled embeddings and positions is rounded to that dtype once.
+        """
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
         x = self.embedding(tokens, dtype)
+        if c.scale_embeddings:
+            x = x.astype(jnp.float32) * math.sqrt(c.embed_dim)
         if self.position_embedding is not None:
-            x = x + self.position_embedding(positions, dtype)
-        if self.config.positions == "sinusoidal":
-            x = x + rope.sinusoids(positions, self.config.embed_dim).astype(dtype)
-        return x
+            x = x + self.position_embedding(positions, x.dtype)
+        if c.positions == "sinusoidal":
+            x = x + rope.sinusoids(positions, c.embed_dim).astype(x.dtype)
+        return x.astype(dtype)
 
     @jax.named_scope("logits")
     def logits(self, hidden: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
-        """Logits of the next token, from hidden states."""
+        """Logits of the next token, from hidden states; summed in float32 and not rounded to their dtype."""
         head = self.embedding if self.head is None else self.head
-        return head.attend(hidden).astype(jnp.float32)
+        return head.attend(hidden)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Float32, Int
 
 from rag_mm.core import sharding
 from rag_mm.ops import projection
@@ -127,10 +127,12 @@ class Embedding(nnx.Module):
         """Looks up ids; returns `dtype`."""
         return projection.look_up(ids, self.table[...], dtype)
 
-    def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Products of x with all vectors, in x's dtype."""
+    def attend(self, x: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
+        """Products of x with all vectors; the table is cast to x's dtype, the sums are float32."""
         table, (rows, width) = self.table[...], self.table.axes
-        return projection.project(x, projection.transpose(table), (width, rows), 1)
+        return projection.project(
+            x, projection.transpose(table), (width, rows), 1, out_dtype=jnp.float32
+        )
 
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {

@@ -1,4 +1,6 @@
-"""Image arrays: conversion between uint8 and float32, and random flips and rotations for training."""
+"""Image arrays: conversion between uint8 and float32, random flips and rotations, images per batch."""
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,14 @@ def to_float(pixels: UInt8[Array | np.ndarray, "*shape"]) -> Float[Array | np.nd
 def to_uint8(images: Float[Array | np.ndarray, "*shape"]) -> UInt8[Array, "*shape"]:
     """Inverse of `to_float`: clips to 0..1 and rounds."""
     return jnp.round(jnp.clip(images, 0, 1) * 255).astype(jnp.uint8)
+
+
+def num_at_once(image_size: int) -> int:
+    """How many images of `image_size` pixels a side a frozen model takes at once by default.
+
+    A power of two, 1 to 256, with about 2 ** 18 pixels in all: 256 images at 32 pixels, 4 at 256.
+    """
+    return 1 << min(8, max(0, round(18 - 2 * math.log2(image_size))))
 
 
 def random_flip_rotate(

@@ -18,19 +18,25 @@ Axes = tuple[str | None, ...]
 
 
 def project(
-    x: Float[Array, "B T *in"], kernel: Float[Array, "*in_out"], axes: Axes, num_in: int
+    x: Float[Array, "B T *in"],
+    kernel: Float[Array, "*in_out"],
+    axes: Axes,
+    num_in: int,
+    out_dtype: DTypeLike | None = None,
 ) -> Float[Array, "B T *out"]:
-    """y[b, t, *out] = sum over `in` of x[b, t, *in] kernel[*in, *out], in x's dtype.
+    """y[b, t, *out] = sum over `in` of x[b, t, *in] kernel[*in, *out].
 
     Args:
         x: activations, float32 or bfloat16.
-        kernel: the parameter, shape (*in, *out).
+        kernel: the parameter, shape (*in, *out); cast to x's dtype.
         axes: the kernel's logical axes.
         num_in: how many of the kernel's axes are `in`.
+        out_dtype: dtype of the sums and of y; None is x's. The gradient of y is rounded to x's dtype.
     """
+    out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     # If the dtypes are equal, plain autodiff does the same.
-    function = _forward if kernel.dtype == x.dtype else _project
-    return function(x, kernel, axes, num_in)
+    function = _forward if kernel.dtype == x.dtype == out_dtype else _project
+    return function(x, kernel, axes, num_in, out_dtype)
 
 
 def transpose(table: Float[Array, "V D"]) -> Float[Array, "D V"]:
@@ -68,31 +74,52 @@ def _letters(axes: Axes, num_in: int) -> tuple[str, str]:
 
 
 def _forward(
-    x: Float[Array, "B T *in"], kernel: Float[Array, "*in_out"], axes: Axes, num_in: int
+    x: Float[Array, "B T *in"],
+    kernel: Float[Array, "*in_out"],
+    axes: Axes,
+    num_in: int,
+    out_dtype: jnp.dtype,
 ) -> Float[Array, "B T *out"]:
     into, out = _letters(axes, num_in)
+    kernel = sharding.gather(kernel.astype(x.dtype), axes)
     return jnp.einsum(
         f"YZ{into},{into}{out}->YZ{out}",
-        x,
-        sharding.gather(kernel.astype(x.dtype), axes),
+        *_widened((x, kernel), out_dtype),
+        preferred_element_type=out_dtype,
         out_sharding=sharding.activation_spec("batch", None, *axes[num_in:]),
     )
 
 
-_project = jax.custom_vjp(_forward, nondiff_argnums=(2, 3))
+def _widened(operands: tuple[jax.Array, jax.Array], dtype: jnp.dtype) -> tuple[jax.Array, ...]:
+    """The operands of a product whose sums are `dtype`; on a CPU they are cast to it.
+
+    XLA's CPU backend cannot multiply two bfloat16 arrays with a float32 sum.
+    """
+    if sharding.platform() != "cpu":
+        return operands
+    return tuple(operand.astype(dtype) for operand in operands)
+
+
+_project = jax.custom_vjp(_forward, nondiff_argnums=(2, 3, 4))
 
 
 def _project_fwd(
-    x: Float[Array, "B T *in"], kernel: Float[Array, "*in_out"], axes: Axes, num_in: int
+    x: Float[Array, "B T *in"],
+    kernel: Float[Array, "*in_out"],
+    axes: Axes,
+    num_in: int,
+    out_dtype: jnp.dtype,
 ) -> tuple[Float[Array, "B T *out"], tuple]:
     # The residual is the sharded parameter, not the gathered one.
-    return _forward(x, kernel, axes, num_in), (x, kernel)
+    return _forward(x, kernel, axes, num_in, out_dtype), (x, kernel)
 
 
 def _project_bwd(
-    axes: Axes, num_in: int, residuals: tuple, grad: Float[Array, "B T *out"]
+    axes: Axes, num_in: int, out_dtype: jnp.dtype, residuals: tuple, grad: Float[Array, "B T *out"]
 ) -> tuple[Float[Array, "B T *in"], Float[Array, "*in_out"]]:
+    del out_dtype
     x, kernel = residuals
+    grad = grad.astype(x.dtype)
     into, out = _letters(axes, num_in)
     x_grad = jnp.einsum(
         f"YZ{out},{into}{out}->YZ{into}",
@@ -103,10 +130,7 @@ def _project_bwd(
     multiply = partial(
         jnp.einsum, f"YZ{into},YZ{out}->{into}{out}", preferred_element_type=kernel.dtype
     )
-    operands = (x, grad)
-    if sharding.platform() == "cpu":
-        # XLA's CPU backend cannot multiply two bfloat16 arrays with a float32 sum.
-        operands = (x.astype(kernel.dtype), grad.astype(kernel.dtype))
+    operands = _widened((x, grad), kernel.dtype)
     layouts = [("batch", None, *axes[:num_in]), ("batch", None, *axes[num_in:])]
     return x_grad, sharding.sum_over_batch(multiply, operands, layouts, axes)
 

@@ -5,7 +5,14 @@ attention scores that a causal mask leaves. Recomputation in the backward pass d
 `hardware_flops` adds it.
 """
 
+from typing import TypeVar
+
+import numpy as np
+
 from rag_mm.nn.decoder import DecoderConfig
+
+# One length in tokens, or an array of lengths, for which the result is an array.
+Length = TypeVar("Length", float, np.ndarray)
 
 
 def multiplied_params(config: DecoderConfig) -> int:
@@ -18,15 +25,15 @@ def multiplied_params(config: DecoderConfig) -> int:
     return config.num_layers * (attention + mlp) + config.vocab_size * config.embed_dim
 
 
-def forward_flops(config: DecoderConfig, length: int) -> float:
-    """FLOPs per token of a forward pass, averaged over a causal sequence of one segment, `length` tokens."""
+def forward_flops(config: DecoderConfig, length: Length) -> Length:
+    """FLOPs per token of a forward pass, averaged over a causal segment of `length` tokens."""
     block = config.block
     # Scores and weighted values, two FLOPs each, over (length + 1) / 2 keys on average.
     attention = 4 * block.num_heads * block.head_dim * (length + 1) / 2
     return 2 * multiplied_params(config) + config.num_layers * attention
 
 
-def train_flops(config: DecoderConfig, length: int) -> float:
+def train_flops(config: DecoderConfig, length: Length) -> Length:
     """FLOPs per token of a forward and backward pass: three forward passes."""
     return 3 * forward_flops(config, length)
 

@@ -132,6 +132,7 @@ class ReportData:
     Attributes:
         metrics: content of metrics.json.
         config: the resolved config, JSON-ready.
+        what_was_seen: the page's first sentence: whether the retriever has seen the held-out classes.
         setting: label and value, such as ("Classes never shown in training", "245").
         notes: caveats for the reader, such as a check that was switched off.
         story: examples of the overview at the top; `generations` shows them with every variant.
@@ -145,6 +146,7 @@ class ReportData:
     version: str
     metrics: Mapping[str, Any]
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    what_was_seen: str = ""
     setting: Sequence[tuple[str, str]] = ()
     notes: Sequence[str] = ()
     machine: str = ""

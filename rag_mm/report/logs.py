@@ -8,7 +8,7 @@ from etils import epath
 from rag_mm.report.content import Band, Curve
 from rag_mm.train import train_metrics
 
-_HELD_OUT_TOP1 = "Held-out entities: top-1 accuracy of art codes"
+_HELD_OUT_TOP1 = "Held-out entities for checks: top-1 accuracy of art codes"
 
 
 class Line(NamedTuple):

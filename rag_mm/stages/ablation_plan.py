@@ -56,6 +56,13 @@ class AblationPlan:
         return tuple(sorted(self.variants, key=lambda name: name != self.baseline))
 
     @property
+    def needed(self) -> tuple[str, ...]:
+        """The figures that the table is made of; () for all."""
+        return tuple(
+            dict.fromkeys([*self.figures, *(name for pair in self.pairs for name in pair)])
+        )
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """Figures and pairs, as `eval.ablation_table` writes them."""
         return (*self.figures, *(ablation_table.MINUS.join(pair) for pair in self.pairs))

@@ -6,7 +6,7 @@ from typing import Any
 
 import ml_collections
 
-from rag_mm.core import configuration
+from rag_mm.core import configuration, manifest_values
 from rag_mm.core.configuration import Section
 from rag_mm.core.errors import UserError
 from rag_mm.stages import ablation_plan
@@ -29,7 +29,7 @@ class ChainSettings:
 
     Attributes:
         stages: names of the stages, in the order in which they run.
-        seed: seed of every stage.
+        seed: seed of every stage, and of the world unless it has its own.
     """
 
     stages: tuple[str, ...]
@@ -85,7 +85,7 @@ def stage_configs(config: Mapping[str, Any]) -> dict[str, Any]:
     config = configuration.fill(config, sections)
     if config["seed"] < 0:
         raise UserError(f"The config's seed is {config['seed']}; give 0 or more.")
-    world = world_config.make(config["world"])
+    world = world_config.make(config["world"], config["seed"])
     _check_world(world, config["stages"])
     configs = {name: _stage_config(config, name, world) for name in config["stages"]}
     ra_cm3_stages.check_agreement(configs)
@@ -104,15 +104,13 @@ def slice_of(config: Any) -> dict[str, Any]:
     """A stage's config as its manifest records it, nested plain values.
 
     Of a group that a page fills from another dataclass (`configuration.part_of`) only what differs from the
-    defaults is recorded, and no guard where there is none: so a field that is added to that dataclass later
-    does not make finished runs look edited.
+    defaults is recorded, as of a field that is `manifest_values.ADDED_LATER`: so a new field does not make
+    finished runs look edited.
     """
-    values = dataclasses.asdict(config)
+    values = manifest_values.recorded(config)
     for field in dataclasses.fields(config):
         if (group := configuration.group_of(field)) is not None:
             values[field.name] = configuration.without_defaults(group, values[field.name])
-    if "loop" in values and values["loop"]["guard"] is None:
-        del values["loop"]["guard"]
     return values
 
 

@@ -14,6 +14,9 @@ from rag_mm.stages import chain, chain_config
 from rag_mm.stages.ablation_plan import KEY, AblationPlan
 from rag_mm.stages.stage import PER_DOCUMENT
 
+KEPT = "cells"  # Folder with what a table needs of each cell, small enough for version control.
+METRICS_SUFFIX = ".metrics.json"
+
 
 def run_ablation(
     config: Mapping[str, Any],
@@ -25,7 +28,8 @@ def run_ablation(
 ) -> dict[str, Any]:
     """Runs the cells that have no figures yet, and writes `table.json` and `table.md` after each.
 
-    A cell is the run `workdir/VARIANT/seedN`. A stage that another cell, or a run in `reuse_from`, has
+    A cell is the run `workdir/VARIANT/seedN`; `workdir/cells` holds what the table needs of each cell, and
+    the metrics of its run, for `make_table`. A stage that another cell, or a run in `reuse_from`, has
     finished with the same config and inputs is copied instead of computed.
 
     Args:
@@ -59,13 +63,13 @@ def run_ablation(
             overwrite=overwrite,
             reuse_from=[*others, *reused_runs],
         )
+        kept = ablation_table.cell_path(folder / KEPT, *cell).with_suffix(METRICS_SUFFIX)
+        files.write_json(kept, run.metrics)
         return _flatten(files.read_json(run.finished_stage(plan.stage) / PER_DOCUMENT))
 
     def save(table: ablation_table.Table) -> dict[str, Any]:
-        results = ablation_table.results(table, plan.columns or table.figures, plan.baseline)
-        files.write_json(folder / "table.json", results)
-        files.write_atomic(folder / "table.md", ablation_table.markdown(results).encode())
-        return results
+        ablation_table.write(table, folder / KEPT, plan.needed)
+        return _save(plan, table, folder)
 
     compilation_cache.keep_programs(folder)
     table = ablation_table.run(
@@ -78,6 +82,31 @@ def run_ablation(
         after_cell=save,
     )
     return save(table)
+
+
+def make_table(
+    config: Mapping[str, Any], workdir: epath.PathLike, *, seeds: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """Writes `table.json` and `table.md` from the cells in a folder, such as a copy of `cells`; runs nothing.
+
+    The cells may have been measured from an earlier config.
+
+    Returns:
+        The result of `eval.ablation_table.results`.
+
+    Raises:
+        UserError: there is no cell, or one lacks a figure of the table.
+    """
+    plan = _plan(config, seeds)
+    table = ablation_table.read(plan.order, plan.seeds, workdir)
+    return _save(plan, table, epath.Path(workdir))
+
+
+def _save(plan: AblationPlan, table: ablation_table.Table, folder: epath.Path) -> dict[str, Any]:
+    results = ablation_table.results(table, plan.columns or table.figures, plan.baseline)
+    files.write_json(folder / "table.json", results)
+    files.write_atomic(folder / "table.md", ablation_table.markdown(results).encode())
+    return results
 
 
 @dataclasses.dataclass(frozen=True)

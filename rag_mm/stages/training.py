@@ -1,8 +1,7 @@
 """Training code that the training stages share: config checks, the mesh, and `train`."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import grain
 import jax
@@ -68,13 +67,11 @@ def step_cost(model: nnx.Module, mesh: Mesh) -> throughput.Cost | None:
     if not isinstance(model, decoder.Decoder):
         return None
     config = model.config
-
-    def step_flops(batch: Mapping[str, Any]) -> float:
-        batch_size, length = batch["tokens"].shape
-        return batch_size * length * flops.train_flops(config, length)
-
     peak = chips.DEVICE_FLOPS.get(mesh.devices.flat[0].device_kind)
-    return throughput.Cost(step_flops, None if peak is None else peak * mesh.size)
+    return throughput.Cost(
+        lambda lengths: lengths * flops.train_flops(config, lengths),
+        None if peak is None else peak * mesh.size,
+    )
 
 
 def train(

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from rag_mm.core import checks, costs, files, progress, sharding
+from rag_mm.core import checks, costs, files, manifest_values, progress, sharding
 from rag_mm.data import pipeline
 from rag_mm.nn.param_trees import Params
 from rag_mm.train import checkpoint, preemption, throughput, train_metrics, update_guard, watchdog
@@ -51,7 +51,9 @@ class LoopConfig:
     num_steps: int
     log_every: int = 20
     checkpoint_every: int = 200
-    guard: update_guard.GuardConfig | None = None
+    guard: update_guard.GuardConfig | None = dataclasses.field(
+        default=None, metadata=manifest_values.ADDED_LATER
+    )
 
     def __post_init__(self):
         checks.at_least(self, 1, "num_steps", "log_every", "checkpoint_every")
@@ -73,7 +75,7 @@ class Extras:
     Attributes:
         keep_every: keep checkpoints at multiples of this step permanently.
         max_skipped: this many consecutive updates skipped by the guard end the run.
-        cost: FLOPs of a step, for MFU.
+        cost: FLOPs of a decoder's step, for MFU and tokens per second.
         profile: first and last step of a TensorBoard trace, written to `profile/`; None: that of `profiled`.
         stall_seconds: a process that waits longer for a batch or a step exits (see `watchdog`).
     """
@@ -163,7 +165,7 @@ def fit(
             batch = run.next_batch(iterator)
             state, sums = step_fn(state, batch)
             stop.reach(step)
-            run.count(batch, sums)
+            run.count(sums)
             is_last = step == config.num_steps
             if step % config.log_every == 0 or is_last:
                 is_saved = step % config.checkpoint_every == 0 or is_last
@@ -208,7 +210,12 @@ class _Run:
         """Opens the logs and restores partial averages at step `start`."""
         self.averages = train_metrics.Averages()
         self.log = train_metrics.Log(self.directory / "log.jsonl", start)
-        self.speed = throughput.Speed(self.directory / costs.SPEED_NAME, start, self.extras.cost)
+        self.speed = throughput.Speed(
+            self.directory / costs.SPEED_NAME,
+            start,
+            self.extras.cost,
+            functools.partial(sharding.sum_rows, mesh=self.mesh),
+        )
         self.board = train_metrics.Board(self.directory / costs.BOARD_NAME)
         partial = self.directory / PARTIAL
         if partial.exists() and (saved := files.read_json(partial))["step"] == start:
@@ -221,17 +228,17 @@ class _Run:
             host_batch = dict(next(iterator))
         self._records.append(np.asarray(host_batch.pop(pipeline.RECORDS, ())).tolist())
         batch = sharding.put_batch(host_batch, self.mesh)
-        self.speed.wait(time.monotonic() - start)
+        self.speed.load(host_batch, time.monotonic() - start)
         return batch
 
-    def count(self, batch: dict, sums: Metrics) -> None:
+    def count(self, sums: Metrics) -> None:
         """Adds the step's sums and waits for the previous step, so that one step is in flight at a time."""
         self.averages.add(sums)
         if self._previous_sums is not None:
             with watchdog.within(self.extras.stall_seconds):
                 jax.block_until_ready(self._previous_sums)
         self._previous_sums = sums
-        self.speed.step(batch)
+        self.speed.step()
 
     def log_step(self, step: int, state: TrainState, is_saved: bool) -> dict[str, float]:
         """Writes a log line. Returns the metrics to show in the progress bar."""

@@ -20,7 +20,7 @@ from rag_mm.core.errors import UserError
 @pytest.fixture(autouse=True)
 def stand_ins(monkeypatch):
     def load(kind):
-        def from_folder(folder):
+        def from_folder(folder, image_batch=None):
             if not (pathlib.Path(folder) / "config.json").exists():
                 raise UserError(f"There is no model in {folder}.")
             return kind()
@@ -156,6 +156,17 @@ def test_a_retriever_without_a_tokenizer_gives_no_codes(world, capsys):
     assert call(capsys, "add", "mem", "--documents=more")["rows"] == 7
 
 
+def test_both_models_get_the_image_batch(world, capsys, monkeypatch):
+    given, load_encoder, load_tokenizer = [], memory.load_encoder, memory.load_tokenizer
+    monkeypatch.setattr(memory, "load_encoder", lambda *a: given.append(a[1]) or load_encoder(*a))
+    monkeypatch.setattr(
+        memory, "load_tokenizer", lambda *a: given.append(a[1]) or load_tokenizer(*a)
+    )
+    call(capsys, "build", "--documents=some", "--retriever=run", "--out=mem", "--image-batch=16")
+    call(capsys, "add", "mem", "--documents=more", "--image-batch=32")
+    assert given == [16, 16, 32, 32]
+
+
 def test_scenes_as_documents(world, capsys):
     spec = "--documents=scenes:easy/nothing/memory"
     assert main.main(["memory", "build", spec, "--retriever=run", "--out=mem"]) == 2
@@ -200,6 +211,11 @@ def test_scenes_as_documents(world, capsys):
         (["merge", "mem", "mem"], "Both memories have the id"),
         (["add", "mem", "--documents=more", "--max-bad=2"], "--max-bad is 2.0"),
         (["add", "mem", "--documents=more", "--exclude=no"], "no is not a folder"),
+        (["add", "mem", "--documents=more", "--image-batch=0"], "--image-batch is 0"),
+        (
+            ["build", "--documents=some", "--retriever=run", "--out=new", "--image-batch=-1"],
+            "--image-batch is -1",
+        ),
         (["verify", "no"], "no is not a folder"),
         (["stats", "some"], "some is not a memory"),
     ],

@@ -89,6 +89,67 @@ def test_finite_epochs_end_and_drop_the_remainder():
     assert len(list(make_batches(num_epochs=1))) == 2
 
 
+def make_whole(**options):
+    return make_batches(whole_epochs=True, **options)
+
+
+def make_arrays(seed=0, **options):
+    squares = np.arange(10, dtype=np.int32) ** 2
+    take = lambda records: {"number": records.astype(np.int32), "square": squares[records]}
+    return pipeline.make_array_batches(10, 4, seed, take, **options)
+
+
+@pytest.mark.parametrize("make", [make_whole, make_arrays])
+def test_a_batch_of_a_whole_epoch_holds_no_record_twice(make):
+    """Ten records are two batches of four an epoch; the two left out are others each time."""
+    epochs = np.stack([b["number"] for b in take(make(), 60)]).reshape(30, 8)
+    assert all(len(set(epoch)) == 8 for epoch in epochs.tolist())
+    assert set(epochs.ravel()) == set(range(10))
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 30
+    # Where epochs are joined, some batch does hold one twice.
+    assert any(len(set(b["number"].tolist())) < 4 for b in take(make_batches(), 60))
+
+
+def test_an_epoch_that_batches_fill_holds_every_record_once():
+    number = lambda record, rng: {"number": record}
+    for batches in (
+        pipeline.make_batches(np.arange(12), 4, 5, number, whole_epochs=True),
+        pipeline.make_array_batches(12, 4, 5, lambda records: {"number": records}),
+    ):
+        epochs = np.stack([b["number"] for b in take(batches, 15)]).reshape(5, 12)
+        assert (np.sort(epochs, axis=1) == np.arange(12)).all()
+
+
+def test_whole_epochs_change_nothing_where_batches_fill_an_epoch():
+    """Otherwise they would change what stages whose records fill theirs have trained on."""
+    make = lambda **options: pipeline.make_batches(np.arange(12), 4, 0, transform, **options)
+    assert_same(take(make(whole_epochs=True), 9), take(make(), 9))
+
+
+@pytest.mark.parametrize("make", [make_whole, make_arrays])
+def test_whole_epochs_resume_and_split_over_processes(make):
+    unbroken = take(make(), 11)
+    first, second = make(), make()
+    assert_same(take(first, 5), unbroken[:5])
+    second.set_state(json.loads(json.dumps(first.get_state())))
+    assert_same(take(second, 6), unbroken[5:])
+    shares = [make(rows=range(*bounds)) for bounds in ((0, 1), (1, 4))]
+    for batch in unbroken:
+        parts = [next(share) for share in shares]
+        for name, values in batch.items():
+            np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), values)
+
+
+def test_arrays_are_taken_by_record_and_the_seed_decides():
+    batches = take(make_arrays(), 6)
+    for batch in batches:
+        np.testing.assert_array_equal(batch["square"], batch["number"] ** 2)
+        np.testing.assert_array_equal(batch[pipeline.RECORDS], batch["number"])
+    assert_same(take(make_arrays(), 6), batches)
+    other = take(make_arrays(seed=1), 6)
+    assert any((a["number"] != b["number"]).any() for a, b in zip(batches, other, strict=True))
+
+
 @pytest.mark.slow
 def test_worker_processes_give_the_same_batches():
     unbroken = take(make_batches(), 9)
@@ -103,3 +164,7 @@ def test_too_few_records_are_named():
         pipeline.make_batches(Numbers(), 32, 0, transform, num_epochs=3)
     with pytest.raises(UserError, match="0 records"):
         pipeline.make_batches([], 32, 0, transform)
+    with pytest.raises(UserError, match="10 records do not fill one batch of 11"):
+        pipeline.make_batches(Numbers(), 11, 0, transform, whole_epochs=True)
+    with pytest.raises(UserError, match="10 records do not fill one batch of 11"):
+        pipeline.make_array_batches(10, 11, 0, dict)

@@ -38,7 +38,7 @@ def test_worked_example_of_masking_takes_no_loss_on_sentinels():
     assert real(row, "tokens") == tokens
     assert real(row, "targets") == [*tokens[1:], V.pad]
     #                             t1 t2 B i1 S0 i4 E S0 i2 i3 X, then padding
-    assert real(row, "roles") == [1, 1, 1, 1, 0, 1, 1, 0, 1, 1, 1, 0]
+    assert real(row, "roles") == [1, 1, 1, 1, 3, 1, 1, 3, 1, 1, 1, 0]
     # The main slot is the third: 19 + (text 0..2, BRK 3, image 4..7, EOD 8); moved from 28 on.
     moved = [28, 29, 30, 31]
     assert real(row, "positions") == [18, 19, 20, 22, 23, 24, 26, 27, *moved]
@@ -74,7 +74,7 @@ def test_a_moved_span_keeps_the_role_of_its_document():
     row = sequences.make_row(LAYOUT, VOCABULARY, MAIN, [DOC], spans)
     tokens, roles = real(row, "targets"), real(row, "roles")
     assert tokens[-9:] == [S0, C + 5, C + 6, X, S1, 11, 12, X, V.pad]
-    assert roles[-9:] == [0, 2, 2, 2, 0, 1, 1, 1, 0]
+    assert roles[-9:] == [3, 2, 2, 2, 3, 1, 1, 1, 0]
 
 
 def test_the_fullest_row_fills_the_layout_exactly():
@@ -114,8 +114,8 @@ def test_masking_changes_the_order_and_nothing_else(seed, num_docs):
     targets, row_roles = masked["targets"][: len(tokens) - 1], masked["roles"][: len(tokens) - 1]
     assert targets.tolist() == tokens[1:]
     is_sentinel = (targets >= S0) & (targets < S0 + V.num_sentinels)
-    assert (row_roles[is_sentinel] == roles.IGNORED).all()
-    assert (row_roles[~is_sentinel] != roles.IGNORED).all()
+    assert (row_roles[is_sentinel] == roles.SENTINEL).all()
+    assert np.isin(row_roles[~is_sentinel], (roles.MAIN, roles.RETRIEVED)).all()
     # Every token keeps the role of its document, wherever it went.
     kept = ~is_sentinel & (targets != X)
     n = len(real(plain, "tokens")) - 1

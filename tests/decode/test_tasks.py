@@ -100,8 +100,8 @@ def test_an_image_depends_on_its_own_documents_and_not_on_the_batch(generator):
 def test_captions_are_the_greedy_continuation_of_their_prompt(generator, full_log_probs):
     codes = np.stack([main.codes for main in MAINS])
     seeds = np.zeros(3, np.uint32)
-    captions, log_probs = tasks.generate_captions(generator, codes, DOCS_BY_PROMPT, seeds, GREEDY)
-    assert len(captions) == 3 and log_probs.shape == (3,)
+    captions, means = tasks.generate_captions(generator, codes, DOCS_BY_PROMPT, seeds, GREEDY)
+    assert len(captions) == 3 and means.shape == (3,)
     for i, docs in enumerate(DOCS_BY_PROMPT):
         prompt = sequences.image_to_caption_prompt(LAYOUT, VOCAB, codes[i], docs)
         tokens, positions = prompt.tokens.tolist(), prompt.positions.tolist()
@@ -120,7 +120,19 @@ def test_captions_are_the_greedy_continuation_of_their_prompt(generator, full_lo
             positions.append(prompt.next_position + step)
         # A caption that does not end is cut to the length that a training sequence has room for.
         assert captions[i] == VOCAB.decode_text(caption[: LAYOUT.max_text_len])
-        assert log_probs[i] == pytest.approx(total, abs=1e-4)
+        assert means[i] == pytest.approx(total / (step + 1), abs=1e-4)
+
+
+def test_a_mean_is_over_the_tokens_up_to_the_end(generator, monkeypatch):
+    """The end counts, what follows it does not; a caption without an end has all its steps."""
+    tokens = np.array([[9, VOCAB.eoss, VOCAB.eoss, VOCAB.eoss], [1, 2, 3, 4], [VOCAB.eoss] * 4])
+    log_probs = np.array([[-3.0, -1.0, 0, 0], [-1.0, -2.0, -3.0, -4.0], [-5.0, 0, 0, 0]])
+    drawn = sampler.SampledTokens(tokens.astype(np.int32), log_probs.astype(np.float32))
+    monkeypatch.setattr(sampler, "sample", lambda *args, **options: drawn)
+    codes, seeds = np.stack([main.codes for main in MAINS]), np.zeros(3, np.uint32)
+    captions, means = tasks.generate_captions(generator, codes, DOCS_BY_PROMPT, seeds, GREEDY)
+    assert captions == [VOCAB.decode_text([9]), VOCAB.decode_text([1, 2, 3]), ""]
+    np.testing.assert_allclose(means, [-2.0, -2.5, -5.0])
 
 
 def test_a_caption_stops_at_the_end_of_its_span(generator):

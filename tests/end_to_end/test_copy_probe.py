@@ -28,3 +28,23 @@ def test_the_probe_measures_each_number_of_documents_and_can_stop_early(tmp_path
     assert main.main([*COMMAND, *args]) == 2
     assert "Copying has not started at step 20 of 40" in capsys.readouterr().err
     assert not (run / "copy_probe").exists()
+
+
+@pytest.mark.slow
+def test_copying_is_learned_in_150_steps(tmp_path):
+    """The whole path of a document into the sequence and of its art into the prediction has to work."""
+    run = tmp_path / "run"
+    changes = {
+        "world.class_share": 0.4,
+        "copy_probe.loop.num_steps": 150,
+        "copy_probe.loop.log_every": 50,
+        "copy_probe.loop.checkpoint_every": 150,
+        "copy_probe.optimizer.warmup_steps": 20,
+        "copy_probe.min_gain": 0.0,
+        "copy_probe.num_test": 64,
+    }
+    options = [f"--config.{key}={value}" for key, value in changes.items()]
+    command = ["train", "--config=configs/copy_probe.py:quick", f"--workdir={run}", *options]
+    assert main.main(command) == 0
+    top1 = files.read_json(run / "metrics.json")["copy_probe"]["art_top1"]
+    assert top1["docs1"]["mean"] > top1["docs0"]["mean"] + 0.1

@@ -14,6 +14,7 @@ from rag_mm import report
 from rag_mm.cli import main
 from rag_mm.core import files
 from rag_mm.memory.retrieval_memory import Memory
+from rag_mm.stages.ra_cm3 import write_report
 from rag_mm.stages.shared import build_memory
 from rag_mm.worlds.emoji import class_splits
 
@@ -66,6 +67,18 @@ def test_the_first_screen_has_a_row_an_entity(tiny_run):
     assert (tiny_run.workdir / "report" / "figures" / "story.png").exists()
     costs = files.read_json(tiny_run.workdir / "metrics.json")["quickstart"]
     assert 0 < costs["retrieval_share"] < 1 < costs["generation_ms"] / costs["retrieval_ms"]
+
+
+def test_the_first_sentence_says_what_the_retriever_has_seen(tiny_run):
+    text = (tiny_run.workdir / "report.html").read_text()
+    lead = re.search(r'<p class="lead[^>]*>(.+?)</p>', text, re.DOTALL)[1]
+    assert lead.startswith("The retriever has seen other images of the held-out entities")
+    unseen = write_report._what_was_seen(("common", "rare_seen"))
+    assert unseen.startswith("No model has seen the held-out entities")
+    for split in ("held_out", "tune", "test"):
+        assert lead.startswith(write_report._what_was_seen(("common", split)))
+    # Bounds of the retrieval, and what some heads do before training, are on the page too.
+    assert "more than 50 % equal codes" in text and "begin as induction heads" in text
 
 
 def test_every_stage_is_done(tiny_run):

@@ -126,7 +126,7 @@ def test_the_towers_of_a_memory_are_enough_to_train_on_documents(
         "document_pairs.documents": images,
         "document_pairs.memory": memory,
         "document_fusion.model.num_heads": 4,
-        "document_fusion.batch_size": 32,
+        "document_fusion.batch_size": 8,
         "document_fusion.loop.num_steps": 2,
         "document_fusion.optimizer.warmup_steps": 1,
     }

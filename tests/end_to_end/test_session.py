@@ -11,6 +11,8 @@ import rag_mm
 from rag_mm.cli import main
 from rag_mm.core.document_types import Document, Image, Text
 from rag_mm.core.errors import UserError
+from rag_mm.decode import sampler
+from rag_mm.memory import policy
 
 PROMPT = "red apple at the top left on a blue background"
 
@@ -49,7 +51,7 @@ def test_it_draws_after_reading_so_many_documents(run, docs):
 def test_a_caption_of_two_is_asked_phrase_by_phrase_where_the_run_says_so(run):
     first, second = run.memory.document(0).text, run.memory.document(len(run.memory) - 1).text
     alone = [run.generate(text, docs=1).neighbors[0]["id"] for text in (first, second)]
-    split_phrases = dataclasses.replace(run, split_phrases=True, max_similarity=2.0)
+    split_phrases = dataclasses.replace(run, rules=policy.Rules(split_phrases=True))
     both = split_phrases.generate(f"{first} and {second}", docs=2).neighbors
     assert {found["id"] for found in both} == set(alone)
 
@@ -86,8 +88,26 @@ def test_documents_by_hand_are_read_instead(run):
 def test_a_picture_of_any_size_is_put_into_words(run, picture):
     written = run.caption(np.kron(picture, np.ones((2, 3, 1), np.uint8)), num=2, temperature=1.0)
     assert len(written.captions) == 2 and all(isinstance(c, str) for c in written.captions)
-    assert written.log_probs == sorted(written.log_probs, reverse=True)
+    assert written.mean_log_probs == sorted(written.mean_log_probs, reverse=True)
     assert len(written.neighbors) == 2
+
+
+def test_a_long_caption_of_likelier_tokens_comes_before_a_short_one(run, picture, monkeypatch):
+    """Two tokens of -2 nats are likelier in total than eight of -1, but not by token."""
+    vocabulary = run.image_tokenizer.vocabulary
+    num_steps = run.generator.layout.max_text_len + 1
+    tokens = np.full((2, num_steps), vocabulary.eoss, np.int32)
+    log_probs = np.zeros((2, num_steps), np.float32)
+    short, long = vocabulary.encode_text("a")[:1], vocabulary.encode_text("an apple on a pear")[:7]
+    for row, (text, each) in enumerate(((short, -2.0), (long, -1.0))):
+        tokens[row, : len(text)] = text
+        log_probs[row, : len(text) + 1] = each
+    assert log_probs[0].sum() > log_probs[1].sum()
+    drawn = sampler.SampledTokens(tokens, log_probs)
+    monkeypatch.setattr(sampler, "sample", lambda *args, **options: drawn)
+    written = run.caption(picture, docs=0, num=2, temperature=1.0)
+    assert written.captions == [vocabulary.decode_text(long), vocabulary.decode_text(short)]
+    assert written.mean_log_probs == [-1.0, -2.0]
 
 
 def test_infill_redraws_the_band_alone(run, picture):
@@ -134,7 +154,7 @@ def test_the_commands_give_the_same(run, tiny_run, picture, tmp_path, capsys):
     told = call("caption", f"--image={source}")
     assert told == {
         "captions": written.captions,
-        "log_probs": written.log_probs,
+        "mean_log_probs": written.mean_log_probs,
         "neighbors": written.neighbors,
     }
 

@@ -157,7 +157,7 @@ def test_a_cell_that_fails_is_left_out_with_its_reason_and_tried_again(tmp_path)
     assert entry["minus_baseline"]["seeds"] == [0] and entry["value"]["seeds"] == [0, 2]
     text = ablation_table.markdown(results)
     assert "(2 of 3 seeds)" in text and "(1 of 3 seeds, ± over documents)" in text
-    assert "Missing: better, seed 1 (the loss at step 7 is not finite)." in text
+    assert "Failed: better, seed 1 (the loss at step 7 is not finite)." in text
     assert table(tmp_path).failed == {}
 
 
@@ -168,6 +168,49 @@ def test_where_nothing_can_be_measured_the_reason_is_raised(tmp_path):
     with pytest.raises(UserError, match="The gate is shut"):
         table(tmp_path, measure=refuse)
     assert not (tmp_path / "table").exists()
+
+
+def test_a_failed_seed_ends_a_claim_also_in_a_table_made_of_the_cells_alone(tmp_path):
+    seeds = (0, 1, 2, 3)
+
+    def measure(variant, seed):
+        if (variant, seed) == ("better", 3):
+            raise UserError("Retrieval check failed.")
+        return cell(variant, seed)
+
+    def judged(made):
+        return [
+            ablation_table.compare(made, "nll", "better", "base")["counts"],
+            ablation_table.summary(made, "nll - alone", "better")["counts"],
+            ablation_table.summary(made, "nll - alone", "base")["counts"],
+        ]
+
+    def kept(made):
+        ablation_table.write(made, tmp_path / "kept", ["nll", "alone"])
+        return ablation_table.read(["base", "better"], seeds, tmp_path / "kept")
+
+    made = table(tmp_path, seeds, measure)
+    again = kept(made)
+    assert judged(made) == judged(again) == [False, False, True]
+    assert again.failed == {("better", 3): "Retrieval check failed"}
+    assert again.figures == ("alone", "nll")
+    made = table(tmp_path, seeds)
+    again = kept(made)
+    assert judged(made) == judged(again) == [True, True, True] and not again.failed
+    assert ablation_table.compare(again, "nll", "better", "base")["mean"] == pytest.approx(
+        ablation_table.compare(made, "nll", "better", "base")["mean"], rel=1e-5
+    )
+    with pytest.raises(UserError, match="no finished cell"):
+        ablation_table.read(["base", "better"], seeds, tmp_path / "elsewhere")
+
+
+def test_a_table_of_more_figures_than_variants_has_a_row_for_each_figure(tmp_path):
+    made = table(tmp_path)
+    results = ablation_table.results(made, ["nll", "alone", "right"], "base")
+    first = ablation_table.markdown(results).splitlines()[0]
+    assert first == "| variant | base | better |"
+    results = ablation_table.results(made, ["nll"], "base")
+    assert "| nll (n = 40) | minus base |" in ablation_table.markdown(results)
 
 
 def test_what_was_not_measured_is_missing_and_nothing_is_invented():
@@ -244,7 +287,7 @@ def test_markdown_is_the_table_its_json_holds(tmp_path):
     assert lines[3] == better
     assert "± is one standard error, over seeds (0, 1, 2)." in text
     assert (
-        "at least 3 seeds, all with the same sign, and more than two standard errors from zero."
+        "at least 3 seeds, none failed, all with the same sign, and more than two standard errors"
         in text
     )
     alone = ablation_table.markdown(ablation_table.results(table(tmp_path, seeds=[0]), ["nll"]))

@@ -82,6 +82,18 @@ def test_split_over_a_mesh_the_scores_are_the_same(generator, scores):
     np.testing.assert_array_equal(found.is_top1, scores.is_top1)
 
 
+def test_as_many_rows_are_computed_as_are_asked_for(generator, monkeypatch):
+    """Up to the next power of two, and never the whole batch of 64."""
+    sizes, score = [], likelihood._score
+    count = lambda params, batch, **rest: (
+        sizes.append(len(batch["tokens"])) or score(params, batch, **rest)
+    )
+    monkeypatch.setattr(likelihood, "_score", count)
+    for num in (1, 3):
+        assert len(likelihood.score_codes(generator, MAINS[:num], DOCS[:num]).nll) == num
+    assert sizes == [1, 4]
+
+
 def test_other_rows_of_the_batch_change_nothing(generator, found):
     backwards = likelihood.score_codes(generator, MAINS[::-1], DOCS[::-1], batch_size=2).nll
     np.testing.assert_allclose(backwards[::-1], found, atol=1e-4)

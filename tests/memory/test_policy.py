@@ -185,15 +185,31 @@ def test_a_document_that_asks_twice_gets_one_of_each():
     np.testing.assert_array_equal(find(8), find(1))
 
 
-def test_calibration_is_the_percentile_of_pairs_of_one_class_with_other_facts():
-    vectors = np.float32([[1, 0], [1, 0], [0.6, 0.8], [0, 1], [-1, 0]])
-    classes, facts = np.array([4, 4, 4, 2, 2]), np.array([1, 1, 2, 3, 4])
-    # Pairs: rows 0-2 and 1-2 at 0.6 (0-1 are twins), rows 3-4 at 0.
-    bound = policy.calibrate_max_similarity(vectors, classes, facts, percentile=100)
-    assert bound == pytest.approx(0.6)
-    assert policy.calibrate_max_similarity(vectors, classes, facts, 0) == pytest.approx(0.0)
-    with pytest.raises(ValueError, match="nothing to calibrate"):
-        policy.calibrate_max_similarity(vectors[:2], classes[:2], facts[:2])
+def find_by_codes(codes, max_share, query_codes=None, k=3):
+    """Neighbors of one query, whose hits are rows 0, 1, 2, ... of a memory with these codes."""
+    vectors = np.eye(len(codes), dtype=np.float32)
+    return policy.find_neighbors(
+        searcher(vectors),
+        np.linspace(1, 0.5, len(codes), dtype=np.float32)[None],
+        vectors,
+        num_neighbors=k,
+        query_rows=np.array([-1]),
+        query_keys=np.array([policy.NO_KEY]),
+        row_keys=np.full(len(codes), policy.NO_KEY),
+        **policy.Rules(max_equal_codes=max_share).bounds(codes.__getitem__, query_codes),
+    ).ids[0]
+
+
+def test_a_hit_with_too_many_codes_of_a_chosen_one_or_of_the_query_is_redundant():
+    codes = np.array([[1, 2, 3, 4], [1, 2, 3, 9], [1, 2, 8, 8], [4, 3, 2, 1], [7, 7, 7, 7]])
+    # Row 1 has three quarters of row 0's codes, row 2 half; row 3 has all of them, elsewhere.
+    assert find_by_codes(codes, 0.5).tolist() == [0, 2, 3]
+    assert find_by_codes(codes, 0.49).tolist() == [0, 3, 4]
+    assert find_by_codes(codes, 1.0).tolist() == [0, 1, 2]
+    query = np.array([[5, 5, 2, 1]])
+    assert find_by_codes(codes, 0.49, query).tolist() == [0, 4, protocol.MISSING]
+    # Rows without an image equal nothing, not even each other.
+    assert find_by_codes(np.full((3, 4), -1), 0.0).tolist() == [0, 1, 2]
 
 
 def test_twin_keys_are_stable_and_never_no_key():

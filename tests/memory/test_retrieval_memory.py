@@ -74,9 +74,15 @@ def test_build_stores_documents_embeddings_and_codes(built, encoder, tokenizer):
     assert built.stats()["shards"] == 3
 
 
-def test_the_encoder_always_sees_one_batch_size(tmp_path, encoder):
-    retrieval_memory.Memory.build(tmp_path / "mem", make_documents(15), encoder, options=SMALL)
-    assert set(encoder.batches) == {4}
+def test_each_text_and_image_is_encoded_once_and_a_query_alone(tmp_path, encoder):
+    root = tmp_path / "mem"
+    built = retrieval_memory.Memory.build(root, make_documents(15), encoder, options=SMALL)
+    assert sum(encoder.batches) == 2 * 15 and max(encoder.batches) == SMALL.batch_size
+    encoder.batches.clear()
+    built.search(text="thing number3", k=1)
+    built.search(image=make_documents(1)[0].image, k=1)
+    built.add(make_documents(1, 20), options=SMALL)
+    assert encoder.batches == [1, 1, 1, 1]
 
 
 def test_search_by_text_image_and_vectors(built):

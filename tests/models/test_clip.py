@@ -1,5 +1,6 @@
 """CLIP: published sizes, unit embeddings, pooling at the end of text, and training on any mesh."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,6 +13,7 @@ from flax import nnx
 from rag_mm.core import sharding
 from rag_mm.models import clip
 from rag_mm.nn import param_trees
+from rag_mm.train import optimizer as optimizer_lib
 from rag_mm.train import train_state, train_step
 
 END = 11
@@ -200,20 +202,49 @@ def test_the_loss_on_a_mesh_equals_that_on_one_device(model):
     np.testing.assert_allclose(sharded, loss(params, batch), rtol=1e-5)
 
 
-def test_temperature_is_clipped_at_one_hundred():
-    class IdentityCLIP(clip.CLIP):
-        """Encoders that return their input; the batch below gives similarities 1 for pairs, else 0."""
+class IdentityCLIP(clip.CLIP):
+    """Encoders that return their input."""
 
-        def __init__(self):
-            self.logit_scale = nnx.Param(jnp.float32(20))
+    def __init__(self, scale):
+        self.logit_scale = nnx.Param(jnp.log(jnp.float32(scale)))
 
-        def encode_image(self, images):
-            return images
+    def encode_image(self, images):
+        return images
 
-        encode_text = encode_image
+    encode_text = encode_image
 
+
+def test_the_loss_of_perfect_pairs():
+    """Similarities are 1 for pairs, else 0."""
     batch = {"images": jnp.eye(4), "tokens": jnp.eye(4)}
-    loss, metrics = clip.loss_fn(IdentityCLIP(), batch, jax.random.key(0))
-    np.testing.assert_allclose(metrics["logit_scale"][0], 100, rtol=1e-5)
-    np.testing.assert_allclose(loss, 0, atol=1e-6)
+    loss, metrics = clip.loss_fn(IdentityCLIP(2.0), batch, jax.random.key(0))
+    np.testing.assert_allclose(metrics["logit_scale"][0], 2, rtol=1e-5)
+    np.testing.assert_allclose(loss, np.log(1 + 3 * np.exp(-2)), rtol=1e-5)
     assert metrics["in_batch_recall"][0] == metrics["in_batch_recall"][1] == 4.0
+
+
+@pytest.mark.parametrize("start", [100.0, 120.0])
+def test_a_loss_that_is_too_sure_lowers_the_temperature_from_its_bound_and_above(start):
+    """Every text matches another image than its own, so a scale of zero would be best."""
+    batch = {"images": jnp.eye(4), "tokens": jnp.roll(jnp.eye(4), 1, axis=0)}
+    graphdef, params = nnx.split(IdentityCLIP(start), nnx.Param)
+    params = nnx.to_pure_dict(params)
+    config = optimizer_lib.OptimizerConfig(
+        learning_rate=0.1, warmup_steps=0, schedule="constant", clip_norm=1e9
+    )
+    tx = optimizer_lib.make_optimizer(config, 9)
+    state = tx.init(params)
+    for _ in range(3):
+        loss = lambda p: clip.loss_fn(nnx.merge(graphdef, p), batch, jax.random.key(0))[0]
+        grads = jax.grad(loss)(params)
+        # The loss is about the scale itself, whose derivative by its logarithm is the scale.
+        assert float(grads["logit_scale"]) == pytest.approx(np.exp(params["logit_scale"]), rel=1e-3)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    assert np.exp(params["logit_scale"]) < 85
+
+
+def test_a_start_above_the_bound_is_refused():
+    with pytest.raises(ValueError, match="initial_logit_scale is 120"):
+        dataclasses.replace(clip.CLIPConfig.b32(), initial_logit_scale=120.0)

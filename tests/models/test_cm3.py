@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rag_mm.core.roles import IGNORED, MAIN, RETRIEVED
+from rag_mm.core.roles import IGNORED, MAIN, RETRIEVED, SENTINEL
 from rag_mm.data import sequences, vocabulary
 from rag_mm.models import cm3, ra_cm3
 from rag_mm.nn import decoder
 
 V, CODE_OFFSET = 9, 6
-ROLES = np.array([[2, 2, 2, 1, 1, 1, 0], [0, 1, 1, 2, 1, 0, 0]], np.int8)
+ROLES = np.array([[2, 2, 3, 1, 1, 1, 0], [3, 1, 1, 2, 1, 0, 0]], np.int8)
 BATCH = {
     "tokens": np.zeros((2, 7), np.int32),
     "targets": np.array([[1, 7, 0, 2, 8, 6, 4], [3, 0, 7, 8, 5, 1, 1]], np.int32),
@@ -39,9 +39,10 @@ class FixedLogits(decoder.Decoder):
         return hidden
 
 
-def loss_fn(logits, retrieved_weight, batch=BATCH):
+def loss_fn(logits, retrieved_weight, batch=BATCH, **options):
     model, batch = FixedLogits(logits), jax.tree.map(jnp.asarray, batch)
-    return cm3.loss_fn(model, batch, retrieved_weight=retrieved_weight, code_offset=CODE_OFFSET)
+    options["code_offset"] = CODE_OFFSET
+    return cm3.loss_fn(model, batch, retrieved_weight=retrieved_weight, **options)
 
 
 GRAD = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
@@ -68,7 +69,26 @@ def test_with_alpha_zero_retrieved_targets_have_no_gradient():
 
 def test_sentinels_and_padding_have_weight_zero():
     _, grad = GRAD(jnp.asarray(LOGITS), jnp.float32(1))
-    assert (np.asarray(grad)[ROLES == IGNORED] == 0).all()
+    assert (np.asarray(grad)[(ROLES == IGNORED) | (ROLES == SENTINEL)] == 0).all()
+
+
+def test_divided_by_its_weights_the_loss_is_the_mean_over_all_targets():
+    """CM3Leon: those of retrieved documents and sentinels count like the others, padding does not."""
+    compute = jax.value_and_grad(loss_fn, has_aux=True)
+    options = dict(sentinel_weight=1.0, normalize_by="weights")
+    (loss, metrics), grad = compute(jnp.asarray(LOGITS), 1.0, **options)
+    is_target = ROLES != IGNORED
+    np.testing.assert_allclose(loss, NLL[is_target].mean(), rtol=1e-5)
+    assert float(metrics["loss"][1]) == is_target.sum()
+    probs = np.exp(LOGITS) / np.exp(LOGITS).sum(-1, keepdims=True)
+    expected = (probs - np.eye(V)[BATCH["targets"]]) * is_target[..., None] / is_target.sum()
+    np.testing.assert_allclose(grad, expected, atol=1e-6)
+    # At other weights, it is the weighted mean.
+    weights = np.select([ROLES == MAIN, ROLES == RETRIEVED, ROLES == SENTINEL], [1.0, 0.5, 0.25])
+    options["sentinel_weight"] = 0.25
+    loss, metrics = loss_fn(jnp.asarray(LOGITS), 0.5, **options)
+    np.testing.assert_allclose(loss, np.average(NLL, weights=weights), rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"][1], weights.sum(), rtol=1e-6)
 
 
 def test_metrics_are_sums_with_their_weights():
@@ -87,9 +107,10 @@ def test_metrics_are_sums_with_their_weights():
     assert int(metrics["code_majority"][0]) == (is_majority & main & is_code).sum()
 
 
-def test_a_batch_without_main_targets_is_finite():
+@pytest.mark.parametrize("normalize_by", cm3.NORMALIZE_BY)
+def test_a_batch_without_targets_is_finite(normalize_by):
     batch = BATCH | {"roles": np.zeros_like(ROLES)}
-    loss, metrics = loss_fn(jnp.asarray(LOGITS), 0.1, batch)
+    loss, metrics = loss_fn(jnp.asarray(LOGITS), 0.1, batch, normalize_by=normalize_by)
     assert loss == 0 and all(np.isfinite(total) for total, _ in metrics.values())
 
 
@@ -115,3 +136,16 @@ def test_the_loss_of_a_real_sequence_under_a_uniform_model():
     np.testing.assert_allclose(
         loss, np.log(vocab.size) * (main + 0.5 * retrieved) / main, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"normalize_by": "targets"}, "one of main, weights"),
+        ({"sentinel_weight": -1.0}, "sentinel_weight is -1.0"),
+        ({"alpha": -0.1}, "alpha is -0.1"),
+    ],
+)
+def test_an_unknown_divisor_and_negative_weights_are_refused(changes, says):
+    with pytest.raises(ValueError, match=says):
+        ra_cm3.RACM3Config(decoder.DecoderConfig(9, 1, 8, 1, 8, 8), 6, **changes)

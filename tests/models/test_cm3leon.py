@@ -1,4 +1,4 @@
-"""CM3Leon's sizes and initialization, in both readings of "output layers are zero"."""
+"""CM3Leon's sizes and initialization, in both readings of "output layers are zero", and its uniform loss."""
 
 import dataclasses
 import functools
@@ -6,13 +6,16 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 from rag_mm.core import configuration, sharding
+from rag_mm.data import sequences, vocabulary
 from rag_mm.models import cm3leon, ra_cm3
 from rag_mm.nn import param_trees
 from rag_mm.nn.decoder import InitConfig
+from rag_mm.train import optimizer, train_state, train_step
 
 SIZES = {
     "configs/cm3leon.py:350m": (24, 1024, 16, 350e6),
@@ -62,7 +65,9 @@ def test_config_pages_equal_the_class_methods():
     }.items():
         assert load_from_page(f"configs/cm3leon.py:{preset}") == config
     assert load_from_page("configs/ra_cm3.py:tiny") == ra_cm3.RACM3Config.tiny()
-    assert config.alpha == 1.0 and ra_cm3.RACM3Config.b2_7().alpha == 0.1
+    assert (config.alpha, config.sentinel_weight, config.normalize_by) == (1.0, 1.0, "weights")
+    paper = ra_cm3.RACM3Config.b2_7()
+    assert (paper.alpha, paper.sentinel_weight, paper.normalize_by) == (0.1, 0.0, "main")
 
 
 @pytest.mark.parametrize("reading", ["blocks", "head"])
@@ -130,3 +135,86 @@ def test_an_unknown_reading_and_a_tied_head_with_its_own_std_are_rejected():
         cm3leon.CM3LeonConfig.tiny("both")
     with pytest.raises(ValueError, match="tied"):
         dataclasses.replace(cm3leon.CM3LeonConfig.tiny().decoder, init=InitConfig(head_std=0.0))
+
+
+VOCABULARY = vocabulary.train_vocabulary([], 256, 64, 4)
+LAYOUT = sequences.Layout(max_docs=2, max_text_len=8, num_codes=16, max_spans=2)
+ROWS = cm3leon.make_config(
+    1,
+    32,
+    2,
+    vocab_size=VOCABULARY.size + VOCABULARY.size % 2,
+    max_seq_len=LAYOUT.num_positions,
+    code_offset=VOCABULARY.code_offset,
+    dtype="float32",
+)
+
+
+def make_rows(nums_docs, rng):
+    """A batch with one sequence for each number of documents; in every other one the caption is masked."""
+
+    def example():
+        text = rng.integers(256, size=rng.integers(3, 9)).tolist()
+        return sequences.Example(text, rng.integers(64, size=16).astype(np.int32))
+
+    rows = []
+    for i, num_docs in enumerate(nums_docs):
+        main, *docs = (example() for _ in range(num_docs + 1))
+        spans = sequences.find_segments(LAYOUT, main, docs)[-2:-1] if i % 2 else None
+        rows.append(sequences.make_row(LAYOUT, VOCABULARY, main, docs, spans))
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+LOSS = functools.partial(cm3leon.loss_fn, config=ROWS)
+SGD = optax.sgd(1.0)
+
+
+@functools.cache
+def take_step(mesh_shape=(1, 1, 1), num_parts=1):
+    """Parameters after a step of plain gradient descent, and the metrics."""
+    batch = make_rows([0, 0, 2, 2, 1, 0, 2, 1], np.random.default_rng(1))
+    batch["roles"][:2] = 0  # A part, and two shards, without targets.
+    mesh = sharding.make_mesh(*mesh_shape)
+    make = functools.partial(make_model, ROWS)
+    graphdef, _ = param_trees.describe(make, mesh)
+    step = train_step.make_train_step(graphdef, LOSS, SGD, 0, num_parts)
+    state = train_state.init_state(param_trees.init_params(make, mesh), SGD, mesh)
+    with jax.set_mesh(mesh):
+        state, sums = step(state, sharding.put_batch(batch, mesh))
+    return jax.device_get(state.params), {k: float(a / b) for k, (a, b) in sums.items() if b}
+
+
+def test_loss_and_gradient_at_the_start_do_not_grow_with_the_number_of_documents():
+    """So clipping and the guard mean the same for every number of them."""
+    rng, norms = np.random.default_rng(0), []
+    graphdef, params = nnx.split(make_model(ROWS), nnx.Param)
+
+    @jax.jit
+    def compute(batch):
+        loss = lambda p: LOSS(nnx.merge(graphdef, p), batch, jax.random.key(0))[0]
+        value, grads = jax.value_and_grad(loss)(params)
+        return value, optax.global_norm(grads)
+
+    for num_docs in range(3):
+        loss, norm = compute(make_rows([num_docs] * 16, rng))
+        assert float(loss) == pytest.approx(np.log(ROWS.decoder.vocab_size), abs=0.05)
+        norms.append(float(norm))
+    # Averages over more targets are less noisy; they are not sums over them.
+    assert 0.5 < norms[2] / norms[0] < 1.1
+
+
+@pytest.mark.parametrize("split", [dict(num_parts=4), dict(mesh_shape=(8, 1, 1))], ids=str)
+def test_parts_and_shards_of_unequal_weight_add_up_to_the_whole_batch(split):
+    params, metrics = take_step()
+    other_params, other_metrics = take_step(**split)
+    assert other_metrics == pytest.approx(metrics, abs=1e-5)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), other_params, params)
+
+
+def test_the_learning_rate_ends_at_a_tenth_of_its_peak():
+    for preset in ("tiny", "7b"):
+        page = configuration.to_dict(configuration.load_config(f"configs/cm3leon.py:{preset}"))
+        config = configuration.make(optimizer.OptimizerConfig, page["optimizer"], "optimizer")
+        schedule = optimizer.make_schedule(config, page["num_steps"])
+        last = float(schedule(page["num_steps"]))
+        assert last == pytest.approx(0.1 * config.learning_rate, rel=1e-4)

@@ -238,3 +238,29 @@ def test_psnr_of_a_mean_squared_error():
 def test_same_seed_same_bits():
     first, second = (nnx.split(_train(PATCH, 3)[0])[1] for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+# 256 pixels as 256 codes of 8,192.
+LARGE = autoencoder.SPAEConfig(
+    image_size=256, width_multipliers=(1, 2, 2, 4, 4), num_res_blocks=1, levels=(16,)
+)
+
+
+def _temporary_bytes(call, *shape):
+    """Temporary memory of call(model, images uint8 `shape`) for the large model; nothing runs."""
+    model = jax.eval_shape(lambda: autoencoder.SPAE(LARGE, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(model, nnx.Param)
+    images = jax.ShapeDtypeStruct(shape, jnp.uint8)
+    program = jax.jit(lambda params, images: call(nnx.merge(graphdef, params), images))
+    return program.lower(params, images).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_a_batch_of_large_images_is_encoded_in_two_gibibytes():
+    batch = image_ops.num_at_once(LARGE.image_size)
+    encode = lambda model, images: model.encode(image_ops.to_float(images))
+    assert _temporary_bytes(encode, batch, 256, 256, 3) < 2**31
+
+
+def test_kmeans_of_many_large_images_starts_in_two_gibibytes():
+    init = lambda model, images: objective.init_codebook(model, images, jax.random.key(0))
+    assert _temporary_bytes(init, 2048, 256, 256, 3) < 2**31

@@ -37,6 +37,8 @@ def forward(config, tree, tokens, positions, segment_ids):
 
 def _forward(config, tree, tokens, positions, segment_ids):
     x = tree["embedding"]["table"][tokens]
+    if config.scale_embeddings:
+        x = x * math.sqrt(config.embed_dim)
     if config.positions == "learned":
         x = x + tree["position_embedding"]["table"][positions]
     if config.positions == "sinusoidal":

@@ -1,4 +1,4 @@
-"""Image arrays: conversion between uint8 and float32, and random flips and rotations."""
+"""Image arrays: conversion between uint8 and float32, random flips and rotations, images per batch."""
 
 import jax
 import jax.numpy as jnp
@@ -23,3 +23,8 @@ def test_uint8_to_float_and_back_is_the_identity():
     pixels = jnp.arange(256, dtype=jnp.uint8)
     np.testing.assert_array_equal(image_ops.to_uint8(image_ops.to_float(pixels)), pixels)
     assert image_ops.to_uint8(jnp.array([-1.0, 2.0])).tolist() == [0, 255]
+
+
+def test_a_batch_has_about_a_quarter_of_a_million_pixels():
+    sizes = (8, 32, 64, 128, 224, 256, 336, 512, 4096)
+    assert [image_ops.num_at_once(size) for size in sizes] == [256, 256, 64, 16, 4, 4, 2, 1, 1]

@@ -85,6 +85,46 @@ def test_ties_go_to_the_lowest_code():
     assert quantize.nearest_codes(np.zeros((1, 4), np.float32), codebook).tolist() == [0]
 
 
+@pytest.mark.parametrize("size", [32, 64, 95, 97, 200])
+def test_chunks_of_the_codebook_give_the_same_codes(size, monkeypatch):
+    """In chunks of 32 and 64 codes, which the sizes fill, exceed or leave partly empty."""
+    rng = np.random.default_rng(2)
+    z = rng.normal(size=(3, 50, 6)).astype(np.float32)
+    codebook = rng.normal(size=(size, 6)).astype(np.float32)
+    half = -(-size // 2)
+    codebook[half:] = codebook[: size - half]  # Nearly all codes occur twice.
+    whole = quantize.nearest_codes(z, codebook)
+    assert whole.max() < half
+    for at_once in (1, 150 * 64):
+        monkeypatch.setattr(quantize, "_MAX_DISTANCES", at_once)
+        np.testing.assert_array_equal(quantize.nearest_codes(z, codebook), whole)
+
+
+def test_chunks_change_no_gradient(monkeypatch):
+    z, codebook = _case(SMALL, size=100)
+
+    def loss(z, codebook):
+        codes = quantize.quantize(z, codebook, SMALL)
+        averages = quantize.running_averages(codes, codebook, SMALL)
+        losses = quantize.quantization_losses(z, averages, SMALL)
+        return sum(losses) + (quantize.straight_through(z, averages[-1], SMALL) ** 3).sum()
+
+    whole = jax.jit(jax.grad(loss, (0, 1)))(z, codebook)
+    monkeypatch.setattr(quantize, "_MAX_DISTANCES", 1)
+    chunked = jax.jit(jax.grad(lambda *args: loss(*args), (0, 1)))(z, codebook)
+    for found, expected in zip(chunked, whole, strict=True):
+        assert np.abs(expected).max() > 0
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_all_distances_are_never_in_memory_at_once():
+    """65,536 positions and 8,192 codes have 2 GiB of distances; compiled only."""
+    z = jax.ShapeDtypeStruct((256, 16, 16, 256), jnp.float32)
+    codebook = jax.ShapeDtypeStruct((8192, 256), jnp.float32)
+    program = jax.jit(quantize.nearest_codes).lower(z, codebook).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 2**29
+
+
 @pytest.mark.parametrize("levels", [(4,), SMALL, (1, 4), PAPER])
 def test_streaming_averages_match_the_loops(levels):
     z, codebook = _case(levels)

@@ -111,6 +111,21 @@ def test_a_memory_wants_a_folder_of_a_file_system(config):
         chain.run_chain(config, "gs://bucket/run")
 
 
+def test_the_baseline_may_have_its_own_model_and_optimizer():
+    plain = {"model": {"smear_lags": (), "induction_init": False}, "optimizer": {"b2": 0.95}}
+    page = chain_config.load("configs/quickstart.py:tiny")
+    page = chain_config.override(page, {f"control.{part}": plain[part] for part in plain})
+    configs = chain_config.stage_configs(page | {"control": page["control"] | {"num_steps": 80}})
+    decoder, control = configs["decoder"], configs["control"]
+    assert decoder.model["induction_init"] and not control.model["induction_init"]
+    assert not control.model["smear_lags"] and len(decoder.model["smear_lags"]) == 4
+    assert control.optimizer == dataclasses.replace(decoder.optimizer, b2=0.95)
+    assert (decoder.loop.num_steps, control.loop.num_steps) == (40, 80)
+    page["control"]["model"] = {"smear_lag": ()}
+    with pytest.raises(UserError, match="control: model has no setting 'smear_lag'"):
+        chain_config.stage_configs(page)
+
+
 def test_the_control_follows_what_is_changed_of_the_decoder():
     changed = {"decoder.loop.num_steps": "60", "decoder.batch_size": "4"}
     config = chain_config.load("configs/quickstart.py:tiny", changed)

@@ -109,6 +109,13 @@ def test_a_manifest_records_a_guard_only_where_there_is_one():
     assert chain_config.slice_of(made)["loop"]["guard"]["window"] == update_guard.GuardConfig.window
 
 
+def test_a_manifest_records_a_field_that_was_added_later_only_where_it_is_used():
+    """Runs that were finished before schedules could end above zero stay finished."""
+    assert "end_rate" not in chain_config.slice_of(load()["decoder"])["optimizer"]
+    made = load(**{"decoder.optimizer.end_rate": "0.1"})["decoder"]
+    assert chain_config.slice_of(made)["optimizer"]["end_rate"] == 0.1
+
+
 def test_a_manifest_records_what_differs_from_a_models_defaults():
     """A field that is added to a model's config later does not make finished runs look edited."""
     model = chain_config.slice_of(load()["decoder"])["model"]

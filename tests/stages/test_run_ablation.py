@@ -230,6 +230,26 @@ def test_an_unknown_figure_is_told_after_the_first_cell(made, config, tmp_path):
     assert len([call for call in made if call[0] == "exam"]) == 1
 
 
+def test_a_table_is_made_again_from_its_cells_alone(made, config, tmp_path):
+    results = run_ablation.run_ablation(config, tmp_path / "runs")
+    kept = (tmp_path / "runs" / "cells").rename(tmp_path / "kept")
+    made.clear()
+    again = run_ablation.make_table(config, kept)
+    assert made == [] and (kept / "table.md").exists()
+    for figure, entries in results["figures"].items():
+        for variant, entry in entries.items():
+            means = again["figures"][figure][variant]["value"]["seed_means"]
+            assert means == pytest.approx(entry["value"]["seed_means"], rel=1e-5)
+    assert "machine" in files.read_json(kept / "alpha" / "seed1.metrics.json")
+    assert set(files.read_json(kept / "alpha" / "seed1.json")["figures"]) == {
+        "held_out.docs0.nll",
+        "held_out.docs2.nll",
+    }
+    (kept / "alpha" / "seed1.json").unlink()
+    assert run_ablation.make_table(config, kept)["missing"] == [["alpha", 1]]
+    assert results["missing"] == []
+
+
 def test_a_run_is_no_place_for_a_table(made, config, tmp_path):
     alone = {key: value for key, value in config.items() if key != "ablation"}
     chain.run_chain(alone, tmp_path / "alone")

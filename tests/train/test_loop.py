@@ -247,8 +247,14 @@ def test_too_many_skipped_in_a_row_end_the_run_and_name_the_batches(tmp_path):
 
 
 def test_speed_is_logged_separately(unbroken, tmp_path):
-    cost = throughput.Cost(lambda batch: 100.0, peak=1e6)
-    parts = begin()
+    """Each of the four rows of a batch has three tokens and two of padding."""
+
+    def with_tokens(index, rng):
+        row = {"tokens": np.zeros(5, np.int32), "segment_ids": np.array([1, 1, 1, 0, 0], np.int32)}
+        return make_example(index, rng) | row
+
+    cost = throughput.Cost(lambda lengths: 100.0 * lengths, peak=1e6)
+    parts = begin() | {"iterator": pipeline.make_batches(np.arange(6), 4, 1, with_tokens)}
     extras = loop.Extras(cost=cost)
     loop.fit("line", directory=tmp_path, config=SCHEDULE, extras=extras, **parts)
     rows = [json.loads(line) for line in (tmp_path / "speed.jsonl").read_text().splitlines()]
@@ -256,6 +262,9 @@ def test_speed_is_logged_separately(unbroken, tmp_path):
     for row in rows:
         assert 0 < row["step_seconds_p50"] <= row["step_seconds_p99"]
         assert 0 <= row["input_wait"] <= 1
+        seconds = 2 * row["step_seconds_p50"]  # Of two steps the median is the mean.
+        assert row["tokens_per_second"] * seconds == pytest.approx(2 * 4 * 3)
+        assert row["model_flops_per_second"] * seconds == pytest.approx(2 * 4 * 300)
         assert row["mfu"] == pytest.approx(row["model_flops_per_second"] / 1e6)
     assert (tmp_path / "log.jsonl").read_bytes() == unbroken[2]
 

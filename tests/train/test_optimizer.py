@@ -8,7 +8,7 @@ from flax import nnx
 
 from rag_mm.models import clip
 from rag_mm.nn import decoder, param_trees
-from rag_mm.train import optimizer
+from rag_mm.train import optimizer, update_guard
 
 
 def rates(num_steps, **config):
@@ -38,6 +38,21 @@ def test_wsd_is_stable_and_then_decays():
     found = rates(20, warmup_steps=4, schedule="wsd")
     expected = np.interp(np.arange(21), [0, 4, 14, 20], [0.0, 2.0, 2.0, 0.0])
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd"])
+def test_schedules_may_end_above_zero(schedule):
+    found = rates(20, warmup_steps=4, schedule=schedule, end_rate=0.1)
+    np.testing.assert_allclose(found[[0, 4, 20]], [0.0, 2.0, 0.2], atol=1e-6)
+    half = {"linear": 12, "cosine": 12, "wsd": 17}[schedule]  # the middle of the decay
+    assert found[half] == pytest.approx(1.1)
+    assert (np.diff(found[4:]) <= 1e-6).all()
+
+
+@pytest.mark.parametrize("end_rate", [-0.1, 1.5])
+def test_an_end_rate_outside_of_zero_to_one_is_refused(end_rate):
+    with pytest.raises(ValueError, match="end_rate"):
+        optimizer.OptimizerConfig(end_rate=end_rate)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd", "constant"])
@@ -91,3 +106,32 @@ def test_gradients_are_clipped_by_their_global_norm():
         _, state = tx.update({"kernel": np.full((2, 2), 50, np.float32)}, tx.init(params), params)
     first_moment = optax.tree_utils.tree_get(state, "mu")["kernel"]
     np.testing.assert_allclose(first_moment, 0.1 * np.full((2, 2), 0.5), rtol=1e-5)
+
+
+@pytest.mark.parametrize("guard", [None, update_guard.GuardConfig()], ids=["", "guarded"])
+@pytest.mark.parametrize(
+    ("start", "gradient", "expected"),
+    [
+        (99.0, -1.0, [100, 100, 100]),  # A negative gradient raises the parameter.
+        (100.0, -1.0, [100, 100, 100]),
+        (100.0, 1.0, [90.48, 81.87, 74.08]),
+        (150.0, -1.0, [100, 100, 100]),
+        (150.0, 1.0, [100, 90.48, 81.87]),
+        (20.0, -1.0, [22.10, 24.43, 27.00]),
+    ],
+)
+def test_the_temperature_stops_at_its_bound_and_leaves_it_again(start, gradient, expected, guard):
+    """Adam's first steps on a constant gradient have the learning rate's size, here of the logarithm."""
+    config = optimizer.OptimizerConfig(learning_rate=0.1, warmup_steps=0, schedule="constant")
+    tx = optax.with_extra_args_support(optimizer.make_optimizer(config, 9, guard))
+    params = {"logit_scale": np.log(np.float32(start)), "kernel": np.float32(np.log(start))}
+    grads = jax.tree.map(lambda leaf: np.float32(gradient), params)
+    state, found = tx.init(params), []
+    for _ in range(3):
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = tx.update(grads, state, params, value=np.float32(1))
+        params = optax.apply_updates(params, updates)
+        found.append(float(np.exp(params["logit_scale"])))
+    assert found == pytest.approx(expected, rel=1e-3)
+    # Only the temperature is bounded.
+    assert params["kernel"] == pytest.approx(np.log(start) - 0.3 * gradient, rel=1e-3)

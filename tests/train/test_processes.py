@@ -120,6 +120,20 @@ def test_two_processes_of_four_devices_equal_one_of_eight(alone, pair):
 
 
 @pytest.mark.slow
+def test_tokens_and_flops_of_all_processes_are_logged(alone, pair):
+    """A step takes a second of the processes' clock, and record n of a batch has n % 11 tokens."""
+    order = [alone[1]["order"][str(step)] for step in range(1, 9)]
+    lengths = np.array(order).reshape(4, -1) % 11
+    for folder in (alone[0], pair[0]):
+        lines = (folder / "run" / "speed.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        assert [row["step"] for row in rows] == [2, 4, 6, 8]
+        assert [row["tokens_per_second"] for row in rows] == (lengths.sum(axis=1) / 2).tolist()
+        flops = [row["model_flops_per_second"] for row in rows]
+        assert flops == ((lengths**2).sum(axis=1) / 2).tolist()
+
+
+@pytest.mark.slow
 def test_a_checkpoint_of_two_processes_is_read_by_one_on_one_device(alone, pair):
     one, two = params_on_one_device(alone[0]), params_on_one_device(pair[0])
     assert one.step == two.step == 8

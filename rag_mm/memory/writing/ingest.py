@@ -23,7 +23,7 @@ class Options:
     Attributes:
         index: `scann`, `exact` or `device`; fixed when the memory is built.
         scann: settings of a `scann` index.
-        batch_size: documents encoded at once.
+        batch_size: documents handed to the retriever and the image tokenizer together.
         shard_size: rows per shard. One shard is held in memory, in addition to the index's rows.
         on_progress: called with (records read, total records); an unknown total is the number read so far.
         max_bad: if a larger share of the records is bad, nothing is written; a single bad record is always
@@ -181,7 +181,7 @@ class Ingest:
 
     def _flush(self, draft: _Draft, folder: str) -> None:
         """Embeds the batch and writes the documents that no filter excludes."""
-        embeddings = model_protocols.embed(draft.batch, self._encoder, self._options.batch_size)
+        embeddings = model_protocols.embed(draft.batch, self._encoder)
         kept = []
         for i, reason in enumerate(self._filter(draft.batch, embeddings)):
             if reason is None:
@@ -191,7 +191,7 @@ class Ingest:
         batch = [draft.batch[i] for i in kept]
         codes: list[np.ndarray | None] = [None] * len(batch)
         if self._tokenizer is not None:
-            codes = model_protocols.encode_codes(batch, self._tokenizer, self._options.batch_size)
+            codes = model_protocols.encode_codes(batch, self._tokenizer)
         records = [
             record.Record(
                 document,

@@ -47,7 +47,7 @@ class ExclusionSet:
             text_only = [d for d in batch if d.image is None]
             captions += [shard_file.caption_hash(d.text) for d in text_only]
             if with_image:
-                embedded = model_protocols.embed(with_image, encoder, batch_size)
+                embedded = model_protocols.embed(with_image, encoder)
                 embeddings.append(embedded["image"])
         return cls(frozenset(ids), frozenset(captions), np.concatenate(embeddings), similarity)
 

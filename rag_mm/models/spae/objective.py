@@ -1,5 +1,6 @@
 """SPAE's training loss without its GAN and semantic terms, its PSNR, and its k-means initialization."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Key, UInt8
@@ -64,6 +65,10 @@ def init_codebook(
       images: with at least codebook_size grid positions in all.
       key: the result is deterministic given it.
     """
-    z = model.embed(image_ops.to_float(images))
+    z = jax.lax.map(
+        lambda image: model.embed(image_ops.to_float(image[None]))[0],
+        images,
+        batch_size=image_ops.num_at_once(model.config.image_size),
+    )
     points = z.reshape(-1, z.shape[-1])
     return quantize.init_kmeans(points, model.config.codebook_size, key)

@@ -5,6 +5,7 @@ not learn to copy from these does not learn it from retrieved documents either.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
@@ -26,9 +27,9 @@ class CopyProbeStageConfig(train_decoder.DecoderStageConfig):
     """A decoder's config, and how the probe measures it.
 
     Attributes:
-        min_gain: the stage stops at half of the steps if documents raise the top-1 share of unseen art codes
-            by less than this; 0 disables the check.
-        num_test: number of test scenes of held-out classes measured at the end.
+        min_gain: the stage stops at half of the steps if documents raise the top-1 share of art codes of
+            tune classes by less than this; 0 disables the check.
+        num_test: number of test scenes of test classes measured at the end.
     """
 
     world: world_config.EmojiWorld
@@ -59,23 +60,14 @@ def run(config: CopyProbeStageConfig, run: run_folder.Run, stage_dir: epath.Path
     num_queries = config.sequences.captions_per_image + 1
     neighbors = _sample_neighbors(config, source.class_ids, seen, num_queries)
     training_source = train_decoder.make_sequences(config, corpus, source, seen.examples, neighbors)
-    tests = config.world.scenes("test", *world_config.HELD_OUT)
-    rows = world_config.sample_rows(tests, config.num_test, config.seed)
-    mains, art = corpus.test(tests, rows)
-    test_neighbors = _sample_neighbors(config, tests.class_ids[rows], held_out, 1)[:, 0]
-    docs = [[held_out.examples[i] for i in ids] for ids in test_neighbors]
-    watched = world_config.evenly_spaced(np.arange(len(mains)), config.num_watched)
-    watch = copy_metrics.CopyWatch(
-        [mains[i] for i in watched],
-        [docs[i][:1] for i in watched],
-        art[watched],
-        config.loop.num_steps,
-        config.min_gain,
-    )
+    mains, docs, art = _draw_tests(config, corpus, held_out, world_config.TUNE, config.num_watched)
+    first_docs = [documents[:1] for documents in docs]
+    watch = copy_metrics.CopyWatch(mains, first_docs, art, config.loop.num_steps, config.min_gain)
     metrics = train_decoder.fit(config, stage_dir, image_tokenizer, training_source, watch)
     if not multiprocess.is_leader():
         return {}
     generator = train_decoder.load_params(stage_dir, image_tokenizer)
+    mains, docs, art = _draw_tests(config, corpus, held_out, world_config.TEST, config.num_test)
     values = {}
     for count in range(config.sequences.max_docs + 1):
         first_docs = [documents[:count] for documents in docs]
@@ -105,6 +97,21 @@ def _documents(corpus: coded_corpus.Corpus, source: emoji_scenes.Scenes) -> _Doc
     codes = corpus.codes(source)
     examples = [corpus.example(source.caption(i, 0), codes[i]) for i in range(len(source))]
     return _Documents(examples, source.class_ids)
+
+
+def _draw_tests(
+    config: CopyProbeStageConfig,
+    corpus: coded_corpus.Corpus,
+    documents: _Documents,
+    splits: Sequence[str],
+    count: int,
+) -> tuple[list[sequences.Example], list[list[sequences.Example]], np.ndarray]:
+    """At most `count` test scenes, `max_docs` documents of the class of each, and their art codes."""
+    source = config.world.scenes("test", *splits)
+    rows = world_config.sample_rows(source, count, config.seed)
+    mains, art = corpus.test(source, rows)
+    neighbors = _sample_neighbors(config, source.class_ids[rows], documents, 1)[:, 0]
+    return mains, [[documents.examples[i] for i in ids] for ids in neighbors], art
 
 
 def _sample_neighbors(

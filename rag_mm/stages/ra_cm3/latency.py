@@ -48,22 +48,22 @@ def _make_retrieval(
     run: run_folder.Run, context: generate_samples.EvalContext, captions: list[str]
 ) -> Callable[[], object]:
     memory = build_memory.open_memory(run)
-    max_similarity, split_phrases = find_neighbors.load_policy(run)
+    rules = find_neighbors.load_policy(run)
     vectors, search = memory.embeddings("mixed"), memory.index("mixed").search
-    row_keys = np.full(len(memory), policy.NO_KEY)
+    row_keys, bounds = np.full(len(memory), policy.NO_KEY), rules.bounds(memory.read_codes)
 
     def retrieve() -> object:
-        queries, counts = policy.split_queries(captions, split_phrases)
+        queries, counts = policy.split_queries(captions, rules.split_phrases)
         return policy.find_neighbors(
             search,
             context.encoder.encode_text(queries),
             vectors,
             num_neighbors=context.decoder.layout.max_docs,
-            max_similarity=max_similarity,
             query_rows=np.full(len(captions), -1),
             query_keys=np.full(len(captions), policy.NO_KEY),
             row_keys=row_keys,
             counts=counts,
+            **bounds,
         )
 
     return retrieve

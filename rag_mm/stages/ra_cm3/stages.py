@@ -22,14 +22,20 @@ class ControlSection:
 
     Attributes:
         num_steps: number of training steps; None for the decoder's.
+        model: settings that differ from the decoder's `model`, such as {"smear_lags": ()}; None for none.
+        optimizer: settings that differ from the decoder's `optimizer`; None for none.
     """
 
     num_steps: int | None = None
+    model: Mapping[str, Any] | None = None
+    optimizer: Mapping[str, Any] | None = None
 
 
 def resolve_control(page: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
     """The values of the baseline's config, derived from the decoder's on the page."""
     values = {**page.get("decoder", {}), "is_baseline": True}
+    for part in ("model", "optimizer"):
+        values[part] = {**values.get(part, {}), **(section.get(part) or {})}
     if section.get("num_steps") is not None:
         values["loop"] = {**values["loop"], "num_steps": section["num_steps"]}
     return values

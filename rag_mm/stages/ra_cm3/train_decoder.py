@@ -47,7 +47,7 @@ class DecoderStageConfig:
         alpha: loss weight of the targets in retrieved documents (docs/papers/ra_cm3.md#loss).
         is_baseline: train the baseline: the same main documents in the same order, without retrieved ones.
         batch_size: sequences per step.
-        num_watched: number of unseen scenes on which copying is measured at every checkpoint.
+        num_watched: number of scenes of tune classes on which copying is measured at every checkpoint.
         mesh: numbers of devices along data, fsdp and tensor.
     """
 
@@ -196,16 +196,16 @@ def _make_watch(
     corpus: coded_corpus.Corpus,
     documents: list[Example],
 ) -> copy_metrics.CopyWatch:
-    """Measures copying on test scenes of held-out classes, each with the best document it retrieves."""
-    source = config.world.scenes("test", *world_config.HELD_OUT)
+    """Measures copying on test scenes of tune classes, each with the best document it retrieves."""
+    source = config.world.scenes("test", *world_config.TUNE)
     docs: list[list[Example]]
     if config.is_baseline:
         rows = world_config.sample_rows(source, config.num_watched, config.seed)
         docs = [[] for _ in rows]
     else:
         folder = run.finished_stage("neighbors")
-        rows = files.read_array(folder / "held_out_rows.npy")
-        best = files.read_array(folder / "held_out_text.npy")[:, :1]
+        rows = files.read_array(folder / "tune_rows.npy")
+        best = files.read_array(folder / "tune_text.npy")[:, :1]
         watched = world_config.evenly_spaced(np.arange(len(rows)), config.num_watched)
         rows, docs = rows[watched], [coded_corpus.pick(documents, ids) for ids in best[watched]]
     mains, art = corpus.test(source, rows)

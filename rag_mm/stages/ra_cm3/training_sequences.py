@@ -6,7 +6,7 @@ from functools import partial
 import grain
 import numpy as np
 
-from rag_mm.core import checks
+from rag_mm.core import checks, manifest_values
 from rag_mm.core.errors import UserError
 from rag_mm.core.roles import MAIN
 from rag_mm.data import masking, pipeline, sequences
@@ -28,7 +28,7 @@ class SequencesConfig:
             more loses its first document.
         full_caption_prob: probability that the main caption states all facts, as at inference, whichever
             caption was the query.
-        code_noise: probability of replacing an input code of the main image by another code of the
+        code_noise: probability of replacing an input code of the main image by an earlier code of the
             sequence; targets stay clean. Makes copying robust to the model's own errors.
     """
 
@@ -70,15 +70,19 @@ class MaskingConfig:
         segment_prob: probability that a masked sequence masks whole captions or images.
         caption_prob: probability that a sequence masks the main caption only, as in captioning; with
             `segment_prob` alone, few sequences mask the main caption.
+        min_spans: minimum number of spans in a masked sequence, 0 as in the public code of CM3, where a third
+            of the sequences then stay plain, or 1 as in the paper.
     """
 
     max_spans: int = 3
     prob: float = 0.5
     segment_prob: float = 0.5
     caption_prob: float = 0.0
+    min_spans: int = dataclasses.field(default=0, metadata=manifest_values.ADDED_LATER)
 
     def __post_init__(self):
         checks.at_least(self, 0, "max_spans")
+        checks.one_of(self, "min_spans", (0, 1))
         checks.between(self, 0, 1, "prob", "segment_prob", "caption_prob")
 
 
@@ -130,19 +134,25 @@ class SequenceSource:
         if rng.random() < self.masking.caption_prob:
             spans = segments[-2:-1]
         else:
-            masks = masking.Masking(0, self.masking.segment_prob, self.masking.prob)
+            masks = masking.Masking(
+                self.masking.min_spans, self.masking.segment_prob, self.masking.prob
+            )
             spans = masking.sample_spans(masks, segments, rng, self.masking.max_spans)
         sequence = sequences.make_row(self.layout, self.vocabulary, main, docs, spans)
         self._add_code_noise(sequence, rng)
         return {name: values[:length] for name, values in sequence.items()}
 
     def _add_code_noise(self, sequence: dict[str, np.ndarray], rng: np.random.Generator) -> None:
-        """Replaces some input codes of the main image by other codes of the sequence, in place."""
+        """Replaces some input codes of the main image in place, each by a code from before it.
+
+        Codes after it would reveal targets. The first code of a sequence has none before it and stays.
+        """
         tokens = sequence["tokens"]
         is_code = tokens >= self.vocabulary.code_offset
         is_main = is_code & (np.roll(sequence["roles"], 1) == MAIN)
-        replaced = np.flatnonzero(is_main & (rng.random(len(tokens)) < self.config.code_noise))
-        tokens[replaced] = rng.choice(tokens[is_code], len(replaced))
+        num_before: np.ndarray = np.cumsum(is_code) - is_code
+        is_noisy = is_main & (num_before > 0) & (rng.random(len(tokens)) < self.config.code_noise)
+        tokens[is_noisy] = tokens[is_code][rng.integers(num_before[is_noisy])]
 
     @property
     def masking_len(self) -> int:

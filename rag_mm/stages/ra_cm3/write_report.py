@@ -112,7 +112,8 @@ def gather_data(
         version=rag_mm.__version__,
         metrics={k: v for k, v in metrics.items() if k != run_folder.MACHINE},
         config=run.config,
-        setting=_setting(config, len(memory), run.config),
+        what_was_seen=_what_was_seen(_retriever_splits(run.config)),
+        setting=_setting(config, len(memory), run.config, metrics.get("neighbors", {})),
         notes=config.notes,
         machine=_machine(),
         stage_seconds={
@@ -148,19 +149,70 @@ def _machine() -> str:
     return f"{cores}, Python {machine['python']}, jax {versions['jax']}, flax {versions['flax']}"
 
 
+def _retriever_splits(run_config: Mapping[str, Any]) -> tuple[str, ...]:
+    splits = train_retriever.RetrieverStageConfig.splits
+    return tuple(run_config.get("retriever", {}).get("splits", splits))
+
+
+def _what_was_seen(retriever_splits: Sequence[str]) -> str:
+    if set(retriever_splits) & {*world_config.HELD_OUT, *world_config.TUNE, *world_config.TEST}:
+        return (
+            "The retriever has seen other images of the held-out entities, with captions, as a public CLIP "
+            "would have; the decoder and the image tokenizer have not."
+        )
+    return "No model has seen the held-out entities, not even the retriever."
+
+
 def _setting(
-    config: ReportStageConfig, num_rows: int, run_config: Mapping[str, Any]
+    config: ReportStageConfig,
+    num_rows: int,
+    run_config: Mapping[str, Any],
+    neighbors: Mapping[str, Any],
 ) -> list[tuple[str, str]]:
     world = config.world
-    retriever = train_retriever.RetrieverStageConfig
-    splits = run_config.get("retriever", {}).get("splits", retriever.splits)
-    return [
+    rows = [
         ("Level of the scenes", ", ".join(world.levels)),
+        ("Seed of the world", f"{world.seed}"),
         ("Classes seen in training", f"{len(world.classes(*world_config.SEEN)):,}"),
-        ("Classes never shown in training", f"{len(world.classes(*world_config.HELD_OUT)):,}"),
-        ("Classes the retriever saw", ", ".join(splits)),
+        ("Held-out classes that are measured", f"{len(world.classes(*world_config.TEST)):,}"),
+        ("Held-out classes for checks", f"{len(world.classes(*world_config.TUNE)):,}"),
+        ("Classes the retriever saw", ", ".join(_retriever_splits(run_config))),
         ("Documents in the memory", f"{num_rows:,}"),
     ]
+    model = run_config.get("decoder", {}).get("model", {})
+    if model.get("induction_init"):
+        rows.append(("Attention heads at the start", _wired_heads(model)))
+    if "max_equal_codes" in neighbors:  # Not yet while the stage itself runs.
+        rows.append(("Documents skipped as redundant", _redundancy(neighbors)))
+    return rows
+
+
+def _wired_heads(model: Mapping[str, Any]) -> str:
+    """What `induction_init` does to the heads with lags."""
+    num_wired = sum(bool(lags) for lags in model.get("smear_lags", ()))
+    return (
+        f"{num_wired or model['num_heads']} of {model['num_heads']} in each layer begin as induction heads: "
+        "before any training they find what resembles the last codes and copy what followed it"
+    )
+
+
+def _redundancy(neighbors: Mapping[str, Any]) -> str:
+    """The bounds of the retrieval, and how alike the two documents of a training caption are."""
+    bounds = []
+    if neighbors["max_similarity"] is not None:
+        bounds.append(f"cosine above {neighbors['max_similarity']:g}")
+    if neighbors["max_equal_codes"] < 1:
+        bounds.append(f"more than {100 * neighbors['max_equal_codes']:g} % equal codes")
+    found = [
+        f"{label} {neighbors[key]:.3f}"
+        for key, label in (
+            ("median_similarity_of_two", "cosine"),
+            ("median_equal_codes_of_two", "share of equal codes"),
+        )
+        if key in neighbors
+    ]
+    medians = f"; median over the two documents of a caption: {', '.join(found)}" if found else ""
+    return f"{' or '.join(bounds) or 'none'}{medians}"
 
 
 def _reconstructions(

@@ -31,7 +31,7 @@ class DocumentPairsStageConfig:
         documents: training documents, as for `--documents` of `rag-mm memory build`.
         memory: folder of a memory.
         max_documents: use only the first training documents, up to this number; None uses all.
-        embed_batch: number of documents embedded at once.
+        embed_batch: number of documents read and of images embedded at once.
     """
 
     seed: int
@@ -60,7 +60,7 @@ def run(config: DocumentPairsStageConfig, run: run_folder.Run, stage_dir: epath.
     Raises:
         UserError: there is no memory, it carries no retriever, or no document has an image and a text.
     """
-    memory, encoder = open_memory(config.memory)
+    memory, encoder = open_memory(config.memory, config.embed_batch)
     train = _embed(config, encoder)
     unknown = np.full(len(memory), -1, np.int32)
     pairs = embed_pairs.EmbeddedPairs(
@@ -79,14 +79,16 @@ def run(config: DocumentPairsStageConfig, run: run_folder.Run, stage_dir: epath.
     return {"train": len(train), "memory": len(memory)}
 
 
-def open_memory(path: epath.PathLike) -> tuple[retrieval_memory.Memory, frozen.FrozenRetriever]:
-    """Opens a memory with the towers that it carries.
+def open_memory(
+    path: epath.PathLike, image_batch: int | None = None
+) -> tuple[retrieval_memory.Memory, frozen.FrozenRetriever]:
+    """Opens a memory with the towers that it carries, which encode `image_batch` images at once.
 
     Raises:
         UserError: there is no memory, or it carries no retriever.
     """
     memory = retrieval_memory.Memory.open(path)
-    encoder = frozen.FrozenRetriever(memory.carried("retriever"))
+    encoder = frozen.FrozenRetriever(memory.carried("retriever"), image_batch)
     memory.attach(encoder)
     return memory, encoder
 
@@ -98,7 +100,7 @@ def _embed(config: DocumentPairsStageConfig, encoder: frozen.FrozenRetriever) ->
     done = 0
     with progress.track("document_pairs", total) as bar:
         for batch in _batches(source, config):
-            embeddings = model_protocols.embed(batch, encoder, config.embed_batch)
+            embeddings = model_protocols.embed(batch, encoder)
             unknown = np.full(len(batch), -1, np.int32)
             parts.append(embed_pairs.Pairs(embeddings["image"], embeddings["text"], unknown))
             done += len(batch)

@@ -14,10 +14,14 @@ from rag_mm.core import files, run_folder
 from rag_mm.eval import zeroshot
 from rag_mm.memory import policy
 from rag_mm.stages.shared import build_memory, frozen, train_retriever, world_config
+from rag_mm.worlds import concepts
 from rag_mm.worlds.emoji import art, class_splits, emoji_scenes
 
 INPUTS = ("retriever", "memory")
 METADATA = "pairs.json"
+# Images are classified among all classes; those of tune classes are not tested.
+TESTED_SPLITS = ("common", "rare_seen", *world_config.TEST)
+HELD_OUT_INDEX = concepts.SPLITS.index("held_out")
 # Class ids of the world, int [N] -> indices into its list of classes, int32 [N].
 ToIndices = Callable[[np.ndarray], np.ndarray]
 
@@ -77,7 +81,7 @@ class EmbeddedPairs:
     questions: Pairs
     captioned: Pairs
     caption_keys: np.ndarray
-    split_names: tuple[str, ...] = class_splits.SPLITS
+    split_names: tuple[str, ...] = concepts.SPLITS
 
     @property
     def dim(self) -> int:
@@ -170,11 +174,12 @@ def run(config: PairsStageConfig, run: run_folder.Run, stage_dir: epath.Path) ->
     ]
     memory_classes = np.concatenate([source.class_ids for source in sources])
     class_ids = config.world.classes(*class_splits.SPLITS)
+    splits = np.minimum(class_splits.split_of(config.world.seed or 0)[class_ids], HELD_OUT_INDEX)
     index_of = {int(class_id): index for index, class_id in enumerate(class_ids)}
     to_indices = lambda ids: np.array([index_of[int(i)] for i in ids], np.int32)
     names = art.load_art().names
     texts = zeroshot.prompts([names[i][0] for i in class_ids], config.templates)
-    tests = [config.world.scenes("test", split) for split in class_splits.SPLITS]
+    tests = [config.world.scenes("test", split) for split in TESTED_SPLITS]
     pairs = EmbeddedPairs(
         train=_train(config, encoder, to_indices),
         memory=Pairs(
@@ -184,7 +189,7 @@ def run(config: PairsStageConfig, run: run_folder.Run, stage_dir: epath.Path) ->
         towers=encoder.fingerprint,
         test=_sum(encoder.dim, (_test(config, encoder, source, to_indices) for source in tests)),
         prompts=encoder.encode_text(texts).reshape(len(class_ids), -1, encoder.dim),
-        splits=class_splits.split_of()[class_ids].astype(np.int32),
+        splits=splits.astype(np.int32),
         questions=_sum(
             encoder.dim, (_questions(config, encoder, source, to_indices) for source in tests)
         ),
@@ -195,7 +200,7 @@ def run(config: PairsStageConfig, run: run_folder.Run, stage_dir: epath.Path) ->
         "train": len(pairs.train),
         "memory": len(pairs.memory),
         "classes": {
-            name: int((pairs.splits == i).sum()) for i, name in enumerate(class_splits.SPLITS)
+            name: int((pairs.splits == i).sum()) for i, name in enumerate(pairs.split_names)
         },
     }
 
@@ -251,9 +256,8 @@ def _questions(
 def _captioned(
     config: PairsStageConfig, encoder: frozen.FrozenRetriever, to_indices: ToIndices
 ) -> dict[str, Any]:
-    level = config.world.levels[-1]
-    ids = config.world.classes(*class_splits.SPLITS)
-    source = emoji_scenes.Scenes(level, ids, "test", class_share=config.world.class_share)
+    hardest = dataclasses.replace(config.world, levels=config.world.levels[-1:])
+    source = hardest.scenes("test", *TESTED_SPLITS)
     rows = world_config.evenly_spaced(np.arange(len(source)), config.max_test)
     texts = [source.full_caption(int(row)) for row in rows]
     keys = np.array([policy.fact_key(text) for text in texts], np.int64)

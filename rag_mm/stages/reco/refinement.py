@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from rag_mm.core import batches
 from rag_mm.core.errors import UserError
 from rag_mm.memory import policy, retrieval_memory
 from rag_mm.memory.index import protocol
@@ -165,15 +166,12 @@ class Refiner:
 def fuse(
     fusion: Fuse, queries: np.ndarray, retrieved: RetrievedRows, batch_size: int = 256
 ) -> np.ndarray:
-    """Fuses the retrieved rows into the queries: float32 [Q, D] of length 1, in batches."""
-    parts = []
-    for start in range(0, len(queries), batch_size):
-        rows = np.arange(start, start + batch_size)
-        # Pads the last batch with the last query, so that the function compiles once.
-        rows = np.minimum(rows, len(queries) - 1)
-        refined = np.asarray(fusion(queries[rows], *retrieved.take(rows)))
-        parts.append(refined[: len(queries) - start])
-    return np.concatenate(parts)
+    """Fuses the retrieved rows into the queries: float32 [Q, D] of length 1, in batches (`batches.split`)."""
+    parts = [
+        np.asarray(fusion(queries[rows], *retrieved.take(rows)))
+        for rows in batches.split(len(queries), batch_size)
+    ]
+    return np.concatenate(parts)[: len(queries)]
 
 
 def learned_fusions(model: frozen.LoadedModel) -> dict[str, Fuse]:

@@ -30,10 +30,8 @@ from rag_mm.stages.reco.measure_fusion import (
 from rag_mm.stages.reco.refinement import Bank, RetrievedRows, SearchSettings
 from rag_mm.stages.shared import frozen
 from rag_mm.stages.stage import PER_DOCUMENT
-from rag_mm.train import checkpoint, loop, optimizer, train_step
+from rag_mm.train import checkpoint, loop, optimizer
 
-# Pairs of a batch are sampled in groups of this size; one by one, sampling would take longer than the step.
-GROUP = 32
 RECORD = "fusion.json"
 PARAMS = "params"
 
@@ -43,14 +41,14 @@ class FusionStageConfig:
     """How the fusion is trained and measured.
 
     Attributes:
-        seed: seed of the initial weights and the choice of pairs.
+        seed: seed of the initial weights and the order of pairs.
         world: world of the pairs; recorded only.
         model: a `RecoConfig` without `dim`, which follows from the embeddings.
         optimizer: learning rate, schedule and moments.
         loop: number of steps, logging and checkpoints.
         search: how neighbors are retrieved, in training and by default at inference.
         measures: what is measured after training.
-        batch_size: pairs per step; a multiple of 32.
+        batch_size: pairs per step, at most as many as there are; no pair is in a batch twice.
         train_in_memory: add the training pairs to the memory rows that training retrieves.
         mask_self: with `train_in_memory`, prevent a pair from retrieving itself.
     """
@@ -70,8 +68,6 @@ class FusionStageConfig:
 
     def __post_init__(self):
         training.check_config(self.optimizer, self.loop, self.batch_size)
-        if self.batch_size % GROUP:
-            raise ValueError(f"batch_size is {self.batch_size}; give a multiple of {GROUP}")
         self.reco(8 * self.model.get("num_heads", 8))
 
     def reco(self, dim: int) -> reco.RecoConfig:
@@ -81,7 +77,7 @@ class FusionStageConfig:
 
 def make_mesh(config: FusionStageConfig) -> Mesh:
     """The mesh to train on; raises as `training.make_mesh` does."""
-    return training.make_mesh(config.batch_size // GROUP)
+    return training.make_mesh(config.batch_size)
 
 
 def run(
@@ -163,28 +159,26 @@ def _train(
 ) -> tuple[Params, list[dict[str, float]]]:
     train, neighbors = pairs.train, find_for_training(config, pairs)
 
-    def sample_group(_: np.int64, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        rows = rng.integers(len(train), size=GROUP)
+    def take(rows: np.ndarray) -> dict[str, np.ndarray]:
         batch = {"image": train.image[rows], "text": train.text[rows]}
         batch["class_ids"] = train.class_ids[rows]
         for name, retrieved in neighbors.items():
             batch[f"{name}_retrieved"], batch[f"{name}_neighbor_mask"] = retrieved.take(rows)
         return batch
 
-    num_groups, size = max(config.batch_size, len(train)) // GROUP, config.batch_size // GROUP
     mesh = make_mesh(config)
-    batches = pipeline.make_batches(
-        np.arange(num_groups),
-        size,
+    batches = pipeline.make_array_batches(
+        len(train),
+        config.batch_size,
         config.seed,
-        sample_group,
-        rows=sharding.local_rows(size, mesh),
+        take,
+        rows=sharding.local_rows(config.batch_size, mesh),
     )
     return training.train(
         "fusion",
         stage_dir,
         make_model,
-        _loss_of_groups,
+        reco.loss_fn,
         batches,
         optimizer_config=config.optimizer,
         loop_config=config.loop,
@@ -206,17 +200,3 @@ def find_for_training(
         name: config.search.find(bank, name, getattr(pairs.train, name), query_rows)
         for name in reco.MODALITIES
     }
-
-
-def _loss_of_groups(
-    model: nnx.Module, batch: Mapping[str, jax.Array], rng: jax.Array
-) -> tuple[jax.Array, train_step.Metrics]:
-    """The loss of a batch [G, GROUP, ...]."""
-
-    def flatten(x: jax.Array) -> jax.Array:
-        shape = (x.shape[0] * x.shape[1], *x.shape[2:])
-        spec = sharding.activation_spec("batch", *(None,) * (len(shape) - 1))
-        return jax.lax.reshape(x, shape, out_sharding=spec)
-
-    assert isinstance(model, reco.RECO)
-    return reco.loss_fn(model, jax.tree.map(flatten, dict(batch)), rng)

@@ -6,11 +6,10 @@ classes without retraining anything; it is used to test generation of entities t
 
 import dataclasses
 
-import jax
 import numpy as np
 from etils import epath
 
-from rag_mm.core import checks, progress, run_folder
+from rag_mm.core import checks, manifest_values, progress, run_folder
 from rag_mm.memory import retrieval_memory, shared_encoding
 from rag_mm.memory.index import registry
 from rag_mm.memory.index.exact import ExactIndex
@@ -31,18 +30,21 @@ class MemoryStageConfig:
         world: world whose documents of role `memory` are stored.
         index: scann | exact | device.
         num_queries: number of captions that recall@10 of the index is measured with.
+        image_batch: images that the retriever and the image tokenizer encode at once, a power of two; None
+            for as many as have 2 ** 18 pixels in all, at most 256.
     """
 
     seed: int
     world: world_config.EmojiWorld | world_config.OwnImages
     index: str = "scann"
     num_queries: int = 500
+    image_batch: int | None = dataclasses.field(default=None, metadata=manifest_values.ADDED_LATER)
 
     def __post_init__(self):
         # The device index would use devices before the processes have joined.
         if self.index != "device":
             registry.make_index(self.index)
-        checks.at_least(self, 1, "num_queries")
+        checks.at_least(self, 1, "num_queries", "image_batch")
 
 
 def run(config: MemoryStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict:
@@ -54,8 +56,8 @@ def run(config: MemoryStageConfig, run: run_folder.Run, stage_dir: epath.Path) -
         `rows`, `index` and `recall_at_10` in the leader, {} in followers.
     """
     encoder, image_tokenizer = (
-        train_retriever.load_encoder(run.workdir),
-        train_tokenizer.load_tokenizer(run.workdir),
+        train_retriever.load_encoder(run.workdir, config.image_batch),
+        train_tokenizer.load_tokenizer(run.workdir, config.image_batch),
     )
     seen, held_out = sources(config.world)
     carried = {
@@ -65,7 +67,7 @@ def run(config: MemoryStageConfig, run: run_folder.Run, stage_dir: epath.Path) -
     if not multiprocess.is_leader():
         shared_encoding.follow(encoder, image_tokenizer)
         return {}
-    batch_size = writer.Options.batch_size * jax.process_count()
+    batch_size = shared_encoding.documents_at_once(encoder)
     with (
         shared_encoding.lead(encoder, image_tokenizer) as (shared_encoder, shared_tokenizer),
         progress.track("memory", total=len(seen) + len(held_out)) as bar,
@@ -112,7 +114,7 @@ def open_memory(run: run_folder.Run, version: int | None = None) -> retrieval_me
 
 def _recall(config: MemoryStageConfig, memory: retrieval_memory.Memory) -> float:
     """Recall@10 on test captions: the share of the exact ten neighbors that the index finds."""
-    source = config.world.scenes("test", *world_config.SEEN, *world_config.HELD_OUT)
+    source = config.world.scenes("test", *world_config.SEEN, *world_config.TEST)
     rows = world_config.sample_rows(source, config.num_queries, config.seed)
     queries = memory.encode(text=[source.caption(int(row), 0) for row in rows])
     vectors, k = memory.embeddings("mixed"), min(10, len(memory))

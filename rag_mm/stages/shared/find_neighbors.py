@@ -8,7 +8,9 @@ Several processes (`core.processes.join`) that all call `run` share the training
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,17 +20,17 @@ from rag_mm.core import checks, files, progress, run_folder
 from rag_mm.core.document_types import Document, Text
 from rag_mm.core.errors import UserError
 from rag_mm.memory import policy, retrieval_memory, shared_encoding
-from rag_mm.stages.shared import build_memory, world_config
+from rag_mm.stages.shared import build_memory, frozen, train_tokenizer, world_config
 from rag_mm.worlds.emoji import emoji_scenes
 
-INPUTS = ("retriever", "memory")
+INPUTS = ("tokenizer", "retriever", "memory")
 POLICY = "policy.json"  # Retrieval settings that inference must use too.
-TEST_SPLITS = {"held_out": world_config.HELD_OUT, "seen": world_config.SEEN}
-QUERIES = (
-    "text",
-    "image",
-    "text_of_seen",
-)  # The last one searches the memory without held-out classes.
+TEST_SPLITS = {"held_out": world_config.TEST, "seen": world_config.SEEN}
+TUNE_SPLITS = {
+    "tune": world_config.TUNE
+}  # Read by the retrieval check and while the decoder trains.
+# What is asked; the last searches the memory without held-out classes.
+QUERIES = ("text", "image", "text_of_seen")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +44,15 @@ class NeighborsStageConfig:
         captions_per_image: captions of each training document used as queries; must equal the decoder's.
         word_dropout: probability of dropping each word of a training query (RA-CM3: 20 %).
         max_similarity: hits with a higher cosine to the query or to a chosen neighbor are skipped as
-            redundant; None calibrates the bound on the classes of the memory. RA-CM3 uses 0.9 with CLIP.
+            redundant; None for no bound. RA-CM3 uses 0.9 with CLIP; a small retriever gives nearly all images
+            of a class a higher one.
+        max_equal_codes: hits are skipped as redundant if a larger share of their image codes equals, position
+            by position, the codes of the query's image or of a chosen neighbor; 1 for no bound.
         split_phrases: split captions at " and " and retrieve for each phrase, at inference too. Words are
             dropped first, so a fifth of the training captions with two entities remain one query.
-        num_test: number of test documents of held-out classes, and of seen classes.
-        min_same_class: retrieval check; the chain stops if a smaller share of the neighbors of held-out
-            captions shows the class that the caption names. 0 disables it.
+        num_test: number of test documents of test, of seen and of tune classes.
+        min_same_class: retrieval check; the chain stops if a smaller share of the neighbors of captions of
+            tune classes shows the class that the caption names. 0 disables it.
     """
 
     seed: int
@@ -56,6 +61,7 @@ class NeighborsStageConfig:
     captions_per_image: int = 4
     word_dropout: float = 0.2
     max_similarity: float | None = None
+    max_equal_codes: float = 1.0
     split_phrases: bool = False
     num_test: int = 256
     min_same_class: float = 0.0
@@ -64,71 +70,123 @@ class NeighborsStageConfig:
         checks.at_least(self, 1, "num_neighbors", "captions_per_image", "num_test")
         checks.at_least(self, -1, "max_similarity")
         checks.below_one(self, "word_dropout")
-        checks.between(self, 0, 1, "min_same_class")
-        if isinstance(self.world, world_config.OwnImages) and not self.max_similarity:
-            raise ValueError(
-                "max_similarity cannot be calibrated on your own images, which have no classes; "
-                "give a cosine, such as 0.9"
-            )
+        checks.between(self, 0, 1, "min_same_class", "max_equal_codes")
+
+    @property
+    def rules(self) -> policy.Rules:
+        """The settings that inference must use too."""
+        return policy.Rules(self.max_similarity, self.max_equal_codes, self.split_phrases)
 
 
 def run(config: NeighborsStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict:
     """Retrieves all neighbors and writes them as memory rows, int32, -1 for a missing neighbor.
 
     - `train.npy` [R, captions_per_image + 1, K]: for each caption query, then for the image query;
-    - `SPLIT_rows.npy` [Q]: which of the world's test documents are tested, for each of `TEST_SPLITS`;
+    - `SPLIT_rows.npy` [Q]: which of the world's test documents are tested, for each of `TEST_SPLITS` and
+      `TUNE_SPLITS`;
     - `SPLIT_QUERY.npy` [Q, K]: their neighbors, for each of `QUERIES`;
     - `policy.json`: the retrieval settings.
 
     Returns:
-        The similarity bound, and for emoji scenes the share of neighbors that show the right class.
+        The bounds, how alike the two neighbors of a training caption are (`_alikeness`), and for emoji
+        scenes the share of neighbors that show the right class.
 
     Raises:
-        UserError: the retrieval check failed (`min_same_class`).
+        UserError: the retrieval check failed (`min_same_class`), on tune classes.
     """
-    seen_memory = build_memory.open_memory(run, version=build_memory.SEEN_VERSION)
-    whole_memory = build_memory.open_memory(run)
+    image_tokenizer = train_tokenizer.load_tokenizer(run.workdir)
+    whole_memory, seen_memory = (
+        _Searcher(config, build_memory.open_memory(run, version), image_tokenizer)
+        for version in (None, build_memory.SEEN_VERSION)
+    )
     facts = memory_facts(config.world) if isinstance(config.world, world_config.EmojiWorld) else []
-    bound = config.max_similarity or _calibrate(config, seen_memory, facts)
     same_class = {}
-    for split, names in TEST_SPLITS.items():
+    for split, names in (TEST_SPLITS | TUNE_SPLITS).items():
         source = config.world.scenes("test", *names)
         rows = world_config.sample_rows(source, config.num_test, config.seed)
         captions = [source.full_caption(int(row)) for row in rows]
-        by_text = _encode(config, whole_memory, captions)
-        by_image = whole_memory.encode(image=world_config.images(source, rows)), None
-        searches = (whole_memory, by_text), (whole_memory, by_image), (seen_memory, by_text)
         neighbors = {
-            name: _find(config, memory, *queries, source, rows, bound)
-            for name, (memory, queries) in zip(QUERIES, searches, strict=True)
+            "text": whole_memory.by_text(source, rows, captions),
+            "image": whole_memory.by_image(source, rows),
+            "text_of_seen": seen_memory.by_text(source, rows, captions),
         }
         for name, array in ({"rows": rows} | neighbors).items():
             _write(stage_dir / f"{split}_{name}.npy", array)
         if isinstance(source, emoji_scenes.Scenes):
             same_class[split] = _same_class(source, rows, neighbors["text"], facts)
     if same_class:
-        _check_retrieval(config, same_class["held_out"])
-    _write(stage_dir / "train.npy", _train_neighbors(config, seen_memory, bound))
+        _check_retrieval(config, same_class["tune"])
+    train = _train_neighbors(config, seen_memory)
+    _write(stage_dir / "train.npy", train)
     if jax.process_index() == 0:
-        settings = {"max_similarity": bound, "split_phrases": config.split_phrases}
-        files.write_json(stage_dir / POLICY, settings)
-    if not same_class:
-        return {"neighbors": {"max_similarity": bound}}
-    return {
-        "neighbors": {"max_similarity": bound, "same_class": same_class},
-        "retriever": {"same_class_at_2": same_class["held_out"]},
-    }
+        files.write_json(stage_dir / POLICY, dataclasses.asdict(config.rules))
+    bounds = {name: getattr(config, name) for name in ("max_similarity", "max_equal_codes")}
+    figures: dict[str, Any] = {"neighbors": bounds | _alikeness(seen_memory.memory, train[:, 0])}
+    if same_class:
+        figures["neighbors"]["same_class"] = same_class
+        figures["retriever"] = {"same_class_at_2": same_class["held_out"]}
+    return figures
 
 
-def load_policy(run: run_folder.Run) -> tuple[float, bool]:
-    """The retrieval policy of a run: `max_similarity`, and whether captions are split into phrases.
+def load_policy(run: run_folder.Run) -> policy.Rules:
+    """The retrieval rules of a run.
 
     Raises:
         UserError: the stage is missing, unfinished or edited.
     """
     rules = files.read_json(run.finished_stage("neighbors") / POLICY)
     # Earlier runs call it by_phrase, the first ones lack it.
-    return rules["max_similarity"], rules.get("split_phrases", rules.get("by_phrase", False))
+    split_phrases = rules.get("split_phrases", rules.get("by_phrase", False))
+    return policy.Rules(rules["max_similarity"], rules.get("max_equal_codes", 1.0), split_phrases)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Searcher:
+    """Searches one version of a memory by the rules of the config."""
+
+    config: NeighborsStageConfig
+    memory: retrieval_memory.Memory
+    image_tokenizer: frozen.FrozenTokenizer
+
+    def by_text(
+        self, source: world_config.SplitDocuments, rows: Iterable[int], texts: list[str]
+    ) -> np.ndarray:
+        """The neighbors of documents of `source`, by a text for each: int32 [Q, K]."""
+        queries, counts = policy.split_queries(texts, self.config.split_phrases)
+        return self._find(source, rows, self.memory.encode(text=queries), counts)
+
+    def by_image(self, source: world_config.SplitDocuments, rows: np.ndarray) -> np.ndarray:
+        """The neighbors of documents of `source`, by their images: int32 [Q, K]."""
+        images = world_config.images(source, rows)
+        codes = self.image_tokenizer.encode(images) if self.config.max_equal_codes < 1 else None
+        return self._find(source, rows, self.memory.encode(image=images), query_codes=codes)
+
+    def _find(
+        self,
+        source: world_config.SplitDocuments,
+        rows: Iterable[int],
+        queries: np.ndarray,
+        counts: np.ndarray | None = None,
+        query_codes: np.ndarray | None = None,
+    ) -> np.ndarray:
+        query_keys = _keys(source, rows)
+        neighbors = policy.find_neighbors(
+            self.memory.index("mixed").search,
+            queries,
+            self.memory.embeddings("mixed"),
+            num_neighbors=self.config.num_neighbors,
+            query_rows=np.full(len(query_keys), -1),
+            query_keys=query_keys,
+            row_keys=self._row_keys,
+            counts=counts,
+            **self.config.rules.bounds(self.memory.read_codes, query_codes),
+        )
+        return neighbors.ids
+
+    @functools.cached_property
+    def _row_keys(self) -> np.ndarray:
+        parts = [_keys(part, range(len(part))) for part in build_memory.sources(self.config.world)]
+        return np.concatenate(parts)[: len(self.memory)]
 
 
 def _write(path: epath.Path, array: np.ndarray) -> None:
@@ -139,29 +197,40 @@ def _write(path: epath.Path, array: np.ndarray) -> None:
 def _check_retrieval(config: NeighborsStageConfig, same_class: float) -> None:
     if same_class < config.min_same_class:
         raise UserError(
-            f"Retrieval check failed: {100 * same_class:.1f} % of the neighbors of held-out captions "
-            f"show the class asked for, neighbors.min_same_class is {100 * config.min_same_class:g} %; "
+            f"Retrieval check failed: {100 * same_class:.1f} % of the neighbors of captions of tune "
+            "classes show the class asked for, neighbors.min_same_class is "
+            f"{100 * config.min_same_class:g} %; "
             "train the retriever on shorter captions (retriever.captions_per_image), train it longer "
             "(retriever.loop.num_steps), or lower neighbors.min_same_class."
         )
 
 
-def _train_neighbors(
-    config: NeighborsStageConfig, memory: retrieval_memory.Memory, bound: float
-) -> np.ndarray:
+def _train_neighbors(config: NeighborsStageConfig, memory: _Searcher) -> np.ndarray:
     source = config.world.scenes("train", *world_config.SEEN)
     part, columns = range(len(source))[shared_encoding.local_slice(len(source))], []
     rows = part or range(1)  # A process without a share still takes part in the encoding.
     with progress.track("neighbors", total=config.captions_per_image + 1) as bar:
         for caption_index in range(config.captions_per_image):
             texts = [_dropped_caption(config, source, i, caption_index) for i in rows]
-            queries = _encode(config, memory, texts)
-            columns.append(_find(config, memory, *queries, source, rows, bound))
+            columns.append(memory.by_text(source, rows, texts))
             bar.update(caption_index + 1)
-        by_image = memory.encode(image=world_config.images(source, np.array(rows)))
-        columns.append(_find(config, memory, by_image, None, source, rows, bound))
+        columns.append(memory.by_image(source, np.array(rows)))
         bar.update(config.captions_per_image + 1)
     return shared_encoding.gather(np.stack(columns, axis=1)[: len(part)], len(source))
+
+
+def _alikeness(memory: retrieval_memory.Memory, ids: np.ndarray) -> dict[str, float]:
+    """Medians over pairs of first and second neighbor, int [Q, K]: their cosine and share of equal codes."""
+    pairs = ids[(ids[:, :2] >= 0).all(axis=1), :2]
+    if ids.shape[1] < 2 or not len(pairs):
+        return {}
+    vectors, codes = memory.embeddings("mixed"), memory.codes
+    cosines = (vectors[pairs[:, 0]] * vectors[pairs[:, 1]]).sum(axis=1)
+    figures = {"median_similarity_of_two": float(np.median(cosines))}
+    if codes is not None:
+        shares = policy.equal_share(codes[pairs[:, 0]], codes[pairs[:, 1]])
+        figures["median_equal_codes_of_two"] = float(np.median(shares))
+    return figures
 
 
 def memory_facts(world: world_config.EmojiWorld) -> list[emoji_scenes.Facts]:
@@ -177,11 +246,6 @@ def _keys(source: world_config.SplitDocuments, rows: Iterable[int]) -> np.ndarra
     return np.array([policy.fact_key(source.full_caption(int(row))) for row in rows], np.int64)
 
 
-def _memory_keys(world: world_config.EmojiWorld | world_config.OwnImages) -> np.ndarray:
-    parts = [_keys(source, range(len(source))) for source in build_memory.sources(world)]
-    return np.concatenate(parts)
-
-
 def _dropped_caption(
     config: NeighborsStageConfig, source: world_config.SplitDocuments, row: int, caption_index: int
 ) -> str:
@@ -189,47 +253,6 @@ def _dropped_caption(
     rng = np.random.default_rng((config.seed, 3, row, caption_index))
     document = Document(id="", segments=(Text(source.caption(row, caption_index)),))
     return str(policy.make_query(document, "text", rng, config.word_dropout))
-
-
-def _calibrate(
-    config: NeighborsStageConfig, memory: retrieval_memory.Memory, facts: list[emoji_scenes.Facts]
-) -> float:
-    classes = np.array([row_facts.entities[0].class_id for row_facts in facts[: len(memory)]])
-    keys = _memory_keys(config.world)[: len(memory)]
-    return policy.calibrate_max_similarity(memory.embeddings("mixed"), classes, keys)
-
-
-def _encode(
-    config: NeighborsStageConfig, memory: retrieval_memory.Memory, texts: list[str]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Query embeddings float32 [P, D], and the number of queries of each text, int [Q]."""
-    queries, counts = policy.split_queries(texts, config.split_phrases)
-    return memory.encode(text=queries), counts
-
-
-def _find(
-    config: NeighborsStageConfig,
-    memory: retrieval_memory.Memory,
-    queries: np.ndarray,
-    counts: np.ndarray | None,
-    source: world_config.SplitDocuments,
-    rows: Iterable[int],
-    bound: float,
-) -> np.ndarray:
-    """Memory rows int32 [Q, K]; `queries` is float32 [P, D], with `counts` of them per document."""
-    query_keys = _keys(source, rows)
-    neighbors = policy.find_neighbors(
-        memory.index("mixed").search,
-        queries,
-        memory.embeddings("mixed"),
-        num_neighbors=config.num_neighbors,
-        max_similarity=bound,
-        query_rows=np.full(len(query_keys), -1),
-        query_keys=query_keys,
-        row_keys=_memory_keys(config.world)[: len(memory)],
-        counts=counts,
-    )
-    return neighbors.ids
 
 
 def _same_class(

@@ -16,7 +16,7 @@ from etils import epath
 from flax import nnx
 
 from rag_mm.convert import table, weights
-from rag_mm.core import digests, files, renames
+from rag_mm.core import batches, digests, files, renames
 from rag_mm.core.errors import UserError
 from rag_mm.data import public_text, vocabulary
 from rag_mm.models import clip
@@ -28,6 +28,7 @@ from rag_mm.train import checkpoint
 
 TextVocabulary = vocabulary.Vocabulary | public_text.PublicTokenizer
 CONFIG, VOCABULARY, PARAMS = "config.json", "vocabulary.json", "params.safetensors"
+TEXT_BATCH = 256  # Texts encoded at once.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +51,13 @@ class LoadedModel:
 class FrozenRetriever:
     """A frozen CLIP with its text tokenizer; the encoder of a memory (`memory.model_protocols.Encoder`)."""
 
-    def __init__(self, folder: epath.PathLike):
+    def __init__(self, folder: epath.PathLike, image_batch: int | None = None):
         """Loads a folder that `save_retriever` or an import wrote.
+
+        Args:
+            folder: config, parameters and text tokenizer.
+            image_batch: images encoded at once, at least 1; None for `ops.images.num_at_once`. More are
+                faster on an accelerator and take more of its memory.
 
         Raises:
             UserError: the folder is missing or incomplete, or holds a model of another family.
@@ -63,13 +69,17 @@ class FrozenRetriever:
         self.vocabulary = _load_vocabulary(folder)
         self.fingerprint = fingerprint(folder)
         self.dim, self.image_size = self.config.projection_dim, self.config.image_size
+        self.image_batch = image_batch or image_ops.num_at_once(self.image_size)
+        self.text_batch = TEXT_BATCH
         model = _load_model(folder, functools.partial(_make_clip, self.config))
         self._encode_image = model.compile("encode_image")
         self._encode_text = model.compile("encode_text")
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         """Embeddings float32 [B, D], of length 1, of images uint8 [B, image_size, image_size, 3]."""
-        return in_batches(lambda batch: self._encode_image(image_ops.to_float(batch)), pixels)
+        return in_batches(
+            lambda batch: self._encode_image(image_ops.to_float(batch)), pixels, self.image_batch
+        )
 
     def encode_text(self, texts: list[str]) -> np.ndarray:
         """Embeddings float32 [B, D], of length 1; texts longer than the tower's limit are truncated.
@@ -82,14 +92,15 @@ class FrozenRetriever:
                 f"{self.folder} has no tokenizer and cannot encode text; import it from a folder with "
                 f"{public_text.TOKENIZER}, or {public_text.VOCABULARY} and {public_text.MERGES}."
             )
-        return in_batches(self._encode_text, text_tokens(self.config, self.vocabulary, texts))
+        tokens = text_tokens(self.config, self.vocabulary, texts)
+        return in_batches(self._encode_text, tokens, self.text_batch)
 
 
 class FrozenTokenizer:
     """A frozen image tokenizer and its vocabulary (`memory.model_protocols.ImageTokenizer`)."""
 
-    def __init__(self, folder: epath.PathLike):
-        """Loads a folder that `save_tokenizer` wrote; raises as `FrozenRetriever` does."""
+    def __init__(self, folder: epath.PathLike, image_batch: int | None = None):
+        """Loads a folder that `save_tokenizer` wrote; arguments and errors as of `FrozenRetriever`."""
         folder = epath.Path(folder)
         self.config = autoencoder.SPAEConfig(
             **{k: _tuples(v) for k, v in _read_config(folder, "spae").items()}
@@ -97,16 +108,21 @@ class FrozenTokenizer:
         self.vocabulary = vocabulary.load_vocabulary(folder / VOCABULARY)
         self.fingerprint = fingerprint(folder)
         self.image_size = self.config.image_size
+        self.image_batch = image_batch or image_ops.num_at_once(self.image_size)
         model = _load_model(folder, functools.partial(_make_spae, self.config))
         self._encode, self._decode = model.compile("encode"), model.compile("decode")
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """Codes int32 [B, N] of images uint8 [B, image_size, image_size, 3]."""
-        return in_batches(lambda batch: self._encode(image_ops.to_float(batch)), pixels)
+        return in_batches(
+            lambda batch: self._encode(image_ops.to_float(batch)), pixels, self.image_batch
+        )
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Images uint8 [B, image_size, image_size, 3] of codes int32 [B, N]."""
-        return in_batches(lambda batch: image_ops.to_uint8(self._decode(batch)), codes)
+        return in_batches(
+            lambda batch: image_ops.to_uint8(self._decode(batch)), codes, self.image_batch
+        )
 
 
 def save_retriever(
@@ -156,15 +172,11 @@ def text_tokens(
 
 
 def in_batches(
-    call: Callable[[np.ndarray], jax.Array], rows: np.ndarray, batch_size: int = 256
+    call: Callable[[np.ndarray], jax.Array], rows: np.ndarray, batch_size: int
 ) -> np.ndarray:
-    """Applies `call` to `rows` in batches of one size (the last one padded), so that it compiles once."""
-    results = []
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        padding = [(0, batch_size - len(batch))] + [(0, 0)] * (rows.ndim - 1)
-        results.append(np.asarray(call(np.pad(batch, padding)))[: len(batch)])
-    return np.concatenate(results)
+    """Applies `call` to at least one row, in full batches and a last one of a power of two of rows."""
+    results = [np.asarray(call(rows[part])) for part in batches.split(len(rows), batch_size)]
+    return np.concatenate(results)[: len(rows)]
 
 
 def _make_clip(config: clip.CLIPConfig) -> clip.CLIP:

@@ -21,9 +21,10 @@ _MAX_BAD_SHARE = 0.01  # As in `rag-mm memory build`: more bad records suggest a
 class OwnImages:
     """Documents read by `open_documents.open_documents`, kept in RAM with images resized for the models.
 
-    A document's id decides its split: a share of `held_out_share` is `held_out`, the rest is `common`, and
-    none is `rare_seen`. There are too few documents to divide them by role as well, so the same ones are used
-    for training, in the memory and for testing; the retrieval policy ensures that none retrieves itself.
+    A document's id decides its split: a share of `held_out_share` is held out, half of it as `tune` and half
+    as `test`; the rest is `common`, and none is `rare_seen`. There are too few documents to divide them by
+    role as well, so the same ones are used for training, in the memory and for testing; the retrieval policy
+    ensures that none retrieves itself.
 
     Attributes:
         documents: a folder with captions.jsonl, tar files, or anything else that `--documents` accepts.
@@ -58,17 +59,21 @@ class OwnImages:
         object.__setattr__(self, "digest", files.digest(whole.encode()))
 
     def scenes(self, role: str, *split_names: str) -> "CaptionedImages":
-        """The documents of some splits, the same ones in every role."""
+        """The documents of some splits, the same ones in every role; `held_out` is tune and test."""
         documents = _read(self)
-        num_held_out = min(max(1, round(self.held_out_share * len(documents))), len(documents) - 1)
+        num_held_out = min(max(2, round(self.held_out_share * len(documents))), len(documents) - 1)
         # Order by a digest of the id, so that adding a few documents moves few others to another split.
         order = sorted(
             documents, key=lambda document: (zlib.crc32(document.id.encode()), document.id)
         )
-        held_out = {document.id for document in order[:num_held_out]}
-        is_held_out = {"held_out": True, "common": False}
-        chosen = {is_held_out[name] for name in split_names if name in is_held_out}
-        return CaptionedImages([doc for doc in documents if (doc.id in held_out) in chosen])
+        parts = {
+            "tune": order[: num_held_out // 2],
+            "test": order[num_held_out // 2 : num_held_out],
+            "common": order[num_held_out:],
+        }
+        parts["held_out"] = parts["tune"] + parts["test"]
+        chosen = {doc.id for name in split_names for doc in parts.get(name, [])}
+        return CaptionedImages([doc for doc in documents if doc.id in chosen])
 
 
 class CaptionedImages:
@@ -110,7 +115,7 @@ def _read(world: OwnImages) -> list[Document]:
     """All valid documents.
 
     Raises:
-        UserError: there are fewer than two, or more than one and more than 1 % of the records are bad.
+        UserError: there are fewer than three, or more than one and more than 1 % of the records are bad.
     """
     source = open_documents.open_documents(world.documents)
     documents: dict[str, Document] = {}
@@ -126,7 +131,7 @@ def _read(world: OwnImages) -> list[Document]:
     first = f"; the first is {rejects[0].name}: {rejects[0].detail}" if rejects else ""
     if (
         len(rejects) > max(1, _MAX_BAD_SHARE * (len(documents) + len(rejects)))
-        or len(documents) < 2
+        or len(documents) < 3
     ):
         raise UserError(
             f"{world.documents} has {len(documents)} valid and {len(rejects)} bad records{first}"

@@ -15,7 +15,7 @@ from rag_mm.models import clip
 from rag_mm.stages import multiprocess, training
 from rag_mm.stages.shared import frozen, train_tokenizer, world_config
 from rag_mm.train import loop, optimizer
-from rag_mm.worlds.emoji import class_splits, emoji_scenes, scene_facts
+from rag_mm.worlds.emoji import emoji_scenes, scene_facts
 
 INPUTS = ("tokenizer",)
 FOLDER = "frozen"
@@ -87,9 +87,9 @@ class RetrieverStageConfig:
     def __post_init__(self):
         training.check_config(self.optimizer, self.loop, self.batch_size)
         checks.at_least(self, 1, "captions_per_image", "num_eval")
-        if not self.splits or not set(self.splits) <= set(class_splits.SPLITS):
-            known = ", ".join(class_splits.SPLITS)
-            raise ValueError(f"splits are {self.splits}; choose from {known}")
+        known = (*world_config.SEEN, *world_config.HELD_OUT)
+        if not self.splits or not set(self.splits) <= set(known):
+            raise ValueError(f"splits are {self.splits}; choose from {', '.join(known)}")
         if not self.roles or not set(self.roles) <= {"train", "memory"}:
             raise ValueError(f"roles are {self.roles}; choose from train, memory")
         if self.world.image_size % self.model.patch_size:
@@ -150,6 +150,7 @@ def run(config: RetrieverStageConfig, run: run_folder.Run, stage_dir: epath.Path
         config.seed,
         make_pair,
         rows=sharding.local_rows(config.batch_size, mesh),
+        whole_epochs=True,  # An image that is in a batch twice would be its own negative.
     )
     params, log = training.train(
         "retriever",
@@ -169,7 +170,7 @@ def run(config: RetrieverStageConfig, run: run_folder.Run, stage_dir: epath.Path
     return {"loss": log[-1]["loss"], "recall_at_1": _recall(config, retriever)}
 
 
-def load_encoder(path: epath.PathLike) -> frozen.FrozenRetriever:
+def load_encoder(path: epath.PathLike, image_batch: int | None = None) -> frozen.FrozenRetriever:
     """Loads the retriever of a run, or a frozen retriever from its own folder (as in a memory).
 
     Raises:
@@ -177,15 +178,16 @@ def load_encoder(path: epath.PathLike) -> frozen.FrozenRetriever:
     """
     path = epath.Path(path)
     if (path / "config.json").exists() and (path / frozen.PARAMS).exists():
-        return frozen.FrozenRetriever(path)
-    return frozen.FrozenRetriever(run_folder.open_run(path).finished_stage("retriever") / FOLDER)
+        return frozen.FrozenRetriever(path, image_batch)
+    folder = run_folder.open_run(path).finished_stage("retriever") / FOLDER
+    return frozen.FrozenRetriever(folder, image_batch)
 
 
 def _recall(config: RetrieverStageConfig, retriever: frozen.FrozenRetriever) -> dict[str, float]:
     """Recall@1 among test documents with full captions; any document that fits the query is correct."""
     # In a world of own images, the seen documents were trained on.
     is_own = isinstance(config.world, world_config.OwnImages)
-    splits = world_config.HELD_OUT if is_own else (*world_config.SEEN, *world_config.HELD_OUT)
+    splits = world_config.TEST if is_own else (*world_config.SEEN, *world_config.TEST)
     source = config.world.scenes("test", *splits)
     rows = world_config.sample_rows(source, config.num_eval, config.seed)
     texts = [source.full_caption(int(row)) for row in rows]

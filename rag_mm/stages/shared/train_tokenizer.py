@@ -130,7 +130,7 @@ def run(config: TokenizerStageConfig, run: run_folder.Run, stage_dir: epath.Path
     return _evaluate(config, frozen.FrozenTokenizer(stage_dir / FOLDER))
 
 
-def load_tokenizer(path: epath.PathLike) -> frozen.FrozenTokenizer:
+def load_tokenizer(path: epath.PathLike, image_batch: int | None = None) -> frozen.FrozenTokenizer:
     """Loads the image tokenizer of a run, or a frozen one from its own folder (as in a memory).
 
     Raises:
@@ -138,8 +138,9 @@ def load_tokenizer(path: epath.PathLike) -> frozen.FrozenTokenizer:
     """
     path = epath.Path(path)
     if (path / "config.json").exists() and (path / frozen.PARAMS).exists():
-        return frozen.FrozenTokenizer(path)
-    return frozen.FrozenTokenizer(run_folder.open_run(path).finished_stage("tokenizer") / FOLDER)
+        return frozen.FrozenTokenizer(path, image_batch)
+    folder = run_folder.open_run(path).finished_stage("tokenizer") / FOLDER
+    return frozen.FrozenTokenizer(folder, image_batch)
 
 
 def _make_model(config: TokenizerStageConfig) -> autoencoder.SPAE:
@@ -186,7 +187,7 @@ def _derive(averages: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def _evaluate(config: TokenizerStageConfig, tokenizer: frozen.FrozenTokenizer) -> dict[str, Any]:
-    held_out = config.world.scenes("test", *world_config.HELD_OUT)
+    held_out = config.world.scenes("test", *world_config.TEST)
     rows = world_config.sample_rows(held_out, config.num_eval, config.seed)
     originals = world_config.images(held_out, rows)
     codes = tokenizer.encode(originals)

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rag_mm.core import configuration
+from rag_mm.core import checks, configuration
 from rag_mm.core.document_types import Document
 from rag_mm.stages.shared.own_images import OwnImages
 from rag_mm.worlds import concepts
@@ -14,6 +14,8 @@ from rag_mm.worlds.emoji import class_splits, emoji_scenes
 
 SEEN = ("common", "rare_seen")
 HELD_OUT = ("held_out",)
+TUNE = ("tune",)  # The held-out classes on which checks and choices are made,
+TEST = ("test",)  # and those on which results are measured.
 
 
 class SplitDocuments(Protocol):
@@ -47,10 +49,12 @@ class EmojiWorld:
     Attributes:
         levels: easy | pairs | sizes | off_grid | free, one or more.
         class_share: share of the classes of each split that is used, also as partners in pairs.
+        seed: seed of the split of the classes, of the scenes and of the captions; None for the run's seed.
     """
 
     levels: tuple[str, ...] = ("easy",)
     class_share: float = 1.0
+    seed: int | None = None
 
     def __post_init__(self):
         known = ", ".join(emoji_scenes.LEVELS)
@@ -61,17 +65,20 @@ class EmojiWorld:
                 raise ValueError(f"unknown level {name!r}; choose from {known}")
         if not 0 < self.class_share <= 1:
             raise ValueError(f"class_share is {self.class_share}; give more than 0 and at most 1")
+        if self.seed is not None:
+            checks.at_least(self, 0, "seed")
 
     def classes(self, *split_names: str) -> np.ndarray:
         """Class ids of the splits, int64 [C]."""
+        seed, share = self.seed or 0, self.class_share
         return np.concatenate(
-            [class_splits.classes(name, share=self.class_share) for name in split_names]
+            [class_splits.classes(name, seed=seed, share=share) for name in split_names]
         )
 
     def scenes(self, role: str, *split_names: str) -> emoji_scenes.Scenes:
         """The documents of some splits in one role: memory, train or test."""
-        ids = self.classes(*split_names)
-        return emoji_scenes.Scenes(self.levels, ids, role, class_share=self.class_share)
+        ids, seed = self.classes(*split_names), self.seed or 0
+        return emoji_scenes.Scenes(self.levels, ids, role, seed, self.class_share)
 
     @property
     def geometry(self) -> emoji_scenes.Level:
@@ -102,13 +109,18 @@ def world_class(values: Mapping[str, Any]) -> type[EmojiWorld | OwnImages | conc
     return concepts.ConceptWorld if toy_settings & set(values) else EmojiWorld
 
 
-def make(values: Mapping[str, Any]) -> EmojiWorld | OwnImages | concepts.ConceptWorld:
-    """The world that a config's `world` describes.
+def make(
+    values: Mapping[str, Any], seed: int = 0
+) -> EmojiWorld | OwnImages | concepts.ConceptWorld:
+    """The world that a config's `world` describes; emoji scenes without a seed get the run's `seed`.
 
     Raises:
         UserError: a setting is unknown, or its value is invalid.
     """
-    return configuration.make(world_class(values), values, "world")
+    world = configuration.make(world_class(values), values, "world")
+    if isinstance(world, EmojiWorld) and world.seed is None:
+        world = dataclasses.replace(world, seed=seed)
+    return world
 
 
 def images(source: SplitDocuments, rows: np.ndarray | None = None) -> np.ndarray:

@@ -265,6 +265,30 @@ def _rng(purpose: str, *key: int) -> np.random.Generator:
     return np.random.default_rng((zlib.crc32(purpose.encode()), *key))
 
 
+def _choose(
+    levels: Sequence[Level], class_id: int, role: str, is_rare: bool, seed: int, class_share: float
+) -> list[tuple[Level, int]]:
+    """Level and configuration number of each scene of a class in one role."""
+    order = _rng("roles", seed, class_id).permutation(NUM_CONFIGURATIONS)
+    shown: set[tuple[frozenset[Entity], str]] = set()
+    for name, part in ROLES.items():
+        numbers = order[part]
+        if name == "train" and is_rare:
+            numbers = numbers[:NUM_RARE_TRAIN]
+        scenes = [
+            (levels[(class_id + turn) % len(levels)], int(number))
+            for turn, number in enumerate(numbers)
+        ]
+        if len(levels) > 1:  # The configurations of one level all differ.
+            facts = [configurations(level, class_id, seed, class_share)[n] for level, n in scenes]
+            keys = [(frozenset(scene.entities), scene.color) for scene in facts]
+            scenes = [scene for scene, key in zip(scenes, keys, strict=True) if key not in shown]
+            shown |= set(keys)
+        if name == role:
+            return scenes
+    raise ValueError(f"there is no role {role!r}")
+
+
 class Scenes:
     """Random access to the scenes of some classes in one role, as documents (a Grain source).
 
@@ -286,7 +310,9 @@ class Scenes:
         """Selects scenes by level and role.
 
         A class has 16 memory scenes, 12 training scenes (3 if it is rare) and 4 test scenes. Several levels
-        alternate over them, with a different first level per class.
+        alternate over them, with a different first level per class. Two levels may place a class alike: a
+        training scene that shows what a memory scene shows is left out, and so is a test scene that shows
+        what either does.
 
         Args:
             level_names: members of `LEVELS`.
@@ -308,18 +334,17 @@ class Scenes:
         self._name = f"{'+'.join(level_names)}, {selection}, {role}, seed {seed}"
         self._seed, self._class_share = seed, class_share
         rare = class_splits.split_of(seed) == class_splits.SPLITS.index("rare_seen")
-        numbers, levels = [], []
-        for class_id in class_ids:
-            order = _rng("roles", seed, class_id).permutation(NUM_CONFIGURATIONS)
-            chosen = order[ROLES[role]]
-            if role == "train" and rare[class_id]:
-                chosen = chosen[:NUM_RARE_TRAIN]
-            numbers.append(chosen)
-            turns = (int(class_id) + np.arange(len(chosen))) % len(level_names)
-            levels += [LEVELS[level_names[turn]] for turn in turns]
-        self.class_ids = np.repeat(class_ids, [len(chosen) for chosen in numbers])
-        self.levels = tuple(levels)
-        self._numbers = np.concatenate([np.zeros(0, np.int64), *numbers])
+        chosen_levels = [LEVELS[name] for name in level_names]
+        scenes = [
+            (class_id, level, number)
+            for class_id in class_ids
+            for level, number in _choose(
+                chosen_levels, int(class_id), role, bool(rare[class_id]), seed, class_share
+            )
+        ]
+        self.class_ids = np.array([class_id for class_id, _, _ in scenes], np.int64)
+        self.levels = tuple(level for _, level, _ in scenes)
+        self._numbers = np.array([number for _, _, number in scenes], np.int64)
 
     def __repr__(self) -> str:
         return f"Scenes({self._name})"
@@ -364,15 +389,18 @@ class Scenes:
 
 
 def open_documents(spec: str) -> Scenes:
-    """Opens `level/split[+split]/role` with seed 0, for instance `easy/held_out/memory`.
+    """Opens `level/split[+split]/role[/seed]`, for instance `easy/held_out/memory`; the seed defaults to 0.
 
     Raises:
         UserError: `spec` is malformed, or names an unknown level, split or role.
     """
     parts = spec.split("/")
-    if len(parts) != 3:
+    seed = parts.pop() if len(parts) == 4 else "0"
+    if len(parts) != 3 or not seed.isdecimal():
         raise UserError(
-            f"{spec!r} does not name scenes; write level/split/role, such as easy/common/memory."
+            f"{spec!r} does not name scenes; write level/split/role or level/split/role/seed, "
+            "such as easy/common/memory."
         )
     level_name, split_names, role = parts
-    return Scenes(level_name, class_splits.classes(*split_names.split("+")), role)
+    class_ids = class_splits.classes(*split_names.split("+"), seed=int(seed))
+    return Scenes(level_name, class_ids, role, seed=int(seed))

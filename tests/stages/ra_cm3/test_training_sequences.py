@@ -26,14 +26,16 @@ def example(code: int, text: int = 1) -> sequences.Example:
     return sequences.Example([text], np.full(NUM_CODES, code, np.int32))
 
 
-def make_source(neighbors, caption_prob=0.0, **changes) -> SequenceSource:
+def make_source(
+    neighbors, caption_prob=0.0, mask_prob=0.0, min_spans=0, **changes
+) -> SequenceSource:
     """Two main documents with codes 0 and 1, with the caption's number as text; the memory has 10, 11, ..."""
     config = dataclasses.replace(CONFIG, **changes)
     texts = [[example(i, caption) for caption in range(CAPTIONS)] for i in range(2)]
     memory = [example(10 + i) for i in range(8)]
     max_docs = 0 if neighbors is None else config.max_docs
     layout = sequences.Layout(max_docs, config.max_text_len, NUM_CODES, max_spans=3)
-    masking = MaskingConfig(prob=0.0, caption_prob=caption_prob)
+    masking = MaskingConfig(prob=mask_prob, caption_prob=caption_prob, min_spans=min_spans)
     return SequenceSource(config, masking, layout, VOCABULARY, texts, memory, neighbors)
 
 
@@ -121,8 +123,36 @@ def test_noise_is_read_in_the_main_image_and_never_foreseen():
         ).all()  # The main document's only code.
         assert set(other["tokens"][changed]) <= set(one["tokens"])
         num_wrong += len(changed)
-    # Half of 4 codes, of which a third is replaced by itself.
+    # Half of 4 codes, of which some are replaced by an equal one.
     assert 0.2 < num_wrong / (50 * NUM_CODES) < 0.5
+
+
+@pytest.mark.parametrize("mask_prob", [0.0, 1.0])
+@pytest.mark.parametrize("num_docs", [0, 2])
+def test_noise_reveals_no_code_that_is_still_to_come(num_docs, mask_prob):
+    """The main image has codes of its own, all different, and every one that can is replaced."""
+    plain, noisy = (
+        make_source(NEIGHBORS, mask_prob=mask_prob, code_noise=noise) for noise in (0.0, 1.0)
+    )
+    main = sequences.Example([1], np.arange(NUM_CODES, dtype=np.int32))
+    for source in (plain, noisy):
+        source.texts[0] = [main] * CAPTIONS
+    offset, replacements = VOCABULARY.code_offset, set()
+    for seed in range(100):
+        one, other = (
+            each.make(0, np.random.default_rng(seed), num_docs)["tokens"] - offset
+            for each in (plain, noisy)
+        )
+        is_main = (one >= 0) & (one < NUM_CODES)
+        np.testing.assert_array_equal(one[~is_main], other[~is_main])
+        changed = np.flatnonzero(one != other)
+        for at in changed:
+            assert other[at] in one[:at] and other[at] not in one[at:][is_main[at:]]
+        replacements |= set(other[changed])
+        first = np.flatnonzero(one >= 0)[0]
+        assert other[first] == one[first]
+    assert replacements & set(range(NUM_CODES))
+    assert bool(replacements - set(range(NUM_CODES))) == (num_docs > 0)
 
 
 def test_the_main_caption_alone_is_masked_where_describing_is_practised():
@@ -134,6 +164,15 @@ def test_the_main_caption_alone_is_masked_where_describing_is_practised():
         assert tokens[hole + 1] == VOCABULARY.brk and tokens[moved - 1] == VOCABULARY.eod
         assert tokens[moved + 1] in range(CAPTIONS) and tokens[moved + 2 :] == [VOCABULARY.eoss]
         assert VOCABULARY.sentinel(1) not in tokens
+
+
+@pytest.mark.parametrize(("min_spans", "shares"), [(0, (0.5, 0.75)), (1, (1.0, 1.0))])
+def test_a_masked_sequence_may_be_required_to_have_a_span(min_spans, shares):
+    """Poisson(1) is 0 in 37 % of draws."""
+    source = make_source(NEIGHBORS, mask_prob=1.0, min_spans=min_spans)
+    rows = [source.make(0, np.random.default_rng(seed), 1) for seed in range(200)]
+    masked = np.mean([(row["tokens"] == VOCABULARY.sentinel(0)).any() for row in rows])
+    assert shares[0] <= masked <= shares[1]
 
 
 def test_a_missing_neighbor_is_left_out():

@@ -7,7 +7,7 @@ import pytest
 
 from rag_mm.core.errors import UserError
 from rag_mm.models import reco
-from rag_mm.stages.reco import draw_toy_pairs, embed_pairs, train_fusion
+from rag_mm.stages.reco import draw_toy_pairs, embed_pairs, refinement, train_fusion
 from rag_mm.stages.reco.refinement import Bank, Refiner, SearchSettings, is_refined, mean_fusions
 from rag_mm.worlds import concepts
 
@@ -53,6 +53,22 @@ def test_more_neighbors_than_rows_are_missing(bank):
     found = SearchSettings(num_neighbors=N + 3).find(bank, "text", bank.columns["text"][:2])
     retrieved, neighbor_mask = found.take(np.array([1]))
     assert neighbor_mask.sum() == N and retrieved.shape == (1, N + 3, DIM)
+
+
+def test_as_many_queries_are_fused_as_are_asked_for(bank):
+    """Up to the next power of two."""
+    sizes = []
+
+    def second(queries, retrieved, neighbor_mask):
+        sizes.append(len(queries))
+        return retrieved[:, 1]
+
+    for num in (1, 3, 5):
+        queries = bank.columns["image"][:num]
+        found = SearchSettings(num_neighbors=2).find(bank, "image", queries)
+        fused = refinement.fuse(second, queries, found, batch_size=4)
+        np.testing.assert_array_equal(fused, found.take()[0][:, 1])
+    assert sizes == [1, 4, 4, 1]
 
 
 def test_retrieval_overrides(bank):

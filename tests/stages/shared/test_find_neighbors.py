@@ -11,7 +11,7 @@ from rag_mm.core.errors import UserError
 from rag_mm.memory import policy
 from rag_mm.memory.retrieval_memory import Memory
 from rag_mm.stages import chain_config
-from rag_mm.stages.shared import find_neighbors, world_config
+from rag_mm.stages.shared import find_neighbors, train_tokenizer, world_config
 
 
 @pytest.fixture(scope="module")
@@ -34,21 +34,51 @@ def test_no_training_document_reads_its_own_facts_or_one_document_twice(tiny_run
             assert len(set(present.tolist())) == len(present)
 
 
-def test_no_document_is_too_similar_to_another_chosen_one(tiny_run):
-    measured = files.read_json(tiny_run.workdir / "metrics.json")
-    bound = measured["neighbors"]["max_similarity"]
-    vectors = Memory.open(tiny_run.workdir / "memory").embeddings("mixed")
-    found = files.read_array(tiny_run.workdir / "neighbors" / "train.npy").reshape(-1, 2)
-    found = found[(found >= 0).all(axis=1)]
-    similarities = (vectors[found[:, 0]] * vectors[found[:, 1]]).sum(axis=1)
-    assert similarities.max() <= bound + 1e-5
+@pytest.fixture(scope="module")
+def all_codes(tiny_run):
+    return Memory.open(tiny_run.workdir / "memory").codes
 
 
-@pytest.mark.parametrize("split", find_neighbors.TEST_SPLITS)
+def equal_shares(codes, ids):
+    """Of pairs of neighbors, int [..., 2], the share of equal codes of each; missing ones are left out."""
+    pairs = ids.reshape(-1, 2)
+    pairs = pairs[(pairs >= 0).all(axis=1)]
+    return (codes[pairs[:, 0]] == codes[pairs[:, 1]]).mean(axis=1)
+
+
+def test_no_two_neighbors_show_the_same_art_at_the_same_place(
+    tiny_run, config, all_codes, tmp_path
+):
+    found = files.read_array(tiny_run.workdir / "neighbors" / "train.npy")
+    assert config.max_equal_codes == 0.5 and equal_shares(all_codes, found).max() <= 0.5
+    measured = files.read_json(tiny_run.workdir / "metrics.json")["neighbors"]
+    assert measured["max_equal_codes"] == 0.5 and measured["max_similarity"] is None
+    by_text = equal_shares(all_codes, found[:, 0])
+    assert measured["median_equal_codes_of_two"] == pytest.approx(np.median(by_text))
+    # The rule binds: without it such pairs are found.
+    without = dataclasses.replace(config, max_equal_codes=1.0)
+    find_neighbors.run(without, run_folder.open_run(tiny_run.workdir), epath.Path(tmp_path))
+    free = files.read_array(tmp_path / "train.npy")
+    assert (equal_shares(all_codes, free) > 0.5).mean() > 0.01
+
+
+def test_what_an_image_finds_does_not_show_it_again(tiny_run, config, all_codes):
+    found = files.read_array(tiny_run.workdir / "neighbors" / "train.npy")[:, -1]
+    source = config.world.scenes("train", *world_config.SEEN)
+    tokenizer = train_tokenizer.load_tokenizer(tiny_run.workdir)
+    own = tokenizer.encode(world_config.images(source))
+    shares = (all_codes[found] == own[:, None]).mean(axis=-1)
+    assert shares[found >= 0].max() <= 0.5
+
+
+SPLITS = find_neighbors.TEST_SPLITS | find_neighbors.TUNE_SPLITS
+
+
+@pytest.mark.parametrize("split", SPLITS)
 def test_the_test_sets_are_scenes_of_their_split(tiny_run, config, split):
     folder = tiny_run.workdir / "neighbors"
     rows = files.read_array(folder / f"{split}_rows.npy")
-    source = config.world.scenes("test", *find_neighbors.TEST_SPLITS[split])
+    source = config.world.scenes("test", *SPLITS[split])
     assert len(rows) == config.num_test and rows.max() < len(source)
     for kind in find_neighbors.QUERIES:
         found = files.read_array(folder / f"{split}_{kind}.npy")
@@ -87,6 +117,22 @@ def test_without_held_out_rows_only_seen_classes_are_found(tiny_run, config):
     seen = set(config.world.classes(*world_config.SEEN).tolist())
     facts = find_neighbors.memory_facts(config.world)
     assert all(facts[i].entities[0].class_id in seen for i in found.ravel() if i >= 0)
+
+
+def test_tables_and_checks_read_other_classes(tiny_run, config, tmp_path):
+    """The check fails on tune classes although every neighbor of a test class were right."""
+    classes = {split: set(config.world.classes(*names)) for split, names in SPLITS.items()}
+    assert not classes["tune"] & classes["held_out"]
+    assert classes["tune"] | classes["held_out"] == set(config.world.classes("held_out"))
+    measured = files.read_json(tiny_run.workdir / "metrics.json")
+    same_class = measured["neighbors"]["same_class"]
+    assert measured["retriever"]["same_class_at_2"] == same_class["held_out"]
+    bound = same_class["tune"] + 0.01
+    strict = dataclasses.replace(config, min_same_class=bound)
+    with pytest.raises(
+        UserError, match=f"Retrieval check failed: {100 * same_class['tune']:.1f} %"
+    ):
+        find_neighbors.run(strict, run_folder.open_run(tiny_run.workdir), epath.Path(tmp_path))
 
 
 def test_the_retrieval_check_stops_a_chain_whose_neighbors_show_the_wrong_classes(config):

@@ -9,16 +9,34 @@ from rag_mm.core.errors import UserError
 from rag_mm.stages.shared import frozen
 
 
-def test_batches_have_one_size_and_leave_no_padding():
+@pytest.mark.parametrize(
+    ("num_rows", "computed"), [(1, [1]), (3, [4]), (256, [256]), (300, [256, 64])]
+)
+def test_the_cost_fits_the_request_and_no_padding_is_left(num_rows, computed):
     sizes = []
 
     def double(batch):
         sizes.append(len(batch))
         return batch * 2
 
-    rows = np.arange(10).reshape(5, 2)
-    np.testing.assert_array_equal(frozen.in_batches(double, rows, batch_size=2), rows * 2)
-    assert sizes == [2, 2, 2]
+    rows = np.arange(2 * num_rows).reshape(num_rows, 2)
+    np.testing.assert_array_equal(frozen.in_batches(double, rows, batch_size=256), rows * 2)
+    assert sizes == computed
+
+
+def test_the_batch_can_be_chosen(tiny_run):
+    """By default it is that of the image size, 256 for 32 pixels."""
+    for kind, name in (
+        (frozen.FrozenRetriever, "retriever"),
+        (frozen.FrozenTokenizer, "tokenizer"),
+    ):
+        folder = tiny_run.workdir / name / "frozen"
+        assert (kind(folder).image_batch, kind(folder, image_batch=2).image_batch) == (256, 2)
+    chosen = kind(folder, image_batch=2)
+    sizes, encode = [], chosen._encode
+    chosen._encode = lambda batch: sizes.append(len(batch)) or encode(batch)
+    assert chosen.encode(np.zeros((3, 32, 32, 3), np.uint8)).shape == (3, 64)
+    assert sizes == [2, 1]
 
 
 def test_a_copy_is_the_same_model(tiny_run, tmp_path):

@@ -58,6 +58,13 @@ def test_a_tenth_is_held_out_and_stays_so(folder):
     assert world_config.make(dict(documents=str(folder))).digest != later.digest
 
 
+def test_half_of_the_held_out_documents_are_for_tuning_and_half_for_tests(folder):
+    world = world_config.make(dict(documents=str(folder), held_out_share=0.3))
+    tune, test = ids(world, "test", *world_config.TUNE), ids(world, "test", *world_config.TEST)
+    assert len(tune) == len(test) == 3
+    assert sorted(tune + test) == sorted(ids(world, "memory", *world_config.HELD_OUT))
+
+
 def test_documents_have_one_caption_and_the_models_size(folder):
     source = world_config.make(dict(documents=str(folder), image_size=16)).scenes("train", "common")
     assert source.image(3).shape == (16, 16, 3)
@@ -77,7 +84,6 @@ def test_the_page_makes_a_chain_without_the_scorer(folder):
         ({"world.documents": ""}, "world: documents is empty"),
         ({"world.held_out_share": "1.0"}, "held_out_share is 1.0"),
         ({"world.image_size": "64"}, "model.image_size is 32"),
-        ({"neighbors.max_similarity": "0.0"}, "your own images, which have no classes"),
         ({"stages": "tokenizer,report"}, "stage report does not support .* have no facts to score"),
         ({"world.documents": "/nowhere"}, "/nowhere is not a folder"),
     ],

@@ -1,8 +1,12 @@
 """The world of a run: which classes it shows, and which scenes are looked at."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from rag_mm.core.errors import UserError
+from rag_mm.stages import chain_config
 from rag_mm.stages.shared import world_config
 from rag_mm.worlds.emoji import class_splits
 
@@ -30,6 +34,19 @@ def test_partners_are_kept_classes_too():
 
 def test_seen_and_held_out_share_no_class():
     assert not set(SMALL.classes(*world_config.SEEN)) & set(SMALL.classes(*world_config.HELD_OUT))
+
+
+def test_the_worlds_seed_is_the_runs_unless_it_has_its_own():
+    page = chain_config.load("configs/quickstart.py:tiny", {"seed": "2"})
+    world = chain_config.stage_configs(page)["decoder"].world
+    assert world == world_config.EmojiWorld(class_share=0.05, seed=2)
+    own = chain_config.override(page, {"world.seed": 0})
+    assert chain_config.stage_configs(own)["decoder"].world.seed == 0
+    # Other classes are held out, and what is the same class has other captions.
+    first = dataclasses.replace(world, seed=0)
+    assert set(world.classes("held_out")) != set(first.classes("held_out"))
+    with pytest.raises(UserError, match="world: seed is -1"):
+        chain_config.stage_configs(chain_config.override(page, {"world.seed": -1}))
 
 
 def test_pictures_are_those_of_the_documents():

@@ -1,4 +1,4 @@
-"""How classes are dealt into common, rare and held-out ones."""
+"""How classes are divided into common, rare, tune and test ones."""
 
 import numpy as np
 import pytest
@@ -11,8 +11,19 @@ from rag_mm.worlds.emoji import art, class_splits, names
 def test_shares_hold_for_flags_and_for_the_rest(seed):
     split, is_flag = class_splits.split_of(seed), art.load_art().is_flag
     for chosen in (is_flag, ~is_flag):
-        shares = np.bincount(split[chosen], minlength=3) / chosen.sum()
-        np.testing.assert_allclose(shares, (0.7, 0.15, 0.15), atol=0.02)
+        shares = np.bincount(split[chosen], minlength=4) / chosen.sum()
+        np.testing.assert_allclose(shares, (0.7, 0.15, 0.075, 0.075), atol=0.02)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_held_out_is_tune_and_test_of_equal_size(seed):
+    halves = [class_splits.classes(name, seed=seed) for name in ("tune", "test")]
+    assert len(halves[0]) == len(halves[1])
+    whole = class_splits.classes("held_out", seed=seed)
+    np.testing.assert_array_equal(whole, np.sort(np.concatenate(halves)))
+    # Another seed holds other classes out.
+    other = class_splits.classes("held_out", seed=seed + 1)
+    assert len(set(whole) & set(other)) < len(whole) / 3
 
 
 def test_variants_of_one_drawing_fall_in_one_split():
