@@ -11,8 +11,8 @@
 `plan` prints what one training step of 8M tokens needs of each chip (docs/results/plans.md). Learning rate,
 warm-up and batch are the paper's; betas, clipping, weight decay and the linear schedule, which ends at a
 tenth of the peak, are OPT's, on whose code the paper builds. Left different: the paper restarted 760m and 7b
-with a higher rate after one epoch (figure 3), here one schedule covers all steps. Override single values with
-`--config.model.decoder.dtype=float32` and the like.
+with a higher rate after one epoch (CM3Leon, figure 3), here one schedule covers all steps. Override single
+values with `--config.model.decoder.dtype=float32` and the like.
 """
 
 import dataclasses

@@ -44,9 +44,12 @@ class Finished:
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory) -> Finished:
-    """`quickstart:tiny` through the real command, once for all tests: copy it before you change it."""
-    folder = tmp_path_factory.mktemp("tiny")
-    command = [pathlib.Path(sys.executable).with_name("rag-mm"), "quickstart", "--workdir=run"]
+    """`quickstart:tiny` through the real command, once for all tests: copy it before you change it.
+
+    The folder's name holds what URLs, patterns of files and shells would read as something else.
+    """
+    folder, name = tmp_path_factory.mktemp("tiny"), "run #1 50%20? [0:3] é"
+    command = [pathlib.Path(sys.executable).with_name("rag-mm"), "quickstart", f"--workdir={name}"]
     done = subprocess.run(
         [*command, "--config=configs/quickstart.py:tiny"],
         cwd=folder,
@@ -56,4 +59,4 @@ def tiny_run(tmp_path_factory) -> Finished:
         timeout=900,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return Finished(folder / "run", done.stdout, done.stderr)
+    return Finished(folder / name, done.stdout, done.stderr)

@@ -1,4 +1,4 @@
-"""What `rag_mm.load` returns for an imported CLIP, LLaMA or Chameleon checkpoint."""
+"""What `rag_mm.load` returns for an imported checkpoint: CLIP, LLaMA, Chameleon or an image tokenizer."""
 
 import dataclasses
 import functools
@@ -13,13 +13,13 @@ from flax import nnx
 
 from rag_mm.api import importing, language_model
 from rag_mm.convert import table, weights
-from rag_mm.core import compilation_cache, files, run_folder
+from rag_mm.core import compilation_cache, files, image_files, run_folder
 from rag_mm.core.errors import UserError
 from rag_mm.data import preprocess, public_text
-from rag_mm.models import chameleon
+from rag_mm.models import chameleon, vqgan
 from rag_mm.nn.decoder import Decoder
 from rag_mm.ops import images as image_ops
-from rag_mm.stages.shared import frozen
+from rag_mm.stages.shared import frozen, train_tokenizer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,11 +33,12 @@ class DualEncoder:
 
     retriever: frozen.FrozenRetriever
 
-    def encode_image(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Unit vectors, float32 [B, D], of images uint8 [H, W, 3] of any size, preprocessed for CLIP."""
-        size = self.retriever.image_size
-        fitted = [preprocess.scale_and_crop(image, size, "bicubic") for image in images]
-        return self.retriever.encode_image(np.stack(fitted))
+    def encode_image(self, images: Sequence[image_files.AnyImage]) -> np.ndarray:
+        """Unit vectors, float32 [B, D], of images of any size, preprocessed for CLIP.
+
+        An image is one that `image_files.to_pixels` takes; like transformers, it drops an alpha channel.
+        """
+        return self.retriever.encode_image(_fit(images, self.retriever.image_size, "bicubic"))
 
     def encode_text(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors, float32 [B, D], of B texts.
@@ -60,24 +61,49 @@ class ImportedChameleon(language_model.LanguageModel):
     Attributes:
         model: the sizes of decoder and image tokenizer, and the token id of each image code.
         vq: the image tokenizer.
+        pictures: decodes images in place of `vq`; see `with_pictures`.
     """
 
     model: chameleon.ChameleonConfig
     vq: frozen.LoadedModel
+    pictures: frozen.FrozenTokenizer | None = None
 
-    def encode_image(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Image tokens, int32 [B, N], of images uint8 [H, W, 3] of any size, preprocessed for Chameleon."""
+    def with_pictures(self, decoder: frozen.FrozenTokenizer) -> "ImportedChameleon":
+        """This model with an imported image tokenizer whose decoder draws this model's codes.
+
+        Code k must mean the same to both, which holds if the decoder was trained with this model's codebook.
+        Only sizes can be checked here.
+
+        Example:
+            model = rag_mm.load("runs/chameleon").with_pictures(rag_mm.load("runs/chameleon_vq"))
+            model.decode_image(model.generate_image(prompt)[None])
+
+        Raises:
+            UserError: it has no decoder, or its codebook or grid has another size.
+        """
+        ours, theirs = self.model.vq, decoder.config
+        if not isinstance(theirs, vqgan.VQGANConfig) or not theirs.has_decoder:
+            raise UserError(f"{decoder.folder} is not an imported image tokenizer with a decoder.")
+        for name in ("codebook_size", "embed_dim", "num_codes"):
+            if getattr(ours, name) != getattr(theirs, name):
+                raise UserError(
+                    f"The {name} of {decoder.folder} is {getattr(theirs, name):,}, but this model's is "
+                    f"{getattr(ours, name):,}, so it cannot draw this model's codes."
+                )
+        return dataclasses.replace(self, pictures=decoder)
+
+    def encode_image(self, images: Sequence[image_files.AnyImage]) -> np.ndarray:
+        """Image tokens, int32 [B, N], of images of any size (`DualEncoder.encode_image`), for Chameleon."""
         size = self.model.vq.image_size
-        fitted = np.stack([preprocess.scale_and_crop(image, size, "lanczos") for image in images])
         codes = frozen.in_batches(
             lambda batch: self._encode(image_ops.to_float(batch)),
-            fitted,
+            _fit(images, size, "lanczos"),
             image_ops.num_at_once(size),
         )
         return np.asarray(self.model.code_tokens, np.int32)[codes]
 
-    def prompt(self, parts: Sequence[str | np.ndarray]) -> list[int]:
-        """Token ids of a prompt that mixes texts and images uint8 [H, W, 3].
+    def prompt(self, parts: Sequence[str | image_files.AnyImage]) -> list[int]:
+        """Token ids of a prompt that mixes texts and images (`encode_image`).
 
         Raises:
             UserError: there is no tokenizer, it lacks the image placeholder, or a text contains it.
@@ -145,15 +171,17 @@ class ImportedChameleon(language_model.LanguageModel):
             UserError: a token is not an image token, or the checkpoint lacks the image tokenizer's decoder
                 (the public ones do).
         """
-        if not self.model.vq.has_decoder:
+        if not self.model.vq.has_decoder and self.pictures is None:
             raise UserError(
                 "This Chameleon was imported without the decoder of its image tokenizer, so its image "
-                "tokens cannot be decoded to pixels."
+                "tokens cannot be decoded to pixels; add one by `with_pictures`."
             )
         try:
             codes = chameleon.tokens_to_codes(self.model.code_tokens, tokens)
         except ValueError as error:
             raise UserError(f"{error}.") from None
+        if self.pictures is not None:
+            return self.pictures.decode(codes)
         return frozen.in_batches(
             lambda batch: image_ops.to_uint8(self._decode(batch)),
             codes,
@@ -169,7 +197,7 @@ class ImportedChameleon(language_model.LanguageModel):
         return self.vq.compile("decode")
 
 
-ImportedModel = DualEncoder | language_model.LanguageModel
+ImportedModel = DualEncoder | language_model.LanguageModel | frozen.FrozenTokenizer
 
 
 def is_imported(workdir: epath.PathLike) -> bool:
@@ -186,14 +214,18 @@ def load(workdir: epath.PathLike, dtype: str | None = None) -> ImportedModel:
         dtype: dtype of a language model's weights and activations; None keeps the stored one.
 
     Returns:
-        `DualEncoder` for CLIP, `LanguageModel` for LLaMA, `Chameleon` for Chameleon.
+        `DualEncoder` for CLIP, `LanguageModel` for LLaMA, `ImportedChameleon` for Chameleon,
+        `frozen.FrozenTokenizer` for an image tokenizer.
 
     Raises:
         UserError: there is no imported run in `workdir`, or it is unfinished or was edited.
     """
     run = run_folder.open_run(workdir)
+    if run.config.get(importing.IMPORTED) == importing.IMAGE_TOKENIZER:
+        compilation_cache.keep_programs()
+        return train_tokenizer.load_tokenizer(workdir)
     family = importing.find_family(str(run.config.get(importing.IMPORTED)))
-    compilation_cache.keep_programs(run.workdir)
+    compilation_cache.keep_programs()
     stage_dir = run.finished_stage(importing.STAGES[family.name])
     folder = stage_dir / importing.FOLDER
     if family.name == "clip":
@@ -214,6 +246,14 @@ def load(workdir: epath.PathLike, dtype: str | None = None) -> ImportedModel:
     vq_graphdef, _ = nnx.split(jax.eval_shape(functools.partial(_make_vq, config)), nnx.Param)
     vq = frozen.LoadedModel(vq_graphdef, jax.tree.map(_to_float32, params["vq"]))
     return ImportedChameleon(decoder_config, graphdef, decoder, text, stop_tokens, config, vq)
+
+
+def _fit(
+    images: Sequence[image_files.AnyImage], size: int, resample: preprocess.Filter
+) -> np.ndarray:
+    """Images preprocessed as for a public checkpoint: uint8 [B, size, size, 3]."""
+    pixels = (image_files.to_pixels(image, composite_on_white=False) for image in images)
+    return np.stack([preprocess.scale_and_crop(each, size, resample) for each in pixels])
 
 
 def _read_stop_tokens(folder: epath.Path) -> tuple[int, ...]:

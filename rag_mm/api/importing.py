@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from rag_mm.convert import chameleon_format, clip_format, llama_format, shards, table, weights
+from rag_mm.convert import (
+    chameleon_format,
+    clip_format,
+    image_tokenizer_format,
+    llama_format,
+    shards,
+    table,
+    weights,
+)
 from rag_mm.core import configuration, files, progress, renames, run_folder
 from rag_mm.core.errors import UserError
 from rag_mm.data import public_text
@@ -22,17 +30,25 @@ FAMILIES = {
     family.name: family
     for family in (llama_format.FAMILY, chameleon_format.FAMILY, clip_format.FAMILY)
 }
-# An imported CLIP becomes the stage `retriever`, so that a memory can be built with it.
-STAGES = {"llama": "language_model", "chameleon": "language_model", "clip": "retriever"}
+IMAGE_TOKENIZER = "image-tokenizer"  # imported from a model of several families, see `convert`
+# An imported CLIP becomes the stage `retriever`, so that a memory can be built with it; an image tokenizer
+# likewise becomes the stage `tokenizer`.
+STAGES = {
+    "llama": "language_model",
+    "chameleon": "language_model",
+    "clip": "retriever",
+    IMAGE_TOKENIZER: "tokenizer",
+}
 FOLDER, SOURCE = "frozen", "source"
 IMPORTED = "imported"  # key of an imported run's config.json: its family
 _CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"
+_PROCESSOR = "processor_config.json"
 # Copied unchanged, for the export; other files belong to other programs.
 _SIDE_FILES = (
     _CONFIG,
     _PREPROCESSOR,
     "generation_config.json",
-    "processor_config.json",
+    _PROCESSOR,
     "special_tokens_map.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -44,7 +60,8 @@ _SIDE_FILES = (
 def find_family(name: str) -> table.Family:
     """The family of that name; raises UserError if there is none."""
     if name not in FAMILIES:
-        raise UserError(f"There is no family {name!r}; the families are {', '.join(FAMILIES)}.")
+        known = ", ".join([*FAMILIES, IMAGE_TOKENIZER])
+        raise UserError(f"There is no family {name!r}; the families are {known}.")
     return FAMILIES[name]
 
 
@@ -60,7 +77,17 @@ def find_dtype(name: str | None) -> np.dtype | None:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder that passed all checks of its family."""
+    """A checkpoint folder that passed all checks of its family.
+
+    Attributes:
+        folder: where it is.
+        family: of the model in it that is imported.
+        config: of that model.
+        specs: that model's tensors by name.
+        mappings: from them to our parameters.
+        text: its text tokenizer, if it has one.
+        token_ids: the token of each code of an image tokenizer; empty if codes are no tokens of a text.
+    """
 
     folder: pathlib.Path
     family: table.Family
@@ -68,6 +95,7 @@ class Checkpoint:
     specs: Mapping[str, shards.TensorSpec]
     mappings: list[table.TensorMapping]
     text: public_text.PublicTokenizer | None
+    token_ids: tuple[int, ...] = ()
 
 
 def open_checkpoint(name: str, folder: pathlib.Path) -> Checkpoint:
@@ -76,9 +104,10 @@ def open_checkpoint(name: str, folder: pathlib.Path) -> Checkpoint:
     Raises:
         UserError: anything is missing, damaged, of another family, or not supported.
     """
+    if name == IMAGE_TOKENIZER:
+        return _open_image_tokenizer(folder)
     family = find_family(name)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; give one that holds a checkpoint.")
+    _check_folder(folder)
     values = files.read_json(folder / _CONFIG)
     model_type = values.get("model_type") if isinstance(values, dict) else None
     if model_type != family.name:
@@ -86,9 +115,8 @@ def open_checkpoint(name: str, folder: pathlib.Path) -> Checkpoint:
             f"{folder} holds a {model_type!r} checkpoint, not {family.name!r} (config.json: model_type)."
         )
     specs = shards.open_folder(epath.Path(folder))
-    preprocessor_file = folder / _PREPROCESSOR
-    preprocessor = files.read_json(preprocessor_file) if preprocessor_file.exists() else {}
-    config = family.read_config(table.CheckpointFolder(values, preprocessor, frozenset(specs)))
+    config = family.read_config(table.CheckpointFolder(values, *_read_preprocessor(folder), specs))
+    specs = family.rename(config, specs)
     mappings = weights.check_tensors(family, config, specs)
     text = public_text.load_tokenizer(folder)
     vocab_size = config.vocab_size if name == "clip" else decoder_config(config).vocab_size
@@ -100,13 +128,45 @@ def open_checkpoint(name: str, folder: pathlib.Path) -> Checkpoint:
     return Checkpoint(folder, family, config, specs, mappings, text)
 
 
+def _open_image_tokenizer(folder: pathlib.Path) -> Checkpoint:
+    _check_folder(folder)
+    values, specs = files.read_json(folder / _CONFIG), shards.open_folder(epath.Path(folder))
+    if not isinstance(values, dict):
+        raise UserError(f"{folder / _CONFIG} is not a JSON object.")
+    checkpoint = table.CheckpointFolder(values, *_read_preprocessor(folder), specs)
+    family, specs, token_ids = image_tokenizer_format.find(checkpoint)
+    config = family.read_config(checkpoint)
+    if token_ids and len(token_ids) != config.codebook_size:
+        raise UserError(
+            f"config.json: there are {len(token_ids)} image tokens for {config.codebook_size} codes."
+        )
+    mappings = weights.check_tensors(family, config, specs)
+    return Checkpoint(folder, family, config, specs, mappings, None, token_ids)
+
+
+def _check_folder(folder: pathlib.Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; give one that holds a checkpoint.")
+
+
+def _read_preprocessor(folder: pathlib.Path) -> tuple[Any, str]:
+    """Settings of the image processor and their file; like transformers, a nested table takes precedence."""
+    for name in (_PROCESSOR, _PREPROCESSOR):
+        values = files.read_json(folder / name) if (folder / name).exists() else None
+        if name == _PROCESSOR and isinstance(values, dict):
+            values = values.get("image_processor")
+        if values is not None:
+            return values, name
+    return {}, _PREPROCESSOR
+
+
 def import_checkpoint(
     name: str, folder: pathlib.Path, out: pathlib.Path, dtype: np.dtype | None = None
 ) -> dict[str, Any]:
     """Converts a checkpoint into a run; nothing is written before the whole checkpoint was checked.
 
     Args:
-        name: the family: clip, llama or chameleon.
+        name: the family: clip, llama, chameleon or image-tokenizer.
         folder: folder with config.json, safetensors and, optionally, the tokenizer.
         out: the run folder; new, or left by an interrupted import of the same family.
         dtype: dtype to store; None keeps the checkpoint's, bitwise identical.
@@ -130,9 +190,12 @@ def import_checkpoint(
         for leftover in (source, target):  # of an interrupted import, perhaps of another checkpoint
             shutil.rmtree(leftover, ignore_errors=True)
         _copy_side_files(folder, source, _SIDE_FILES)
-        _copy_side_files(folder, target, public_text.FILES)
-        model_config = {"family": name, **dataclasses.asdict(checkpoint.config)}
+        if name != IMAGE_TOKENIZER:
+            _copy_side_files(folder, target, public_text.FILES)
+        model_config = {"family": checkpoint.family.name, **dataclasses.asdict(checkpoint.config)}
         files.write_json(target / frozen.CONFIG, renames.to_stored(model_config))
+        if checkpoint.token_ids:
+            files.write_json(target / frozen.TOKEN_IDS, {"token_ids": checkpoint.token_ids})
         with megabytes("import", total) as update:
             path = epath.Path(target / frozen.PARAMS)
             weights.write_file(path, checkpoint.mappings, checkpoint.specs, dtype, update)

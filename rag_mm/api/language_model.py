@@ -25,7 +25,7 @@ class Completions:
 
     Attributes:
         tokens: the token ids of each completion, up to and excluding the first stop token.
-        texts: the same decoded; None without a tokenizer.
+        texts: the same decoded, so that prompt + text is the whole text; None without a tokenizer.
     """
 
     tokens: list[list[int]]
@@ -112,6 +112,7 @@ class LanguageModel:
             )
         if any(not 0 <= token < c.vocab_size for prompt in ids for token in prompt):
             raise UserError(f"A token id is outside the model's vocabulary of {c.vocab_size:,}.")
+        sampler.check_seed(seed)
         try:
             sampling = sampler.Sampling(temperature, top_p)
         except ValueError as error:
@@ -119,7 +120,7 @@ class LanguageModel:
         sampled = sampler.sample(
             self.params,
             pad_prompts(ids),
-            np.arange(len(ids), dtype=np.uint32) + np.uint32(seed),
+            np.arange(len(ids), dtype=np.uint32) + np.uint32(seed % 2**32),
             allowed,
             graphdef=self.graphdef,
             num_steps=num_tokens,
@@ -131,7 +132,8 @@ class LanguageModel:
         ]
         texts = None
         if self.text is not None:
-            texts = [self.text.decode_text(tokens) for tokens in completions]
+            pairs = zip(ids, completions, strict=True)
+            texts = [self.text.decode_continuation(prompt, tokens) for prompt, tokens in pairs]
         return Completions(completions, texts)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from rag_mm.core import compilation_cache, image_files, run_folder
+from rag_mm.core import caption_text, compilation_cache, image_files, run_folder
 from rag_mm.core.document_types import Document
 from rag_mm.core.errors import UserError
 from rag_mm.data import sequences
@@ -80,7 +80,7 @@ class Session:
     image_tokenizer: frozen.FrozenTokenizer
     encoder: frozen.FrozenRetriever
     memory: Memory
-    rules: policy.Rules = policy.Rules()
+    rules: policy.Rules = dataclasses.field(default_factory=policy.Rules)
 
     def generate(
         self,
@@ -120,6 +120,7 @@ class Session:
         sampling = _sampling(temperature, top_p)
         _check_count("num", num)
         _check_count("best_of", best_of)
+        prompt = caption_text.clean(prompt)
         text = self._text(prompt)
         retrieved, examples = self._documents(documents, docs, {"text": prompt})
         caption_embedding = self.encoder.encode_text([prompt])
@@ -138,7 +139,7 @@ class Session:
 
     def caption(
         self,
-        image: np.ndarray,
+        image: image_files.AnyImage,
         *,
         docs: int = 2,
         documents: Sequence[Document] = (),
@@ -153,7 +154,8 @@ class Session:
             run.caption(image, docs=0).captions[0]
 
         Args:
-            image: uint8 [H, W, 3], RGB, of any size; scaled and center-cropped to the model's size.
+            image: of any size and form that `image_files.to_pixels` takes; scaled and center-cropped to the
+                model's size.
             docs, documents, seed, temperature, top_p: as for `generate`; greedy by default.
             num: number of captions; sample several with a temperature above 0.
 
@@ -166,6 +168,7 @@ class Session:
         """
         sampling = _sampling(temperature, top_p)
         _check_count("num", num)
+        image = image_files.to_pixels(image)
         codes = self._codes(image)
         retrieved, examples = self._documents(documents, docs, {"image": image})
         captions, means = tasks.generate_captions(
@@ -180,7 +183,7 @@ class Session:
 
     def infill(
         self,
-        image: np.ndarray,
+        image: image_files.AnyImage,
         prompt: str,
         band: tuple[int, int],
         *,
@@ -199,7 +202,8 @@ class Session:
             run.infill(image, "red apple on blue", band=(8, 24), num=4).images  # uint8 [4, H, W, 3]
 
         Args:
-            image: uint8 [H, W, 3], RGB, of any size; scaled and center-cropped to the model's size.
+            image: of any size and form that `image_files.to_pixels` takes; scaled and center-cropped to the
+                model's size.
             prompt: caption of the whole image.
             band: (first pixel row, last pixel row + 1) at the model's size; multiples of a code's height.
             docs, documents, num, seed, temperature, top_p: as for `generate`.
@@ -213,6 +217,7 @@ class Session:
         sampling = _sampling(temperature, top_p)
         _check_count("num", num)
         masked_codes = self._codes_in_band(band)
+        image, prompt = image_files.to_pixels(image), caption_text.clean(prompt)
         main = sequences.Example(self._text(prompt), self._codes(image)[0])
         retrieved, examples = self._documents(documents, docs, {"text": prompt})
         sampled = tasks.infill_codes(
@@ -292,7 +297,7 @@ class Session:
         if document.image is None:
             raise UserError(f"Document {document.id!r} has no image, which this model needs.")
         corpus = coded_corpus.Corpus(self.generator.layout, self.image_tokenizer)
-        return corpus.example(document.text, self._codes(document.image)[0])
+        return corpus.example(caption_text.clean(document.text), self._codes(document.image)[0])
 
     def _codes(self, image: np.ndarray) -> np.ndarray:
         """Codes int32 [1, N] of an image uint8 [H, W, 3] of any size."""
@@ -324,7 +329,7 @@ def load(workdir: epath.PathLike) -> Session:
         UserError: there is no run in `workdir`, or one of its stages is missing, unfinished or edited.
     """
     run = run_folder.open_run(workdir)
-    compilation_cache.keep_programs(run.workdir)
+    compilation_cache.keep_programs()
     image_tokenizer = train_tokenizer.load_tokenizer(run.workdir)
     generator = train_decoder.load_generator(run, "decoder", image_tokenizer)
     encoder = train_retriever.load_encoder(run.workdir)

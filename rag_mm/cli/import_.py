@@ -1,4 +1,4 @@
-"""`rag-mm import`: converts a public checkpoint into a run."""
+"""`rag-mm import`: converts a public checkpoint, or the image tokenizer in one, into a run."""
 
 import argparse
 import pathlib
@@ -12,7 +12,11 @@ from rag_mm.core.errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `rag-mm import`."""
-    parser.add_argument("family", metavar="FAMILY", help="clip, llama or chameleon")
+    parser.add_argument(
+        "family",
+        metavar="FAMILY",
+        help="clip, llama or chameleon; or image-tokenizer, that of a Chameleon, Janus or Emu3",
+    )
     parser.add_argument(
         "folder",
         metavar="DIR",
@@ -47,7 +51,12 @@ def show(result: dict[str, Any], console: rich.console.Console) -> None:
         f"{result['seconds']:.1f} s",
         markup=False,
     )
-    if not result["has_tokenizer"]:
+    if result["family"] == "image-tokenizer":
+        console.print(
+            f"rag-mm memory build --documents=DIR --retriever=RUN --tokenizer={result['run']} --out=MEM",
+            markup=False,
+        )
+    elif not result["has_tokenizer"]:
         console.print(
             "The checkpoint has no tokenizer: the model takes token ids and images, not text."
         )

@@ -24,6 +24,7 @@ _DOCUMENTS = (
     "or scenes:LEVEL/SPLIT[+SPLIT]/ROLE"
 )
 _SCENES = "scenes:"
+_TOKENIZER = "tokenizer/frozen"  # in a run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     build.add_argument(
         "--retriever", required=True, metavar="RUN", help="run with a trained or imported retriever"
+    )
+    build.add_argument(
+        "--tokenizer",
+        metavar="RUN",
+        help="run with a trained or imported image tokenizer, whose codes are stored (default: the "
+        "retriever's run, if it has one)",
     )
     build.add_argument("--out", required=True, metavar="MEM", help="folder of the new memory")
     build.add_argument("--index", default="scann", help="index: scann (default), exact or device")
@@ -184,6 +191,8 @@ def _build(args: argparse.Namespace) -> dict[str, Any]:
     retriever = pathlib.Path(args.retriever)
     if not retriever.is_dir():
         raise UserError(f"There is no run {args.retriever}; give one with a trained retriever.")
+    if args.tokenizer is not None and not (pathlib.Path(args.tokenizer) / _TOKENIZER).is_dir():
+        raise UserError(f"--tokenizer={args.tokenizer} is not a run with an image tokenizer.")
     out = pathlib.Path(args.out)
     if (out / "config.json").exists():  # An unfinished memory shares file names with a run.
         raise UserError(f"--out={args.out} already holds a run or a model; choose another folder.")
@@ -208,11 +217,15 @@ def _build_joined(
 
     encoder, tokenizer = load_encoder(retriever, args.image_batch), None
     # In a run the weights are in a subfolder; a folder that holds only a model has no such subfolder.
-    weights = {name: retriever / name / "frozen" for name in ("retriever", "tokenizer")}
+    tokenizer_run = pathlib.Path(args.tokenizer or retriever)
+    weights = {
+        "retriever": retriever / "retriever" / "frozen",
+        "tokenizer": tokenizer_run / _TOKENIZER,
+    }
     carried = {"retriever": retriever}
     carried |= {name: folder for name, folder in weights.items() if folder.is_dir()}
     if "tokenizer" in carried:
-        tokenizer = load_tokenizer(retriever, args.image_batch)
+        tokenizer = load_tokenizer(tokenizer_run, args.image_batch)
     if jax.process_index():
         shared_encoding.follow(encoder, tokenizer)
         return {"process": jax.process_index()}

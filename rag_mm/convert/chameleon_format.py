@@ -4,25 +4,21 @@ Public checkpoints hold only the encoder and the codebook of the image tokenizer
 are read if present, under the VQGAN's names (`model.vqmodel.decoder.up.0...`, where up.0 is the finest grid).
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from flax import nnx
 
-from rag_mm.convert import llama_format
-from rag_mm.convert.table import (
-    CheckpointFolder,
-    ConfigReader,
-    ConvKernel,
-    Family,
-    LinearKernel,
-    Rule,
-)
+from rag_mm.convert import image_processor, llama_format, vqgan_format
+from rag_mm.convert.table import CheckpointFolder, ConfigReader, Family, Rule, Specs
 from rag_mm.core.errors import UserError
-from rag_mm.models import chameleon, chameleon_vq
+from rag_mm.models import chameleon, vqgan
 
 _VQ = "model.vqmodel."
-_RESCALE = 0.0078
-_CONV1X1 = LinearKernel(tail=(1, 1))
+# The defaults of transformers' ChameleonImageProcessor; 1 is Pillow's number of the Lanczos filter.
+_PROCESSOR = image_processor.ImageProcessor(
+    "ChameleonImageProcessor", 1, 0.0078, (1.0, 1.0, 1.0), (1.0, 1.0, 1.0)
+)
 _LAYER = "model.layers.{}.self_attn."
 
 
@@ -32,43 +28,48 @@ def read_config(checkpoint: CheckpointFolder) -> chameleon.ChameleonConfig:
     Raises:
         UserError: a setting is missing, or our model does not support it.
     """
-    values = checkpoint.config
-    v = ConfigReader(values, "config.json")
+    v = ConfigReader(checkpoint.config, "config.json")
     decoder = llama_format.read_decoder(
-        values,
+        checkpoint,
         default_eps=1e-5,
         qk_norm=True,
         qk_norm_kind="layernorm_per_head",
         post_norm=v.get("swin_norm", bool, False),
     )
     vocabulary_map = v.get("vocabulary_map", dict)
+    vq = read_vq(checkpoint, checkpoint.config.get("vq_config") or {}, _VQ)
     try:
         return chameleon.ChameleonConfig(
-            decoder, _read_vq(checkpoint), chameleon.parse_vocabulary_map(vocabulary_map)
+            decoder, vq, chameleon.parse_vocabulary_map(vocabulary_map)
         )
     except ValueError as error:
         raise UserError(f"config.json: {error}.") from None
 
 
-def _read_vq(checkpoint: CheckpointFolder) -> chameleon_vq.ChameleonVQConfig:
-    v = ConfigReader(checkpoint.config.get("vq_config") or {}, "config.json: vq_config")
+def read_vq(
+    checkpoint: CheckpointFolder, values: Mapping[str, Any], prefix: str
+) -> vqgan.VQGANConfig:
+    """The image tokenizer that a vq_config describes; its tensors' names begin with `prefix`.
+
+    Raises:
+        UserError: our model does not support a setting of it or of the image processor.
+    """
+    v = ConfigReader(values, "config.json: vq_config")
     v.require("attn_type", "vanilla", "vanilla")
-    v.require("double_latent", False, False)
-    v.require("in_channels", 3, 3)
-    p = ConfigReader(checkpoint.preprocessor, "preprocessor_config.json")
-    for key in ("image_mean", "image_std"):
-        p.require(key, [1.0, 1.0, 1.0], [1.0, 1.0, 1.0])
-    return chameleon_vq.ChameleonVQConfig(
-        image_size=v.get("resolution", int, 512),
-        width=v.get("base_channels", int, 128),
-        width_multipliers=tuple(v.get("channel_multiplier", list, [1, 1, 2, 2, 4])),
-        num_res_blocks=v.get("num_res_blocks", int, 2),
+    image_size = v.get("resolution", int, 512)
+    processor = image_processor.read(checkpoint, _PROCESSOR, image_size)
+    if processor.mean != processor.std or set(processor.mean) != {1.0}:
+        raise UserError(
+            f"{checkpoint.preprocessor_file}: images are normalized by mean {list(processor.mean)} and std "
+            f"{list(processor.std)}; this converter supports 1."
+        )
+    return vqgan_format.read_config(
+        v,
+        vqgan.VQGANConfig(),
+        image_size=image_size,
         attention_sizes=tuple(v.get("attn_resolutions", list, [])),
-        latent_dim=v.get("latent_channels", int, 256),
-        embed_dim=v.get("embed_dim", int, 256),
-        codebook_size=v.get("num_embeddings", int, 8192),
-        gain=255 * p.get("rescale_factor", float, _RESCALE),
-        has_decoder=any(name.startswith(f"{_VQ}decoder.") for name in checkpoint.names),
+        gain=255 * processor.factor,
+        has_decoder=any(name.startswith(f"{prefix}decoder.") for name in checkpoint.specs),
     )
 
 
@@ -114,77 +115,15 @@ def rules(config: chameleon.ChameleonConfig) -> list[Rule]:
     for name in ("q_norm", "k_norm"):
         name_rules.append(Rule(f"{blocks}{name}/scale", f"{_LAYER}{name}.weight"))
         name_rules.append(Rule(f"{blocks}{name}/bias", f"{_LAYER}{name}.bias"))
-    num_scales = len(config.vq.width_multipliers)
-    name_rules.append(Rule("vq/codebook/embedding", f"{_VQ}quantize.embedding.weight"))
-    name_rules += _conv1x1("vq/to_embedding", f"{_VQ}quant_conv")
-    name_rules += _conv1x1("vq/from_embedding", f"{_VQ}post_quant_conv")
-    name_rules += _coder_rules(
-        "vq/encoder", f"{_VQ}encoder", "to_latent", "down", list(range(num_scales)), "downsample"
-    )
-    coarse_first = list(reversed(range(num_scales)))
-    name_rules += _coder_rules(
-        "vq/decoder", f"{_VQ}decoder", "to_pixels", "up", coarse_first, "upsample"
-    )
-    return name_rules
-
-
-def _coder_rules(
-    ours: str, theirs: str, last: str, scales: str, order: list[int], change: str
-) -> list[Rule]:
-    """Encoder or decoder of the image tokenizer; `order` is their index of each of our scales."""
-    name_rules = [
-        *_conv(f"{ours}/stem", f"{theirs}.conv_in"),
-        *_norm(f"{ours}/norm", f"{theirs}.norm_out"),
-        *_conv(f"{ours}/{last}", f"{theirs}.conv_out"),
-        *_block(f"{ours}/middle/block1", f"{theirs}.mid.block_1"),
-        *_attention(f"{ours}/middle/attention", f"{theirs}.mid.attn_1"),
-        *_block(f"{ours}/middle/block2", f"{theirs}.mid.block_2"),
-    ]
-    for scale, their_scale in enumerate(order):
-        here, there = f"{ours}/scales/{scale}", f"{theirs}.{scales}.{their_scale}"
-        name_rules += _conv(f"{here}/change", f"{there}.{change}.conv")
-        for block in range(_MAX_BLOCKS):
-            name_rules += _block(f"{here}/blocks/{block}", f"{there}.block.{block}")
-            name_rules += _attention(f"{here}/attentions/{block}", f"{there}.attn.{block}")
-    return name_rules
-
-
-_MAX_BLOCKS = 16  # Rules without a parameter are ignored.
-
-
-def _block(ours: str, theirs: str) -> list[Rule]:
-    return [
-        *_norm(f"{ours}/norm1", f"{theirs}.norm1"),
-        *_conv(f"{ours}/conv1", f"{theirs}.conv1"),
-        *_norm(f"{ours}/norm2", f"{theirs}.norm2"),
-        *_conv(f"{ours}/conv2", f"{theirs}.conv2"),
-        *_conv1x1(f"{ours}/skip", f"{theirs}.nin_shortcut"),
-    ]
-
-
-def _attention(ours: str, theirs: str) -> list[Rule]:
-    name_rules = _norm(f"{ours}/norm", f"{theirs}.norm")
-    for here, there in {"q": "q", "k": "k", "v": "v", "out": "proj_out"}.items():
-        name_rules += _conv1x1(f"{ours}/{here}", f"{theirs}.{there}")
-    return name_rules
-
-
-def _norm(ours: str, theirs: str) -> list[Rule]:
-    return [Rule(f"{ours}/scale", f"{theirs}.weight"), Rule(f"{ours}/bias", f"{theirs}.bias")]
-
-
-def _conv(ours: str, theirs: str) -> list[Rule]:
-    weight = Rule(f"{ours}/kernel", f"{theirs}.weight", ConvKernel())
-    return [weight, Rule(f"{ours}/bias", f"{theirs}.bias")]
-
-
-def _conv1x1(ours: str, theirs: str) -> list[Rule]:
-    weight = Rule(f"{ours}/kernel", f"{theirs}.weight", _CONV1X1)
-    return [weight, Rule(f"{ours}/bias", f"{theirs}.bias")]
+    return name_rules + vqgan_format.rules(config.vq, "vq/", _VQ)
 
 
 def _is_ignored(config: chameleon.ChameleonConfig, name: str) -> bool:
     return llama_format.is_ignored(config.decoder, name)
+
+
+def _rename(config: chameleon.ChameleonConfig, specs: Specs) -> Specs:
+    return llama_format.rename(config.decoder, specs)
 
 
 def _make_model(config: chameleon.ChameleonConfig) -> nnx.Module:
@@ -199,4 +138,5 @@ FAMILY = Family(
     _make_model,
     rules,
     _is_ignored,
+    _rename,
 )

@@ -5,6 +5,7 @@ from typing import Any
 
 from flax import nnx
 
+from rag_mm.convert import image_processor
 from rag_mm.convert.table import (
     CheckpointFolder,
     ConfigReader,
@@ -30,10 +31,14 @@ _NORMS = {"attention_norm": "layer_norm1", "mlp_norm": "layer_norm2"}
 _BUFFERS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
 # Configs before 2023 give this end-of-text id for any vocabulary; transformers then pools at the highest id.
 _LEGACY_END = 2
+# The defaults of transformers' CLIPImageProcessor; 3 is Pillow's number of the bicubic filter.
+_PROCESSOR = image_processor.ImageProcessor(
+    "CLIPImageProcessor", 3, 1 / 255, clip.IMAGE_MEAN, clip.IMAGE_STD
+)
 
 
 def read_config(checkpoint: CheckpointFolder) -> clip.CLIPConfig:
-    """The model that a config.json and a preprocessor_config.json describe.
+    """The model that a config.json and the settings of its image processor describe.
 
     Raises:
         UserError: a setting is missing, or our model does not support it.
@@ -51,12 +56,11 @@ def read_config(checkpoint: CheckpointFolder) -> clip.CLIPConfig:
     end = text.get("eos_token_id", int, 49_407)
     vocab_size = text.get("vocab_size", int, 49_408)
     is_legacy = end == _LEGACY_END
-    p = ConfigReader(checkpoint.preprocessor, "preprocessor_config.json")
-    mean = p.get("image_mean", list, list(clip.IMAGE_MEAN))
-    std = p.get("image_std", list, list(clip.IMAGE_STD))
+    image_size = vision.get("image_size", int, 224)
+    mean, std = image_processor.read(checkpoint, _PROCESSOR, image_size).of_unit_range
     try:
         return clip.CLIPConfig(
-            image_size=vision.get("image_size", int, 224),
+            image_size=image_size,
             patch_size=vision.get("patch_size", int, 32),
             vision=_read_tower(vision, 768, 12, 12, 3072),
             text=_read_tower(text, 512, 12, 8, 2048),
@@ -65,8 +69,8 @@ def read_config(checkpoint: CheckpointFolder) -> clip.CLIPConfig:
             end_of_text=vocab_size - 1 if is_legacy else end,
             projection_dim=top.get("projection_dim", int, 512),
             mlp=mlp,
-            image_mean=(mean[0], mean[1], mean[2]),
-            image_std=(std[0], std[1], std[2]),
+            image_mean=mean,
+            image_std=std,
             pooling="highest_id" if is_legacy else "first_end",
             norm_eps=eps,
         )

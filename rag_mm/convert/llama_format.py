@@ -6,12 +6,22 @@ from typing import Any
 
 from flax import nnx
 
-from rag_mm.convert.table import CheckpointFolder, ConfigReader, Family, LinearKernel, Reshape, Rule
+from rag_mm.convert import shards
+from rag_mm.convert.table import (
+    CheckpointFolder,
+    ConfigReader,
+    Family,
+    LinearKernel,
+    Reshape,
+    Rule,
+    Specs,
+)
 from rag_mm.core.errors import UserError
 from rag_mm.nn.decoder import Decoder, DecoderConfig
 from rag_mm.ops import rope
 
 _LAYER = "model.layers.{}."
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MODULES = {
     "attention/q": ("self_attn.q_proj", 1),
     "attention/k": ("self_attn.k_proj", 1),
@@ -31,15 +41,17 @@ def read_config(checkpoint: CheckpointFolder) -> DecoderConfig:
     Raises:
         UserError: a setting is missing, or our decoder does not support it.
     """
-    return read_decoder(checkpoint.config, default_eps=1e-6)
+    return read_decoder(checkpoint, default_eps=1e-6)
 
 
-def read_decoder(values: Mapping[str, Any], default_eps: float, **fields: Any) -> DecoderConfig:
+def read_decoder(checkpoint: CheckpointFolder, default_eps: float, **fields: Any) -> DecoderConfig:
     """The settings that LLaMA and Chameleon share; `fields` are further fields of our config."""
+    values = checkpoint.config
     v = ConfigReader(values, "config.json")
     v.require("hidden_act", "silu", "silu")
-    use_bias = v.require("attention_bias", False, False, True, None) or False
-    v.require("mlp_bias", False, use_bias, None)
+    use_bias, mlp_bias = (
+        v.require(name, False, False, True) for name in ("attention_bias", "mlp_bias")
+    )
     num_heads = v.get("num_attention_heads", int)
     num_kv_heads = v.get("num_key_value_heads", int, num_heads)
     if num_kv_heads < 1 or num_heads % num_kv_heads:
@@ -59,11 +71,25 @@ def read_decoder(values: Mapping[str, Any], default_eps: float, **fields: Any) -
             rope_theta=theta,
             rope_scaling=scaling,
             use_bias=use_bias,
-            tie_embeddings=v.get("tie_word_embeddings", bool, False),
+            mlp_bias=None if mlp_bias == use_bias else mlp_bias,
+            tie_embeddings=v.get("tie_word_embeddings", bool, False) and _can_tie(checkpoint.specs),
             **fields,
         )
     except ValueError as error:
         raise UserError(f"config.json: {error}.") from None
+
+
+def _can_tie(specs: Specs) -> bool:
+    """Whether there is no head that differs from the embedding; like transformers, one that does is used."""
+    head, embedding = specs.get(_HEAD), specs.get(_EMBEDDING)
+    return head is None or embedding is None or shards.is_equal(head, embedding)
+
+
+def rename(config: DecoderConfig, specs: Specs) -> Specs:
+    """The tensors by name; a tied embedding that was saved as the head alone gets the embedding's name."""
+    if not config.tie_embeddings or _EMBEDDING in specs or _HEAD not in specs:
+        return specs
+    return {_EMBEDDING if name == _HEAD else name: spec for name, spec in specs.items()}
 
 
 def _read_rope(
@@ -134,7 +160,7 @@ def write_decoder(config: DecoderConfig) -> dict[str, Any]:
         "rms_norm_eps": c.norm_eps,
         "rope_parameters": table,
         "attention_bias": c.use_bias,
-        "mlp_bias": c.use_bias,
+        "mlp_bias": c.use_bias if c.mlp_bias is None else c.mlp_bias,
         "tie_word_embeddings": c.tie_embeddings,
     }
 
@@ -143,9 +169,9 @@ def rules(config: DecoderConfig, prefix: str = "") -> list[Rule]:
     """The name table; `prefix` precedes each of our paths."""
     blocks = f"{prefix}stack/blocks/"
     name_rules = [
-        Rule(f"{prefix}embedding/table", "model.embed_tokens.weight"),
+        Rule(f"{prefix}embedding/table", _EMBEDDING),
         Rule(f"{prefix}norm/scale", "model.norm.weight"),
-        Rule(f"{prefix}head/table", "lm_head.weight"),
+        Rule(f"{prefix}head/table", _HEAD),
         *(Rule(f"{blocks}{a}/scale", f"{_LAYER}{b}.weight") for a, b in NORMS.items()),
     ]
     for ours, (theirs, num_in) in MODULES.items():
@@ -155,8 +181,8 @@ def rules(config: DecoderConfig, prefix: str = "") -> list[Rule]:
 
 
 def is_ignored(config: DecoderConfig, name: str) -> bool:
-    """RoPE frequencies of old checkpoints, and a head that is tied to the embedding."""
-    if config.tie_embeddings and name == "lm_head.weight":
+    """RoPE frequencies of old checkpoints, and a head that equals the embedding."""
+    if config.tie_embeddings and name == _HEAD:
         return True
     return re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", name) is not None
 
@@ -165,4 +191,6 @@ def _make_model(config: DecoderConfig) -> nnx.Module:
     return Decoder(config, rngs=nnx.Rngs(params=0))
 
 
-FAMILY = Family("llama", DecoderConfig, read_config, write_config, _make_model, rules, is_ignored)
+FAMILY = Family(
+    "llama", DecoderConfig, read_config, write_config, _make_model, rules, is_ignored, rename
+)

@@ -29,6 +29,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1}
 _WIDTHS |= {"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1} | {n: d.itemsize for n, d in DTYPES.items()}
 _MAX_HEADER = 100 << 20
+_PIECE = 16 << 20
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -93,8 +94,10 @@ def _spec(
     return name, spec
 
 
-def open_folder(folder: epath.Path) -> dict[str, TensorSpec]:
+def open_folder(folder: epath.Path) -> Mapping[str, TensorSpec]:
     """All tensors of a checkpoint folder by name, file by file.
+
+    A single file is read even if an index lies beside it, left by an earlier save: transformers does so too.
 
     Raises:
         UserError: it holds no safetensors, or its index names a missing file or one outside the folder, or
@@ -102,10 +105,10 @@ def open_folder(folder: epath.Path) -> dict[str, TensorSpec]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder.")
-    if not (folder / INDEX).exists():
-        if not (folder / FILE).exists():
-            raise UserError(_no_checkpoint(folder))
+    if (folder / FILE).exists():
         return read_header(folder / FILE)
+    if not (folder / INDEX).exists():
+        raise UserError(_no_checkpoint(folder))
     index = files.read_json(folder / INDEX)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -168,6 +171,17 @@ def read_tensor(spec: TensorSpec) -> np.ndarray:
     if done != spec.nbytes:
         raise UserError(f"{spec.path} is truncated.")
     return array
+
+
+def is_equal(a: TensorSpec, b: TensorSpec) -> bool:
+    """Whether two tensors have the same dtype, shape and bits; reads them in pieces."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    with a.path.open("rb") as first, b.path.open("rb") as second:
+        first.seek(a.offset)
+        second.seek(b.offset)
+        pieces = [_PIECE] * (a.nbytes // _PIECE) + [a.nbytes % _PIECE]
+        return all(first.read(size) == second.read(size) for size in pieces)
 
 
 def layer_spec(spec: TensorSpec, layer: int) -> TensorSpec:

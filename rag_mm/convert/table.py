@@ -14,10 +14,12 @@ import jax
 import numpy as np
 from flax import nnx
 
+from rag_mm.convert.shards import TensorSpec
 from rag_mm.core.errors import UserError
 from rag_mm.nn import param_trees
 
 Shape = tuple[int, ...]
+Specs = Mapping[str, TensorSpec]
 
 
 class Transform(Protocol):
@@ -102,16 +104,16 @@ class PatchEmbedding:
 
 @dataclasses.dataclass(frozen=True)
 class ConvKernel:
-    """PyTorch's convolution kernel [out, in, height, width] against Flax's [height, width, in, out]."""
+    """PyTorch's convolution kernel [out, in, *size] against Flax's [*size, in, out], of 2 or 3 dimensions."""
 
     def shape(self, ours: Shape) -> Shape:
-        return (ours[3], ours[2], ours[0], ours[1])
+        return (ours[-1], ours[-2], *ours[:-2])
 
     def load(self, theirs: np.ndarray, ours: Shape) -> np.ndarray:
-        return theirs.transpose(2, 3, 1, 0)
+        return theirs.transpose(*range(2, theirs.ndim), 1, 0)
 
     def save(self, ours: np.ndarray) -> np.ndarray:
-        return ours.transpose(3, 2, 0, 1)
+        return ours.transpose(-1, -2, *range(ours.ndim - 2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,13 +161,15 @@ class CheckpointFolder:
 
     Attributes:
         config: contents of config.json.
-        preprocessor: contents of preprocessor_config.json; empty if absent.
-        names: of its tensors.
+        preprocessor: settings of its image processor; empty if it has none.
+        preprocessor_file: the file that they come from.
+        specs: its tensors by name.
     """
 
     config: Mapping[str, Any]
     preprocessor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    names: frozenset[str] = frozenset()
+    preprocessor_file: str = "preprocessor_config.json"
+    specs: Mapping[str, TensorSpec] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +185,8 @@ class Family:
         make_model: our config to a model.
         rules: our config to its name table.
         is_ignored: (our config, name) -> whether a tensor is redundant, such as a buffer that we compute.
+        rename: (our config, tensors by name) -> the same under the names of `rules`, where a checkpoint may
+            use another name for a tensor.
     """
 
     name: str
@@ -190,6 +196,7 @@ class Family:
     make_model: Callable[[Any], nnx.Module]
     rules: Callable[[Any], Sequence[Rule]]
     is_ignored: Callable[[Any, str], bool] = lambda config, name: False
+    rename: Callable[[Any, Specs], Specs] = lambda config, specs: specs
 
     def describe(self, config: Any, mesh: Any = None) -> tuple[nnx.GraphDef, param_trees.Params]:
         """Structure and abstract parameters of our model, see `nn.param_trees.describe`."""
@@ -252,12 +259,13 @@ class ConfigReader:
         return value
 
     def require(self, key: str, default: Any, *allowed: Any) -> Any:
-        """The value, which must be one of `allowed`: those that our model supports.
+        """The value, or the default where it is absent or null; it must be one of `allowed`.
 
         Raises:
             UserError: it is not.
         """
         value = self._values.get(key, default)
+        value = default if value is None else value
         if value not in allowed:
             supported = " or ".join(repr(a) for a in allowed)
             raise UserError(

@@ -58,14 +58,15 @@ def load_config(
     spells only what differs from the defaults of the dataclasses.
 
     Args:
-        name: the path as given if it exists, else the page of that name shipped with rag_mm.
+        name: the path as given if it exists, else the page of that name shipped with rag_mm; the preset
+            follows the last colon, since paths may hold some themselves.
         overrides: dotted key -> text, as `{"decoder.loop.num_steps": "300"}`; see `apply_overrides`.
         sections: the dataclasses that define the page; None leaves it as it is written.
 
     Raises:
         UserError: unknown page, preset or setting, or an override of the wrong type.
     """
-    path_text, _, preset = name.partition(":")
+    path_text, preset = _split(name)
     page = _load_page(_find(path_text))
     presets = tuple(page.PRESETS)
     if preset and preset not in presets:
@@ -258,6 +259,14 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _type_name(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Page and preset; the preset is empty where none is given."""
+    path_text, colon, preset = name.rpartition(":")
+    if not colon or "/" in preset or pathlib.Path(name).is_file():
+        return name, ""
+    return path_text, preset
 
 
 def _find(path_text: str) -> pathlib.Path:

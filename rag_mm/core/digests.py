@@ -1,6 +1,7 @@
 """Content digests of all files in a folder: equal content gives equal digests in every run."""
 
 import fnmatch
+import os
 from collections.abc import Iterator
 
 import tensorstore
@@ -46,9 +47,8 @@ def _walk(entries: list[epath.Path], prefix: str) -> Iterator[tuple[str, str]]:
 
 def _store_digest(folder: epath.Path) -> str:
     # A value in the store is an encoded chunk or its metadata; both depend only on the array.
-    url = str(folder) if "://" in str(folder) else f"file://{folder.resolve()}"
     try:
-        store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"{url}/"}).result()
+        store = tensorstore.KvStore.open({"driver": "ocdbt", "base": _location(folder)}).result()
         entries = [
             key + b" " + files.digest(store.read(key).result().value).encode()
             for key in sorted(store.list().result())
@@ -57,3 +57,10 @@ def _store_digest(folder: epath.Path) -> str:
         reason = str(error).splitlines()[0]
         raise UserError(f"The arrays in {folder} cannot be read ({reason}).") from error
     return files.digest(b"\n".join(entries))
+
+
+def _location(folder: epath.Path) -> str | dict[str, str]:
+    # A local path is no URL: `#`, `?` and `%` are characters of its names.
+    if os.path.isdir(folder):
+        return {"driver": "file", "path": f"{os.path.abspath(folder)}/"}
+    return f"{folder}/"

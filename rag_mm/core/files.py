@@ -7,9 +7,10 @@ import json
 import os
 import pathlib
 import shutil
-import tempfile
+import stat
+import uuid
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from etils import epath
@@ -20,8 +21,10 @@ from rag_mm.core.errors import UserError
 def write_atomic(path: epath.PathLike, data: bytes) -> None:
     """Writes `data` atomically: a reader, or a kill at any time, finds the old file or the new one.
 
+    The file gets the permissions of any new file, as the umask says.
+
     Raises:
-        UserError: the folder cannot be created or written.
+        UserError: the folder cannot be created or written, or `path` is a link, folder, device or pipe.
     """
     path = epath.Path(path)
     try:
@@ -29,16 +32,17 @@ def write_atomic(path: epath.PathLike, data: bytes) -> None:
         if not os.path.isdir(path.parent):  # Remote object stores replace objects atomically.
             path.write_bytes(data)
             return
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        _refuse_unless_regular(path)
+        temporary = _temporary(path)
         try:
-            with os.fdopen(handle, "wb") as file:
+            with open(temporary, "xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
             os.replace(temporary, path)
         except BaseException:
-            os.unlink(temporary)
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
             raise
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
@@ -48,23 +52,47 @@ def write_atomic(path: epath.PathLike, data: bytes) -> None:
 def whole_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields a temporary folder that is renamed to `path` on success and deleted on an exception.
 
+    A `path` that is a link is followed: the folder is made next to what the link names.
+
     Raises:
         UserError: `path` is a file or a non-empty folder, or its parent cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        target = pathlib.Path(os.path.realpath(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise UserError(f"{path} already exists; remove it or choose another folder.")
-        temporary = pathlib.Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        temporary = pathlib.Path(_temporary(target))
+        temporary.mkdir()
     except OSError as error:
         raise UserError(f"{path} cannot be created: {error.strerror or error}.") from error
     try:
         yield temporary
-        temporary.chmod(0o755)
-        temporary.replace(path)
+        temporary.replace(target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def open_lock(path: epath.PathLike) -> IO[bytes]:
+    """Opens a local file to be locked, creating it empty; follows no link and empties nothing.
+
+    Raises:
+        UserError: it is a link, folder, device or pipe.
+        OSError: it cannot be created or opened.
+    """
+    _refuse_unless_regular(path)
+    # Without a wait, in case a pipe appears after the check.
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    return os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0)
+
+
+def discard(path: epath.PathLike) -> None:
+    """Deletes a file, or a local or remote folder with all in it; of a link, the link alone."""
+    if os.path.islink(path) or os.path.isfile(path):
+        os.unlink(path)
+    else:
+        epath.Path(path).rmtree()
 
 
 def check_room(path: pathlib.Path, num_bytes: int) -> None:
@@ -79,6 +107,23 @@ def check_room(path: pathlib.Path, num_bytes: int) -> None:
         raise UserError(
             f"{path} needs {num_bytes / 1e9:.2f} GB, but its disk has only {free / 1e9:.2f} GB free."
         )
+
+
+def _refuse_unless_regular(path: epath.PathLike) -> None:
+    """Raises UserError if there is something at `path` that must be neither replaced nor followed."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(mode):
+        what = "a link" if stat.S_ISLNK(mode) else "no regular file"
+        raise UserError(f"{path} is {what}; remove it or name another file.")
+
+
+def _temporary(path: epath.PathLike) -> str:
+    """A name next to `path`; what a killed process leaves is found by its form."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f".{name}.{uuid.uuid4().hex[:8]}")
 
 
 def canonical_json(value: Any) -> str:

@@ -1,14 +1,72 @@
-"""Images as a memory stores them: square, one size, as PNG bytes that are checked when read."""
+"""Images: any a caller has as RGB pixels; and as a memory stores them, square, of one size, as PNG bytes."""
 
 import io
+import os
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 
 from rag_mm.core.errors import UserError
 
 MAX_PIXELS = 1 << 26
 """Images whose header declares more pixels (64 Mi, as 8192 x 8192) are not decoded."""
+
+
+AnyImage = np.ndarray | PIL.Image.Image
+
+
+def to_pixels(image: AnyImage, composite_on_white: bool = True) -> np.ndarray:
+    """The pixels of an image as uint8 [H, W, 3], RGB.
+
+    Args:
+        image: a Pillow image, or an array [H, W] or [H, W, C], of uint8 in 0..255 or floats in 0..1; C is 1
+            (gray), 3 (RGB) or 4 (RGBA).
+        composite_on_white: whether transparent pixels are blended with white; else alpha is dropped.
+
+    Raises:
+        UserError: it is anything else.
+    """
+    if isinstance(image, PIL.Image.Image):
+        return to_rgb(PIL.ImageOps.exif_transpose(image), composite_on_white)
+    if isinstance(image, str | os.PathLike):
+        raise UserError(f"{os.fspath(image)!r} is a path; open it with PIL.Image.open.")
+    array = np.asarray(image)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if not array.size or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+        raise UserError(
+            f"An image has the shape {list(array.shape)}; give [H, W], [H, W, 3] or [H, W, 4]."
+        )
+    array = _to_bytes(array)
+    if array.ndim == 3 and array.shape[2] == 3:
+        return array
+    return to_rgb(PIL.Image.fromarray(array), composite_on_white)
+
+
+def _to_bytes(array: np.ndarray) -> np.ndarray:
+    if array.dtype == np.uint8:
+        return array
+    if not np.issubdtype(array.dtype, np.floating):
+        raise UserError(f"An image is of {array.dtype}; give uint8 in 0..255 or floats in 0..1.")
+    low, high = array.min(), array.max()
+    if not (low >= 0 and high <= 1):
+        raise UserError(
+            f"An image of floats has values from {low:g} to {high:g}; give 0..1, or uint8 in 0..255."
+        )
+    return np.round(array * np.float32(255)).astype(np.uint8)
+
+
+def to_rgb(image: PIL.Image.Image, composite_on_white: bool) -> np.ndarray:
+    """The pixels of a Pillow image of any mode as uint8 [H, W, 3]; the flag is that of `to_pixels`."""
+    if image.mode.startswith("I"):  # 16 bits; Pillow would clip values at 255, not scale them.
+        gray = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
+        return np.repeat(gray[:, :, None], 3, axis=2)
+    if composite_on_white and image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = PIL.Image.new("RGBA", image.size, "white")
+        image = PIL.Image.alpha_composite(white, image)
+    return np.array(image.convert("RGB"))
 
 
 def fit(pixels: np.ndarray, size: int) -> np.ndarray:

@@ -29,6 +29,8 @@ _SIDE_FILES = (
 # Folders whose names start like this are deleted when the run is next changed.
 TRASH = ".deleted-"
 _ABSENT = object()
+# Names in a memory (memory/store/manifest.py): the files of a version, and the name of the newest one.
+_VERSION, _CURRENT = re.compile(r"v\d{6}/"), "CURRENT"
 
 StageFn = Callable[["Run", epath.Path], Mapping[str, Any]]
 
@@ -135,8 +137,9 @@ class Run:
         """Locks the run against changes by other processes. Reentrant; a kill releases the lock.
 
         Raises:
-            UserError: another process holds the lock, or the folder cannot be created.
+            UserError: another process holds the lock, or the folder cannot be created or hold checkpoints.
         """
+        _check_path(self.workdir)
         try:
             self.workdir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -148,7 +151,7 @@ class Run:
             return
         name = str(self.workdir.resolve())
         try:
-            file = open(self.workdir / ".lock", "w")  # noqa: SIM115 - closed in the finally block
+            file = files.open_lock(self.workdir / ".lock")
         except OSError as error:
             raise UserError(
                 f"{self.workdir} cannot be written: {error.strerror or error}."
@@ -175,13 +178,25 @@ def open_run(workdir: epath.PathLike) -> Run:
     """Opens an existing run.
 
     Raises:
-        UserError: the folder has no config.json.
+        UserError: the folder has no config.json, or cannot hold checkpoints.
     """
+    _check_path(workdir)
     run = Run(epath.Path(workdir))
     if not (run.workdir / "config.json").exists():
         why = "it has no config.json" if epath.Path(workdir).exists() else "there is no such folder"
         raise UserError(f"{workdir} is not a run: {why}; rag-mm train or quickstart makes one.")
     return run
+
+
+def _check_path(workdir: epath.PathLike) -> None:
+    """Raises UserError for a path that TensorStore would read as another: arrays would go astray."""
+    path = os.fspath(workdir)
+    real = path if "://" in path else os.path.realpath(path)
+    if "\\" in real or any("\ud800" <= character <= "\udfff" for character in real):
+        raise UserError(
+            f"{real!r} holds a backslash or is not UTF-8, so checkpoints cannot be kept there; choose "
+            "another --workdir."
+        )
 
 
 def check_stage(
@@ -312,12 +327,26 @@ def _verify_outputs(run: Run, manifest: StageManifest) -> None:
         raise UserError(
             f"Stage {stage!r} was edited after it was done: {error} {remedy.capitalize()}."
         ) from None
-    differing = sorted(current.items() ^ manifest.outputs.items())
+    differing = sorted(_own_outputs(current, manifest.outputs).items() ^ manifest.outputs.items())
     if differing:
         name = differing[0][0]
         raise UserError(f"Stage {stage!r} was edited after it was done ({name} differs); {remedy}.")
     if _fingerprint(manifest) != manifest.fingerprint:
         raise UserError(f"Stage {stage!r} has an edited {MANIFEST}; {remedy}.")
+
+
+def _own_outputs(current: Mapping[str, str], outputs: Mapping[str, str]) -> dict[str, str]:
+    """The digests of a stage's files without those of versions that were added to a memory later.
+
+    A memory that a stage built is a supported place for more documents: each change is a new folder, and the
+    files of earlier versions stay as they are. `CURRENT`, which names the newest version, may differ then.
+    """
+    own = {name[:7] for name in outputs if _VERSION.match(name)}
+    later = {name for name in current if _VERSION.match(name) and own and name[:7] > max(own)}
+    kept = {name: digest for name, digest in current.items() if name not in later}
+    if later and _CURRENT in kept and _CURRENT in outputs:
+        kept[_CURRENT] = outputs[_CURRENT]
+    return kept
 
 
 def _fingerprint(manifest: StageManifest) -> str:
@@ -387,13 +416,13 @@ def _delete(run: Run, stage: str) -> None:
     # Renamed atomically first, so that a kill never leaves half a stage under its name.
     trash = run.workdir / f"{TRASH}{uuid.uuid4().hex}"
     run.stage_dir(stage).rename(trash)
-    trash.rmtree()
+    files.discard(trash)
 
 
 def _empty_trash(run: Run) -> None:
     for entry in run.workdir.iterdir():
         if entry.name.startswith(TRASH):
-            entry.rmtree()
+            files.discard(entry)
 
 
 def _remove_unfinished(stage_dir: epath.Path) -> None:

@@ -5,6 +5,7 @@ import json
 import pathlib
 from typing import Any
 
+from rag_mm.core import caption_text
 from rag_mm.core.errors import UserError
 from rag_mm.memory.writing import stream
 
@@ -51,19 +52,19 @@ def parse_json(data: bytes) -> Any:
 
 
 def decode_text(data: bytes) -> str:
-    """Decodes text from untrusted bytes.
+    """Decodes text from untrusted bytes, without a byte-order mark.
 
     Raises:
         BadRecord: it is not UTF-8.
     """
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise BadRecord("not-utf8", "is not UTF-8.") from None
 
 
 def check(fields: dict[str, Any], name: str) -> SidecarCaption:
-    """Validates `caption`, `url` and `license` of a record.
+    """Validates `caption`, `url` and `license` of a record; the caption is cleaned by `caption_text.clean`.
 
     Args:
         fields: values of any type.
@@ -73,7 +74,8 @@ def check(fields: dict[str, Any], name: str) -> SidecarCaption:
         BadRecord: no caption, or a field that is not text.
     """
     caption = fields.get("caption")
-    if not isinstance(caption, str) or not caption.strip():
+    caption = caption_text.clean(caption) if isinstance(caption, str) else ""
+    if not caption:
         raise BadRecord("empty-caption", f"gives {name} no caption.")
     for key in ("url", "license"):
         if not isinstance(fields.get(key), str | None):

@@ -89,7 +89,7 @@ def decode(
             notes = _notes(image, data, ending)
             image.load()
             return DecodedImage(
-                _to_rgb(PIL.ImageOps.exif_transpose(image), composite_on_white), notes
+                image_files.to_rgb(PIL.ImageOps.exif_transpose(image), composite_on_white), notes
             )
     except BadImage:
         raise
@@ -129,16 +129,3 @@ def _notes(image: PIL.Image.Image, data: bytes, ending: str) -> tuple[str, ...]:
         "wrong-ending": ending != "" and _ENDINGS.get(ending.lower()) != image.format,
     }
     return tuple(sorted(note for note, holds in conditions.items() if note is not None and holds))
-
-
-def _to_rgb(image: PIL.Image.Image, composite_on_white: bool) -> np.ndarray:
-    if image.mode.startswith(
-        "I"
-    ):  # 16 bits; Pillow would clip values at 255 instead of scaling them.
-        gray = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
-        return np.repeat(gray[:, :, None], 3, axis=2)
-    if composite_on_white and image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = PIL.Image.new("RGBA", image.size, "white")
-        image = PIL.Image.alpha_composite(white, image)
-    return np.array(image.convert("RGB"))

@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import unicodedata
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -107,6 +108,7 @@ class LabeledTfds:
 
 def readable(name: str) -> str:
     """A class name as in a caption: `001.Black_footed_Albatross` becomes `Black footed Albatross`."""
+    name = unicodedata.normalize("NFC", name)
     return " ".join(re.sub(r"^\d+\.", "", name).replace("_", " ").split())
 
 
@@ -140,8 +142,8 @@ DATASETS: dict[str, Callable[[str], LabeledTfds]] = {
 
 def open_dataset(spec: str) -> LabeledTfds:
     """Opens NAME or NAME:SPLIT (default `test`): any TFDS dataset with one image and one label per record."""
-    name, _, split = (
-        spec.rpartition(":") if re.search(r":\w+(\[[^\]]*\])?$", spec) else (spec, "", "")
-    )
-    split = split or "test"
+    match = re.fullmatch(r"(.+):(\w+(?:\[[^\]]*\])?)", spec)
+    name, split = spec, "test"
+    if match and not pathlib.Path(spec).is_dir():
+        name, split = match.groups()
     return DATASETS[name](split) if name in DATASETS else LabeledTfds(name, split)

@@ -4,6 +4,7 @@ The order, rounding and filter are those that the checkpoints were trained with.
 crops first, at subpixel positions, and then resizes: images that are not square give different results.
 """
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -14,14 +15,37 @@ _FILTERS = {
     "bicubic": PIL.Image.Resampling.BICUBIC,  # CLIP
     "lanczos": PIL.Image.Resampling.LANCZOS,  # Chameleon
 }
+_MAX_SCALED = 1 << 22  # Pixels of a scaled image that is made whole: 12 MiB.
+_MARGIN = 4  # Pixels beyond the crop that a filter may read; the filters reach 2 and 3.
 
 
 def scale_and_crop(pixels: np.ndarray, size: int, resample: Filter) -> np.ndarray:
-    """Resizes and center-crops uint8 [H, W, 3] of any size to uint8 [size, size, 3]."""
+    """Resizes and center-crops uint8 [H, W, 3] of any size to uint8 [size, size, 3].
+
+    Of an image so long that it would take much memory when scaled, only the part that the crop shows is
+    resized. Its values may differ by rounding, since Pillow orders its two passes by the sizes.
+    """
     height, width = pixels.shape[:2]
     short, long = sorted((height, width))
-    scaled_long = int(size * long / short)
-    new = (scaled_long, size) if height > width else (size, scaled_long)
-    resized = PIL.Image.fromarray(pixels).resize((new[1], new[0]), _FILTERS[resample])
-    top, left = (new[0] - size) // 2, (new[1] - size) // 2
-    return np.asarray(resized)[top : top + size, left : left + size]
+    scaled = int(size * long / short)
+    start = (scaled - size) // 2
+    if size * scaled > _MAX_SCALED:
+        return _resize_part(pixels, size, start * long / scaled, long / scaled, resample)
+    new = (size, scaled) if height > width else (scaled, size)
+    resized = np.asarray(PIL.Image.fromarray(pixels).resize(new, _FILTERS[resample]))
+    return resized[start : start + size] if height > width else resized[:, start : start + size]
+
+
+def _resize_part(
+    pixels: np.ndarray, size: int, start: float, step: float, resample: Filter
+) -> np.ndarray:
+    """Resizes `size` steps of `step` pixels, from `start` on along the long side."""
+    height, width = pixels.shape[:2]
+    reach = _MARGIN * max(step, 1)
+    low = max(math.floor(start - reach), 0)
+    high = math.ceil(start + size * step + reach)
+    first, last = start - low, start - low + size * step
+    is_tall = height > width
+    part = PIL.Image.fromarray(pixels[low:high] if is_tall else pixels[:, low:high])
+    box = (0, first, width, last) if is_tall else (first, 0, last, height)
+    return np.asarray(part.resize((size, size), _FILTERS[resample], box))

@@ -48,6 +48,15 @@ class PublicTokenizer:
         suffix = getattr(self.tokenizer.model, "end_of_word_suffix", None)
         return text.replace(suffix, " ").strip() if suffix else text
 
+    def decode_continuation(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
+        """Decodes ids that follow a prompt.
+
+        Unlike at the start of a text, where decoders drop it, the space before the first word is kept.
+        """
+        before = self.decode_text(prompt)
+        whole = self.decode_text([*prompt, *ids])
+        return whole[len(before) :] if whole.startswith(before) else self.decode_text(ids)
+
 
 def load_tokenizer(folder: epath.PathLike) -> PublicTokenizer | None:
     """Loads the tokenizer of a folder; None if it has none.

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import unicodedata
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -63,7 +64,7 @@ class FolderSource:
     """The records of a folder in the order of captions.jsonl, each a caption and an image.
 
     A line is `{"image": "file.png", "caption": "...", "url": "...", "license": "..."}`, the last
-    two optional. The document's id is the image's file name without its ending.
+    two optional. The document's id is the image's file name without its ending, in composed form (NFC).
     """
 
     def __init__(self, directory: epath.PathLike):
@@ -94,11 +95,12 @@ class FolderSource:
         return _parse(self._lines[i])[0]["image"]
 
     def _item(self, position: int, name: str, sidecar: captions.SidecarCaption) -> stream.Item:
-        path = self._directory / name
+        path = _find(self._directory, name)
         ending = path.suffix.removeprefix(".")
         image = image_decoding.decode(read_file(path), ending, min_pixels=2)
         segments = (document_types.Text(sidecar.caption), document_types.Image(image.pixels))
-        document = document_types.Document(path.stem, segments, sidecar.url, sidecar.license)
+        name = unicodedata.normalize("NFC", path.stem)
+        document = document_types.Document(name, segments, sidecar.url, sidecar.license)
         return stream.Item(position, document, notes=image.notes)
 
     def __repr__(self) -> str:
@@ -161,6 +163,14 @@ class FolderDocuments:
 
     def __repr__(self) -> str:
         return f"FolderDocuments({self._source}, {len(self)} good)"
+
+
+def _find(directory: epath.Path, name: str) -> epath.Path:
+    """The path of an image; disks may hold its name in another Unicode form than the captions do."""
+    forms = [name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]
+    return next(
+        (path for path in map(directory.joinpath, forms) if path.exists()), directory / name
+    )
 
 
 def _read_lines(directory: epath.Path) -> list[bytes]:

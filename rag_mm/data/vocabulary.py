@@ -30,11 +30,14 @@ class Vocabulary:
         tokenizer: byte-level BPE of the text ids; it has no special tokens.
         codebook_size: number of image codes.
         num_sentinels: number of sentinels, which stand for masked spans.
+        folds_case: whether texts are encoded without their case, as a text encoder reads them; else every
+            text is decoded exactly.
     """
 
     tokenizer: tokenizers.Tokenizer
     codebook_size: int
     num_sentinels: int
+    folds_case: bool = False
 
     def __post_init__(self):
         for name in ("codebook_size", "num_sentinels"):
@@ -96,7 +99,7 @@ class Vocabulary:
                 f"The text {text[:40]!r} is not valid Unicode at character {error.start};"
                 " remove the lone surrogate."
             ) from None
-        return self.tokenizer.encode(text).ids
+        return self.tokenizer.encode(text.casefold() if self.folds_case else text).ids
 
     def decode_text(self, ids: Sequence[int]) -> str:
         """Decodes text ids; bytes that are not valid UTF-8, which a model can generate, become U+FFFD.
@@ -121,7 +124,9 @@ class Vocabulary:
 
     def _describe(self) -> dict[str, Any]:
         model = json.loads(self.tokenizer.to_str())["model"]
-        return {
+        # Absent from earlier files, whose fingerprints stay.
+        case = {"folds_case": True} if self.folds_case else {}
+        return case | {
             "format": _FORMAT,
             "codebook_size": self.codebook_size,
             "num_sentinels": self.num_sentinels,
@@ -173,9 +178,8 @@ def load_vocabulary(path: epath.PathLike) -> Vocabulary:
         if tokens != alphabet + list(dict.fromkeys(left + right for left, right in merges)):
             raise ValueError("its tokens are not the 256 byte tokens and the results of its merges")
         bpe = models.BPE({token: i for i, token in enumerate(tokens)}, [tuple(m) for m in merges])
-        return Vocabulary(
-            _make_tokenizer(bpe), described["codebook_size"], described["num_sentinels"]
-        )
+        sizes = described["codebook_size"], described["num_sentinels"]
+        return Vocabulary(_make_tokenizer(bpe), *sizes, described.get("folds_case") is True)
     except UserError as error:
         raise UserError(f"{path} is damaged: {error}") from None
     except Exception as error:  # The tokenizers library raises bare Exception.

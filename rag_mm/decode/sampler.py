@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float32, Int, Int32, UInt32
 
 from rag_mm.core import sharding
+from rag_mm.core.errors import UserError
 from rag_mm.decode import cache
 from rag_mm.nn.decoder import Decoder
 from rag_mm.nn.param_trees import Params
@@ -35,6 +36,12 @@ class Sampling:
                 f"temperature must be at least 0 and top_p in (0, 1], not {self.temperature} and "
                 f"{self.top_p}"
             )
+
+
+def check_seed(seed: int) -> None:
+    """Raises UserError unless `seed` is an integer of at least 0."""
+    if not isinstance(seed, int | np.integer) or seed < 0:
+        raise UserError(f"seed is {seed!r}; give an integer of at least 0.")
 
 
 class Prompts(NamedTuple):

@@ -213,7 +213,12 @@ def best_of(
 
 
 def make_seeds(seed: int, num_examples: int, candidate: int = 0) -> UInt32[np.ndarray, " B"]:
-    """A reproducible seed for each example; those of the first B do not depend on B."""
+    """A reproducible seed for each example; those of the first B do not depend on B.
+
+    Raises:
+        UserError: `seed` is not an integer of at least 0.
+    """
+    sampler.check_seed(seed)
     stream = np.random.SeedSequence((seed, candidate))
     return stream.generate_state(num_examples).astype(np.uint32)
 

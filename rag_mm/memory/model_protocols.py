@@ -5,11 +5,11 @@ unit length (docs/papers/ra_cm3.md#retrieval). A document with one modality has 
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from rag_mm.core import document_types, image_files
+from rag_mm.core import caption_text, document_types, image_files
 from rag_mm.core.errors import UserError
 
 VIEWS = ("image", "text", "mixed")
@@ -74,7 +74,8 @@ def embed(documents: Sequence[document_types.Document], encoder: Encoder) -> dic
     """
     embeddings: dict[str, np.ndarray] = {}
     has_modality: dict[str, np.ndarray] = {}
-    texts = {i: d.text for i, d in enumerate(documents) if d.text.strip()}
+    cleaned = {i: caption_text.clean(document.text) for i, document in enumerate(documents)}
+    texts = {i: text for i, text in cleaned.items() if text}
     images = {
         i: image_files.fit(d.image, encoder.image_size)
         for i, d in enumerate(documents)
@@ -101,20 +102,22 @@ def encode_query(
     encoder: Encoder,
     *,
     text: str | Sequence[str] | None,
-    image: np.ndarray | None,
+    image: image_files.AnyImage | Sequence[image_files.AnyImage] | None,
     document: document_types.Document | None,
     view: str,
 ) -> np.ndarray:
     """Unit-length query embeddings, float32 [Q, D], of the argument that is not None; see `Memory.encode`."""
     if text is not None:
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = [caption_text.clean(t) for t in ([text] if isinstance(text, str) else text)]
         return unit_rows(encoder.encode_text(texts), texts)
     if document is not None:
         check_view(view)
         return embed([document], encoder)[view]
     if image is None:
         raise UserError("A search needs a text, an image, a document or vectors.")
-    images = image[None] if image.ndim == 3 else image
+    given: Any = image
+    is_one = not isinstance(given, list | tuple) and np.ndim(given) < 4
+    images = [image_files.to_pixels(one) for one in ([given] if is_one else given)]
     pixels = np.stack([image_files.fit(one, encoder.image_size) for one in images])
     return unit_rows(encoder.encode_image(pixels), [f"image {i}" for i in range(len(pixels))])
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from rag_mm.core import document_types
+from rag_mm.core import document_types, image_files
 from rag_mm.core.errors import UserError
 from rag_mm.memory import model_protocols, stats, views
 from rag_mm.memory.index import protocol
@@ -212,7 +212,7 @@ class Memory:
 
     @property
     def read_codes(self) -> Callable[[np.ndarray], np.ndarray] | None:
-        """Maps rows, int [...], to the codes of their first images, int32 [..., N]; None without any codes."""
+        """Maps rows, int [...], to codes of their first images, int32 [..., N]; None without any codes."""
         return None if self.manifest.num_codes is None else self._views.codes
 
     def embeddings(self, view: str) -> np.ndarray:
@@ -247,15 +247,15 @@ class Memory:
         self,
         *,
         text: str | Sequence[str] | None = None,
-        image: np.ndarray | None = None,
+        image: image_files.AnyImage | Sequence[image_files.AnyImage] | None = None,
         document: document_types.Document | None = None,
         view: str = "mixed",
     ) -> np.ndarray:
         """Embeds queries: unit-length vectors, float32 [Q, D].
 
         Args:
-            text: one or more texts.
-            image: uint8 [(Q,) H, W, 3].
+            text: one or more texts; cleaned as captions are (`caption_text.clean`).
+            image: one image or several, of any size and form that `image_files.to_pixels` takes.
             document: embedded as the memory's documents are, in `view`.
             view: for a document only.
 
@@ -270,7 +270,7 @@ class Memory:
         self,
         *,
         text: str | Sequence[str] | None = None,
-        image: np.ndarray | None = None,
+        image: image_files.AnyImage | Sequence[image_files.AnyImage] | None = None,
         vectors: np.ndarray | None = None,
         document: document_types.Document | None = None,
         view: str | None = None,
@@ -281,8 +281,7 @@ class Memory:
         Exactly one of `text`, `image`, `vectors` and `document` is given.
 
         Args:
-            text: one or more texts.
-            image: uint8 [H, W, 3] or [Q, H, W, 3], of any size.
+            text, image: as for `encode`.
             vectors: float32 [Q, D], unit length.
             document: a document, stored in the memory or not.
             view: which embedding is searched; the default is `image` for an image, else `mixed`.

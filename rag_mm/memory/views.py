@@ -34,7 +34,9 @@ class Views:
         start = 0
         for shard in self._manifest.shards:
             inside = (stored >= start) & (stored < start + shard.rows)
-            part = shard_file.load_codes(self._root, self._manifest, shard) if inside.any() else None
+            part = (
+                shard_file.load_codes(self._root, self._manifest, shard) if inside.any() else None
+            )
             if part is not None:
                 codes[inside] = part[stored[inside] - start]
             start += shard.rows

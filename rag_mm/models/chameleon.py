@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
-from rag_mm.models import chameleon_vq
+from rag_mm.models import vqgan
 from rag_mm.nn.decoder import Decoder, DecoderConfig
 
 _PREFIX, _SUFFIX = "IMGIMG", "Z"
@@ -26,7 +26,7 @@ class ChameleonConfig:
     """Configs of the decoder and the image tokenizer, and the token of each code."""
 
     decoder: DecoderConfig
-    vq: chameleon_vq.ChameleonVQConfig
+    vq: vqgan.VQGANConfig
     code_tokens: tuple[int, ...]  # code -> token
 
     def __post_init__(self):
@@ -53,7 +53,7 @@ class ChameleonConfig:
             qk_norm_kind="layernorm_per_head",
         )
         # The published vocabulary map; a checkpoint brings its own.
-        vq = chameleon_vq.ChameleonVQConfig()
+        vq = vqgan.VQGANConfig()
         return cls(decoder, vq, tuple(range(4, 4 + vq.codebook_size)))
 
 
@@ -95,7 +95,7 @@ class Chameleon(nnx.Module):
     def __init__(self, config: ChameleonConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.decoder = Decoder(config.decoder, rngs=rngs)
-        self.vq = chameleon_vq.ChameleonVQ(config.vq, rngs=rngs)
+        self.vq = vqgan.VQGAN(config.vq, rngs=rngs)
 
     def encode(self, images: Float[Array, "B H W 3"]) -> Int32[Array, "B C"]:
         """Image tokens of images in 0..1, in raster order."""

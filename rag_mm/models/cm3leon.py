@@ -1,10 +1,10 @@
 """CM3Leon (Yu et al. 2023, arXiv 2309.02591): RA-CM3's sequences at scale, with a uniform loss.
 
-CM3Leon drops RA-CM3's loss weighting (section 2.2): the loss is the mean over all targets, those of retrieved
-documents included. The paper does not mention sentinels; in the public code they count, too, and only padding
-does not. The decoder has no biases, no LayerNorm parameters and learned absolute positions. Weights start as
-N(0, sigma) with sigma = 0.006 (positions 0.0002), truncated at three sigma, and "output layers" as zeros,
-which can mean:
+It drops RA-CM3's loss weighting (CM3Leon, section 2.2): the loss is the mean over all targets, those of
+retrieved documents included. The paper does not mention sentinels; in the public code they count, too, and
+only padding does not. The decoder has no biases, no LayerNorm parameters and learned absolute positions.
+Weights start as N(0, sigma) with sigma = 0.006 (positions 0.0002), truncated at three sigma, and "output
+layers" as zeros, which can mean:
 
     blocks  the output projections of attention and MLP are zero; the head is tied to the embedding
     head    the head is untied, and zero

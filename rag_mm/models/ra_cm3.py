@@ -60,8 +60,8 @@ class RACM3Config:
 def _family(
     vocab_size: int, num_layers: int, embed_dim: int, num_heads: int, max_seq_len: int, dtype: str
 ) -> DecoderConfig:
-    # fairseq's recipe, from which CM3 has its sinusoids: token vectors of variance 1 next to them, and Xavier's
-    # initialization without scaling by depth. Xavier's value is the MLP's, which holds most of the weights.
+    # As the sinusoids, fairseq's recipe: token vectors of variance 1 next to them, and Xavier initialization
+    # without scaling by depth. The value is that of the MLP, which holds most of the weights.
     xavier = (2 / (embed_dim + 4 * embed_dim)) ** 0.5
     return DecoderConfig(
         vocab_size=vocab_size,

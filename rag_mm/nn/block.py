@@ -57,6 +57,7 @@ class BlockConfig:
     qk_norm_kind: str = "rmsnorm"
     post_norm: bool = False  # norm the branch's output, not its input (Swin V2, Chameleon 34B)
     use_bias: bool = False
+    mlp_bias: bool | None = None  # None: as use_bias
     rope_theta: float | None = 10_000.0  # None: positions are added to the embeddings instead
     rope_scaling: rope.Llama3Scaling | None = None
     init_std: float | None = None  # None: 1 / sqrt(fan in)
@@ -197,7 +198,8 @@ class MLP(nnx.Module):
     def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
         c = config
         self.activation = "silu" if c.mlp == "swiglu" else c.mlp
-        kwargs = dict(use_bias=c.use_bias, rngs=rngs, cut=c.init_cut)
+        use_bias = c.use_bias if c.mlp_bias is None else c.mlp_bias
+        kwargs = dict(use_bias=use_bias, rngs=rngs, cut=c.init_cut)
         into = ((c.embed_dim,), (c.mlp_dim,), ("embed", "mlp"))
         self.gate = layers.Linear(*into, std=c.init_std, **kwargs) if c.mlp == "swiglu" else None
         self.up = layers.Linear(*into, std=c.init_std, **kwargs)

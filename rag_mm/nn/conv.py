@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -29,11 +30,13 @@ class ResBlock(nnx.Module):
         in_dim: int,
         out_dim: int,
         *,
-        norm: Callable[..., nnx.GroupNorm] = group_norm,
+        norm: Callable[..., Any] = group_norm,
         use_bias: bool = False,
         rngs: nnx.Rngs,
     ):
-        """`norm` makes the norm of a given width; `use_bias` is for convolutions and skip."""
+        """`norm` makes the norm of a given width, called as `norm(x, *condition)`; `use_bias` is for
+        convolutions and skip.
+        """
         self.norm1 = norm(in_dim, rngs=rngs)
         self.conv1 = conv3x3(in_dim, out_dim, use_bias=use_bias, rngs=rngs)
         self.norm2 = norm(out_dim, rngs=rngs)
@@ -41,9 +44,11 @@ class ResBlock(nnx.Module):
         skip = partial(nnx.Linear, in_dim, out_dim, use_bias=use_bias, rngs=rngs)
         self.skip = None if in_dim == out_dim else skip()
 
-    def __call__(self, x: Float[Array, "B H W in_dim"]) -> Float[Array, "B H W out_dim"]:
-        h = self.conv1(nnx.silu(self.norm1(x)))
-        h = self.conv2(nnx.silu(self.norm2(h)))
+    def __call__(
+        self, x: Float[Array, "B H W in_dim"], *condition: Array
+    ) -> Float[Array, "B H W out_dim"]:
+        h = self.conv1(nnx.silu(self.norm1(x, *condition)))
+        h = self.conv2(nnx.silu(self.norm2(h, *condition)))
         return h + (x if self.skip is None else self.skip(x))
 
 

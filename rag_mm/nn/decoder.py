@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
-from rag_mm.core import checks
+from rag_mm.core import checks, manifest_values
 from rag_mm.nn import layers
 from rag_mm.nn.block import REMAT, Attend, Block, BlockConfig, Heads, Stack
 from rag_mm.nn.smear import SmearContext
@@ -34,7 +34,9 @@ class InitConfig:
 
     std: float = 0.02
     cut: float | None = None
-    embedding_std: float | None = None
+    embedding_std: float | None = dataclasses.field(
+        default=None, metadata=manifest_values.ADDED_LATER
+    )
     output_std: float | None = None
     position_std: float | None = None
     head_std: float | None = None
@@ -71,9 +73,10 @@ class DecoderConfig:
         qk_norm_kind: rmsnorm, or layernorm_per_head as in Chameleon.
         post_norm: whether a branch's output is normalized instead of its input.
         use_bias: whether attention and MLP have biases.
+        mlp_bias: whether the MLP has biases, if this differs from `use_bias`; None: it does not differ.
         tie_embeddings: whether the output head is the token table.
-        scale_embeddings: whether token embeddings are multiplied by sqrt(embed_dim) before positions are added,
-            as fairseq does. A tied head multiplies with the table as it is.
+        scale_embeddings: whether token embeddings are multiplied by sqrt(embed_dim) before positions are
+            added, as fairseq does. A tied head multiplies with the table as it is.
         init: standard deviations of initial weights.
         dtype: dtype of activations; softmax, loss and trained parameters stay float32.
         remat: what a layer's backward pass recomputes: none | dots | full.
@@ -99,8 +102,9 @@ class DecoderConfig:
     qk_norm_kind: str = "rmsnorm"
     post_norm: bool = False
     use_bias: bool = False
+    mlp_bias: bool | None = dataclasses.field(default=None, metadata=manifest_values.ADDED_LATER)
     tie_embeddings: bool = False
-    scale_embeddings: bool = False
+    scale_embeddings: bool = dataclasses.field(default=False, metadata=manifest_values.ADDED_LATER)
     init: InitConfig = dataclasses.field(default_factory=InitConfig)
     dtype: str = "float32"
     remat: str = "none"
@@ -168,6 +172,7 @@ class DecoderConfig:
             qk_norm_kind=self.qk_norm_kind,
             post_norm=self.post_norm,
             use_bias=self.use_bias,
+            mlp_bias=self.mlp_bias,
             rope_theta=self.rope_theta if self.positions == "rope" else None,
             rope_scaling=self.rope_scaling,
             init_std=self.init.std,

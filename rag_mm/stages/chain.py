@@ -46,7 +46,7 @@ def run_chain(
     for name in chosen:
         _check_mesh(name, configs[name])
     if not multiprocess.is_leader():
-        compilation_cache.keep_programs(run.workdir)
+        compilation_cache.keep_programs()
         multiprocess.follow(
             run, {name: partial(_call, run, name, configs[name]) for name in chosen}
         )
@@ -58,7 +58,7 @@ def run_chain(
         )
     _check_inputs(run, chosen)
     with multiprocess.leading(), run.locked():
-        compilation_cache.keep_programs(run.workdir)
+        compilation_cache.keep_programs()
         for name in configs:
             # config.json describes every stage, so all must match it or be rebuilt.
             if not overwrite:

@@ -71,7 +71,7 @@ def run_ablation(
         ablation_table.write(table, folder / KEPT, plan.needed)
         return _save(plan, table, folder)
 
-    compilation_cache.keep_programs(folder)
+    compilation_cache.keep_programs()
     table = ablation_table.run(
         plan.order,
         plan.seeds,

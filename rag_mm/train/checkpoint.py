@@ -6,14 +6,16 @@ Saving is asynchronous: `save` returns once the host has its own copy. Wall time
 
 import asyncio
 import errno
+import glob
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, NoReturn
 
 import grain
 import jax
 from etils import epath
+from etils.epath import gpath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
@@ -21,6 +23,17 @@ from rag_mm.core import progress
 from rag_mm.core.errors import UserError
 from rag_mm.nn.param_trees import Params
 from rag_mm.train.train_state import TrainState
+
+_glob = gpath.PosixGPath.glob
+
+
+def _glob_below(folder: gpath.PosixGPath, pattern: str) -> Iterator[gpath.PosixGPath]:
+    return _glob(type(folder)(glob.escape(str(folder))), pattern)
+
+
+# etils takes brackets, `*` and `?` in the folder's own name for a pattern, so that Orbax would miss the parts
+# of a checkpoint in a folder `[0:3]`, or find those of another.
+gpath.PosixGPath.glob = _glob_below
 
 
 def _is_not_reported(record: logging.LogRecord) -> bool:

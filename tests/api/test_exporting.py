@@ -113,6 +113,7 @@ def test_a_decoder_is_exported_under_its_own_names_with_a_name_table(tmp_path, c
     assert values.pop("model_type") == "rag_mm_decoder" and values.pop("dtype") == "float32"
     read = {name: value for name, value in values.items() if name != "smear_lags"}
     assert read.items() <= dataclasses.asdict(config).items()
+    assert values["scale_embeddings"] == config.scale_embeddings
     assert values["smear_lags"] == [list(lags) for lags in config.smear_lags]
     kept = vocabulary.load_vocabulary(epath.Path(tmp_path / "out" / "vocabulary.json"))
     assert kept.fingerprint == WORDS.fingerprint

@@ -197,6 +197,8 @@ def test_commands_for_trained_runs_refuse_imported_ones(tmp_path, capsys, checkp
             model.generate(wrong, num_tokens=8)
     with pytest.raises(UserError, match="maximum sequence length"):
         model.generate([[1]], num_tokens=64)
+    with pytest.raises(UserError, match="seed is -1; give an integer of at least 0"):
+        model.generate([[1]], num_tokens=2, seed=-1)
 
 
 @pytest.mark.parametrize(

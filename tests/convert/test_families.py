@@ -38,7 +38,7 @@ def test_settings_from_before_transformers_5_are_equivalent():
     ("name", "change", "reason"),
     [
         ("llama", dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
-        ("llama", dict(attention_bias=True), "mlp_bias is False"),
+        ("llama", dict(mlp_bias="yes"), "mlp_bias is 'yes'"),
         ("llama", dict(rope_parameters={"rope_type": "yarn"}), "rope_type is 'yarn'"),
         ("llama", dict(rope_parameters={"rope_type": "llama3"}), "factor is missing"),
         ("llama", dict(hidden_size=None), "hidden_size is missing"),
@@ -76,6 +76,7 @@ def test_unsupported_settings_are_rejected_by_name(name, change, reason):
         (dict(norm="layernorm"), "norm"),
         (dict(positions="learned"), "positions"),
         (dict(mlp="gelu"), "mlp"),
+        (dict(scale_embeddings=True), "scale_embeddings"),
     ],
 )
 def test_a_decoder_that_is_not_a_llama_names_the_difference(change, name):

@@ -144,3 +144,14 @@ def test_a_part_that_may_be_missing_is_made_where_it_is_there(given, made):
 def test_a_wrong_part_is_named():
     with pytest.raises(UserError, match=r"outer.inner has no setting 'sise'"):
         configuration.make(Outer, {"inner": {"sise": 2}}, "outer")
+
+
+@pytest.mark.parametrize("name", ["a:b/page.py", "a:b.py", "#?%20.py"])
+def test_a_path_may_hold_any_character(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(PAGE)
+    assert configuration.load_config(str(path)).decoder.num_steps == 800
+    assert configuration.load_config(f"{path}:tiny").decoder.num_steps == 8
+    with pytest.raises(UserError, match=f"no config '{tmp_path}/a:b/nothing.py'"):
+        configuration.load_config(f"{tmp_path}/a:b/nothing.py")

@@ -1,6 +1,8 @@
 """Two saves of the same arrays have equal digests, although Orbax never writes the same bytes twice."""
 
 import contextlib
+import shutil
+import urllib.parse
 
 import jax.numpy as jnp
 import numpy as np
@@ -75,3 +77,40 @@ def test_an_unreadable_store_is_a_clear_error(tmp_path):
     (folder / "1/params/manifest.ocdbt").write_bytes(b"nonsense")
     with pytest.raises(UserError, match="cannot be read"):
         digests.folder_digests(folder)
+
+
+# As parts of a URL, a query, a fragment, a coded blank, a wrong code, a drive, a range of records.
+ODD_NAMES = (
+    "what?",
+    "a#b",
+    "a%20b",
+    "50%",
+    "c:d",
+    "[0:3]",
+    "é 🍎",
+    "-x",
+    "file:",
+    "'\"",
+)
+
+
+@pytest.fixture(scope="module")
+def two_saves(tmp_path_factory):
+    """Folders of the same arrays but for one value."""
+    folder = tmp_path_factory.mktemp("saves")
+    return _save(folder / "first"), _save(folder / "second", weight=2.0)
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_arrays_are_found_under_any_name(tmp_path, two_saves, name):
+    """The folder that a decoder of URLs would read instead holds other arrays."""
+    first, second = two_saves
+    decoded = urllib.parse.unquote(name).partition("#")[0].partition("?")[0]
+    shutil.copytree(first, tmp_path / name)
+    if decoded != name:
+        shutil.copytree(second, tmp_path / decoded)
+    assert digests.folder_digests(tmp_path / name) == digests.folder_digests(first)
+    shutil.rmtree(tmp_path / name)
+    shutil.copytree(second, tmp_path / name)
+    assert digests.folder_digests(tmp_path / name) == digests.folder_digests(second)
+    assert digests.folder_digests(second) != digests.folder_digests(first)

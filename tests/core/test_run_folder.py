@@ -290,3 +290,104 @@ def test_an_edited_manifest_of_another_shape(run):
     files.write_json(run.stage_dir("words") / "manifest.json", {"status": "done"})
     with pytest.raises(UserError, match="not a valid stage manifest; delete"):
         run.finished_stage("words")
+
+
+def test_a_stage_that_is_a_link_is_rebuilt_beside_what_it_names(run, tmp_path):
+    calls = Calls()
+    _chain(run, calls)
+    moved = tmp_path / "moved"
+    run.stage_dir("model").rename(moved)
+    pathlib.Path(run.stage_dir("model")).symlink_to(moved)
+    _chain(run, calls)
+    assert calls == ["words", "model"]
+    for dim in (16, 24):
+        _chain(run, calls, model={"dim": dim}, overwrite=True)
+    assert calls == ["words", "model"] + ["model"] * 2
+    assert (moved / "sub" / "model.bin").read_text() == "A B C"
+    assert not pathlib.Path(run.stage_dir("model")).is_symlink()
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_what_an_earlier_rebuild_left_blocks_no_command(run, tmp_path, kind):
+    _chain(run, Calls())
+    victim, trash = tmp_path / "victim", pathlib.Path(run.workdir) / ".deleted-0"
+    victim.mkdir()
+    if kind == "link":
+        trash.symlink_to(victim)
+    else:
+        trash.write_text("")
+    _chain(run, Calls())
+    assert not os.path.lexists(trash) and victim.is_dir()
+
+
+def test_a_lock_that_is_a_link_empties_nothing(run, tmp_path):
+    _chain(run, Calls())
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (pathlib.Path(run.workdir) / ".lock").unlink()
+    (pathlib.Path(run.workdir) / ".lock").symlink_to(victim)
+    with pytest.raises(UserError, match=r"\.lock is a link; remove it"):
+        _chain(run, Calls())
+    assert victim.read_text() == "precious"
+
+
+def _memory(run, stage_dir):
+    """The files of a memory of two versions."""
+    for version in ("v000001", "v000002"):
+        (stage_dir / version).mkdir()
+        (stage_dir / version / "manifest.json").write_text(version)
+    (stage_dir / "CURRENT").write_text("v000002 digest")
+    return {}
+
+
+def _add_version(folder):
+    (folder / "v000003").mkdir()
+    (folder / "v000003" / "ids.json").write_text("[]")
+    (folder / "CURRENT").write_text("v000003 digest")
+
+
+def test_versions_added_to_a_stages_memory_leave_it_finished(run):
+    calls = Calls()
+    run_folder.run_stage(run, "memory", {}, (), _memory)
+    _add_version(run.stage_dir("memory"))
+    assert run.finished_stage("memory") == run.stage_dir("memory")
+    run_folder.run_stage(run, "words", {"n": 3}, ("memory",), calls.words)
+    assert calls == ["words"]
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda folder: (folder / "v000002" / "manifest.json").write_text("other"),
+        lambda folder: (folder / "v000001" / "more.json").write_text("{}"),
+        lambda folder: (folder / "v000001" / "manifest.json").unlink(),
+        lambda folder: (folder / "CURRENT").unlink(),
+        lambda folder: (folder / "notes.txt").write_text("x"),
+    ],
+    ids=["changed", "added", "removed", "no pointer", "beside"],
+)
+def test_its_own_files_stay_protected_beside_a_later_version(run, edit):
+    run_folder.run_stage(run, "memory", {}, (), _memory)
+    _add_version(run.stage_dir("memory"))
+    edit(run.stage_dir("memory"))
+    with pytest.raises(UserError, match="'memory' was edited after it was done"):
+        run.finished_stage("memory")
+
+
+def test_the_pointer_is_protected_without_a_later_version(run):
+    run_folder.run_stage(run, "memory", {}, (), _memory)
+    (run.stage_dir("memory") / "CURRENT").write_text("v000001 digest")
+    with pytest.raises(UserError, match="CURRENT differs"):
+        run.finished_stage("memory")
+
+
+@pytest.mark.parametrize("name", ["back\\slash", "not utf-8 \udcff"])
+def test_a_folder_whose_arrays_would_go_astray_is_refused(tmp_path, name):
+    """TensorStore reads a backslash as the end of a folder's name, and takes no path that is not UTF-8."""
+    (tmp_path / "link").symlink_to(tmp_path / name)
+    for path in (tmp_path / name, tmp_path / "link"):
+        with pytest.raises(UserError, match="choose another --workdir"):
+            _chain(run_folder.Run(epath.Path(path)), Calls())
+        with pytest.raises(UserError, match="choose another --workdir"):
+            run_folder.open_run(path)
+    assert os.listdir(tmp_path) == ["link"]

@@ -106,6 +106,16 @@ def test_datasets_by_name(mocked, spec, names):
     assert [name for name, _ in found.rejects] == [f"{spec.split(':')[0]}-test-3"]
 
 
+@pytest.mark.parametrize("folder", ["birds:2011", "plain"])
+def test_a_folder_may_have_a_colon_in_its_name(mocked, tmp_path, monkeypatch, folder):
+    asked = []
+    monkeypatch.setattr(labeled, "LabeledTfds", lambda *names: asked.append(names))
+    (tmp_path / folder).mkdir()
+    labeled.open_dataset(f"{tmp_path}/{folder}")
+    labeled.open_dataset(f"{tmp_path}/{folder}:train[:10]")
+    assert asked == [(f"{tmp_path}/{folder}", "test"), (f"{tmp_path}/{folder}", "train[:10]")]
+
+
 def test_the_named_loaders_are_the_generic_route(mocked):
     assert labeled.cars196("test").class_names == ("AM General Hummer SUV 2000", "Audi A5")
 

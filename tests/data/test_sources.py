@@ -5,6 +5,7 @@ import io
 import json
 import pathlib
 import struct
+import unicodedata
 import zlib
 
 import numpy as np
@@ -169,6 +170,17 @@ def test_good_records_in_order_with_random_access(tmp_path):
     assert calls == [(1, 3), (2, 3), (3, 3)]
     with pytest.raises(IndexError):
         found[3]
+
+
+@pytest.mark.parametrize(("written", "stored"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_and_captions_in_either_unicode_form_are_one(tmp_path, written, stored):
+    save(tmp_path / unicodedata.normalize(stored, "é.png"), gradient())
+    caption = unicodedata.normalize(written, " café\r\n")
+    fields = {"image": unicodedata.normalize(written, "é.png"), "caption": caption}
+    (tmp_path / "captions.jsonl").write_text(json.dumps(fields, ensure_ascii=False))
+    document = sources.FolderDocuments(tmp_path)[0]
+    assert document.id == unicodedata.normalize("NFC", "é")
+    assert document.text == unicodedata.normalize("NFC", "café")
 
 
 def test_bad_records_are_skipped_and_named(tmp_path):

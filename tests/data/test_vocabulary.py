@@ -1,5 +1,6 @@
 """Text survives exactly, ids are disjoint, and no text can spell a special token."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -86,6 +87,22 @@ def test_loading_gives_the_same_vocabulary(tmp_path):
     for text in ("green apple", "  ünseen 🍐 "):
         assert loaded.encode_text(text) == VOCABULARY.encode_text(text)
         assert loaded.decode_text(loaded.encode_text(text)) == text
+
+
+def test_a_text_encoders_vocabulary_reads_no_case(tmp_path):
+    folded = dataclasses.replace(VOCABULARY, folds_case=True)
+    for text in ("Red Apple", "RED APPLE", "red apple"):
+        assert folded.encode_text(text) == VOCABULARY.encode_text("red apple")
+    assert VOCABULARY.encode_text("Red Apple") != VOCABULARY.encode_text("red apple")
+    folded.save(tmp_path / "folded.json")
+    loaded = vocabulary_lib.load_vocabulary(tmp_path / "folded.json")
+    assert loaded.folds_case and loaded.fingerprint == folded.fingerprint != VOCABULARY.fingerprint
+
+
+def test_a_file_from_before_case_was_folded_keeps_case(tmp_path):
+    VOCABULARY.save(tmp_path / "earlier.json")
+    assert "folds_case" not in json.loads((tmp_path / "earlier.json").read_text())
+    assert not vocabulary_lib.load_vocabulary(tmp_path / "earlier.json").folds_case
 
 
 def test_the_fingerprint_sees_every_part():

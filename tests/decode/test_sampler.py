@@ -23,6 +23,7 @@ CONFIG = decoder.DecoderConfig(
     max_seq_len=40,
     qk_norm=True,
     smear_lags=((1, 2), (8, 9)),
+    scale_embeddings=True,
 )
 GREEDY = sampler.Sampling(temperature=0.0)
 WARM = sampler.Sampling(temperature=0.7, top_p=0.9)

@@ -1,5 +1,6 @@
 """The whole chain on a small world: what it leaves, that it can be killed, and what it refuses."""
 
+import dataclasses
 import functools
 import pathlib
 import re
@@ -9,13 +10,14 @@ import numpy as np
 import pytest
 from whole_run import TRAINED, Quickstart, contents, fingerprints, metrics
 
+import rag_mm
 from configs import quickstart as page
 from rag_mm import report
 from rag_mm.cli import main
-from rag_mm.core import files
+from rag_mm.core import files, run_folder
 from rag_mm.memory.retrieval_memory import Memory
 from rag_mm.stages.ra_cm3 import write_report
-from rag_mm.stages.shared import build_memory
+from rag_mm.stages.shared import build_memory, train_tokenizer
 from rag_mm.worlds.emoji import class_splits
 
 CONFIG = "--config=configs/quickstart.py:tiny"
@@ -46,7 +48,7 @@ def test_it_ends_with_the_table_and_where_the_report_is(tiny_run):
     table = report.summary_table(files.read_json(tiny_run.workdir / "metrics.json"))
     assert len(table) == 10
     assert all(f"\n{label} " in f"\n{tiny_run.stdout}" for label, _, _ in table)
-    assert tiny_run.stdout.splitlines()[-1] == "Report: run/report.html"
+    assert tiny_run.stdout.splitlines()[-1] == f"Report: {tiny_run.workdir.name}/report.html"
     assert "Traceback" not in tiny_run.stderr and "Warning" not in tiny_run.stderr
 
 
@@ -104,6 +106,19 @@ def test_a_second_run_changes_nothing(finished, capsys):
     assert main.main(["quickstart", CONFIG, f"--workdir={finished}"]) == 0
     assert contents(finished) == before
     assert capsys.readouterr().out.splitlines()[-1].endswith("report.html")
+
+
+def test_documents_added_to_the_runs_memory_leave_its_stages_as_they_are(finished, tiny_run):
+    """The report is made again, from the memory that the stage `memory` finished with."""
+    run = run_folder.open_run(finished)
+    own = build_memory.open_memory(run)
+    added = dataclasses.replace(own.document(0), id="mine")
+    own.add([added], train_tokenizer.load_tokenizer(finished))
+    shutil.rmtree(finished / "report")
+    assert main.main(["quickstart", CONFIG, f"--workdir={finished}"]) == 0
+    assert fingerprints(finished) == fingerprints(tiny_run.workdir)
+    assert build_memory.open_memory(run).ids == own.ids
+    assert rag_mm.load(str(finished)).memory.ids == (*own.ids, "mine")
 
 
 def largest_file(folder: pathlib.Path) -> pathlib.Path:

@@ -75,6 +75,25 @@ def test_best_of_keeps_the_picture_nearest_to_the_prompt(run):
     assert (score(3) >= score(1)).all()
 
 
+def test_images_and_prompts_in_every_form_are_the_same(run, picture):
+    expected = run.caption(picture, docs=1)
+    for image in (picture / 255, PIL.Image.fromarray(picture).convert("RGBA")):
+        assert run.caption(image, docs=1) == expected
+    drawn = run.generate(f"\ufeff {PROMPT}\r\n", docs=1, seed=1)
+    assert same(drawn.images, run.generate(PROMPT, docs=1, seed=1).images)
+    shouted = run.memory.search(text=PROMPT.upper(), k=3)
+    np.testing.assert_array_equal(shouted.ids, run.memory.search(text=PROMPT, k=3).ids)
+
+
+def test_a_path_and_a_negative_seed_are_one_sentence(run, picture):
+    with pytest.raises(UserError, match="is a path; open it with"):
+        run.caption("some.png")
+    with pytest.raises(UserError, match="seed is -1; give an integer of at least 0"):
+        run.generate(PROMPT, seed=-1)
+    with pytest.raises(UserError, match="seed is 0.5"):
+        run.infill(picture, PROMPT, (8, 24), seed=0.5)
+
+
 def test_documents_by_hand_are_read_instead(run):
     drawn = run.generate(PROMPT, documents=by_hand(run, 2), seed=1)
     assert [d["id"] for d in drawn.neighbors] == ["mine-0", "mine-1"]

@@ -1,4 +1,4 @@
-"""Records every scene that a stage reads, whole: no stage trains on a held-out class, or measures on a tune one.
+"""Records every scene that a stage reads, whole: none trains on a held-out class or measures on a tune one.
 
 An image or a caption is made from the facts of its scene, so `Scenes.facts` sees every one that is read.
 """

@@ -1,11 +1,15 @@
 """A writer killed at a named point leaves the old version or the new one, and rerunning it completes it."""
 
+import dataclasses
+import json
+import re
 import shutil
+from collections.abc import Iterable, Iterator
 
 import killed_writers
 import pytest
 from killed_writers import ids
-from stand_in import StandInEncoder
+from stand_in import StandInEncoder, make_documents
 
 from rag_mm.core.errors import UserError
 from rag_mm.memory import retrieval_memory
@@ -60,3 +64,39 @@ def test_a_rerun_encodes_no_committed_shard_again(killed_at_points, tmp_path, ac
     batches = {"shard written": 10, "shard committed": 6, "index saved": 0, "before the switch": 0}
     _, encoder = rerun(killed_at_points, tmp_path, action, point)
     assert len(encoder.batches) == (batches[point] if action != "compact" else 0)
+
+
+def flipped(data: bytes, places: Iterable[int]) -> Iterator[bytes]:
+    for place in places:
+        changed = bytearray(data)
+        changed[place] ^= 1
+        yield bytes(changed)
+
+
+@pytest.mark.parametrize("action", killed_writers.ACTIONS)
+def test_a_damaged_commit_marker_loses_no_row(killed_at_points, tmp_path, action):
+    """Every digit of its numbers changed, another key, cut off, and one of an older writer."""
+    source = killed_at_points / f"{action} before the switch"
+    marker = max(source.glob("v*/commit-00000.json")).relative_to(source)
+    data = (source / marker).read_bytes()
+    number = [m.start() for m in re.finditer(rb"(?<=: )\d", data)]
+    damaged = [*flipped(data, [*number, data.index(b"position")]), data[:-20], b"[]", b"{}"]
+    damaged.append(json.dumps(json.loads(data)["commit"]).encode())
+    for i, content in enumerate(damaged):
+        path = tmp_path / str(i)
+        shutil.copytree(source, path)
+        (path / marker).write_bytes(content)
+        killed_writers.ACTIONS[action](path, StandInEncoder())
+        assert verify.verify(path) == []
+        assert list(retrieval_memory.Memory.open(path).ids) == NEW[action]
+
+
+def test_a_marker_of_another_plan_is_not_taken(killed_at_points, tmp_path):
+    path = tmp_path / "mem"
+    shutil.copytree(killed_at_points / "build before the switch", path)
+    begun = path / "v000001" / "begun.json"
+    options = dataclasses.replace(killed_writers.OPTIONS, shard_size=4)
+    begun.write_text(begun.read_text().replace('"shard_size": 6', '"shard_size": 4'))
+    retrieval_memory.Memory.build(path, make_documents(15), StandInEncoder(), options=options)
+    assert verify.verify(path) == []
+    assert len(list(path.glob("v000001/records-*"))) == 4

@@ -7,6 +7,7 @@ import signal
 
 import fresh_python
 import numpy as np
+import PIL.Image
 import pytest
 from stand_in import StandInEncoder, StandInTokenizer, make_documents
 
@@ -96,6 +97,24 @@ def test_search_by_text_image_and_vectors(built):
     enlarged = document.image.repeat(4, axis=0).repeat(4, axis=1)
     assert built.search(image=enlarged, k=1).ids[0, 0] == 9
     assert (built.search(text="anything", k=20).ids[0, 15:] == -1).all()
+
+
+def test_a_text_is_found_whatever_file_it_came_from(tmp_path, encoder):
+    """The stand-in's embedding of a word with a byte-order mark is another word's."""
+    raw = Document("raw", (Text("\ufeffmany\r\ntiles \n"),))
+    memory = retrieval_memory.Memory.build(tmp_path / "mem", [raw], encoder, options=SMALL)
+    assert memory.document(0).text == "many tiles"
+    for query in ("many tiles", " many tiles\n", "\ufeffmany tiles"):
+        assert memory.search(text=query, k=1).scores[0, 0] == pytest.approx(1)
+
+
+def test_an_image_is_found_in_every_form(built):
+    pixels = built.document(3).image
+    for image in (pixels, pixels / 255, PIL.Image.fromarray(pixels), pixels[None], [pixels]):
+        assert built.search(image=image, k=1).ids.tolist() == [[3]]
+    assert built.search(image=[pixels, pixels / 255], k=1).ids.tolist() == [[3], [3]]
+    with pytest.raises(UserError, match="is a path"):
+        built.search(image="a.png")
 
 
 def test_search_refuses_what_it_cannot_answer(built):

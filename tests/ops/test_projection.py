@@ -24,6 +24,11 @@ def project_loss(kernel, x, dtype):
     return jnp.square(y.astype(jnp.float32)).sum()
 
 
+def float32_project_loss(kernel, x, dtype):
+    y = projection.project(x.astype(dtype), kernel, AXES, 1, out_dtype=jnp.float32)
+    return jnp.square(y).sum()
+
+
 def look_up_loss(table, ids, dtype):
     rows = projection.look_up(ids, table, dtype)
     return jnp.square(rows.astype(jnp.float32)).sum()
@@ -31,6 +36,7 @@ def look_up_loss(table, ids, dtype):
 
 CASES = {
     "project": (project_loss, KERNEL, X, AXES, ("batch", None, None)),
+    "project_to_float32": (float32_project_loss, KERNEL, X, AXES, ("batch", None, None)),
     "look_up": (look_up_loss, TABLE, IDS, ("vocab", "embed"), ("batch", None)),
 }
 

@@ -81,6 +81,25 @@ def test_matches_the_processors(tmp_path, family, kind):
     assert np.abs(found - np.asarray(expected)).max() <= 1 / 255 + 1e-6
 
 
+@pytest.mark.parametrize("resample", ["bicubic", "lanczos"])
+@pytest.mark.parametrize("is_tall", [True, False])
+def test_of_a_very_long_image_only_the_part_shown_is_scaled(monkeypatch, is_tall, resample):
+    """Waves: of noise more differs, as Pillow clips between its passes, which it orders by the sizes."""
+    line = 128 + 90 * np.sin(np.arange(40_001)[:, None] / [20, 30, 40])
+    long = np.stack([line, line[::-1], line + 20], axis=1)
+    pixels = np.clip(long if is_tall else long.transpose(1, 0, 2), 0, 255).astype(np.uint8)
+    found = preprocess.scale_and_crop(pixels, SIZE, resample).astype(int)
+    monkeypatch.setattr(preprocess, "_MAX_SCALED", 1 << 40)
+    whole = preprocess.scale_and_crop(pixels, SIZE, resample).astype(int)
+    assert found.std() > 10 and np.abs(found - whole).max() <= 1
+
+
+def test_memory_does_not_grow_with_an_images_length():
+    """Whole, the scaled image would take 33 GB."""
+    pixels = np.full((1, 65_000, 3), 77, np.uint8)
+    np.testing.assert_array_equal(preprocess.scale_and_crop(pixels, 224, "bicubic"), 77)
+
+
 @pytest.mark.parametrize("kind", [f"{w}x{h}" for w, h in SIZES])
 def test_scaling_equals_pillows_scaling_of_the_whole_image(tmp_path, kind):
     image = PIL.Image.open(io.BytesIO(FILES[kind]))

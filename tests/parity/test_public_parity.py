@@ -12,7 +12,7 @@ from flax import nnx
 
 from rag_mm.api import exporting, imported, importing
 from rag_mm.convert import table
-from rag_mm.models import chameleon_vq
+from rag_mm.models import vqgan
 from rag_mm.nn.decoder import Decoder
 from rag_mm.ops import attention, losses
 
@@ -153,7 +153,7 @@ def test_the_image_decoder_is_the_vqgan_of_janus(torch, tmp_path):
     theirs = modeling_janus.JanusVQVAEDecoder(
         configuration_janus.JanusVQVAEConfig(embed_dim=6, num_embeddings=16, **sizes)
     ).eval()
-    config = chameleon_vq.ChameleonVQConfig(
+    config = vqgan.VQGANConfig(
         image_size=16,
         width=32,
         width_multipliers=(1, 2),
@@ -199,10 +199,10 @@ def _swap(name: str) -> str:
 def _vq_family() -> table.Family:
     from rag_mm.convert import chameleon_format
 
-    make = lambda config: chameleon_vq.ChameleonVQ(config, rngs=nnx.Rngs(0))
+    make = lambda config: vqgan.VQGAN(config, rngs=nnx.Rngs(0))
     return table.Family(
         "vq",
-        chameleon_vq.ChameleonVQConfig,
+        vqgan.VQGANConfig,
         *[chameleon_format.read_config] * 2,
         make,
         lambda c: [],

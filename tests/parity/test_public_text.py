@@ -124,3 +124,18 @@ if __name__ == "__main__":
         ids = [theirs(string).input_ids for string in STRINGS]
     GOLDEN.write_text(json.dumps(ids, separators=(",", ":")) + "\n")
     print(np.sum([len(row) for row in ids]), "ids")
+
+
+def test_a_continuation_keeps_the_space_before_its_first_word():
+    """LLaMA 2's decoder drops the space at a text's start; "once" and " upon" are not "onceupon"."""
+    words = {"<unk>": 0, "▁once": 1, "▁upon": 2, "n": 3, "<s>": 4}
+    made = tokenizers.Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    made.add_special_tokens(["<s>"])
+    steps = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(steps)
+    text = public_text.PublicTokenizer(made)
+    assert text.decode_text([2]) == "upon"
+    assert text.decode_continuation([4, 1], [2]) == " upon"
+    assert text.decode_continuation([4, 1], [3, 2]) == "n upon"
+    assert text.decode_continuation([4], [1, 2]) == "once upon"
+    assert text.decode_continuation([4, 1], []) == ""

@@ -113,6 +113,7 @@ CHECKPOINTS = {
     "llama_tied": ("llama", _LLAMA | dict(tie_word_embeddings=True)),
     "llama_3": ("llama", _LLAMA | dict(num_key_value_heads=1, rope_parameters=LLAMA3)),
     "llama_bias": ("llama", _LLAMA | dict(attention_bias=True, mlp_bias=True)),
+    "llama_attention_bias": ("llama", _LLAMA | dict(attention_bias=True)),
     "chameleon": ("chameleon", _CHAMELEON),
     "chameleon_swin": ("chameleon", _CHAMELEON | dict(swin_norm=True, num_key_value_heads=2)),
     "clip": ("clip", _clip_with({}, hidden_act="quick_gelu")),

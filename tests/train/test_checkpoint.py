@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from rag_mm.core import sharding
+from rag_mm.core import digests, sharding
 from rag_mm.core.errors import UserError
 from rag_mm.data import pipeline
 from rag_mm.nn import layers, param_trees
@@ -108,6 +108,24 @@ def test_a_checkpoint_of_another_optimizer_is_refused(saved):
     with pytest.raises(UserError, match="checkpoints"):
         checkpoints.restore(other, make_batches())
     checkpoints.close()
+
+
+def test_a_checkpoint_is_kept_in_a_folder_of_any_name(tmp_path):
+    """The names are patterns of files, parts of URLs, options, and words that a shell would replace."""
+    odd = "a b/#1/50%/%20/what?/[0:3]/[x]/**/c:d/-x/~/$HOME/line\nline/é 👩‍👧"
+    state, folder = at_step(make_state(), 3), tmp_path / odd
+    checkpoints = checkpoint.Checkpoints(folder)
+    checkpoints.save(state, make_batches())
+    checkpoints.close()
+    checkpoints = checkpoint.Checkpoints(folder)
+    restored = checkpoints.restore(make_state(value=0.0), make_batches())
+    checkpoints.close()
+    assert_same(restored, state)
+    checkpoint.save_params(folder / "params", state.params)
+    checkpoint.save_params(tmp_path / "plain", state.params)
+    loaded = checkpoint.load_params(folder / "params", make_state(value=0.0).params)
+    assert_same(loaded, state.params)
+    assert digests.folder_digests(folder / "params") == digests.folder_digests(tmp_path / "plain")
 
 
 def test_only_the_newest_are_kept_and_a_step_is_saved_once(tmp_path):

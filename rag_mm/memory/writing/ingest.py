@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rag_mm.core import document_types, image_files
+from rag_mm.core import caption_text, document_types, image_files
 from rag_mm.core.errors import UserError
 from rag_mm.memory import model_protocols
 from rag_mm.memory.index.scann_config import ScannConfig
@@ -271,11 +271,11 @@ def _num_records(commit: staging.Commit) -> int:
 
 
 def _fit(document: document_types.Document, image_size: int) -> document_types.Document:
-    """The document with its images resized to the memory's size."""
+    """The document with its texts cleaned and its images resized to the memory's size."""
     segments = tuple(
         document_types.Image(image_files.fit(segment.pixels, image_size))
         if isinstance(segment, document_types.Image)
-        else segment
+        else document_types.Text(caption_text.clean(segment.text))
         for segment in document.segments
     )
     return dataclasses.replace(document, segments=segments)

@@ -1,11 +1,13 @@
 """An unfinished version: its plan and the shards that are finished.
 
 `begun.json` holds the plan. Each finished shard gets a commit marker, written after all its files are on
-disk. A killed writer that is started again with the same plan keeps the committed shards and resumes after
-them; with another plan it starts over.
+disk, with a digest of itself and of the plan. A killed writer that is started again with the same plan keeps
+the committed shards up to the first whose marker or files are damaged, and resumes after them; with another
+plan it starts over.
 """
 
 import dataclasses
+import itertools
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -58,6 +60,7 @@ class Staging:
         """
         self.folder = manifest.folder_of(previous.version + 1)
         self._root = root
+        self._plan = plan
         self.commits: list[Commit] = []
         if self._has_plan(plan):
             self.commits = list(self._read_commits())
@@ -76,7 +79,9 @@ class Staging:
         """Marks a shard as finished; its files must already be on disk."""
         path = self._marker(len(self.commits))
         rejects = [[reject.name, reject.reason, reject.detail] for reject in commit.rejects]
-        files.write_json(path, {**dataclasses.asdict(commit), "rejects": rejects})
+        fields = {**dataclasses.asdict(commit), "rejects": rejects}
+        sealed = self._digest(len(self.commits), fields)
+        files.write_json(path, {"commit": fields, "sha256": sealed})
         self.commits.append(commit)
 
     def files(self) -> dict[str, manifest.FileEntry]:
@@ -90,6 +95,9 @@ class Staging:
     def _marker(self, number: int) -> Path:
         return self._root / self.folder / f"commit-{number:05d}.json"
 
+    def _digest(self, number: int, fields: Mapping[str, Any]) -> str:
+        return files.digest(files.canonical_json([self._plan, number, fields]).encode())
+
     def _has_plan(self, plan: Mapping[str, Any]) -> bool:
         try:
             return files.read_json(self._root / self.folder / BEGUN) == plan
@@ -97,16 +105,24 @@ class Staging:
             return False
 
     def _read_commits(self) -> Iterator[Commit]:
-        number = 0
-        while self._marker(number).exists():
-            commit = _parse(files.read_json(self._marker(number)))
-            if any(
+        for number in itertools.count():
+            commit = self._read_commit(number)
+            if commit is None or any(
                 manifest.check_file(self._root, name, entry, deep=True)
                 for name, entry in commit.files.items()
             ):
                 return
             yield commit
-            number += 1
+
+    def _read_commit(self, number: int) -> Commit | None:
+        """A shard's commit, or None if its marker is missing, damaged or of another format."""
+        try:
+            marker = files.read_json(self._marker(number))
+            if marker["sha256"] == self._digest(number, marker["commit"]):
+                return _parse(marker["commit"])
+        except (UserError, KeyError, TypeError, ValueError):
+            pass
+        return None
 
     def _keep_only_commits(self) -> None:
         kept = {self._root / self.folder / BEGUN}

@@ -205,7 +205,7 @@ def _lock(root: Path) -> Iterator[None]:
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
-        file = (root / manifest.LOCK).open("ab")
+        file = files.open_lock(root / manifest.LOCK)
     except OSError as error:
         raise UserError(f"{root} cannot be written: {error.strerror or error}.") from error
     with file:

@@ -13,6 +13,7 @@ from rag_mm.core import checks, manifest_values, progress, run_folder
 from rag_mm.memory import retrieval_memory, shared_encoding
 from rag_mm.memory.index import registry
 from rag_mm.memory.index.exact import ExactIndex
+from rag_mm.memory.store import manifest
 from rag_mm.memory.writing import writer
 from rag_mm.stages import multiprocess
 from rag_mm.stages.shared import train_retriever, train_tokenizer, world_config
@@ -101,12 +102,18 @@ def sources(
 
 
 def open_memory(run: run_folder.Run, version: int | None = None) -> retrieval_memory.Memory:
-    """Opens a version of the run's memory (the newest if None) with its retriever.
+    """Opens a version of the run's memory with its retriever; None is the one that the stage finished with.
+
+    Versions that were added afterwards (`rag-mm memory add RUN/memory`) are for inference alone: the rows
+    that other stages recorded are those of the stage's own versions.
 
     Raises:
         UserError: the stage is missing, unfinished or edited.
     """
-    folder = run.finished_stage("memory")
+    folder, stage = run.finished_stage("memory"), run.manifest("memory")
+    if version is None and stage is not None:
+        folders = (name.split("/")[0] for name in stage.outputs)
+        version = max(filter(None, map(manifest.version_of, folders)))
     return retrieval_memory.Memory.open(
         folder, train_retriever.load_encoder(run.workdir), version=version
     )

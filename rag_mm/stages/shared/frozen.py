@@ -6,7 +6,8 @@ run that trained the models. A model's fingerprint is the digest of the folder's
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -19,16 +20,25 @@ from rag_mm.convert import table, weights
 from rag_mm.core import batches, digests, files, renames
 from rag_mm.core.errors import UserError
 from rag_mm.data import public_text, vocabulary
-from rag_mm.models import clip
+from rag_mm.models import clip, emu3_vq, vqgan
 from rag_mm.models.spae import autoencoder
 from rag_mm.nn import param_trees
 from rag_mm.nn.param_trees import Params
 from rag_mm.ops import images as image_ops
+from rag_mm.ops import quantize
 from rag_mm.train import checkpoint
 
 TextVocabulary = vocabulary.Vocabulary | public_text.PublicTokenizer
+ImageTokenizerConfig = autoencoder.SPAEConfig | vqgan.VQGANConfig
 CONFIG, VOCABULARY, PARAMS = "config.json", "vocabulary.json", "params.safetensors"
+TOKEN_IDS = "token_ids.json"  # of an imported image tokenizer: the token of each code
 TEXT_BATCH = 256  # Texts encoded at once.
+# Family -> the classes of config and model.
+_IMAGE_TOKENIZERS: dict[str, tuple[Callable[..., Any], Callable[..., nnx.Module]]] = {
+    "spae": (autoencoder.SPAEConfig, autoencoder.SPAE),
+    "vqgan": (vqgan.VQGANConfig, vqgan.VQGAN),
+    "emu3_vq": (emu3_vq.Emu3VQConfig, emu3_vq.Emu3VQ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +73,7 @@ class FrozenRetriever:
             UserError: the folder is missing or incomplete, or holds a model of another family.
         """
         self.folder = folder = epath.Path(folder)
-        config = _read_config(folder, "clip")
+        _, config = _read_config(folder, ["clip"])
         towers = {side: clip.TowerConfig(**config[side]) for side in ("vision", "text")}
         self.config = clip.CLIPConfig(**{k: _tuples(v) for k, v in config.items()} | towers)
         self.vocabulary = _load_vocabulary(folder)
@@ -97,32 +107,115 @@ class FrozenRetriever:
 
 
 class FrozenTokenizer:
-    """A frozen image tokenizer and its vocabulary (`memory.model_protocols.ImageTokenizer`)."""
+    """A frozen image tokenizer, trained here or imported (`memory.model_protocols.ImageTokenizer`).
+
+    Attributes:
+        config: sizes of the model, by which its family can be told.
+        image_size: side of the images in pixels.
+        grids: (rows, columns) of each grid of an image's codes, coarse to fine; an imported one has one grid.
+        num_codes: codes per image.
+        codebook_size: number of different codes.
+        token_ids: int32 [codebook_size], the id of each code in the vocabulary of its language model; the
+            codes themselves where it has no vocabulary or, as Janus, keeps codes apart.
+        fingerprint: digest of the folder's content.
+        image_batch: images encoded or decoded at once.
+        model: the network, whose methods take and give images in 0..1.
+    """
 
     def __init__(self, folder: epath.PathLike, image_batch: int | None = None):
-        """Loads a folder that `save_tokenizer` wrote; arguments and errors as of `FrozenRetriever`."""
-        folder = epath.Path(folder)
-        self.config = autoencoder.SPAEConfig(
-            **{k: _tuples(v) for k, v in _read_config(folder, "spae").items()}
+        """Loads what `save_tokenizer` or an import wrote; arguments and errors as of `FrozenRetriever`."""
+        self.folder = folder = epath.Path(folder)
+        family, values = _read_config(folder, _IMAGE_TOKENIZERS)
+        make_config, make_model = _IMAGE_TOKENIZERS[family]
+        self.config: ImageTokenizerConfig = make_config(
+            **{k: _tuples(v) for k, v in values.items()}
         )
-        self.vocabulary = vocabulary.load_vocabulary(folder / VOCABULARY)
+        has_vocabulary = family == "spae" or (folder / VOCABULARY).exists()
+        self._vocabulary = (
+            vocabulary.load_vocabulary(folder / VOCABULARY) if has_vocabulary else None
+        )
         self.fingerprint = fingerprint(folder)
-        self.image_size = self.config.image_size
+        self.image_size, self.num_codes = self.config.image_size, self.config.num_codes
+        self.codebook_size = self.config.codebook_size
+        self.grids = tuple((side, side) for side in self.config.levels)
+        self.token_ids = self._read_token_ids()
         self.image_batch = image_batch or image_ops.num_at_once(self.image_size)
-        model = _load_model(folder, functools.partial(_make_spae, self.config))
-        self._encode, self._decode = model.compile("encode"), model.compile("decode")
+        self.model = _load_model(folder, lambda: make_model(self.config, rngs=nnx.Rngs(0)))
+        self._encode, self._decode = self.model.compile("encode"), self.model.compile("decode")
+        self._decode_grid = self.model.compile("decode_grid")
+
+    @property
+    def vocabulary(self) -> vocabulary.Vocabulary:
+        """The vocabulary of texts and these codes.
+
+        Raises:
+            UserError: there is none, as in an imported image tokenizer.
+        """
+        if self._vocabulary is None:
+            raise UserError(f"{self.folder} holds an image tokenizer without a text vocabulary.")
+        return self._vocabulary
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
-        """Codes int32 [B, N] of images uint8 [B, image_size, image_size, 3]."""
+        """Codes int32 [B, N] of images uint8 [B, image_size, image_size, 3].
+
+        An imported image tokenizer takes any height and width; its grid has `height // config.code_size`
+        rows, likewise columns, and its codes are in raster order.
+
+        Raises:
+            UserError: images are smaller than one code.
+        """
+        if (
+            isinstance(self.config, vqgan.VQGANConfig)
+            and min(pixels.shape[1:3]) < self.config.code_size
+        ):
+            raise UserError(
+                f"Images have {pixels.shape[1]} x {pixels.shape[2]} pixels; this image tokenizer needs at "
+                f"least {self.config.code_size} x {self.config.code_size}."
+            )
         return in_batches(
             lambda batch: self._encode(image_ops.to_float(batch)), pixels, self.image_batch
         )
 
-    def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Images uint8 [B, image_size, image_size, 3] of codes int32 [B, N]."""
-        return in_batches(
-            lambda batch: image_ops.to_uint8(self._decode(batch)), codes, self.image_batch
-        )
+    def decode(
+        self,
+        codes: np.ndarray,
+        num_levels: int | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> np.ndarray:
+        """Images uint8 [B, H, W, 3] of codes int32 [B, N].
+
+        Args:
+            codes: of all grids, or of the first few.
+            num_levels: how many of the grids to decode, coarse to fine; None for all in `codes`.
+            grid: rows and columns, of an imported image tokenizer's codes of images that are not square.
+
+        Raises:
+            UserError: this image tokenizer has no decoder, or `grid` does not fit.
+        """
+        if isinstance(self.config, vqgan.VQGANConfig) and not self.config.has_decoder:
+            raise UserError(
+                f"{self.folder} was imported without a decoder, so codes have no pixels."
+            )
+        if num_levels is not None:
+            codes = codes[:, : quantize.num_codes(self.config.levels[:num_levels])]
+        decode = self._decode
+        if isinstance(self.config, vqgan.VQGANConfig):
+            rows, columns = grid or (math.isqrt(codes.shape[1]),) * 2
+            if rows * columns != codes.shape[1]:
+                raise UserError(
+                    f"{codes.shape[1]} codes are not a grid of {rows} x {columns}; give `grid`, the rows and "
+                    "columns of codes."
+                )
+            decode, codes = self._decode_grid, codes.reshape(-1, rows, columns)
+        elif grid is not None:
+            raise UserError("This image tokenizer has grids of its own; leave `grid` out.")
+        return in_batches(lambda batch: image_ops.to_uint8(decode(batch)), codes, self.image_batch)
+
+    def _read_token_ids(self) -> np.ndarray:
+        if (self.folder / TOKEN_IDS).exists():
+            return np.asarray(files.read_json(self.folder / TOKEN_IDS)["token_ids"], np.int32)
+        offset = 0 if self._vocabulary is None else self._vocabulary.code_offset
+        return offset + np.arange(self.codebook_size, dtype=np.int32)
 
 
 def save_retriever(
@@ -143,6 +236,20 @@ def save_tokenizer(
 ) -> None:
     """Writes a folder that `FrozenTokenizer` loads."""
     _save(folder, {"family": "spae", **dataclasses.asdict(config)}, text_vocabulary, params)
+
+
+def copy_tokenizer(
+    source: epath.Path,
+    folder: epath.Path,
+    config: vqgan.VQGANConfig,
+    text_vocabulary: vocabulary.Vocabulary,
+) -> None:
+    """Writes an imported image tokenizer's folder once more, for texts and images of `config`'s size."""
+    family, _ = _read_config(source, _IMAGE_TOKENIZERS)
+    files.write_atomic(folder / PARAMS, (source / PARAMS).read_bytes())
+    text_vocabulary.save(folder / VOCABULARY)
+    values = {"family": family, **dataclasses.asdict(config)}
+    files.write_json(folder / CONFIG, renames.to_stored(values))
 
 
 def load_params(folder: epath.Path, make_model: Callable[[], nnx.Module]) -> LoadedModel:
@@ -183,10 +290,6 @@ def _make_clip(config: clip.CLIPConfig) -> clip.CLIP:
     return clip.CLIP(config, rngs=nnx.Rngs(0))
 
 
-def _make_spae(config: autoencoder.SPAEConfig) -> autoencoder.SPAE:
-    return autoencoder.SPAE(config, rngs=nnx.Rngs(0))
-
-
 def _save(
     folder: epath.Path,
     config: Mapping[str, Any],
@@ -214,11 +317,14 @@ def _load_vocabulary(folder: epath.Path) -> TextVocabulary | None:
     return public_text.load_tokenizer(folder)
 
 
-def _read_config(folder: epath.Path, family: str) -> dict[str, Any]:
+def _read_config(folder: epath.Path, families: Collection[str]) -> tuple[str, dict[str, Any]]:
+    """The family, one of `families`, and the config."""
     config = files.read_json(folder / CONFIG)
-    if not isinstance(config, dict) or config.pop("family", None) != family:
-        raise UserError(f"{folder} does not contain a model of the family {family}.")
-    return renames.from_stored(config)
+    family = str(config.pop("family", None)) if isinstance(config, dict) else ""
+    if family not in families:
+        wanted = " or ".join(families)
+        raise UserError(f"{folder} does not contain a model of the family {wanted}.")
+    return family, renames.from_stored(config)
 
 
 def _tuples(value: Any) -> Any:

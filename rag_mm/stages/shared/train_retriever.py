@@ -130,7 +130,8 @@ def run(config: RetrieverStageConfig, run: run_folder.Run, stage_dir: epath.Path
     Returns:
         `loss` and `recall_at_1` in the leader, {} in followers.
     """
-    vocabulary = train_tokenizer.load_tokenizer(run.workdir).vocabulary
+    exact = train_tokenizer.load_tokenizer(run.workdir).vocabulary
+    vocabulary = dataclasses.replace(exact, folds_case=True)  # "Red apple" finds a red apple.
     model_config = config.clip_config(vocabulary)
     sources = [config.world.scenes(role, *config.splits) for role in config.roles]
     images = np.concatenate([world_config.images(source) for source in sources])

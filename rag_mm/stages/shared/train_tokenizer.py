@@ -1,4 +1,7 @@
-"""Stage `tokenizer`: learns the text vocabulary and trains the image tokenizer, on seen classes only."""
+"""Stage `tokenizer`: learns the text vocabulary and trains the image tokenizer, on seen classes only.
+
+In place of training one it can take an imported image tokenizer.
+"""
 
 import dataclasses
 from functools import partial
@@ -10,9 +13,11 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from rag_mm.core import checks, run_folder, sharding
+from rag_mm.core import checks, manifest_values, run_folder, sharding
+from rag_mm.core.errors import UserError
 from rag_mm.data import pipeline, vocabulary
 from rag_mm.eval import scene_accuracy
+from rag_mm.models import vqgan
 from rag_mm.models.spae import autoencoder, objective
 from rag_mm.nn.param_trees import Params
 from rag_mm.ops import quantize
@@ -59,6 +64,8 @@ class TokenizerStageConfig:
         batch_size: images per step.
         num_init_images: number of images whose patches initialize the codebook by k-means.
         num_eval: number of test images for the metrics.
+        imported: run of an imported image tokenizer (`rag-mm import image-tokenizer`) to use, at the world's
+            image size; None trains `model`.
     """
 
     seed: int
@@ -70,6 +77,7 @@ class TokenizerStageConfig:
     batch_size: int = 128
     num_init_images: int = 2048
     num_eval: int = 1024
+    imported: str | None = dataclasses.field(default=None, metadata=manifest_values.ADDED_LATER)
 
     def __post_init__(self):
         training.check_config(self.optimizer, self.loop, self.batch_size)
@@ -100,6 +108,8 @@ def run(config: TokenizerStageConfig, run: run_folder.Run, stage_dir: epath.Path
         original and on reconstructed images; {} in followers.
     """
     source = config.world.scenes("train", *world_config.SEEN)
+    if config.imported is not None:
+        return _take_imported(config, config.imported, source, stage_dir / FOLDER)
     mesh = make_mesh(config)
     make_model = partial(_make_model, config)
     images = world_config.images(source)
@@ -125,7 +135,7 @@ def run(config: TokenizerStageConfig, run: run_folder.Run, stage_dir: epath.Path
     )
     if not multiprocess.is_leader():
         return {}
-    text_vocabulary = _make_vocabulary(config, source)
+    text_vocabulary = _make_vocabulary(config, source, config.model.codebook_size)
     frozen.save_tokenizer(stage_dir / FOLDER, config.model, text_vocabulary, params)
     return _evaluate(config, frozen.FrozenTokenizer(stage_dir / FOLDER))
 
@@ -147,8 +157,31 @@ def _make_model(config: TokenizerStageConfig) -> autoencoder.SPAE:
     return autoencoder.SPAE(config.model, rngs=nnx.Rngs(params=config.seed))
 
 
+def _take_imported(
+    config: TokenizerStageConfig,
+    imported: str,
+    source: world_config.SplitDocuments,
+    folder: epath.Path,
+) -> dict:
+    """Writes an imported image tokenizer with a text vocabulary; returns what `run` does."""
+    if not multiprocess.is_leader():
+        return {}
+    given = load_tokenizer(imported)
+    if not isinstance(given.config, vqgan.VQGANConfig) or not given.config.has_decoder:
+        raise UserError(
+            f"tokenizer.imported={imported} is not an imported image tokenizer with a decoder."
+        )
+    try:
+        model = given.config.at_size(config.world.image_size)
+    except ValueError as error:
+        raise UserError(f"tokenizer.imported={imported} does not fit the world: {error}.") from None
+    text_vocabulary = _make_vocabulary(config, source, model.codebook_size)
+    frozen.copy_tokenizer(given.folder, folder, model, text_vocabulary)
+    return _evaluate(config, frozen.FrozenTokenizer(folder))
+
+
 def _make_vocabulary(
-    config: TokenizerStageConfig, source: world_config.SplitDocuments
+    config: TokenizerStageConfig, source: world_config.SplitDocuments, codebook_size: int
 ) -> vocabulary.Vocabulary:
     texts = [
         source.caption(i, caption_index)
@@ -156,7 +189,7 @@ def _make_vocabulary(
         for caption_index in range(config.text.captions_per_image)
     ]
     size, sentinels = config.text.vocab_size, config.text.num_sentinels
-    return vocabulary.train_vocabulary(texts, size, config.model.codebook_size, sentinels)
+    return vocabulary.train_vocabulary(texts, size, codebook_size, sentinels)
 
 
 def _with_codebook(
@@ -192,7 +225,7 @@ def _evaluate(config: TokenizerStageConfig, tokenizer: frozen.FrozenTokenizer) -
     originals = world_config.images(held_out, rows)
     codes = tokenizer.encode(originals)
     error = np.square((tokenizer.decode(codes).astype(np.float64) - originals) / 255).mean()
-    frequencies = np.bincount(codes.ravel(), minlength=config.model.codebook_size) / codes.size
+    frequencies = np.bincount(codes.ravel(), minlength=tokenizer.codebook_size) / codes.size
     metrics: dict[str, Any] = {
         "psnr": objective.psnr(error),
         "code_usage": float((frequencies > 0).mean()),

@@ -128,7 +128,7 @@ def _configurations(
             Facts((Entity(class_id, *box),), color)
             for box, color in itertools.product(boxes, COLORS)
         )
-    rng = _rng(f"configurations of {level.name}", seed, class_id)
+    rng = make_rng(f"configurations of {level.name}", seed, class_id)
     num_pairs = NUM_CONFIGURATIONS // 2 if level.max_entities == 2 else 0
     unique: dict[tuple[object, ...], Facts] = {}
     while len(unique) < NUM_CONFIGURATIONS:
@@ -155,7 +155,7 @@ def disjoint_corners(level: Level) -> tuple[tuple[tuple[int, int], tuple[int, in
 
 def _sample_single(level: Level, class_id: int, rng: np.random.Generator) -> Facts:
     size = level.sizes[rng.integers(len(level.sizes))]
-    colors = _visible_colors(level, class_id)
+    colors = visible_colors(level, class_id)
     color = colors[rng.integers(len(colors))]
     corners = level.corners(size)
     return Facts((Entity(class_id, size, *corners[rng.integers(len(corners))]),), color)
@@ -175,15 +175,16 @@ def _sample_pair(
         # Partners come from the next half of the cyclic order, so two classes never choose each other.
         ahead = rng.integers(1, (len(members) - 1) // 2 + 1)
         partner = int(members[(np.searchsorted(members, class_id) + ahead) % len(members)])
-        visible = _visible_colors(level, partner)
-        shared = [color for color in _visible_colors(level, class_id) if color in visible]
+        visible = visible_colors(level, partner)
+        shared = [color for color in visible_colors(level, class_id) if color in visible]
         if shared:
             one, two = pairs[rng.integers(len(pairs))]
             entities = Entity(class_id, size, *one), Entity(partner, size, *two)
             return Facts(entities, shared[rng.integers(len(shared))])
 
 
-def _visible_colors(level: Level, class_id: int) -> tuple[str, ...]:
+def visible_colors(level: Level, class_id: int) -> tuple[str, ...]:
+    """The background colors on which a class can be seen: all of them if it is drawn as a card."""
     return tuple(COLORS) if level.card else _contrasting_colors()[class_id]
 
 
@@ -260,7 +261,7 @@ def entity_mask(facts: Facts, level: Level, patch: int = 4) -> np.ndarray:
     return np.asarray(covered.reshape(side, patch, side, patch).any(axis=(1, 3)))
 
 
-def _rng(purpose: str, *key: int) -> np.random.Generator:
+def make_rng(purpose: str, *key: int) -> np.random.Generator:
     """An independent stream per purpose; without it, NumPy treats (1, 2) and (1, 2, 0) as the same seed."""
     return np.random.default_rng((zlib.crc32(purpose.encode()), *key))
 
@@ -269,7 +270,7 @@ def _choose(
     levels: Sequence[Level], class_id: int, role: str, is_rare: bool, seed: int, class_share: float
 ) -> list[tuple[Level, int]]:
     """Level and configuration number of each scene of a class in one role."""
-    order = _rng("roles", seed, class_id).permutation(NUM_CONFIGURATIONS)
+    order = make_rng("roles", seed, class_id).permutation(NUM_CONFIGURATIONS)
     shown: set[tuple[frozenset[Entity], str]] = set()
     for name, part in ROLES.items():
         numbers = order[part]
@@ -297,6 +298,7 @@ class Scenes:
     Attributes:
         class_ids: int64 [len], the class each item was created for.
         levels: the level of each item, as long as `class_ids`.
+        seed: of configurations, roles, captions and splits.
     """
 
     def __init__(
@@ -332,7 +334,7 @@ class Scenes:
             raise UserError(f"There is no role {role!r}; choose from {', '.join(ROLES)}.")
         selection = f"{len(class_ids)} classes, partners of {class_share:g}"
         self._name = f"{'+'.join(level_names)}, {selection}, {role}, seed {seed}"
-        self._seed, self._class_share = seed, class_share
+        self.seed, self._class_share = seed, class_share
         rare = class_splits.split_of(seed) == class_splits.SPLITS.index("rare_seen")
         chosen_levels = [LEVELS[name] for name in level_names]
         scenes = [
@@ -353,18 +355,21 @@ class Scenes:
         return len(self.class_ids)
 
     def __getitem__(self, index: int) -> Document:
-        """The scene with its caption of index 0; its id is `level-class-configuration`."""
-        class_id, number = self.class_ids[index], self._numbers[index]
+        """The scene with its caption of index 0; its id is that of `scene_id`."""
         return Document(
-            id=f"{self.levels[index].name}-{class_id:04d}-{number:02d}",
+            id=self.scene_id(index),
             segments=(Text(self.caption(index, 0)), Image(self.image(index))),
             license=LICENSE,
         )
 
+    def scene_id(self, index: int) -> str:
+        """`level-class-configuration` of item `index`."""
+        return f"{self.levels[index].name}-{self.class_ids[index]:04d}-{self._numbers[index]:02d}"
+
     def facts(self, index: int) -> Facts:
         """The facts of item `index`."""
         class_scenes = configurations(
-            self.levels[index], int(self.class_ids[index]), self._seed, self._class_share
+            self.levels[index], int(self.class_ids[index]), self.seed, self._class_share
         )
         return class_scenes[self._numbers[index]]
 
@@ -374,8 +379,8 @@ class Scenes:
 
     def caption(self, index: int, caption_index: int) -> str:
         """Caption number `caption_index` of item `index`, with facts dropped at random."""
-        rng = _rng(
-            "caption", self._seed, self.class_ids[index], self._numbers[index], caption_index
+        rng = make_rng(
+            "caption", self.seed, self.class_ids[index], self._numbers[index], caption_index
         )
         return caption(self.facts(index), self.levels[index], rng)
 

@@ -6,6 +6,7 @@ color all correct.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -52,7 +53,7 @@ class Scorer:
     """
 
     def __init__(self, level: Level):
-        """Reads scenes of `level`. Templates are rendered on demand; for `free` they take 150 MB."""
+        """Reads scenes of `level`. Templates are rendered once a process, on demand; those of `free` take 150 MB."""
         self._level = level
         boxes = [(size, *corner) for size in level.sizes for corner in level.corners(size)]
         numbers = {box: i for i, box in enumerate(boxes)}
@@ -65,7 +66,6 @@ class Scorer:
         # A second entity must gain at least half of what the faintest entity of a level would.
         min_gain = classes.DISTINCT_RMS**2 * small**2 * 3 / 2
         self._costs = np.repeat([0, min_gain], [len(singles), len(pairs)])
-        self._templates: dict[tuple[int, int | None], _Templates] = {}
 
     def read(self, images: np.ndarray) -> list[Facts]:
         """Reads the facts of each image: uint8 [B, S, S, 3] to B facts.
@@ -150,7 +150,7 @@ class Scorer:
         result = []
         for size in self._level.sizes:
             content = _tile(blocks, size, np.array(self._level.corners(size)))
-            templates = self._template(size, drawn_on).blocks
+            templates = _template(size, drawn_on).blocks
             _, distances = _nearest_row(content.reshape(-1, content.shape[-1]), templates)
             result.append(distances.reshape(content.shape[:2]))
         return np.concatenate(result, axis=1)
@@ -165,25 +165,24 @@ class Scorer:
             mask = sizes == size
             windows = np.lib.stride_tricks.sliding_window_view(images, (size, size), axis=(1, 2))
             content = windows[image[mask], rows[mask], columns[mask]].transpose(0, 2, 3, 1)
-            templates = self._template(size, drawn_on).pixels
+            templates = _template(size, drawn_on).pixels
             class_ids[mask], distances[mask] = _nearest_row(
                 content.reshape(-1, templates.shape[1]), templates
             )
         return class_ids, distances
 
-    def _template(self, size: int, drawn_on: int | None) -> _Templates:
-        """All classes as cards (`drawn_on` None), or as cut-outs on a palette color."""
-        if (size, drawn_on) not in self._templates:
-            emoji_art = art.load_art()
-            if drawn_on is None:
-                drawn = emoji_art.cards(size)
-            else:
-                color = emoji_scenes.COLORS[_COLOR_NAMES[drawn_on]]
-                drawn = art.lay_on(emoji_art.drawn(size), color)
-            scaled = drawn.astype(np.float32) / 255
-            blocks = _tile(_blocks(scaled), size, np.zeros((1, 2), np.int64))[:, 0]
-            self._templates[size, drawn_on] = _Templates(scaled.reshape(len(scaled), -1), blocks)
-        return self._templates[size, drawn_on]
+
+@functools.cache
+def _template(size: int, drawn_on: int | None) -> _Templates:
+    """All classes as cards (`drawn_on` None), or as cut-outs on a palette color."""
+    emoji_art = art.load_art()
+    if drawn_on is None:
+        drawn = emoji_art.cards(size)
+    else:
+        drawn = art.lay_on(emoji_art.drawn(size), emoji_scenes.COLORS[_COLOR_NAMES[drawn_on]])
+    scaled = drawn.astype(np.float32) / 255
+    blocks = _tile(_blocks(scaled), size, np.zeros((1, 2), np.int64))[:, 0]
+    return _Templates(scaled.reshape(len(scaled), -1), blocks)
 
 
 def _nearest_row(points: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
