@@ -29,7 +29,8 @@ def load(workdir: str) -> "Session | ImportedModel":
 
     Returns:
         `rag_mm.api.session.Session` (generate, caption, infill, memory) for a run trained with rag-mm; for
-        an imported CLIP, LLaMA or Chameleon a class of `rag_mm.api.imported`.
+        an imported CLIP, LLaMA or Chameleon a class of `rag_mm.api.imported`; for an imported image
+        tokenizer `rag_mm.stages.shared.frozen.FrozenTokenizer`.
 
     Raises:
         rag_mm.core.errors.UserError: there is no run in `workdir`, or it is unfinished or was edited.

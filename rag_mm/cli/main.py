@@ -122,6 +122,7 @@ COMMANDS = {
         (
             "rag-mm import clip clip-vit-base-patch32 --out=runs/clip",
             "rag-mm import llama TinyLlama-1.1B --out=runs/llama --dtype=float32",
+            "rag-mm import image-tokenizer Janus-Pro-1B --out=runs/janus_vq",
             "rag-mm import chameleon chameleon-7b --out=runs/chameleon",
         ),
     ),

@@ -42,7 +42,10 @@ def read_config(
 def _read_size(checkpoint: CheckpointFolder, code_size: int) -> int:
     r = ConfigReader(checkpoint.preprocessor, checkpoint.preprocessor_file)
     r.require("spatial_factor", code_size, code_size)
-    min_pixels = r.get("min_pixels", int, 512 * 512)
+    size = ConfigReader(r.get("size", dict, {}), f"{checkpoint.preprocessor_file}: size")
+    # The newest transformers writes the number of pixels as `shortest_edge`.
+    nested = size.get("min_pixels", int, size.get("shortest_edge", int, 512 * 512))
+    min_pixels = r.get("min_pixels", int, nested)
     if min_pixels < code_size**2:
         raise UserError(
             f"{checkpoint.preprocessor_file}: min_pixels is {min_pixels}, less than one code has."

@@ -104,7 +104,11 @@ class VQGANConfig:
 
     @classmethod
     def janus(cls) -> "VQGANConfig":
-        """Janus-Pro's (Chen et al. 2025): 384 pixels to 24x24 codes of 16,384 vectors of width 8."""
+        """Janus-Pro's (Chen et al. 2025): 384 pixels to 24x24 codes of 16,384 vectors of width 8.
+
+        Codes are those of transformers, which compares vectors as they are. The original code first rescales
+        them to unit length, which gives the same codes if the stored vectors have unit length.
+        """
         return cls(
             image_size=384,
             attention_sizes=(24,),

@@ -44,7 +44,7 @@ _EMU3_MEAN = (1.4, 2.2, 0.4, 0.3)  # of the latents of `images`
 # name -> (config.json, preprocessor_config.json); each is an image tokenizer alone
 TOKENIZERS = {
     "janus_vq": (_JANUS, HALF),
-    "emu3_vq": (_EMU3, HALF | dict(min_pixels=120, spatial_factor=2)),
+    "emu3_vq": (_EMU3, HALF | dict(size=dict(min_pixels=120), spatial_factor=2)),
     "chameleon_vq": (_CHAMELEON, {}),
 }
 # name of a whole model -> (its tokenizer, config.json, prefix of the tokenizer's tensors)

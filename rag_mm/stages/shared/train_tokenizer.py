@@ -82,6 +82,8 @@ class TokenizerStageConfig:
     def __post_init__(self):
         training.check_config(self.optimizer, self.loop, self.batch_size)
         checks.at_least(self, 1, "num_eval")
+        if self.imported is not None:
+            return  # `model` is not used.
         patches = self.num_init_images * self.model.levels[-1] ** 2
         if patches < self.model.codebook_size:
             raise ValueError(

@@ -53,7 +53,7 @@ class Scorer:
     """
 
     def __init__(self, level: Level):
-        """Reads scenes of `level`. Templates are rendered once a process, on demand; those of `free` take 150 MB."""
+        """Reads scenes of `level`. Templates are rendered once, on demand; those of `free` take 150 MB."""
         self._level = level
         boxes = [(size, *corner) for size in level.sizes for corner in level.corners(size)]
         numbers = {box: i for i, box in enumerate(boxes)}
