@@ -217,7 +217,7 @@ def tiny() -> dict:
             num_eval=200,
         ),
         memory=dict(index="exact", num_queries=64),
-        neighbors=dict(num_test=16),
+        neighbors=dict(num_test=16, max_equal_codes=0.5),
         decoder=decoder
         | dict(model=decoder["model"] | dict(embed_dim=64, mlp_dim=128), loop=loop, batch_size=8),
         generation=dict(num_held_out=16, num_seen=16),

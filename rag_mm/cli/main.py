@@ -118,7 +118,7 @@ COMMANDS = {
         ),
     ),
     "import": Command(
-        "convert a public CLIP, LLaMA or Chameleon checkpoint (safetensors) into a run",
+        "convert a public CLIP, LLaMA, Chameleon or image tokenizer (safetensors) into a run",
         (
             "rag-mm import clip clip-vit-base-patch32 --out=runs/clip",
             "rag-mm import llama TinyLlama-1.1B --out=runs/llama --dtype=float32",

@@ -45,7 +45,7 @@ def test_a_head_of_its_own_is_used_although_the_config_ties_it(tmp_path, tensors
     found = logits(write(tmp_path / "a", TIED, tensors), tmp_path / "run_a")
     expected = logits(write(tmp_path / "b", UNTIED, tensors), tmp_path / "run_b")
     np.testing.assert_array_equal(found, expected)
-    exporting.export_checkpoint("llama", tmp_path / "run_a", tmp_path / "again")
+    exporting.export_checkpoint("llama", tmp_path / "run_a", tmp_path / "again", max_bytes=1 << 30)
     again = shards.open_folder(epath.Path(tmp_path / "again"))
     np.testing.assert_array_equal(shards.read_tensor(again[HEAD]), tensors[HEAD])
 

@@ -24,14 +24,19 @@ pytestmark = pytest.mark.parity
 ALONE = ("janus_vq", "emu3_vq", "chameleon_vq")
 
 
-def load(name, folder):
-    """transformers' model of a folder; missing or unexpected tensors are an error."""
+def model_class(name):
+    """The class in transformers."""
     from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAE
     from transformers.models.emu3.modeling_emu3 import Emu3VQVAE
     from transformers.models.janus.modeling_janus import JanusVQVAE
 
     classes = {"janus_vq": JanusVQVAE, "emu3_vq": Emu3VQVAE, "chameleon_vq": ChameleonVQVAE}
-    model, report = classes[name].from_pretrained(folder, output_loading_info=True)
+    return classes[name]
+
+
+def load(name, folder):
+    """transformers' model of a folder; missing or unexpected tensors are an error."""
+    model, report = model_class(name).from_pretrained(folder, output_loading_info=True)
     missing = [key for key in report["missing_keys"] if not key.endswith("num_batches_tracked")]
     assert not missing and not report["unexpected_keys"] and not report["mismatched_keys"], report
     return model.eval()
@@ -121,6 +126,22 @@ def test_codes_latents_and_pixels(torch, tmp_path, name, size):
     if name != "chameleon_vq":
         drawn = ours.model.compile("decode_grid")(codes)
         np.testing.assert_allclose(drawn, decode(name, theirs, codes), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "grid"), [("janus_vq", 32), ("emu3_vq", 64), ("chameleon_vq", 32)]
+)
+def test_names_and_shapes_at_the_default_sizes(torch, name, grid):
+    """Those of the published models, but for Janus-Pro's 24 codes a side."""
+    config = model_class(name).config_class()
+    with torch.device("meta"):
+        state = model_class(name)(config).state_dict()
+    processor = {} if name == "chameleon_vq" else tiny_tokenizers.HALF
+    family, folder = tiny_tokenizers.describe(config.to_dict(), processor)
+    ours = family.read_config(folder)
+    assert ours.levels == (grid,)
+    shapes = {key: tuple(v.shape) for key, v in state.items() if v.is_floating_point()}
+    assert {m.theirs: m.shape for m in family.mappings(ours)} == shapes
 
 
 def test_what_transformers_saves_is_imported(torch, tmp_path):

@@ -130,7 +130,7 @@ def test_help_has_an_example_and_a_mistake_is_one_line(capsys):
 def test_a_report_plots_what_was_logged(runs):
     bands = reference.gather(runs, "quick").bands
     drawn = {(curve.chart, curve.label): curve for curve in logs.read_curves(runs[0], bands)}
-    held_out = drawn["Held-out entities: top-1 accuracy of art codes", "1 document"]
+    held_out = drawn["Held-out entities for checks: top-1 accuracy of art codes", "1 document"]
     assert (held_out.steps, held_out.values) == ([30], [0.5])
     assert held_out.band == bands["decoder/art_top1_docs1"]
     assert len(drawn) == 4  # No baseline was trained and no code usage logged.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rag_mm.core.document_types import Image, Text
+from rag_mm.core.document_types import Image, Segment, Text
 from rag_mm.worlds.emoji import emoji_scenes, scene_tasks
 from rag_mm.worlds.emoji.emoji_scenes import Facts, Level, Scenes
 from rag_mm.worlds.emoji.scene_questions import judge_answer
@@ -114,7 +114,7 @@ def _make_tell(scenes: Scenes, index: int, rng: np.random.Generator) -> TaskItem
     facts, level = scenes.facts(index), scenes.levels[index]
     clip = sample_clip(facts, level, rng)
     caption = clip_caption(scene_tasks.first_name(facts.entities[0]), clip)
-    prompt = (*_frames(clip, level), Text("describe the clip"))
+    prompt: tuple[Segment, ...] = (*_frames(clip, level), Text("describe the clip"))
     return TaskItem(level, facts, prompt, (Text(caption),), clip)
 
 
@@ -122,7 +122,7 @@ def _make_ask(scenes: Scenes, index: int, rng: np.random.Generator) -> TaskItem:
     facts, level = scenes.facts(index), scenes.levels[index]
     clip = sample_clip(facts, level, rng)
     answer = str(direction_of(clip))
-    prompt = (*_frames(clip, level), Text("which way does it move?"))
+    prompt: tuple[Segment, ...] = (*_frames(clip, level), Text("which way does it move?"))
     return TaskItem(
         level, facts, prompt, (Text(answer),), clip, answers=(answer,), choices=tuple(DIRECTIONS)
     )

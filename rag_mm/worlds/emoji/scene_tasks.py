@@ -131,9 +131,9 @@ def any_name(entity: Entity, rng: np.random.Generator) -> str:
 
 
 def normalize(text: str) -> str:
-    """Answers are compared in lower case, with single spaces, without a first article or a final period."""
+    """Answers are compared in lower case, with single spaces, without first articles or a final period."""
     words = " ".join(text.lower().split()).removesuffix(".").strip()
-    return re.sub(r"^(a|an|the) ", "", words)
+    return re.sub(r"^((a|an|the) )+", "", words)
 
 
 def class_of_name(name: str) -> int:
