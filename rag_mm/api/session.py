@@ -170,7 +170,7 @@ class Session:
         _check_count("num", num)
         image = image_files.to_pixels(image)
         codes = self._codes(image)
-        retrieved, examples = self._documents(documents, docs, {"image": image})
+        retrieved, examples = self._documents(documents, docs, {"image": image}, codes)
         captions, means = tasks.generate_captions(
             self.generator,
             np.repeat(codes, num, axis=0),
@@ -243,7 +243,11 @@ class Session:
         return ids
 
     def _documents(
-        self, given: Sequence[Document], count: int, query: dict[str, Any]
+        self,
+        given: Sequence[Document],
+        count: int,
+        query: dict[str, Any],
+        query_codes: np.ndarray | None = None,
     ) -> tuple[RetrievedDocuments, list[sequences.Example]]:
         """The documents to condition on: best first for the report, best last for the model."""
         max_docs, documents = self.generator.layout.max_docs, list(given)
@@ -253,7 +257,7 @@ class Session:
             )
         scores: list[float | None] = [None] * len(given)
         if not given and count:
-            documents, scores = self._retrieve(query, count)
+            documents, scores = self._retrieve(query, count, query_codes)
         retrieved = [
             {
                 "id": document.id,
@@ -267,12 +271,10 @@ class Session:
         return retrieved, [self._example(document) for document in documents][::-1]
 
     def _retrieve(
-        self, query: dict[str, Any], count: int
+        self, query: dict[str, Any], count: int, query_codes: np.ndarray | None
     ) -> tuple[list[Document], list[float | None]]:
         """Retrieves with the rules used in training; documents without an image are skipped."""
-        counts = codes = None
-        if "image" in query and self.rules.max_equal_codes < 1:
-            codes = self._codes(query["image"])
+        counts = None
         if "text" in query:
             phrases, counts = policy.split_queries([query["text"]], self.rules.split_phrases)
             query = {"text": phrases}
@@ -285,7 +287,7 @@ class Session:
             query_keys=np.array([policy.NO_KEY]),
             row_keys=np.full(len(self.memory), policy.NO_KEY),
             counts=counts,
-            **self.rules.bounds(self.memory.read_codes, codes),
+            **self.rules.bounds(self.memory.read_codes, query_codes),
         )
         present = neighbors.ids[0] >= 0
         documents = [self.memory.document(int(row)) for row in neighbors.ids[0][present]]

@@ -28,7 +28,7 @@ class EqualCodes:
     read_rows: Callable[[np.ndarray], np.ndarray]
     queries: np.ndarray | None = None
 
-    def take(self, batch: slice) -> "EqualCodes":
+    def take(self, batch: slice | np.ndarray) -> "EqualCodes":
         """The same for some of the queries."""
         queries = None if self.queries is None else self.queries[batch]
         return dataclasses.replace(self, queries=queries)
@@ -211,9 +211,10 @@ def select(
             & (similarity_q <= bound)
             & (num_kept < num_neighbors)
         )
-        if equal_codes is not None:
-            keep &= ~_shares_codes(equal_codes, id_q, kept_ids)
         queries = np.flatnonzero(keep)
+        if equal_codes is not None:
+            shares = _shares_codes(equal_codes.take(queries), id_q[queries], kept_ids[queries])
+            queries = queries[~shares]
         slots = num_kept[queries]
         kept_ids[queries, slots] = id_q[queries]
         kept_scores[queries, slots] = scores[queries, rank]

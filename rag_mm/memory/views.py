@@ -1,5 +1,6 @@
 """Embeddings and index of each view of one version of a memory, opened on first use."""
 
+import functools
 import threading
 from pathlib import Path
 
@@ -32,15 +33,20 @@ class Views:
         stored = np.asarray(self._live.stored)[rows]
         codes = np.full((*stored.shape, self._manifest.num_codes), protocol.MISSING, np.int32)
         start = 0
-        for shard in self._manifest.shards:
-            inside = (stored >= start) & (stored < start + shard.rows)
-            part = (
-                shard_file.load_codes(self._root, self._manifest, shard) if inside.any() else None
-            )
-            if part is not None:
-                codes[inside] = part[stored[inside] - start]
-            start += shard.rows
+        for part in self._code_shards:
+            inside = (stored >= start) & (stored < start + len(part))
+            codes[inside] = part[stored[inside] - start]
+            start += len(part)
         return codes
+
+    @functools.cached_property
+    def _code_shards(self) -> list[np.ndarray]:
+        """The memory-mapped codes of each shard, opened once: a search reads them hit by hit."""
+        shards = (
+            shard_file.load_codes(self._root, self._manifest, shard)
+            for shard in self._manifest.shards
+        )
+        return [codes for codes in shards if codes is not None]
 
     def embeddings(self, view: str) -> np.ndarray:
         """Unit-length embeddings, float32 [R, D]; memory-mapped if they are one file without removed rows."""

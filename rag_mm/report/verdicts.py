@@ -211,15 +211,15 @@ def _captions(metrics: Mapping[str, Any]) -> Verdict:
 
 
 def headline(metrics: Mapping[str, Any]) -> Verdict:
-    """The sentence under the title: does retrieval help on entities never seen in training?"""
+    """The sentence under the title: does retrieval help on held-out entities?"""
     ours = find(metrics, "decoder.joint_accuracy.docs2")
     baseline = find(metrics, "control.joint_accuracy")
     return _verdict(
         "Retrieval helps",
         differs(metrics, "joint_docs2_minus_control", ours, baseline),
-        f"On entities never seen in training, {percent(ours)} of the images generated with retrieval "
+        f"On held-out entities, {percent(ours)} of the images generated with retrieval "
         f"have every fact right, compared with {percent(baseline)} without retrieval.",
-        f"Retrieval does not help yet: on entities never seen in training, {percent(ours)} of the "
+        f"Retrieval does not help yet: on held-out entities, {percent(ours)} of the "
         f"images generated with retrieval have every fact right, compared with {percent(baseline)} "
         "without retrieval. This run checks the pipeline, not quality.",
     )
