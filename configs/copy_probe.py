@@ -41,9 +41,9 @@ ABLATION = dict(
     variants={
         "as in quick": WHOLE,
         "alpha 1.0": WHOLE | {"copy_probe.alpha": 1.0},
-        "no lag": WHOLE | {"copy_probe.model.smear_lags": ()},
-        "lag 1": WHOLE | {"copy_probe.model.smear_lags": ((1,),)},
-        "one lag a head": WHOLE | {"copy_probe.model.smear_lags": ((1,), (8,), (), ())},
+        "no lag": WHOLE | {"copy_probe.look_back": ()},
+        "lag 1": WHOLE | {"copy_probe.look_back": (((0, 1),),)},
+        "one lag a head": WHOLE | {"copy_probe.look_back": (((0, 1),), ((1, 0),), (), ())},
         "no induction at the start": WHOLE | {"copy_probe.model.induction_init": False},
         "no masks": WHOLE | {"copy_probe.masking.prob": 0.0},
     },

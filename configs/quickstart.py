@@ -92,11 +92,11 @@ def quick() -> dict:
             mlp_dim=384,
             qk_norm=True,
             tie_embeddings=True,
-            # Two heads look for the place where the codes before and above agree: one code alone cannot tell
-            # where in a plain area it is. Two are plain: without them the words of a caption are ignored.
-            smear_lags=((1, 7, 8, 9), (1, 2, 8, 9), (), ()),
             induction_init=True,
         ),
+        # Two heads look for the place where the codes before and above agree: one code alone cannot tell where
+        # in a plain area it is. Two are plain: without them the words of a caption are ignored.
+        look_back=(((0, 1), (1, -1), (1, 0), (1, 1)), ((0, 1), (0, 2), (1, 0), (1, 1)), (), ()),
         optimizer=dict(learning_rate=3e-3, warmup_steps=60, schedule="wsd", weight_decay=0.05),
         loop=dict(num_steps=1400, checkpoint_every=100),
         sequences=dict(

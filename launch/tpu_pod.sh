@@ -13,6 +13,8 @@
 set -euo pipefail
 
 usage() { sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+# Quotes words for any POSIX shell: the %q of bash writes $'..', which others do not read.
+quote() { for word in "$@"; do printf "'%s' " "${word//\'/\'\\\'\'}"; done; }
 need() { [ -n "${!1:-}" ] || { echo "launch/tpu_pod.sh: set $1 first, such as NAME=pod ZONE=us-west4-a TYPE=v5litepod-256." >&2; exit 2; }; }
 
 dry=
@@ -22,6 +24,9 @@ verb=${1:-}
 shift
 need NAME
 need ZONE
+case $NAME in
+  -*) echo "launch/tpu_pod.sh: NAME=$NAME begins like an option; choose another." >&2; exit 2 ;;
+esac
 
 on_all=(gcloud compute tpus tpu-vm ssh "$NAME" "--zone=$ZONE" --worker=all)
 case $verb in
@@ -33,17 +38,18 @@ case $verb in
     ;;
   install)
     [ $# -eq 1 ] || usage
-    printf -v remote 'git clone %q rag_mm && cd rag_mm && make && .venv/bin/python -m pip install --constraint requirements.lock --editable ".[tpu]"' "$1"
+    remote="git clone -- $(quote "$1")rag_mm && cd rag_mm && make && .venv/bin/python -m pip install --constraint requirements.lock --editable '.[tpu]'"
     command=("${on_all[@]}" "--command=$remote")
     ;;
   run)
     [ $# -gt 0 ] || usage
-    case "$*" in
-      *--coordinator*) ;;
-      train\ * | "memory build"*) set -- "$@" --coordinator=auto ;;
+    given=
+    for word in "$@"; do case $word in --coordinator | --coordinator=*) given=1 ;; esac; done
+    case "$1 ${2:-}" in
+      train\ * | "memory build") [ -n "$given" ] || set -- "$@" --coordinator=auto ;;
     esac
-    printf -v arguments '%q ' "$@"
-    command=("${on_all[@]}" "--command=cd rag_mm && .venv/bin/rag-mm ${arguments% }")
+    arguments=$(quote "$@"; echo x)  # The x keeps line ends of the last word.
+    command=("${on_all[@]}" "--command=cd rag_mm && .venv/bin/rag-mm ${arguments%" x"}")
     ;;
   delete)
     command=(gcloud compute tpus queued-resources delete "$NAME" "--zone=$ZONE" --force --quiet)

@@ -85,6 +85,57 @@ def test_slurm_runs_the_gpu_script_once_per_node():
     assert "#SBATCH --ntasks-per-node=1\n" in text and "#SBATCH --signal=TERM@" in text
 
 
+GPUS = {
+    "3": 3,
+    "a100:8": 8,
+    "h100:2,a100:1": 3,
+    "a100:4(S:0-1)": 4,
+    "a100:4(S:0,1),h100:1(S:1)": 5,
+    "08": 8,
+}
+
+
+@pytest.mark.parametrize(("gpus", "count"), GPUS.items())
+def test_slurms_ways_to_count_gpus(gpus, count):
+    words = printed("slurm.sbatch", *TRAIN, SLURM_GPUS_PER_NODE=gpus)
+    assert words[1] == "JAX_LOCAL_DEVICE_IDS=" + ",".join(map(str, range(count)))
+
+
+@pytest.mark.parametrize(
+    "gpus", ["HOME[$(touch {0})]", "$(touch {0})", "a[`touch {0}`]:1+1", "0", "x:"]
+)
+def test_what_is_no_number_of_gpus_is_refused_and_never_run(tmp_path, gpus):
+    done = run("slurm.sbatch", "--dry-run", *TRAIN, SLURM_GPUS_PER_NODE=gpus.format(tmp_path / "x"))
+    assert done.returncode == 2 and "GPU" in done.stderr and not (tmp_path / "x").exists()
+
+
+HARD = ["a'b", "x\ny", "$(false)", "`false`", "", "é \\", "--config.a='b \"c\"'", "tail\n", "!*"]
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash", "dash"])
+def test_any_posix_shell_of_a_worker_reads_the_same_words(tmp_path, shell):
+    if shutil.which(shell) is None:
+        pytest.skip(f"there is no {shell}")
+    # Instead of `gcloud`, whose last argument is the command for the workers.
+    (tmp_path / "gcloud").write_text("#!/bin/bash\nprintf '%s' \"${!#}\"\n")
+    (tmp_path / "gcloud").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = run("tpu_pod.sh", "run", "caption", *HARD, **POD, PATH=path)
+    _, command, remote = done.stdout.partition(".venv/bin/rag-mm ")
+    assert command and not done.returncode
+    script = f"""set -- {remote}; for word in "$@"; do printf '%s\\0' "$word"; done"""
+    done = subprocess.run([shell, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\0")[:-1] == ["caption", *HARD]
+
+
+def test_an_operand_is_no_option():
+    install = printed("tpu_pod.sh", "install", "--upload-pack=touch /tmp/x;'", **POD)
+    remote = shlex.split(install[-1].removeprefix("--command="))
+    assert remote[:5] == ["git", "clone", "--", "--upload-pack=touch /tmp/x;'", "rag_mm"]
+    done = run("tpu_pod.sh", "--dry-run", "create", **POD | {"NAME": "--flags-file=x"})
+    assert done.returncode == 2 and "begins like an option" in done.stderr
+
+
 def test_a_pod_is_created_installed_used_and_deleted():
     create = printed("tpu_pod.sh", "create", **POD, SPOT="1")
     assert create[:6] == ["gcloud", "compute", "tpus", "queued-resources", "create", "pod"]
@@ -92,7 +143,8 @@ def test_a_pod_is_created_installed_used_and_deleted():
     assert "--spot" not in printed("tpu_pod.sh", "create", **POD)
     install = printed("tpu_pod.sh", "install", "https://example.org/a b.git", **POD)
     remote = install[-1].removeprefix("--command=")
-    assert shlex.split(remote)[:4] == ["git", "clone", "https://example.org/a b.git", "rag_mm"]
+    words = ["git", "clone", "--", "https://example.org/a b.git", "rag_mm"]
+    assert shlex.split(remote)[:5] == words
     train = printed("tpu_pod.sh", "run", *TRAIN, **POD)
     assert "--worker=all" in train
     remote = train[-1].removeprefix("--command=")
@@ -110,7 +162,9 @@ def test_processes_join_for_multi_process_commands(script):
 
     assert joins("train", "--workdir=a") and joins("memory", "build", "--out=m")
     assert not joins("doctor") and not joins("memory", "search", "m")
-    assert not joins("memory", "search", "build")
+    assert not joins("memory", "search", "build") and not joins("memory", "builder")
+    # A value may hold the word.
+    assert joins("train", "--workdir=runs/a--coordinator") and joins("train", "a --coordinator b")
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,21 @@
 """Web server of `rag-mm explore`: search a run's memory and try its models on the query.
 
-A page of another site can send requests to this server through the user's browser. Therefore only requests
-whose Host header names this machine are answered, and only bodies of two content types that browsers do not
-send across sites are read. Document text reaches the page as JSON, and the script inserts it as text only.
+Other users of the machine can reach this server, so the page and its requests need a token, which is in the
+address that the command prints, as Jupyter's is. A page of another site can send requests through the user's
+browser. Therefore only requests whose Host header names this machine are answered, and only bodies of two
+content types that browsers do not send across sites are read. Document text reaches the page as JSON, and the
+script inserts it as text only. One request draws and two search at a time; whoever leaves while waiting is
+not served.
 """
 
 import dataclasses
-import json
-import threading
+import secrets
 from collections.abc import Callable
 from importlib import resources
 from typing import Any
 
+import anyio
+import anyio.to_thread
 import jinja2
 import numpy as np
 from starlette.applications import Starlette
@@ -24,6 +28,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from rag_mm.api.session import Session
+from rag_mm.core import files
 from rag_mm.core.errors import UserError
 from rag_mm.data import image_decoding
 from rag_mm.memory import hits, model_protocols
@@ -33,6 +38,7 @@ MAX_HITS = 60
 MAX_SEED = (1 << 31) - 1
 MAX_UPLOAD = 1 << 25  # 32 MiB, ample for a query image.
 _MAX_JSON = 1 << 16
+_WATCH_SECONDS = 0.2
 _JSON, _IMAGE = "application/json", "application/octet-stream"
 _HEADERS = {
     "Content-Security-Policy": (
@@ -51,8 +57,6 @@ class Explorer:
 
     session: Session
     name: str
-    # Only one decoding at a time: two at once would each take twice as long.
-    _decoding: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     def search(self, fields: dict[str, Any], image: np.ndarray | None) -> dict[str, Any]:
         """Hits in `view` for a text, for the document with id `document`, or for an image."""
@@ -78,8 +82,7 @@ class Explorer:
     def generate(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Generates an image of `text`, given `docs` retrieved documents."""
         docs, seed = self._docs(fields), _number(fields, "seed", 0, 0, MAX_SEED)
-        with self._decoding:
-            generated = self.session.generate(_text(fields, "text"), docs=docs, seed=seed)
+        generated = self.session.generate(_text(fields, "text"), docs=docs, seed=seed)
         return {"image": hits.data_url(generated.images[0]), "neighbors": generated.neighbors}
 
     def caption(self, fields: dict[str, Any], image: np.ndarray | None) -> dict[str, Any]:
@@ -87,8 +90,7 @@ class Explorer:
         if image is None:
             raise UserError("The request has no image to caption.")
         docs = self._docs(fields)
-        with self._decoding:
-            generated = self.session.caption(image, docs=docs)
+        generated = self.session.caption(image, docs=docs)
         return {"text": generated.captions[0], "neighbors": generated.neighbors}
 
     def page(self) -> str:
@@ -105,25 +107,37 @@ class Explorer:
         return _number(fields, "docs", 0, 0, self.session.generator.layout.max_docs)
 
 
-def make_app(session: Session, name: str) -> Starlette:
-    """The web application for a loaded run; `name` is the page's title for it."""
+def make_app(session: Session, name: str, token: str) -> Starlette:
+    """The web application for a loaded run.
+
+    Args:
+        session: the run.
+        name: the page's title for it.
+        token: what the page's address must hold, as `?token=`, and each request of the page.
+    """
     explorer = Explorer(session, name)
+    # Two pictures or drawings at once would each take twice as long, and twice the memory.
+    uploads, drawings, searches = (anyio.CapacityLimiter(count) for count in (1, 1, 2))
 
     async def search(request: Request) -> Response:
-        fields, image = await _read(request)
-        return await _respond(lambda: explorer.search(fields, image))
+        fields, image = await _read(request, token, uploads)
+        return await _respond(request, searches, lambda: explorer.search(fields, image))
 
     async def generate(request: Request) -> Response:
-        fields, _ = await _read(request)
-        return await _respond(lambda: explorer.generate(fields))
+        fields, _ = await _read(request, token, uploads)
+        return await _respond(request, drawings, lambda: explorer.generate(fields))
 
     async def caption(request: Request) -> Response:
-        fields, image = await _read(request)
-        return await _respond(lambda: explorer.caption(fields, image))
+        fields, image = await _read(request, token, uploads)
+        return await _respond(request, drawings, lambda: explorer.caption(fields, image))
+
+    async def page(request: Request) -> Response:
+        _check(request.query_params.get("token", ""), token)
+        return Response(explorer.page(), media_type="text/html", headers=_HEADERS)
 
     return Starlette(
         routes=[
-            _static("/", explorer.page(), "text/html"),
+            Route("/", page),
             _static("/explore.css", _file("explore.css"), "text/css"),
             _static("/explore.js", _file("explore.js"), "text/javascript"),
             Route("/search", search, methods=["POST"]),
@@ -136,14 +150,25 @@ def make_app(session: Session, name: str) -> Starlette:
     )
 
 
-async def _read(request: Request) -> tuple[dict[str, Any], np.ndarray | None]:
+def _check(given: str, token: str) -> None:
+    """Raises HTTPException, before anything else of a request is read, unless it holds the token."""
+    if not secrets.compare_digest(given.encode(), token.encode()):
+        raise HTTPException(403, "Open the address that rag-mm explore printed, with its token.")
+
+
+async def _read(
+    request: Request, token: str, uploads: anyio.CapacityLimiter
+) -> tuple[dict[str, Any], np.ndarray | None]:
     """The fields of a JSON body; or, for an image body, the fields of the URL and the image."""
+    _check(request.headers.get("authorization", "").removeprefix("Bearer "), token)
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type == _JSON:
         return _parse(await _body(request, _MAX_JSON)), None
     if content_type == _IMAGE:
-        data = await _body(request, MAX_UPLOAD)
-        return dict(request.query_params), await run_in_threadpool(_decode, data)
+        # Waits before it reads, so that waiting requests take no memory.
+        async with uploads:
+            data = await _body(request, MAX_UPLOAD)
+            return dict(request.query_params), await run_in_threadpool(_decode, data)
     raise HTTPException(415, f"The body is neither {_JSON} nor {_IMAGE}.")
 
 
@@ -159,8 +184,8 @@ async def _body(request: Request, limit: int) -> bytes:
 
 def _parse(data: bytes) -> dict[str, Any]:
     try:
-        fields = json.loads(data)
-    except (ValueError, RecursionError):
+        fields = files.parse_json(data)
+    except ValueError:
         fields = None
     if not isinstance(fields, dict):
         raise UserError("The body is not a JSON object.")
@@ -191,8 +216,28 @@ def _number(fields: dict[str, Any], name: str, default: int, minimum: int, maxim
     return value
 
 
-async def _respond(work: Callable[[], dict[str, Any]]) -> Response:
-    return JSONResponse(await run_in_threadpool(work), headers=_HEADERS)
+async def _respond(
+    request: Request, slots: anyio.CapacityLimiter, work: Callable[[], dict[str, Any]]
+) -> Response:
+    """The answer of `work`, which runs in a thread once there is a slot; never, if the reader left before."""
+    answer: dict[str, Any] = {}
+    failure: Exception | None = None
+    async with anyio.create_task_group() as group:
+
+        async def watch() -> None:
+            while not await request.is_disconnected():
+                await anyio.sleep(_WATCH_SECONDS)
+            group.cancel_scope.cancel()  # Ends the wait for a slot; what already runs is waited for.
+
+        group.start_soon(watch)
+        try:
+            answer = await anyio.to_thread.run_sync(work, limiter=slots)
+        except Exception as error:  # Outside, it would be one of a group.
+            failure = error
+        group.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+    return JSONResponse(answer, headers=_HEADERS)
 
 
 def _error_response(request: Request, error: Exception) -> Response:

@@ -13,6 +13,7 @@ from rag_mm.convert import cm3_format, shards, table, weights
 from rag_mm.core import files, renames, run_folder
 from rag_mm.core.errors import UserError
 from rag_mm.data import public_text
+from rag_mm.nn import param_trees
 from rag_mm.nn.decoder import DecoderConfig
 from rag_mm.stages.shared import frozen, train_tokenizer
 from rag_mm.train import checkpoint
@@ -180,7 +181,7 @@ def _trained_clip(run: run_folder.Run) -> ExportedModel:
 
 def _trained_decoder(run: run_folder.Run, family: table.Family) -> ExportedModel:
     stage_dir = run.finished_stage("decoder")
-    record = files.read_json(stage_dir / "decoder.json")
+    record = files.read_object(stage_dir / "decoder.json", model=dict)
     config = DecoderConfig(**renames.from_stored(record["model"]["decoder"]))
     if family.config_class is not DecoderConfig:
         raise UserError(
@@ -203,7 +204,7 @@ def _trained_decoder(run: run_folder.Run, family: table.Family) -> ExportedModel
             "bos_token_id": image_tokenizer.vocabulary.eod,
             "eos_token_id": image_tokenizer.vocabulary.eod,
         }
-    return ExportedModel(config, TreeSource(table.leaves_by_path(arrays)), values, side)
+    return ExportedModel(config, TreeSource(param_trees.leaves_by_path(arrays)), values, side)
 
 
 def _json(value: Any) -> bytes:

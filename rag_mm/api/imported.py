@@ -12,11 +12,12 @@ from etils import epath
 from flax import nnx
 
 from rag_mm.api import importing, language_model
-from rag_mm.convert import table, weights
+from rag_mm.convert import weights
 from rag_mm.core import compilation_cache, files, image_files, run_folder
 from rag_mm.core.errors import UserError
 from rag_mm.data import preprocess, public_text
 from rag_mm.models import chameleon, vqgan
+from rag_mm.nn import param_trees
 from rag_mm.nn.decoder import Decoder
 from rag_mm.ops import images as image_ops
 from rag_mm.stages.shared import frozen, train_tokenizer
@@ -203,7 +204,7 @@ ImportedModel = DualEncoder | language_model.LanguageModel | frozen.FrozenTokeni
 def is_imported(workdir: epath.PathLike) -> bool:
     """Whether a folder is a run made by `rag-mm import`."""
     path = epath.Path(workdir) / "config.json"
-    return path.exists() and importing.IMPORTED in files.read_json(path)
+    return path.exists() and importing.IMPORTED in files.read_object(path)
 
 
 def load(workdir: epath.PathLike, dtype: str | None = None) -> ImportedModel:
@@ -233,14 +234,14 @@ def load(workdir: epath.PathLike, dtype: str | None = None) -> ImportedModel:
     config = importing.load_config(family, folder)
     weights_dtype = importing.find_dtype(dtype)
     params = weights.load_file(folder / frozen.PARAMS, family.describe(config)[1], weights_dtype)
-    stored_dtype = table.leaves_by_path(params)[_embedding_path(config)].dtype
+    stored_dtype = param_trees.leaves_by_path(params)[_embedding_path(config)].dtype
     decoder_config = dataclasses.replace(importing.decoder_config(config), dtype=stored_dtype.name)
     decoder = params["decoder"] if isinstance(config, chameleon.ChameleonConfig) else params
     graphdef, _ = nnx.split(
         jax.eval_shape(lambda: Decoder(decoder_config, rngs=nnx.Rngs(0))), nnx.Param
     )
     text = public_text.load_tokenizer(folder)
-    stop_tokens = _read_stop_tokens(stage_dir / importing.SOURCE)
+    stop_tokens = importing.read_stop_tokens(stage_dir / importing.SOURCE)
     if not isinstance(config, chameleon.ChameleonConfig):
         return language_model.LanguageModel(decoder_config, graphdef, decoder, text, stop_tokens)
     vq_graphdef, _ = nnx.split(jax.eval_shape(functools.partial(_make_vq, config)), nnx.Param)
@@ -254,16 +255,6 @@ def _fit(
     """Images preprocessed as for a public checkpoint: uint8 [B, size, size, 3]."""
     pixels = (image_files.to_pixels(image, composite_on_white=False) for image in images)
     return np.stack([preprocess.scale_and_crop(each, size, resample) for each in pixels])
-
-
-def _read_stop_tokens(folder: epath.Path) -> tuple[int, ...]:
-    # generation_config.json, if present, also lists end-of-turn tokens, which config.json does not.
-    for name in ("generation_config.json", "config.json"):
-        values = files.read_json(folder / name) if (folder / name).exists() else {}
-        eos = values.get("eos_token_id") if isinstance(values, dict) else None
-        if eos is not None:
-            return tuple(eos) if isinstance(eos, list) else (eos,)
-    return ()
 
 
 def _embedding_path(config: Any) -> str:

@@ -19,7 +19,7 @@ from rag_mm.convert import (
     table,
     weights,
 )
-from rag_mm.core import configuration, files, progress, renames, run_folder
+from rag_mm.core import checks, configuration, files, progress, renames, run_folder
 from rag_mm.core.errors import UserError
 from rag_mm.data import public_text
 from rag_mm.models import chameleon
@@ -42,12 +42,12 @@ STAGES = {
 FOLDER, SOURCE = "frozen", "source"
 IMPORTED = "imported"  # key of an imported run's config.json: its family
 _CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"
-_PROCESSOR = "processor_config.json"
+_PROCESSOR, _GENERATION = "processor_config.json", "generation_config.json"
 # Copied unchanged, for the export; other files belong to other programs.
 _SIDE_FILES = (
     _CONFIG,
     _PREPROCESSOR,
-    "generation_config.json",
+    _GENERATION,
     _PROCESSOR,
     "special_tokens_map.json",
     "tokenizer_config.json",
@@ -108,8 +108,8 @@ def open_checkpoint(name: str, folder: pathlib.Path) -> Checkpoint:
         return _open_image_tokenizer(folder)
     family = find_family(name)
     _check_folder(folder)
-    values = files.read_json(folder / _CONFIG)
-    model_type = values.get("model_type") if isinstance(values, dict) else None
+    values = files.read_object(folder / _CONFIG)
+    model_type = values.get("model_type")
     if model_type != family.name:
         raise UserError(
             f"{folder} holds a {model_type!r} checkpoint, not {family.name!r} (config.json: model_type)."
@@ -118,6 +118,7 @@ def open_checkpoint(name: str, folder: pathlib.Path) -> Checkpoint:
     config = family.read_config(table.CheckpointFolder(values, *_read_preprocessor(folder), specs))
     specs = family.rename(config, specs)
     mappings = weights.check_tensors(family, config, specs)
+    read_stop_tokens(epath.Path(folder))
     text = public_text.load_tokenizer(folder)
     vocab_size = config.vocab_size if name == "clip" else decoder_config(config).vocab_size
     if text is not None and text.size > vocab_size:
@@ -130,9 +131,7 @@ def open_checkpoint(name: str, folder: pathlib.Path) -> Checkpoint:
 
 def _open_image_tokenizer(folder: pathlib.Path) -> Checkpoint:
     _check_folder(folder)
-    values, specs = files.read_json(folder / _CONFIG), shards.open_folder(epath.Path(folder))
-    if not isinstance(values, dict):
-        raise UserError(f"{folder / _CONFIG} is not a JSON object.")
+    values, specs = files.read_object(folder / _CONFIG), shards.open_folder(epath.Path(folder))
     checkpoint = table.CheckpointFolder(values, *_read_preprocessor(folder), specs)
     family, specs, token_ids = image_tokenizer_format.find(checkpoint)
     config = family.read_config(checkpoint)
@@ -142,6 +141,27 @@ def _open_image_tokenizer(folder: pathlib.Path) -> Checkpoint:
         )
     mappings = weights.check_tensors(family, config, specs)
     return Checkpoint(folder, family, config, specs, mappings, None, token_ids)
+
+
+def read_stop_tokens(folder: epath.Path) -> tuple[int, ...]:
+    """The ids that end a language model's text; none if no file tells.
+
+    Raises:
+        UserError: they are no integers from 0.
+    """
+    # generation_config.json, if present, also lists end-of-turn tokens, which config.json does not.
+    for name in (_GENERATION, _CONFIG):
+        values = files.read_object(folder / name) if (folder / name).exists() else {}
+        eos = values.get("eos_token_id")
+        if eos is None:
+            continue
+        ids = tuple(eos) if isinstance(eos, list) else (eos,)
+        if len(ids) > checks.MAX_LENGTH or any(
+            type(each) is not int or not 0 <= each <= checks.MAX_SIZE for each in ids
+        ):
+            raise UserError(f"{folder / name}: eos_token_id is {str(eos)[:40]}; give ids from 0.")
+        return ids
+    return ()
 
 
 def _check_folder(folder: pathlib.Path) -> None:

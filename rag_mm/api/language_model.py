@@ -9,14 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from rag_mm.core import batches
 from rag_mm.core.errors import UserError
 from rag_mm.data import public_text
-from rag_mm.decode import sampler
+from rag_mm.decode import decode_batch, sampler
 from rag_mm.nn.decoder import Decoder, DecoderConfig
 from rag_mm.nn.param_trees import Params
-
-# Prompts are padded to a multiple of this length, so that few shapes are compiled.
-_PAD_MULTIPLE = 16
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,24 +115,43 @@ class LanguageModel:
             sampling = sampler.Sampling(temperature, top_p)
         except ValueError as error:
             raise UserError(f"{error}.") from None
-        sampled = sampler.sample(
-            self.params,
-            pad_prompts(ids),
-            np.arange(len(ids), dtype=np.uint32) + np.uint32(seed % 2**32),
-            allowed,
-            graphdef=self.graphdef,
-            num_steps=num_tokens,
-            sampling=sampling,
-            stop=self.stop_tokens[0] if self.stop_tokens else None,
-        )
-        completions = [
-            _cut_at_stop(tokens, self.stop_tokens) for tokens in np.asarray(sampled.tokens).tolist()
-        ]
+        completions = self._sample(ids, allowed, num_tokens, sampling, seed)
         texts = None
         if self.text is not None:
             pairs = zip(ids, completions, strict=True)
             texts = [self.text.decode_continuation(prompt, tokens) for prompt, tokens in pairs]
         return Completions(completions, texts)
+
+    def _sample(
+        self,
+        ids: list[list[int]],
+        allowed: np.ndarray,
+        num_tokens: int,
+        sampling: sampler.Sampling,
+        seed: int,
+    ) -> list[list[int]]:
+        """Completions up to their stop token, in batches that fit into memory.
+
+        One program is compiled per bucket of batch size, prompt length and number of new tokens.
+        """
+        length, num_steps = _bucket(max(map(len, ids))), _bucket(num_tokens)
+        seeds = np.arange(len(ids), dtype=np.uint32) + np.uint32(seed % 2**32)
+        size = decode_batch.batch_size(self.config, self.params, length, num_steps)
+        sampled = []
+        for rows in batches.split(len(ids), size):
+            found = sampler.sample(
+                self.params,
+                pad_prompts([ids[row] for row in rows], length),
+                seeds[rows],
+                allowed,
+                graphdef=self.graphdef,
+                num_steps=num_steps,
+                sampling=sampling,
+                stop=self.stop_tokens[0] if self.stop_tokens else None,
+                limit=num_tokens,
+            )
+            sampled += np.asarray(found.tokens)[:, :num_tokens].tolist()
+        return [_cut_at_stop(tokens, self.stop_tokens) for tokens in sampled[: len(ids)]]
 
 
 def need_text(text: public_text.PublicTokenizer | None) -> public_text.PublicTokenizer:
@@ -147,9 +164,8 @@ def need_text(text: public_text.PublicTokenizer | None) -> public_text.PublicTok
     return text
 
 
-def pad_prompts(ids: Sequence[Sequence[int]]) -> sampler.Prompts:
-    """Prompts of different lengths as one batch, padded on the left."""
-    length = -(-max(map(len, ids)) // _PAD_MULTIPLE) * _PAD_MULTIPLE
+def pad_prompts(ids: Sequence[Sequence[int]], length: int) -> sampler.Prompts:
+    """Prompts of different lengths as one batch, padded on the left to `length`."""
     tokens, positions, segment_ids = np.zeros((3, len(ids), length), np.int32)
     for row, prompt in enumerate(ids):
         tokens[row, -len(prompt) :] = prompt
@@ -157,6 +173,14 @@ def pad_prompts(ids: Sequence[Sequence[int]]) -> sampler.Prompts:
         segment_ids[row, -len(prompt) :] = 1
     lengths = np.asarray([len(prompt) for prompt in ids], np.int32)
     return sampler.Prompts(tokens, positions, segment_ids, lengths)
+
+
+def _bucket(count: int) -> int:
+    """The next of 16, 32, 48, 64, 96, 128, 192, ...: few sizes are compiled, at most half too large."""
+    if count <= 16:
+        return 16
+    power = 1 << (count - 1).bit_length()
+    return power * 3 // 4 if count <= power * 3 // 4 and power > 32 else power
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")

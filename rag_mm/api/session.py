@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from rag_mm.core import caption_text, compilation_cache, image_files, run_folder
+from rag_mm.core import caption_text, code_grids, compilation_cache, image_files, run_folder
 from rag_mm.core.document_types import Document
 from rag_mm.core.errors import UserError
-from rag_mm.data import sequences
+from rag_mm.data import token_documents
 from rag_mm.decode import tasks
 from rag_mm.decode.sampler import Sampling
 from rag_mm.memory import policy
@@ -93,6 +93,7 @@ class Session:
         temperature: float = 0.7,
         top_p: float = 0.95,
         best_of: int = 1,
+        image_size: int | None = None,
     ) -> GeneratedImages:
         """Generates images from a caption.
 
@@ -109,6 +110,7 @@ class Session:
             top_p: nucleus sampling, in (0, 1]; keeps the likeliest tokens up to this total probability.
             best_of: number of candidates per image; the one whose retriever embedding is closest to the
                 caption's is kept.
+            image_size: height and width in pixels, of a model trained on several sizes; None: its default.
 
         Returns:
             The images, uint8 [num, H, W, 3], and the documents read.
@@ -124,18 +126,30 @@ class Session:
         text = self._text(prompt)
         retrieved, examples = self._documents(documents, docs, {"text": prompt})
         caption_embedding = self.encoder.encode_text([prompt])
+        grids = None
+        if image_size is not None:
+            grids = self.image_tokenizer.grids_at(image_size, image_size)
 
         def sample(seeds: np.ndarray) -> tasks.SampledCodes:
             return tasks.generate_codes(
-                self.generator, [text] * num, [examples] * num, seeds, sampling
+                self.generator,
+                [text] * num,
+                [examples] * num,
+                seeds,
+                sampling,
+                image_size=image_size,
             )
 
+        def draw(codes: np.ndarray) -> np.ndarray:
+            return self.image_tokenizer.decode(codes, grids=grids)
+
         def score(codes: np.ndarray) -> np.ndarray:
-            embeddings = self.encoder.encode_image(self.image_tokenizer.decode(codes))
+            images = [image_files.fit(image, self.encoder.image_size) for image in draw(codes)]
+            embeddings = self.encoder.encode_image(np.stack(images))
             return (embeddings * caption_embedding).sum(axis=1)
 
         codes = tasks.best_of(sample, score, num, best_of, seed)
-        return GeneratedImages(self.image_tokenizer.decode(codes), retrieved)
+        return GeneratedImages(draw(codes), retrieved)
 
     def caption(
         self,
@@ -196,7 +210,8 @@ class Session:
     ) -> GeneratedImages:
         """Regenerates a horizontal band of an image, given what is above and below it.
 
-        The band has the full width, because a masked span is a run of codes in raster order.
+        The band has the full width, because a masked span is a run of codes in raster order. A pyramid has one
+        in each grid, so that training must have masked as many spans at once.
 
         Example:
             run.infill(image, "red apple on blue", band=(8, 24), num=4).images  # uint8 [4, H, W, 3]
@@ -216,14 +231,15 @@ class Session:
         """
         sampling = _sampling(temperature, top_p)
         _check_count("num", num)
-        masked_codes = self._codes_in_band(band)
+        tokenizer = self.image_tokenizer
+        holes = code_grids.ranges_of_rows(tokenizer.grids, tokenizer.image_size, *band)
         image, prompt = image_files.to_pixels(image), caption_text.clean(prompt)
-        main = sequences.Example(self._text(prompt), self._codes(image)[0])
+        main = token_documents.pair(self._text(prompt), self._codes(image)[0])
         retrieved, examples = self._documents(documents, docs, {"text": prompt})
         sampled = tasks.infill_codes(
             self.generator,
             [main] * num,
-            masked_codes,
+            holes,
             [examples] * num,
             tasks.make_seeds(seed, num),
             sampling,
@@ -234,7 +250,9 @@ class Session:
         if not prompt.strip():
             raise UserError("The prompt is empty; give a caption.")
         layout = self.generator.layout
-        ids, num_cut = sequences.encode_text(layout, self.image_tokenizer.vocabulary, prompt)
+        ids, num_cut = token_documents.encode_text(
+            self.image_tokenizer.vocabulary, prompt, layout.max_text_len
+        )
         if num_cut:
             raise UserError(
                 f"The prompt has {len(ids) + num_cut} tokens, but the model takes at most "
@@ -248,7 +266,7 @@ class Session:
         count: int,
         query: dict[str, Any],
         query_codes: np.ndarray | None = None,
-    ) -> tuple[RetrievedDocuments, list[sequences.Example]]:
+    ) -> tuple[RetrievedDocuments, list[token_documents.Example]]:
         """The documents to condition on: best first for the report, best last for the model."""
         max_docs, documents = self.generator.layout.max_docs, list(given)
         if not 0 <= count <= max_docs or len(given) > max_docs:
@@ -295,7 +313,7 @@ class Session:
         with_image = [pair for pair in pairs if pair[0].image is not None][:count]
         return [document for document, _ in with_image], [score for _, score in with_image]
 
-    def _example(self, document: Document) -> sequences.Example:
+    def _example(self, document: Document) -> token_documents.Example:
         if document.image is None:
             raise UserError(f"Document {document.id!r} has no image, which this model needs.")
         corpus = coded_corpus.Corpus(self.generator.layout, self.image_tokenizer)
@@ -305,23 +323,6 @@ class Session:
         """Codes int32 [1, N] of an image uint8 [H, W, 3] of any size."""
         pixels = image_files.fit(image, self.image_tokenizer.image_size)
         return self.image_tokenizer.encode(pixels[None])
-
-    def _codes_in_band(self, band: tuple[int, int]) -> tuple[int, int]:
-        """(first code, last code + 1) in raster order of a band of pixel rows."""
-        side = round(self.generator.layout.num_codes**0.5)
-        height = self.image_tokenizer.image_size // side
-        start, end = band
-        if (
-            not 0 <= start < end <= self.image_tokenizer.image_size
-            or start % height
-            or end % height
-        ):
-            raise UserError(
-                f"The rows {start}:{end} are not a band of an image of "
-                f"{self.image_tokenizer.image_size} rows; give multiples of {height}, the first less than "
-                "the second."
-            )
-        return start // height * side, end // height * side
 
 
 def load(workdir: epath.PathLike) -> Session:

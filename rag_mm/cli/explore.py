@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import importlib.util
 import pathlib
+import secrets
 import socket
 from typing import Any
 
@@ -13,7 +14,8 @@ from rag_mm.cli import session_args
 from rag_mm.core import progress
 from rag_mm.core.errors import UserError
 
-_HOST = "127.0.0.1"  # Reachable from this machine only: there is no login.
+_HOST = "127.0.0.1"  # Reachable from this machine only; its other users lack the token.
+_SHUTDOWN_SECONDS = 3  # What is drawn by then is waited for, what waits is not.
 _LIBRARIES = ("starlette", "uvicorn")
 
 
@@ -29,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Serves until interrupted. Returns `address`, the page's URL."""
+    """Serves until interrupted. Returns `address`, the page's URL without its token."""
     if not 0 <= args.port < 1 << 16:
         raise UserError(f"--port={args.port} is not a port; give 0 to 65535.")
     for name in _LIBRARIES:
@@ -39,8 +41,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         session = session_args.load_session(args.run)
         listener.listen()  # From here on a browser waits for its answer instead of being refused.
         address = f"http://{_HOST}:{listener.getsockname()[1]}"
-        progress.say(f"{args.run}: {address} (press Ctrl-C to stop)")
-        _serve(session, pathlib.Path(args.run).resolve().name, listener)
+        token = secrets.token_urlsafe(24)
+        progress.say(f"{args.run}: {address}/?token={token} (press Ctrl-C to stop)")
+        _serve(session, pathlib.Path(args.run).resolve().name, token, listener)
     return {"address": address}
 
 
@@ -63,13 +66,20 @@ def _listen(port: int) -> socket.socket:
     return listener
 
 
-def _serve(session: Any, name: str, listener: socket.socket) -> None:
+def _serve(session: Any, name: str, token: str, listener: socket.socket) -> None:
     import uvicorn
 
-    from rag_mm.api import explore_server
+    from rag_mm.api import explore_connections, explore_server
 
-    app = explore_server.make_app(session, name)
+    app = explore_server.make_app(session, name, token)
     # No request log, since queries are private, and no proxy headers, since no proxy is expected.
-    config = uvicorn.Config(app, log_level="warning", access_log=False, proxy_headers=False)
+    config = uvicorn.Config(
+        app,
+        http=explore_connections.ImpatientProtocol,
+        log_level="warning",
+        access_log=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+    )
     with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listener])

@@ -20,6 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="generate N candidates per image and keep the one the retriever scores best (default: 1)",
     )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="height and width, of a model trained on several (default: its first)",
+    )
     session_args.add_out(parser)
 
 
@@ -27,10 +33,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Generates. Returns `images`, the paths written, and `neighbors`, the documents read."""
     session_args.check_out(args.out)
     options = session_args.options(args)
-    if args.best_of < 1:
-        raise UserError(f"--best-of is {args.best_of}; give at least 1.")
+    most = session_args.MAX_OUTPUTS // args.num
+    if not 1 <= args.best_of <= most:
+        raise UserError(f"--best-of is {args.best_of}; give 1 to {most:,}.")
     generated = session_args.load_session(args.workdir).generate(
-        args.prompt, best_of=args.best_of, **options
+        args.prompt, best_of=args.best_of, image_size=args.image_size, **options
     )
     return {
         "images": session_args.save_images(args.out, generated.images),

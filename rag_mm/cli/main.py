@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import rag_mm
-from rag_mm.core import renames
+from rag_mm.core import renames, terminal
 from rag_mm.core.errors import UserError
 
 
@@ -187,7 +187,7 @@ def explain(error: BaseException) -> int | None:
             message, code = f"{where}{error.strerror}.", 2
         case _:
             return None
-    print(f"rag-mm: {message}", file=sys.stderr)
+    print(f"rag-mm: {terminal.printable(message)}", file=sys.stderr)
     return code
 
 
@@ -216,7 +216,7 @@ def _main(argv: list[str]) -> int:
 
         # Without a terminal, do not wrap lines at 80 columns.
         width = None if sys.stdout.isatty() else 200
-        module.show(result, rich.console.Console(highlight=False, width=width))
+        module.show(terminal.printable(result), rich.console.Console(highlight=False, width=width))
     return 1 if result.get("ok") is False else 0
 
 

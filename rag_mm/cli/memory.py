@@ -1,4 +1,4 @@
-"""`rag-mm memory`: build, extend, search and verify a retrieval memory."""
+"""`rag-mm memory`: build, change, search, show and verify a retrieval memory."""
 
 import argparse
 import contextlib
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import rich.console
 
 from rag_mm.cli import memory_show, process_args
+from rag_mm.cli.memory_arguments import add_arguments
 from rag_mm.core import progress
 from rag_mm.core.errors import UserError
 
@@ -19,122 +20,10 @@ if TYPE_CHECKING:
     from rag_mm.memory.writing.stream import Documents, RecordStream
     from rag_mm.memory.writing.writer import Options
 
-_DOCUMENTS = (
-    "a folder with captions.jsonl, .tar or .arrayrecord files, one such file, tfds:NAME:SPLIT, "
-    "or scenes:LEVEL/SPLIT[+SPLIT]/ROLE"
-)
+__all__ = ["add_arguments", "load_encoder", "load_tokenizer", "run", "show"]
+
 _SCENES = "scenes:"
 _TOKENIZER = "tokenizer/frozen"  # in a run
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the actions and their options."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    build = actions.add_parser(
-        "build",
-        help="build a memory from documents",
-        description="Build a memory: check the documents, embed them with a retriever, index them.",
-        epilog="example:\n  rag-mm memory build --documents=images --retriever=runs/quickstart --out=mem",
-    )
-    build.add_argument(
-        "--retriever", required=True, metavar="RUN", help="run with a trained or imported retriever"
-    )
-    build.add_argument(
-        "--tokenizer",
-        metavar="RUN",
-        help="run with a trained or imported image tokenizer, whose codes are stored (default: the "
-        "retriever's run, if it has one)",
-    )
-    build.add_argument("--out", required=True, metavar="MEM", help="folder of the new memory")
-    build.add_argument("--index", default="scann", help="index: scann (default), exact or device")
-    _add_ingestion(build)
-    process_args.add_arguments(
-        build,
-        "Several processes share the encoding. Start each with the same command and --out.",
-    )
-    ingest = actions.add_parser(
-        "ingest", help="check documents and write them as ArrayRecord files, with Apache Beam"
-    )
-    ingest.add_argument("--documents", required=True, help=_DOCUMENTS)
-    ingest.add_argument("--out", required=True, metavar="DIR", help="new folder to write")
-    ingest.add_argument(
-        "--records-per-file",
-        type=int,
-        default=8192,
-        help="records per output file, except for .tar inputs (default: 8192)",
-    )
-    ingest.add_argument("--max-bad", type=float, default=0.01, help="as in build (default: 0.01)")
-    ingest.add_argument(
-        "--beam", metavar="OPTIONS", help="Beam pipeline options (default: two local processes)"
-    )
-    add = actions.add_parser("add", help="add documents, in a new version")
-    add.add_argument("memory", metavar="MEM")
-    _add_ingestion(add)
-    remove = actions.add_parser("remove", help="remove documents, in a new version")
-    remove.add_argument("memory", metavar="MEM")
-    for name in ("id", "url", "license"):
-        remove.add_argument(
-            f"--{name}",
-            action="append",
-            default=[],
-            help=f"remove documents with this {name}; repeatable",
-        )
-    merge = actions.add_parser("merge", help="add another memory's documents, in a new version")
-    merge.add_argument("memory", metavar="MEM")
-    merge.add_argument("other", metavar="OTHER")
-    compact = actions.add_parser(
-        "compact", help="rewrite without removed documents, in a new version"
-    )
-    compact.add_argument("memory", metavar="MEM")
-    compact.add_argument("--prune", action="store_true", help="delete all earlier versions")
-    search = actions.add_parser("search", help="search for documents")
-    search.add_argument("memory", metavar="MEM")
-    query = search.add_mutually_exclusive_group(required=True)
-    query.add_argument("--text", help="text query; default view: mixed")
-    query.add_argument("--image", help="image query, a JPEG, PNG or WebP file; default view: image")
-    query.add_argument(
-        "--document", metavar="ID", help="use this document of the memory as the query"
-    )
-    search.add_argument("--view", help="embeddings to search: image, text or mixed")
-    search.add_argument("-k", type=int, default=5, help="number of hits (default: 5)")
-    search.add_argument("--html", metavar="FILE", help="also write the hits as a contact sheet")
-    verify = actions.add_parser("verify", help="check every file; exit code 1 if one is damaged")
-    verify.add_argument("memory", metavar="MEM")
-    stats = actions.add_parser("stats", help="show what a memory holds")
-    stats.add_argument("memory", metavar="MEM")
-
-
-def _add_ingestion(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--documents", required=True, help=_DOCUMENTS)
-    parser.add_argument(
-        "--max-bad",
-        type=float,
-        default=0.01,
-        help="largest tolerated share of bad records; one is always tolerated unless 0 (default: 0.01)",
-    )
-    parser.add_argument(
-        "--rejects", metavar="FILE", help="write the list of bad records here, also on failure"
-    )
-    parser.add_argument(
-        "--exclude",
-        metavar="DIR",
-        help="exclude these documents and their near-duplicates, such as a test set",
-    )
-    parser.add_argument(
-        "--dedup", action="store_true", help="leave out duplicates of a caption and image"
-    )
-    parser.add_argument(
-        "--similarity",
-        type=float,
-        default=0.98,
-        help="cosine similarity above which images are near-duplicates (default: 0.98)",
-    )
-    parser.add_argument(
-        "--image-batch",
-        type=int,
-        metavar="N",
-        help="images encoded at once, a power of two (default: 2 ** 18 pixels in all, at most 256 images)",
-    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -146,6 +35,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "remove": _remove,
         "merge": _merge,
         "compact": _compact,
+        "add-codes": _add_codes,
+        "show": _show,
         "search": _search,
         "verify": _verify,
         "stats": _stats,
@@ -185,14 +76,18 @@ def _check_image_batch(args: argparse.Namespace) -> None:
         raise UserError(f"--image-batch is {args.image_batch}; give at least 1.")
 
 
+def _check_tokenizer(args: argparse.Namespace) -> None:
+    if args.tokenizer is not None and not (pathlib.Path(args.tokenizer) / _TOKENIZER).is_dir():
+        raise UserError(f"--tokenizer={args.tokenizer} is not a run with an image tokenizer.")
+
+
 def _build(args: argparse.Namespace) -> dict[str, Any]:
     from rag_mm.memory.writing import writer
 
     retriever = pathlib.Path(args.retriever)
     if not retriever.is_dir():
         raise UserError(f"There is no run {args.retriever}; give one with a trained retriever.")
-    if args.tokenizer is not None and not (pathlib.Path(args.tokenizer) / _TOKENIZER).is_dir():
-        raise UserError(f"--tokenizer={args.tokenizer} is not a run with an image tokenizer.")
+    _check_tokenizer(args)
     out = pathlib.Path(args.out)
     if (out / "config.json").exists():  # An unfinished memory shares file names with a run.
         raise UserError(f"--out={args.out} already holds a run or a model; choose another folder.")
@@ -333,12 +228,39 @@ def _compact(args: argparse.Namespace) -> dict[str, Any]:
     return after.stats()
 
 
+def _add_codes(args: argparse.Namespace) -> dict[str, Any]:
+    from rag_mm.memory import retrieval_memory
+
+    _check_image_batch(args)
+    _check_tokenizer(args)
+    before = retrieval_memory.Memory.open(args.memory)
+    folder = pathlib.Path(args.tokenizer) if args.tokenizer else before.carried("tokenizer")
+    tokenizer = load_tokenizer(folder, args.image_batch)
+    with progress.track("documents", len(before)) as bar:
+        after = before.add_codes(tokenizer, on_progress=lambda done, _: bar.update(done))
+    return {**after.stats(), "added_codes": tokenizer.fingerprint}
+
+
+def _show(args: argparse.Namespace) -> dict[str, Any]:
+    from rag_mm.memory import hits, retrieval_memory
+
+    opened = retrieval_memory.Memory.open(args.memory)
+    return {"memory": str(args.memory), **hits.describe_record(opened, _row(opened, args))}
+
+
+def _row(opened: "Memory", args: argparse.Namespace) -> int:
+    if args.document not in opened.ids:
+        raise UserError(f"{args.memory} has no document with the id {args.document!r}.")
+    return opened.ids.index(args.document)
+
+
 def _search(args: argparse.Namespace) -> dict[str, Any]:
     from rag_mm.data import sources
     from rag_mm.memory import hits, model_protocols, retrieval_memory
+    from rag_mm.memory.index import protocol
 
-    if args.k < 1:
-        raise UserError(f"-k is {args.k}; give at least 1.")
+    if not 1 <= args.k <= protocol.MAX_HITS:
+        raise UserError(f"-k is {args.k}; give 1 to {protocol.MAX_HITS:,}.")
     if args.text is not None and not args.text.strip():
         raise UserError("--text is empty; give a query.")
     view = args.view or ("mixed" if args.image is None else "image")
@@ -346,9 +268,7 @@ def _search(args: argparse.Namespace) -> dict[str, Any]:
     image = None if args.image is None else sources.load_image(args.image)
     opened = retrieval_memory.Memory.open(args.memory)
     if args.document is not None:
-        if args.document not in opened.ids:
-            raise UserError(f"{args.memory} has no document with the id {args.document!r}.")
-        row = opened.ids.index(args.document)
+        row = _row(opened, args)
         results = opened.search(vectors=opened.embeddings(view)[row][None], view=view, k=args.k)
     else:
         opened.attach(load_encoder(opened.carried("retriever")))

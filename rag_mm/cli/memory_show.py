@@ -1,4 +1,4 @@
-"""Text output of `rag-mm memory`: tables of hits and statistics, and an HTML contact sheet."""
+"""Text output of `rag-mm memory`: hits, documents and statistics, and an HTML contact sheet."""
 
 import pathlib
 from typing import Any
@@ -24,6 +24,8 @@ def show(result: dict[str, Any], console: rich.console.Console) -> None:
     """Prints hits, problems, or statistics."""
     if "hits" in result:
         _show_hits(result, console)
+    elif "segments" in result:
+        _show_document(result, console)
     elif "process" in result:
         console.print(f"process {result['process']} has finished.", markup=False)
     elif "problems" in result:
@@ -66,7 +68,22 @@ def _show_hits(result: dict[str, Any], console: rich.console.Console) -> None:
         console.print(f"contact sheet: {result['html']}", markup=False)
 
 
+def _show_document(result: dict[str, Any], console: rich.console.Console) -> None:
+    for key in ("id", "row", "url", "license"):
+        console.print(f"{key}: {_text(result[key])}", markup=False)
+    for i, segment in enumerate(result["segments"]):
+        kind = next(kind for kind in ("text", "image", "video") if kind in segment)
+        value = segment["text"] if kind == "text" else " x ".join(map(str, segment[kind]))
+        rate = f" at {segment['fps']:g} frames per second" if kind == "video" else ""
+        console.print(f"{i} {kind}: {value}{rate}", markup=False)
+        for tokenizer, shape in segment.get("codes", {}).items():
+            number = " x ".join(map(str, shape))
+            console.print(f"    {number} codes of {tokenizer[:12]}", markup=False)
+
+
 def _text(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{number} of {name[:12]}" for name, number in value.items()) or "-"
     return "-" if value is None else str(value)

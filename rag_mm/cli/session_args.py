@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from rag_mm.api.session import Session
 
 
+MAX_OUTPUTS = 4096
+"""Of one command; all are kept in memory until the last is done."""
+
+
 def add_arguments(
     parser: argparse.ArgumentParser,
     temperature: float,
@@ -97,8 +101,8 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--seed={args.seed} is negative; give 0 or more.")
     if args.docs < 0:
         raise UserError(f"--docs={args.docs} is negative; give 0 for no retrieval.")
-    if args.num < 1:
-        raise UserError(f"--num is {args.num}; give at least 1.")
+    if not 1 <= args.num <= MAX_OUTPUTS:
+        raise UserError(f"--num is {args.num}; give 1 to {MAX_OUTPUTS:,}.")
     if not 0 <= args.temperature < math.inf:
         raise UserError(
             f"--temperature={args.temperature} is out of range; give a finite number of at least 0."

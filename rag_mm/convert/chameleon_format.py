@@ -36,7 +36,7 @@ def read_config(checkpoint: CheckpointFolder) -> chameleon.ChameleonConfig:
         qk_norm_kind="layernorm_per_head",
         post_norm=v.get("swin_norm", bool, False),
     )
-    vocabulary_map = v.get("vocabulary_map", dict)
+    vocabulary_map = vqgan_format.read_vocabulary_map(checkpoint.config)
     vq = read_vq(checkpoint, checkpoint.config.get("vq_config") or {}, _VQ)
     try:
         return chameleon.ChameleonConfig(
@@ -67,7 +67,7 @@ def read_vq(
         v,
         vqgan.VQGANConfig(),
         image_size=image_size,
-        attention_sizes=tuple(v.get("attn_resolutions", list, [])),
+        attention_sizes=vqgan_format.read_integers(v, "attn_resolutions", ()),
         gain=255 * processor.factor,
         has_decoder=any(name.startswith(f"{prefix}decoder.") for name in checkpoint.specs),
     )

@@ -7,6 +7,7 @@ from flax import nnx
 
 from rag_mm.convert import image_processor
 from rag_mm.convert.table import (
+    MAX_LAYERS,
     CheckpointFolder,
     ConfigReader,
     Family,
@@ -50,7 +51,7 @@ def read_config(checkpoint: CheckpointFolder) -> clip.CLIPConfig:
     )
     mlp = vision.require("hidden_act", "quick_gelu", "quick_gelu", "gelu")
     text.require("hidden_act", "quick_gelu", mlp)
-    eps = vision.get("layer_norm_eps", float, 1e-5)
+    eps = vision.get("layer_norm_eps", float, 1e-5, low=0, high=1)
     text.require("layer_norm_eps", 1e-5, eps)
     vision.require("num_channels", 3, 3)
     end = text.get("eos_token_id", int, 49_407)
@@ -74,7 +75,7 @@ def read_config(checkpoint: CheckpointFolder) -> clip.CLIPConfig:
             pooling="highest_id" if is_legacy else "first_end",
             norm_eps=eps,
         )
-    except (ValueError, IndexError, ZeroDivisionError) as error:
+    except ValueError as error:
         raise UserError(f"config.json: {error}.") from None
 
 
@@ -90,7 +91,7 @@ def _read_tower(
 ) -> clip.TowerConfig:
     return clip.TowerConfig(
         embed_dim=r.get("hidden_size", int, width),
-        num_layers=r.get("num_hidden_layers", int, layers),
+        num_layers=r.get("num_hidden_layers", int, layers, low=1, high=MAX_LAYERS),
         num_heads=r.get("num_attention_heads", int, heads),
         mlp_dim=r.get("intermediate_size", int, mlp_dim),
     )

@@ -33,6 +33,10 @@ def read_config(
     size = _read_size(checkpoint, 2 ** (num_scales - 1))
     attends = vqgan_format.read_integers(v, "attn_resolutions", (3,))  # indices of scales
     num_frames = v.get("temporal_downsample_factor", int, defaults.num_frames)
+    if max(attends, default=0) >= num_scales:
+        raise UserError(
+            f"config.json: vq_config: attn_resolutions are {attends}, but there are {num_scales} scales."
+        )
     sides = tuple(size // 2**scale for scale in attends)
     return vqgan_format.read_config(
         v, defaults, image_size=size, attention_sizes=sides, gain=gain, num_frames=num_frames

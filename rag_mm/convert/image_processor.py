@@ -5,12 +5,12 @@ center is cropped, and pixels are multiplied and normalized. Settings that ask f
 """
 
 import dataclasses
-import math
 from typing import Any
 
 from rag_mm.convert.table import CheckpointFolder, ConfigReader
 from rag_mm.core.errors import UserError
 
+_LARGEST = 1e6
 Channels = tuple[float, float, float]
 
 
@@ -68,7 +68,7 @@ def read(checkpoint: CheckpointFolder, defaults: ImageProcessor, size: int) -> I
             _channels(r, checkpoint.preprocessor_file, key, value)
             for key, value in (("image_mean", defaults.mean), ("image_std", defaults.std))
         )
-    if not (math.isfinite(factor) and factor > 0 and all(value > 0 for value in std)):
+    if not (is_scale(factor) and all(is_scale(value) for value in std)):
         raise UserError(
             f"{checkpoint.preprocessor_file}: rescale_factor is {factor} and image_std {list(std)}; both "
             "must be positive."
@@ -76,8 +76,13 @@ def read(checkpoint: CheckpointFolder, defaults: ImageProcessor, size: int) -> I
     return ImageProcessor(defaults.name, defaults.resample, factor, mean, std)
 
 
+def is_scale(value: float) -> bool:
+    """Whether a number can multiply or divide pixels: positive, and neither tiny nor huge in float32."""
+    return 1 / _LARGEST <= value <= _LARGEST
+
+
 def _channels(r: ConfigReader, file: str, key: str, default: Channels) -> Channels:
     values: list[Any] = r.get(key, list, list(default))
-    if len(values) != 3 or any(type(v) not in (int, float) or not math.isfinite(v) for v in values):
+    if len(values) != 3 or any(type(v) not in (int, float) or not abs(v) <= _LARGEST for v in values):
         raise UserError(f"{file}: {key} is {values}; it must be three finite numbers.")
     return float(values[0]), float(values[1]), float(values[2])

@@ -1,13 +1,12 @@
 """The image tokenizer in a checkpoint folder of Chameleon, Janus or Emu3, whole or saved alone."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import nnx
 
-from rag_mm.convert import chameleon_format, emu3_format, vqgan_format
+from rag_mm.convert import chameleon_format, emu3_format, image_processor, vqgan_format
 from rag_mm.convert.table import CheckpointFolder, ConfigReader, Family, Rule, Specs
 from rag_mm.core.errors import UserError
 from rag_mm.models import chameleon, emu3_vq, vqgan
@@ -84,7 +83,7 @@ def _find_prefix(specs: Specs) -> str:
 def _read_tokens(source: Source, config: Mapping[str, Any]) -> tuple[int, ...]:
     if source.parse_vocabulary_map is None or not config.get("vocabulary_map"):
         return ()
-    vocabulary_map = ConfigReader(config, "config.json").get("vocabulary_map", dict)
+    vocabulary_map = vqgan_format.read_vocabulary_map(config)
     try:
         return source.parse_vocabulary_map(vocabulary_map)
     except ValueError as error:
@@ -148,7 +147,7 @@ def read_gain(checkpoint: CheckpointFolder) -> float:
             f"{file}: image_mean is {mean} and image_std {std}; this converter supports three equal numbers, "
             "the same in both, which scale pixels from -1 on."
         )
-    if not (math.isfinite(factor) and factor > 0 and values[0] > 0):
+    if not (image_processor.is_scale(factor) and image_processor.is_scale(values[0])):
         raise UserError(f"{file}: rescale_factor and image_std must be positive.")
     return 255 * factor / values[0]
 

@@ -8,6 +8,7 @@ from flax import nnx
 
 from rag_mm.convert import shards
 from rag_mm.convert.table import (
+    MAX_LAYERS,
     CheckpointFolder,
     ConfigReader,
     Family,
@@ -52,22 +53,25 @@ def read_decoder(checkpoint: CheckpointFolder, default_eps: float, **fields: Any
     use_bias, mlp_bias = (
         v.require(name, False, False, True) for name in ("attention_bias", "mlp_bias")
     )
-    num_heads = v.get("num_attention_heads", int)
-    num_kv_heads = v.get("num_key_value_heads", int, num_heads)
-    if num_kv_heads < 1 or num_heads % num_kv_heads:
+    num_heads = v.get("num_attention_heads", int, low=1)
+    num_kv_heads = v.get("num_key_value_heads", int, num_heads, low=1)
+    if num_heads % num_kv_heads:
         raise UserError(f"config.json: {num_kv_heads} key heads do not divide {num_heads} heads.")
+    head_dim = v.get("head_dim", int, v.get("hidden_size", int) // num_heads, low=2)
+    if head_dim % 2:
+        raise UserError(f"config.json: head_dim is {head_dim}; RoPE turns pairs, so give an even one.")
     try:
         theta, scaling = _read_rope(values, v)
         return DecoderConfig(
             vocab_size=v.get("vocab_size", int),
-            num_layers=v.get("num_hidden_layers", int),
+            num_layers=v.get("num_hidden_layers", int, low=1, high=MAX_LAYERS),
             embed_dim=v.get("hidden_size", int),
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
-            head_dim=v.get("head_dim", int, v.get("hidden_size", int) // max(num_heads, 1)),
+            head_dim=head_dim,
             mlp_dim=v.get("intermediate_size", int),
             max_seq_len=v.get("max_position_embeddings", int, 2048),
-            norm_eps=v.get("rms_norm_eps", float, default_eps),
+            norm_eps=v.get("rms_norm_eps", float, default_eps, low=0, high=1),
             rope_theta=theta,
             rope_scaling=scaling,
             use_bias=use_bias,
@@ -98,14 +102,14 @@ def _read_rope(
     # transformers 5 has one object; before it, the base was a key next to `rope_scaling`.
     table = values.get("rope_parameters") or values.get("rope_scaling") or {}
     r = ConfigReader(table, "config.json: rope_parameters")
-    theta = r.get("rope_theta", float, v.get("rope_theta", float, 10_000.0))
+    theta = r.get("rope_theta", float, v.get("rope_theta", float, 10_000.0), low=1)
     type_key = "rope_type" if "rope_type" in table else "type"
     if r.require(type_key, "default", "default", "llama3") == "default":
         return theta, None
     return theta, rope.Llama3Scaling(
-        r.get("factor", float),
-        r.get("low_freq_factor", float),
-        r.get("high_freq_factor", float),
+        r.get("factor", float, high=1e6),
+        r.get("low_freq_factor", float, high=1e6),
+        r.get("high_freq_factor", float, high=1e6),
         r.get("original_max_position_embeddings", int),
     )
 

@@ -61,12 +61,12 @@ def read_header(path: epath.Path) -> dict[str, TensorSpec]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER):
                 raise UserError(f"{path} is truncated or not a safetensors file.")
-            header = json.loads(file.read(length))
+            header = files.parse_json(file.read(length))
         header.pop("__metadata__", None)
         specs = [_spec(path, name, entry, 8 + length) for name, entry in header.items()]
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} has no valid safetensors header ({error}).") from error
     by_name = dict(sorted(specs, key=lambda item: (item[1].offset, item[1].nbytes)))
     end = 8 + length

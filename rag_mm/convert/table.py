@@ -10,14 +10,16 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 from flax import nnx
 
 from rag_mm.convert.shards import TensorSpec
+from rag_mm.core import checks
 from rag_mm.core.errors import UserError
 from rag_mm.nn import param_trees
 
+MAX_LAYERS = 4096
+"""A checkpoint with more layers is refused: the list of its tensors would not end."""
 Shape = tuple[int, ...]
 Specs = Mapping[str, TensorSpec]
 
@@ -207,13 +209,6 @@ class Family:
         return list(apply_rules(self.describe(config)[1], self.rules(config)))
 
 
-def leaves_by_path(params: param_trees.Params) -> dict[str, Any]:
-    """Leaves by path, such as `stack/blocks/mlp/up/kernel`, in the order of the tree."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    join = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-    return {join(path): leaf for path, leaf in leaves}
-
-
 def apply_rules(params: param_trees.Params, rules: Sequence[Rule]) -> Iterator[TensorMapping]:
     """The tensors of a model, by applying a name table to its parameters.
 
@@ -221,7 +216,7 @@ def apply_rules(params: param_trees.Params, rules: Sequence[Rule]) -> Iterator[T
         KeyError: a parameter has no rule, which is an error in the table and not in the checkpoint.
     """
     by_path = {rule.ours: rule for rule in rules}
-    for path, leaf in leaves_by_path(params).items():
+    for path, leaf in param_trees.leaves_by_path(params).items():
         rule = by_path[path]
         if "{}" not in rule.theirs:
             yield TensorMapping(path, None, rule.theirs, rule.transform, leaf.shape)
@@ -240,22 +235,40 @@ class ConfigReader:
             raise UserError(f"{where} is not a JSON object.")
         self._values, self._where = values, where
 
-    def get(self, key: str, types: type | tuple[type, ...], default: Any = None) -> Any:
+    def get(
+        self,
+        key: str,
+        types: type | tuple[type, ...],
+        default: Any = None,
+        low: float | None = None,
+        high: float | None = None,
+    ) -> Any:
         """The value; the default where it is absent or null. An int is accepted for a float.
 
+        Numbers are at least `low` and at most `high`; without bounds, integers are 0 to `checks.MAX_SIZE`
+        and floats -1e12 to 1e12.
+
         Raises:
-            UserError: the value is of another type, or absent without a default.
+            UserError: the value is of another type, out of range, or absent without a default.
         """
         value = self._values.get(key)
         value = default if value is None else value
         types = types if isinstance(types, tuple) else (types,)
-        if float in types and type(value) is int:
+        if float in types and int not in types and type(value) is int:
             value = float(value)
         if type(value) not in types:
             if value is None:
                 raise UserError(f"{self._where}: {key} is missing.")
             names = " or ".join(t.__name__ for t in types)
             raise UserError(f"{self._where}: {key} is {value!r}, which is not of type {names}.")
+        if type(value) in (int, float):
+            widest = (0, checks.MAX_SIZE) if type(value) is int else (-1e12, 1e12)
+            least = widest[0] if low is None else low
+            most = widest[1] if high is None else high
+            if not least <= value <= most:  # NaN, too, is outside.
+                raise UserError(
+                    f"{self._where}: {key} is {str(value)[:30]}; give {least:,} to {most:,}."
+                )
         return value
 
     def require(self, key: str, default: Any, *allowed: Any) -> Any:

@@ -1,12 +1,14 @@
 """Names of a VQGAN's tensors, and its sizes in a `vq_config`: Chameleon's and Janus' image tokenizers."""
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from rag_mm.convert.table import ConfigReader, ConvKernel, LinearKernel, Rule
+from rag_mm.core import checks
 from rag_mm.core.errors import UserError
 from rag_mm.models import vqgan
 
-MAX_BLOCKS = 16  # Rules without a parameter are ignored.
+MAX_BLOCKS = checks.MAX_BLOCKS + 1  # Decoders have one more. Rules without a parameter are ignored.
 C = TypeVar("C", bound=vqgan.VQGANConfig)
 _CONV1X1 = LinearKernel(tail=(1, 1))
 
@@ -25,7 +27,7 @@ def read_config(v: ConfigReader, defaults: C, **more: Any) -> C:
     sizes: dict[str, Any] = {
         "width": v.get("base_channels", int, d.width),
         "width_multipliers": read_integers(v, "channel_multiplier", d.width_multipliers),
-        "num_res_blocks": v.get("num_res_blocks", int, d.num_res_blocks),
+        "num_res_blocks": v.get("num_res_blocks", int, d.num_res_blocks, high=checks.MAX_BLOCKS),
         "latent_dim": v.get("latent_channels", int, d.latent_dim),
         "embed_dim": v.get("embed_dim", int, d.embed_dim),
         "codebook_size": v.get(size_key, int, d.codebook_size),
@@ -37,15 +39,31 @@ def read_config(v: ConfigReader, defaults: C, **more: Any) -> C:
 
 
 def read_integers(v: ConfigReader, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
-    """A list of integers.
+    """A list of at most `MAX_BLOCKS` integers from 0.
 
     Raises:
         UserError: it is anything else.
     """
     values = v.get(key, list, list(default))
-    if any(type(value) is not int for value in values):
-        raise UserError(f"config.json: vq_config: {key} is {values}, which are not all integers.")
+    if len(values) > MAX_BLOCKS or any(
+        type(value) is not int or not 0 <= value <= checks.MAX_SIZE for value in values
+    ):
+        raise UserError(
+            f"config.json: vq_config: {key} is {str(values)[:80]}; give at most {MAX_BLOCKS} integers."
+        )
     return tuple(values)
+
+
+def read_vocabulary_map(config: Mapping[str, Any]) -> dict[str, int]:
+    """The ids of the tokens by name, in a config.json.
+
+    Raises:
+        UserError: it is missing, or an id is no integer.
+    """
+    vocabulary_map = ConfigReader(config, "config.json").get("vocabulary_map", dict)
+    if any(type(id) is not int or not 0 <= id <= checks.MAX_SIZE for id in vocabulary_map.values()):
+        raise UserError("config.json: vocabulary_map holds an id that is no integer from 0.")
+    return vocabulary_map
 
 
 def rules(

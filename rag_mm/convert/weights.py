@@ -17,9 +17,9 @@ from etils import epath
 
 from rag_mm.convert import shards
 from rag_mm.convert.shards import TensorSpec
-from rag_mm.convert.table import Family, TensorMapping, leaves_by_path
+from rag_mm.convert.table import Family, TensorMapping
 from rag_mm.core.errors import UserError
-from rag_mm.nn.param_trees import Params
+from rag_mm.nn.param_trees import Params, leaves_by_path
 
 Parts = Iterable[tuple[int | None, np.ndarray]]
 Progress = Callable[[int], None]
@@ -38,7 +38,10 @@ def check_tensors(
         UserError: a tensor is missing or unexpected, has another shape or an unsupported dtype, or differs in
             dtype from the same tensor of other layers.
     """
-    mappings = family.mappings(config)
+    try:
+        mappings = family.mappings(config)
+    except (TypeError, ValueError, ArithmeticError, MemoryError) as error:
+        raise UserError(f"config.json describes no {family.name}: {str(error)[:200]}.") from error
     expected = {mapping.theirs for mapping in mappings}
     for mapping in mappings:
         spec = specs.get(mapping.theirs)

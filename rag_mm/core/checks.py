@@ -1,6 +1,16 @@
 """Range checks of configs: a wrong value is refused by name before anything runs."""
 
+from collections.abc import Mapping
 from typing import Any
+
+from rag_mm.core.errors import UserError
+
+MAX_SIZE = 1 << 24
+"""No size that a model is made of is larger: widths, layers, positions, ids of a vocabulary."""
+MAX_LENGTH = 1 << 10
+"""Nor has a list of sizes more entries."""
+MAX_BLOCKS = 15
+"""No convolutional network here has more scales, or more residual blocks at one of them."""
 
 
 def at_least(config: Any, least: float, *names: str) -> None:
@@ -40,3 +50,22 @@ def one_of(config: Any, name: str, known: Any) -> None:
     value = getattr(config, name)
     if value not in known:
         raise ValueError(f"{name} is {value!r}; give one of {', '.join(map(str, known))}")
+
+
+def sizes(values: Any, where: str) -> None:
+    """Refuses what would make a model endless, in plain values that somebody else wrote.
+
+    Raises:
+        UserError: an integer, anywhere inside `values`, is beyond `MAX_SIZE`, or a list has more than
+            `MAX_LENGTH` entries; `where` is named.
+    """
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            sizes(value, f"{where}: {key}")
+    elif isinstance(values, list | tuple):
+        if len(values) > MAX_LENGTH:
+            raise UserError(f"{where} has {len(values):,} entries; at most {MAX_LENGTH:,} are read.")
+        for value in values:
+            sizes(value, where)
+    elif isinstance(values, int) and abs(values) > MAX_SIZE:
+        raise UserError(f"{where} is {str(values)[:20]}; at most {MAX_SIZE:,} is possible.")

@@ -7,10 +7,11 @@ copied, shared and downloaded.
 import contextlib
 import os
 import pathlib
-import stat
 import time
 
 import jax
+
+from rag_mm.core import user_cache
 
 _MAX_AGE = 30 * 24 * 3600.0  # Seconds; nothing else bounds the size of the folder.
 
@@ -30,38 +31,8 @@ def keep_programs() -> None:
 
 
 def user_folder() -> pathlib.Path | None:
-    """`rag_mm/programs` in XDG_CACHE_HOME, else in ~/.cache; created, for its owner alone (mode 0700).
-
-    None where there is no home, or where the folder cannot be created or written, or belongs to someone else
-    or may be written by others.
-    """
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(base):  # The XDG specification says to ignore relative ones.
-        home = os.environ.get("HOME", "")
-        if not os.path.isabs(home):
-            return None
-        base = os.path.join(home, ".cache")
-    folder = pathlib.Path(base)
-    for name in ("", "rag_mm", "programs"):
-        folder /= name
-        try:
-            folder.mkdir(mode=0o700, exist_ok=True)
-        except OSError:
-            return None
-        if name and not _is_private(folder):
-            return None
-    return folder if os.access(folder, os.W_OK) else None
-
-
-def _is_private(folder: pathlib.Path) -> bool:
-    """Whether a folder, no link, is the user's own and nobody else may write to it."""
-    status = os.lstat(folder)
-    others = stat.S_IWGRP | stat.S_IWOTH
-    return (
-        stat.S_ISDIR(status.st_mode)
-        and status.st_uid == os.geteuid()
-        and not status.st_mode & others
-    )
+    """`rag_mm/programs` in the user's cache folder; None where there is none, see `user_cache.folder`."""
+    return user_cache.folder("programs")
 
 
 def _delete_old(folder: pathlib.Path) -> None:

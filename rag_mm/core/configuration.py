@@ -216,7 +216,7 @@ def make(cls: type[T], values: Mapping[str, Any], where: str) -> T:
             raise UserError(f"{where}.{key} is {value!r}; give {_type_name(hints[key])}.")
     try:
         return cls(**made)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{where}: {error}.") from error
     except UserError as error:
         raise UserError(f"{where}: {error}") from error

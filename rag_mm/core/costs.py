@@ -17,6 +17,7 @@ from typing import Any
 from etils import epath
 
 from rag_mm.core import files
+from rag_mm.core.errors import UserError
 
 FILE_NAME = "times.json"
 # Step times of a training stage, its profile, and TensorBoard events (which contain times too).
@@ -63,9 +64,23 @@ def timed(stage_dir: epath.Path) -> Iterator[None]:
 
 
 def read(stage_dir: epath.Path) -> dict[str, Any]:
-    """The content of `times.json`: `parts`, one for each time the stage was started; empty if never."""
+    """The content of `times.json`: `parts`, one for each time the stage was started; empty if never.
+
+    The file only tells what a stage cost, so a damaged one stops nothing: parts that cannot be read are left
+    out.
+    """
     path = stage_dir / FILE_NAME
-    return files.read_json(path) if path.exists() else {"parts": []}
+    try:
+        parts = files.read_object(path, parts=list)["parts"] if path.exists() else []
+    except UserError:
+        parts = []
+    return {"parts": [part for part in parts if _is_part(part)]}
+
+
+def _is_part(part: Any) -> bool:
+    return isinstance(part, dict) and all(
+        isinstance(part.get(key), int | float) for key in ("wall_seconds", "peak_rss_mb")
+    )
 
 
 def mark_reused(stage_dir: epath.Path) -> None:
@@ -84,10 +99,10 @@ def summary(stage_dir: epath.Path) -> dict[str, Any]:
     return {
         "wall_seconds": round(sum(part["wall_seconds"] for part in parts), 2),
         "borrowed_seconds": round(sum(borrowed), 2),
-        "peak_rss_mb": max(part["peak_rss_mb"] for part in parts),
+        "peak_rss_mb": max((part["peak_rss_mb"] for part in parts), default=0),
         "parts": len(parts),
-        "code": parts[-1]["code"],
-        "machine": parts[-1]["machine"],
+        "code": parts[-1].get("code") if parts else None,
+        "machine": parts[-1].get("machine") if parts else None,
     }
 
 

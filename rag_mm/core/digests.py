@@ -7,14 +7,15 @@ from collections.abc import Iterator
 import tensorstore
 from etils import epath
 
-from rag_mm.core import files
+from rag_mm.core import checksums, files
 from rag_mm.core.errors import UserError
 
 # Orbax keeps the arrays of a save in an OCDBT store whose files have random names, next to files with
-# times and paths. So the arrays are read from the store, and those files are skipped.
+# times and paths. So the arrays are read from the store, and those files are skipped; so is the list of their
+# checksums.
 _STORE = "manifest.ocdbt"
 _STORE_FILES = (_STORE, "d", "ocdbt.process_*")
-_METADATA_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
+_METADATA_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt", checksums.NAME)
 # Left by a process that was killed during a save or an atomic write.
 _UNFINISHED = ("*.orbax-checkpoint-tmp*", ".*")
 

@@ -1,4 +1,4 @@
-"""Documents, the input type of the whole library: ordered lists of text and image segments."""
+"""Documents, the input type of the whole library: ordered lists of text, image and video segments."""
 
 import dataclasses
 
@@ -28,8 +28,37 @@ class Image:
                 f"an image is uint8 [H, W, 3], not {self.pixels.dtype} {self.pixels.shape}"
             )
 
+    @property
+    def pictures(self) -> tuple[np.ndarray, ...]:
+        """The image, uint8 [H, W, 3], as the only picture."""
+        return (self.pixels,)
 
-Segment = Text | Image
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Video:
+    """A video segment; `frames` is uint8 [F, H, W, 3], RGB, F at least 1; `fps` is in frames per second.
+
+    Raises:
+        ValueError: `frames` has another dtype or shape, or `fps` is not a positive number.
+    """
+
+    frames: np.ndarray
+    fps: float
+
+    def __post_init__(self):
+        shape = self.frames.shape
+        if self.frames.dtype != np.uint8 or len(shape) != 4 or not shape[0] or shape[3] != 3:
+            raise ValueError(f"a video is uint8 [F, H, W, 3], not {self.frames.dtype} {shape}")
+        if not 0 < self.fps < float("inf"):
+            raise ValueError(f"fps is {self.fps}; give a positive number of frames per second")
+
+    @property
+    def pictures(self) -> tuple[np.ndarray, ...]:
+        """The frames, each uint8 [H, W, 3]."""
+        return tuple(self.frames)
+
+
+Segment = Text | Image | Video
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,5 +77,10 @@ class Document:
 
     @property
     def image(self) -> np.ndarray | None:
-        """The first image's pixels, uint8 [H, W, 3], or None."""
-        return next((s.pixels for s in self.segments if isinstance(s, Image)), None)
+        """The first picture, uint8 [H, W, 3], an image or the first frame of a video; None if none."""
+        return next((s.pictures[0] for s in self.segments if not isinstance(s, Text)), None)
+
+    @property
+    def pictures(self) -> list[np.ndarray]:
+        """All images and frames of videos in order, each uint8 [H, W, 3]."""
+        return [picture for s in self.segments if not isinstance(s, Text) for picture in s.pictures]

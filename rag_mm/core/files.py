@@ -4,13 +4,14 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import pathlib
 import shutil
 import stat
 import uuid
 from collections.abc import Iterator, Mapping
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import numpy as np
 from etils import epath
@@ -32,20 +33,31 @@ def write_atomic(path: epath.PathLike, data: bytes) -> None:
         if not os.path.isdir(path.parent):  # Remote object stores replace objects atomically.
             path.write_bytes(data)
             return
-        _refuse_unless_regular(path)
-        temporary = _temporary(path)
-        try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+        with whole_file(path) as temporary, open(temporary, "xb") as file:
+            file.write(data)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+@contextlib.contextmanager
+def whole_file(path: epath.PathLike) -> Iterator[pathlib.Path]:
+    """Yields a temporary name in the folder of `path`, a local file; what is written there replaces it.
+
+    On an exception what is at `path` stays as it was.
+
+    Raises:
+        UserError: `path` is a link, folder, device or pipe.
+        OSError: nothing was written, or it cannot be moved to `path`.
+    """
+    _refuse_unless_regular(path)
+    temporary = pathlib.Path(_temporary(path))
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -126,6 +138,10 @@ def _temporary(path: epath.PathLike) -> str:
     return os.path.join(folder, f".{name}.{uuid.uuid4().hex[:8]}")
 
 
+_MAX_DIGITS = 300  # A float holds larger integers, too.
+_MAX_DEPTH = 100  # Far from Python's limit, since what is read is walked by recursive functions.
+
+
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys and no spaces, so that equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -137,19 +153,85 @@ def write_json(path: epath.PathLike, value: Mapping[str, Any]) -> None:
     write_atomic(path, text.encode())
 
 
-def read_json(path: epath.PathLike) -> Any:
-    """Reads JSON.
+def parse_json(text: str | bytes) -> Any:
+    """Parses JSON of any origin.
 
     Raises:
-        UserError: the file is missing or is not JSON.
+        ValueError: it is not JSON or not UTF-8, is nested too deeply, or holds NaN, an infinity or a number
+            beyond the range of a float.
+    """
+    try:
+        value = json.loads(text, parse_constant=_refuse_number, parse_float=_finite, parse_int=_int)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(_MAX_DEPTH):
+        level = [
+            item
+            for each in level
+            for item in (each.values() if isinstance(each, dict) else each)
+            if isinstance(item, dict | list)
+        ]
+        if not level:
+            return value
+    raise ValueError("it is nested too deeply")
+
+
+def _refuse_number(name: str) -> NoReturn:
+    raise ValueError(f"it holds {name}, which is not a number in JSON")
+
+
+def _int(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"{digits[:20]}.. is beyond the range of a number")
+    return int(digits)
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits[:20]} is beyond the range of a number")
+    return value
+
+
+def read_json(path: epath.PathLike) -> Any:
+    """Reads JSON; nothing that it says is trusted, see `parse_json`.
+
+    Raises:
+        UserError: the file is missing, no regular file, or not JSON of finite numbers.
     """
     path = epath.Path(path)
     try:
-        return json.loads(path.read_text())
+        if is_special(path):
+            raise UserError(f"{path} is a device or a pipe, not a file.")
+        return parse_json(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
     except (ValueError, OSError) as error:
         raise UserError(f"{path} is not readable JSON ({error}).") from error
+
+
+def read_object(path: epath.PathLike, **types: type) -> dict[str, Any]:
+    """Reads a JSON object; `types` are those of keys that it must have, such as `captions=list`.
+
+    Raises:
+        UserError: as `read_json`; or it is no object, or a key is missing or of another type.
+    """
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a JSON object.")
+    for key, kind in types.items():
+        if not isinstance(values.get(key), kind):
+            raise UserError(f"{path} is damaged: its {key!r} is missing or no {kind.__name__}.")
+    return values
+
+
+def is_special(path: epath.PathLike) -> bool:
+    """Whether a local path leads to a device, pipe or socket, which may never end; remote stores have none."""
+    if "://" in os.fspath(path) or not os.path.exists(path):
+        return False
+    mode = os.stat(path).st_mode
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
 def digest(data: bytes) -> str:

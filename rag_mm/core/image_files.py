@@ -5,13 +5,23 @@ import os
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 
 from rag_mm.core.errors import UserError
 
 MAX_PIXELS = 1 << 26
 """Images whose header declares more pixels (64 Mi, as 8192 x 8192) are not decoded."""
-
+MAX_DOCUMENT_PIXELS = 1 << 28
+"""Nor are the pictures of a document that has more in all (256 Mi, 768 MiB of RGB)."""
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}
 
 AnyImage = np.ndarray | PIL.Image.Image
 
@@ -28,7 +38,7 @@ def to_pixels(image: AnyImage, composite_on_white: bool = True) -> np.ndarray:
         UserError: it is anything else.
     """
     if isinstance(image, PIL.Image.Image):
-        return to_rgb(PIL.ImageOps.exif_transpose(image), composite_on_white)
+        return to_rgb(upright(image), composite_on_white)
     if isinstance(image, str | os.PathLike):
         raise UserError(f"{os.fspath(image)!r} is a path; open it with PIL.Image.open.")
     array = np.asarray(image)
@@ -57,10 +67,29 @@ def _to_bytes(array: np.ndarray) -> np.ndarray:
     return np.round(array * np.float32(255)).astype(np.uint8)
 
 
+def orientation(image: PIL.Image.Image) -> int:
+    """How a Pillow image lies, 1..8, by its EXIF or XMP data; 1, upright, without data that can be read."""
+    image.load()  # Outside, so that damaged pixels are noticed.
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # Damaged metadata can raise almost any exception.
+        return 1
+    return value if isinstance(value, int) and value in _TURNS else 1
+
+
+def upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    """The Pillow image, turned as its `orientation` says."""
+    turn = _TURNS.get(orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
 def to_rgb(image: PIL.Image.Image, composite_on_white: bool) -> np.ndarray:
     """The pixels of a Pillow image of any mode as uint8 [H, W, 3]; the flag is that of `to_pixels`."""
     if image.mode.startswith("I"):  # 16 bits; Pillow would clip values at 255, not scale them.
-        gray = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
+        values = np.asarray(image).astype(np.int64)
+        gray = np.clip(values >> 8, 0, 255).astype(np.uint8)
+        if composite_on_white and image.has_transparency_data:
+            gray[values == image.info["transparency"]] = 255
         return np.repeat(gray[:, :, None], 3, axis=2)
     if composite_on_white and image.has_transparency_data:
         image = image.convert("RGBA")
@@ -94,15 +123,15 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def decode_png(data: bytes) -> np.ndarray:
+def decode_png(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decodes the bytes of `encode_png` to uint8 [H, W, 3].
 
     Raises:
-        UserError: the bytes are not an RGB PNG, or the image has more than `MAX_PIXELS` pixels.
+        UserError: the bytes are not an RGB PNG, or the image has more than `max_pixels` pixels.
     """
     try:
         with PIL.Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            if image.mode != "RGB" or image.width * image.height > MAX_PIXELS:
+            if image.mode != "RGB" or image.width * image.height > max_pixels:
                 raise UserError(f"A stored image is {image.mode} {image.width}x{image.height}.")
             return np.array(image)
     except UserError:

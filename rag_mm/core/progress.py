@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator
 from typing import Protocol
 
+from rag_mm.core import terminal
+
 QUIET_SECONDS = 30.0
 _is_quiet = False
 
@@ -52,7 +54,7 @@ def say(message: str) -> None:
 
 def warn(message: str) -> None:
     """Prints one line on stderr, in quiet processes too."""
-    print(message, file=sys.stderr, flush=True)
+    print(terminal.printable(message), file=sys.stderr, flush=True)
 
 
 class _Terminal:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from rag_mm.core import costs, digests, files
+from rag_mm.core import costs, digests, files, locks, progress
 from rag_mm.core.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -82,11 +82,12 @@ class Run:
             return None
         fields = files.read_json(path)
         try:
-            return StageManifest(**fields)
+            manifest = StageManifest(**fields)
         except TypeError:
-            raise UserError(
-                f"{path} is not a valid stage manifest; delete {path.parent}."
-            ) from None
+            manifest = None
+        if manifest is None or not _is_valid(manifest, stage):
+            raise UserError(f"{path} is not a valid stage manifest; delete {path.parent}.")
+        return manifest
 
     def finished_stage(self, stage: str) -> epath.Path:
         """Folder of a finished stage, after verifying that its files are unchanged.
@@ -106,7 +107,7 @@ class Run:
     @property
     def config(self) -> dict[str, Any]:
         """The resolved config as nested dicts."""
-        return files.read_json(self.workdir / "config.json")
+        return files.read_object(self.workdir / "config.json")
 
     def save_config(self, config: Mapping[str, Any]) -> None:
         """Writes config.json; call it only after `check_stage` passed for every stage of the config."""
@@ -114,9 +115,17 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """All metrics by stage; key "machine" holds time, memory and machine by stage. Empty if none."""
+        """All metrics by stage; key "machine" holds time, memory and machine by stage. Empty if none.
+
+        A damaged file stops nothing: each stage's metrics are in its manifest, too, and are merged in anew.
+        """
         path = self.workdir / "metrics.json"
-        return files.read_json(path) if path.exists() else {}
+        try:
+            values = files.read_object(path) if path.exists() else {}
+        except UserError as error:
+            progress.warn(f"{error} It is written anew.")
+            values = {}
+        return {key: value for key, value in values.items() if isinstance(value, dict)}
 
     def save_costs(self, name: str, stages: Sequence[str], **more: float) -> None:
         """Writes the total wall seconds and the peak memory of `stages` under `name` in metrics.json.
@@ -157,13 +166,11 @@ class Run:
                 f"{self.workdir} cannot be written: {error.strerror or error}."
             ) from error
         try:
-            try:
-                # A POSIX record lock: forked children do not inherit it.
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            # A POSIX record lock: forked children do not inherit it.
+            if not locks.take(file, self.workdir, fcntl.lockf):
                 raise UserError(
                     f"{self.workdir} is in use by another process; wait until it ends or stop it."
-                ) from None
+                )
             _held.add(name)
             yield
         finally:
@@ -172,6 +179,18 @@ class Run:
 
 
 _held: set[str] = set()
+
+
+def _is_valid(manifest: StageManifest, stage: str) -> bool:
+    """Whether the values of a manifest, which may be a stranger's, are of the types they should have."""
+    tables = (manifest.config, manifest.inputs, manifest.outputs, manifest.metrics)
+    return (
+        all(isinstance(table, dict) for table in tables)
+        and manifest.stage == stage
+        and isinstance(manifest.status, str)
+        and isinstance(manifest.fingerprint, str)
+        and all(isinstance(value, str) for table in tables[1:3] for value in table.values())
+    )
 
 
 def open_run(workdir: epath.PathLike) -> Run:
@@ -208,6 +227,7 @@ def check_stage(
         UserError: see `run_stage`.
     """
     manifest = run.manifest(stage)
+    _refuse_link(run, stage, manifest)
     if manifest is None:
         return
     reason = _why_stale(run, manifest, _plain(config), inputs)
@@ -244,7 +264,8 @@ def run_stage(
 
     Raises:
         UserError: an input is missing, unfinished or edited; or the stage was built with another config or
-            other inputs, or its files were edited, and `overwrite` is false.
+            other inputs, or its files were edited, and `overwrite` is false; or its folder is a link and it
+            is not done there.
     """
     config = _plain(config)
     with run.locked():
@@ -263,8 +284,18 @@ def run_stage(
                 # about another stage were deleted if that stage was rebuilt.
                 _merge_metrics(run, old.metrics, {stage: costs.summary(run.stage_dir(stage))})
                 return old
+        _refuse_link(run, stage, run.manifest(stage))
         manifest = StageManifest(stage, "running", config, _fingerprints(run, inputs))
         return _execute(run, manifest, fn, reports_on_others)
+
+
+def _refuse_link(run: Run, stage: str, manifest: StageManifest | None) -> None:
+    """Raises UserError if building the stage would write through a link, into what may be another run."""
+    path = run.stage_dir(stage)
+    if os.path.islink(path) and (manifest is None or not manifest.is_done):
+        raise UserError(
+            f"{path} is a link to a stage that is not done; finish it in its own run, or remove the link."
+        )
 
 
 def _execute(

@@ -22,18 +22,16 @@ def write_documents(path: pathlib.Path, documents: Iterable[document_types.Docum
 
     Images are stored as PNG, in their original size.
     """
-    temporary = path.with_name(f".{path.name}.part")
     count = 0
-    try:
-        with contextlib.closing(
+    with (
+        files.whole_file(path) as temporary,
+        contextlib.closing(
             array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
-        ) as writer:
-            for document in documents:
-                writer.write(record.to_bytes(record.Record(document, {})))
-                count += 1
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        ) as writer,
+    ):
+        for document in documents:
+            writer.write(record.to_bytes(record.Record(document, {})))
+            count += 1
     return count
 
 
@@ -58,6 +56,8 @@ class ArrayRecordSource:
         for i in range(start, len(self._records)):
             try:
                 document = record.from_bytes(self._records[i]).document
+                if len(document.text) > captions.MAX_TEXT_BYTES:
+                    raise UserError(f"its text has {len(document.text):,} characters.")
                 yield stream.Item(i + 1, document)
             except (RuntimeError, UserError) as error:  # RuntimeError: ArrayRecord's checksum.
                 reject = stream.Reject(f"record {i}", "damaged-record", f"cannot be read: {error}")
@@ -119,6 +119,9 @@ class TfdsSource:
 
 
 def _open(paths: Sequence[str]) -> array_record_data_source.ArrayRecordDataSource:
+    for path in paths:
+        if files.is_special(path):
+            raise UserError(f"{path} is a device or a pipe, not an ArrayRecord file.")
     try:
         source = array_record_data_source.ArrayRecordDataSource(list(paths))
         len(source)

@@ -87,7 +87,7 @@ def ingest(
         with contextlib.suppress(OSError):
             out.rmdir()  # If nothing was written, the next attempt can use the folder.
         raise
-    counts = files.read_json(out / ingest_report.COUNTS)
+    counts = files.read_object(out / ingest_report.COUNTS)
     if not counts["ok"]:
         raise UserError(
             f"{counts['added']} of {counts['read']} records of {spec} are good, too few for "

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from rag_mm.core.errors import UserError
-from rag_mm.data import array_records, captions, image_decoding, sources
+from rag_mm.data import array_records, captions, file_names, image_decoding, sources
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -42,7 +42,7 @@ class LabeledFolder:
         if not directory.is_dir():
             raise UserError(f"{directory} is not a folder of class folders.")
         paths_by_class = {
-            folder.name: [p for p in sorted(folder.iterdir()) if p.suffix.lower() in ENDINGS]
+            folder.name: [path for path in sorted(folder.iterdir()) if _is_image(path)]
             for folder in sorted(directory.iterdir())
             if folder.is_dir() and not folder.name.startswith(".")
         }
@@ -63,6 +63,11 @@ class LabeledFolder:
                     yield sources.load_image(path), number
                 except UserError as error:
                     self.rejects.append((str(path), str(error)))
+
+
+def _is_image(path: pathlib.Path) -> bool:
+    name = f"{path.parent.name}/{path.name}"
+    return path.suffix.lower() in ENDINGS and not file_names.is_system_file(name)
 
 
 class LabeledTfds:

@@ -39,7 +39,11 @@ class Masking:
 
 
 def sample_spans(
-    masking: Masking, segments: np.ndarray, rng: np.random.Generator, max_spans: int
+    masking: Masking,
+    segments: np.ndarray,
+    rng: np.random.Generator,
+    max_spans: int,
+    length: int | None = None,
 ) -> np.ndarray:
     """Samples `n ~ clip(Poisson(1), min_spans, max_spans)` spans, each inside one segment.
 
@@ -50,15 +54,17 @@ def sample_spans(
 
     Args:
         masking: the probabilities.
-        segments: int [num_segments, 2], start and end of each segment in the sequence, ascending;
-            one boundary token follows the last. Empty segments are never masked.
+        segments: int [num_segments, 2], start and end of each segment that may be masked, ascending. Empty
+            segments are never masked.
         rng: the source of all randomness.
         max_spans: maximum number of spans that the sequence has room for.
+        length: number of tokens of the sequence; None: one boundary token follows the last segment.
 
     Returns:
         int32 [n, 2], start and end of each span, ascending and disjoint.
     """
-    length = int(segments[-1, 1]) + 1
+    if length is None:
+        length = int(segments[-1, 1]) + 1
     segments = segments[segments[:, 0] < segments[:, 1]]
     num_spans = min(max(int(rng.poisson(1.0)), masking.min_spans), max_spans)
     if not num_spans or not len(segments) or rng.random() >= masking.mask_prob:
@@ -136,12 +142,6 @@ def rearrange(num_tokens: int, spans: np.ndarray) -> Rearranged:
     kept.append(indices[cursor:num_tokens])
     num_kept = num_tokens + len(spans) - int((ends - starts).sum())
     return Rearranged(np.concatenate(kept + moved), num_kept)
-
-
-def mask(tokens: np.ndarray, spans: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-    """Masks a sequence: int32 [T] and spans int [n, 2] give int32 [T + 3 n]."""
-    extended = np.concatenate([tokens, make_marks(len(spans), vocabulary)])
-    return extended[rearrange(len(tokens), spans).source]
 
 
 def make_marks(num_spans: int, vocabulary: Vocabulary) -> np.ndarray:

@@ -17,7 +17,7 @@ T = TypeVar("T", covariant=True)
 # Key of a batch that holds the indices of its source records, int64 [B].
 RECORDS = "records"
 # One thread next to the training step: more would only wait for Python's global lock.
-_READING = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+READING = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 
 class RecordSource(Protocol[T]):
@@ -85,7 +85,7 @@ def make_batches(
         if share > 0
     ]
     dataset = grain.MapDataset.mix(*zip(*mixture, strict=True))
-    batches = dataset[start:].to_iter_dataset(_READING)
+    batches = dataset[start:].to_iter_dataset(READING)
     if num_workers:
         if not flags.FLAGS.is_parsed():  # Grain's worker processes require parsed absl flags.
             flags.FLAGS.mark_as_parsed()
@@ -133,7 +133,7 @@ def make_array_batches(
         records = order(epoch)[first + rows.start : first + rows.stop]
         return {RECORDS: records, **take(records)}
 
-    return iter(grain.MapDataset.range(sys.maxsize).map(make).to_iter_dataset(_READING))
+    return iter(grain.MapDataset.range(sys.maxsize).map(make).to_iter_dataset(READING))
 
 
 def _check_filled(num_records: int, batch_size: int, num_epochs: int | None) -> None:

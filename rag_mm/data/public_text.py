@@ -1,19 +1,24 @@
 """Text tokenizers of public checkpoints: any tokenizer.json, or CLIP's BPE from vocab.json and merges.txt."""
 
+import contextlib
 import dataclasses
 import functools
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import tokenizers
 from etils import epath
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from rag_mm.core import files
 from rag_mm.core.errors import UserError
+from rag_mm.data import tokenizer_growth
 
 TOKENIZER, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 FILES = (TOKENIZER, VOCABULARY, MERGES)
+MAX_TEXT = 1 << 20
+"""Longer texts, in characters, are not tokenized."""
+_PROBE = "a 1"
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _SPECIALS = f"{re.escape(_START)}|{re.escape(_END)}"
 _CLIP_WORDS = _SPECIALS + r"|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -40,11 +45,17 @@ class PublicTokenizer:
             text.encode()
         except UnicodeEncodeError:
             raise UserError(f"The text {text[:40]!r} is not valid Unicode.") from None
-        return self.tokenizer.encode(text).ids
+        if len(text) > MAX_TEXT:
+            raise UserError(
+                f"The text has {len(text):,} characters; at most {MAX_TEXT:,} are read."
+            )
+        with _no_panic(f"The tokenizer cannot read {text[:40]!r}"):
+            return self.tokenizer.encode(text).ids
 
     def decode_text(self, ids: Sequence[int]) -> str:
         """Decodes ids without special tokens; CLIP's end-of-word markers become spaces."""
-        text = self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        with _no_panic("The tokenizer cannot decode these ids"):
+            text = self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
         suffix = getattr(self.tokenizer.model, "end_of_word_suffix", None)
         return text.replace(suffix, " ").strip() if suffix else text
 
@@ -67,25 +78,47 @@ def load_tokenizer(folder: epath.PathLike) -> PublicTokenizer | None:
         UserError: a file is damaged, or only one of vocab.json and merges.txt exists.
     """
     folder = epath.Path(folder)
+    if (folder / TOKENIZER).exists():
+        tokenizer_growth.check(files.read_object(folder / TOKENIZER), str(folder / TOKENIZER))
     try:
-        if (folder / TOKENIZER).exists():
-            tokenizer = tokenizers.Tokenizer.from_str((folder / TOKENIZER).read_text())
-            tokenizer.no_truncation()
-            tokenizer.no_padding()
-            return PublicTokenizer(tokenizer)
-        present = [(folder / name).exists() for name in (VOCABULARY, MERGES)]
-        if not any(present):
-            return None
-        if not all(present):
-            raise UserError(f"{folder} has only one of {VOCABULARY} and {MERGES}.")
-        merges = (folder / MERGES).read_text().splitlines()
-        lines = [line.split() for line in merges if line and not line.startswith("#version")]
-        pairs = [(first, second) for first, second in lines]
-        return PublicTokenizer(make_clip_bpe(json.loads((folder / VOCABULARY).read_text()), pairs))
+        with _no_panic(f"{folder} has no readable tokenizer"):
+            return _load(folder)
     except UserError:
         raise
     except Exception as error:  # The library raises bare exceptions.
         raise UserError(f"{folder} has no readable tokenizer ({error}).") from error
+
+
+def _load(folder: epath.Path) -> PublicTokenizer | None:
+    if (folder / TOKENIZER).exists():
+        tokenizer = tokenizers.Tokenizer.from_str((folder / TOKENIZER).read_bytes().decode())
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        with contextlib.suppress(
+            Exception
+        ):  # A template without its token panics, at the first text only.
+            tokenizer.encode(_PROBE)
+        return PublicTokenizer(tokenizer)
+    present = [(folder / name).exists() for name in (VOCABULARY, MERGES)]
+    if not any(present):
+        return None
+    if not all(present):
+        raise UserError(f"{folder} has only one of {VOCABULARY} and {MERGES}.")
+    merges = (folder / MERGES).read_bytes().decode().splitlines()
+    lines = [line.split() for line in merges if line and not line.startswith("#version")]
+    pairs = [(first, second) for first, second in lines]
+    return PublicTokenizer(make_clip_bpe(files.read_object(folder / VOCABULARY), pairs))
+
+
+@contextlib.contextmanager
+def _no_panic(what: str) -> Iterator[None]:
+    """Turns a panic of the library, which is no Exception, into a UserError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what}: its library failed ({str(error)[:100]}).") from None
 
 
 def make_clip_bpe(

@@ -1,9 +1,13 @@
-"""Training sequences and prompts: retrieved documents first, the main document last (docs/papers/ra_cm3.md).
+"""Training sequences and prompts: retrieved documents first, the main document last (docs/sequences.md).
 
-A sequence is `EOD (text BRK image BRK)xK text BRK image EOD`, followed by the spans that masking moved. Every
-document has a slot of fixed size; the main document is always in the last. Position ids count through the
-slots, including their unused part, so a code and its copy in another slot differ by a constant offset,
-whatever the lengths of the texts.
+A sequence is `EOD`, then the segments of each document with `BRK` after each, but `EOD` after the last:
+`EOD (text BRK image BRK)xK text BRK image EOD` where every document is a text and an image. The spans that
+masking moved follow. Two layouts differ in their position ids alone:
+
+- `slots`: every document has a slot of fixed size, and every text and image room of fixed size in it; the
+  main document is always in the last slot. A code and its copy in another document then differ by a
+  constant offset, whatever the lengths of the texts. A moved token keeps the position it had.
+- `packed`: positions run on, so that several sequences fill one row of a batch (`data.packing`).
 """
 
 import dataclasses
@@ -12,98 +16,198 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rag_mm.core import checks
 from rag_mm.core.errors import UserError
 from rag_mm.core.roles import IGNORED, MAIN, RETRIEVED, SENTINEL
 from rag_mm.data import masking
+from rag_mm.data.token_documents import IMAGE, TEXT, Example, TokenSegment
 from rag_mm.data.vocabulary import Vocabulary
+
+SLOTS, PACKED = "slots", "packed"
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The capacity of a sequence.
+    """The capacity of a sequence, and its position ids.
 
     Attributes:
         max_docs: maximum number of retrieved documents, in addition to the main one.
-        max_text_len: maximum number of text tokens per document.
-        num_codes: number of image codes per document.
+        max_text_len: maximum number of tokens in a text.
+        num_codes: maximum number of codes in an image, and one more in vocabularies with several image sizes,
+            whose images begin with a size token.
         max_spans: maximum number of masked spans.
+        kind: slots | packed.
+        max_seq_len: number of positions in packed sequences; not used by slots.
+        num_texts: maximum number of texts in a document.
+        num_images: maximum number of images in a document.
     """
 
     max_docs: int = 2
     max_text_len: int = 24
     num_codes: int = 64
     max_spans: int = 4
+    kind: str = SLOTS
+    max_seq_len: int = 0
+    num_texts: int = 1
+    num_images: int = 1
 
     def __post_init__(self):
-        for name, least in (
-            ("max_docs", 0),
-            ("max_text_len", 1),
-            ("num_codes", 1),
-            ("max_spans", 0),
-        ):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}; give at least {least}.")
+        checks.at_least(self, 0, "max_docs", "max_spans", "num_texts", "num_images")
+        checks.at_least(self, 1, "max_text_len", "num_codes")
+        checks.one_of(self, "kind", (SLOTS, PACKED))
+        if self.kind == PACKED and self.max_seq_len < self.length:
+            raise UserError(
+                f"max_seq_len is {self.max_seq_len}, but the main document and {self.max_docs} retrieved "
+                f"ones can take {self.length} tokens; give at least that many, or fewer or shorter documents."
+            )
+
+    def capacity(self, kind: str) -> int:
+        """Number of tokens reserved for a segment of kind `TEXT` or `IMAGE`."""
+        return {TEXT: self.max_text_len, IMAGE: self.num_codes}[kind]
 
     @property
     def slot(self) -> int:
-        """Number of positions per document: text, BRK, image, and the closing BRK or EOD."""
-        return self.max_text_len + 1 + self.num_codes + 1
+        """Number of tokens reserved for a document: its segments, and the `BRK` or `EOD` after each."""
+        return sum(
+            count * (self.capacity(kind) + 1)
+            for kind, count in ((TEXT, self.num_texts), (IMAGE, self.num_images))
+        )
 
     @property
-    def moved_start(self) -> int:
-        """Position of the first moved token, whatever the length of the documents."""
+    def unmasked_length(self) -> int:
+        """Length of the longest sequence before masking: the opening EOD and all slots."""
         return 1 + (self.max_docs + 1) * self.slot
 
     @property
     def length(self) -> int:
-        """Length of the longest sequence: the opening EOD, all slots, and three tokens per span."""
-        return self.moved_start + 3 * self.max_spans
+        """Length of the longest sequence: masking adds three tokens per span."""
+        return self.unmasked_length + 3 * self.max_spans
+
+    def prompt_len(self, num_main: int) -> int:
+        """Length of the longest prompt with `num_main` tokens after the retrieved documents."""
+        return 1 + self.max_docs * self.slot + num_main
 
     @property
     def num_positions(self) -> int:
-        """Upper bound of the position ids: all texts and images moved, with two marks per span."""
-        num_content_tokens = (self.max_docs + 1) * (self.max_text_len + self.num_codes)
-        return self.moved_start + num_content_tokens + 2 * self.max_spans
+        """Upper bound of the position ids."""
+        return self.max_seq_len if self.kind == PACKED else self.unmasked_length
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Example:
-    """One document as tokens.
+class Tokens(NamedTuple):
+    """A sequence without padding.
 
     Attributes:
-        text: text ids.
-        codes: int32 [num_codes], codes in the codebook.
-        num_cut: number of text tokens that were cut off.
+        tokens, positions: int32 [T].
+        roles: int8 [T], the role of each token as a target (`core.roles`).
+        segments: int32 [S, 2], first token of every segment and the one after its last, before masking.
+        is_maskable: bool [S], whether spans of a segment may be masked.
+        num_retrieved: how many of the segments belong to retrieved documents.
+        num_kept: number of tokens before the moved spans.
     """
 
-    text: Sequence[int]
-    codes: np.ndarray
-    num_cut: int = 0
+    tokens: np.ndarray
+    positions: np.ndarray
+    roles: np.ndarray
+    segments: np.ndarray
+    is_maskable: np.ndarray
+    num_retrieved: int
+    num_kept: int
+
+    @property
+    def main(self) -> np.ndarray:
+        """The segments of the main document, int32 [S', 2]."""
+        return self.segments[self.num_retrieved :]
 
 
-def encode_text(layout: Layout, vocabulary: Vocabulary, text: str) -> tuple[list[int], int]:
-    """The first `max_text_len` ids of `text`, and the number of ids cut off."""
-    ids = vocabulary.encode_text(text)
-    return ids[: layout.max_text_len], max(0, len(ids) - layout.max_text_len)
+def lay_out(
+    layout: Layout, vocabulary: Vocabulary, main: Example, docs: Sequence[Example] = ()
+) -> Tokens:
+    """The unmasked sequence of a main document and at most `max_docs` retrieved ones, in sequence order.
 
+    The token after a segment has the segment's role.
 
-def make_example(layout: Layout, vocabulary: Vocabulary, text: str, codes: np.ndarray) -> Example:
-    """Encodes `text`, cut to `max_text_len` tokens; `codes` is int [num_codes]."""
-    ids, num_cut = encode_text(layout, vocabulary, text)
-    return Example(ids, np.asarray(codes, np.int32), num_cut)
-
-
-def find_segments(layout: Layout, main: Example, docs: Sequence[Example] = ()) -> np.ndarray:
-    """Segments of the unmasked sequence: int32 [2 (K + 1), 2], text and image of each document in turn.
-
-    Start and end are token indices. The last two segments are the main text and the main image. The target
-    of token t is token t + 1, so the indices of targets are smaller by one.
+    Raises:
+        UserError: more documents than the layout holds.
+        ValueError: a document does not fit the layout or the vocabulary.
     """
-    lengths = np.array([len(example.text) for example in (*docs, main)])
-    closing = np.cumsum(lengths + layout.num_codes + 2)
-    image = closing - layout.num_codes
-    text = image - 1 - lengths
-    return np.stack([text, image - 1, image, closing], 1).reshape(-1, 2).astype(np.int32)
+    if len(docs) > layout.max_docs:
+        raise UserError(
+            f"{len(docs)} documents were given, but the model takes at most {layout.max_docs};"
+            " pass fewer."
+        )
+    # The opening EOD comes directly before the first used slot.
+    start = (layout.max_docs - len(docs)) * layout.slot
+    ids: list[np.ndarray | list[int]] = [[vocabulary.eod]]
+    starts, roles = [start], [RETRIEVED if docs else MAIN]
+    segments, is_maskable, end = [], [], 1
+    for number, example in enumerate((*docs, main)):
+        _check(layout, vocabulary, example)
+        at = start + 1 + number * layout.slot
+        for segment in example.segments:
+            tokens = _tokens(vocabulary, segment)
+            after = at + layout.capacity(segment.kind)
+            ids += [tokens, [vocabulary.brk]]
+            starts += [at, after]
+            role = segment.role
+            if role is None:
+                role = MAIN if number == len(docs) else RETRIEVED
+            roles += [role, role]
+            segments.append((end + len(tokens) - len(segment.ids), end + len(tokens)))
+            is_maskable.append(segment.is_maskable and role != IGNORED)
+            at, end = after + 1, end + len(tokens) + 1
+    ids[-1] = [vocabulary.eod]
+    lengths = [len(part) for part in ids]
+    tokens = np.concatenate(ids).astype(np.int32)
+    # Positions count on from the start of each part.
+    counts = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return Tokens(
+        tokens=tokens,
+        positions=_positions(layout, np.repeat(starts, lengths) + counts),
+        roles=np.repeat(np.array(roles, np.int8), lengths),
+        segments=np.array(segments, np.int32),
+        is_maskable=np.array(is_maskable, bool),
+        num_retrieved=len(segments) - len(main.segments),
+        num_kept=len(tokens),
+    )
+
+
+def mask(layout: Layout, vocabulary: Vocabulary, plain: Tokens, spans: np.ndarray | None) -> Tokens:
+    """Moves spans to the end; their tokens keep their roles, and in slots their positions.
+
+    Args:
+        layout: capacity of the sequence.
+        vocabulary: the ids.
+        plain: from `lay_out`.
+        spans: int [n, 2] from `masking.sample_spans`, n at most `max_spans`; None moves nothing.
+
+    Raises:
+        ValueError: there are too many spans, or one is not inside a segment that may be masked.
+    """
+    if spans is None or not len(spans):
+        return plain
+    if len(spans) > layout.max_spans:
+        raise ValueError(
+            f"{len(spans)} spans do not fit a sequence with room for {layout.max_spans}"
+        )
+    starts, ends, count, length = spans[:, 0], spans[:, 1], len(spans), len(plain.tokens)
+    segment = np.searchsorted(plain.segments[:, 0], starts, side="right") - 1
+    is_inside = (segment >= 0) & (ends <= plain.segments[segment, 1])
+    if not (is_inside & plain.is_maskable[segment]).all():
+        raise ValueError(f"spans {spans.tolist()} are not inside {plain.segments.tolist()}")
+    source, num_kept = masking.rearrange(length, spans)
+    roles = np.concatenate([plain.roles, np.full(count, SENTINEL, np.int8), plain.roles[starts]])
+    # A sentinel stands where its span began; when it opens the span at the end, one position earlier, so that
+    # every moved token follows the position before its own.
+    at = [plain.positions, plain.positions[starts], plain.positions[ends - 1] + 1]
+    positions = np.concatenate(at)[source]
+    opens = (source[num_kept:] >= length) & (source[num_kept:] < length + count)
+    positions[num_kept:][opens] -= 1
+    return plain._replace(
+        tokens=np.concatenate([plain.tokens, masking.make_marks(count, vocabulary)])[source],
+        positions=_positions(layout, positions),
+        roles=roles[source],
+        num_kept=num_kept,
+    )
 
 
 def make_row(
@@ -113,36 +217,38 @@ def make_row(
     docs: Sequence[Example] = (),
     spans: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """Makes one training sequence, padded at the end.
+    """A training sequence, padded to `layout.length` tokens; see `as_row`, `lay_out` and `mask`."""
+    sequence = mask(layout, vocabulary, lay_out(layout, vocabulary, main, docs), spans)
+    return as_row(vocabulary, sequence, layout.length)
+
+
+def as_row(
+    vocabulary: Vocabulary, sequence: Tokens, length: int | None = None
+) -> dict[str, np.ndarray]:
+    """The arrays of a training batch, for one sequence.
 
     Args:
-        layout: capacity of the sequence.
         vocabulary: the ids.
-        main: the document to model.
-        docs: at most `max_docs` retrieved documents, in sequence order.
-        spans: int [n, 2] from `masking.sample_spans`, n at most `max_spans`; None masks nothing.
+        sequence: from `lay_out` or `mask`.
+        length: T, to which it is padded at the end; None for its own length.
 
     Returns:
-        Arrays [layout.length]. `tokens`, `targets` (the next token), `positions` and
-        `segment_ids` (1, padding 0) are int32. `roles`, int8, is the role of the target: 1 belongs to
-        the main document, 2 to a retrieved one (including its BRK and moved spans), 3 is a sentinel, 0
-        padding.
+        Arrays [T]. `tokens`, `targets` (the next token), `positions` and `segment_ids` (1, padding 0) are
+        int32. `roles`, int8, is the role of the target; 0 in padding and where the sequence ends.
 
     Raises:
-        UserError: more documents than the layout holds.
-        ValueError: text, codes or spans do not fit.
+        ValueError: the sequence is longer than `length`.
     """
-    parts = _mask(layout, vocabulary, _lay_out(layout, vocabulary, main, docs), spans)
-    n = len(parts.tokens)
-    tokens = np.full(layout.length, vocabulary.pad, np.int32)
-    targets = tokens.copy()
-    positions, segment_ids = np.zeros((2, layout.length), np.int32)
-    roles = np.full(layout.length, IGNORED, np.int8)
-    tokens[:n] = parts.tokens
-    targets[: n - 1] = parts.tokens[1:]
-    positions[:n] = parts.positions
-    segment_ids[:n] = 1
-    roles[: n - 1] = parts.roles[1:]
+    n = len(sequence.tokens)
+    length = n if length is None else length
+    if length < n:
+        raise ValueError(f"a sequence of {n} tokens does not fit {length}")
+    tokens, targets = np.full((2, length), vocabulary.pad, np.int32)
+    positions, segment_ids = np.zeros((2, length), np.int32)
+    roles = np.full(length, IGNORED, np.int8)
+    tokens[:n], targets[: n - 1] = sequence.tokens, sequence.tokens[1:]
+    positions[:n], segment_ids[:n] = sequence.positions, 1
+    roles[: n - 1] = sequence.roles[1:]
     return {
         "tokens": tokens,
         "targets": targets,
@@ -163,44 +269,56 @@ class Prompt(NamedTuple):
     next_position: int
 
 
-def caption_to_image_prompt(
-    layout: Layout, vocabulary: Vocabulary, text: Sequence[int], docs: Sequence[Example] = ()
-) -> Prompt:
-    """`EOD docs text BRK`; the model continues with `num_codes` codes."""
-    main = Example(text, np.zeros(layout.num_codes, np.int32))
-    parts = _lay_out(layout, vocabulary, main, docs)
-    end = int(parts.segments[-1, 0])
-    return Prompt(parts.tokens[:end], parts.positions[:end], int(parts.positions[end]))
-
-
-def image_to_caption_prompt(
-    layout: Layout, vocabulary: Vocabulary, codes: np.ndarray, docs: Sequence[Example] = ()
-) -> Prompt:
-    """`EOD docs S0 BRK image EOD S0`; the model continues with the caption and `eoss`."""
-    main = Example([0], codes)  # An arbitrary token, which the sentinel replaces.
-    parts = _lay_out(layout, vocabulary, main, docs)
-    return _infill_prompt(layout, vocabulary, parts, parts.segments[-2])
-
-
-def infill_prompt(
+def continue_prompt(
     layout: Layout,
     vocabulary: Vocabulary,
     main: Example,
-    start: int,
-    end: int,
+    segment: int,
     docs: Sequence[Example] = (),
 ) -> Prompt:
-    """`EOD docs text BRK prefix S0 suffix EOD S0`; the model continues with codes [start, end) and `eoss`.
+    """Everything before segment `segment` of the main document, which the model is to write.
 
-    The codes of `main` in [start, end) are ignored.
+    An image's size token, where there is one, is part of the prompt. The ids of this and of later segments do
+    not matter.
+    """
+    parts = lay_out(layout, vocabulary, main, docs)
+    end = int(parts.main[segment, 0])
+    return Prompt(parts.tokens[:end], parts.positions[:end], int(parts.positions[end - 1]) + 1)
+
+
+def fill_prompt(
+    layout: Layout,
+    vocabulary: Vocabulary,
+    main: Example,
+    segment: int,
+    docs: Sequence[Example] = (),
+    holes: Sequence[tuple[int, int]] = (),
+    num_filled: int = 0,
+) -> Prompt:
+    """The sequence with holes in segment `segment` of the main document, up to where one is to be filled.
+
+    A hole is a masked span: `EOD docs text BRK prefix S0 suffix EOD S0` continues with the tokens of the hole
+    and `EOSS`. With several holes, those before the one to be filled are in the prompt, with the ids that
+    `main` has there; the ids in it and in later ones do not matter.
+
+    Args:
+        layout, vocabulary, docs: as for `lay_out`.
+        main: the document; a text that is to be written whole has any one token.
+        segment: number of the segment in `main`.
+        holes: ranges [start, end) of the segment's ids, ascending and disjoint; none: the whole segment.
+        num_filled: number of holes before the one to be filled.
 
     Raises:
-        ValueError: the range is empty or outside of the image.
+        ValueError: a hole is empty or outside of the segment, or the layout has fewer spans.
     """
-    if not 0 <= start < end <= layout.num_codes:
-        raise ValueError(f"codes [{start}, {end}) are not a range inside {layout.num_codes} codes")
-    parts = _lay_out(layout, vocabulary, main, docs)
-    return _infill_prompt(layout, vocabulary, parts, parts.segments[-1, 0] + np.array([start, end]))
+    size = len(main.segments[segment].ids)
+    spans = np.array(holes or [(0, size)], np.int32)
+    if not ((spans[:, 0] >= 0) & (spans[:, 0] < spans[:, 1]) & (spans[:, 1] <= size)).all():
+        raise ValueError(f"holes {spans.tolist()} are not ranges inside {size} ids")
+    plain = lay_out(layout, vocabulary, main, docs)
+    masked = mask(layout, vocabulary, plain, spans + plain.main[segment, 0])
+    end = masked.num_kept + 1 + int((spans[:num_filled, 1] - spans[:num_filled, 0] + 2).sum())
+    return Prompt(masked.tokens[:end], masked.positions[:end], int(masked.positions[end - 1]) + 1)
 
 
 def stack_prompts(
@@ -225,98 +343,40 @@ def stack_prompts(
     return tokens, positions, segment_ids
 
 
-class _Parts(NamedTuple):
-    """A sequence without padding; `roles` are those of the tokens, not of their targets."""
-
-    tokens: np.ndarray
-    positions: np.ndarray
-    roles: np.ndarray
-    segments: np.ndarray
-    num_kept: int
-
-
-def _lay_out(
-    layout: Layout, vocabulary: Vocabulary, main: Example, docs: Sequence[Example]
-) -> _Parts:
-    """Lays out the unmasked sequence."""
-    _check(layout, vocabulary, main, docs)
-    examples = (*docs, main)
-    grid = np.full(
-        (len(examples), layout.slot), -1, np.int32
-    )  # -1: unused space after a short text.
-    for i, example in enumerate(examples):
-        grid[i, : len(example.text)] = example.text
-        grid[i, layout.max_text_len + 1 : -1] = example.codes
-    grid[:, layout.max_text_len + 1 : -1] += vocabulary.code_offset
-    grid[:, layout.max_text_len] = grid[:, -1] = vocabulary.brk
-    grid[-1, -1] = vocabulary.eod
-    cells = np.flatnonzero(grid >= 0)
-    # The opening EOD comes directly before the first used slot.
-    first_position = (layout.max_docs - len(docs)) * layout.slot
-    tokens = np.concatenate([[vocabulary.eod], grid.ravel()[cells]]).astype(np.int32)
-    positions = np.concatenate([[first_position], first_position + 1 + cells]).astype(np.int32)
-    roles = np.full(len(tokens), RETRIEVED, np.int8)
-    segments = find_segments(layout, main, docs)
-    roles[segments[-2, 0] :] = MAIN
-    return _Parts(tokens, positions, roles, segments, len(tokens))
+def _tokens(vocabulary: Vocabulary, segment: TokenSegment) -> np.ndarray:
+    ids = np.asarray(segment.ids, np.int32)
+    if segment.kind == TEXT:
+        return ids
+    codes = ids + np.int32(vocabulary.code_offset)
+    if not vocabulary.image_sizes:
+        return codes
+    return np.insert(codes, 0, vocabulary.size_token(segment.image_size))
 
 
-def _check(layout: Layout, vocabulary: Vocabulary, main: Example, docs: Sequence[Example]) -> None:
-    if len(docs) > layout.max_docs:
-        raise UserError(
-            f"{len(docs)} documents were given, but the model takes at most {layout.max_docs};"
-            " pass fewer."
-        )
-    for example in (*docs, main):
-        codes = example.codes
-        if len(example.text) > layout.max_text_len:
-            raise ValueError(
-                f"a text of {len(example.text)} tokens is longer than {layout.max_text_len};"
-                " make examples with make_example"
-            )
-        if len(example.text) and not 0 <= min(example.text) <= max(example.text) < (
-            vocabulary.text_size
-        ):
-            raise ValueError(f"text ids {list(example.text)} are not below {vocabulary.text_size}")
-        if codes.shape != (layout.num_codes,):
-            raise ValueError(f"codes have shape {codes.shape}, not ({layout.num_codes},)")
-        if codes.min() < 0 or codes.max() >= vocabulary.codebook_size:
-            raise ValueError(
-                f"codes are in [{codes.min()}, {codes.max()}], outside of the codebook's"
-                f" [0, {vocabulary.codebook_size})"
-            )
+def _positions(layout: Layout, positions: np.ndarray) -> np.ndarray:
+    """Positions of the tokens in sequence order, int32 [T], from those in slots."""
+    if layout.kind == PACKED:
+        return np.arange(len(positions), dtype=np.int32)
+    return positions.astype(np.int32)
 
 
-def _mask(
-    layout: Layout, vocabulary: Vocabulary, parts: _Parts, spans: np.ndarray | None
-) -> _Parts:
-    """Moves `spans`; moved tokens keep their role and get the positions from `moved_start` on."""
-    if spans is None or not len(spans):
-        return parts
-    if len(spans) > layout.max_spans:
+def _check(layout: Layout, vocabulary: Vocabulary, example: Example) -> None:
+    kinds = [segment.kind for segment in example.segments]
+    if not kinds or kinds.count(TEXT) > layout.num_texts or kinds.count(IMAGE) > layout.num_images:
         raise ValueError(
-            f"{len(spans)} spans do not fit a sequence with room for {layout.max_spans}"
+            f"a document of {kinds} does not fit {layout.num_texts} texts and {layout.num_images} images"
         )
-    starts, ends = spans[:, 0], spans[:, 1]
-    segment = np.searchsorted(parts.segments[:, 0], starts, side="right") - 1
-    if (segment < 0).any() or (ends > parts.segments[segment, 1]).any():
-        raise ValueError(f"spans {spans.tolist()} are not inside {parts.segments.tolist()}")
-    source, num_kept = masking.rearrange(len(parts.tokens), spans)
-    marks = masking.make_marks(len(spans), vocabulary)
-    tokens = np.concatenate([parts.tokens, marks])[source]
-    roles = np.concatenate(
-        [parts.roles, np.full(len(spans), SENTINEL, np.int8), parts.roles[starts]]
-    )
-    # A sentinel in place gets the position of its span's start; marks at the end are renumbered below.
-    marks_at = np.tile(parts.positions[starts], 2)
-    positions = np.concatenate([parts.positions, marks_at])[source]
-    positions[num_kept:] = layout.moved_start + np.arange(len(source) - num_kept)
-    return _Parts(tokens, positions, roles[source], parts.segments, num_kept)
-
-
-def _infill_prompt(
-    layout: Layout, vocabulary: Vocabulary, parts: _Parts, span: np.ndarray
-) -> Prompt:
-    masked = _mask(layout, vocabulary, parts, span[None])
-    end = masked.num_kept + 1
-    return Prompt(masked.tokens[:end], masked.positions[:end], layout.moved_start + 1)
+    for segment in example.segments:
+        values = np.asarray(segment.ids)
+        size = {TEXT: vocabulary.text_size, IMAGE: vocabulary.codebook_size}[segment.kind]
+        capacity = layout.capacity(segment.kind)
+        if segment.kind == IMAGE and vocabulary.image_sizes:
+            capacity -= 1
+        if values.ndim != 1 or len(values) > capacity:
+            raise ValueError(
+                f"{segment.kind} ids of shape {values.shape} do not fit {capacity} tokens"
+            )
+        if len(values) and not 0 <= values.min() <= values.max() < size:
+            raise ValueError(
+                f"{segment.kind} ids in [{values.min()}, {values.max()}] are not in [0, {size})"
+            )

@@ -1,7 +1,7 @@
-"""Documents from an untrusted folder of images with captions in captions.jsonl."""
+"""Documents from an untrusted folder of images, described by the lines of captions.jsonl."""
 
+import contextlib
 import os
-import stat
 import unicodedata
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +11,7 @@ from etils import epath
 
 from rag_mm.core import document_types, files
 from rag_mm.core.errors import UserError
-from rag_mm.data import captions, image_decoding
+from rag_mm.data import captions, document_json, file_names, image_decoding
 from rag_mm.memory.writing import stream
 
 CAPTIONS = "captions.jsonl"
@@ -44,12 +44,9 @@ def read_file(path: epath.Path) -> bytes:
         BadImage: it has more than `image_decoding.MAX_BYTES` bytes.
     """
     try:
-        # epath treats a pipe as a file; a remote store has no pipes.
-        if "://" not in os.fspath(path):
-            mode = os.stat(path).st_mode
-            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-                raise captions.BadRecord("device", "cannot be read: it is a device or a pipe.")
-        if path.is_file() and path.stat().length > image_decoding.MAX_BYTES:
+        if files.is_special(path):  # epath treats a pipe as a file.
+            raise captions.BadRecord("device", "cannot be read: it is a device or a pipe.")
+        if path.is_file() and _size(path) > image_decoding.MAX_BYTES:
             raise image_decoding.BadImage(
                 "too-many-bytes",
                 f"has more than {image_decoding.MAX_BYTES:,} bytes; scale it down.",
@@ -60,11 +57,18 @@ def read_file(path: epath.Path) -> bytes:
         raise captions.BadRecord("missing-picture", reason) from error
 
 
-class FolderSource:
-    """The records of a folder in the order of captions.jsonl, each a caption and an image.
+def _size(path: epath.Path) -> int:
+    # epath looks up the owner's name, which containers often do not know.
+    return path.stat().length if "://" in os.fspath(path) else os.stat(path).st_size
 
-    A line is `{"image": "file.png", "caption": "...", "url": "...", "license": "..."}`, the last
-    two optional. The document's id is the image's file name without its ending, in composed form (NFC).
+
+class FolderSource:
+    """The records of a folder in the order of captions.jsonl.
+
+    A line is `{"image": "file.png", "caption": "...", "url": "...", "license": "..."}`, the last two
+    optional: a text and an image. The document's id is the image's path without its ending
+    (`file_names.ids_of_paths`). Or a line is a document of any segments, with an id of its own
+    (`document_json`).
     """
 
     def __init__(self, directory: epath.PathLike):
@@ -76,32 +80,48 @@ class FolderSource:
         self._directory = epath.Path(directory)
         self._lines = _read_lines(self._directory)
         self.size: int | None = len(self._lines)
-        self.fingerprint = files.digest(b"\n".join(self._lines))
+        self._ids = _ids(self._lines)
+        self.fingerprint = files.digest(b"\n".join(self._lines) + _describe(self._ids))
 
     def read(self, start: int) -> Iterator[stream.Item]:
         """Items from line `start` on; empty lines are not counted."""
         for i in range(start, len(self._lines)):
             name = f"line {i + 1}"
             try:
-                fields, sidecar = _parse(self._lines[i])
-                name = fields["image"]
-                yield self._item(i + 1, fields["image"], sidecar)
+                fields = captions.parse_json(self._lines[i])
+                if document_json.has_segments(fields):
+                    name = document_json.name_of(fields) or name
+                    document, notes = document_json.parse(fields, self._read)
+                    yield stream.Item(i + 1, document, notes=notes)
+                else:
+                    sidecar = _check(fields)
+                    name = fields["image"]
+                    yield self._item(i, fields["image"], sidecar)
             except (captions.BadRecord, image_decoding.BadImage) as error:
                 bad = captions.BadRecord(error.reason, str(error))
                 yield stream.Item(i + 1, reject=bad.as_reject(name))
 
-    def image_name(self, i: int) -> str:
-        """The image file named by line `i`, which must be valid."""
-        return _parse(self._lines[i])[0]["image"]
+    def name(self, i: int) -> str:
+        """The image file, or the id, that line `i` gives, which must be valid."""
+        fields = captions.parse_json(self._lines[i])
+        return document_json.name_of(fields) or fields["image"]
 
-    def _item(self, position: int, name: str, sidecar: captions.SidecarCaption) -> stream.Item:
+    def _read(self, name: str) -> tuple[bytes, str]:
+        """The bytes and the ending of a file of the folder."""
+        captions.check_path(name)
         path = _find(self._directory, name)
-        ending = path.suffix.removeprefix(".")
-        image = image_decoding.decode(read_file(path), ending, min_pixels=2)
+        if _leads_outside(self._directory, path):
+            raise captions.BadRecord(
+                "leads-outside",
+                "is a link that leads outside of the folder; copy the file into it.",
+            )
+        return read_file(path), path.suffix.removeprefix(".")
+
+    def _item(self, line: int, name: str, sidecar: captions.SidecarCaption) -> stream.Item:
+        image = image_decoding.decode(*self._read(name), min_pixels=2)
         segments = (document_types.Text(sidecar.caption), document_types.Image(image.pixels))
-        name = unicodedata.normalize("NFC", path.stem)
-        document = document_types.Document(name, segments, sidecar.url, sidecar.license)
-        return stream.Item(position, document, notes=image.notes)
+        document = document_types.Document(self._ids[line], segments, sidecar.url, sidecar.license)
+        return stream.Item(line + 1, document, notes=image.notes)
 
     def __repr__(self) -> str:
         return f"FolderSource({str(self._directory)!r}, {self.size} lines)"
@@ -113,7 +133,7 @@ class FolderDocuments:
     Every image is decoded once when the folder is opened, so that every listed record can be read.
 
     Attributes:
-        rejects: (name, reason) of each bad record; the name is the image file's, or `line 3`.
+        rejects: (name, reason) of each bad record; the name is the image file's, the id, or `line 3`.
     """
 
     def __init__(
@@ -136,7 +156,7 @@ class FolderDocuments:
             if item.reject is not None:
                 self.rejects.append((item.reject.name, item.reject.detail))
             elif item.document is not None and item.document.id in seen:
-                name = self._source.image_name(item.position - 1)
+                name = self._source.name(item.position - 1)
                 reason = f"has the id {item.document.id!r} of an earlier record."
                 self.rejects.append((name, reason))
             elif item.document is not None:
@@ -155,7 +175,7 @@ class FolderDocuments:
         return len(self._positions)
 
     def __getitem__(self, i: int) -> document_types.Document:
-        """The i-th good record, with its image in the original size."""
+        """The i-th good record, with its pictures in their original size."""
         item = next(self._source.read(self._positions[i]))
         if item.document is None:
             raise UserError(f"Record {i} of {self._source} was changed: {item.reject}.")
@@ -173,24 +193,61 @@ def _find(directory: epath.Path, name: str) -> epath.Path:
     )
 
 
+def _leads_outside(directory: epath.Path, path: epath.Path) -> bool:
+    """Whether links make a path inside of a local folder name a file that is not: a stranger's folder could
+    otherwise copy any image of this machine into a memory."""
+    if "://" in os.fspath(directory):
+        return False
+    root = os.path.realpath(directory)
+    return not os.path.realpath(path).startswith(os.path.join(root, ""))
+
+
 def _read_lines(directory: epath.Path) -> list[bytes]:
     if not directory.exists():
         raise UserError(f"{directory} is not a folder: it does not exist.")
     if not directory.is_dir():
         raise UserError(f"{directory} is not a folder of images with a {CAPTIONS}.")
+    path = directory / CAPTIONS
+    if files.is_special(path):
+        raise UserError(f"{path} is a device or a pipe; it must be a file.")
+    if _leads_outside(directory, path):
+        raise UserError(
+            f"{path} is a link that leads outside of the folder; copy the file into it."
+        )
     try:
-        data = (directory / CAPTIONS).read_bytes()
+        data = path.read_bytes()
     except OSError:
         raise UserError(
-            f'{directory / CAPTIONS} cannot be read; it holds one {{"image", "caption"}} per line.'
+            f"{directory / CAPTIONS} cannot be read; it holds one "
+            '{"image", "caption"} or {"id", "segments"} per line.'
         ) from None
     return [line for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()]
 
 
-def _parse(line: bytes) -> tuple[dict[str, Any], captions.SidecarCaption]:
-    """The fields of a line; error messages lack the subject of their sentence."""
-    fields = captions.parse_json(line)
+def _ids(lines: list[bytes]) -> list[str]:
+    """The id of each line's document, empty for bad lines and for documents with an id of their own."""
+    names = {}
+    for i, line in enumerate(lines):
+        with contextlib.suppress(captions.BadRecord):
+            fields = captions.parse_json(line)
+            if not document_json.has_segments(fields):
+                _check(fields)
+                names[i] = fields["image"]
+    ids = dict(zip(names, file_names.ids_of_paths(names.values()), strict=True))
+    return [ids.get(i, "") for i in range(len(lines))]
+
+
+def _describe(ids: list[str]) -> bytes:
+    """What a fingerprint adds for ids that are more than a file's name, which was once every document's id."""
+    return b"\nids are paths" if any("/" in name for name in ids) else b""
+
+
+def _check(fields: Any) -> captions.SidecarCaption:
+    """Checks a line of an image and its caption; error messages lack the subject of their sentence."""
     if not isinstance(fields, dict) or not isinstance(fields.get("image"), str):
-        raise captions.BadRecord("not-json", 'is not {"image": "file.png", "caption": "..."}.')
+        raise captions.BadRecord(
+            "not-json",
+            'is not {"image": "file.png", "caption": "..."} or {"id": "..", "segments": [..]}.',
+        )
     captions.check_path(fields["image"])
-    return fields, captions.check(fields, fields["image"])
+    return captions.check(fields, fields["image"])

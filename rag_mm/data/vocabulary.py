@@ -24,7 +24,7 @@ _NUM_SPECIALS = 4  # pad, eod, brk, eoss; the sentinels follow them.
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """Ids `[0, size)`: text, pad, eod, brk, eoss, sentinels, codes, in this order.
+    """Ids `[0, size)`: text, pad, eod, brk, eoss, sentinels, size tokens, codes, in this order.
 
     Attributes:
         tokenizer: byte-level BPE of the text ids; it has no special tokens.
@@ -32,18 +32,23 @@ class Vocabulary:
         num_sentinels: number of sentinels, which stand for masked spans.
         folds_case: whether texts are encoded without their case, as a text encoder reads them; else every
             text is decoded exactly.
+        image_sizes: heights in pixels of square images of several sizes; the token of its size stands before
+            the codes of each. Empty: all images have one size, and no such token.
     """
 
     tokenizer: tokenizers.Tokenizer
     codebook_size: int
     num_sentinels: int
     folds_case: bool = False
+    image_sizes: tuple[int, ...] = ()
 
     def __post_init__(self):
         for name in ("codebook_size", "num_sentinels"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise UserError(f"{name} is {value!r}; give an integer of at least 1.")
+        if len(set(self.image_sizes)) != len(self.image_sizes):
+            raise UserError(f"image_sizes are {self.image_sizes}; give each size once.")
 
     @functools.cached_property
     def text_size(self) -> int:
@@ -76,10 +81,24 @@ class Vocabulary:
             raise ValueError(f"sentinel {i} does not exist; there are {self.num_sentinels}")
         return self.text_size + _NUM_SPECIALS + i
 
+    def size_token(self, image_size: int | None) -> int:
+        """The id before the codes of an image of a size in pixels; None: of the first size.
+
+        Raises:
+            UserError: the vocabulary does not have the size.
+        """
+        if image_size is None:
+            image_size = self.image_sizes[0]
+        if image_size not in self.image_sizes:
+            known = ", ".join(map(str, self.image_sizes)) or "one, which has no token"
+            raise UserError(f"The image size {image_size} is none of the model's; give {known}.")
+        first = self.text_size + _NUM_SPECIALS + self.num_sentinels
+        return first + self.image_sizes.index(image_size)
+
     @property
     def code_offset(self) -> int:
         """First code id: code `c` of the codebook has the id `code_offset + c`."""
-        return self.text_size + _NUM_SPECIALS + self.num_sentinels
+        return self.text_size + _NUM_SPECIALS + self.num_sentinels + len(self.image_sizes)
 
     @property
     def size(self) -> int:
@@ -125,8 +144,10 @@ class Vocabulary:
     def _describe(self) -> dict[str, Any]:
         model = json.loads(self.tokenizer.to_str())["model"]
         # Absent from earlier files, whose fingerprints stay.
-        case = {"folds_case": True} if self.folds_case else {}
-        return case | {
+        added: dict[str, Any] = {"folds_case": True} if self.folds_case else {}
+        if self.image_sizes:
+            added["image_sizes"] = list(self.image_sizes)
+        return added | {
             "format": _FORMAT,
             "codebook_size": self.codebook_size,
             "num_sentinels": self.num_sentinels,
@@ -136,7 +157,11 @@ class Vocabulary:
 
 
 def train_vocabulary(
-    texts: Iterable[str], vocab_size: int, codebook_size: int, num_sentinels: int
+    texts: Iterable[str],
+    vocab_size: int,
+    codebook_size: int,
+    num_sentinels: int,
+    image_sizes: Sequence[int] = (),
 ) -> Vocabulary:
     """Trains the text BPE; the result does not depend on the order of `texts`.
 
@@ -145,6 +170,7 @@ def train_vocabulary(
         vocab_size: maximum number of text ids, at least 256; little text gives fewer.
         codebook_size: number of image codes.
         num_sentinels: number of sentinels, at least the maximum number of masked spans per sequence.
+        image_sizes: see `Vocabulary`.
 
     Raises:
         UserError: a size is out of range.
@@ -159,7 +185,7 @@ def train_vocabulary(
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return Vocabulary(tokenizer, codebook_size, num_sentinels)
+    return Vocabulary(tokenizer, codebook_size, num_sentinels, image_sizes=tuple(image_sizes))
 
 
 def load_vocabulary(path: epath.PathLike) -> Vocabulary:
@@ -179,7 +205,12 @@ def load_vocabulary(path: epath.PathLike) -> Vocabulary:
             raise ValueError("its tokens are not the 256 byte tokens and the results of its merges")
         bpe = models.BPE({token: i for i, token in enumerate(tokens)}, [tuple(m) for m in merges])
         sizes = described["codebook_size"], described["num_sentinels"]
-        return Vocabulary(_make_tokenizer(bpe), *sizes, described.get("folds_case") is True)
+        return Vocabulary(
+            _make_tokenizer(bpe),
+            *sizes,
+            folds_case=described.get("folds_case") is True,
+            image_sizes=tuple(described.get("image_sizes", ())),
+        )
     except UserError as error:
         raise UserError(f"{path} is damaged: {error}") from None
     except Exception as error:  # The tokenizers library raises bare Exception.

@@ -1,17 +1,15 @@
 """Untrusted WebDataset tars: read sequentially, never extracted, every member checked."""
 
-import dataclasses
 import itertools
 import os
 import pathlib
 import tarfile
-import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO
 
-from rag_mm.core import document_types, files
+from rag_mm.core import files
 from rag_mm.core.errors import UserError
-from rag_mm.data import captions, image_decoding
+from rag_mm.data import captions, file_names, tar_samples
 from rag_mm.memory.writing import stream
 
 REJECT_REASONS = {
@@ -19,55 +17,43 @@ REJECT_REASONS = {
     "device": "a device or a pipe",
     "sparse-member": "a sparse file, which claims more bytes than it holds",
     "oversized-member": "an image or text file above the size limit",
-    "duplicate-member": "two files of the same type with the same key",
-    "no-picture": "a key without a JPEG, PNG or WebP image",
     "truncated-tar": "the file ends before its last member does",
     "damaged-tar": "an invalid header",
     "not-a-tar": "not a tar file, or a compressed one",
 }
 MAX_MEMBER_BYTES = 1 << 26
-MAX_TEXT_BYTES = 1 << 20
-_IMAGES = ("jpg", "jpeg", "png", "webp")
-_TEXTS = ("txt", "json")
 # Part of the fingerprint: a build begun under other rules counts other samples, so it cannot be resumed.
-_RULES = "dots in names, joined archives"
+_RULES = "dots in names, joined archives, shards in ids, no system files, segments"
+MAX_HEADER_BYTES = 1 << 15
+# Headers that hold long names and other settings of the next member: of pax, of Solaris and of GNU tar.
+_EXTENSIONS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
 _CHUNK = 1 << 20
 _BITS = 40  # A position is the tar's number and, in its low bits, the number of items read from it.
 
 
-@dataclasses.dataclass
-class _Sample:
-    """Consecutive members with the same key."""
-
-    key: str
-    data: dict[str, bytes] = dataclasses.field(default_factory=dict)
-    bad: captions.BadRecord | None = None
-
-    @property
-    def image(self) -> str | None:
-        """The ending of its image, or None."""
-        return next((ending for ending in _IMAGES if ending in self.data), None)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Member:
-    """One file of a tar.
-
-    Attributes:
-        group: its path up to the first dot of its name.
-        key: its path up to the last dot if an image or a text follows, else `group`.
-        ending: what follows the key's dot, in lower case.
-        content: its bytes, empty if it is neither image nor text; or its problem.
-    """
-
-    group: str
-    key: str
-    ending: str
-    content: bytes | captions.BadRecord
-
-
 class _Header(tarfile.TarInfo):
-    """A header that records how the archive ended."""
+    """A header that records how the archive ended, and that takes no more memory and time than names need."""
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in _EXTENSIONS and not 0 <= header.size <= MAX_HEADER_BYTES:
+            raise captions.BadRecord(
+                "damaged-tar",
+                f"has a header of {header.size:,} bytes; at most {MAX_HEADER_BYTES:,} are read.",
+            )
+        return header
+
+    def _proc_gnusparse_10(self, next, *rest):
+        # tarfile would look for the end of the list of holes past the end of the file, for ever. The member
+        # is rejected as any sparse one is, without the list.
+        next.sparse = []
 
     @classmethod
     def fromtarfile(cls, tar):
@@ -81,10 +67,19 @@ class _Header(tarfile.TarInfo):
 class TarSource:
     """Samples of one or more tars: an image with its caption in `.txt` or `.json`, grouped by key.
 
-    The key is a member's path up to the first dot of its name; it becomes the document's id. Where an image
-    and its caption share further dots (`view 1.4.jpg`, `view 1.4.txt`), they are a sample of their own; other
-    members with further dots (`000.mask.png` beside `000.jpg`) are not read. `.json` may hold `caption`,
-    `url` and `license`; a caption in `.txt` takes precedence. Archives joined into one file are all read.
+    The key is a member's path up to the first dot of its name; it becomes the document's id, after the name
+    of its tar where there are several (`file_names.prefixes_of_shards`). Where an image and its caption share
+    further dots (`view 1.4.jpg`, `view 1.4.txt`), they are a sample of their own; other members with further
+    dots (`000.mask.png` beside `000.jpg`) are not read. `.json` may hold `caption`, `url` and `license`; a
+    caption in `.txt` takes precedence. Archives joined into one file are all read.
+
+    A `.json` may instead hold a document of any segments (`document_json`), which name the sample's images by
+    what follows the key's dot: in `000.json`, `{"image": "0.jpg"}` is the member `000.0.jpg` and
+    `{"image": "jpg"}` is `000.jpg`. Its id is the key if it gives none, and `.txt` is not read. An image that
+    has a caption of its own (`000.0.txt`) is a sample of its own and cannot be named.
+
+    Files of the system (`._000.jpg`, `.DS_Store`) and about the samples (`LICENSE`, `README.md`) are no
+    samples.
     """
 
     def __init__(self, paths: Sequence[str | os.PathLike]):
@@ -96,6 +91,7 @@ class TarSource:
         self._paths = sorted(pathlib.Path(path) for path in paths)
         if not self._paths:
             raise UserError("There are no tars to read.")
+        self._prefixes = file_names.prefixes_of_shards(self._paths)
         for path in self._paths:
             if not path.is_file():
                 raise UserError(f"{path} is not a tar file.")
@@ -113,60 +109,29 @@ class TarSource:
         first, skipped = start >> _BITS, start & ((1 << _BITS) - 1)
         for number in range(first, len(self._paths)):
             # Counted from 1, so that the end of a tar differs from the beginning of the next.
-            for count, sample in enumerate(_samples(self._paths[number]), start=1):
+            samples = _samples(self._paths[number], self._prefixes[number])
+            for count, sample in enumerate(samples, start=1):
                 if count > skipped:
-                    yield _item((number << _BITS) + count, sample)
+                    yield tar_samples.make_item((number << _BITS) + count, sample)
             skipped = 0
 
     def __repr__(self) -> str:
         return f"TarSource({[str(path) for path in self._paths]})"
 
 
-def _samples(path: pathlib.Path) -> Iterator[_Sample]:
+def _samples(path: pathlib.Path, prefix: str) -> Iterator[tar_samples.Sample]:
     with path.open("rb") as file:
         has_more = True
         try:
             while has_more:
                 for _, members in itertools.groupby(_members(file), lambda member: member.group):
-                    yield from _split(members)
+                    for sample in tar_samples.split(members):
+                        sample.key = prefix + sample.key
+                        yield sample
                 has_more = _find_next(file)
         except captions.BadRecord as error:
             # The sample before it may be incomplete, such as without its license, so it is dropped too.
-            yield _Sample(path.name, bad=error)
-
-
-def _split(members: Iterable[_Member]) -> Iterator[_Sample]:
-    """The samples among the members of one group, those with further dots in their keys first."""
-    main, part = None, None
-    lacking: list[_Sample] = []
-    for member in members:
-        if member.key == member.group:
-            main = main or _Sample(member.key)
-            _put(main, member)
-            continue
-        if part is None or part.key != member.key:
-            if part is not None:
-                yield from _own(part, lacking)
-            part = _Sample(member.key)
-        _put(part, member)
-    if part is not None:
-        yield from _own(part, lacking)
-    if main is not None and (main.data or main.bad or part is None):
-        yield main
-    if main is None or main.image is None:
-        yield from lacking
-
-
-def _own(part: _Sample, lacking: list[_Sample]) -> Iterator[_Sample]:
-    """A part, unless it lacks an image or a caption: then it is listed, without its data, in `lacking`."""
-    try:
-        if part.bad is None:
-            _read_caption(part)
-    except captions.BadRecord as error:
-        if error.reason in ("no-picture", "empty-caption"):
-            lacking.append(_Sample(part.key, bad=error))
-            return
-    yield part
+            yield tar_samples.Sample(path.name, bad=error)
 
 
 def _find_next(file: IO[bytes]) -> bool:
@@ -188,25 +153,34 @@ def _find_next(file: IO[bytes]) -> bool:
         position += len(chunk)
 
 
-def _members(file: IO[bytes]) -> Iterator[_Member]:
+def _members(file: IO[bytes]) -> Iterator[tar_samples.Member]:
     """The files of the archive that begins here; leaves `file` at the archive's end.
 
     Raises:
         BadRecord: the archive is damaged and cannot be read further.
     """
     start = file.tell()
+    size = os.fstat(file.fileno()).st_size - start
+    end = -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     try:
         with tarfile.open(fileobj=file, mode="r|", tarinfo=_Header) as tar:
             for member in tar:
                 # tarfile keeps a list of all members, which would grow without bound in a long tar.
                 vars(tar)["members"] = []
-                if not member.isdir():
+                if tar.offset > end:  # tarfile would read on, block by block, for ever.
+                    raise captions.BadRecord(
+                        "truncated-tar",
+                        f"ends too early: {member.name!r} claims {member.size:,} bytes.",
+                    )
+                if not member.isdir() and not file_names.is_system_file(member.name):
                     yield _member(tar, member)
             ending = getattr(tar, "ending", "EOFHeaderError")
         file.seek(start + tar.offset)
     except captions.BadRecord:
         raise
-    except (tarfile.TarError, EOFError, OSError, ValueError, RecursionError) as error:
+    except (tarfile.TarError, EOFError, OSError, ArithmeticError, LookupError, ValueError) as error:
+        raise _classify(file, start, error) from error
+    except RecursionError as error:  # headers of headers of headers
         raise _classify(file, start, error) from error
     if ending == "TruncatedHeaderError":
         raise captions.BadRecord("truncated-tar", "ends inside a header.")
@@ -227,29 +201,17 @@ def _classify(file: IO[bytes], start: int, error: Exception) -> captions.BadReco
     return captions.BadRecord("damaged-tar", f"cannot be read further ({error}).")
 
 
-def _member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> _Member:
-    group, key, ending = _parse_name(member.name)
+def _member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> tar_samples.Member:
+    group, key, ending = tar_samples.parse_name(member.name)
     try:
         _check_member(member, ending)
         data = b""
-        if ending in _IMAGES + _TEXTS:
+        if ending in tar_samples.IMAGES + tar_samples.TEXTS:
             content = tar.extractfile(member)
             data = b"" if content is None else content.read()
-        return _Member(group, key, ending, data)
+        return tar_samples.Member(group, key, ending, data)
     except captions.BadRecord as error:
-        return _Member(group, key, ending, error)
-
-
-def _parse_name(path: str) -> tuple[str, str, str]:
-    """Group, key and ending of a member; names in either Unicode form are one."""
-    path = unicodedata.normalize("NFC", path)
-    folder, slash, name = path.rpartition("/")
-    first, _, ending = name.partition(".")
-    last, _, last_ending = name.rpartition(".")
-    group, key = f"{folder}{slash}{first}", f"{folder}{slash}{last}"
-    if last and last_ending.lower() in _IMAGES + _TEXTS:
-        return group, key, last_ending.lower()
-    return group, group, ending.lower()
+        return tar_samples.Member(group, key, ending, error)
 
 
 def _check_member(member: tarfile.TarInfo, ending: str) -> None:
@@ -270,57 +232,9 @@ def _check_member(member: tarfile.TarInfo, ending: str) -> None:
         )
     if not member.isreg():
         raise captions.BadRecord("device", "is neither a file nor a folder.")
-    limit = MAX_TEXT_BYTES if ending in _TEXTS else MAX_MEMBER_BYTES
-    if ending in _IMAGES + _TEXTS and member.size > limit:
+    limit = captions.MAX_TEXT_BYTES if ending in tar_samples.TEXTS else MAX_MEMBER_BYTES
+    if ending in tar_samples.IMAGES + tar_samples.TEXTS and member.size > limit:
         raise captions.BadRecord(
             "oversized-member",
             f"has {member.size:,} bytes in .{ending}; at most {limit:,} are read.",
         )
-
-
-def _put(sample: _Sample, member: _Member) -> None:
-    ending, content = member.ending, member.content
-    if isinstance(content, captions.BadRecord):
-        sample.bad = sample.bad or content
-    elif ending in _IMAGES + _TEXTS:
-        kind = "image" if ending in _IMAGES else ending
-        if any(kind == ("image" if e in _IMAGES else e) for e in sample.data):
-            error = captions.BadRecord("duplicate-member", f"has two {kind} members.")
-            sample.bad = sample.bad or error
-        sample.data[ending] = content
-
-
-def _item(position: int, sample: _Sample) -> stream.Item:
-    try:
-        if sample.bad is not None:
-            raise sample.bad
-        ending, sidecar = _read_caption(sample)
-        image = image_decoding.decode(sample.data[ending], ending, min_pixels=2)
-    except (captions.BadRecord, image_decoding.BadImage) as error:
-        bad = captions.BadRecord(error.reason, str(error))
-        return stream.Item(position, reject=bad.as_reject(sample.key))
-    segments = (document_types.Text(sidecar.caption), document_types.Image(image.pixels))
-    document = document_types.Document(sample.key, segments, sidecar.url, sidecar.license)
-    return stream.Item(position, document, notes=image.notes)
-
-
-def _read_caption(sample: _Sample) -> tuple[str, captions.SidecarCaption]:
-    """The ending of the image, and the caption.
-
-    Raises:
-        BadRecord: either is missing or bad.
-    """
-    if sample.image is None:
-        raise captions.BadRecord("no-picture", "has no JPEG, PNG or WebP image.")
-    return sample.image, captions.check(_fields(sample), sample.key)
-
-
-def _fields(sample: _Sample) -> dict:
-    fields = {}
-    if "json" in sample.data:
-        fields = captions.parse_json(sample.data["json"])
-        if not isinstance(fields, dict):
-            raise captions.BadRecord("not-json", "has a .json that is not an object.")
-    if "txt" in sample.data:
-        fields["caption"] = captions.decode_text(sample.data["txt"])
-    return fields

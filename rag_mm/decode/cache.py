@@ -1,4 +1,4 @@
-"""The KV cache: one pair of arrays per layer, updated in place at the same index for the whole batch."""
+"""The KV cache: written in place at the same index for the whole batch; one array per layer, or for all."""
 
 from typing import NamedTuple
 
@@ -7,52 +7,63 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from rag_mm.core import sharding
 from rag_mm.nn.block import Attend, Heads
+from rag_mm.nn.decoder import Decoder
 from rag_mm.nn.smear import Recent
 from rag_mm.ops import attention
 
+# A CPU cannot multiply with a layer's slice of stacked weights without copying it, so a loop over layers is
+# up to 2 x slower per token than unrolled layers (2.0 at width 1,024, 1.2 at 192, one sequence), but each
+# unrolled layer adds about 0.3 s to the compilation. Up to this depth that is under 2 s; in deeper models
+# layers are scanned if the bytes that all steps copy per layer take less time than compiling it.
+MAX_UNROLLED, MAX_COPIED = 8, 2 * 10**9
+
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer; `recent` as in `nn.block.Heads`.
+    """Keys and values of one layer, or of all with a leading axis L; `recent` as in `nn.block.Heads`.
 
     The layout suits products with a single query: with [B, S, K, H], XLA would transpose the whole cache for
     every token.
     """
 
-    keys: Float[Array, "B K H S"]
-    values: Float[Array, "B K H S"]
+    keys: Float[Array, "*L B K H S"]
+    values: Float[Array, "*L B K H S"]
     recent: Recent | None = None
 
 
-def make_cache(prefilled: Heads, num_steps: int) -> tuple[LayerCache, ...]:
-    """Caches with room for `num_steps` tokens after the prompt, from `Decoder.prefill`'s [L, B, T, K, H]."""
-    padding = ((0, 0), (0, 0), (0, 0), (0, num_steps))
-    keys, values, recent = prefilled.k, prefilled.v, prefilled.recent
+Cache = LayerCache | tuple[LayerCache, ...]
+
+
+def make_cache(prefilled: Heads, num_steps: int, is_scanned: bool = False) -> Cache:
+    """Caches with room for `num_steps` tokens after the prompt, from `Decoder.prefill`'s [L, B, T, K, H].
+
+    Returns:
+        One cache per layer, or with `is_scanned` one of stacked arrays.
+    """
+    if is_scanned:
+        return _make_cache(prefilled, num_steps)
+    layers = range(prefilled.k.shape[0])
     return tuple(
-        LayerCache(
-            jnp.pad(_to_bkht(keys[i]), padding),
-            jnp.pad(_to_bkht(values[i]), padding),
-            None if recent is None else Recent(recent.q[i], recent.k[i]),
-        )
-        for i in range(keys.shape[0])
+        _make_cache(jax.tree.map(lambda leaf, i=i: leaf[i], prefilled), num_steps) for i in layers
     )
 
 
-def make_attend(index: Int[Array, ""], segment_ids: Int[Array | np.ndarray, "B S"]) -> Attend:
+def make_attend(
+    index: Int[Array, ""], segment_ids: Int[Array | np.ndarray, "B S"], is_scanned: bool = False
+) -> Attend:
     """Attention of one new token per example: writes it to the cache at `index`, then attends up to it.
 
     Args:
         index: the same for all examples, since prompts are padded on the left.
         segment_ids: 0 for padding, 1 elsewhere; S is the capacity of the cache.
+        is_scanned: return the new token's entry alone, S = 1, which `write` puts into the stacked cache. A
+            scan would otherwise copy the whole cache for every token.
     """
 
     def attend(heads: Heads, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
-        at = (jnp.int32(0), jnp.int32(0), jnp.int32(0), index)
-        cache = LayerCache(
-            jax.lax.dynamic_update_slice(cache.keys, _to_bkht(heads.k), at),
-            jax.lax.dynamic_update_slice(cache.values, _to_bkht(heads.v), at),
-            heads.recent,
-        )
+        entry = _make_cache(heads, 0)
+        cache = write(cache, entry, index)
         attended = attention.attention(
             heads.q,
             jnp.moveaxis(cache.keys, 3, 1),
@@ -62,10 +73,42 @@ def make_attend(index: Int[Array, ""], segment_ids: Int[Array | np.ndarray, "B S
             key_segment_ids=segment_ids,
             query_offset=index,
         )
-        return attended, cache
+        return attended, entry if is_scanned else cache
 
     return attend
 
 
-def _to_bkht(x: Float[Array, "B T K H"]) -> Float[Array, "B K H T"]:
-    return jnp.moveaxis(x, 1, 3)
+def write(cache: LayerCache, entry: LayerCache, index: Int[Array, ""]) -> LayerCache:
+    """The cache with an entry of S = 1 at `index`."""
+    at = (jnp.int32(0),) * (cache.keys.ndim - 1) + (index,)
+    return LayerCache(
+        jax.lax.dynamic_update_slice(cache.keys, entry.keys, at),
+        jax.lax.dynamic_update_slice(cache.values, entry.values, at),
+        entry.recent,
+    )
+
+
+def scans_layers(model: Decoder, batch_size: int, length: int, num_steps: int) -> bool:
+    """Whether a decoding program should scan the layers of its step instead of unrolling them.
+
+    Args:
+        model: the decoder; its parameters may be traced.
+        batch_size: sequences, all streams together.
+        length: capacity of the cache.
+        num_steps: tokens to sample.
+    """
+    config, num_layers = model.config, model.config.num_layers
+    if sharding.platform() != "cpu" or num_layers <= MAX_UNROLLED:
+        return False
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.stack.blocks))
+    heads = config.block.num_kv_heads * config.block.head_dim
+    cached = 2 * batch_size * length * heads * jnp.dtype(config.dtype).itemsize
+    return num_steps * (weights // num_layers + cached) < MAX_COPIED
+
+
+def _make_cache(heads: Heads, num_steps: int) -> LayerCache:
+    padding = ((0, 0),) * (heads.k.ndim - 1) + ((0, num_steps),)
+    keys, values = (jnp.moveaxis(x, -3, -1) for x in (heads.k, heads.v))
+    if num_steps:
+        keys, values = jnp.pad(keys, padding), jnp.pad(values, padding)
+    return LayerCache(keys, values, heads.recent)

@@ -1,8 +1,32 @@
-"""Sampling from a decoder: one prefill, then one compiled loop with a KV cache updated in place."""
+"""Sampling from a decoder: one prefill, then one compiled loop with a KV cache updated in place.
+
+`sample(params, prompts, seeds, allowed, ...)` continues a batch of prompts. With S `Prompts` instead of one,
+every example has S streams: prompts of their own, with their own positions and cache, that share every
+sampled token (classifier-free guidance, contrastive decoding). A step
+
+1. computes each stream's logits, float32 [S, B, V],
+2. combines them: `combine(logits)` -> [B, V],
+3. restricts them to the step's allowed tokens,
+4. divides by the temperature, keeps the top-p nucleus, and samples,
+5. records the token's log-probability under three distributions (`SampledTokens`).
+
+Guidance with two streams, whose weight may change without another compilation:
+
+    def guide(weight, logits):
+        return logits[1] + weight * (logits[0] - logits[1])
+
+    combine = jax.tree_util.Partial(guide, jnp.float32(3))
+    sampler.sample(params, [with_text, without_text], seeds, allowed, combine=combine, ...)
+
+One program is compiled per batch size, longest prompt, `num_steps` and stop token; fewer steps than
+`num_steps` (`limit`), other seeds, masks, temperatures and top-p reuse it. On a mesh, parameters and cache
+are split by heads over `tensor`, examples over `data` and `fsdp`.
+"""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +36,7 @@ from jaxtyping import Array, Bool, Float32, Int, Int32, UInt32
 
 from rag_mm.core import sharding
 from rag_mm.core.errors import UserError
-from rag_mm.decode import cache
+from rag_mm.decode import cache, decode_batch, token_choice
 from rag_mm.nn.decoder import Decoder
 from rag_mm.nn.param_trees import Params
 
@@ -63,145 +87,206 @@ class Prompts(NamedTuple):
 class SampledTokens(NamedTuple):
     """Sampled tokens and their log-probabilities in nats.
 
-    Log-probabilities are the model's over the allowed tokens, before temperature and top-p. After the stop
-    token, the rest of a sequence is `stop` with log-probability 0.
+    After the stop token, the rest of a sequence is `stop` with log-probability 0.
+
+    Attributes:
+        tokens: ids.
+        log_probs: under the combined logits (those of the model, for one stream) over the allowed tokens,
+            before temperature and top-p.
+        sampled_log_probs: under the distribution the token was sampled from; 0 for greedy decoding.
+        stream_log_probs: under the unmodified model of each stream, over all tokens.
     """
 
-    tokens: Int32[Array, "B num_steps"]
-    log_probs: Float32[Array, "B num_steps"]
+    tokens: Int32[Array | np.ndarray, "B num_steps"]
+    log_probs: Float32[Array | np.ndarray, "B num_steps"]
+    sampled_log_probs: Float32[Array | np.ndarray, "B num_steps"] | None = None
+    stream_log_probs: Float32[Array | np.ndarray, "B S num_steps"] | None = None
+
+
+# A mask for all steps or of each step; or a function of the step (traced int32) -> bool [V] or [B, V].
+Allowed = Bool[Array | np.ndarray, " V"] | Bool[Array | np.ndarray, "num_steps V"] | Callable
 
 
 def sample(
     params: Params,
-    prompts: Prompts,
+    prompts: Prompts | Sequence[Prompts],
     seeds: UInt32[Array | np.ndarray, " B"],
-    allowed: Bool[Array | np.ndarray, " V"],
+    allowed: Allowed,
     *,
     graphdef: nnx.GraphDef,
     num_steps: int,
     sampling: Sampling,
     stop: int | None = None,
+    combine: token_choice.Combine | None = None,
+    limit: int | None = None,
+    is_scanned: bool | None = None,
 ) -> SampledTokens:
     """Continues every prompt by `num_steps` tokens.
 
-    A continuation depends only on its prompt and seed, not on the rest of the batch.
+    A continuation depends only on its prompt and seed, not on the rest of the batch. If the parameters are
+    split over a mesh, the batch is split over it too, padded to a multiple of its parts.
 
     Args:
         params: the decoder's parameters.
-        prompts: the sequences to continue.
-        seeds: one per prompt.
-        allowed: which tokens may be sampled.
+        prompts: the sequences to continue; several `Prompts` are streams that share the sampled tokens.
+        seeds: one per example.
+        allowed: which tokens may be sampled, at least one in every step: a mask, a mask per step, or a
+            function of the step. A `jax.tree_util.Partial` of a module's function recompiles only for other
+            shapes; a new lambda always does.
         graphdef: the decoder's structure.
         num_steps: at least 1.
         sampling: temperature and top-p.
-        stop: token that ends a sequence, or None.
+        stop: token that ends a sequence, or None. The loop ends when all sequences have.
+        combine: logits of all streams -> logits to sample from; as with `allowed`, a `Partial` is reused.
+        limit: number of steps to take, at most `num_steps`; None: all. Later columns are `stop`, or 0.
+        is_scanned: whether a step scans the layers; None: where that is faster (`cache.scans_layers`).
+
+    Raises:
+        ValueError: a mask allows no token or has another number of steps, or several streams have no
+            `combine`.
     """
+    streams = (prompts,) if isinstance(prompts, Prompts) else tuple(prompts)
+    if combine is None and len(streams) != 1:
+        raise ValueError(f"give `combine` for {len(streams)} streams")
+    if isinstance(allowed, np.ndarray) and not allowed.any(axis=-1).all():
+        raise ValueError("every step needs at least one allowed token")
+    if not callable(allowed) and allowed.ndim == 2 and len(allowed) != num_steps:
+        raise ValueError(f"there are {len(allowed)} masks for {num_steps} steps")
     # Passed as values, not as constants of the program: another temperature needs no recompilation.
     is_greedy = sampling.temperature == 0
-    temperature = None if is_greedy else np.float32(sampling.temperature)
-    top_p = None if is_greedy or sampling.top_p == 1 else np.float32(sampling.top_p)
-    static = dict(graphdef=graphdef, num_steps=num_steps, stop=stop)
-    return _sample(params, prompts, seeds, allowed, temperature, top_p, **static)
+    values = _Values(
+        _traceable(allowed),
+        None if is_greedy else np.float32(sampling.temperature),
+        None if is_greedy or sampling.top_p == 1 else np.float32(sampling.top_p),
+        _traceable(combine),
+        None if limit is None else np.int32(limit),
+    )
+    static = dict(graphdef=graphdef, num_steps=num_steps, stop=stop, is_scanned=is_scanned)
+    run = partial(_sample, params, values=values, **static)
+    mesh = decode_batch.mesh_of(params)
+    if mesh is None:
+        return run(streams=streams, seeds=seeds)
+    return decode_batch.run_on_mesh(mesh, run, {"streams": streams, "seeds": seeds})
 
 
-@partial(jax.jit, static_argnames=("graphdef", "num_steps", "stop"))
+class _Values(NamedTuple):
+    """Arguments of the program that it does not depend on, apart from their shapes and which are None."""
+
+    allowed: Any
+    temperature: Any
+    top_p: Any
+    combine: Any = None
+    limit: Any = None
+
+
+def _traceable(function: Any) -> Any:
+    """A function as an argument of a compiled one; anything else as it is."""
+    is_plain = callable(function) and not isinstance(function, jax.tree_util.Partial)
+    return jax.tree_util.Partial(function) if is_plain else function
+
+
+@partial(jax.jit, static_argnames=("graphdef", "num_steps", "stop", "is_scanned"))
 def _sample(
     params: Params,
-    prompts: Prompts,
+    streams: tuple[Prompts, ...],
     seeds: jax.Array,
-    allowed: jax.Array,
-    temperature: jax.Array | None,
-    top_p: jax.Array | None,
+    values: _Values,
     *,
     graphdef: nnx.GraphDef,
     num_steps: int,
     stop: int | None,
+    is_scanned: bool | None,
 ) -> SampledTokens:
     model: Decoder = nnx.merge(graphdef, params)
-    batch, length = prompts.tokens.shape
+    prompts, num_streams = _join(streams), len(streams)
+    length = prompts.tokens.shape[1]
+    if is_scanned is None:
+        total = length + num_steps
+        is_scanned = cache.scans_layers(model, len(prompts.tokens), total, num_steps)
+    blocks = model.stack.blocks if is_scanned else model.stack.unstack()
     keys = jax.vmap(jax.random.key)(seeds)
     hidden, prefilled = model.prefill(prompts.tokens, prompts.positions, prompts.segment_ids)
-    blocks = model.stack.unstack()
     segment_ids = jnp.pad(prompts.segment_ids, ((0, 0), (0, num_steps)), constant_values=1)
-    sample_token = partial(_sample_token, allowed=allowed, temperature=temperature, top_p=top_p)
     positions = prompts.next_positions[:, None] + jnp.arange(num_steps, dtype=jnp.int32)[None]
     # Inside the loop XLA would recompute every sine for each head of each layer.
     positions_and_rotations = positions, model.config.block.rotation(positions)
 
-    def body(i, carry):
-        layers, token, out, finished = carry
-        attend = cache.make_attend(jnp.int32(length) + i - 1, segment_ids)
+    def choose(hidden: jax.Array, i: jax.Array) -> token_choice.Choice:
+        return token_choice.choose(
+            token_choice.split_streams(model.logits(hidden)[:, 0], num_streams),
+            jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, i),
+            token_choice.allowed_at(values.allowed, i),
+            combine=values.combine,
+            temperature=values.temperature,
+            top_p=values.top_p,
+        )
+
+    def step(carry: tuple) -> tuple:
+        i, layers, token, out, finished = carry
+        index = jnp.int32(length) + i - 1
         position, rotation = jax.tree.map(
             lambda x: jax.lax.dynamic_slice_in_dim(x, i - 1, 1, axis=1), positions_and_rotations
         )
-        hidden, layers = model.decode_step(
-            blocks, token[:, None], position, rotation, attend, layers
+        hidden, kept = model.decode_step(
+            blocks,
+            token_choice.join_streams((token,) * num_streams)[:, None],
+            position,
+            rotation,
+            cache.make_attend(index, segment_ids, is_scanned),
+            layers,
         )
-        token, log_prob = sample_token(model.logits(hidden)[:, 0], _fold(keys, i))
-        return layers, *_record(i, token, log_prob, out, finished, stop)
+        layers = cache.write(layers, kept, index) if is_scanned else kept
+        return i + 1, layers, *_record(i, choose(hidden, i), out, finished, stop)
 
-    tokens = sharding.place(jnp.zeros((batch, num_steps), jnp.int32), "batch", None)
-    empty = SampledTokens(tokens, tokens.astype(jnp.float32))
-    unfinished = sharding.place(jnp.zeros(batch, bool), "batch")
-    first = sample_token(model.logits(hidden[:, -1:])[:, 0], _fold(keys, jnp.int32(0)))
-    after_first = _record(jnp.int32(0), *first, empty, unfinished, stop)
-    carry = (cache.make_cache(prefilled, num_steps), *after_first)
-    return jax.lax.fori_loop(1, num_steps, body, carry)[2]
+    def is_going_on(carry: tuple) -> jax.Array:
+        i, finished = carry[0], carry[-1]
+        within = i < (num_steps if values.limit is None else values.limit)
+        return within if stop is None else within & ~finished.all()
 
-
-def _fold(keys: jax.Array, i: jax.Array) -> jax.Array:
-    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, i)
-
-
-def _sample_token(
-    logits: jax.Array,
-    keys: jax.Array,
-    *,
-    allowed: jax.Array,
-    temperature: jax.Array | None,
-    top_p: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """One token per example, int32 [B], and its log-probability, from logits float32 [B, V]."""
-    # Sorting and sampling need all of an example's logits on one device.
-    logits = jnp.where(allowed[None], sharding.place(logits, "batch", None), -jnp.inf)
-    log_probs = jax.nn.log_softmax(logits)
-    if temperature is None:
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    else:
-        scaled = logits / temperature
-        if top_p is not None:
-            scaled = jnp.where(_nucleus(scaled, top_p), scaled, -jnp.inf)
-        token = jax.vmap(jax.random.categorical)(keys, scaled).astype(jnp.int32)
-    # A comparison, not a gather: the batch may be split over devices.
-    is_sampled = jnp.arange(logits.shape[1], dtype=jnp.int32)[None] == token[:, None]
-    return token, jnp.where(is_sampled, log_probs, 0).sum(axis=1)
+    start = jnp.int32(0)
+    unfinished = sharding.place(jnp.zeros(len(seeds), bool), "batch")
+    empty = _empty(len(seeds), num_streams, num_steps, stop)
+    after_first = _record(start, choose(hidden[:, -1:], start), empty, unfinished, stop)
+    layers = cache.make_cache(prefilled, num_steps, is_scanned)
+    return jax.lax.while_loop(is_going_on, step, (start + 1, layers, *after_first))[3]
 
 
-def _nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
-    """The smallest set of tokens whose probability reaches top_p, and ties with its last: bool [B, V]."""
-    probs = jax.nn.softmax(logits)
-    descending = -jnp.sort(-probs, axis=-1)
-    # Probability before each rank: the token that crosses the threshold is still in the set.
-    before = jnp.cumsum(descending, axis=-1) - descending
-    lowest = jnp.where(before < top_p, descending, jnp.inf).min(axis=-1, keepdims=True)
-    return probs >= lowest
+def _join(streams: tuple[Prompts, ...]) -> Prompts:
+    """The prompts of all streams as one batch, an example's streams next to each other."""
+    longest = max(prompts.tokens.shape[1] for prompts in streams)
+
+    def join(*of_streams: jax.Array) -> jax.Array:
+        pad = lambda x: jnp.pad(x, ((0, 0), (longest - x.shape[1], 0))) if x.ndim == 2 else x
+        return token_choice.join_streams(tuple(map(pad, of_streams)))
+
+    return jax.tree.map(join, *streams)
+
+
+def _empty(batch_size: int, num_streams: int, num_steps: int, stop: int | None) -> SampledTokens:
+    """What is left where no step is taken."""
+    tokens = jnp.full((batch_size, num_steps), 0 if stop is None else stop, jnp.int32)
+    zeros = sharding.place(jnp.zeros((batch_size, num_steps), jnp.float32), "batch", None)
+    of_streams = jnp.zeros((batch_size, num_streams, num_steps), jnp.float32)
+    of_streams = sharding.place(of_streams, "batch", None, None)
+    return SampledTokens(sharding.place(tokens, "batch", None), zeros, zeros, of_streams)
 
 
 def _record(
     i: jax.Array,
-    token: jax.Array,
-    log_prob: jax.Array,
+    choice: token_choice.Choice,
     out: SampledTokens,
     finished: jax.Array,
     stop: int | None,
 ) -> tuple[jax.Array, SampledTokens, jax.Array]:
     """Writes step i's token to `out`; returns the token, the new `out` and which examples are finished."""
+    token, *log_probs = choice
     if stop is not None:
         token = jnp.where(finished, jnp.int32(stop), token)
-        log_prob = jnp.where(finished, jnp.float32(0), log_prob)
+        keep = lambda x: jnp.where(finished if x.ndim == 1 else finished[:, None], 0, x)
+        log_probs = [keep(x) for x in log_probs]
         finished = finished | (token == stop)
-    out = SampledTokens(out.tokens.at[:, i].set(token), out.log_probs.at[:, i].set(log_prob))
-    return token, out, finished
+    written = [to.at[..., i].set(x) for to, x in zip(out, (token, *log_probs), strict=True)]
+    return token, SampledTokens(*written), finished
 
 
 def lower(
@@ -209,11 +294,22 @@ def lower(
     graphdef: nnx.GraphDef,
     num_steps: int,
     stop: int | None = None,
+    is_scanned: bool | None = None,
 ) -> jax.stages.Lowered:
     """Lowers `sample`'s program for abstract arguments, without compiling it.
 
     Args:
-        args: the positional arguments of `_sample`: params, prompts, seeds, allowed, temperature, top_p.
-        graphdef, num_steps, stop: as for `sample`.
+        args: params, prompts of one stream, seeds, allowed, temperature, top_p.
+        graphdef, num_steps, stop, is_scanned: as for `sample`.
     """
-    return _sample.lower(*args, graphdef=graphdef, num_steps=num_steps, stop=stop)
+    params, prompts, seeds, *values = args
+    return _sample.lower(
+        params,
+        (prompts,),
+        seeds,
+        _Values(*values),
+        graphdef=graphdef,
+        num_steps=num_steps,
+        stop=stop,
+        is_scanned=is_scanned,
+    )

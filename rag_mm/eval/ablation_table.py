@@ -151,7 +151,7 @@ def read(variants: Sequence[str], seeds: Sequence[int], directory: epath.PathLik
         if path.exists():
             cells[cell] = _finite(_content(path, {"figures"})["figures"])
         elif failure.exists():
-            errors[cell] = UserError(files.read_json(failure)["reason"])
+            errors[cell] = UserError(files.read_object(failure, reason=str)["reason"])
     if not cells:
         raise UserError(f"{directory} has no finished cell of this ablation.")
     return _table(variants, seeds, cells, errors)

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from rag_mm.core import batches, sharding
-from rag_mm.data import sequences
+from rag_mm.data import sequences, token_documents
 from rag_mm.decode.tasks import Generator
 from rag_mm.nn.param_trees import Params
 from rag_mm.ops import losses
@@ -26,8 +26,8 @@ class CodeScores(NamedTuple):
 
 def score_codes(
     generator: Generator,
-    mains: Sequence[sequences.Example],
-    docs: Sequence[Sequence[sequences.Example]],
+    mains: Sequence[token_documents.Example],
+    docs: Sequence[Sequence[token_documents.Example]],
     batch_size: int = 64,
 ) -> CodeScores:
     """Scores every code of the main documents' images, given their captions and retrieved documents.
@@ -42,16 +42,19 @@ def score_codes(
     layout = generator.layout
     # No spans are masked here, so the space for moved spans is cut off.
     max_docs = max((len(preceding) for preceding in docs), default=0)
-    length = dataclasses.replace(layout, max_docs=max_docs).moved_start
+    length = dataclasses.replace(layout, max_docs=max_docs).unmasked_length
     pairs = list(zip(mains, docs, strict=True))
+    num_codes = len(mains[0].codes)
     found = []
     for part in batches.split(len(pairs), batch_size, multiple=sharding.batch_parts()):
-        rows = [sequences.make_row(layout, generator.vocabulary, *pairs[i]) for i in part]
-        code_starts = [int(sequences.find_segments(layout, *pairs[i])[-1, 0]) for i in part]
-        batch = {k: np.stack([row[k] for row in rows])[:, :length] for k in rows[0]}
+        plain = [sequences.lay_out(layout, generator.vocabulary, *pairs[i]) for i in part]
+        rows = [sequences.as_row(generator.vocabulary, tokens, length) for tokens in plain]
+        images = [pairs[i][0].find(token_documents.IMAGE) for i in part]
+        code_starts = [int(t.main[image, 0]) for t, image in zip(plain, images, strict=True)]
+        batch = {k: np.stack([row[k] for row in rows]) for k in rows[0]}
         scores = _score(generator.params, batch, graphdef=generator.graphdef)
         # The target of token t is token t + 1.
-        at = np.array(code_starts)[:, None] - 1 + np.arange(layout.num_codes)
+        at = np.array(code_starts)[:, None] - 1 + np.arange(num_codes)
         found.append([np.take_along_axis(np.asarray(s), at, axis=1) for s in scores])
     return CodeScores(*(np.concatenate(s)[: len(pairs)] for s in zip(*found, strict=True)))
 

@@ -1,4 +1,4 @@
-"""Search hits as plain values for JSON, contact sheets and the page of `rag-mm explore`."""
+"""Search hits and records as plain values for JSON, contact sheets and the page of `rag-mm explore`."""
 
 import base64
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from rag_mm.core import image_files
+from rag_mm.core.document_types import Image, Segment, Text
 from rag_mm.memory.index.protocol import Neighbors
 from rag_mm.memory.retrieval_memory import Memory
 
@@ -37,6 +38,42 @@ def describe(memory: Memory, neighbors: Neighbors) -> list[dict[str, Any]]:
             }
         )
     return result
+
+
+def describe_record(memory: Memory, row: int) -> dict[str, Any]:
+    """A row's document, segment by segment, as a JSON-ready dict.
+
+    Keys: `row`, `id`, `url`, `license` and `segments`. A segment is `{"text"}`, `{"image": [H, W]}` or
+    `{"video": [F, H, W], "fps"}`; images and videos also have `codes`, the shape of their codes by image
+    tokenizer.
+
+    Raises:
+        UserError: there is no such row, or its record is damaged.
+    """
+    stored = memory.record(row)
+    document = stored.document
+    segments = []
+    for i, segment in enumerate(document.segments):
+        described = _describe_segment(segment)
+        if not isinstance(segment, Text):
+            shapes = {name: list(by[i].shape) for name, by in stored.codes.items() if i in by}
+            described["codes"] = shapes
+        segments.append(described)
+    return {
+        "row": row,
+        "id": document.id,
+        "url": document.url,
+        "license": document.license,
+        "segments": segments,
+    }
+
+
+def _describe_segment(segment: Segment) -> dict[str, Any]:
+    if isinstance(segment, Text):
+        return {"text": segment.text}
+    if isinstance(segment, Image):
+        return {"image": list(segment.pixels.shape[:2])}
+    return {"video": list(segment.frames.shape[:3]), "fps": segment.fps}
 
 
 def data_url(pixels: np.ndarray) -> str:

@@ -2,6 +2,8 @@
 
 Views are the embeddings that can be searched: `image`, `text`, and `mixed`, the mean of the two rescaled to
 unit length (docs/papers/ra_cm3.md#retrieval). A document with one modality has its embedding in every view.
+The view `image` embeds the first picture alone, an image or the first frame of a video; `text` embeds all
+texts, joined.
 """
 
 from collections.abc import Sequence
@@ -64,7 +66,7 @@ def check_view(view: str) -> None:
 
 
 def embed(documents: Sequence[document_types.Document], encoder: Encoder) -> dict[str, np.ndarray]:
-    """Embeds documents in every view; each text and each image is encoded once.
+    """Embeds documents in every view: their first pictures, and their texts joined.
 
     Returns:
         Unit-length embeddings, float32 [len(documents), D], by view.
@@ -137,20 +139,3 @@ def unit_rows(rows: np.ndarray, names: Sequence[str]) -> np.ndarray:
             "the retriever's weights are damaged; train it again."
         )
     return rows / lengths
-
-
-def encode_codes(
-    documents: Sequence[document_types.Document], tokenizer: ImageTokenizer
-) -> list[np.ndarray | None]:
-    """Codes, int32 [N], of each document's first image; None for a document without an image."""
-    images = {
-        i: image_files.fit(d.image, tokenizer.image_size)
-        for i, d in enumerate(documents)
-        if d.image is not None
-    }
-    codes: list[np.ndarray | None] = [None] * len(documents)
-    if images:
-        encoded = tokenizer.encode(np.stack(list(images.values())))
-        for i, values in zip(images, encoded, strict=True):
-            codes[i] = np.asarray(values, np.int32)
-    return codes

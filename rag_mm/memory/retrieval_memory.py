@@ -1,5 +1,6 @@
 """The memory: documents, their embeddings and codes, and an index for each view."""
 
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,9 @@ class Memory:
         """Used by `Memory.open`."""
         self.path = path
         self.manifest = contents
-        self._live = shard_file.load_live(path, contents)
+        # The ids first: a stranger's manifest may claim more rows than there are.
         stored = shard_file.load_ids(path, contents)
+        self._live = shard_file.load_live(path, contents)
         self.ids = tuple(stored[position] for position in self._live.stored)
         self._encoder = encoder
         self._views = views.Views(path, contents, self._live)
@@ -99,7 +101,7 @@ class Memory:
             documents: with unique ids, read in order. Their images are resized to the tokenizer's image
                 size, or to the encoder's if there is no tokenizer.
             encoder: the retriever.
-            tokenizer: computes codes for each document with an image.
+            tokenizer: computes codes of every image and of every frame of a video.
             carried: folders to copy into the memory by name, `retriever` and `tokenizer`, so that
                 searching and adding need nothing outside of the memory.
             options: index, batch and shard sizes, progress.
@@ -172,6 +174,27 @@ class Memory:
         changes.compact(self.path, prune, on_progress=on_progress)
         return Memory.open(self.path, self._encoder)
 
+    def add_codes(
+        self,
+        tokenizer: model_protocols.ImageTokenizer,
+        *,
+        on_progress: changes.Progress | None = None,
+    ) -> "Memory":
+        """Adds an image tokenizer's codes of every picture that lacks them; returns the next version, opened.
+
+        The records are rewritten without the removed ones. The codes are of the stored pictures, scaled to
+        the tokenizer's image size.
+
+        Args:
+            tokenizer: the memory's own or another.
+            on_progress: called with (rows written, total rows).
+
+        Raises:
+            UserError: the folder is in use or cannot be written, or a record is damaged.
+        """
+        changes.add_codes(self.path, tokenizer, on_progress=on_progress)
+        return Memory.open(self.path, self._encoder)
+
     def attach(self, encoder: model_protocols.Encoder) -> None:
         """Sets the retriever used to encode queries.
 
@@ -207,13 +230,29 @@ class Memory:
 
     @property
     def codes(self) -> np.ndarray | None:
-        """Codes of each row's first image, int32 [R, N], -1 for a row without one; None without any codes."""
+        """Codes of each row's first picture, int32 [R, N], -1 for a row without one; None without any."""
         return self.read_codes and self.read_codes(np.arange(len(self)))
 
     @property
     def read_codes(self) -> Callable[[np.ndarray], np.ndarray] | None:
-        """Maps rows, int [...], to codes of their first images, int32 [..., N]; None without any codes."""
-        return None if self.manifest.num_codes is None else self._views.codes
+        """`code_reader` of the image tokenizer that the memory was built with."""
+        return self.code_reader(self.manifest.tokenizer)
+
+    def code_reader(self, tokenizer: str | None) -> Callable[[np.ndarray], np.ndarray] | None:
+        """Maps rows, int [...], to an image tokenizer's codes of their first pictures, int32 [..., N].
+
+        The first picture is the first image or the first frame of a video; -1 for a row without codes. All
+        pictures' codes are in `record`.
+
+        Args:
+            tokenizer: its fingerprint.
+
+        Returns:
+            None if the memory has no codes of this tokenizer.
+        """
+        if tokenizer is None or self.manifest.codes_per_image(tokenizer) is None:
+            return None
+        return functools.partial(self._views.codes, tokenizer=tokenizer)
 
     def embeddings(self, view: str) -> np.ndarray:
         """Unit-length embeddings of a view, float32 [R, D], read-only.
@@ -232,7 +271,7 @@ class Memory:
         return self.record(row).document
 
     def record(self, row: int) -> record.Record:
-        """The document of a row with its embeddings and codes; raises as `document`."""
+        """The document of a row with its embeddings and every tokenizer's codes; raises as `document`."""
         if not 0 <= row < len(self):
             raise UserError(f"Row {row} is not in a memory of {len(self)} rows.")
         stored = self._records[self._live.stored[row]]
@@ -285,13 +324,13 @@ class Memory:
             vectors: float32 [Q, D], unit length.
             document: a document, stored in the memory or not.
             view: which embedding is searched; the default is `image` for an image, else `mixed`.
-            k: hits per query, >= 1.
+            k: hits per query, 1 to `protocol.MAX_HITS`.
 
         Returns:
             Memory rows and scores [Q, k].
 
         Raises:
-            UserError: not exactly one query, an unknown view, k < 1, or a damaged index.
+            UserError: not exactly one query, an unknown view, k out of range, or a damaged index.
         """
         if sum(query is not None for query in (text, image, vectors, document)) != 1:
             raise UserError(
@@ -299,8 +338,10 @@ class Memory:
             )
         view = view or ("image" if image is not None else "mixed")
         model_protocols.check_view(view)
-        if k < 1:
-            raise UserError(f"A search for k = {k} finds nothing; give k of at least 1.")
+        if not 1 <= k <= protocol.MAX_HITS:
+            raise UserError(
+                f"A search for k = {k} is not possible; give k from 1 to {protocol.MAX_HITS:,}."
+            )
         if vectors is None:
             vectors = self.encode(text=text, image=image, document=document, view=view)
         return self.index(view).search(vectors, k)

@@ -54,6 +54,7 @@ def summarize(
         "codes_per_image": contents.num_codes,
         "encoder": contents.encoder,
         "tokenizer": contents.tokenizer,
+        "more_codes": dict(contents.more_codes),
         "fingerprint": fingerprint(contents, live),
         "last_ingest": counts or None,
     }

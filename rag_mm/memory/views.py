@@ -1,6 +1,5 @@
 """Embeddings and index of each view of one version of a memory, opened on first use."""
 
-import functools
 import threading
 from pathlib import Path
 
@@ -20,33 +19,43 @@ class Views:
         self._manifest = contents
         self._live = live
         self._indexes: dict[str, protocol.Index] = {}
+        self._codes: dict[str, list[np.ndarray]] = {}
         self._lock = threading.Lock()
 
-    def codes(self, rows: np.ndarray) -> np.ndarray:
-        """Codes of the first image of some rows, int [...]: int32 [..., N], -1 for a row without an image.
+    def codes(self, rows: np.ndarray, tokenizer: str) -> np.ndarray:
+        """An image tokenizer's codes of the first picture of some rows.
+
+        Args:
+            rows: int [...].
+            tokenizer: its fingerprint.
+
+        Returns:
+            int32 [..., N], -1 for a row without codes.
 
         Raises:
-            ValueError: the memory has no codes.
+            ValueError: the memory has no codes of this tokenizer.
         """
-        if self._manifest.num_codes is None:
-            raise ValueError(f"{self._root} has no codes")
+        num_codes = self._manifest.codes_per_image(tokenizer)
+        if num_codes is None:
+            raise ValueError(f"{self._root} has no codes of {tokenizer}")
         stored = np.asarray(self._live.stored)[rows]
-        codes = np.full((*stored.shape, self._manifest.num_codes), protocol.MISSING, np.int32)
+        codes = np.full((*stored.shape, num_codes), protocol.MISSING, np.int32)
         start = 0
-        for part in self._code_shards:
+        for part in self._code_shards(tokenizer):
             inside = (stored >= start) & (stored < start + len(part))
             codes[inside] = part[stored[inside] - start]
             start += len(part)
         return codes
 
-    @functools.cached_property
-    def _code_shards(self) -> list[np.ndarray]:
+    def _code_shards(self, tokenizer: str) -> list[np.ndarray]:
         """The memory-mapped codes of each shard, opened once: a search reads them hit by hit."""
-        shards = (
-            shard_file.load_codes(self._root, self._manifest, shard)
-            for shard in self._manifest.shards
-        )
-        return [codes for codes in shards if codes is not None]
+        if tokenizer not in self._codes:
+            shards = (
+                shard_file.load_codes(self._root, self._manifest, shard, tokenizer)
+                for shard in self._manifest.shards
+            )
+            self._codes[tokenizer] = [codes for codes in shards if codes is not None]
+        return self._codes[tokenizer]
 
     def embeddings(self, view: str) -> np.ndarray:
         """Unit-length embeddings, float32 [R, D]; memory-mapped if they are one file without removed rows."""

@@ -31,6 +31,11 @@ class TowerConfig:
     num_heads: int
     mlp_dim: int
 
+    def __post_init__(self):
+        checks.at_least(self, 1, "embed_dim", "num_layers", "num_heads", "mlp_dim")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}")
+
     def block(self, mlp: str, norm_eps: float = 1e-5) -> BlockConfig:
         """CLIP's transformer block: LayerNorm, biases everywhere, absolute positions."""
         return BlockConfig(
@@ -88,6 +93,14 @@ class CLIPConfig:
     def __post_init__(self):
         if self.pooling not in ("first_end", "highest_id"):
             raise ValueError(f"pooling is first_end or highest_id, not {self.pooling!r}")
+        checks.at_least(
+            self, 1, "image_size", "patch_size", "vocab_size", "max_text_len", "projection_dim"
+        )
+        if self.patch_size > self.image_size:
+            raise ValueError(f"patch_size is {self.patch_size}, more than {self.image_size} pixels")
+        if len(self.image_mean) != 3 or len(self.image_std) != 3:
+            raise ValueError("image_mean and image_std have one value for each of 3 channels")
+        checks.at_least(self, 0, "norm_eps")
         checks.above(self, 0, "initial_logit_scale")
         checks.between(self, 0, MAX_LOGIT_SCALE, "initial_logit_scale")
 

@@ -8,7 +8,6 @@ made of the same encoder and decoder.
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,6 +17,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from rag_mm.core import checks, code_grids
+from rag_mm.core.code_grids import Grids
+from rag_mm.core.errors import UserError
 from rag_mm.nn import conv
 from rag_mm.ops import quantize
 
@@ -71,6 +73,9 @@ class VQGANConfig:
         for name in ("num_res_blocks", "latent_dim", "embed_dim", "codebook_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, which is less than 1")
+        checks.between(self, 1, checks.MAX_BLOCKS, "num_res_blocks")
+        if len(self.width_multipliers) > checks.MAX_BLOCKS:
+            raise ValueError(f"width_multipliers has {len(self.width_multipliers)} scales")
         if self.image_size < self.code_size:
             raise ValueError(f"image_size={self.image_size} is less than a code's {self.code_size}")
 
@@ -80,14 +85,22 @@ class VQGANConfig:
         return 2 ** (len(self.width_multipliers) - 1)
 
     @property
-    def levels(self) -> quantize.Levels:
-        """The one grid of codes of an image of `image_size`, as a pyramid."""
-        return (self.image_size // self.code_size,)
-
-    @property
     def num_codes(self) -> int:
         """Codes per image of `image_size`."""
-        return quantize.num_codes(self.levels)
+        return code_grids.num_codes(self.grids_at(self.image_size, self.image_size))
+
+    def grids_at(self, height: int, width: int) -> Grids:
+        """The one grid of codes of an image of `height` x `width` pixels.
+
+        Raises:
+            UserError: the image is smaller than one code.
+        """
+        if min(height, width) < self.code_size:
+            raise UserError(
+                f"Images have {height} x {width} pixels; this image tokenizer needs at least "
+                f"{self.code_size} x {self.code_size}."
+            )
+        return ((height // self.code_size, width // self.code_size),)
 
     def at_size(self, image_size: int) -> "VQGANConfig":
         """The same network for images of another size; attention stays at its scales.
@@ -257,10 +270,16 @@ class VQGAN(nnx.Module):
         codes = quantize.nearest_codes(self.embed(images), self.codebook.embedding[...])
         return codes.reshape(len(codes), -1)
 
-    def decode(self, codes: Int[Array, "B num_codes"]) -> Float[Array, "B H W 3"]:
-        """Square images in 0..1 from codes; raises as `decode_grid`."""
-        side = math.isqrt(codes.shape[1])
-        return self.decode_grid(codes.reshape(-1, side, side))
+    def decode(
+        self, codes: Int[Array, "B num_codes"], grids: Grids | None = None
+    ) -> Float[Array, "B H W 3"]:
+        """Images in 0..1 from codes of the one grid in `grids`; raises as `decode_grid`.
+
+        None means images of `config.image_size`.
+        """
+        if grids is None:
+            grids = self.config.grids_at(self.config.image_size, self.config.image_size)
+        return self.decode_grid(codes.reshape(-1, *grids[0]))
 
     def decode_grid(self, codes: Int[Array, "B R C"]) -> Float[Array, "B H W 3"]:
         """Images in 0..1 from codes of any grid; H is R * code_size.

@@ -288,7 +288,7 @@ class Stack(nnx.Module):
         return jax.lax.scan(REMAT[self.remat](layer), x, self.blocks, unroll=unroll)
 
     def unstack(self) -> tuple[Block, ...]:
-        """The blocks one by one. Decoding unrolls them so that each layer's cache is updated in place."""
+        """The blocks one by one, for loops that unroll them; copies the parameters inside a program."""
         return tuple(
             jax.tree.map(lambda leaf, i=i: leaf[i], self.blocks) for i in range(self.num_layers)
         )

@@ -260,7 +260,7 @@ class Decoder(nnx.Module):
 
     def decode_step(
         self,
-        blocks: tuple[Block, ...],
+        blocks: Block | tuple[Block, ...],
         tokens: Int[Array, "B 1"],
         positions: Int[Array, "B 1"],
         rotation: rope.Rotation | None,
@@ -270,24 +270,34 @@ class Decoder(nnx.Module):
         """Decodes one token per sequence.
 
         Args:
-            blocks: `stack.unstack()`, computed once outside the decoding loop.
+            blocks: `stack.unstack()`, computed once outside the decoding loop; or `stack.blocks`, to scan.
             tokens: the current tokens.
             positions: their positions.
             rotation: their rotation. `config.block.rotation` is computed for all positions once, outside the
                 loop; None if that is None.
-            attend: reads and updates a layer's cache.
-            cache: one entry per layer, with attribute `recent` if heads are smeared.
+            attend: reads a layer's cache, and returns what is to be kept of the token.
+            cache: one entry per layer, with attribute `recent` if heads are smeared; for a scan one entry of
+                stacked arrays.
 
         Returns:
-            Hidden states after the last norm, and the updated cache.
+            Hidden states after the last norm, and the second results of `attend`, laid out as `cache`.
         """
-        x, updated = self.embed(tokens, positions), []
         same = jnp.ones_like(tokens)
-        for block, layer_cache in zip(blocks, cache, strict=True):
+
+        def layer(x: jax.Array, block_and_cache: tuple[Block, Any]) -> tuple[jax.Array, Any]:
+            block, layer_cache = block_and_cache
             before = SmearContext(same, layer_cache.recent) if self.config.smear_lags else None
-            x, layer_cache = block(x, rotation, attend, layer_cache, before)
-            updated.append(layer_cache)
-        return self.norm(x), tuple(updated)
+            return block(x, rotation, attend, layer_cache, before)
+
+        x = self.embed(tokens, positions)
+        if isinstance(blocks, Block):
+            x, kept = jax.lax.scan(layer, x, (blocks, cache))
+            return self.norm(x), kept
+        kept = []
+        for block_and_cache in zip(blocks, cache, strict=True):
+            x, layer_kept = layer(x, block_and_cache)
+            kept.append(layer_kept)
+        return self.norm(x), tuple(kept)
 
     @jax.named_scope("embed")
     def embed(

@@ -1,10 +1,10 @@
 """Vector quantization by streaming averages over a pyramid of grids (SPAE, Yu et al. 2023).
 
-A pyramid is the tuple `levels` of the sides of its square grids, coarse to fine, such as
-(1, 2, 4, 8, 16, 16). The last one is the full grid; (8,) alone is plain vector quantization. Codes are
-ordered level by level, in raster order within a level.
+A pyramid is the tuple `grids` of (rows, columns) of an image's grids, coarse to fine (`core.code_grids`), one
+per level. The last one is the full grid; one grid alone is plain vector quantization. Codes are ordered level
+by level, in raster order within a level.
 
-Axis letters: S = levels[-1], C codes in the codebook, P points.
+Axis letters: R, S = grids[-1], C codes in the codebook, P points.
 """
 
 import functools
@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int32, Key
 
+from rag_mm.core import code_grids
+from rag_mm.core.code_grids import Grids
 from rag_mm.core.errors import UserError
-
-Levels = tuple[int, ...]
 
 _MAX_DISTANCES = 2**25  # Computed at once: 128 MiB in float32.
 
@@ -32,28 +32,18 @@ def check_levels(levels: Sequence[int]) -> None:
         )
 
 
-def num_codes(levels: Levels) -> int:
-    """The number of codes per image."""
-    return sum(side * side for side in levels)
-
-
-def level_rows(side: int, full: int) -> slice:
-    """The rows, and likewise the columns, of the full grid that a level of side `side` quantizes.
-
-    SPAE's P(l) counted from zero: h' * i - ceil(h' / 2) for i = 1..side with h' = full / side.
-    """
-    stride = full // side
-    return slice(stride // 2, None, stride)
-
-
-def word_counts(levels: Levels) -> Int32[np.ndarray, "levels S S"]:
+def word_counts(grids: Grids) -> Int32[np.ndarray, "levels R S"]:
     """How many codes each position has after each level."""
-    full = levels[-1]
-    counts = np.zeros((len(levels), full, full), np.int32)
-    for level, side in enumerate(levels):
-        rows = level_rows(side, full)
-        counts[level:, rows, rows] += 1
+    counts = np.zeros((len(grids), *grids[-1]), np.int32)
+    for level, grid in enumerate(grids):
+        counts[level:, *_places(grid, grids)] += 1
     return counts
+
+
+def _places(grid: tuple[int, int], grids: Grids) -> tuple[slice, slice]:
+    """The rows and the columns of the full grid that a grid quantizes."""
+    rows, columns = map(code_grids.patches, grid, grids[-1])
+    return rows, columns
 
 
 def nearest_codes(
@@ -111,9 +101,9 @@ def _nearest(
 
 
 def quantize(
-    z: Float[Array | np.ndarray, "B S S D"],
+    z: Float[Array | np.ndarray, "B R S D"],
     codebook: Float[Array | np.ndarray, "C D"],
-    levels: Levels,
+    grids: Grids,
 ) -> Int32[Array, "B num_codes"]:
     """The codes of every level by SPAE's streaming average quantization; passes no gradient.
 
@@ -124,13 +114,13 @@ def quantize(
     sums = jnp.zeros_like(z)
     counts = np.zeros(z.shape[1:3], np.float32)
     codes = []
-    for side in levels:
-        rows = level_rows(side, levels[-1])
-        weight = (counts[rows, rows] + 1)[None, :, :, None]
-        target = weight * z[:, rows, rows] - sums[:, rows, rows]
+    for grid in grids:
+        rows, columns = _places(grid, grids)
+        weight = (counts[rows, columns] + 1)[None, :, :, None]
+        target = weight * z[:, rows, columns] - sums[:, rows, columns]
         level_codes = nearest_codes(target, codebook)
-        sums = sums.at[:, rows, rows].add(codebook[level_codes])
-        counts[rows, rows] += 1
+        sums = sums.at[:, rows, columns].add(codebook[level_codes])
+        counts[rows, columns] += 1
         codes.append(level_codes.reshape(z.shape[0], -1))
     return jnp.concatenate(codes, axis=1)
 
@@ -138,14 +128,14 @@ def quantize(
 def running_averages(
     codes: Int[Array | np.ndarray, "B num_codes"],
     codebook: Float[Array | np.ndarray, "C D"],
-    levels: Levels,
-) -> list[Float[Array, "B S S D"]]:
+    grids: Grids,
+) -> list[Float[Array, "B R S D"]]:
     """zhat_<=l for each level of `codes`: the mean of the vectors that a position has so far.
 
     Args:
       codes: the codes of all levels or of the first few.
       codebook: the result is differentiable in it.
-      levels: the whole pyramid.
+      grids: the whole pyramid.
 
     Returns:
       One array per level of `codes`, zero where a position has no code yet.
@@ -153,37 +143,36 @@ def running_averages(
     Raises:
       ValueError: `codes` ends inside a level.
     """
-    ends = np.cumsum([side * side for side in levels]).tolist()
+    ends = code_grids.ends(grids)
     if codes.shape[1] not in ends:
         raise ValueError(f"{codes.shape[1]} codes end inside a level; levels end at {ends}")
-    full = levels[-1]
-    sums = jnp.zeros((codes.shape[0], full, full, codebook.shape[1]), codebook.dtype)
+    sums = jnp.zeros((codes.shape[0], *grids[-1], codebook.shape[1]), codebook.dtype)
     averages = []
-    for side, end, counts in zip(levels, ends, word_counts(levels), strict=True):
+    for grid, end, counts in zip(grids, ends, word_counts(grids), strict=True):
         if end > codes.shape[1]:
             break
-        grid = codes[:, end - side * side : end].reshape(-1, side, side)
-        rows = level_rows(side, full)
-        sums = sums.at[:, rows, rows].add(codebook[grid])
+        level_codes = codes[:, end - grid[0] * grid[1] : end].reshape(-1, *grid)
+        rows, columns = _places(grid, grids)
+        sums = sums.at[:, rows, columns].add(codebook[level_codes])
         averages.append(sums / np.maximum(counts, 1).astype(np.float32)[None, :, :, None])
     return averages
 
 
 def straight_through(
-    z: Float[Array | np.ndarray, "B S S D"], average: Float[Array, "B S S D"], levels: Levels
-) -> Float[Array, "B S S D"]:
+    z: Float[Array | np.ndarray, "B R S D"], average: Float[Array, "B R S D"], grids: Grids
+) -> Float[Array, "B R S D"]:
     """Exactly the value of `average`; its gradient goes to z unchanged.
 
     Positions without a code pass no gradient, since their value does not depend on z.
     """
-    covered = jnp.asarray(word_counts(levels)[-1] > 0)[None, :, :, None]
+    covered = jnp.asarray(word_counts(grids)[-1] > 0)[None, :, :, None]
     # z - z is exactly zero; z + (average - z) would round.
     passed = jnp.where(covered, z - jax.lax.stop_gradient(z), jnp.zeros_like(z))
     return jax.lax.stop_gradient(average) + passed
 
 
 def quantization_losses(
-    z: Float32[Array, "B S S D"], averages: Sequence[Float32[Array, "B S S D"]], levels: Levels
+    z: Float32[Array, "B R S D"], averages: Sequence[Float32[Array, "B R S D"]], grids: Grids
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """Codebook loss and commitment loss.
 
@@ -191,7 +180,7 @@ def quantization_losses(
     code at that level. The codebook loss has a gradient in the codebook only, the commitment loss in z only.
     """
     codebook_loss, commitment_loss = jnp.float32(0), jnp.float32(0)
-    for counts, average in zip(word_counts(levels), averages, strict=True):
+    for counts, average in zip(word_counts(grids), averages, strict=True):
         covered = (counts > 0).astype(np.float32)
         size = np.float32(covered.sum() * z.shape[0] * z.shape[-1])
         mask = covered[None, :, :, None]

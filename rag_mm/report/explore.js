@@ -2,6 +2,7 @@
 // Document text is always set as text, never as markup; a URL becomes a link only if the server marks it as a
 // web page.
 const byId = (id) => document.getElementById(id);
+const token = new URLSearchParams(location.search).get("token");
 const maxDocs = Number(document.body.dataset.maxDocs);
 let turn = 0; // Number of the latest query; responses to earlier queries are dropped.
 
@@ -32,7 +33,10 @@ async function post(path, query, fields) {
   const address = file ? `${path}?${new URLSearchParams(all)}` : path;
   const response = await fetch(address, {
     method: "POST",
-    headers: { "Content-Type": file ? "application/octet-stream" : "application/json" },
+    headers: {
+      "Authorization": `Bearer ${token}`,
+      "Content-Type": file ? "application/octet-stream" : "application/json",
+    },
     body: file || JSON.stringify(all),
   });
   const answer = await response.json().catch(() => ({ error: "The server did not respond." }));

@@ -10,6 +10,7 @@ from rag_mm.core import compilation_cache, configuration, progress, reuse, run_f
 from rag_mm.core.errors import UserError
 from rag_mm.stages import chain_config, multiprocess
 from rag_mm.stages.chain_config import slice_of
+from rag_mm.train import checkpoint
 
 
 def run_chain(
@@ -56,14 +57,14 @@ def run_chain(
             f"A memory must be built on a file system, not in {run.workdir}; mount it, or build the "
             "stages up to the memory elsewhere."
         )
-    _check_inputs(run, chosen)
+    _check_inputs(run, chosen, configs)
     with multiprocess.leading(), run.locked():
         compilation_cache.keep_programs()
         for name in configs:
             # config.json describes every stage, so all must match it or be rebuilt.
             if not overwrite:
                 run_folder.check_stage(
-                    run, name, slice_of(configs[name]), chain_config.STAGES[name].inputs
+                    run, name, slice_of(configs[name]), _inputs(name, configs[name])
                 )
         run.save_config(config)
         sources = [run_folder.Run(epath.Path(source)) for source in reuse_from]
@@ -89,10 +90,14 @@ def _check_mesh(name: str, config: Any) -> None:
         raise UserError(f"{name}: {error}") from None
 
 
-def _check_inputs(run: run_folder.Run, chosen: list[str]) -> None:
+def _inputs(name: str, config: Any) -> tuple[str, ...]:
+    return chain_config.STAGES[name].inputs_for(config)
+
+
+def _check_inputs(run: run_folder.Run, chosen: list[str], configs: Mapping[str, Any]) -> None:
     """Rejects a stage whose inputs are neither finished nor run before it."""
     for position, name in enumerate(chosen):
-        for needed in chain_config.STAGES[name].inputs:
+        for needed in _inputs(name, configs[name]):
             if needed not in chosen[:position]:
                 run.finished_stage(needed)
 
@@ -110,12 +115,15 @@ def _run_stage(
             multiprocess.share(name)
         elif multiprocess.has_others():
             progress.say(f"{name}: running in process 0 while the others wait")
-        return _call(run, name, config)
+        metrics = _call(run, name, config)
+        # Which earlier checkpoints are left depends on interruptions; the stage's outputs must not.
+        checkpoint.keep_last(run.stage_dir(name) / checkpoint.FOLDER)
+        return metrics
 
     if before is not None:
         progress.say(f"{name}: {'already done, checking' if before.is_done else 'resuming'}")
     else:
-        identity = (run, name, slice_of(config), stage.inputs)
+        identity = (run, name, slice_of(config), _inputs(name, config))
         source = next(
             (candidate for candidate in sources if reuse.reuse_stage(*identity, candidate)), None
         )
@@ -124,7 +132,7 @@ def _run_stage(
         run,
         name,
         slice_of(config),
-        stage.inputs,
+        _inputs(name, config),
         work,
         overwrite=overwrite,
         reports_on_others=stage.reports_on_others,

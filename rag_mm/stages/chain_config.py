@@ -88,6 +88,9 @@ def stage_configs(config: Mapping[str, Any]) -> dict[str, Any]:
     world = world_config.make(config["world"], config["seed"])
     _check_world(world, config["stages"])
     configs = {name: _stage_config(config, name, world) for name in config["stages"]}
+    for name, made in configs.items():
+        if name in STAGES[name].inputs_for(made):
+            raise UserError(f"{name}.start_from is {name!r}, the stage itself; name another stage.")
     ra_cm3_stages.check_agreement(configs)
     return configs
 

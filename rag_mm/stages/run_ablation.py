@@ -164,7 +164,7 @@ def _check_runs(cells: Mapping[tuple[str, int], _Cell]) -> None:
         run = run_folder.Run(cell.workdir)
         for name, stage_config in chain_config.stage_configs(cell.config).items():
             try:
-                inputs = chain_config.STAGES[name].inputs
+                inputs = chain_config.STAGES[name].inputs_for(stage_config)
                 run_folder.check_stage(run, name, chain_config.slice_of(stage_config), inputs)
             except UserError as error:
                 raise UserError(f"{variant}, seed {seed}: {error}") from error
@@ -176,7 +176,8 @@ def _key(stage: str, config: Mapping[str, Any]) -> str:
     needed, todo = {}, [stage]
     while todo:
         name = todo.pop()
-        todo += chain_config.STAGES[name].inputs
+        reader = chain_config.STAGES[name]
+        todo += reader.inputs_for(configs[name]) if name in configs else reader.inputs
         if name in configs:
             needed[name] = chain_config.slice_of(configs[name])
     return files.digest(files.canonical_json({"stage": stage, "configs": needed}).encode())

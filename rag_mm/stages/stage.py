@@ -31,6 +31,7 @@ class Stage:
         mesh: config -> the mesh that it trains on, so that a batch that does not fit is rejected early;
             None for a stage that does not train. All processes run a stage that trains.
         is_shared: all processes run it although it does not train.
+        more_inputs: config -> further stages that it reads with this config, such as one that it starts from.
         holds: other stages whose configs its config contains, in fields of the same names.
         section: dataclass of its part of a config page, if that differs from `config`.
         resolve: (page, values of the section) -> values of `config`; given with `section`.
@@ -46,9 +47,14 @@ class Stage:
     worlds: tuple[type, ...] = IMAGES
     mesh: Callable[[Any], Mesh] | None = None
     is_shared: bool = False
+    more_inputs: Callable[[Any], tuple[str, ...]] = lambda config: ()
     holds: tuple[str, ...] = ()
     section: type | None = None
     resolve: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] | None = None
     reports_on_others: bool = False
     finish: Callable[[Any, run_folder.Run, Sequence[str]], Any] | None = None
     page: str = ""
+
+    def inputs_for(self, config: Any) -> tuple[str, ...]:
+        """The names of the stages that it reads with this config."""
+        return (*self.inputs, *self.more_inputs(config))

@@ -1,10 +1,12 @@
 """Training code that the training stages share: config checks, the mesh, and `train`."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import grain
 import jax
+import jax.numpy as jnp
 from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
@@ -12,9 +14,41 @@ from jax.sharding import Mesh
 from rag_mm.core import sharding
 from rag_mm.core.errors import UserError
 from rag_mm.nn import decoder, param_trees
-from rag_mm.nn.param_trees import Params
+from rag_mm.nn.param_trees import IsChosen, Params
 from rag_mm.perf import chips, flops
-from rag_mm.train import loop, optimizer, throughput, train_state, train_step
+from rag_mm.train import loop, objectives, optimizer, throughput, train_state, train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class FurtherLoss:
+    """A loss beside a stage's first one, such as a discriminator's.
+
+    Attributes:
+        loss_fn: see `train_step.LossFn`.
+        optimizer_config: of its parameters.
+        trains: path -> whether it trains the parameter; the first loss trains all others.
+    """
+
+    loss_fn: train_step.LossFn
+    optimizer_config: optimizer.OptimizerConfig
+    trains: IsChosen
+
+
+@dataclasses.dataclass(frozen=True)
+class WhatTrains:
+    """Which parameters a stage trains and by which losses; the defaults are all of them by one.
+
+    Attributes:
+        is_frozen: path -> whether the parameter is left as it is.
+        frozen_dtype: dtype in which frozen parameters are kept; None: as they are.
+        further_losses: by name, which prefixes their metrics.
+        in_turn: whether a further loss sees the parameters as the losses before it have just changed them.
+    """
+
+    is_frozen: IsChosen = lambda path: False
+    frozen_dtype: str | None = None
+    further_losses: Mapping[str, FurtherLoss] = dataclasses.field(default_factory=dict)
+    in_turn: bool = False
 
 
 def check_config(
@@ -62,15 +96,18 @@ def make_mesh(
     return sharding.make_mesh(data, fsdp, tensor, is_explicit)
 
 
-def step_cost(model: nnx.Module, mesh: Mesh) -> throughput.Cost | None:
-    """FLOPs of a training step, and the peak of the mesh if known; None for models other than decoders."""
+def step_cost(model: nnx.Module, mesh: Mesh, is_all_trained: bool = True) -> throughput.Cost | None:
+    """FLOPs of a training step, and the peak of the mesh if known; None for models other than decoders.
+
+    Without a gradient for all parameters the FLOPs are fewer, so that no MFU is told.
+    """
     if not isinstance(model, decoder.Decoder):
         return None
     config = model.config
     peak = chips.DEVICE_FLOPS.get(mesh.devices.flat[0].device_kind)
     return throughput.Cost(
         lambda lengths: lengths * flops.train_flops(config, lengths),
-        None if peak is None else peak * mesh.size,
+        None if peak is None or not is_all_trained else peak * mesh.size,
     )
 
 
@@ -85,7 +122,9 @@ def train(
     loop_config: loop.LoopConfig,
     seed: int,
     mesh: Mesh,
+    start: Callable[[Params], Params] | None = None,
     prepare: Callable[[Params], Params] | None = None,
+    what: WhatTrains = WhatTrains(),
     derive: loop.Derive | None = None,
     watch: loop.Watch | None = None,
 ) -> tuple[Params, list[dict[str, float]]]:
@@ -97,35 +136,53 @@ def train(
         make_model: makes an untrained model; called abstractly and once compiled.
         loss_fn: see `train_step.LossFn`.
         batches: from `data.pipeline`; with several processes, each makes its `sharding.local_rows`.
-        optimizer_config: learning rate, schedule and moments.
+        optimizer_config: learning rate, schedule, moments, groups and moving averages.
         loop_config: number of steps, logging, checkpoints and guard.
         seed: of randomness inside the loss.
         mesh: devices of the state and the batches.
+        start: abstract parameters -> those that are not initialized, such as another stage's.
         prepare: changes the initial parameters before step 0, for instance to set a codebook from data.
+        what: which parameters are trained and by which losses.
         derive: metrics computed from the logged averages and logged with them.
         watch: metrics on other data, logged at every checkpoint; may raise to end a run early.
 
     Returns:
-        The trained parameters, and the entries of the log.
+        All parameters, frozen ones too and moving averages where there are any, and the entries of the log.
 
     Raises:
         FloatingPointError: the loss is not finite, or the guard skipped too many updates in a row.
+        UserError: every parameter is frozen, or a group has no parameter or shares one.
+        RuntimeError: a frozen parameter changed.
     """
-    graphdef, _ = param_trees.describe(make_model, mesh)
-    params = param_trees.init_params(make_model, mesh)
+    graphdef, abstract = param_trees.describe(make_model, mesh)
+    given = None if start is None else start(abstract)
+    params = param_trees.init_params(make_model, mesh, given)
     if prepare is not None:
         params = prepare(params)
-    guard = loop_config.guard
-    tx = optimizer.make_optimizer(optimizer_config, loop_config.num_steps, guard)
-    state = train_state.init_state(params, tx, mesh)
-    step_fn = train_step.make_train_step(graphdef, loss_fn, tx, seed)
-    extras = loop.Extras(cost=step_cost(nnx.eval_shape(make_model), mesh))
-    if guard is not None:
-        extras = dataclasses.replace(extras, max_skipped=guard.max_in_a_row)
+    frozen, trained = param_trees.split(params, what.is_frozen)
+    if not trained:
+        raise UserError(f"{name}: every parameter is frozen; leave some to train.")
+    if what.frozen_dtype is not None:
+        frozen = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(what.frozen_dtype)), frozen)
+    del given, params
+    before = param_trees.bit_sums(frozen)
+    state, step_fn = _start(
+        graphdef, trained, loss_fn, what, optimizer_config, loop_config, seed, mesh
+    )
+
+    def result(state: train_state.TrainState) -> Params:
+        averaged = param_trees.join(state.params, optimizer.averages(state.opt_state))
+        return param_trees.join(averaged, frozen)
+
+    extras = loop.Extras(
+        cost=step_cost(nnx.eval_shape(make_model), mesh, not frozen), result=result
+    )
+    if loop_config.guard is not None:
+        extras = dataclasses.replace(extras, max_skipped=loop_config.guard.max_in_a_row)
     state, log = loop.fit(
         name,
         state,
-        step_fn,
+        partial(step_fn, held=frozen) if frozen else step_fn,
         batches,
         mesh,
         stage_dir,
@@ -134,4 +191,34 @@ def train(
         watch,
         extras,
     )
-    return state.params, log
+    changed = [path for path, sums in param_trees.bit_sums(frozen).items() if sums != before[path]]
+    if changed:
+        raise RuntimeError(f"{name}: the frozen parameter {changed[0]} changed while training")
+    return result(state), log
+
+
+def _start(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    loss_fn: train_step.LossFn,
+    what: WhatTrains,
+    optimizer_config: optimizer.OptimizerConfig,
+    loop_config: loop.LoopConfig,
+    seed: int,
+    mesh: Mesh,
+) -> tuple[train_state.TrainState, Callable]:
+    """The state at step 0, and the compiled step of one loss or of several."""
+    make = partial(
+        optimizer.make_optimizer, num_steps=loop_config.num_steps, guard=loop_config.guard
+    )
+    tx, further = make(optimizer_config), what.further_losses
+    if not further:
+        step_fn = train_step.make_train_step(graphdef, loss_fn, tx, seed)
+        return train_state.init_state(params, tx, mesh), step_fn
+    is_left = lambda path: not any(each.trains(path) for each in further.values())
+    by_name = {"": objectives.Objective(loss_fn, tx, is_left)} | {
+        name: objectives.Objective(each.loss_fn, make(each.optimizer_config), each.trains)
+        for name, each in further.items()
+    }
+    step_fn = objectives.make_train_step(graphdef, by_name, seed, in_turn=what.in_turn)
+    return objectives.init_state(params, by_name, mesh), step_fn

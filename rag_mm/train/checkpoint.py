@@ -1,7 +1,8 @@
 """Checkpoints of training state and data iterator together; the only file that uses Orbax.
 
-Saving is asynchronous: `save` returns once the host has its own copy. Wall time is recorded in `times.json`
-(`core.costs`) and not in checkpoints, so that bitwise identical runs have identical checkpoints.
+Saving is asynchronous: `save` returns once the host has its own copy. A list of checksums is added when a
+checkpoint is complete (`core.checksums`), and compared before it is restored. Wall time is recorded in
+`times.json` (`core.costs`) and not in checkpoints, so that bitwise identical runs have identical checkpoints.
 """
 
 import asyncio
@@ -10,19 +11,25 @@ import glob
 import json
 import logging
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent import futures
 from typing import Any, NoReturn
 
 import grain
 import jax
+import numpy as np
 from etils import epath
 from etils.epath import gpath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from rag_mm.core import progress
+from rag_mm.core import checksums, files, processes, progress
 from rag_mm.core.errors import UserError
-from rag_mm.nn.param_trees import Params
+from rag_mm.nn.param_trees import Params, leaves_by_path
 from rag_mm.train.train_state import TrainState
+
+# A stage's folder of checkpoints: one folder per step, and `damaged-STEP` for those that were put aside.
+FOLDER = "checkpoints"
+_DAMAGED, _DELETED = "damaged-", ".deleted-"
 
 _glob = gpath.PosixGPath.glob
 
@@ -45,20 +52,17 @@ def _is_not_reported(record: logging.LogRecord) -> bool:
 class Checkpoints:
     """The checkpoints of one stage; after a kill at any time the last complete one is used."""
 
-    def __init__(self, directory: epath.PathLike, keep: int = 1, keep_every: int | None = None):
-        """Keeps the newest `keep` checkpoints, and for good those at multiples of `keep_every` steps."""
-        policies = ocp.training.preservation_policies
+    def __init__(self, directory: epath.PathLike, keep: int = 1):
+        """Keeps the newest `keep` checkpoints."""
         self._directory = epath.Path(directory)
         logging.getLogger("absl").addFilter(_is_not_reported)
-        preserved = [policies.LatestN(keep)]
-        if keep_every is not None:
-            preserved.append(policies.EveryNSteps(keep_every))
         self._checkpointer = ocp.training.Checkpointer(
             _absolute(self._directory),
-            preservation_policy=policies.AnyPreservationPolicy(preserved),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
         )
-        self._saving: Any = None
+        self._thread = futures.ThreadPoolExecutor(1, "checkpoint")
+        self._saving: futures.Future[None] | None = None
 
     @property
     def latest_step(self) -> int | None:
@@ -75,7 +79,7 @@ class Checkpoints:
         """Starts saving at `state.step`; returns once changes to state and iterator can no longer affect it.
 
         Only one checkpoint is written at a time: a previous one is waited for. `on_commit` is called from
-        another thread as soon as the checkpoint is complete on disk.
+        another thread as soon as the checkpoint and its checksums are complete on disk.
 
         Raises:
             UserError: this checkpoint or the previous one cannot be written; see `wait`.
@@ -93,9 +97,15 @@ class Checkpoints:
             saving = self._checkpointer.save_checkpointables_async(step, pieces, force=True)
         except Exception as error:
             self._raise_user_error(error)
-        self._saving = saving
-        if saving is not None and on_commit is not None:
-            saving.on_complete(lambda _: on_commit())
+        self._saving = self._thread.submit(self._complete, saving, step, on_commit)
+
+    def _complete(self, saving: Any, step: int, on_commit: Callable[[], None] | None) -> None:
+        """Waits until Orbax has written a checkpoint, in all processes, and adds its checksums."""
+        saving.result()
+        if jax.process_index() == 0:
+            checksums.write(self._directory / str(step))
+        if on_commit is not None:
+            on_commit()
 
     def wait(self) -> None:
         """Waits until no checkpoint is being written.
@@ -105,9 +115,9 @@ class Checkpoints:
         """
         saving, self._saving = self._saving, None
         try:
-            self._checkpointer.wait()
             if saving is not None:
-                saving.result()  # Only this ends the writer thread.
+                saving.result()
+            self._checkpointer.wait()
         except Exception as error:  # The writer thread can raise any type.
             self._raise_user_error(error)
 
@@ -124,36 +134,63 @@ class Checkpoints:
         ) from OSError(errno.ENOSPC if is_full else errno.EIO, str(error))
 
     def restore(self, state: TrainState, iterator: grain.DatasetIterator) -> TrainState:
-        """Loads the newest readable checkpoint, in the layout of `state`, whatever mesh wrote it.
+        """Loads the newest sound checkpoint, in the layout of `state`, whatever mesh wrote it.
 
-        The state of `iterator` is restored too. Unreadable checkpoints newer than the one loaded are renamed
-        to `damaged-STEP`.
+        The state of `iterator` is restored too. Newer checkpoints, which differ from their checksums or
+        cannot be read, are renamed to `damaged-STEP`. One without checksums, of an older version or of a
+        process that was killed before it wrote them, is restored with a warning.
 
         Raises:
             UserError: no checkpoint fits this model and optimizer, or all are damaged.
         """
         steps = [metadata.step for metadata in self._checkpointer.checkpoints]
-        newest_error: Exception | None = None
+        errors: dict[int, Exception] = {}
         for step in sorted(steps, reverse=True):
             try:
+                self._check(step)
                 restored = self._restore(step, state, iterator)
             except Exception as error:  # With a damaged file Orbax can raise any type.
-                newest_error = newest_error or error
+                errors[step] = error
                 continue
-            for damaged in (later for later in steps if later > step):
-                progress.say(f"checkpoint {damaged} cannot be read; resuming from {step}")
-                self._rename_damaged(damaged)
-            if step != max(steps):
+            for damaged, cause in errors.items():
+                found = f"{cause}".rstrip(".") if isinstance(cause, UserError) else "unreadable"
+                progress.say(f"checkpoint {damaged} is damaged ({found}); resuming from {step}")
+                self._put_aside(damaged)
+            if errors:
                 self._checkpointer.reload()
             return restored
         raise UserError(
             f"The newest checkpoint in {self._directory} does not fit this model and optimizer; "
             "it is damaged or belongs to another model. Remove that folder to start over."
-        ) from newest_error
+        ) from next(iter(errors.values()))
 
-    def _rename_damaged(self, step: int) -> None:
+    def _check(self, step: int) -> None:
+        """Compares a checkpoint with its checksums, each process a part of it; all see the same result.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        folder, error = self._directory / str(step), None
+        if not checksums.exists(folder):
+            progress.say(f"checkpoint {step} has no checksums, so it is restored unchecked")
+            return
+        try:
+            checksums.check(folder, jax.process_index(), jax.process_count())
+        except UserError as own_error:
+            error = own_error
+        if jax.process_count() > 1:
+            found = multihost_utils.process_allgather(np.asarray([error is not None]))
+            if error is None and np.any(found):
+                error = UserError(f"{folder} differs from its checksums.")
+        if error is not None:
+            raise error
+
+    def _put_aside(self, step: int) -> None:
         if jax.process_index() == 0:
-            (self._directory / str(step)).rename(self._directory / f"damaged-{step}")
+            target = self._directory / f"{_DAMAGED}{step}"
+            if target.exists():  # It was damaged before and saved again.
+                files.discard(target)
+            (self._directory / str(step)).rename(target)
         multihost_utils.sync_global_devices(f"damaged {step}")
 
     def _restore(self, step: int, state: TrainState, iterator: grain.DatasetIterator) -> TrainState:
@@ -165,11 +202,17 @@ class Checkpoints:
         opt_state = jax.tree.unflatten(structure, optimizer["leaves"])
         return TrainState(optimizer["step"], loaded["params"], opt_state)
 
+    def finish(self) -> None:
+        """Waits in every process until the last checkpoint and its list are written; raises as `wait`."""
+        self.wait()
+        processes.broadcast_from_leader()
+
     def close(self) -> None:
         """Waits for a checkpoint being written and frees threads; raises as `wait` does."""
         try:
             self.wait()
         finally:
+            self._thread.shutdown()
             self._checkpointer.close()
 
 
@@ -206,6 +249,26 @@ class _IteratorState:
         return read()
 
 
+def keep_last(directory: epath.PathLike) -> None:
+    """Deletes all in a folder of checkpoints but the newest one; does nothing if there is no such folder.
+
+    For the end of a stage: what is left then does not depend on where training was interrupted, or which
+    checkpoint was damaged. One process calls it.
+    """
+    directory = epath.Path(directory)
+    if not directory.exists():
+        return
+    entries = {entry.name: entry for entry in directory.iterdir()}
+    last = max((name for name in entries if name.isdigit()), key=int, default=None)
+    for name, entry in entries.items():
+        if name == last:
+            continue
+        if name.isdigit():
+            # Renamed first, so that a kill never leaves half a checkpoint under its name.
+            entry = entry.rename(directory / f"{_DELETED}{name}")
+        files.discard(entry)
+
+
 def save_params(directory: epath.PathLike, params: Params) -> None:
     """Writes parameters atomically, replacing any existing ones. Every process calls it."""
     ocp.save(_absolute(directory), params, overwrite=True)
@@ -231,6 +294,19 @@ def load_params(directory: epath.PathLike, abstract: Params) -> Params:
     except (ValueError, KeyError, FileNotFoundError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{directory} does not hold this model's parameters ({reason}).") from error
+
+
+def param_shapes(directory: epath.PathLike) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters that `save_params` wrote, by path, without reading them.
+
+    Raises:
+        UserError: there are no parameters in `directory`.
+    """
+    try:
+        tree = ocp.metadata(_absolute(directory)).metadata
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(f"{directory} does not hold a model's parameters ({error}).") from error
+    return {path: tuple(leaf.shape) for path, leaf in leaves_by_path(tree).items()}
 
 
 def _absolute(directory: epath.PathLike) -> epath.Path:

@@ -16,6 +16,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from rag_mm.core import checks, costs, files, manifest_values, progress, sharding
+from rag_mm.core.errors import UserError
 from rag_mm.data import pipeline
 from rag_mm.nn.param_trees import Params
 from rag_mm.train import checkpoint, preemption, throughput, train_metrics, update_guard, watchdog
@@ -73,18 +74,18 @@ class Extras:
     """Optional settings of `fit`.
 
     Attributes:
-        keep_every: keep checkpoints at multiples of this step permanently.
         max_skipped: this many consecutive updates skipped by the guard end the run.
         cost: FLOPs of a decoder's step, for MFU and tokens per second.
         profile: first and last step of a TensorBoard trace, written to `profile/`; None: that of `profiled`.
         stall_seconds: a process that waits longer for a batch or a step exits (see `watchdog`).
+        result: state -> the parameters that `watch` measures.
     """
 
-    keep_every: int | None = None
     max_skipped: int = update_guard.GuardConfig.max_in_a_row
     cost: throughput.Cost | None = None
     profile: tuple[int, int] | None = None
     stall_seconds: float = 900.0
+    result: Callable[[TrainState], Params] = lambda state: state.params
 
 
 _PROFILE: contextvars.ContextVar[tuple[int, int] | None] = contextvars.ContextVar(
@@ -150,9 +151,7 @@ def fit(
         stop = preemption.Stop()
         stack.enter_context(preemption.listen(stop.request))
         agreement = preemption.Agreement(stop, mesh)
-        checkpoints = checkpoint.Checkpoints(
-            run.directory / "checkpoints", KEEP_LAST, run.extras.keep_every
-        )
+        checkpoints = checkpoint.Checkpoints(run.directory / checkpoint.FOLDER, KEEP_LAST)
         stack.callback(checkpoints.close)
         if checkpoints.latest_step is not None:
             state = checkpoints.restore(state, iterator)
@@ -176,9 +175,9 @@ def fit(
             if agreement.is_due():
                 run.save_partial(step)
                 checkpoints.save(state, iterator)
-                checkpoints.close()
+                checkpoints.finish()
                 raise SystemExit(preemption.EXIT_CODE)
-        checkpoints.wait()
+        checkpoints.finish()
         run.finish()
         if agreement.is_requested():
             raise SystemExit(preemption.EXIT_CODE)
@@ -218,8 +217,15 @@ class _Run:
         )
         self.board = train_metrics.Board(self.directory / costs.BOARD_NAME)
         partial = self.directory / PARTIAL
-        if partial.exists() and (saved := files.read_json(partial))["step"] == start:
-            self.averages.from_json(saved["sums"])
+        if not partial.exists():
+            return
+        try:
+            saved = files.read_object(partial, step=int, sums=dict)
+            if saved["step"] == start:
+                self.averages.from_json(saved["sums"])
+        except (UserError, TypeError, ValueError) as error:
+            progress.warn(f"{partial} is damaged ({error}): the next log line averages fewer steps.")
+            self.averages = train_metrics.Averages()
 
     def next_batch(self, iterator: grain.DatasetIterator) -> dict:
         """The next batch on its devices; record numbers are removed and kept for error messages."""
@@ -248,7 +254,9 @@ class _Run:
         skipped = {"skipped": float(num_skipped)} if num_skipped else {}
         derived = self.derive(values) if self.derive is not None else {}
         speed = self.speed.write(step)
-        watched = self.watch(step, state.params) if self.watch is not None and is_saved else {}
+        watched = {}
+        if self.watch is not None and is_saved:
+            watched = self.watch(step, self.extras.result(state))
         figures: dict[str, Any] = {**values, **derived, **watched, **skipped}
         self.log.write(step, figures)
         self.board.write(step, train=figures, speed=speed)

@@ -1,5 +1,6 @@
 """Averages of training metrics from (sum, weight) pairs, the JSON-lines log, and TensorBoard."""
 
+import contextlib
 import importlib.util
 import json
 from collections.abc import Mapping
@@ -63,11 +64,21 @@ class Log:
 
 
 def read_log(path: epath.PathLike) -> list[dict[str, float]]:
-    """The lines of a log, oldest first; empty if the file does not exist."""
+    """The lines of a log, oldest first; empty if the file does not exist.
+
+    A log stops neither a resumed training nor a report: lines that cannot be read, and values that are no
+    finite numbers, are left out.
+    """
     path = epath.Path(path)
-    if not path.exists():
+    if files.is_special(path) or not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    rows = []
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError):
+            row = files.parse_json(line)
+            if isinstance(row, dict) and type(row.get("step")) is int:
+                rows.append({k: v for k, v in row.items() if type(v) in (int, float)})
+    return rows
 
 
 class Board:

@@ -13,7 +13,13 @@ from rag_mm.nn.param_trees import Params
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Number of steps taken (int32 []), float32 parameters as nested dicts, and the optimizer state."""
+    """What a step changes.
+
+    Attributes:
+        step: number of steps taken, int32 [].
+        params: the trained parameters, float32, as nested dicts.
+        opt_state: the optimizer's state; with several objectives the state of each one's optimizer by name.
+    """
 
     step: jax.Array
     params: Params

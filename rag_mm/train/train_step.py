@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 
 from rag_mm.core import sharding
+from rag_mm.nn import param_trees
 from rag_mm.nn.param_trees import Params
 from rag_mm.train import update_guard
 from rag_mm.train.train_state import TrainState
@@ -27,19 +28,21 @@ def train_step(
     optimizer: optax.GradientTransformation,
     seed: int,
     num_parts: int = 1,
+    held: Params | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Takes one step; randomness depends on `seed` and `state.step` only.
 
     Args:
         state: the current state; its buffers may be donated.
         batch: arrays [B, ...], sharded over the mesh's batch axes.
-        graphdef: the model's structure, to which `state.params` belong.
+        graphdef: the model's structure, to which `state.params` and `held` belong.
         loss_fn: the objective.
         optimizer: an Optax transformation; one that takes `value` gets the loss.
         seed: for dropout and sampling inside the loss.
         num_parts: gradient accumulation: the batch is processed in this many parts, one after the other.
             The gradient is the same if the loss equals its `loss` metric, a sum over examples divided by
             max(weight, 1).
+        held: the model's other parameters, which have neither gradient nor optimizer state.
 
     Returns:
         The next state, and the metrics as name -> (sum, weight); divide after summing over steps.
@@ -47,7 +50,8 @@ def train_step(
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
 
     def compute_loss(params, part, rng):
-        return loss_fn(nnx.merge(graphdef, params), part, rng)
+        model = nnx.merge(graphdef, param_trees.join(params, held or {}))
+        return loss_fn(model, part, rng)
 
     compute_grads = partial(jax.grad(compute_loss, has_aux=True), state.params)
     with jax.named_scope("gradient"):
@@ -101,7 +105,7 @@ def make_train_step(
     seed: int,
     num_parts: int = 1,
 ) -> jax.stages.Wrapped:
-    """`train_step` compiled, with donated state."""
+    """`train_step` compiled, with donated state; (state, batch) or, with `held`, (state, batch, held=...)."""
     fixed = dict(graphdef=graphdef, loss_fn=loss_fn, optimizer=optimizer, seed=seed)
     bound = partial(train_step, **fixed, num_parts=num_parts)
     return jax.jit(bound, donate_argnums=0)

@@ -100,11 +100,15 @@ def blank_skipped(
 
 
 def counts(opt_state: optax.OptState) -> tuple[int, int]:
-    """(updates skipped so far, consecutive skipped updates up to now); zeros without a guard."""
-    if not isinstance(opt_state, GuardState):
-        return 0, 0
-    skipped, in_a_row = jax.device_get((opt_state.num_skipped, opt_state.num_in_a_row))
-    return int(np.asarray(skipped)), int(np.asarray(in_a_row))
+    """(updates skipped so far, consecutive skipped updates up to now); zeros without a guard.
+
+    With several objectives the sum, and the largest of the runs.
+    """
+    is_guard = lambda node: isinstance(node, GuardState)
+    guards = [node for node in jax.tree.leaves(opt_state, is_leaf=is_guard) if is_guard(node)]
+    found = jax.device_get([(each.num_skipped, each.num_in_a_row) for each in guards])
+    skipped, in_a_row = ([int(np.asarray(pair[i])) for pair in found] for i in (0, 1))
+    return sum(skipped), max(in_a_row, default=0)
 
 
 def _is_spike(value: jax.Array, state: GuardState, config: GuardConfig) -> jax.Array:

@@ -11,7 +11,6 @@ from etils import epath
 from flax import nnx
 
 from rag_mm.api import exporting, imported, importing
-from rag_mm.convert import table
 from rag_mm.core import files, run_folder
 from rag_mm.core.errors import UserError
 from rag_mm.data import vocabulary
@@ -96,7 +95,7 @@ def test_a_decoder_is_exported_under_its_own_names_with_a_name_table(tmp_path, c
     made = exporting.export_checkpoint("cm3", run, tmp_path / "out", 1 << 30)
     tensors = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
     names = json.loads((tmp_path / "out" / "names.json").read_text())
-    wanted = table.leaves_by_path(random_params(make_decoder(config))[1])
+    wanted = param_trees.leaves_by_path(random_params(make_decoder(config))[1])
     assert made["tensors"] == len(tensors)
     seen = set()
     for name, row in names.items():

@@ -199,6 +199,7 @@ def test_scenes_as_documents(world, capsys):
         (["search", "mem"], "--text"),
         (["search", "mem", "--text=a", "--image=b"], "not allowed"),
         (["search", "mem", "--text=a", "-k", "0"], "-k is 0"),
+        (["search", "mem", "--text=a", "-k", "1000000000000"], "give 1 to 1,000,000"),
         (["search", "mem", "--text=a", "-k", "x"], "-k"),
         (["search", "mem", "--text=a", "--view=x"], "no view 'x'"),
         (["search", "mem", "--image=no.png"], "no.png cannot be read"),
@@ -218,6 +219,11 @@ def test_scenes_as_documents(world, capsys):
         ),
         (["verify", "no"], "no is not a folder"),
         (["stats", "some"], "some is not a memory"),
+        (["show", "mem"], "--document"),
+        (["show", "mem", "--document=no"], "no document with the id 'no'"),
+        (["add-codes", "mem", "--tokenizer=more"], "--tokenizer=more is not a run"),
+        (["add-codes", "mem", "--image-batch=0"], "--image-batch is 0"),
+        (["add-codes", "no"], "no is not a memory"),
     ],
 )
 def test_a_user_error_is_one_sentence_and_writes_nothing(world, capsys, argv, complaint):
@@ -243,6 +249,41 @@ def test_text_output(world, capsys):
     assert "doc-003" in shown("search", "mem", "--text=thing number3")
     assert "no problems found" in shown("verify", "mem")
     assert "codes_per_image" in shown("stats", "mem")
+
+
+def test_documents_of_any_segments_are_shown_with_the_codes_of_two_tokenizers(
+    world, capsys, monkeypatch
+):
+    segments = [
+        {"text": "[then]"},
+        {"video": ["doc-000.png", "doc-001.png"], "fps": 8},
+        {"image": "doc-002.png"},
+    ]
+    lines = world / "some" / "captions.jsonl"
+    line = json.dumps({"id": "clip", "segments": segments, "license": "CC0"})
+    lines.write_text(f"{lines.read_text()}\n{line}")
+    call(capsys, "build", "--documents=some", "--retriever=run", "--out=mem")
+    shown = call(capsys, "show", "mem", "--document=clip")
+    assert (shown["id"], shown["row"], shown["license"]) == ("clip", 5, "CC0")
+    own = StandInTokenizer().fingerprint
+    assert shown["segments"] == [
+        {"text": "[then]"},
+        {"video": [2, 8, 8], "fps": 8.0, "codes": {own: [2, 4]}},
+        {"image": [8, 8], "codes": {own: [4]}},
+    ]
+    monkeypatch.setattr(memory, "load_tokenizer", lambda *_: StandInTokenizer("another one"))
+    added = call(capsys, "add-codes", "mem", "--tokenizer=run")
+    assert (added["version"], added["more_codes"]) == (2, {"another one": 4})
+    assert added["added_codes"] == "another one"
+    shown = call(capsys, "show", "mem", "--document=clip")
+    assert shown["segments"][1]["codes"] == {own: [2, 4], "another one": [2, 4]}
+    console = rich.console.Console(file=io.StringIO(), width=120)
+    memory.show(shown, console)
+    output = console.file.getvalue()
+    assert "0 text: [then]\n" in output
+    assert "1 video: 2 x 8 x 8 at 8 frames per second\n" in output
+    assert "    2 x 4 codes of another one\n" in output
+    assert call(capsys, "verify", "mem")["ok"]
 
 
 def test_help_is_quick():

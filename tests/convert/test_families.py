@@ -8,6 +8,7 @@ from rag_mm.api import importing
 from rag_mm.convert import llama_format, table
 from rag_mm.core.errors import UserError
 from rag_mm.models import chameleon, clip, llama
+from rag_mm.nn import param_trees
 from rag_mm.nn.decoder import DecoderConfig
 from rag_mm.ops import rope
 
@@ -109,7 +110,7 @@ def test_published_sizes(family, config, parameters):
 
 def test_chameleon_7b_has_its_published_shapes():
     family, config = importing.FAMILIES["chameleon"], chameleon.ChameleonConfig.chameleon_7b()
-    leaves = table.leaves_by_path(family.describe(config)[1])
+    leaves = param_trees.leaves_by_path(family.describe(config)[1])
     decoder = sum(leaf.size for name, leaf in leaves.items() if name.startswith("decoder/"))
     # LLaMA-7B with 65,536 tokens, and per layer the scale and bias of 32 heads of 128, for q and k.
     assert decoder == 6_738_415_616 + 2 * (65_536 - 32_000) * 4096 + 32 * 4 * 4096

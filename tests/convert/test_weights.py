@@ -13,6 +13,7 @@ from rag_mm.api import importing
 from rag_mm.convert import shards, table, weights
 from rag_mm.core import sharding
 from rag_mm.core.errors import UserError
+from rag_mm.nn import param_trees
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": tiny.BFLOAT16}
 
@@ -70,10 +71,10 @@ def test_shards_are_loaded_directly_onto_a_mesh(tmp_path, shape):
         checkpoint.family.describe(checkpoint.config)[1],
         np.dtype(np.float32),
     )
-    for path, leaf in table.leaves_by_path(params).items():
-        assert leaf.sharding == table.leaves_by_path(abstract)[path].sharding, path
+    for path, leaf in param_trees.leaves_by_path(params).items():
+        assert leaf.sharding == param_trees.leaves_by_path(abstract)[path].sharding, path
         assert leaf.dtype == tiny.BFLOAT16
-        whole = np.asarray(table.leaves_by_path(alone)[path])
+        whole = np.asarray(param_trees.leaves_by_path(alone)[path])
         np.testing.assert_array_equal(np.asarray(leaf).astype(np.float32), whole)
     if shape == (1, 4, 2):  # embed over 4, heads over 2
         kernel = params["stack"]["blocks"]["attention"]["q"]["kernel"]

@@ -1,5 +1,6 @@
 """Atomic writes replace regular files alone, follow no link, and leave permissions to the umask."""
 
+import contextlib
 import os
 import pathlib
 import stat
@@ -73,6 +74,24 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     with pytest.raises(TypeError):
         files.write_atomic(tmp_path / "a", "no bytes")
     assert (tmp_path / "a").read_bytes() == b"old" and os.listdir(tmp_path) == ["a"]
+
+
+def test_two_writers_of_one_file_do_not_mix(tmp_path):
+    """The one that ends last wins; neither writes into what the other has begun."""
+    with files.whole_file(tmp_path / "a") as first, files.whole_file(tmp_path / "a") as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert (tmp_path / "a").read_text() == "first" and os.listdir(tmp_path) == ["a"]
+
+
+def test_a_file_that_is_not_finished_replaces_nothing(tmp_path):
+    (tmp_path / "a").write_text("old")
+    with contextlib.suppress(ValueError), files.whole_file(tmp_path / "a") as temporary:
+        temporary.write_text("half")
+        raise ValueError
+    with pytest.raises(FileNotFoundError), files.whole_file(tmp_path / "a"):
+        pass
+    assert (tmp_path / "a").read_text() == "old" and os.listdir(tmp_path) == ["a"]
 
 
 def test_a_folder_written_through_a_link_lies_where_the_link_leads(tmp_path):

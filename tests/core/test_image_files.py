@@ -1,5 +1,6 @@
 """Whatever a caller has as an image becomes the same RGB pixels, or one sentence."""
 
+import io
 import pathlib
 
 import numpy as np
@@ -52,6 +53,13 @@ def test_a_pillow_image_is_rotated_as_its_exif_data_says():
     image = PIL.Image.fromarray(RGB)
     image.getexif()[0x0112] = 3
     np.testing.assert_array_equal(image_files.to_pixels(image), RGB[::-1, ::-1])
+
+
+def test_damaged_pixels_of_a_pillow_image_are_an_error():
+    data = bytearray(image_files.encode_png(RGB))
+    data[data.index(b"IDAT") + 12] ^= 0xFF
+    with PIL.Image.open(io.BytesIO(data)) as image, pytest.raises(OSError, match="data stream"):
+        image_files.to_pixels(image)
 
 
 @pytest.mark.parametrize(

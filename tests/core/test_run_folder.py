@@ -307,6 +307,29 @@ def test_a_stage_that_is_a_link_is_rebuilt_beside_what_it_names(run, tmp_path):
     assert not pathlib.Path(run.stage_dir("model")).is_symlink()
 
 
+@pytest.mark.parametrize("is_there", [True, False], ids=["unfinished", "nowhere"])
+def test_an_unfinished_stage_that_is_a_link_is_not_written_through(run, tmp_path, is_there):
+    """What it names may belong to another run."""
+    calls, moved = Calls(), tmp_path / "moved"
+    _chain(run, calls)
+    run.stage_dir("model").rename(moved)
+    if is_there:
+        manifest = files.read_json(moved / "manifest.json") | {"status": "running"}
+        files.write_json(moved / "manifest.json", manifest)
+        before = {path: path.read_bytes() for path in moved.rglob("*") if path.is_file()}
+    pathlib.Path(run.stage_dir("model")).symlink_to(moved if is_there else tmp_path / "nowhere")
+    for refused in (
+        lambda: _chain(run, calls),
+        lambda: _chain(run, calls, overwrite=True),
+        lambda: run_folder.check_stage(run, "model", {"dim": 8}, ("words",)),
+    ):
+        with pytest.raises(UserError, match="model is a link to a stage that is not done"):
+            refused()
+    assert calls == ["words", "model"] and not (tmp_path / "nowhere").exists()
+    if is_there:
+        assert before == {path: path.read_bytes() for path in moved.rglob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize("kind", ["link", "file"])
 def test_what_an_earlier_rebuild_left_blocks_no_command(run, tmp_path, kind):
     _chain(run, Calls())

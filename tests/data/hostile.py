@@ -22,14 +22,14 @@ def encoded(image: PIL.Image.Image | np.ndarray, kind: str = "PNG", **options) -
     return buffer.getvalue()
 
 
+def chunk(name: bytes, data: bytes, flipped: int = 0) -> bytes:
+    """A chunk of a PNG; `flipped` are bits that its checksum has wrong."""
+    checksum = zlib.crc32(name + data) ^ flipped
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", checksum)
+
+
 def png_claiming(width: int, height: int) -> bytes:
     """A PNG whose header claims more pixels than the file holds."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        )
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     body = chunk(b"IDAT", zlib.compress(bytes(100)))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body + chunk(b"IEND", b"")
@@ -39,6 +39,32 @@ def _rotated() -> bytes:
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
     return encoded(pixels(), exif=exif)
+
+
+def _with(*chunks: bytes, at_end: bool = False, kind: str = "RGB") -> bytes:
+    """A PNG of `pixels` with further chunks before its pixels or behind them."""
+    data = encoded(PIL.Image.fromarray(pixels()).convert(kind))
+    place = len(data) - 12 if at_end else 33
+    return data[:place] + b"".join(chunks) + data[place:]
+
+
+def _exif(kind: int, value: bytes) -> bytes:
+    """EXIF data of one entry, the orientation."""
+    return struct.pack("<2sHIHHHI4sI", b"II", 42, 8, 1, 0x0112, kind, 1, value, 0)
+
+
+def _of_16_bits() -> bytes:
+    """A PNG of 16-bit RGB whose first pixel is transparent."""
+    values = (pixels().astype(np.uint16) * 256 + 5).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 9, 6, 16, 2, 0, 0, 0))
+    hole, body = chunk(b"tRNS", values[0, 0].tobytes()), chunk(b"IDAT", zlib.compress(rows))
+    return b"\x89PNG\r\n\x1a\n" + header + hole + body + chunk(b"IEND", b"")
+
+
+def _of_a_phone() -> bytes:
+    """A JPEG with a second one, such as a map of depths, behind it."""
+    return encoded(pixels(), "MPO", save_all=True, append_images=[PIL.Image.fromarray(pixels(1))])
 
 
 def _animated(kind: str) -> bytes:
@@ -78,8 +104,34 @@ READ = {
     "moving.png": (_animated("PNG"), {"animated"}),
     "moving.webp": (_animated("WEBP"), {"animated"}),
     "turned.png": (_rotated(), {"rotated"}),
+    "turned_long_text.png": (
+        _with(chunk(b"eXIf", _exif(3, b"\x06\0\0\0")), chunk(b"tEXt", b"a\0" + bytes(2 << 20))),
+        {"rotated"},
+    ),
+    "phone.jpg": (_of_a_phone(), set()),
+    "deep_hole.png": (_of_16_bits(), {"16-bit", "alpha"}),
     "really_a_png.jpg": (encoded(_IMAGE), {"wrong-ending"}),
     "really_a_jpeg.webp": (encoded(_IMAGE, "JPEG"), {"wrong-ending"}),
+}
+_MEGABYTES = bytes(3 << 20)
+# As READ, all of the same pixels: what is wrong with their metadata is no matter.
+ODD_METADATA = {
+    "exif_text.png": (_with(chunk(b"eXIf", b"no exif data")), set()),
+    "exif_empty.png": (_with(chunk(b"eXIf", b"")), set()),
+    "exif_text.webp": (encoded(_IMAGE, "WEBP", exif=b"no exif data", lossless=True), set()),
+    "turn_9.png": (_with(chunk(b"eXIf", _exif(3, b"\x09\0\0\0"))), set()),
+    "turn_0.png": (_with(chunk(b"eXIf", _exif(3, bytes(4)))), set()),
+    "turn_text.png": (_with(chunk(b"eXIf", _exif(2, b"6\0\0\0"))), set()),
+    "turn_huge.png": (_with(chunk(b"eXIf", _exif(4, b"\xff\xff\xff\xee"))), set()),
+    "long_packed.png": (_with(chunk(b"zTXt", b"a\0\0" + zlib.compress(_MEGABYTES))), set()),
+    "long_text.png": (_with(chunk(b"iTXt", b"a\0\0\0\0\0" + _MEGABYTES)), set()),
+    "long_end.png": (_with(chunk(b"tEXt", b"a\0" + _MEGABYTES), at_end=True), set()),
+    "many_texts.png": (_with(*[chunk(b"tEXt", b"a\0" + bytes(999_999))] * 70), set()),
+    "long_profile.png": (_with(chunk(b"iCCP", b"a\0\0" + zlib.compress(_MEGABYTES))), set()),
+    "profile.png": (_with(chunk(b"iCCP", b"a\0\0" + b"not packed")), set()),
+    "checksum.png": (_with(chunk(b"tEXt", b"a\0b", flipped=1)), set()),
+    "checksum_end.png": (_with(chunk(b"tEXt", b"a\0b", flipped=1), at_end=True), set()),
+    "profile.webp": (encoded(_IMAGE, "WEBP", icc_profile=_MEGABYTES, lossless=True), set()),
 }
 # File name -> (content, the reason it is rejected for).
 REFUSED = {
@@ -118,7 +170,7 @@ LINES = {
     b'{"image": "missing.png", "caption": "a"}': "missing-picture",
     b'{"image": "sub", "caption": "a"}': "missing-picture",
     b'{"image": "pipe.png", "caption": "a"}': "device",
-    b'{"image": "sub/plain.png", "caption": "a twin"}': "duplicate-id",
+    b'{"image": "plain.png", "caption": "a twin"}': "duplicate-id",
 }
 
 

@@ -46,6 +46,19 @@ def test_half_a_file_is_refused(path):
         array_records.ArrayRecordSource([path])
 
 
+def test_two_workers_that_write_the_same_file_do_not_mix(path):
+    """As when a worker is started again while the first still runs."""
+    (first, *_) = array_records.ArrayRecordSource([path]).read(0)
+
+    def documents():
+        yield first.document
+        assert array_records.write_documents(path, iter([first.document] * 2)) == 2
+
+    assert array_records.write_documents(path, documents()) == 1
+    assert len(list(array_records.ArrayRecordSource([path]).read(0))) == 1
+    assert [p.name for p in path.parent.iterdir()] == ["some.arrayrecord"]
+
+
 def test_only_the_file_itself_is_written(path):
     list(open_documents.open_documents(str(path)).read(0))
     assert [p.name for p in path.parent.iterdir()] == ["some.arrayrecord"]

@@ -7,7 +7,7 @@ import hostile
 import numpy as np
 import pytest
 
-from rag_mm.data import webdataset
+from rag_mm.data import captions, webdataset
 
 PNG = hostile.encoded(hostile.pixels())
 SPARSE = {
@@ -69,7 +69,7 @@ def fill_with_bad_members(tar):
 def items_of_bad_members(tmp_path_factory, make_tar):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(webdataset, "MAX_MEMBER_BYTES", 2000)
-        patch.setattr(webdataset, "MAX_TEXT_BYTES", 100)
+        patch.setattr(captions, "MAX_TEXT_BYTES", 100)
         return list(make_tar(tmp_path_factory.mktemp("bad"), fill_with_bad_members).read(0))
 
 

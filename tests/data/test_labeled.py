@@ -44,6 +44,15 @@ def test_a_bad_picture_is_listed_and_passed_over(folder):
     assert name.endswith("a.jpg") and "not a JPEG, PNG or WebP" in reason
 
 
+def test_files_that_a_mac_leaves_are_neither_classes_nor_images(folder):
+    for name in ("__MACOSX/0.png", "__MACOSX/red_apple/0.png", "red_apple/._0.png", ".x/0.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"shadow")
+    found = labeled.LabeledFolder(folder)
+    assert found.class_names == ("green pear", "red apple")
+    assert len(list(found.read())) == 4 and not found.rejects
+
+
 @pytest.mark.parametrize(("name", "says"), [("red apple", "another class"), ("003.", "empty")])
 def test_classes_that_read_alike_are_refused(folder, name, says):
     (folder / name).mkdir()

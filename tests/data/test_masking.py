@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rag_mm.core.errors import UserError
-from rag_mm.data import masking, sequences, vocabulary
+from rag_mm.data import masking, sequences, token_documents, vocabulary
 
 VOCABULARY = vocabulary.train_vocabulary([], 256, 64, 8)
 V = VOCABULARY
@@ -15,8 +15,14 @@ V = VOCABULARY
 def find_segments(num_docs, num_text, num_codes):
     """Segments of a row whose captions all have `num_text` tokens."""
     layout = sequences.Layout(num_docs, max(num_text, 1), num_codes)
-    example = sequences.Example([0] * num_text, np.zeros(num_codes, np.int32))
-    return sequences.find_segments(layout, example, [example] * num_docs)
+    example = token_documents.pair([0] * num_text, np.zeros(num_codes, np.int32))
+    return sequences.lay_out(layout, VOCABULARY, example, [example] * num_docs).segments
+
+
+def mask(tokens, spans, vocab):
+    """A masked sequence, as `sequences.mask` makes it from what this module says."""
+    extended = np.concatenate([tokens, masking.make_marks(len(spans), vocab)])
+    return extended[masking.rearrange(len(tokens), spans).source]
 
 
 def test_worked_example():
@@ -24,14 +30,14 @@ def test_worked_example():
     e, b, s0, x = V.eod, V.brk, V.sentinel(0), V.eoss
     t1, t2, (i1, i2, i3, i4) = 11, 12, V.code_offset + np.arange(4)
     plain = np.array([e, t1, t2, b, i1, i2, i3, i4, e], np.int32)
-    masked = masking.mask(plain, np.array([[5, 7]]), VOCABULARY)
+    masked = mask(plain, np.array([[5, 7]]), VOCABULARY)
     assert masked.tolist() == [e, t1, t2, b, i1, s0, i4, e, s0, i2, i3, x]
     assert masking.unmask(masked, VOCABULARY).tolist() == plain.tolist()
 
 
 def test_two_spans_keep_their_order_and_may_touch():
     plain = np.array([V.eod, 1, 2, 3, 4, V.eod], np.int32)
-    masked = masking.mask(plain, np.array([[1, 3], [3, 4]]), VOCABULARY)
+    masked = mask(plain, np.array([[1, 3], [3, 4]]), VOCABULARY)
     s0, s1 = V.sentinel(0), V.sentinel(1)
     moved = [s0, 1, 2, V.eoss, s1, 3, V.eoss]
     assert masked.tolist() == [V.eod, s0, s1, 4, V.eod, *moved]
@@ -65,7 +71,7 @@ def test_unmasking_restores_every_row(
     plain[[0, -1]] = V.eod
     for start, end in segments:
         plain[start:end] = rng.integers(0, V.text_size, end - start)
-    masked = masking.mask(plain, spans, VOCABULARY)
+    masked = mask(plain, spans, VOCABULARY)
     assert len(masked) == len(plain) + 3 * len(spans)
     assert masking.unmask(masked, VOCABULARY).tolist() == plain.tolist()
 
@@ -139,14 +145,14 @@ def test_the_generator_decides_everything():
 def test_bad_spans_are_refused(spans):
     plain = np.array([V.eod, 1, 2, 3, 4, V.eod], np.int32)
     with pytest.raises(ValueError, match="disjoint"):
-        masking.mask(plain, np.array(spans), VOCABULARY)
+        mask(plain, np.array(spans), VOCABULARY)
 
 
 def test_more_spans_than_sentinels_are_refused():
     plain = np.arange(20, dtype=np.int32)
     spans = np.arange(1, 19).reshape(9, 2)
     with pytest.raises(ValueError, match="9 spans"):
-        masking.mask(plain, spans, VOCABULARY)
+        mask(plain, spans, VOCABULARY)
 
 
 def test_a_row_that_no_masking_makes_is_refused():

@@ -207,7 +207,7 @@ def test_bad_records_are_skipped_and_named(tmp_path):
         ({"image": "sub", "caption": "a"}, "cannot be read"),
         ({"image": "captions.jsonl", "caption": "a"}, "is not a JPEG"),
         ({"image": "broken.jpg", "caption": "a"}, "is "),
-        ({"image": "sub/0.png", "caption": "a"}, "has the id '0' of an earlier record"),
+        ({"image": "0.png", "caption": "a"}, "has the id '0' of an earlier record"),
     ]
     found = sources.FolderDocuments(folder(tmp_path, [good, *(line for line, _ in bad)]))
     assert [found[i].id for i in range(len(found))] == ["0"]
@@ -216,7 +216,7 @@ def test_bad_records_are_skipped_and_named(tmp_path):
         assert complaint in reason, (line, reason)
         assert name
     assert found.rejects[0][0] == "line 2"
-    assert found.rejects[-1][0] == "sub/0.png"
+    assert found.rejects[-1][0] == "0.png"
 
 
 def test_folders_without_a_good_record_are_refused(tmp_path):
@@ -230,3 +230,32 @@ def test_folders_without_a_good_record_are_refused(tmp_path):
     (tmp_path / "captions.jsonl").write_text('{"image": "x.png", "caption": "a"}')
     with pytest.raises(UserError, match=r"no good record.*x\.png, which cannot be read"):
         sources.FolderDocuments(tmp_path)
+
+
+def test_files_of_one_name_in_several_folders_are_documents_of_their_own(tmp_path):
+    """Folders of classes, and endings that differ alone; one file twice is still a duplicate."""
+    names = ["cat/0.png", "dog/0.png", "0.png", "0.webp", "a.b.png", "./c.png", "0.webp"]
+    for place in ("cat", "dog"):
+        (tmp_path / place).mkdir()
+    for name in names:
+        save(tmp_path / name, gradient())
+    lines = [json.dumps({"image": name, "caption": "a"}) for name in names]
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines))
+    found = sources.FolderDocuments(tmp_path)
+    ids = [found[i].id for i in range(len(found))]
+    assert ids == ["cat/0", "dog/0", "0", "0.webp", "a.b", "c"]
+    assert [name for name, _ in found.rejects] == ["0.webp"]
+
+
+def test_an_owner_without_a_name_is_no_matter(tmp_path, monkeypatch):
+    """In containers the user ids of mounted files are often unknown."""
+
+    def unknown(number):
+        raise KeyError(f"uid not found: {number}")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.setattr("grp.getgrgid", unknown)
+    save(tmp_path / "0.png", gradient())
+    (tmp_path / "captions.jsonl").write_text('{"image": "0.png", "caption": "a"}')
+    assert len(sources.FolderDocuments(tmp_path)) == 1
+    assert sources.load_image(tmp_path / "0.png").shape == gradient().shape

@@ -120,6 +120,33 @@ def test_further_fields_of_a_sample_are_neither_read_nor_rejected(tmp_path, make
     assert read(tmp_path, make_tar, fill) == (["0", "1", "2"], [])
 
 
+def test_files_of_the_system_and_about_the_samples_are_no_samples(tmp_path, make_tar):
+    """A Mac's tar holds a shadow before each member."""
+
+    def fill(tar):
+        for name in ("LICENSE", "README.md", "README.txt", ".DS_Store", "__meta__/info.json"):
+            hostile.member(tar, name, b"text")
+        hostile.member(tar, "._.", b"shadow")
+        for i in range(3):
+            for ending, data in (("png", PNG), ("txt", b"caption")):
+                hostile.member(tar, f"._{i}.{ending}", b"shadow")
+                hostile.member(tar, f"{i}.{ending}", data)
+        hostile.member(tar, "3.txt", b"a lost caption")
+        hostile.sample(tar, "readme", PNG, b"a picture of that name")
+        hostile.member(tar, "__MACOSX/0.png", PNG)
+
+    assert read(tmp_path, make_tar, fill) == (["0", "1", "2", "readme"], ["3"])
+
+
+def test_keys_of_several_tars_follow_the_tars_name(tmp_path, make_tar):
+    data = archive(tmp_path, make_tar, "0", "1")
+    paths = [tmp_path / "a.tar", tmp_path / "b.tar"]
+    for path in paths:
+        path.write_bytes(data)
+    items = list(webdataset.TarSource(paths).read(0))
+    assert [item.document.id for item in items] == ["a/0", "a/1", "b/0", "b/1"]
+
+
 def archive(folder, make_tar, *keys):
     (folder / "one").mkdir(exist_ok=True)
     make_tar(folder / "one", lambda tar: [hostile.sample(tar, key, PNG, b"one") for key in keys])

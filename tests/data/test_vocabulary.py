@@ -150,3 +150,20 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="not a text id"):
         VOCABULARY.decode_text([0, VOCABULARY.pad])
     assert "\ufffd" in VOCABULARY.decode_text(VOCABULARY.encode_text("é")[:1])
+
+
+def test_each_image_size_has_a_token_between_sentinels_and_codes(tmp_path):
+    sized = make_vocabulary(image_sizes=(32, 16))
+    first = VOCABULARY.code_offset
+    assert (sized.size_token(32), sized.size_token(16)) == (first, first + 1)
+    assert sized.size_token(None) == first
+    assert (sized.code_offset, sized.size) == (first + 2, VOCABULARY.size + 2)
+    assert sized.fingerprint != VOCABULARY.fingerprint
+    sized.save(tmp_path / "sized.json")
+    loaded = vocabulary_lib.load_vocabulary(tmp_path / "sized.json")
+    assert loaded.fingerprint == sized.fingerprint and loaded.image_sizes == (32, 16)
+    for vocabulary, size in ((sized, 8), (VOCABULARY, 32)):
+        with pytest.raises(UserError, match=f"size {size} is none"):
+            vocabulary.size_token(size)
+    with pytest.raises(UserError, match="each size once"):
+        make_vocabulary(image_sizes=(32, 32))

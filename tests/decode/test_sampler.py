@@ -1,16 +1,20 @@
 """Sampling with a cache equals sampling without one, in any batch and on any mesh."""
 
+import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from rag_mm.core import sharding
-from rag_mm.decode import sampler
+from rag_mm.decode import cache, decode_batch, sampler
 from rag_mm.nn import decoder, param_trees
+from rag_mm.nn.block import Heads
 
 V, STEPS, LONGEST = 24, 6, 7
 CONFIG = decoder.DecoderConfig(
@@ -155,10 +159,10 @@ def test_log_probs_are_those_of_the_model_before_temperature(params, next_logits
         positions.append(int(prompts.next_positions[row]) + i)
 
 
-def sample_many(params, sampling, allowed):
+def sample_many(params, sampling, allowed, **options):
     """The first token of 1,024 copies of a prompt with different seeds."""
     prompts = make_prompts([1] * 1024)
-    return sample(params, prompts, range(1024), allowed, sampling, num_steps=1).tokens[:, 0]
+    return sample(params, prompts, range(1024), allowed, sampling, num_steps=1, **options)
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(2.0, 1.0), (0.7, 0.6), (1.0, 1e-6)])
@@ -171,7 +175,7 @@ def test_frequencies_are_the_softmax_of_the_nucleus(params, next_logits, tempera
     nucleus = np.zeros(V)
     nucleus[order[:size]] = probs[order[:size]]
     nucleus /= nucleus.sum()
-    sampled = sample_many(params, sampler.Sampling(temperature, top_p), allowed)
+    sampled = sample_many(params, sampler.Sampling(temperature, top_p), allowed).tokens[:, 0]
     counts = np.bincount(sampled, minlength=V)
     assert (counts[nucleus == 0] == 0).all()
     np.testing.assert_allclose(counts / 1024, nucleus, atol=0.06)
@@ -192,6 +196,11 @@ def test_after_the_stop_token_a_sequence_repeats_it_with_log_prob_zero(params):
         ).all()
 
 
+def on_mesh(params, *mesh_shape):
+    _, abstract = describe(sharding.make_mesh(*mesh_shape))
+    return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, abstract)
+
+
 @pytest.mark.parametrize(
     "mesh_shape",
     [
@@ -202,26 +211,184 @@ def test_after_the_stop_token_a_sequence_repeats_it_with_log_prob_zero(params):
     ids=["8", "4x2x1", "2x2x2"],
 )
 def test_eight_devices_sample_the_same_tokens_as_one(params, mesh_shape):
-    which = [0, 1, 2, 3] * (mesh_shape[0] * mesh_shape[1] // 4)
-    one = sample(params, make_prompts(which), range(len(which)), sampling=WARM)
-    mesh = sharding.make_mesh(*mesh_shape)
-    graphdef, abstract = describe(mesh)
-    placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, abstract)
-    batch = make_prompts(which)._asdict() | {"seeds": np.arange(len(which), dtype=np.uint32)}
-    with jax.set_mesh(mesh):
-        batch = sharding.put_batch(batch, mesh)
-        seeds = batch.pop("seeds")
-        eight = sampler.sample(
-            placed,
-            sampler.Prompts(**batch),
-            seeds,
-            ALL,
-            graphdef=graphdef,
-            num_steps=STEPS,
-            sampling=WARM,
-        )
+    """Also a batch of 3, which does not split over them; layers unrolled."""
+    one = sample(params, make_prompts(), range(4), sampling=WARM)
+    placed = on_mesh(params, *mesh_shape)
+    eight = sample(placed, make_prompts([0, 1, 2]), range(3), sampling=WARM)
+    for found, expected in zip(eight, one, strict=True):
+        np.testing.assert_allclose(found, expected[:3], atol=2e-5)
+
+
+def test_eight_devices_scan_layers_and_streams_to_the_same_tokens(params):
+    """The cache is split over heads and examples."""
+    options = dict(is_scanned=True, sampling=WARM, combine=guide_by(1.5))
+    streams = [make_prompts(), make_prompts([3, 2, 1, 0])]
+    one = sample(params, streams, range(4), **options)
+    placed = on_mesh(params, 2, 2, 2)
+    eight = sample(placed, streams, range(4), **options)
     np.testing.assert_array_equal(eight.tokens, one.tokens)
-    np.testing.assert_allclose(eight.log_probs, one.log_probs, atol=2e-5)
+    for found, expected in zip(eight, one, strict=True):
+        np.testing.assert_allclose(found, expected, atol=5e-5)
+    mesh = decode_batch.mesh_of(placed)
+    with jax.set_mesh(mesh):
+        heads = jax.device_put(
+            jnp.zeros((2, 8, 4, 2, 4)),
+            jax.NamedSharding(mesh, P(None, ("data", "fsdp"), None, "tensor", None)),
+        )
+        held = cache.make_cache(Heads(None, heads, heads), 2, is_scanned=True)
+    assert held.keys.sharding.shard_shape(held.keys.shape) == (2, 2, 1, 4, 6)
+
+
+def test_scanned_layers_sample_the_tokens_of_unrolled_ones(params):
+    unrolled, scanned = (
+        sample(params, make_prompts(), range(4), sampling=WARM, is_scanned=is_scanned)
+        for is_scanned in (False, True)
+    )
+    np.testing.assert_array_equal(scanned.tokens, unrolled.tokens)
+    np.testing.assert_allclose(scanned.log_probs, unrolled.log_probs, atol=2e-5)
+
+
+def test_deep_narrow_models_scan_their_layers_and_shallow_or_wide_ones_do_not():
+    def is_scanned(num_layers, num_steps=64, batch_size=1, **sizes):
+        config = dataclasses.replace(CONFIG, num_layers=num_layers, **sizes)
+        _, abstract = param_trees.describe(
+            lambda: decoder.Decoder(config, rngs=nnx.Rngs(params=0)), None
+        )
+        model = types.SimpleNamespace(
+            config=config, stack=types.SimpleNamespace(blocks=abstract["stack"]["blocks"])
+        )
+        return cache.scans_layers(model, batch_size, 128, num_steps)
+
+    assert is_scanned(30) and not is_scanned(cache.MAX_UNROLLED)
+    assert not is_scanned(30, embed_dim=2048, mlp_dim=5632)
+    assert not is_scanned(30, num_steps=1_000_000)
+    assert not is_scanned(30, batch_size=100_000)
+
+
+def guide(weight, logits):
+    return logits[1] + weight * (logits[0] - logits[1])
+
+
+def guide_by(weight):
+    return jax.tree_util.Partial(guide, jnp.float32(weight))
+
+
+def test_streams_share_the_token_of_the_combined_logits(params, next_logits):
+    """Against full forward passes; every stream has its own prompt, padding and positions."""
+    streams, allowed, weight = (make_prompts(), make_prompts([1, 2, 3, 0])), np.arange(V) != 3, 2.5
+    sampled = sample(params, streams, range(4), allowed, combine=guide_by(weight))
+    assert sampled.stream_log_probs.shape == (4, 2, STEPS)
+    for row in range(4):
+        histories = []
+        for prompts in streams:
+            real = prompts.segment_ids[row] == 1
+            histories.append([x[row][real].tolist() for x in (prompts.tokens, prompts.positions)])
+        for i, token in enumerate(sampled.tokens[row].tolist()):
+            logits = np.stack([next_logits(*history) for history in histories])
+            combined = np.where(allowed, guide(weight, logits), -np.inf)
+            assert token == combined.argmax()
+            assert sampled.log_probs[row, i] == pytest.approx(
+                log_softmax(combined)[token], abs=1e-4
+            )
+            for s, (prompts, history) in enumerate(zip(streams, histories, strict=True)):
+                expected = log_softmax(logits[s])[token]
+                assert sampled.stream_log_probs[row, s, i] == pytest.approx(expected, abs=2e-5)
+                history[0].append(token)
+                history[1].append(int(prompts.next_positions[row]) + i)
+
+
+def test_streams_may_have_prompts_of_different_padded_lengths(params):
+    short = make_prompts([0, 2], 5)
+    sampled = sample(
+        params, [short, make_prompts([1, 3])], [7, 8], combine=guide_by(1.0), sampling=WARM
+    )
+    alone = sample(params, short, [7, 8], sampling=WARM)
+    np.testing.assert_array_equal(sampled.tokens, alone.tokens)
+
+
+def by_parity(step):
+    return (jnp.arange(V, dtype=jnp.int32) + step) % 2 == 0
+
+
+def by_parity_and_row(step):
+    return jnp.stack([by_parity(step), by_parity(step + 1)])
+
+
+def test_every_step_has_its_own_allowed_tokens(params):
+    prompts, sampling = make_prompts([0, 1]), sampler.Sampling(temperature=3.0)
+    masks = np.stack([by_parity(i) for i in range(STEPS)])
+    listed = sample(params, prompts, [0, 1], masks, sampling)
+    computed = sample(params, prompts, [0, 1], by_parity, sampling)
+    np.testing.assert_array_equal(computed.tokens, listed.tokens)
+    assert (listed.tokens % 2 == np.arange(STEPS) % 2).all()
+    by_row = sample(params, prompts, [0, 1], by_parity_and_row, sampling)
+    np.testing.assert_array_equal(by_row.tokens[0], listed.tokens[0])
+    assert (by_row.tokens[1] % 2 == (np.arange(STEPS) + 1) % 2).all()
+
+
+@pytest.mark.parametrize("value", [jnp.nan, -jnp.inf, jnp.inf])
+def test_no_combined_logits_lead_to_a_token_that_is_not_allowed(params, value):
+    """Tokens without a finite logit are left out; if none is left, the allowed ones are equally likely."""
+    spoil = jax.tree_util.Partial(spoil_above, jnp.float32(value))
+    allowed = np.arange(V) >= 18
+    sampled = sample_many(params, sampler.Sampling(1.0), allowed, combine=spoil)
+    assert set(sampled.tokens[:, 0]) == set(range(18, V))
+    np.testing.assert_allclose(sampled.log_probs, np.log(1 / 6), atol=1e-6)
+    some = sample_many(params, sampler.Sampling(1.0), np.arange(V) >= 9, combine=spoil).tokens
+    assert set(some[:, 0]) <= {9, 10, 11}
+
+
+def spoil_above(value, logits):
+    return jnp.where(jnp.arange(V, dtype=jnp.int32)[None] < 12, logits[0], value)
+
+
+def test_the_record_names_the_distribution_the_token_was_sampled_from(params, next_logits):
+    prompts, allowed = make_prompts([1]), np.arange(V) != 5
+    logits = next_logits(prompts.tokens[0], prompts.positions[0])
+    found = sample_many(params, sampler.Sampling(0.7, 0.6), allowed)
+    kept = np.unique(found.tokens)
+    assert len(kept) < V - 1
+    scaled = np.full(V, -np.inf)
+    scaled[kept] = logits[kept] / 0.7
+    tokens = found.tokens[:, 0]
+    np.testing.assert_allclose(
+        found.sampled_log_probs[:, 0], log_softmax(scaled)[tokens], atol=1e-4
+    )
+    np.testing.assert_allclose(
+        found.stream_log_probs[:, 0, 0], log_softmax(logits)[tokens], atol=2e-5
+    )
+    greedy = sample(params, prompts, [0], allowed)
+    assert (greedy.sampled_log_probs == 0).all() and (greedy.log_probs < 0).all()
+
+
+def test_a_limit_takes_the_first_steps_of_a_longer_program(params):
+    whole = sample(params, make_prompts(), range(4), sampling=WARM)
+    compiled = sampler._sample._cache_size()
+    for limit in (2, 4):
+        part = sample(params, make_prompts(), range(4), sampling=WARM, limit=limit)
+        np.testing.assert_array_equal(part.tokens[:, :limit], whole.tokens[:, :limit])
+        assert (part.tokens[:, limit:] == 0).all() and (part.log_probs[:, limit:] == 0).all()
+    assert sampler._sample._cache_size() <= compiled + 1
+
+
+def test_values_that_change_no_shape_compile_nothing(params):
+    """Two guidance weights, temperatures, top-p, masks and seeds: one program."""
+    streams = [make_prompts(), make_prompts()]
+    call = functools.partial(sample, params, streams)
+    call(range(4), combine=guide_by(1.5), sampling=WARM)
+    compiled = sampler._sample._cache_size()
+    other = sampler.Sampling(temperature=0.5, top_p=0.8)
+    call(range(4, 8), np.arange(V) < 9, combine=guide_by(4.0), sampling=other)
+    assert sampler._sample._cache_size() == compiled
+
+
+def test_arguments_that_cannot_be_are_refused(params):
+    with pytest.raises(ValueError, match="combine"):
+        sample(params, [make_prompts(), make_prompts()], range(4))
+    with pytest.raises(ValueError, match="at least one allowed"):
+        sample(params, make_prompts(), range(4), np.zeros(V, bool))
+    with pytest.raises(ValueError, match=f"2 masks for {STEPS} steps"):
+        sample(params, make_prompts(), range(4), np.ones((2, V), bool))
 
 
 def test_sampling_in_bfloat16(params):

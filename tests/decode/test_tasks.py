@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from rag_mm.core.errors import UserError
-from rag_mm.data import sequences, vocabulary
+from rag_mm.data import sequences, token_documents, vocabulary
 from rag_mm.decode import sampler, tasks
 from rag_mm.nn import decoder, param_trees
 
@@ -31,7 +31,7 @@ WARM = sampler.Sampling(temperature=1.0)
 def make_example(seed):
     rng = np.random.default_rng(seed)
     text = rng.integers(256, size=rng.integers(1, 4)).tolist()
-    return sequences.Example(text, rng.integers(16, size=6).astype(np.int32))
+    return token_documents.pair(text, rng.integers(16, size=6).astype(np.int32))
 
 
 MAINS = [make_example(seed) for seed in range(3)]
@@ -78,9 +78,9 @@ def test_a_text_gives_exactly_the_codes_of_one_image(generator):
 def test_an_image_has_the_log_probability_of_its_training_sequence(generator, full_log_probs):
     codes, log_probs = generate(generator)
     for i, (main, docs) in enumerate(zip(MAINS, DOCS_BY_PROMPT, strict=True)):
-        example = sequences.Example(main.text, codes[i])
+        example = token_documents.pair(main.text, codes[i])
         row = sequences.make_row(LAYOUT, VOCAB, example, docs)
-        start, end = sequences.find_segments(LAYOUT, example, docs)[-1]
+        start, end = sequences.lay_out(LAYOUT, VOCAB, example, docs).segments[-1]
         scores = full_log_probs(row["tokens"], row["positions"])[start - 1 : end - 1]
         scores = scores[:, VOCAB.code_offset : VOCAB.size]
         scores = scores - np.log(np.exp(scores).sum(1, keepdims=True))  # among the codes only
@@ -103,7 +103,8 @@ def test_captions_are_the_greedy_continuation_of_their_prompt(generator, full_lo
     captions, means = tasks.generate_captions(generator, codes, DOCS_BY_PROMPT, seeds, GREEDY)
     assert len(captions) == 3 and means.shape == (3,)
     for i, docs in enumerate(DOCS_BY_PROMPT):
-        prompt = sequences.image_to_caption_prompt(LAYOUT, VOCAB, codes[i], docs)
+        main = token_documents.pair([0], codes[i])
+        prompt = sequences.fill_prompt(LAYOUT, VOCAB, main, 0, docs)
         tokens, positions = prompt.tokens.tolist(), prompt.positions.tolist()
         caption, total = [], 0.0
         for step in range(LAYOUT.max_text_len + 1):
@@ -151,25 +152,26 @@ def test_a_caption_stops_at_the_end_of_its_span(generator):
 def test_infilling_keeps_the_codes_outside_the_hole(generator):
     seeds = np.arange(3, dtype=np.uint32)
     before = [main.codes.copy() for main in MAINS]
-    infilled = tasks.infill_codes(generator, MAINS, (2, 5), DOCS_BY_PROMPT, seeds, GREEDY)
+    infilled = tasks.infill_codes(generator, MAINS, [(2, 5)], DOCS_BY_PROMPT, seeds, GREEDY)
     assert infilled.codes.shape == (3, 6)
     assert infilled.codes.min() >= 0 and infilled.codes.max() < VOCAB.codebook_size
     for codes, main in zip(infilled.codes, before, strict=True):
         np.testing.assert_array_equal(codes[[0, 1, 5]], main[[0, 1, 5]])
     assert all((b == main.codes).all() for b, main in zip(before, MAINS, strict=True))
     # Codes inside the hole are ignored.
-    other = [sequences.Example(m.text, np.r_[m.codes[:2], 0, 0, 0, m.codes[5:]]) for m in MAINS]
-    again = tasks.infill_codes(generator, other, (2, 5), DOCS_BY_PROMPT, seeds, GREEDY)
+    other = [token_documents.pair(m.text, np.r_[m.codes[:2], 0, 0, 0, m.codes[5:]]) for m in MAINS]
+    again = tasks.infill_codes(generator, other, [(2, 5)], DOCS_BY_PROMPT, seeds, GREEDY)
     np.testing.assert_array_equal(again.codes, infilled.codes)
 
 
 def test_holes_are_filled_as_in_a_masked_training_sequence(generator, full_log_probs):
     """Greedy codes of [2, 5) are the most likely ones of the training sequence that masks them."""
     seeds = np.zeros(3, np.uint32)
-    codes, log_probs = tasks.infill_codes(generator, MAINS, (2, 5), DOCS_BY_PROMPT, seeds, GREEDY)
+    codes, log_probs = tasks.infill_codes(generator, MAINS, [(2, 5)], DOCS_BY_PROMPT, seeds, GREEDY)
     for i, (main, docs) in enumerate(zip(MAINS, DOCS_BY_PROMPT, strict=True)):
-        filled = sequences.Example(main.text, codes[i])
-        span = sequences.find_segments(LAYOUT, filled, docs)[-1:, :1] + np.array([[2, 5]])
+        filled = token_documents.pair(main.text, codes[i])
+        segments = sequences.lay_out(LAYOUT, VOCAB, filled, docs).segments
+        span = segments[-1:, :1] + np.array([[2, 5]])
         row = sequences.make_row(LAYOUT, VOCAB, filled, docs, span)
         end = int(row["segment_ids"].sum()) - 1  # of the moved codes, which eoss follows
         assert row["tokens"][end] == VOCAB.eoss
@@ -180,10 +182,35 @@ def test_holes_are_filled_as_in_a_masked_training_sequence(generator, full_log_p
         assert log_probs[i] == pytest.approx(scores.max(1).sum(), abs=1e-4)
 
 
-@pytest.mark.parametrize("hole", [(3, 3), (4, 2), (-1, 2), (0, 7)])
-def test_holes_outside_the_image_are_rejected(generator, hole):
+def test_several_holes_are_filled_in_turn_each_knowing_those_before(generator, full_log_probs):
+    """As in the training sequence that masks both; the second span follows the first, filled."""
+    holes, seeds = [(0, 2), (4, 6)], np.zeros(3, np.uint32)
+    codes, log_probs = tasks.infill_codes(generator, MAINS, holes, DOCS_BY_PROMPT, seeds, GREEDY)
+    for i, (main, docs) in enumerate(zip(MAINS, DOCS_BY_PROMPT, strict=True)):
+        np.testing.assert_array_equal(codes[i, 2:4], main.codes[2:4])
+        filled = token_documents.pair(main.text, codes[i])
+        image = sequences.lay_out(LAYOUT, VOCAB, filled, docs).segments[-1, 0]
+        row = sequences.make_row(LAYOUT, VOCAB, filled, docs, image + np.array(holes))
+        end = int(row["segment_ids"].sum())
+        scores = full_log_probs(row["tokens"], row["positions"])
+        scores = scores[:, VOCAB.code_offset : VOCAB.size]
+        scores = scores - np.log(np.exp(scores).sum(1, keepdims=True))
+        # S0 a a X S1 b b X
+        at = np.array([end - 8, end - 7, end - 4, end - 3])
+        assert scores[at].argmax(1).tolist() == codes[i, [0, 1, 4, 5]].tolist()
+        assert log_probs[i] == pytest.approx(scores[at].max(1).sum(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "holes",
+    [
+        *([(3, 3)], [(4, 2)], [(-1, 2)], [(0, 7)], []),
+        *([(2, 4), (1, 2)], [(0, 2), (1, 3)], [(0, 1), (2, 3), (4, 5)]),
+    ],
+)
+def test_holes_outside_the_image_are_rejected(generator, holes):
     with pytest.raises(UserError, match="hole"):
-        tasks.infill_codes(generator, MAINS, hole, DOCS_BY_PROMPT, np.zeros(3, np.uint32), WARM)
+        tasks.infill_codes(generator, MAINS, holes, DOCS_BY_PROMPT, np.zeros(3, np.uint32), WARM)
 
 
 def test_more_documents_than_the_layout_has_room_for_are_rejected(generator):
@@ -193,7 +220,7 @@ def test_more_documents_than_the_layout_has_room_for_are_rejected(generator):
     for task in (
         lambda: generate(generator, docs=three),
         lambda: tasks.generate_captions(generator, codes, three, seeds, WARM),
-        lambda: tasks.infill_codes(generator, MAINS, (0, 2), three, seeds, WARM),
+        lambda: tasks.infill_codes(generator, MAINS, [(0, 2)], three, seeds, WARM),
     ):
         with pytest.raises(UserError, match="at most 2"):
             task()

@@ -24,6 +24,7 @@ testclient = pytest.importorskip("starlette.testclient")
 from rag_mm.api import explore_server, session  # noqa: E402
 
 PROMPT = "red apple at the top left on a blue background"
+TOKEN = "a token"
 HOSTILE = '<img src=x onerror="document.title=1"></script><script>document.title=1</script>'
 PICTURE = {"Content-Type": "application/octet-stream"}
 BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome")
@@ -51,7 +52,9 @@ def run(workdir):
 @pytest.fixture(scope="module")
 def client(run):
     return testclient.TestClient(
-        explore_server.make_app(run, HOSTILE), base_url="http://127.0.0.1:8765"
+        explore_server.make_app(run, HOSTILE, TOKEN),
+        base_url="http://127.0.0.1:8765",
+        headers={"Authorization": f"Bearer {TOKEN}"},
     )
 
 
@@ -95,7 +98,7 @@ def test_answers_are_those_of_the_session(client, run):
 
 
 def test_a_strangers_words_stay_words(client):
-    page = client.get("/")
+    page = client.get("/", params={"token": TOKEN})
     assert "<script>document" not in page.text and "&lt;script&gt;document" in page.text
     assert "script-src 'self'" in page.headers["content-security-policy"]
     (hit,) = client.post("/search", json={"document": "stranger", "k": 1}).json()["hits"]
@@ -143,7 +146,8 @@ def test_a_picture_too_large_is_refused_by_its_header(client):
 def test_only_this_machine_is_answered(client):
     """A name of somebody else's that leads here is refused, whatever is asked."""
     assert client.get("/", headers={"Host": "attacker.example"}).status_code == 400
-    assert client.get("/", headers={"Host": "localhost:8765"}).status_code == 200
+    page = client.get("/", params={"token": TOKEN}, headers={"Host": "localhost:8765"})
+    assert page.status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -174,9 +178,7 @@ def serve(workdir: pathlib.Path):
     process = subprocess.Popen([*command, "--port=0"], stderr=subprocess.PIPE, text=True)
     try:
         lines = iter(process.stderr.readline, "")
-        address = next(
-            m.group() for line in lines if (m := re.search(r"http://127\.[\d.:]+", line))
-        )
+        address = next(m.group() for line in lines if (m := re.search(r"http://127\.\S+", line)))
         urllib.request.urlopen(address, timeout=300).close()
         yield address
         process.send_signal(signal.SIGINT)
@@ -246,7 +248,7 @@ def test_the_page_in_a_browser(workdir, run, tmp_path):
 def test_the_server_listens_to_this_machine_alone(workdir):
     """Bound to loopback: whatever other addresses the machine has do not lead there."""
     with serve(workdir) as address:
-        port = int(address.rsplit(":", 1)[1])
+        port = int(re.search(r":(\d+)/", address)[1])
         lines = pathlib.Path("/proc/net/tcp").read_text().splitlines()[1:]
         bound = {line.split()[1] for line in lines if line.split()[3] == "0A"}
         assert [place for place in bound if place.endswith(f":{port:04X}")] == [

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from rag_mm.core import sharding
-from rag_mm.data import sequences, vocabulary
+from rag_mm.data import sequences, token_documents, vocabulary
 from rag_mm.decode import tasks
 from rag_mm.eval import likelihood
 from rag_mm.nn import decoder, param_trees
@@ -20,7 +20,7 @@ CONFIG = decoder.DecoderConfig(WORDS.size, 1, 8, 2, 16, LAYOUT.num_positions)
 def make_example(seed):
     rng = np.random.default_rng(seed)
     text = rng.integers(256, size=rng.integers(0, 4)).tolist()
-    return sequences.Example(text, rng.integers(16, size=5).astype(np.int32))
+    return token_documents.pair(text, rng.integers(16, size=5).astype(np.int32))
 
 
 MAINS = [make_example(seed) for seed in range(5)]
@@ -58,7 +58,7 @@ def test_each_code_costs_its_negative_log_probability_in_the_training_row(genera
     for main, docs, nll, is_top1 in zip(MAINS, DOCS, *scores, strict=True):
         row = sequences.make_row(LAYOUT, WORDS, main, docs)
         after = np.asarray(log_probs(row["tokens"], row["positions"]))
-        start, end = sequences.find_segments(LAYOUT, main, docs)[-1]
+        start, end = sequences.lay_out(LAYOUT, WORDS, main, docs).segments[-1]
         ids = main.codes + WORDS.code_offset
         np.testing.assert_array_equal(row["tokens"][start:end], ids)
         expected = -after[np.arange(start - 1, end - 1), ids]
@@ -103,7 +103,9 @@ def test_documents_matter_and_later_codes_do_not(generator, found):
     bare = likelihood.score_codes(generator, MAINS, [[]] * 5, batch_size=2).nll
     np.testing.assert_allclose(bare[[0, 3]], found[[0, 3]], atol=1e-4)
     assert (np.abs(bare[[1, 2, 4]] - found[[1, 2, 4]]).max(1) > 1e-3).all()
-    changed = [sequences.Example(m.text, np.r_[m.codes[:4], (m.codes[4] + 1) % 16]) for m in MAINS]
+    changed = [
+        token_documents.pair(m.text, np.r_[m.codes[:4], (m.codes[4] + 1) % 16]) for m in MAINS
+    ]
     other = likelihood.score_codes(generator, changed, DOCS, batch_size=2).nll
     np.testing.assert_allclose(other[:, :4], found[:, :4], atol=1e-4)
     assert (np.abs(other[:, 4] - found[:, 4]) > 1e-4).all()

@@ -68,7 +68,7 @@ def test_build_stores_documents_embeddings_and_codes(built, encoder, tokenizer):
     mixed = (image + text) / np.linalg.norm(image + text, axis=1, keepdims=True)
     np.testing.assert_allclose(built.embeddings("mixed"), mixed, atol=1e-6)
     record = built.record(7)
-    np.testing.assert_array_equal(record.codes, built.codes[7])
+    np.testing.assert_array_equal(record.codes[tokenizer.fingerprint][1], built.codes[7])
     np.testing.assert_array_equal(record.embeddings["text"], built.embeddings("text")[7])
     assert built.verify() == []
     assert built.stats()["rows"] == built.stats()["with_image"] == 15
@@ -151,7 +151,7 @@ def test_a_document_with_one_part_has_it_in_every_view(tmp_path, encoder, tokeni
         rows = [built.embeddings(view)[row] for view in model_protocols.VIEWS]
         np.testing.assert_allclose(rows, [rows[0]] * 3, atol=1e-6)
     np.testing.assert_array_equal(built.codes[0], -1)
-    assert built.record(0).codes is None
+    assert built.record(0).codes == {}
     assert (built.stats()["with_text"], built.stats()["with_image"]) == (1, 1)
     assert built.verify() == []
     words = retrieval_memory.Memory.build(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rag_mm.core.roles import IGNORED, MAIN, RETRIEVED, SENTINEL
-from rag_mm.data import sequences, vocabulary
+from rag_mm.data import sequences, token_documents, vocabulary
 from rag_mm.models import cm3, ra_cm3
 from rag_mm.nn import decoder
 
@@ -118,7 +118,7 @@ def test_the_loss_of_a_real_sequence_under_a_uniform_model():
     """It is log V (main + alpha retrieved) / main, with the numbers of main and retrieved targets."""
     vocab = vocabulary.train_vocabulary([], 256, 16, 4)
     layout = sequences.Layout(max_docs=1, max_text_len=3, num_codes=4, max_spans=1)
-    example = sequences.Example([1, 2], np.arange(4, dtype=np.int32))
+    example = token_documents.pair([1, 2], np.arange(4, dtype=np.int32))
     # The middle of the main image is masked: a sentinel in its place, then a sentinel and eoss at the end.
     row = sequences.make_row(layout, vocab, example, [example], np.array([[13, 15]]))
     batch = {name: jnp.asarray(value)[None] for name, value in row.items()}

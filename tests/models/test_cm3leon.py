@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from rag_mm.core import configuration, sharding
-from rag_mm.data import sequences, vocabulary
+from rag_mm.data import sequences, token_documents, vocabulary
 from rag_mm.models import cm3leon, ra_cm3
 from rag_mm.nn import param_trees
 from rag_mm.nn.decoder import InitConfig
@@ -155,12 +155,13 @@ def make_rows(nums_docs, rng):
 
     def example():
         text = rng.integers(256, size=rng.integers(3, 9)).tolist()
-        return sequences.Example(text, rng.integers(64, size=16).astype(np.int32))
+        return token_documents.pair(text, rng.integers(64, size=16).astype(np.int32))
 
     rows = []
     for i, num_docs in enumerate(nums_docs):
         main, *docs = (example() for _ in range(num_docs + 1))
-        spans = sequences.find_segments(LAYOUT, main, docs)[-2:-1] if i % 2 else None
+        plain = sequences.lay_out(LAYOUT, VOCABULARY, main, docs)
+        spans = plain.segments[-2:-1] if i % 2 else None
         rows.append(sequences.make_row(LAYOUT, VOCABULARY, main, docs, spans))
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 

@@ -10,6 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
+from rag_mm.core import code_grids
 from rag_mm.core.errors import UserError
 from rag_mm.models.spae import autoencoder, objective
 from rag_mm.ops import images as image_ops
@@ -123,8 +124,46 @@ def test_inconsistent_configs_are_rejected(change, message):
 
 
 def test_images_that_patches_do_not_divide_are_rejected():
-    with pytest.raises(UserError, match="15x16"):
+    with pytest.raises(UserError, match="15 x 16 pixels.*multiples of 4"):
         _make(PATCH).encode(jnp.zeros((1, 15, 16, 3)))
+
+
+def test_grids_grow_with_the_image():
+    config = dataclasses.replace(PATCH, levels=(2, 4))
+    assert config.grids_at(16, 16) == ((2, 2), (4, 4))
+    assert config.grids_at(8, 24) == ((1, 3), (2, 6))
+    with pytest.raises(UserError, match=r"12 x 16 pixels .*levels=\(2, 4\); .*multiples of 8"):
+        config.grids_at(12, 16)
+    odd = dataclasses.replace(PATCH, image_size=24, levels=(2, 3, 6))  # strides of 3 and 2 patches
+    assert odd.grids_at(24, 48) == ((2, 4), (3, 6), (6, 12))
+    with pytest.raises(UserError, match="multiples of 24"):
+        odd.grids_at(12, 24)
+
+
+def test_a_patch_and_its_codes_decide_each_other():
+    """Codes outside the changed patches stay, and codes outside a band of rows leave its embeddings alone."""
+    config = dataclasses.replace(PATCH, levels=(1, 2, 4))
+    model, grids = _make(PATCH), config.grids_at(16, 32)
+    model.config = config
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.uniform(size=(2, 1, 16, 32, 3)), jnp.float32)
+    changed = np.zeros((16, 32), bool)
+    changed[3:9, 14:17] = True
+    codes = np.concatenate(
+        [model.encode(jnp.where(changed[..., None], *images)), model.encode(images[1])]
+    )
+    may_differ = code_grids.mask_of_pixels(changed, grids)
+    assert (codes[0] != codes[1])[may_differ].mean() > 0.5
+    np.testing.assert_array_equal(codes[0][~may_differ], codes[1][~may_differ])
+    refilled = codes[0].copy()
+    for start, end in code_grids.ranges_of_rows(grids, 16, 4, 12):
+        refilled[start:end] = rng.integers(64, size=end - start)
+    averages = quantize.running_averages(
+        np.stack([codes[0], refilled]), model.codebook[...], grids
+    )[-1]
+    assert (averages[0, 1:3] != averages[1, 1:3]).any(axis=-1).mean() > 0.9
+    for rows in (slice(0, 1), slice(3, 4)):
+        np.testing.assert_array_equal(averages[0, rows], averages[1, rows])
 
 
 def test_patches_fold_into_channels_and_back():
@@ -226,8 +265,9 @@ def test_metrics_are_sums_with_weights_over_the_decoded_images():
     np.testing.assert_allclose(metrics["squared_error"][0], squared_error, rtol=1e-5)
     assert metrics["squared_error"][1] == pixels.size
     counts, total = metrics["code_frequencies"]
-    assert counts.shape == (CONV.codebook_size,)
-    assert float(jnp.sum(counts)) == float(total) == 8 * CONV.num_codes
+    assert counts.shape == (4, CONV.codebook_size)
+    assert counts.sum(axis=1).tolist() == [8 * side**2 for side in CONV.levels]
+    assert float(total) == 8 * CONV.num_codes
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((loss, metrics)))
 
 

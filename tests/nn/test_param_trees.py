@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from rag_mm.core import sharding
+from rag_mm.core.errors import UserError
 from rag_mm.nn import decoder, param_trees
 
 CONFIG = decoder.DecoderConfig(
@@ -132,3 +133,66 @@ def test_describing_allocates_no_array_even_at_seven_billion_parameters():
 def test_too_few_devices_are_an_error():
     with pytest.raises(ValueError, match="devices"):
         sharding.make_mesh(16)
+
+
+TREE = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
+
+
+@pytest.mark.parametrize(
+    ("patterns", "chosen", "others"),
+    [
+        (("a/*",), {"a": {"b": 1, "c": {"d": 2}}}, {"e": 3}),
+        (("*/d", "e"), {"a": {"c": {"d": 2}}, "e": 3}, {"a": {"b": 1}}),
+        (("*",), TREE, {}),
+        ((), {}, TREE),
+    ],
+)
+def test_patterns_split_a_tree_in_two_that_join_to_it(patterns, chosen, others):
+    found = param_trees.split(TREE, param_trees.matching(patterns, TREE, "freeze"))
+    assert found == (chosen, others)
+    assert param_trees.join(*found) == param_trees.join(*reversed(found)) == TREE
+
+
+def test_of_two_values_the_later_one_is_joined():
+    assert param_trees.join(TREE, {"a": {"b": 5}, "f": 6}) == {
+        **TREE,
+        "a": {**TREE["a"], "b": 5},
+        "f": 6,
+    }
+    assert TREE["a"]["b"] == 1
+
+
+def test_a_pattern_that_matches_nothing_is_refused_with_the_paths():
+    with pytest.raises(UserError, match=r"freeze has .*'a/x'.* parameters are a/b, a/c/d, e\."):
+        param_trees.matching(("e", "a/x"), TREE, "freeze")
+
+
+def test_given_parameters_are_kept_and_the_others_are_those_of_the_seed(made):
+    config = dataclasses.replace(CONFIG, positions="rope", tie_embeddings=True, mlp="gelu")
+    given = {"norm": jax.tree.map(lambda leaf: leaf + 1, made["1"]["norm"])}
+    found = param_trees.init_params(
+        lambda: naive_decoder.make_model(config), sharding.make_mesh(), given
+    )
+    assert found["norm"]["scale"] is given["norm"]["scale"]
+    jax.tree.map(np.testing.assert_array_equal, found, param_trees.join(made["1"], given))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mesh", ["1", "2x2x2"])
+def test_a_sum_of_bits_tells_a_change_of_any_bit_and_an_exchange(dtype, mesh):
+    values = np.random.default_rng(0).normal(size=(4, 6)).astype(jax.numpy.dtype(dtype))
+    layout = jax.sharding.NamedSharding(sharding.make_mesh(*MESHES[mesh]), P("fsdp", "tensor"))
+
+    def sums(changed):
+        return param_trees.bit_sums({"a": {"b": jax.device_put(changed, layout)}})
+
+    before = sums(values)
+    assert before == sums(values.copy()) and list(before) == ["a/b"]
+    for place in np.ndindex(values.shape):
+        for bit in (0, 8 * values.dtype.itemsize - 1):
+            changed = values.copy()
+            changed.view(f"uint{8 * values.dtype.itemsize}")[place] ^= 1 << bit
+            assert sums(changed) != before
+    exchanged = values.copy()
+    exchanged[[0, 1]] = exchanged[[1, 0]]
+    assert sums(exchanged) != before

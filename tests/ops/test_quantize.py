@@ -5,33 +5,38 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rag_mm.core import code_grids
 from rag_mm.core.errors import UserError
 from rag_mm.ops import quantize
 
-PAPER = (1, 2, 4, 8, 16, 16)
-SMALL = (1, 2, 4, 4, 4)
+PAPER = tuple((side, side) for side in (1, 2, 4, 8, 16, 16))
+SMALL = tuple((side, side) for side in (1, 2, 4, 4, 4))
+WIDE = ((1, 3), (2, 6), (4, 12))
 
 
-def _case(levels, dim=5, size=40, batch=2):
+def _case(grids, dim=5, size=40, batch=2):
     rng = np.random.default_rng(0)
-    side = levels[-1]
-    z = 0.6 * rng.normal(size=(batch, side, side, dim)).astype(np.float32)
+    z = 0.6 * rng.normal(size=(batch, *grids[-1], dim)).astype(np.float32)
     return z, rng.normal(size=(size, dim)).astype(np.float32)
 
 
-def _naive(z, codebook, levels):
+def _rows(count, full):
+    """The formula of the paper, counted from one."""
+    stride = full // count
+    return [stride * i - -(-stride // 2) for i in range(1, count + 1)]
+
+
+def _naive(z, codebook, grids):
     """SPAE's streaming average quantization, one position at a time. Returns codes, targets and averages."""
-    batch, side, _, dim = z.shape
+    batch, *full, dim = z.shape
     codes, targets, averages = [], [], []
-    words = [[[[] for _ in range(side)] for _ in range(side)] for _ in range(batch)]
-    for h in levels:
-        stride = side // h
-        rows = [stride * i - -(-stride // 2) for i in range(1, h + 1)]
-        level_codes = np.zeros((batch, h, h), np.int32)
-        level_targets = np.zeros((batch, h, h, dim), np.float32)
+    words = [[[[] for _ in range(full[1])] for _ in range(full[0])] for _ in range(batch)]
+    for grid in grids:
+        level_codes = np.zeros((batch, *grid), np.int32)
+        level_targets = np.zeros((batch, *grid, dim), np.float32)
         for b in range(batch):
-            for i, y in enumerate(rows):
-                for j, x in enumerate(rows):
+            for i, y in enumerate(_rows(grid[0], full[0])):
+                for j, x in enumerate(_rows(grid[1], full[1])):
                     target = z[b, y, x] + sum(z[b, y, x] - codebook[k] for k in words[b][y][x])
                     k = int(np.argmin(((target - codebook) ** 2).sum(-1)))
                     words[b][y][x].append(k)
@@ -50,7 +55,7 @@ def _naive(z, codebook, levels):
 
 
 def test_levels_quantize_the_rows_of_the_paper():
-    rows = [np.arange(16)[quantize.level_rows(side, 16)].tolist() for side in PAPER]
+    rows = [np.arange(16)[code_grids.patches(side, 16)].tolist() for side, _ in PAPER]
     assert rows[:3] == [[8], [4, 12], [2, 6, 10, 14]]
     assert rows[3] == list(range(1, 16, 2))
     assert rows[4] == rows[5] == list(range(16))
@@ -58,7 +63,7 @@ def test_levels_quantize_the_rows_of_the_paper():
 
 def test_pyramid_has_the_counts_of_the_paper():
     counts = quantize.word_counts(PAPER)
-    assert [quantize.num_codes(PAPER[:n]) for n in range(1, 7)] == [1, 5, 21, 85, 341, 597]
+    assert code_grids.ends(PAPER) == [1, 5, 21, 85, 341, 597]
     assert counts[3].max() == 1 and (counts[3] == 0).sum() == 171
     assert (counts[5] == 3).sum() == 85 and (counts[5] == 2).sum() == 171
 
@@ -125,14 +130,14 @@ def test_all_distances_are_never_in_memory_at_once():
     assert program.memory_analysis().temp_size_in_bytes < 2**29
 
 
-@pytest.mark.parametrize("levels", [(4,), SMALL, (1, 4), PAPER])
-def test_streaming_averages_match_the_loops(levels):
-    z, codebook = _case(levels)
-    codes, _, averages = _naive(z, codebook, levels)
-    ours = jax.jit(quantize.quantize, static_argnums=2)(z, codebook, levels)
+@pytest.mark.parametrize("grids", [((4, 4),), SMALL, ((1, 1), (4, 4)), PAPER, WIDE])
+def test_streaming_averages_match_the_loops(grids):
+    z, codebook = _case(grids)
+    codes, _, averages = _naive(z, codebook, grids)
+    ours = jax.jit(quantize.quantize, static_argnums=2)(z, codebook, grids)
     np.testing.assert_array_equal(ours, codes)
     for found, expected in zip(
-        quantize.running_averages(ours, codebook, levels), averages, strict=True
+        quantize.running_averages(ours, codebook, grids), averages, strict=True
     ):
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
@@ -143,10 +148,10 @@ def test_error_after_a_level_is_the_levels_error_divided_by_the_number_of_codes(
     averages = quantize.running_averages(jnp.asarray(codes), codebook, SMALL)
     counts = quantize.word_counts(SMALL)
     end = 0
-    for level, side in enumerate(SMALL):
+    for level, (side, _) in enumerate(SMALL):
         start, end = end, end + side * side
         grid = codes[:, start:end].reshape(-1, side, side)
-        rows = quantize.level_rows(side, SMALL[-1])
+        rows = code_grids.patches(side, 4)
         error = np.asarray(averages[level])[:, rows, rows] - z[:, rows, rows]
         num_codes = counts[level][rows, rows][None, :, :, None]  # n + 1
         np.testing.assert_allclose(
@@ -155,17 +160,17 @@ def test_error_after_a_level_is_the_levels_error_divided_by_the_number_of_codes(
 
 
 def test_one_level_is_exactly_plain_vector_quantization():
-    z, codebook = _case((8,))
-    codes = quantize.quantize(z, codebook, (8,))
+    z, codebook = _case(((8, 8),))
+    codes = quantize.quantize(z, codebook, ((8, 8),))
     np.testing.assert_array_equal(codes, quantize.nearest_codes(z, codebook).reshape(2, 64))
-    (average,) = quantize.running_averages(codes, codebook, (8,))
+    (average,) = quantize.running_averages(codes, codebook, ((8, 8),))
     np.testing.assert_array_equal(average, codebook[np.asarray(codes).reshape(2, 8, 8)])
 
 
 def test_more_levels_of_the_full_grid_lower_the_error():
-    levels = (4,) * 6
-    z, codebook = _case(levels, dim=8, size=512)
-    averages = quantize.running_averages(quantize.quantize(z, codebook, levels), codebook, levels)
+    grids = ((4, 4),) * 6
+    z, codebook = _case(grids, dim=8, size=512)
+    averages = quantize.running_averages(quantize.quantize(z, codebook, grids), codebook, grids)
     errors = [float(np.mean((a - z) ** 2)) for a in averages]
     assert errors[-1] < 0.2 * errors[0]
 
@@ -182,24 +187,24 @@ def test_codes_of_the_first_levels_decode_and_of_half_a_level_do_not():
 
 
 def test_straight_through_has_the_value_of_the_average_and_its_gradient():
-    levels = (1, 2)
-    z, _ = _case(levels)
-    average = jnp.asarray(_case(levels)[0][::-1].copy())
+    grids = ((1, 1), (2, 2))
+    z, _ = _case(grids)
+    average = jnp.asarray(_case(grids)[0][::-1].copy())
     weights = jnp.asarray(np.random.default_rng(2).normal(size=z.shape).astype(np.float32))
-    np.testing.assert_array_equal(quantize.straight_through(z, average, levels), average)
+    np.testing.assert_array_equal(quantize.straight_through(z, average, grids), average)
     to_z, to_average = jax.grad(
-        lambda z, a: jnp.sum(weights * quantize.straight_through(z, a, levels)), (0, 1)
+        lambda z, a: jnp.sum(weights * quantize.straight_through(z, a, grids)), (0, 1)
     )(jnp.asarray(z), average)
     np.testing.assert_array_equal(to_z, weights)
     assert not to_average.any()
 
 
 def test_positions_without_a_code_pass_no_gradient():
-    levels = (2, 4)
+    grids = ((2, 2), (4, 4))
     z = jnp.ones((1, 4, 4, 3))
-    grad = jax.grad(lambda z: jnp.sum(quantize.straight_through(z, z, levels)))(z)
+    grad = jax.grad(lambda z: jnp.sum(quantize.straight_through(z, z, grids)))(z)
     assert grad.all()  # The full grid covers every position.
-    counts = quantize.word_counts((2, 4))[0]
+    counts = quantize.word_counts(grids)[0]
     assert sorted(np.argwhere(counts).tolist()) == [[1, 1], [1, 3], [3, 1], [3, 3]]
 
 

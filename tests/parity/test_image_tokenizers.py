@@ -139,7 +139,7 @@ def test_names_and_shapes_at_the_default_sizes(torch, name, grid):
     processor = {} if name == "chameleon_vq" else tiny_tokenizers.HALF
     family, folder = tiny_tokenizers.describe(config.to_dict(), processor)
     ours = family.read_config(folder)
-    assert ours.levels == (grid,)
+    assert ours.grids_at(ours.image_size, ours.image_size) == ((grid, grid),)
     shapes = {key: tuple(v.shape) for key, v in state.items() if v.is_floating_point()}
     assert {m.theirs: m.shape for m in family.mappings(ours)} == shapes
 

@@ -13,6 +13,7 @@ from flax import nnx
 from rag_mm.api import exporting, imported, importing
 from rag_mm.convert import table
 from rag_mm.models import vqgan
+from rag_mm.nn import param_trees
 from rag_mm.nn.decoder import Decoder
 from rag_mm.ops import attention, losses
 
@@ -113,7 +114,7 @@ def test_gradients_of_a_batch(torch, both, name):
         logits = model.logits(hidden).at[:, :, masked].set(-1e30)
         return losses.token_nll(logits, jnp.asarray(tokens[:, 1:])).mean()
 
-    found = table.leaves_by_path(gradients(ours.params))
+    found = param_trees.leaves_by_path(gradients(ours.params))
     prefix = "decoder/" if is_chameleon else ""
     model = exporting.open_model(tiny.CHECKPOINTS[name][0], run)
     mappings = importing.FAMILIES[tiny.CHECKPOINTS[name][0]].mappings(model.config)
@@ -180,7 +181,7 @@ def test_the_image_decoder_is_the_vqgan_of_janus(torch, tmp_path):
     assert used == set(swapped)
     params = jax.tree.unflatten(
         jax.tree.structure(abstract),
-        [jnp.asarray(leaves[p]) for p in table.leaves_by_path(abstract)],
+        [jnp.asarray(leaves[p]) for p in param_trees.leaves_by_path(abstract)],
     )
     z = np.random.default_rng(0).standard_normal((2, 8, 8, 10)).astype(np.float32)
     with torch.no_grad():

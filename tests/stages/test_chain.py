@@ -118,7 +118,7 @@ def test_the_baseline_may_have_its_own_model_and_optimizer():
     configs = chain_config.stage_configs(page | {"control": page["control"] | {"num_steps": 80}})
     decoder, control = configs["decoder"], configs["control"]
     assert decoder.model["induction_init"] and not control.model["induction_init"]
-    assert not control.model["smear_lags"] and len(decoder.model["smear_lags"]) == 4
+    assert not control.look_back and len(decoder.look_back) == 4
     assert control.optimizer == dataclasses.replace(decoder.optimizer, b2=0.95)
     assert (decoder.loop.num_steps, control.loop.num_steps) == (40, 80)
     page["control"]["model"] = {"smear_lag": ()}

@@ -1,5 +1,6 @@
 """State and data iterator are restored together, in the requested layout, or refused with a clear error."""
 
+import shutil
 import threading
 
 import jax
@@ -9,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from rag_mm.core import digests, sharding
+from rag_mm.core import checksums, digests, sharding
 from rag_mm.core.errors import UserError
 from rag_mm.data import pipeline
 from rag_mm.nn import layers, param_trees
@@ -181,13 +182,15 @@ def steps_of(folder):
     return sorted(path.name for path in folder.iterdir() if path.is_dir())
 
 
-def test_the_newest_and_every_nth_are_kept(tmp_path):
+def test_the_newest_are_kept_each_with_its_checksums(tmp_path):
     state, batches = make_state(), make_batches()
-    checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints", keep=2, keep_every=4)
-    for step in range(1, 8):
+    checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints", keep=2)
+    for step in range(1, 6):
         checkpoints.save(at_step(state, step), batches)
     checkpoints.close()
-    assert steps_of(tmp_path / "checkpoints") == ["4", "6", "7"]
+    assert steps_of(tmp_path / "checkpoints") == ["4", "5"]
+    for step in ("4", "5"):
+        checksums.check(tmp_path / "checkpoints" / step)
 
 
 def damage(folder):
@@ -212,7 +215,9 @@ def test_a_damaged_newest_checkpoint_is_renamed_with_a_warning(tmp_path, capfd):
     restored = checkpoints.restore(make_state(value=0.0), batches)
     assert_same(restored, at_step(state, 2))
     assert_same(next(batches), expected)
-    assert "checkpoint 4 cannot be read; resuming from 2" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "checkpoint 4 is damaged" in said and said.endswith("; resuming from 2\n")
+    assert steps_of(folder) == ["2", "damaged-4"]
     # The run reaches that step again and saves it.
     assert checkpoints.latest_step == 2
     checkpoints.save(at_step(state, 4), batches)
@@ -221,6 +226,87 @@ def test_a_damaged_newest_checkpoint_is_renamed_with_a_warning(tmp_path, capfd):
     assert again.latest_step == 4
     assert int(again.restore(make_state(), make_batches()).step) == 4
     again.close()
+
+    # The same step once more: the folder that was put aside before is replaced.
+    damage(folder / "4")
+    again = checkpoint.Checkpoints(folder, keep=2)
+    assert int(again.restore(make_state(), make_batches()).step) == 2
+    again.close()
+    assert steps_of(folder) == ["2", "damaged-4"]
+
+
+@pytest.fixture(scope="module")
+def two_saves(tmp_path_factory):
+    """Checkpoints of steps 2 and 4 of a state of which nearly all bytes are values."""
+    folder = tmp_path_factory.mktemp("two") / "checkpoints"
+    checkpoints = checkpoint.Checkpoints(folder, keep=2)
+    for step in (2, 4):
+        checkpoints.save(at_step(make_state(width=256), step), make_batches())
+    checkpoints.close()
+    return folder
+
+
+def restored_step(folder):
+    checkpoints = checkpoint.Checkpoints(folder, keep=2)
+    try:
+        return int(checkpoints.restore(make_state(width=256), make_batches()).step)
+    finally:
+        checkpoints.close()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_flipped_bit_among_the_values_is_found(two_saves, tmp_path, seed):
+    """Without the list of checksums most of these are restored as other values."""
+    shutil.copytree(two_saves, tmp_path / "checkpoints")
+    stores = [p for p in (tmp_path / "checkpoints" / "4").rglob("d/*") if p.is_file()]
+    rng, path = np.random.default_rng(seed), max(stores, key=lambda p: p.stat().st_size)
+    flipped = bytearray(path.read_bytes())
+    flipped[rng.integers(len(flipped))] ^= 1 << rng.integers(8)
+    path.write_bytes(flipped)
+    assert restored_step(tmp_path / "checkpoints") == 2
+    assert steps_of(tmp_path / "checkpoints") == ["2", "damaged-4"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"files": []}', '{"algorithm": "sha256", "files": {}}']
+)
+def test_a_damaged_list_of_checksums_is_a_damaged_checkpoint(two_saves, tmp_path, text):
+    shutil.copytree(two_saves, tmp_path / "checkpoints")
+    (tmp_path / "checkpoints" / "4" / checksums.NAME).write_text(text)
+    assert restored_step(tmp_path / "checkpoints") == 2
+
+
+def test_a_checkpoint_without_checksums_is_restored_with_a_warning(two_saves, tmp_path, capfd):
+    """As older versions wrote it, or a process that was killed just before it wrote the list."""
+    shutil.copytree(two_saves, tmp_path / "checkpoints")
+    (tmp_path / "checkpoints" / "4" / checksums.NAME).unlink()
+    assert restored_step(tmp_path / "checkpoints") == 4
+    assert "checkpoint 4 has no checksums, so it is restored unchecked" in capfd.readouterr().err
+
+
+def test_a_list_that_cannot_be_written_is_a_user_error(tmp_path, monkeypatch):
+    def full(folder):
+        raise UserError(f"{folder} cannot be written: No space left on device.")
+
+    monkeypatch.setattr(checksums, "write", full)
+    checkpoints, committed = checkpoint.Checkpoints(tmp_path / "checkpoints"), threading.Event()
+    checkpoints.save(at_step(make_state(), 2), make_batches(), committed.set)
+    with pytest.raises(UserError, match="the disk is full"):
+        checkpoints.wait()
+    checkpoints.close()
+    assert not committed.is_set()
+
+
+def test_at_the_end_only_the_newest_is_left(two_saves, tmp_path):
+    """Whatever a kill, a damaged checkpoint or a deletion that was ended halfway have left."""
+    shutil.copytree(two_saves, tmp_path / "checkpoints")
+    for name in ("damaged-3", ".deleted-1", "6.orbax-checkpoint-tmp"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    checkpoint.keep_last(tmp_path / "checkpoints")
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4"]
+    assert restored_step(tmp_path / "checkpoints") == 4
+    checkpoint.keep_last(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_only_damaged_checkpoints_is_an_error(tmp_path):

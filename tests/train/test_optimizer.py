@@ -6,6 +6,7 @@ import optax
 import pytest
 from flax import nnx
 
+from rag_mm.core.errors import UserError
 from rag_mm.models import clip
 from rag_mm.nn import decoder, param_trees
 from rag_mm.train import optimizer, update_guard
@@ -135,3 +136,107 @@ def test_the_temperature_stops_at_its_bound_and_leaves_it_again(start, gradient,
     assert found == pytest.approx(expected, rel=1e-3)
     # Only the temperature is bounded.
     assert params["kernel"] == pytest.approx(np.log(start) - 0.3 * gradient, rel=1e-3)
+
+
+GROUPS = (
+    {"name": "slow", "params": ("a/*",), "learning_rate": 0.01, "weight_decay": 0.0},
+    {"name": "wsd", "params": ("b/kernel",), "schedule": "wsd", "warmup_steps": 2},
+)
+
+
+def run_steps(config, params, grads, num_steps, guard=None):
+    """Parameters after each step on one gradient, and the last state."""
+    tx = optax.with_extra_args_support(optimizer.make_optimizer(config, 8, guard))
+    state, found = tx.init(params), [params]
+    for _ in range(num_steps):
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = tx.update(grads, state, found[-1], value=np.float32(1))
+        found.append(optax.apply_updates(found[-1], updates))
+    return found, state
+
+
+def tree(value):
+    leaf = lambda: np.full((2, 2), value, np.float32)
+    return {"a": {"kernel": leaf()}, "b": {"kernel": leaf()}, "c": {"kernel": leaf()}}
+
+
+def test_each_group_has_its_own_rate_schedule_and_decay_and_all_share_one_clip():
+    common = dict(learning_rate=0.1, warmup_steps=0, weight_decay=0.5, clip_norm=0.1)
+    config = optimizer.OptimizerConfig(**common, groups=GROUPS)
+    grads = jax.tree.map(lambda leaf: leaf * 7, tree(1.0))
+    found, state = run_steps(config, tree(1.0), grads, 5)
+    rest = {"a": {}, "b": dict(schedule="wsd", warmup_steps=2), "c": {}}
+    rest["a"] = dict(learning_rate=0.01, weight_decay=0.0)
+    for key, change in rest.items():
+        # Alone, with a clip that leaves the share of the common norm.
+        own = optimizer.OptimizerConfig(**common | change | dict(clip_norm=0.1 / 3**0.5))
+        alone, _ = run_steps(own, {key: tree(1.0)[key]}, {key: grads[key]}, 5)
+        for step in range(6):
+            np.testing.assert_allclose(
+                found[step][key]["kernel"], alone[step][key]["kernel"], rtol=1e-5, err_msg=key
+            )
+    assert optimizer.averages(state) == {}
+
+
+@pytest.mark.parametrize("guard", [None, update_guard.GuardConfig()], ids=["", "guarded"])
+def test_moving_averages_follow_the_groups_that_have_one(guard):
+    groups = ({"name": "follow", "params": ("a/*", "b/*"), "ema": 0.75},)
+    config = optimizer.OptimizerConfig(learning_rate=0.1, warmup_steps=0, groups=groups)
+    found, state = run_steps(config, tree(1.0), tree(1.0), 4, guard)
+    average = jax.device_get(optimizer.averages(state))
+    assert average.keys() == {"a", "b"}
+    expected = 1.0
+    for params in found[1:]:
+        expected = 0.75 * expected + 0.25 * params["a"]["kernel"]
+    np.testing.assert_allclose(average["a"]["kernel"], expected, rtol=1e-5)
+    assert np.abs(average["a"]["kernel"] - found[-1]["a"]["kernel"]).min() > 0.05
+
+
+def test_a_group_may_have_another_average_than_the_others():
+    groups = ({"name": "now", "params": ("a/*",), "ema": 0.0},)
+    config = optimizer.OptimizerConfig(learning_rate=0.1, warmup_steps=0, ema=0.5, groups=groups)
+    found, state = run_steps(config, tree(1.0), tree(1.0), 2)
+    average = optimizer.averages(state)
+    np.testing.assert_allclose(average["a"]["kernel"], found[-1]["a"]["kernel"], rtol=1e-6)
+    halves = (
+        0.25 * found[0]["c"]["kernel"]
+        + 0.25 * found[1]["c"]["kernel"]
+        + 0.5 * found[2]["c"]["kernel"]
+    )
+    np.testing.assert_allclose(average["c"]["kernel"], halves, rtol=1e-5)
+
+
+def test_without_groups_and_averages_the_state_is_what_older_checkpoints_hold():
+    state = optimizer.make_optimizer(optimizer.OptimizerConfig(), 9).init(tree(1.0))
+    # Count, three first and three second moments, and the schedule's count.
+    assert [np.shape(leaf) for leaf in jax.tree.leaves(state)] == [(), *[(2, 2)] * 6, ()]
+
+
+@pytest.mark.parametrize(
+    ("groups", "says"),
+    [
+        (({"name": "x", "params": ("d/*",)},), "the group x has the pattern 'd/\\*'"),
+        (
+            ({"name": "x", "params": ("a/*",)}, {"name": "y", "params": ("*",)}),
+            "a/kernel is in the groups x and y",
+        ),
+    ],
+)
+def test_groups_of_no_parameter_or_of_a_common_one_are_refused(groups, says):
+    tx = optimizer.make_optimizer(optimizer.OptimizerConfig(groups=groups), 9)
+    with pytest.raises(UserError, match=says):
+        tx.init(tree(1.0))
+
+
+@pytest.mark.parametrize(
+    ("groups", "says"),
+    [
+        (({"name": "x", "params": ("a",)}, {"name": "x", "params": ("b",)}), "one name"),
+        (({"name": "x", "params": ("a",), "rate": 1.0},), "no setting 'rate'"),
+        (({"name": "x", "params": ("a",), "schedule": "square"},), "'square'"),
+        (({"name": "x", "params": ("a",), "ema": 1.0},), "ema is 1.0"),
+    ],
+)
+def test_wrong_settings_of_a_group_are_refused(groups, says):
+    with pytest.raises((ValueError, UserError), match=says):
+        optimizer.OptimizerConfig(groups=groups)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import training_process
 
 import rag_mm
-from rag_mm.core import sharding
+from rag_mm.core import checksums, sharding
 from rag_mm.train import checkpoint, preemption, watchdog
 
 SCRIPT = pathlib.Path(training_process.__file__)
@@ -135,9 +136,27 @@ def test_tokens_and_flops_of_all_processes_are_logged(alone, pair):
 
 @pytest.mark.slow
 def test_a_checkpoint_of_two_processes_is_read_by_one_on_one_device(alone, pair):
+    checksums.check(pair[0] / "run" / "checkpoints" / "8")
     one, two = params_on_one_device(alone[0]), params_on_one_device(pair[0])
     assert one.step == two.step == 8
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), one, two)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_from_the_same_sound_checkpoint(pair, tmp_path):
+    """The damaged file is checked by one of them only."""
+    shutil.copytree(pair[0], tmp_path, dirs_exist_ok=True)
+    damaged = tmp_path / "run" / "checkpoints" / "8"
+    stores = [path for path in damaged.rglob("d/*") if path.is_file()]
+    path = max(stores, key=lambda store: store.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    again = results(tmp_path, 2, 8)
+    assert [sorted(map(int, each["order"])) for each in again] == [[5, 6, 7, 8]] * 2
+    for each, before in zip(again, pair[1], strict=True):
+        assert each["rows"] == before["rows"]
+    assert damaged.with_name("damaged-8").is_dir() and damaged.is_dir()
 
 
 @pytest.mark.slow

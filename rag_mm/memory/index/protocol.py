@@ -13,8 +13,12 @@ from rag_mm.memory.index import live_rows
 MISSING = live_rows.MISSING
 """The id of a missing hit; its score is minus infinity."""
 
+MAX_HITS = 1_000_000
+"""More hits per query are refused: the answer has room for k, even where there are fewer rows."""
+
 # Rows are checked in blocks: a mask of all values at once would take a quarter of the rows' memory.
 _ROWS_PER_CHECK = 16_384
+_LARGEST = 1e6  # Rows have unit length; products of larger ones overflow native code.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,7 +95,8 @@ def check_rows(embeddings: np.ndarray, dim: int | None = None) -> np.ndarray:
     """Returns rows as contiguous, finite float32 [R, D]; R may be 0.
 
     Raises:
-        UserError: the array is not two-dimensional, D is 0 or not `dim`, or a row holds NaN or infinity.
+        UserError: the array is not two-dimensional, D is 0 or not `dim`, or a row holds NaN, infinity or
+            more than 1e6.
     """
     return _check(embeddings, dim, "Embeddings", "Row")
 
@@ -105,12 +110,12 @@ def check_queries(queries: np.ndarray, k: int, dim: int | None) -> np.ndarray:
         dim: width of the index's rows, or None if it was never built.
 
     Raises:
-        UserError: the index was never built, k < 1, a wrong width, or NaN or infinity.
+        UserError: the index was never built, k is not 1 to `MAX_HITS`, a wrong width, or NaN or infinity.
     """
     if dim is None:
         raise UserError("The index has no rows yet: build or load it before a search.")
-    if k < 1:
-        raise UserError(f"A search for k = {k} finds nothing; give k of at least 1.")
+    if not 1 <= k <= MAX_HITS:
+        raise UserError(f"A search for k = {k} is not possible; give k from 1 to {MAX_HITS:,}.")
     return _check(queries, dim, "Queries", "Query")
 
 
@@ -126,19 +131,20 @@ def _check(values: np.ndarray, dim: int | None, what: str, one: str) -> np.ndarr
     bad = _bad_rows(values)
     if bad.size:
         raise UserError(
-            f"{one} {bad[0]} holds NaN or infinity ({bad.size} of {len(values)} do): "
+            f"{one} {bad[0]} holds NaN, infinity or more than {_LARGEST:g} ({bad.size} of {len(values)} do): "
             "the encoder's output is broken."
         )
     return values
 
 
 def _bad_rows(values: np.ndarray) -> np.ndarray:
-    """Positions of rows that hold NaN or infinity."""
-    starts = range(0, len(values), _ROWS_PER_CHECK)
-    bad = [
-        start + np.flatnonzero(~np.isfinite(values[start : start + _ROWS_PER_CHECK]).all(axis=1))
-        for start in starts
-    ]
+    """Positions of rows that hold NaN, infinity or values whose products might not be finite."""
+    bad = []
+    for start in range(0, len(values), _ROWS_PER_CHECK):
+        block = values[start : start + _ROWS_PER_CHECK]
+        # NaN is outside of any bounds. Both reductions need no copy of the block.
+        is_good = (block.max(axis=1) <= _LARGEST) & (block.min(axis=1) >= -_LARGEST)
+        bad.append(start + np.flatnonzero(~is_good))
     return np.concatenate([np.zeros(0, np.int64), *bad])
 
 

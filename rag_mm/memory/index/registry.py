@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from rag_mm.core import files
 from rag_mm.core.errors import UserError
+from rag_mm.memory.index import own_indexes
 from rag_mm.memory.index.protocol import Index
 
 if TYPE_CHECKING:
@@ -38,16 +39,19 @@ def make_index(kind: str, scann: "ScannConfig | None" = None) -> Index:
 
 
 def saved_scann(kind: str, directory: Path) -> "ScannConfig | None":
-    """The settings of a saved ScaNN index, for the next version's index; None for other kinds.
+    """The settings of a saved ScaNN index, for the next version's index.
+
+    None, for the defaults, for other kinds, and for an index that this user did not save, whose settings are
+    not taken over.
 
     Raises:
         UserError: the index's description is damaged.
     """
-    if kind != "scann":
+    if kind != "scann" or not own_indexes.is_own(directory / "index.json"):
         return None
     from rag_mm.memory.index.scann_config import ScannConfig
 
     try:
-        return ScannConfig(**files.read_json(directory / "index.json")["config"])
+        return ScannConfig(**files.read_object(directory / "index.json")["config"])
     except (TypeError, KeyError, ValueError) as error:
         raise UserError(f"{directory / 'index.json'} is damaged ({error}).") from error

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from rag_mm.core import files
+from rag_mm.core import files, progress
 from rag_mm.core.errors import UserError
-from rag_mm.memory.index import live_rows, protocol, scann_searcher
+from rag_mm.memory.index import live_rows, own_indexes, protocol, scann_searcher
 from rag_mm.memory.index.scann_config import ScannConfig
 
 __all__ = ["ScannConfig", "ScannIndex"]
@@ -134,30 +134,41 @@ class ScannIndex:
         saved = {
             "kind": self.kind,
             "rows": self.num_rows,
+            "dim": 0 if self._rows is None else self._rows.shape[1],
             "config": dataclasses.asdict(self._config),
             "files": parts,
         }
         files.write_json(directory / "index.json", saved)
+        own_indexes.record(directory / "index.json")
 
     def load(self, directory: Path, embeddings: np.ndarray) -> None:
-        """Reads what `save` wrote; see `Index.load`."""
+        """Reads what `save` wrote; see `Index.load`.
+
+        An index that this user did not save (`own_indexes`) is built from its rows, with default settings.
+        """
         path = directory / "index.json"
-        saved = files.read_json(path)
+        saved = files.read_object(path)
+        if saved.get("kind") != self.kind or saved.get("rows") != len(embeddings):
+            raise _damaged(path, embeddings)
+        if not own_indexes.is_own(path):
+            self._config = ScannConfig()
+            if saved.get("files"):
+                progress.say(
+                    f"{directory} was built by somebody else or elsewhere, so it is built again from its "
+                    "rows, now and each time; memory compact writes a version with one of your own."
+                )
+            self.build(embeddings)
+            return
         try:
-            kind, rows = saved["kind"], saved["rows"]
             digests = [dict(part) for part in _as_parts(saved["files"])]
-            config = ScannConfig(**saved["config"])
+            self._config, dim = ScannConfig(**saved["config"]), saved["dim"]
         except (TypeError, KeyError, ValueError):
-            kind, rows, digests, config = None, None, [], ScannConfig()
-        if kind != self.kind or rows != len(embeddings):
-            raise UserError(
-                f"{path} does not describe a scann index over {len(embeddings)} rows: "
-                "the memory is damaged; build it again."
-            )
-        self._config = config
+            raise _damaged(path, embeddings) from None
         if not digests:
             self.build(embeddings)
             return
+        if embeddings.shape[1:] != (dim,):
+            raise _damaged(path, embeddings)
         checked = protocol.check_rows(embeddings)
         config = self._set_rows(checked)
         if len(digests) != len(self._starts):
@@ -181,6 +192,13 @@ class ScannIndex:
     def _parts(self, rows: np.ndarray) -> list[np.ndarray]:
         """Splits the rows into equal parts, one per searcher."""
         return np.split(rows, self._starts[1:]) if len(rows) else []
+
+
+def _damaged(path: Path, embeddings: np.ndarray) -> UserError:
+    return UserError(
+        f"{path} does not describe a scann index over {len(embeddings)} rows of this width: "
+        "the memory is damaged; build it again."
+    )
 
 
 def _part(number: int, num_parts: int) -> str:

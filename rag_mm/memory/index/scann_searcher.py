@@ -78,7 +78,12 @@ class Searcher:
                 anisotropic_quantization_threshold=config.anisotropic_threshold,
                 training_sample_size=config.training_sample_size,
             ).reorder(config.num_reordered, quantize=reorder_types[config.reorder.upper()])
-        return cls(builder.build(), len(rows), config)
+        try:
+            return cls(builder.build(), len(rows), config)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise UserError(
+                f"ScaNN cannot index these rows ({error}); use the index exact."
+            ) from error
 
     @classmethod
     def load(
@@ -97,8 +102,13 @@ class Searcher:
             if name in digests
         )
         # `load_searcher` would unpickle a file of ids if there is one, so it is not used.
-        native = module.scann_pybind.ScannNumpy(str(directory), assets)
-        return cls(module.ScannSearcher(native), num_rows, config)
+        try:
+            native = module.scann_pybind.ScannNumpy(str(directory), assets)
+            return cls(module.ScannSearcher(native), num_rows, config)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise UserError(
+                f"{directory} cannot be read by ScaNN ({error}); build it again."
+            ) from error
 
     def save(self, directory: Path) -> dict[str, str]:
         """Writes ScaNN's files into an existing folder; returns their digests by name."""

@@ -4,6 +4,7 @@
     MEM/v000001/manifest.json       describes the version; size and digest of each of its files
     MEM/v000001/manifest.sha256     digest of the manifest
     MEM/v000001/{records,ids,origins,codes,embeddings-VIEW}-00000.*     one shard
+    MEM/v000001/codes-TOKENIZER-00000.npy       codes of a further image tokenizer
     MEM/v000001/index-VIEW/         the index of a view, over all stored rows
     MEM/v000001/begun.json commit-00000.json        the plan of the writer, and the shards it finished
     MEM/v000001/removed.npy         positions of removed stored rows (tombstones)
@@ -15,7 +16,6 @@ A version refers to files of its own folder and of earlier versions' folders, wh
 
 import dataclasses
 import os
-import pathlib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,12 +25,14 @@ from etils import epath
 
 from rag_mm.core import files
 from rag_mm.core.errors import UserError
+from rag_mm.memory.store import manifest_checks
 
 CURRENT = "CURRENT"
 REMOVED = "removed.npy"
 PRUNED = ".pruned-"  # Prefix of a version that is being deleted; readers and `verify` ignore it.
 LOCK = ".memory-lock"  # A stage's folder can be a memory, and the run locks it under another name.
-FORMAT = 1
+FORMAT = 2
+_FORMATS = (1, FORMAT)  # Format 1 had no `more_codes`.
 _CURRENT_LINE = re.compile(r"v(\d{6}) ([0-9a-f]{64})\n")
 
 
@@ -69,6 +71,7 @@ class MemoryManifest:
         encoder: fingerprint of the retriever.
         tokenizer: fingerprint of the image tokenizer, or None without codes.
         num_codes: codes per image, or None.
+        more_codes: codes per image of each further image tokenizer, by its fingerprint.
         shards: in row order.
         files: all files that the version needs, by path relative to the memory.
         removed: number of stored rows that were removed.
@@ -86,6 +89,19 @@ class MemoryManifest:
     files: Mapping[str, FileEntry]
     removed: int = 0
     indexed_by: str = ""
+    more_codes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def codes_per_image(self, tokenizer: str | None) -> int | None:
+        """Number of codes per image of an image tokenizer, by its fingerprint; None if it has none here."""
+        if tokenizer is not None and tokenizer == self.tokenizer:
+            return self.num_codes
+        return None if tokenizer is None else self.more_codes.get(tokenizer)
+
+    def code_file(self, shard: Shard, tokenizer: str) -> str:
+        """The path of a shard's codes of an image tokenizer, relative to the memory."""
+        if tokenizer == self.tokenizer:
+            return shard.file("codes", "npy")
+        return shard.file(f"codes-{files.digest(tokenizer.encode())[:16]}", "npy")
 
     @property
     def stored(self) -> int:
@@ -119,7 +135,13 @@ def local_folder(path: epath.PathLike) -> Path:
 
 
 def folder_of(version: int) -> str:
-    """`v000001` for 1."""
+    """`v000001` for 1.
+
+    Raises:
+        UserError: there are no more names.
+    """
+    if version > manifest_checks.MAX_VERSION:
+        raise UserError(f"A memory has at most {manifest_checks.MAX_VERSION:,} versions; build it anew.")
     return f"v{version:06d}"
 
 
@@ -250,14 +272,12 @@ def _digest_line(sha256: str) -> str:
 
 def _parse(fields: Any) -> MemoryManifest:
     fields = dict(fields)
-    if fields.pop("format") != FORMAT:
-        raise ValueError(f"its format is not {FORMAT}")
+    if fields.pop("format") not in _FORMATS:
+        raise ValueError(f"its format is none of {_FORMATS}")
+    if not isinstance(fields["shards"], list):
+        raise TypeError("its shards are no list")
     fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
     fields["files"] = {name: FileEntry(**entry) for name, entry in fields["files"].items()}
-    names = [*fields["files"], *(shard.folder for shard in fields["shards"])]
-    names.append(fields.get("indexed_by", ""))
-    for name in names:  # An untrusted manifest must not refer to files outside of its folder.
-        parts = pathlib.PurePosixPath(name)
-        if parts.is_absolute() or ".." in parts.parts:
-            raise ValueError(f"a path leads outside: {name}")
-    return MemoryManifest(**fields)
+    contents = MemoryManifest(**fields)
+    manifest_checks.check(contents)
+    return contents

@@ -52,17 +52,21 @@ def load_live(root: Path, contents: manifest.MemoryManifest) -> live_rows.LiveRo
 
 
 def load_codes(
-    root: Path, contents: manifest.MemoryManifest, shard: manifest.Shard
+    root: Path, contents: manifest.MemoryManifest, shard: manifest.Shard, tokenizer: str
 ) -> np.ndarray | None:
-    """Codes of a shard's rows, int32 [rows, N], -1 for a row without codes; None in a memory without codes.
+    """An image tokenizer's codes of the first pictures of a shard's rows; None in a memory without them.
+
+    Returns:
+        int32 [rows, N], -1 for a row without codes.
 
     Raises:
         UserError: the file is not an array of the manifest's shape.
     """
-    if contents.num_codes is None:
+    num_codes = contents.codes_per_image(tokenizer)
+    if num_codes is None:
         return None
-    name, shape = shard.file("codes", "npy"), (shard.rows, contents.num_codes)
-    if name not in contents.files:  # None of its rows has an image.
+    name, shape = contents.code_file(shard, tokenizer), (shard.rows, num_codes)
+    if name not in contents.files:  # None of its rows has codes.
         return np.full(shape, protocol.MISSING, np.int32)
     return load_array(root / name, shape, np.int32)
 
@@ -92,9 +96,13 @@ def load_ids(root: Path, contents: manifest.MemoryManifest) -> list[str]:
     for shard in contents.shards:
         path = root / shard.file("ids", "json")
         shard_ids = files.read_json(path)
-        if not isinstance(shard_ids, list) or len(shard_ids) != shard.rows:
+        if (
+            not isinstance(shard_ids, list)
+            or len(shard_ids) != shard.rows
+            or not all(isinstance(name, str) for name in shard_ids)
+        ):
             raise UserError(f"{path} does not hold {shard.rows} ids: the memory is damaged.")
-        ids += [str(name) for name in shard_ids]
+        ids += shard_ids
     return ids
 
 
@@ -105,13 +113,16 @@ class Origins:
     Attributes:
         url, license: as given by the documents.
         caption: `caption_hash` of the text; empty without text.
-        image: whether the document has an image.
+        image: whether the document has a picture, an image or a video.
     """
 
     url: list[str | None]
     license: list[str | None]
     caption: list[str]
     image: list[bool]
+
+
+_ORIGINS = {"url": str | None, "license": str | None, "caption": str, "image": bool}
 
 
 def caption_hash(text: str) -> str:
@@ -132,14 +143,15 @@ def load_origins(root: Path, contents: manifest.MemoryManifest, shard: manifest.
     if path.relative_to(root).as_posix() not in contents.files:
         records = Records(root, [shard])
         return _origins_of([records[position].document for position in range(shard.rows)])
-    try:
-        origins = Origins(**files.read_json(path))
-        lengths = {len(values) for values in vars(origins).values()}
-    except TypeError:
-        lengths = set()
-    if lengths != {shard.rows}:
+    values = files.read_object(path)
+    if set(values) != set(_ORIGINS) or not all(
+        isinstance(values[name], list)
+        and len(values[name]) == shard.rows
+        and all(isinstance(value, kinds) for value in values[name])
+        for name, kinds in _ORIGINS.items()
+    ):
         raise UserError(f"{path} does not hold {shard.rows} origins: the memory is damaged.")
-    return origins
+    return Origins(**values)
 
 
 class Records:
@@ -171,15 +183,16 @@ class Records:
 class ShardWriter:
     """Writes one shard: the records immediately, the arrays when it is closed."""
 
-    def __init__(self, root: Path, folder: str, number: int):
-        """Starts shard `number` in an existing folder of the memory."""
+    def __init__(self, root: Path, contents: manifest.MemoryManifest, folder: str, number: int):
+        """Starts shard `number` in an existing folder of the memory that `contents` describes."""
         self._root = root
+        self._contents = contents
         self._shard = manifest.Shard(folder, number, 0, 0, 0)
         self._paths = [root / self._shard.file("records", "arrayrecord")]
         self._writer = array_record_module.ArrayRecordWriter(str(self._paths[0]), "group_size:1")
         self._origins = Origins([], [], [], [])
         self._embeddings: dict[str, list[np.ndarray]] = {v: [] for v in model_protocols.VIEWS}
-        self._codes: list[np.ndarray | None] = []
+        self._codes: dict[str, dict[int, np.ndarray]] = {}  # By tokenizer and row.
         self._ids: list[str] = []
 
     @property
@@ -194,7 +207,10 @@ class ShardWriter:
             self._ids.append(entry.document.id)
             for view, rows in self._embeddings.items():
                 rows.append(entry.embeddings[view])
-            self._codes.append(entry.codes)
+            for tokenizer in entry.codes:
+                codes = entry.first_codes(tokenizer)
+                if codes is not None:
+                    self._codes.setdefault(tokenizer, {})[self.rows - 1] = codes
             origins = vars(_origins_of([entry.document]))
             for name, values in vars(self._origins).items():
                 values += origins[name]
@@ -207,11 +223,13 @@ class ShardWriter:
             "origins", files.canonical_json(dataclasses.asdict(self._origins)).encode()
         )
         for view, rows in self._embeddings.items():
-            self._write_array(f"embeddings-{view}", np.stack(rows))
-        length = next((len(codes) for codes in self._codes if codes is not None), None)
-        if length is not None:
-            missing = np.full(length, protocol.MISSING, np.int32)
-            self._write_array("codes", np.stack([missing if c is None else c for c in self._codes]))
+            self._write_array(self._shard.file(f"embeddings-{view}", "npy"), np.stack(rows))
+        for tokenizer, codes in sorted(self._codes.items()):
+            values = np.full(
+                (self.rows, len(next(iter(codes.values())))), protocol.MISSING, np.int32
+            )
+            values[list(codes)] = np.stack(list(codes.values()))
+            self._write_array(self._contents.code_file(self._shard, tokenizer), values)
         shard = dataclasses.replace(
             self._shard,
             rows=self.rows,
@@ -224,8 +242,8 @@ class ShardWriter:
         self._paths.append(self._root / self._shard.file(what, "json"))
         self._paths[-1].write_bytes(data)
 
-    def _write_array(self, what: str, values: np.ndarray) -> None:
-        self._paths.append(self._root / self._shard.file(what, "npy"))
+    def _write_array(self, name: str, values: np.ndarray) -> None:
+        self._paths.append(self._root / name)
         np.save(self._paths[-1], values)
 
 

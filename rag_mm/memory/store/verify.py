@@ -140,7 +140,7 @@ def _check_records(
     for shard in contents.shards:
         path = root / shard.file("records", "arrayrecord")
         try:
-            codes = shard_file.load_codes(root, contents, shard)
+            codes = _all_codes(root, contents, shard)
             # Opened without a range, so that the number of records comes from the file.
             records = array_record_data_source.ArrayRecordDataSource(str(path))
             if len(records) != shard.rows:
@@ -151,8 +151,9 @@ def _check_records(
                 row = first + int(position)
                 if not _matches(stored, ids[row], {view: rows[view][row] for view in rows}):
                     yield f"Row {row}: the record does not match its id and embeddings."
-                if codes is not None and not _has_codes(stored, codes[int(position)]):
-                    yield f"Row {row}: the record does not match its codes."
+                for tokenizer, values in codes.items():
+                    if not _has_codes(stored, tokenizer, values[int(position)]):
+                        yield f"Row {row}: the record does not match its codes."
         except (RuntimeError, UserError) as error:
             yield f"{path} cannot be read ({error})."
         first += shard.rows
@@ -166,10 +167,23 @@ def _matches(stored: record.Record, name: str, vectors: dict[str, np.ndarray]) -
     )
 
 
-def _has_codes(stored: record.Record, codes: np.ndarray) -> bool:
-    if stored.codes is None:
+def _all_codes(
+    root: Path, contents: manifest.MemoryManifest, shard: manifest.Shard
+) -> dict[str, np.ndarray]:
+    """A shard's codes by tokenizer, int32 [rows, N]."""
+    tokenizers = [] if contents.tokenizer is None else [contents.tokenizer]
+    codes = {
+        name: shard_file.load_codes(root, contents, shard, name)
+        for name in [*tokenizers, *contents.more_codes]
+    }
+    return {name: values for name, values in codes.items() if values is not None}
+
+
+def _has_codes(stored: record.Record, tokenizer: str, codes: np.ndarray) -> bool:
+    found = stored.first_codes(tokenizer)
+    if found is None:
         return bool((codes == protocol.MISSING).all())
-    return np.array_equal(stored.codes, codes)
+    return np.array_equal(found, codes)
 
 
 def _check_recall(root: Path, contents: manifest.MemoryManifest) -> Iterator[str]:

@@ -1,17 +1,22 @@
-"""Changes to a memory that need no models: remove, merge and compact."""
+"""Changes to a memory's rows: remove, merge, compact, and codes of another image tokenizer."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from rag_mm.core import files
 from rag_mm.core.errors import UserError
-from rag_mm.memory.store import manifest, shard_file
-from rag_mm.memory.writing import staging, writer
+from rag_mm.memory import model_protocols
+from rag_mm.memory.store import manifest, record, shard_file
+from rag_mm.memory.writing import record_codes, staging, writer
 
 Progress = Callable[[int, int], None]
+Change = Callable[[Iterable[record.Record]], Iterable[record.Record]]
+_PICTURES_AT_ONCE = 256
 
 
 def remove(
@@ -65,7 +70,7 @@ def merge(
         plan = {"what": "merge", "before": sha256, "other": other_sha256, "shard_size": shard_size}
         stage = staging.Staging(root, previous, plan)
         _copy(stage, root, other, other_contents, shard_size, on_progress)
-        writer.finish(root, previous, stage, None, live.removed)
+        writer.finish(root, previous, stage, None, live.removed, other_contents.more_codes)
 
 
 def compact(
@@ -82,17 +87,46 @@ def compact(
         )
     with writer.next_version(root) as (previous, sha256):
         plan = {"what": "compact", "before": sha256, "shard_size": shard_size}
-        stage = staging.Staging(root, previous, plan)
-        _copy(stage, root, root, previous, shard_size, on_progress)
-        carried = {
-            name: entry
-            for name, entry in previous.files.items()
-            if manifest.version_of(name.split("/")[0]) is None
-        }
-        empty = dataclasses.replace(previous, shards=(), files=carried, num_codes=None)
-        writer.finish(root, empty, stage, None, np.zeros(0, np.int64))
+        _rewrite(root, previous, plan, on_progress)
         if prune:
             _prune(root, previous.version)
+
+
+def add_codes(
+    root: Path,
+    tokenizer: model_protocols.ImageTokenizer,
+    shard_size: int = 8192,
+    on_progress: Progress | None = None,
+) -> None:
+    """Writes the next version with an image tokenizer's codes of all pictures; see `Memory.add_codes`."""
+    with writer.next_version(root) as (previous, sha256):
+        name = tokenizer.fingerprint
+        plan = {"what": "codes", "before": sha256, "tokenizer": name, "shard_size": shard_size}
+        fill = functools.partial(
+            record_codes.fill_all, tokenizer=tokenizer, at_once=_PICTURES_AT_ONCE
+        )
+        _rewrite(root, previous, plan, on_progress, fill, [name])
+
+
+def _rewrite(
+    root: Path,
+    previous: manifest.MemoryManifest,
+    plan: Mapping[str, Any],
+    on_progress: Progress | None,
+    change: Change = lambda records: records,
+    tokenizers: Collection[str] = (),
+) -> None:
+    """Writes the next version with the live rows alone, each changed, in new shards."""
+    stage = staging.Staging(root, previous, plan)
+    _copy(stage, root, root, previous, plan["shard_size"], on_progress, change)
+    carried = {
+        name: entry
+        for name, entry in previous.files.items()
+        if manifest.version_of(name.split("/")[0]) is None
+    }
+    tokenizers = [*previous.more_codes, *tokenizers]
+    empty = dataclasses.replace(previous, shards=(), files=carried, num_codes=None, more_codes={})
+    writer.finish(root, empty, stage, None, np.zeros(0, np.int64), tokenizers)
 
 
 def _find(
@@ -141,14 +175,15 @@ def _copy(
     contents: manifest.MemoryManifest,
     shard_size: int,
     on_progress: Progress | None,
+    change: Change = lambda records: records,
 ) -> None:
-    """Writes the live rows of a memory's version as shards, resuming after the last commit."""
+    """Writes the live rows of a memory's version, changed, as shards, resuming after the last commit."""
     positions = shard_file.load_live(source, contents).stored
     records = shard_file.Records(source, contents.shards)
     for start in range(stage.position, len(positions), shard_size):
         batch = positions[start : start + shard_size]
-        shard = shard_file.ShardWriter(root, stage.folder, len(stage.commits))
-        shard.write(records[position] for position in batch)
+        shard = shard_file.ShardWriter(root, contents, stage.folder, len(stage.commits))
+        shard.write(change(records[position] for position in batch))
         stage.commit(staging.Commit(*shard.close(), position=start + len(batch)))
         if on_progress is not None:
             on_progress(start + len(batch), len(positions))

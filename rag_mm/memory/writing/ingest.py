@@ -13,7 +13,7 @@ from rag_mm.core.errors import UserError
 from rag_mm.memory import model_protocols
 from rag_mm.memory.index.scann_config import ScannConfig
 from rag_mm.memory.store import manifest, record, shard_file
-from rag_mm.memory.writing import near_duplicates, staging, stream
+from rag_mm.memory.writing import near_duplicates, record_codes, staging, stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Options:
     Attributes:
         index: `scann`, `exact` or `device`; fixed when the memory is built.
         scann: settings of a `scann` index.
-        batch_size: documents handed to the retriever and the image tokenizer together.
+        batch_size: documents handed to the retriever together, and pictures handed to the image tokenizer;
+            fewer documents if they have more pictures than that.
         shard_size: rows per shard. One shard is held in memory, in addition to the index's rows.
         on_progress: called with (records read, total records); an unknown total is the number read so far.
         max_bad: if a larger share of the records is bad, nothing is written; a single bad record is always
@@ -51,6 +52,7 @@ class _Draft:
     position: int
     batch: list[document_types.Document] = dataclasses.field(default_factory=list)
     batch_notes: list[tuple[str, ...]] = dataclasses.field(default_factory=list)
+    batch_pictures: int = 0
     writer: shard_file.ShardWriter | None = None
     rejects: list[stream.Reject] = dataclasses.field(default_factory=list)
     excluded: collections.Counter = dataclasses.field(default_factory=collections.Counter)
@@ -136,7 +138,8 @@ class Ingest:
             draft.position = item.position
             self._take(item, draft)
             remaining = self._options.shard_size - draft.rows
-            if len(draft.batch) == min(self._options.batch_size, remaining):
+            is_full = len(draft.batch) == min(self._options.batch_size, remaining)
+            if is_full or draft.batch_pictures >= self._options.batch_size:
                 self._flush(draft, folder)
                 if self._options.on_progress is not None:
                     read = done + draft.rows + len(draft.rejects) + draft.excluded.total()
@@ -153,6 +156,7 @@ class Ingest:
             reject = self._check(item.document, draft)
         if reject is None and item.document is not None:
             draft.batch.append(_fit(item.document, self._previous.image_size))
+            draft.batch_pictures += len(draft.batch[-1].pictures)
             draft.batch_notes.append(item.notes)
         elif reject is not None:
             if self._options.max_bad == 0:
@@ -171,7 +175,7 @@ class Ingest:
             return stream.Reject(
                 name,
                 "duplicate-id",
-                f"Two documents have the id {name!r}: ids must be unique in a memory.",
+                f"Two documents have the id {name!r}: rename one, or leave it out.",
             )
         if document.image is None and not document.text.strip():
             return stream.Reject(
@@ -189,24 +193,20 @@ class Ingest:
             else:
                 draft.excluded.update([reason])
         batch = [draft.batch[i] for i in kept]
-        codes: list[np.ndarray | None] = [None] * len(batch)
-        if self._tokenizer is not None:
-            codes = model_protocols.encode_codes(batch, self._tokenizer)
         records = [
-            record.Record(
-                document,
-                {view: rows[i] for view, rows in embeddings.items()},
-                values,
-                None if values is None else self._previous.tokenizer,
-            )
-            for i, document, values in zip(kept, batch, codes, strict=True)
+            record.Record(document, {view: rows[i] for view, rows in embeddings.items()})
+            for i, document in zip(kept, batch, strict=True)
         ]
+        if self._tokenizer is not None:
+            records = record_codes.fill(records, self._tokenizer, self._options.batch_size)
         if records:
-            draft.writer = draft.writer or shard_file.ShardWriter(self._root, folder, draft.number)
+            draft.writer = draft.writer or shard_file.ShardWriter(
+                self._root, self._previous, folder, draft.number
+            )
             draft.writer.write(records)
         self._known_ids.update(document.id for document in batch)
         draft.notes.update(note for i in kept for note in draft.batch_notes[i])
-        draft.batch, draft.batch_notes = [], []
+        draft.batch, draft.batch_notes, draft.batch_pictures = [], [], 0
 
     def _filter(
         self, batch: list[document_types.Document], embeddings: dict[str, np.ndarray]
@@ -272,10 +272,14 @@ def _num_records(commit: staging.Commit) -> int:
 
 def _fit(document: document_types.Document, image_size: int) -> document_types.Document:
     """The document with its texts cleaned and its images resized to the memory's size."""
-    segments = tuple(
-        document_types.Image(image_files.fit(segment.pixels, image_size))
-        if isinstance(segment, document_types.Image)
-        else document_types.Text(caption_text.clean(segment.text))
-        for segment in document.segments
-    )
+    segments = tuple(_fit_segment(segment, image_size) for segment in document.segments)
     return dataclasses.replace(document, segments=segments)
+
+
+def _fit_segment(segment: document_types.Segment, image_size: int) -> document_types.Segment:
+    if isinstance(segment, document_types.Text):
+        return document_types.Text(caption_text.clean(segment.text))
+    fitted = [image_files.fit(picture, image_size) for picture in segment.pictures]
+    if isinstance(segment, document_types.Image):
+        return document_types.Image(fitted[0])
+    return document_types.Video(np.stack(fitted), segment.fps)

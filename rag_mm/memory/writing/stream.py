@@ -97,10 +97,9 @@ def count_reasons(rejects: Iterable[Reject]) -> dict[str, int]:
     return dict(collections.Counter(reject.reason for reject in rejects).most_common())
 
 
-def _describe(document: document_types.Document) -> Mapping[str, str | None]:
-    image = document.image
+def _describe(document: document_types.Document) -> Mapping[str, str | list[str]]:
     return {
         "id": document.id,
         "text": document.text,
-        "image": None if image is None else files.digest(image.tobytes()),
+        "pictures": [files.digest(picture.tobytes()) for picture in document.pictures],
     }

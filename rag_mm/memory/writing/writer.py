@@ -10,12 +10,12 @@ import dataclasses
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from rag_mm.core import files
+from rag_mm.core import files, locks
 from rag_mm.core.errors import UserError
 from rag_mm.memory import model_protocols
 from rag_mm.memory.index import registry
@@ -117,6 +117,7 @@ def finish(
     stage: staging.Staging,
     scann: ScannConfig | None,
     removed: np.ndarray,
+    tokenizers: Collection[str] = (),
 ) -> None:
     """Indexes the shards of `previous` and of the stage together, and switches to the new version.
 
@@ -126,6 +127,7 @@ def finish(
         stage: the new shards.
         scann: settings of a `scann` index; None keeps the previous ones.
         removed: stored positions of removed rows, int64 [M].
+        tokenizers: image tokenizers, in addition to those of `previous`, whose codes the new shards may hold.
     """
     shards = [commit.shard for commit in stage.commits if commit.shard.rows]
     dropped = (f"{previous.index_folder('')}", f"{previous.folder}/{manifest.REMOVED}")
@@ -133,7 +135,8 @@ def finish(
     after = dataclasses.replace(
         previous,
         version=previous.version + 1,
-        num_codes=_num_codes(root, previous.num_codes, shards),
+        num_codes=_num_codes(root, previous, shards, previous.tokenizer),
+        more_codes=_more_codes(root, previous, shards, tokenizers),
         shards=(*previous.shards, *shards),
         files=kept | stage.files(),
         removed=len(removed),
@@ -184,11 +187,31 @@ def _write_documents(
     finish(root, previous, stage, options.scann, removed)
 
 
-def _num_codes(root: Path, previous: int | None, shards: Sequence[manifest.Shard]) -> int | None:
-    """Codes per image, equal in all shards; None if no image has codes."""
-    lengths = {previous} if previous is not None else set()
+def _more_codes(
+    root: Path,
+    previous: manifest.MemoryManifest,
+    shards: Sequence[manifest.Shard],
+    tokenizers: Collection[str],
+) -> dict[str, int]:
+    """`more_codes` of the version with these shards."""
+    names = sorted({*previous.more_codes, *tokenizers} - {previous.tokenizer})
+    found = {name: _num_codes(root, previous, shards, name) for name in names}
+    return {name: number for name, number in found.items() if number is not None}
+
+
+def _num_codes(
+    root: Path,
+    previous: manifest.MemoryManifest,
+    shards: Sequence[manifest.Shard],
+    tokenizer: str | None,
+) -> int | None:
+    """Codes per image of a tokenizer, equal in all shards; None if no image has codes."""
+    if tokenizer is None:
+        return None
+    number = previous.codes_per_image(tokenizer)
+    lengths = {number} if number is not None else set()
     for shard in shards:
-        path = root / shard.file("codes", "npy")
+        path = root / previous.code_file(shard, tokenizer)
         if path.exists():
             lengths.add(int(np.load(path, mmap_mode="r").shape[1]))
     if len(lengths) > 1:
@@ -210,12 +233,10 @@ def _lock(root: Path) -> Iterator[None]:
         raise UserError(f"{root} cannot be written: {error.strerror or error}.") from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"Another process is writing {root}: try again when it has finished."
-            ) from None
-        try:
+            if not locks.take(file, root, fcntl.flock):
+                raise UserError(
+                    f"Another process is writing {root}: try again when it has finished."
+                )
             yield
         except OSError as error:
             raise UserError(f"{root} cannot be written: {error}.") from error

@@ -5,12 +5,15 @@ This file is the network; `objective` trains it, `rag_mm.ops.quantize` does the 
 
 import dataclasses
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float32, Int
 
+from rag_mm.core import checks, code_grids
+from rag_mm.core.code_grids import Grids
 from rag_mm.core.errors import UserError
 from rag_mm.nn import conv
 from rag_mm.ops import quantize
@@ -20,8 +23,7 @@ from rag_mm.ops import quantize
 class SPAEConfig:
     """Sizes of the image tokenizer; the defaults are SPAE's image model at 128 pixels.
 
-    The finest code grid has image_size / (patch_size * 2 ** (num_scales - 1)) positions a side, where
-    num_scales = len(width_multipliers).
+    A model takes images of any height and width that its coarsest grid divides (`grids_at`).
 
     Attributes:
         image_size: image height and width, in pixels.
@@ -32,7 +34,7 @@ class SPAEConfig:
         num_res_blocks: residual blocks at each scale, and once more on the code grid.
         embed_dim: width of a codebook entry.
         codebook_size: entries of the codebook.
-        levels: positions a side of each pyramid level, coarse to fine.
+        levels: positions a side of each pyramid level, coarse to fine, in images of `image_size`.
         commitment_weight: weight of the commitment loss.
         random_flip_rotate: training images are flipped and rotated by quarter turns at random.
     """
@@ -45,7 +47,7 @@ class SPAEConfig:
     num_res_blocks: int = 2
     embed_dim: int = 256
     codebook_size: int = 8192
-    levels: quantize.Levels = (1, 2, 4, 8, 16, 16)
+    levels: tuple[int, ...] = (1, 2, 4, 8, 16, 16)
     commitment_weight: float = 0.33
     random_flip_rotate: bool = False
 
@@ -54,12 +56,16 @@ class SPAEConfig:
         for name in ("patch_size", "width", "embed_dim", "codebook_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} is too small: give at least 1.")
-        shrink = self.patch_size * 2 ** (len(self.width_multipliers) - 1)
-        if self.image_size != shrink * self.levels[-1]:
+        checks.between(self, 0, checks.MAX_BLOCKS, "num_res_blocks")
+        scales = self.width_multipliers
+        if not 1 <= len(scales) <= checks.MAX_BLOCKS or min(scales) < 1:
+            raise UserError(f"width_multipliers={scales}: give 1 to {checks.MAX_BLOCKS} of at least 1.")
+        fitting = self.code_size * self.levels[-1]
+        if self.image_size != fitting:
             raise UserError(
                 f"image_size={self.image_size} does not fit: patches and scales downsample by "
-                f"{shrink} and the last level is a grid of {self.levels[-1]}, so it must be "
-                f"{shrink * self.levels[-1]}."
+                f"{self.code_size} and the last level is a grid of {self.levels[-1]}, so it must be "
+                f"{fitting}."
             )
         if self.encoder not in ("conv", "patch"):
             raise UserError(f"encoder={self.encoder!r} is unknown: choose conv or patch.")
@@ -67,9 +73,32 @@ class SPAEConfig:
             raise UserError("encoder=patch has one scale: give a single width multiplier.")
 
     @property
+    def code_size(self) -> int:
+        """Height and width of the pixels of one code of the finest grid."""
+        return self.patch_size * 2 ** (len(self.width_multipliers) - 1)
+
+    @property
     def num_codes(self) -> int:
-        """Codes per image."""
-        return quantize.num_codes(self.levels)
+        """Codes per image of `image_size`."""
+        return code_grids.num_codes(self.grids_at(self.image_size, self.image_size))
+
+    def grids_at(self, height: int, width: int) -> Grids:
+        """The grids of an image of `height` x `width` pixels; they grow with the image.
+
+        With levels=(4, 8), for instance, an image of half of `image_size` has grids of 2x2 and 4x4.
+
+        Raises:
+            UserError: a grid does not divide the image.
+        """
+        strides = [self.levels[-1] // side for side in self.levels]  # in codes of the finest grid
+        multiple = self.code_size * math.lcm(*strides)
+        if min(height, width) < 1 or height % multiple or width % multiple:
+            raise UserError(
+                f"Images of {height} x {width} pixels do not fit the image tokenizer's levels={self.levels}; "
+                f"give a height and a width that are multiples of {multiple}."
+            )
+        rows, columns = height // self.code_size, width // self.code_size
+        return tuple((rows // stride, columns // stride) for stride in strides)
 
     @classmethod
     def tiny(cls) -> "SPAEConfig":
@@ -103,7 +132,7 @@ class PatchEncoder(nnx.Module):
             config.width, config.embed_dim, kernel_init=nnx.initializers.zeros_init(), rngs=rngs
         )
 
-    def __call__(self, patches: Float32[Array, "B S S patch_dim"]) -> Float32[Array, "B S S D"]:
+    def __call__(self, patches: Float32[Array, "B R S patch_dim"]) -> Float32[Array, "B R S D"]:
         """Embeds patches of 3 * patch_size ** 2 values; D is embed_dim."""
         h = self.stem(patches)
         for block in self.blocks:
@@ -125,7 +154,7 @@ class ConvEncoder(nnx.Module):
         self.norm = conv.group_norm(previous, rngs=rngs)
         self.to_embedding = nnx.Linear(previous, config.embed_dim, rngs=rngs)
 
-    def __call__(self, patches: Float32[Array, "B H W patch_dim"]) -> Float32[Array, "B S S D"]:
+    def __call__(self, patches: Float32[Array, "B H W patch_dim"]) -> Float32[Array, "B R S D"]:
         """Embeds patches of 3 * patch_size ** 2 values; D is embed_dim."""
         h = self.stem(patches)
         for index, blocks in enumerate(self.scales):
@@ -160,7 +189,7 @@ class ImageDecoder(nnx.Module):
         else:
             self.shortcut = None
 
-    def __call__(self, z: Float32[Array, "B S S D"]) -> Float32[Array, "B H W patch_dim"]:
+    def __call__(self, z: Float32[Array, "B R S D"]) -> Float32[Array, "B H W patch_dim"]:
         """Patches of 3 * patch_size ** 2 values from embeddings of width embed_dim."""
         h = self.blocks(self.stem(z))
         for index, blocks in enumerate(self.scales):
@@ -183,20 +212,32 @@ class SPAE(nnx.Module):
         shape = (config.codebook_size, config.embed_dim)
         self.codebook = nnx.Param(scale(rngs.params(), shape, jnp.float32))
 
-    def embed(self, images: Float32[Array, "B H W 3"]) -> Float32[Array, "B S S D"]:
+    def embed(self, images: Float32[Array, "B H W 3"]) -> Float32[Array, "B R S D"]:
         """Embeddings of the finest grid before quantization; D is embed_dim."""
         return self.encoder(conv.space_to_depth(images, self.config.patch_size))
 
     def encode(self, images: Float32[Array, "B H W 3"]) -> Int[Array, "B C"]:
-        """int32 codes, coarsest level first, in raster order within a level; C is num_codes."""
-        return quantize.quantize(self.embed(images), self.codebook[...], self.config.levels)
+        """int32 codes, coarsest level first, in raster order within a level.
 
-    def decode(self, codes: Int[Array, "B C"]) -> Float32[Array, "B H W 3"]:
-        """Images in 0..1 from the codes of all levels, or of the first few levels."""
-        averages = quantize.running_averages(codes, self.codebook[...], self.config.levels)
+        Raises:
+            UserError: as `SPAEConfig.grids_at`.
+        """
+        grids = self.config.grids_at(*images.shape[1:3])
+        return quantize.quantize(self.embed(images), self.codebook[...], grids)
+
+    def decode(
+        self, codes: Int[Array, "B C"], grids: Grids | None = None
+    ) -> Float32[Array, "B H W 3"]:
+        """Images in 0..1 from the codes of all levels, or of the first few levels.
+
+        `grids` are those of the images, None for images of `config.image_size`.
+        """
+        if grids is None:
+            grids = self.config.grids_at(self.config.image_size, self.config.image_size)
+        averages = quantize.running_averages(codes, self.codebook[...], grids)
         return jnp.clip(self.render(averages[-1]), 0, 1)
 
-    def render(self, z: Float32[Array, "B S S D"]) -> Float32[Array, "B H W 3"]:
+    def render(self, z: Float32[Array, "B R S D"]) -> Float32[Array, "B H W 3"]:
         """Images, not clipped to 0..1, from embeddings of the finest grid."""
         return conv.depth_to_space(self.decoder(z), self.config.patch_size)
 

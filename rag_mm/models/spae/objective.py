@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Key, UInt8
 
+from rag_mm.core import code_grids
 from rag_mm.models.objective_types import Batch, Metrics
 from rag_mm.models.spae.autoencoder import SPAE
 from rag_mm.ops import images as image_ops
@@ -21,21 +22,24 @@ def loss_fn(model: SPAE, batch: Batch, rng: Key[Array, ""]) -> tuple[Float32[Arr
 
     Returns:
       The loss, and metrics as sums with weights. `squared_error` sums over all pixels and channels,
-      for `psnr`; `code_frequencies` counts the uses of each code, float32 [codebook_size].
+      for `psnr`; `code_frequencies` counts the uses of each code at each level, float32
+      [levels, codebook_size].
     """
     config = model.config
     images = image_ops.to_float(batch["images"])
+    grids = config.grids_at(*images.shape[1:3])
     if config.random_flip_rotate:
         images = image_ops.random_flip_rotate(images, rng)
     z = model.embed(images)
     codebook = model.codebook[...]
-    codes = quantize.quantize(z, codebook, config.levels)
-    averages = quantize.running_averages(codes, codebook, config.levels)
-    reconstruction = model.render(quantize.straight_through(z, averages[-1], config.levels))
+    codes = quantize.quantize(z, codebook, grids)
+    averages = quantize.running_averages(codes, codebook, grids)
+    reconstruction = model.render(quantize.straight_through(z, averages[-1], grids))
     pixel_loss = jnp.mean((reconstruction - images) ** 2)
-    codebook_loss, commitment_loss = quantize.quantization_losses(z, averages, config.levels)
+    codebook_loss, commitment_loss = quantize.quantization_losses(z, averages, grids)
     loss = pixel_loss + codebook_loss + config.commitment_weight * commitment_loss
     weight = jnp.float32(images.shape[0])
+    by_level = jnp.split(codes, code_grids.ends(grids)[:-1], axis=1)
     clipped_error = jnp.sum((jnp.clip(reconstruction, 0, 1) - images) ** 2)
     metrics = {
         "loss": (loss * weight, weight),
@@ -43,7 +47,7 @@ def loss_fn(model: SPAE, batch: Batch, rng: Key[Array, ""]) -> tuple[Float32[Arr
         "codebook_loss": (codebook_loss * weight, weight),
         "commitment_loss": (commitment_loss * weight, weight),
         "code_frequencies": (
-            quantize.code_counts(codes, config.codebook_size),
+            jnp.stack([quantize.code_counts(part, config.codebook_size) for part in by_level]),
             jnp.float32(codes.size),
         ),
     }

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rag_mm.core.errors import UserError
-from rag_mm.data import sequences
+from rag_mm.data import token_documents
 from rag_mm.decode.tasks import Generator
 from rag_mm.eval import likelihood, scene_accuracy
 
@@ -28,8 +28,8 @@ class CopyWatch:
             0 disables the check.
     """
 
-    mains: Sequence[sequences.Example]
-    docs: Sequence[Sequence[sequences.Example]]
+    mains: Sequence[token_documents.Example]
+    docs: Sequence[Sequence[token_documents.Example]]
     art: np.ndarray
     num_steps: int
     min_gain: float = 0.0
@@ -52,7 +52,7 @@ class CopyWatch:
         if self.min_gain and 2 * step >= self.num_steps and gain < self.min_gain:
             raise UserError(
                 f"Copying has not started at step {step} of {self.num_steps}: documents raise the top-1 "
-                f"share of unseen art codes by {gain:.3f}, min_gain is {self.min_gain}; try smear_lags, "
+                f"share of unseen art codes by {gain:.3f}, min_gain is {self.min_gain}; try look_back, "
                 "induction_init, more steps or smaller batches."
             )
         return figures

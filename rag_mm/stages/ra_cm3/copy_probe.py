@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from rag_mm.core import checks, files, run_folder
-from rag_mm.data import sequences
+from rag_mm.data import token_documents
 from rag_mm.eval import likelihood, scene_accuracy, statistics
 from rag_mm.stages import multiprocess
 from rag_mm.stages.ra_cm3 import copy_metrics, train_decoder
@@ -51,7 +51,9 @@ def run(config: CopyProbeStageConfig, run: run_folder.Run, stage_dir: epath.Path
         UserError: the gain by documents is below `min_gain` at half of the steps.
     """
     image_tokenizer = train_tokenizer.load_tokenizer(run.workdir)
-    corpus = coded_corpus.Corpus(config.layout(image_tokenizer.config.num_codes), image_tokenizer)
+    corpus = coded_corpus.Corpus(
+        config.layout(coded_corpus.image_len(image_tokenizer)), image_tokenizer
+    )
     seen, held_out = (
         _documents(corpus, config.world.scenes("memory", *splits))
         for splits in (world_config.SEEN, world_config.HELD_OUT)
@@ -89,7 +91,7 @@ def run(config: CopyProbeStageConfig, run: run_folder.Run, stage_dir: epath.Path
 class _Documents:
     """Documents as examples, and the class of each, int [R]."""
 
-    examples: list[sequences.Example]
+    examples: list[token_documents.Example]
     class_ids: np.ndarray
 
 
@@ -105,7 +107,7 @@ def _draw_tests(
     documents: _Documents,
     splits: Sequence[str],
     count: int,
-) -> tuple[list[sequences.Example], list[list[sequences.Example]], np.ndarray]:
+) -> tuple[list[token_documents.Example], list[list[token_documents.Example]], np.ndarray]:
     """At most `count` test scenes, `max_docs` documents of the class of each, and their art codes."""
     source = config.world.scenes("test", *splits)
     rows = world_config.sample_rows(source, count, config.seed)

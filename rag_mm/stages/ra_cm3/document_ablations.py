@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from rag_mm.data import sequences
+from rag_mm.data import token_documents
 from rag_mm.decode.tasks import Docs
 from rag_mm.stages.shared import frozen
 from rag_mm.worlds.emoji.emoji_scenes import Facts
@@ -25,7 +25,7 @@ class AblationInputs:
 
     facts: Sequence[Facts]
     docs: Sequence[Docs]
-    memory: Sequence[sequences.Example]
+    memory: Sequence[token_documents.Example]
     memory_facts: Sequence[Facts]
     image_tokenizer: frozen.FrozenTokenizer
 
@@ -44,7 +44,7 @@ def oracle_documents(
         for entity in row_facts.entities:
             rows_of.setdefault(entity.class_id, []).append(row)
 
-    def sample(facts: Facts, count: int) -> list[sequences.Example]:
+    def sample(facts: Facts, count: int) -> list[token_documents.Example]:
         # In a small world, no document may show the partner in a pair.
         available = [e.class_id for e in facts.entities if e.class_id in rows_of]
         turns = [available[i % len(available)] for i in range(count if available else 0)]
@@ -68,7 +68,7 @@ def counterfactual_documents(
     for i, facts in enumerate(inputs.facts):
         other = next((j for j in order if _shares_no_class(facts, inputs.facts[j])), i)
         pairs = zip(inputs.docs[i], inputs.docs[other], strict=False)
-        docs.append([dataclasses.replace(doc, codes=donor.codes) for doc, donor in pairs])
+        docs.append([doc.with_codes(donor.codes) for doc, donor in pairs])
         entities = zip(facts.entities, inputs.facts[other].entities, strict=True)
         swapped = [dataclasses.replace(e, class_id=donor.class_id) for e, donor in entities]
         expected.append(dataclasses.replace(facts, entities=tuple(swapped)))
@@ -79,16 +79,16 @@ def image_only_documents(
     inputs: AblationInputs, rng: np.random.Generator
 ) -> tuple[list[Docs], list[Facts] | None]:
     """The retrieved documents without their captions."""
-    return [[dataclasses.replace(doc, text=()) for doc in docs] for docs in inputs.docs], None
+    return [[doc.with_text(()) for doc in docs] for docs in inputs.docs], None
 
 
 def text_only_documents(
     inputs: AblationInputs, rng: np.random.Generator
 ) -> tuple[list[Docs], list[Facts] | None]:
     """The retrieved documents with plain gray images, since every document in a sequence has an image."""
-    size = inputs.image_tokenizer.config.image_size
+    size = inputs.image_tokenizer.image_size
     blank = inputs.image_tokenizer.encode(np.full((1, size, size, 3), 128, np.uint8))[0]
-    return [[dataclasses.replace(doc, codes=blank) for doc in docs] for docs in inputs.docs], None
+    return [[doc.with_codes(blank) for doc in docs] for docs in inputs.docs], None
 
 
 def _shares_no_class(facts: Facts, other: Facts) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from rag_mm.core import files, run_folder
+from rag_mm.core import code_grids, files, run_folder
 from rag_mm.eval import breakdown, cider, kernel_distance, likelihood, scene_accuracy, statistics
 from rag_mm.stages.ra_cm3 import generate_samples
 from rag_mm.stages.shared import build_memory, coded_corpus, find_neighbors, world_config
@@ -14,7 +14,6 @@ from rag_mm.stages.stage import PER_DOCUMENT
 from rag_mm.worlds.emoji import emoji_scenes, scene_facts
 
 INPUTS = (*generate_samples.INPUTS, "generation")
-PATCH = 4  # Height and width in pixels of the area that one code of a scene covers.
 # Differences to report, paired by test document: (figure, variant, variant to subtract).
 PAIRS = (
     ("art_nll", "docs1", "docs0"),
@@ -100,7 +99,10 @@ def _measure(
     test = context.tests[split]
     measured = SplitFigures(groups=_groups(config, test))
     scenes = list(zip(test.facts, test.levels, strict=True))
-    art = np.stack([emoji_scenes.entity_mask(*scene, PATCH).ravel() for scene in scenes])
+    grids = context.image_tokenizer.grids
+    art = np.stack(
+        [code_grids.mask_of_pixels(emoji_scenes.entity_mask(*scene), grids) for scene in scenes]
+    )
 
     def score_images(
         variant: str, images: np.ndarray, expected: list[emoji_scenes.Facts] | None = None
@@ -125,7 +127,8 @@ def _measure(
         values["art_top1"] = scene_accuracy.per_document(is_top1, art)
         summary["art_top1"] = statistics.mean(values["art_top1"])
         if variant.by_image is not None:
-            captions = files.read_json(folder / f"{split}_{variant.name}_captions.json")["captions"]
+            path = folder / f"{split}_{variant.name}_captions.json"
+            captions = files.read_object(path, captions=list)["captions"]
             values["cider"] = cider.cider(captions, [[text] for text in test.captions])
             summary["cider"] = statistics.mean(values["cider"])
     score_images("hit_itself", _best_hits(run, test))

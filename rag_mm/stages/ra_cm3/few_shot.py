@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from rag_mm.core import checks, files, progress, run_folder
-from rag_mm.data import sequences
+from rag_mm.data import token_documents
 from rag_mm.decode import tasks
 from rag_mm.decode.sampler import Sampling
 from rag_mm.eval import cider, statistics
@@ -122,7 +122,7 @@ def _load_or_generate(
     config: FewShotStageConfig,
     generator: tasks.Generator,
     codes: np.ndarray,
-    docs: Sequence[Sequence[sequences.Example]],
+    docs: Sequence[Sequence[token_documents.Example]],
     path: epath.Path,
 ) -> list[str]:
     """The captions in `path`, generated first unless an interrupted run has written them."""
@@ -130,7 +130,7 @@ def _load_or_generate(
         seeds, sampling = tasks.make_seeds(config.seed, len(codes)), Sampling(config.temperature)
         captions, _ = tasks.generate_captions(generator, codes, docs, seeds, sampling)
         files.write_json(path, {"captions": captions})
-    return files.read_json(path)["captions"]
+    return files.read_object(path, captions=list)["captions"]
 
 
 def _score(

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from rag_mm.core import checks, files, progress, run_folder
-from rag_mm.data import sequences
+from rag_mm.data import token_documents
 from rag_mm.decode import tasks
 from rag_mm.decode.sampler import Sampling
 from rag_mm.stages.ra_cm3 import document_ablations, train_decoder
@@ -110,7 +110,7 @@ class TestSet:
     levels: list[emoji_scenes.Level]
     images: np.ndarray
     captions: list[str]
-    mains: list[sequences.Example]
+    mains: list[token_documents.Example]
     hits: np.ndarray
     variants: list[Variant]
 
@@ -132,7 +132,7 @@ class EvalContext:
     baseline: tasks.Generator
     image_tokenizer: frozen.FrozenTokenizer
     encoder: frozen.FrozenRetriever
-    memory: list[sequences.Example]
+    memory: list[token_documents.Example]
     tests: dict[str, TestSet]
 
     def docs(self, ids: np.ndarray) -> list[tasks.Docs]:

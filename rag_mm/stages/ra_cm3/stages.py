@@ -13,6 +13,7 @@ from rag_mm.stages.ra_cm3 import (
     train_decoder,
     write_report,
 )
+from rag_mm.stages.shared import starting_point
 from rag_mm.stages.stage import SCENES, Stage
 
 
@@ -36,9 +37,21 @@ def resolve_control(page: Mapping[str, Any], section: Mapping[str, Any]) -> dict
     values = {**page.get("decoder", {}), "is_baseline": True}
     for part in ("model", "optimizer"):
         values[part] = {**values.get(part, {}), **(section.get(part) or {})}
+    if "smear_lags" in (section.get("model") or {}):
+        values.pop("look_back", None)
+    if (
+        values.get("start_from") == "control"
+    ):  # The decoder adapts it; it is trained whole, from the start.
+        own = {field.name for field in dataclasses.fields(starting_point.StartConfig)}
+        values = {key: value for key, value in values.items() if key not in own}
     if section.get("num_steps") is not None:
         values["loop"] = {**values["loop"], "num_steps": section["num_steps"]}
     return values
+
+
+def start_inputs(config: train_decoder.DecoderStageConfig) -> tuple[str, ...]:
+    """The stage of the run that a decoder's training starts from, if there is one."""
+    return () if config.start_stage is None else (config.start_stage,)
 
 
 STAGES = {
@@ -47,12 +60,14 @@ STAGES = {
         train_decoder.INPUTS,
         train_decoder.run,
         mesh=train_decoder.make_mesh,
+        more_inputs=start_inputs,
     ),
     "control": Stage(
         train_decoder.DecoderStageConfig,
         train_decoder.CONTROL_INPUTS,
         train_decoder.run,
         mesh=train_decoder.make_mesh,
+        more_inputs=start_inputs,
         section=ControlSection,
         resolve=resolve_control,
     ),
@@ -62,6 +77,7 @@ STAGES = {
         copy_probe.run,
         SCENES,
         mesh=train_decoder.make_mesh,
+        more_inputs=start_inputs,
     ),
     "few_shot": Stage(few_shot.FewShotStageConfig, few_shot.INPUTS, few_shot.run, SCENES),
     "generation": Stage(

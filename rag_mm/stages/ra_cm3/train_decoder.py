@@ -10,9 +10,18 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from rag_mm.core import checks, configuration, files, renames, run_folder, sharding
+from rag_mm.core import (
+    checks,
+    configuration,
+    files,
+    manifest_values,
+    renames,
+    run_folder,
+    sharding,
+)
 from rag_mm.core.errors import UserError
-from rag_mm.data.sequences import Example, Layout
+from rag_mm.data.sequences import Layout
+from rag_mm.data.token_documents import Example
 from rag_mm.decode.tasks import Generator
 from rag_mm.models import ra_cm3
 from rag_mm.nn import param_trees
@@ -24,16 +33,25 @@ from rag_mm.stages.ra_cm3.training_sequences import (
     SequencesConfig,
     SequenceSource,
 )
-from rag_mm.stages.shared import build_memory, coded_corpus, frozen, train_tokenizer, world_config
+from rag_mm.stages.shared import (
+    build_memory,
+    coded_corpus,
+    frozen,
+    starting_point,
+    train_tokenizer,
+    world_config,
+)
 from rag_mm.train import checkpoint, loop, optimizer
 
 INPUTS = ("tokenizer", "memory", "neighbors")
 CONTROL_INPUTS = ("tokenizer",)
 VOCAB_MULTIPLE = 128
+# What positions and marks of sequences mean; a decoder of another version reads them otherwise.
+SEQUENCES_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderStageConfig:
+class DecoderStageConfig(starting_point.StartConfig):
     """Data, model and training of a decoder.
 
     Attributes:
@@ -45,6 +63,9 @@ class DecoderStageConfig:
         sequences: documents, captions and lengths of a training sequence.
         masking: which spans are moved to the end of a sequence.
         alpha: loss weight of the targets in retrieved documents (docs/papers/ra_cm3.md#loss).
+        look_back: for each head or group of heads, the places that its keys are mixed from, as (rows up, codes
+            to the left) in the image's grid, the finest of a pyramid: `model.smear_lags` for any grid. (0, 1)
+            is also a text's previous token.
         is_baseline: train the baseline: the same main documents in the same order, without retrieved ones.
         batch_size: sequences per step.
         num_watched: number of scenes of tune classes on which copying is measured at every checkpoint.
@@ -61,17 +82,23 @@ class DecoderStageConfig:
     sequences: SequencesConfig = dataclasses.field(default_factory=SequencesConfig)
     masking: MaskingConfig = dataclasses.field(default_factory=MaskingConfig)
     alpha: float = 0.1
+    look_back: tuple[tuple[tuple[int, int], ...], ...] = dataclasses.field(
+        default=(), metadata=manifest_values.ADDED_LATER
+    )
     is_baseline: bool = False
     batch_size: int = 32
     num_watched: int = 64
     mesh: tuple[int, int, int] = (1, 1, 1)
 
     def __post_init__(self):
+        super().__post_init__()
         training.check_config(self.optimizer, self.loop, self.batch_size)
         checks.at_least(self, 0, "alpha")
         checks.at_least(self, 1, "num_watched")
         sizes = dict(vocab_size=VOCAB_MULTIPLE, max_seq_len=1)
         shape = configuration.make(DecoderConfig, {**sizes, **self.model}, "model")
+        if self.look_back and shape.smear_lags:
+            raise ValueError("look_back and model.smear_lags say the same; give one of them")
         if shape.head_dim is None and shape.embed_dim % shape.num_heads:
             raise ValueError(
                 f"model.num_heads is {shape.num_heads}, which does not divide embed_dim={shape.embed_dim}"
@@ -79,8 +106,30 @@ class DecoderStageConfig:
 
     def layout(self, num_codes: int) -> Layout:
         """The layout of the decoder's sequences, for images of `num_codes` codes."""
-        max_docs = 0 if self.is_baseline else self.sequences.max_docs
-        return Layout(max_docs, self.sequences.max_text_len, num_codes, self.masking.max_spans)
+        sequences = self.sequences
+        return Layout(
+            max_docs=0 if self.is_baseline else sequences.max_docs,
+            max_text_len=sequences.max_text_len,
+            num_codes=num_codes,
+            max_spans=self.masking.max_spans,
+            kind=sequences.layout,
+            max_seq_len=sequences.max_seq_len,
+        )
+
+    def smear_lags(self, columns: int) -> tuple[tuple[int, ...], ...]:
+        """`look_back` as lags in tokens, for a grid of `columns` columns.
+
+        Raises:
+            UserError: a place is not before the token.
+        """
+        lags = tuple(
+            tuple(rows * columns + left for rows, left in places) for places in self.look_back
+        )
+        if min((lag for places in lags for lag in places), default=1) < 1:
+            raise UserError(
+                f"look_back is {self.look_back}; give places before the token in a grid of {columns} columns."
+            )
+        return lags
 
 
 def make_mesh(config: DecoderStageConfig) -> Mesh:
@@ -91,7 +140,9 @@ def make_mesh(config: DecoderStageConfig) -> Mesh:
 def run(config: DecoderStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict:
     """Trains the decoder, or the baseline where `is_baseline`; returns its metrics."""
     image_tokenizer = train_tokenizer.load_tokenizer(run.workdir)
-    corpus = coded_corpus.Corpus(config.layout(image_tokenizer.config.num_codes), image_tokenizer)
+    corpus = coded_corpus.Corpus(
+        config.layout(coded_corpus.image_len(image_tokenizer)), image_tokenizer
+    )
     source = config.world.scenes("train", *world_config.SEEN)
     documents: list[Example] = []
     neighbors = None
@@ -134,8 +185,16 @@ def make_sequences(
     ]
     texts = [[corpus.example(text, codes[i]) for text in group] for i, group in enumerate(captions)]
     vocabulary = corpus.image_tokenizer.vocabulary
+    resized = tuple(corpus.codes(source, image_size=s) for s in vocabulary.image_sizes[1:])
     return SequenceSource(
-        config.sequences, config.masking, corpus.layout, vocabulary, texts, memory, neighbors
+        config.sequences,
+        config.masking,
+        corpus.layout,
+        vocabulary,
+        texts,
+        memory,
+        neighbors,
+        resized,
     )
 
 
@@ -158,8 +217,8 @@ def fit(
     """
     layout, mesh = source.layout, make_mesh(config)
     model_config = make_model_config(config, image_tokenizer, layout)
-    make_model = partial(_make_model, model_config, config.seed)
-    graphdef, _ = param_trees.describe(make_model, None)
+    make_model = config.extend(partial(_make_model, model_config, config.seed), config.seed)
+    graphdef, abstract = param_trees.describe(make_model, None)
     params, log = training.train(
         stage_dir.name,
         stage_dir,
@@ -172,15 +231,21 @@ def fit(
         loop_config=config.loop,
         seed=config.seed,
         mesh=mesh,
+        start=config.start(stage_dir.parent),
+        what=config.what_trains(abstract),
         watch=lambda step, params: watch(
-            step, Generator(graphdef, params, image_tokenizer.vocabulary, layout)
+            step, _make_generator(frozen.LoadedModel(graphdef, params), image_tokenizer, layout)
         ),
     )
-    checkpoint.save_params(stage_dir / "params", params)
+    checkpoint.save_params(stage_dir / "params", config.merge(params))
     if not multiprocess.is_leader():
         return {}
     # For loading: rejects codes of another tokenizer, and lays out prompts as in training.
-    record = {"tokenizer": image_tokenizer.fingerprint, "layout": dataclasses.asdict(layout)}
+    record = {
+        "sequences": SEQUENCES_VERSION,
+        "tokenizer": image_tokenizer.fingerprint,
+        "layout": dataclasses.asdict(layout),
+    }
     model = dataclasses.asdict(model_config)
     files.write_json(stage_dir / "decoder.json", record | {"model": model})
     train = {k: v for k, v in log[-1].items() if k != "step"}
@@ -225,11 +290,16 @@ def load_generator(
 
 def load_params(stage_dir: epath.Path, image_tokenizer: frozen.FrozenTokenizer) -> Generator:
     """Loads what `fit` wrote; raises as `load_generator` does."""
-    record = files.read_json(stage_dir / "decoder.json")
+    record = files.read_object(stage_dir / "decoder.json", tokenizer=str, model=dict)
     if record["tokenizer"] != image_tokenizer.fingerprint:
         raise UserError(
             f"{stage_dir} was trained on codes of tokenizer {record['tokenizer'][:12]}, not of "
             f"{image_tokenizer.fingerprint[:12]}; use the tokenizer that it was trained with."
+        )
+    if record.get("sequences") != SEQUENCES_VERSION:
+        raise UserError(
+            f"{stage_dir} was trained by another version, whose sequences had other positions; train it "
+            "again."
         )
     model = renames.from_stored(record["model"])
     try:
@@ -240,7 +310,17 @@ def load_params(stage_dir: epath.Path, image_tokenizer: frozen.FrozenTokenizer) 
         ) from None
     loaded = frozen.load_params(stage_dir / "params", partial(_make_model, model_config, 0))
     layout = Layout(**renames.from_stored(record["layout"]))
-    return Generator(loaded.graphdef, loaded.params, image_tokenizer.vocabulary, layout)
+    return _make_generator(loaded, image_tokenizer, layout)
+
+
+def _make_generator(
+    loaded: frozen.LoadedModel, image_tokenizer: frozen.FrozenTokenizer, layout: Layout
+) -> Generator:
+    vocabulary = image_tokenizer.vocabulary
+    num_codes_at = {
+        size: coded_corpus.num_codes_at(image_tokenizer, size) for size in vocabulary.image_sizes
+    }
+    return Generator(loaded.graphdef, loaded.params, vocabulary, layout, num_codes_at)
 
 
 def make_model_config(
@@ -249,9 +329,9 @@ def make_model_config(
     """The model's config: the vocabulary size is rounded up, and all positions of the layout are covered."""
     vocabulary = image_tokenizer.vocabulary
     vocab_size = -(-vocabulary.size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-    shape = DecoderConfig(
-        vocab_size=vocab_size, max_seq_len=layout.num_positions, **dict(config.model)
-    )
+    lags = config.smear_lags(image_tokenizer.grids[-1][1])
+    model = dict(config.model) | ({"smear_lags": lags} if lags else {})
+    shape = DecoderConfig(vocab_size=vocab_size, max_seq_len=layout.num_positions, **model)
     return ra_cm3.RACM3Config(shape, vocabulary.code_offset, config.alpha)
 
 

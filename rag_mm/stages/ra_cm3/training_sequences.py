@@ -9,7 +9,8 @@ import numpy as np
 from rag_mm.core import checks, manifest_values
 from rag_mm.core.errors import UserError
 from rag_mm.core.roles import MAIN
-from rag_mm.data import masking, pipeline, sequences
+from rag_mm.data import masking, packing, pipeline, sequences
+from rag_mm.data.token_documents import TEXT, Example
 from rag_mm.data.vocabulary import Vocabulary
 
 
@@ -30,6 +31,10 @@ class SequencesConfig:
             caption was the query.
         code_noise: probability of replacing an input code of the main image by an earlier code of the
             sequence; targets stay clean. Makes copying robust to the model's own errors.
+        layout: slots, positions by document, each with room for its longest text; or packed, positions that
+            run on, and several sequences in a row of `max_seq_len` tokens.
+        max_seq_len: tokens in a row of the packed layout.
+        image_first_prob: probability that all documents of a sequence begin with their image.
     """
 
     captions_per_image: int = 4
@@ -39,9 +44,13 @@ class SequencesConfig:
     mean_doc_text_len: int = 24
     full_caption_prob: float = 0.0
     code_noise: float = 0.0
+    layout: str = dataclasses.field(default=sequences.SLOTS, metadata=manifest_values.ADDED_LATER)
+    max_seq_len: int = dataclasses.field(default=0, metadata=manifest_values.ADDED_LATER)
+    image_first_prob: float = dataclasses.field(default=0.0, metadata=manifest_values.ADDED_LATER)
 
     def __post_init__(self):
-        checks.at_least(self, 0, "max_docs")
+        checks.at_least(self, 0, "max_docs", "max_seq_len")
+        checks.one_of(self, "layout", (sequences.SLOTS, sequences.PACKED))
         if len(self.num_docs_weights) != self.max_docs + 1:
             raise UserError(
                 f"num_docs_weights has {len(self.num_docs_weights)} values; give {self.max_docs + 1}, "
@@ -57,7 +66,7 @@ class SequencesConfig:
                 f"max_text_len={self.max_text_len}"
             )
         checks.at_least(self, 1, "captions_per_image", "max_text_len")
-        checks.between(self, 0, 1, "full_caption_prob", "code_noise")
+        checks.between(self, 0, 1, "full_caption_prob", "code_noise", "image_first_prob")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,23 +108,41 @@ class SequenceSource:
         memory: documents that may be retrieved.
         neighbors: int32 [R, captions + 1, K], indices into `memory` for each caption and for the image,
             -1 for a missing neighbor; None for the baseline.
+        resized: codes of the main images at the vocabulary's further image sizes, int32 [R, N] for each size;
+            one of all sizes is drawn.
     """
 
     config: SequencesConfig
     masking: MaskingConfig
     layout: sequences.Layout
     vocabulary: Vocabulary
-    texts: list[list[sequences.Example]]
-    memory: list[sequences.Example]
+    texts: list[list[Example]]
+    memory: list[Example]
     neighbors: np.ndarray | None
+    resized: tuple[np.ndarray, ...] = ()
 
     def make(
         self, index: np.int64, rng: np.random.Generator, num_docs: int
     ) -> dict[str, np.ndarray]:
         """One sequence with at most `num_docs` retrieved documents, as arrays [T] by batch field.
 
-        T is `length(num_docs)`. The caption is sampled first, so that the baseline gets the same main
-        documents.
+        T is `length(num_docs)`.
+        """
+        length = self.length(num_docs)
+        return self._finish(self._draw(index, rng, num_docs, length), rng, length)
+
+    def make_unpadded(self, index: np.int64, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """One sequence with a number of documents drawn by its weight, as arrays [T] of its own length."""
+        weights = np.asarray(self.config.num_docs_weights)
+        num_docs = int(rng.choice(len(weights), p=weights / weights.sum()))
+        return self._finish(self._draw(index, rng, num_docs, self.layout.length), rng, None)
+
+    def _draw(
+        self, index: np.int64, rng: np.random.Generator, num_docs: int, length: int
+    ) -> sequences.Tokens:
+        """A masked sequence of at most `length` tokens; it loses its first documents if they do not fit.
+
+        The caption is sampled first, so that the baseline gets the same main documents.
         """
         config, captions = self.config, self.texts[index]
         caption = int(rng.integers(config.captions_per_image))
@@ -125,22 +152,36 @@ class SequenceSource:
             neighbors = self.neighbors[index, query]
             kept = rng.permutation(neighbors[neighbors >= 0])[:num_docs]
             docs = [self.memory[i] for i in kept]
-        length = self.length(num_docs)
-        while (
-            sequences.find_segments(self.layout, main, docs)[-1, 1] + 1 + self.masking_len > length
-        ):
+        if config.image_first_prob and rng.random() < config.image_first_prob:
+            main, docs = main.images_first(), [document.images_first() for document in docs]
+        if self.resized and (drawn := int(rng.integers(len(self.resized) + 1))):
+            size = self.vocabulary.image_sizes[drawn]
+            main = main.with_codes(self.resized[drawn - 1][index], size)
+        plain = sequences.lay_out(self.layout, self.vocabulary, main, docs)
+        while len(plain.tokens) + 3 * self.layout.max_spans > length:
             docs = docs[1:]
-        segments = sequences.find_segments(self.layout, main, docs)
+            plain = sequences.lay_out(self.layout, self.vocabulary, main, docs)
+        spans = self._sample_spans(plain, main, rng)
+        return sequences.mask(self.layout, self.vocabulary, plain, spans)
+
+    def _sample_spans(
+        self, plain: sequences.Tokens, main: Example, rng: np.random.Generator
+    ) -> np.ndarray:
+        """The main caption, or spans anywhere, int32 [n, 2]."""
         if rng.random() < self.masking.caption_prob:
-            spans = segments[-2:-1]
-        else:
-            masks = masking.Masking(
-                self.masking.min_spans, self.masking.segment_prob, self.masking.prob
-            )
-            spans = masking.sample_spans(masks, segments, rng, self.masking.max_spans)
-        sequence = sequences.make_row(self.layout, self.vocabulary, main, docs, spans)
-        self._add_code_noise(sequence, rng)
-        return {name: values[:length] for name, values in sequence.items()}
+            return plain.main[main.find(TEXT)][None]
+        masks = masking.Masking(
+            self.masking.min_spans, self.masking.segment_prob, self.masking.prob
+        )
+        segments = plain.segments[plain.is_maskable]
+        return masking.sample_spans(masks, segments, rng, self.masking.max_spans, len(plain.tokens))
+
+    def _finish(
+        self, sequence: sequences.Tokens, rng: np.random.Generator, length: int | None
+    ) -> dict[str, np.ndarray]:
+        row = sequences.as_row(self.vocabulary, sequence, length)
+        self._add_code_noise(row, rng)
+        return row
 
     def _add_code_noise(self, sequence: dict[str, np.ndarray], rng: np.random.Generator) -> None:
         """Replaces some input codes of the main image in place, each by a code from before it.
@@ -154,11 +195,6 @@ class SequenceSource:
         is_noisy = is_main & (num_before > 0) & (rng.random(len(tokens)) < self.config.code_noise)
         tokens[is_noisy] = tokens[is_code][rng.integers(num_before[is_noisy])]
 
-    @property
-    def masking_len(self) -> int:
-        """Maximum number of tokens that masking adds to a sequence."""
-        return self.layout.length - self.layout.moved_start
-
     def length(self, num_docs: int) -> int:
         """Length in tokens of a sequence with `num_docs` documents, chosen for little padding."""
         layout = self.layout
@@ -171,15 +207,30 @@ class SequenceSource:
     def batches(
         self, batch_size: int, seed: int, rows: range | None = None
     ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
-        """Endless batches; all sequences of a batch have the same number of documents, for little padding.
+        """Endless batches.
+
+        In slots all sequences of a batch have the same number of documents, for little padding; packed rows
+        hold several sequences.
 
         Args:
-            batch_size: sequences per batch.
+            batch_size: rows per batch.
             seed: seed of the order of documents and of the random choices in each sequence.
             rows: the part of each batch that this process makes (`sharding.local_rows`); None for all.
         """
+        documents = np.arange(len(self.texts))
+        if self.layout.kind == sequences.PACKED:
+            pad = self.vocabulary.pad
+            return packing.make_packed_batches(
+                documents,
+                batch_size,
+                seed,
+                self.make_unpadded,
+                self.layout.max_seq_len,
+                padding={"tokens": pad, "targets": pad},
+                rows=rows,
+            )
         return pipeline.make_batches(
-            np.arange(len(self.texts)),
+            documents,
             batch_size,
             seed,
             *(partial(self.make, num_docs=count) for count in range(self.config.max_docs + 1)),
@@ -189,7 +240,9 @@ class SequenceSource:
 
     @property
     def mean_length(self) -> float:
-        """Mean length of a sequence in tokens, including padding."""
+        """Mean length of a row in tokens, including padding."""
+        if self.layout.kind == sequences.PACKED:
+            return float(self.layout.max_seq_len)
         weights = np.asarray(self.config.num_docs_weights)
         lengths = [self.length(count) for count in range(self.config.max_docs + 1)]
         return float(weights / weights.sum() @ lengths)

@@ -179,19 +179,21 @@ def _setting(
         ("Classes the retriever saw", ", ".join(_retriever_splits(run_config))),
         ("Documents in the memory", f"{num_rows:,}"),
     ]
-    model = run_config.get("decoder", {}).get("model", {})
-    if model.get("induction_init"):
-        rows.append(("Attention heads at the start", _wired_heads(model)))
+    decoder = run_config.get("decoder", {})
+    if decoder.get("model", {}).get("induction_init"):
+        rows.append(("Attention heads at the start", _wired_heads(decoder)))
     if "max_equal_codes" in neighbors:  # Not yet while the stage itself runs.
         rows.append(("Documents skipped as redundant", _redundancy(neighbors)))
     return rows
 
 
-def _wired_heads(model: Mapping[str, Any]) -> str:
+def _wired_heads(decoder: Mapping[str, Any]) -> str:
     """What `induction_init` does to the heads with lags."""
-    num_wired = sum(bool(lags) for lags in model.get("smear_lags", ()))
+    num_heads = decoder["model"]["num_heads"]
+    lags = decoder.get("look_back") or decoder["model"].get("smear_lags", ())
+    num_wired = sum(bool(entry) for entry in lags)
     return (
-        f"{num_wired or model['num_heads']} of {model['num_heads']} in each layer begin as induction heads: "
+        f"{num_wired or num_heads} of {num_heads} in each layer begin as induction heads: "
         "before any training they find what resembles the last codes and copy what followed it"
     )
 
@@ -272,7 +274,9 @@ def _captions(
 ) -> list[report.CaptionExample]:
     test, folder = context.tests["held_out"], run.finished_stage("generation")
     captions = {
-        name: files.read_json(folder / f"held_out_{name}_captions.json")["captions"]
+        name: files.read_object(folder / f"held_out_{name}_captions.json", captions=list)[
+            "captions"
+        ]
         for name in (v.name for v in test.variants if v.by_image is not None)
     }
     return [

@@ -123,7 +123,8 @@ def load(folder: epath.Path) -> EmbeddedPairs:
         for part in _PARTS
     }
     values |= {name: files.read_array(folder / f"{name}.npy") for name in _ARRAYS}
-    values |= files.read_json(folder / METADATA)
+    metadata = files.read_object(folder / METADATA, num_seen=int, towers=str, split_names=list)
+    values |= {name: metadata[name] for name in ("num_seen", "towers", "split_names")}
     return EmbeddedPairs(**values | {"split_names": tuple(values["split_names"])})
 
 

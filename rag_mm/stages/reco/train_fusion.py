@@ -140,7 +140,7 @@ def load_fusion(folder: epath.Path) -> TrainedFusion:
     Raises:
         UserError: there is no fusion, or its files do not match this version.
     """
-    record = files.read_json(folder / RECORD)
+    record = files.read_object(folder / RECORD, model=dict, search=dict, towers=str)
     model_config = configuration.make(reco.RecoConfig, record["model"], str(folder / RECORD))
     search = configuration.make(SearchSettings, record["search"], str(folder / RECORD))
     model = frozen.load_params(folder / PARAMS, partial(_make_model, model_config, 0))

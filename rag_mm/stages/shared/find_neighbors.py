@@ -134,7 +134,7 @@ def load_policy(run: run_folder.Run) -> policy.Rules:
     Raises:
         UserError: the stage is missing, unfinished or edited.
     """
-    rules = files.read_json(run.finished_stage("neighbors") / POLICY)
+    rules = files.read_object(run.finished_stage("neighbors") / POLICY)
     # Earlier runs call it by_phrase, the first ones lack it.
     split_phrases = rules.get("split_phrases", rules.get("by_phrase", False))
     return policy.Rules(rules["max_similarity"], rules.get("max_equal_codes", 1.0), split_phrases)

@@ -6,7 +6,6 @@ run that trained the models. A model's fingerprint is the digest of the folder's
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -16,8 +15,9 @@ import safetensors.numpy
 from etils import epath
 from flax import nnx
 
-from rag_mm.convert import table, weights
-from rag_mm.core import batches, digests, files, renames
+from rag_mm.convert import weights
+from rag_mm.core import batches, checks, code_grids, configuration, digests, files, renames
+from rag_mm.core.code_grids import Grids
 from rag_mm.core.errors import UserError
 from rag_mm.data import public_text, vocabulary
 from rag_mm.models import clip, emu3_vq, vqgan
@@ -25,7 +25,6 @@ from rag_mm.models.spae import autoencoder
 from rag_mm.nn import param_trees
 from rag_mm.nn.param_trees import Params
 from rag_mm.ops import images as image_ops
-from rag_mm.ops import quantize
 from rag_mm.train import checkpoint
 
 TextVocabulary = vocabulary.Vocabulary | public_text.PublicTokenizer
@@ -34,7 +33,7 @@ CONFIG, VOCABULARY, PARAMS = "config.json", "vocabulary.json", "params.safetenso
 TOKEN_IDS = "token_ids.json"  # of an imported image tokenizer: the token of each code
 TEXT_BATCH = 256  # Texts encoded at once.
 # Family -> the classes of config and model.
-_IMAGE_TOKENIZERS: dict[str, tuple[Callable[..., Any], Callable[..., nnx.Module]]] = {
+_IMAGE_TOKENIZERS: dict[str, tuple[type[Any], Callable[..., nnx.Module]]] = {
     "spae": (autoencoder.SPAEConfig, autoencoder.SPAE),
     "vqgan": (vqgan.VQGANConfig, vqgan.VQGAN),
     "emu3_vq": (emu3_vq.Emu3VQConfig, emu3_vq.Emu3VQ),
@@ -48,12 +47,17 @@ class LoadedModel:
     graphdef: nnx.GraphDef
     params: Params
 
-    def compile(self, method: str) -> Callable[..., jax.Array]:
-        """A method of the model as a compiled function of arrays."""
+    def compile(self, method: str, static: str | None = None) -> Callable[..., jax.Array]:
+        """A method of the model as a compiled function of arrays.
 
-        @jax.jit
-        def call(params: Params, *arrays: jax.Array) -> Any:
-            return getattr(nnx.merge(self.graphdef, params), method)(*arrays)
+        Args:
+            method: its name.
+            static: name of an argument that is no array; the function compiles once for each of its values.
+        """
+
+        @functools.partial(jax.jit, static_argnames=static)
+        def call(params: Params, *arrays: jax.Array, **options: Any) -> Any:
+            return getattr(nnx.merge(self.graphdef, params), method)(*arrays, **options)
 
         return functools.partial(call, self.params)
 
@@ -74,8 +78,7 @@ class FrozenRetriever:
         """
         self.folder = folder = epath.Path(folder)
         _, config = _read_config(folder, ["clip"])
-        towers = {side: clip.TowerConfig(**config[side]) for side in ("vision", "text")}
-        self.config = clip.CLIPConfig(**{k: _tuples(v) for k, v in config.items()} | towers)
+        self.config = configuration.make(clip.CLIPConfig, config, str(folder / CONFIG))
         self.vocabulary = _load_vocabulary(folder)
         self.fingerprint = fingerprint(folder)
         self.dim, self.image_size = self.config.projection_dim, self.config.image_size
@@ -111,14 +114,15 @@ class FrozenTokenizer:
 
     Attributes:
         config: sizes of the model, by which its family can be told.
-        image_size: side of the images in pixels.
-        grids: (rows, columns) of each grid of an image's codes, coarse to fine; an imported one has one grid.
-        num_codes: codes per image.
+        image_size: side of the images in pixels, unless they are given in another size.
+        grids: (rows, columns) of each grid of the codes of an image of `image_size`, coarse to fine; an
+            imported one has one grid.
+        num_codes: codes per image of `image_size`.
         codebook_size: number of different codes.
         token_ids: int32 [codebook_size], the id of each code in the vocabulary of its language model; the
             codes themselves where it has no vocabulary or, as Janus, keeps codes apart.
         fingerprint: digest of the folder's content.
-        image_batch: images encoded or decoded at once.
+        image_batch: images of `image_size` encoded or decoded at once; as many pixels for other sizes.
         model: the network, whose methods take and give images in 0..1.
     """
 
@@ -127,8 +131,8 @@ class FrozenTokenizer:
         self.folder = folder = epath.Path(folder)
         family, values = _read_config(folder, _IMAGE_TOKENIZERS)
         make_config, make_model = _IMAGE_TOKENIZERS[family]
-        self.config: ImageTokenizerConfig = make_config(
-            **{k: _tuples(v) for k, v in values.items()}
+        self.config: ImageTokenizerConfig = configuration.make(
+            make_config, values, str(folder / CONFIG)
         )
         has_vocabulary = family == "spae" or (folder / VOCABULARY).exists()
         self._vocabulary = (
@@ -137,12 +141,12 @@ class FrozenTokenizer:
         self.fingerprint = fingerprint(folder)
         self.image_size, self.num_codes = self.config.image_size, self.config.num_codes
         self.codebook_size = self.config.codebook_size
-        self.grids = tuple((side, side) for side in self.config.levels)
+        self.grids = self.grids_at(self.image_size, self.image_size)
         self.token_ids = self._read_token_ids()
         self.image_batch = image_batch or image_ops.num_at_once(self.image_size)
         self.model = _load_model(folder, lambda: make_model(self.config, rngs=nnx.Rngs(0)))
-        self._encode, self._decode = self.model.compile("encode"), self.model.compile("decode")
-        self._decode_grid = self.model.compile("decode_grid")
+        self._encode = self.model.compile("encode")
+        self._decode = self.model.compile("decode", static="grids")
 
     @property
     def vocabulary(self) -> vocabulary.Vocabulary:
@@ -155,65 +159,91 @@ class FrozenTokenizer:
             raise UserError(f"{self.folder} holds an image tokenizer without a text vocabulary.")
         return self._vocabulary
 
-    def encode(self, pixels: np.ndarray) -> np.ndarray:
-        """Codes int32 [B, N] of images uint8 [B, image_size, image_size, 3].
+    def grids_at(self, height: int, width: int) -> Grids:
+        """(rows, columns) of each grid of the codes of an image of `height` x `width` pixels, coarse to fine.
 
-        An imported image tokenizer takes any height and width; its grid has `height // config.code_size`
-        rows, likewise columns, and its codes are in raster order.
+        A trained image tokenizer takes sizes that every grid divides, and the grids grow with the image. An
+        imported one takes any size; its grid has `height // config.code_size` rows, likewise columns.
 
         Raises:
-            UserError: images are smaller than one code.
+            UserError: it does not take this size.
         """
-        if (
-            isinstance(self.config, vqgan.VQGANConfig)
-            and min(pixels.shape[1:3]) < self.config.code_size
-        ):
-            raise UserError(
-                f"Images have {pixels.shape[1]} x {pixels.shape[2]} pixels; this image tokenizer needs at "
-                f"least {self.config.code_size} x {self.config.code_size}."
-            )
+        return self.config.grids_at(height, width)
+
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        """Codes int32 [B, N] of images uint8 [B, H, W, 3]: those of the grids in `grids_at(H, W)` in turn.
+
+        Codes are in raster order within a grid.
+
+        Raises:
+            UserError: this image tokenizer does not take images of this size.
+        """
+        height, width = pixels.shape[1:3]
+        self.grids_at(height, width)
         return in_batches(
-            lambda batch: self._encode(image_ops.to_float(batch)), pixels, self.image_batch
+            lambda batch: self._encode(image_ops.to_float(batch)),
+            pixels,
+            self._num_at_once(height, width),
         )
 
     def decode(
-        self,
-        codes: np.ndarray,
-        num_levels: int | None = None,
-        grid: tuple[int, int] | None = None,
+        self, codes: np.ndarray, num_levels: int | None = None, grids: Grids | None = None
     ) -> np.ndarray:
         """Images uint8 [B, H, W, 3] of codes int32 [B, N].
 
         Args:
             codes: of all grids, or of the first few.
             num_levels: how many of the grids to decode, coarse to fine; None for all in `codes`.
-            grid: rows and columns, of an imported image tokenizer's codes of images that are not square.
+            grids: all grids of images of this size, from `grids_at`; None for images of `image_size`.
 
         Raises:
-            UserError: this image tokenizer has no decoder, or `grid` does not fit.
+            UserError: this image tokenizer has no decoder, or the codes are not those of the first few grids.
         """
         if isinstance(self.config, vqgan.VQGANConfig) and not self.config.has_decoder:
             raise UserError(
                 f"{self.folder} was imported without a decoder, so codes have no pixels."
             )
-        if num_levels is not None:
-            codes = codes[:, : quantize.num_codes(self.config.levels[:num_levels])]
-        decode = self._decode
-        if isinstance(self.config, vqgan.VQGANConfig):
-            rows, columns = grid or (math.isqrt(codes.shape[1]),) * 2
-            if rows * columns != codes.shape[1]:
-                raise UserError(
-                    f"{codes.shape[1]} codes are not a grid of {rows} x {columns}; give `grid`, the rows and "
-                    "columns of codes."
-                )
-            decode, codes = self._decode_grid, codes.reshape(-1, rows, columns)
-        elif grid is not None:
-            raise UserError("This image tokenizer has grids of its own; leave `grid` out.")
-        return in_batches(lambda batch: image_ops.to_uint8(decode(batch)), codes, self.image_batch)
+        grids = self.grids if grids is None else tuple((rows, columns) for rows, columns in grids)
+        height, width = (side * self.config.code_size for side in grids[-1])
+        if grids != self.grids_at(height, width):
+            raise UserError(f"This image tokenizer has no grids {grids}; get them by `grids_at`.")
+        codes = self._first_codes(codes, num_levels, grids)
+        return in_batches(
+            lambda batch: image_ops.to_uint8(self._decode(batch, grids=grids)),
+            codes,
+            self._num_at_once(height, width),
+        )
+
+    def _first_codes(self, codes: np.ndarray, num_levels: int | None, grids: Grids) -> np.ndarray:
+        """The codes of the first `num_levels` grids, None for all that are given."""
+        given, ends = codes.shape[1], code_grids.ends(grids)
+        if given not in ends:
+            raise UserError(
+                f"{given} codes are not those of the first few of the grids {grids}; give the `grids` of "
+                "these images."
+            )
+        most = ends.index(given) + 1
+        if num_levels is not None and not 1 <= num_levels <= most:
+            raise UserError(f"num_levels is {num_levels}, but the codes have 1 to {most} levels.")
+        if codes.size and not 0 <= codes.min() <= codes.max() < self.codebook_size:
+            raise UserError(
+                f"Codes are {codes.min()} to {codes.max()}, but the codebook has 0 to "
+                f"{self.codebook_size - 1}; give codes, not tokens."
+            )
+        return codes[:, : ends[(num_levels or most) - 1]]
+
+    def _num_at_once(self, height: int, width: int) -> int:
+        return max(1, self.image_batch * self.image_size**2 // (height * width))
+
+    def _check_token_ids(self, path: epath.Path) -> np.ndarray:
+        ids = files.read_object(path, token_ids=list)["token_ids"]
+        if any(type(each) is not int or not 0 <= each < 1 << 31 for each in ids):
+            raise UserError(f"{path} is damaged: a token id is no integer from 0.")
+        return np.asarray(ids, np.int32)
 
     def _read_token_ids(self) -> np.ndarray:
         if (self.folder / TOKEN_IDS).exists():
-            return np.asarray(files.read_json(self.folder / TOKEN_IDS)["token_ids"], np.int32)
+            return self._check_token_ids(self.folder / TOKEN_IDS)
         offset = 0 if self._vocabulary is None else self._vocabulary.code_offset
         return offset + np.arange(self.codebook_size, dtype=np.int32)
 
@@ -297,7 +327,7 @@ def _save(
     params: Params,
 ) -> None:
     files.write_atomic(
-        folder / PARAMS, safetensors.numpy.save(table.leaves_by_path(jax.device_get(params)))
+        folder / PARAMS, safetensors.numpy.save(param_trees.leaves_by_path(jax.device_get(params)))
     )
     text_vocabulary.save(folder / VOCABULARY)
     files.write_json(folder / CONFIG, renames.to_stored(config))
@@ -305,7 +335,10 @@ def _save(
 
 def _load_model(folder: epath.Path, make_model: Callable[[], nnx.Module]) -> LoadedModel:
     """Loads the model of a folder. Unlike a checkpoint, equal parameters are stored as equal bytes."""
-    graphdef, abstract = param_trees.describe(make_model, None)
+    try:
+        graphdef, abstract = param_trees.describe(make_model, None)
+    except (TypeError, ValueError, ArithmeticError, LookupError, MemoryError) as error:
+        raise UserError(f"{folder / CONFIG} describes no model: {str(error)[:200]}.") from error
     # Imported weights may be stored in a shorter format; an encoder computes in float32.
     params = weights.load_file(folder / PARAMS, abstract, np.dtype(np.float32))
     return LoadedModel(graphdef, params)
@@ -324,8 +357,5 @@ def _read_config(folder: epath.Path, families: Collection[str]) -> tuple[str, di
     if family not in families:
         wanted = " or ".join(families)
         raise UserError(f"{folder} does not contain a model of the family {wanted}.")
+    checks.sizes(config, str(folder / CONFIG))
     return family, renames.from_stored(config)
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

@@ -104,10 +104,9 @@ class CaptionedImages:
         """The only caption of a document."""
         return self._documents[index].text
 
-    def entity_mask(self, index: int, patch: int = 4) -> np.ndarray:
-        """All True, bool [S / patch, S / patch]: where entities are is unknown."""
-        side = len(self.image(index)) // patch
-        return np.ones((side, side), bool)
+    def entity_mask(self, index: int) -> np.ndarray:
+        """All True, bool [S, S]: where entities are is unknown."""
+        return np.ones(self.image(index).shape[:2], bool)
 
 
 @functools.lru_cache(maxsize=2)

@@ -13,7 +13,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from rag_mm.core import checks, manifest_values, run_folder, sharding
+from rag_mm.core import checks, code_grids, image_files, manifest_values, run_folder, sharding
 from rag_mm.core.errors import UserError
 from rag_mm.data import pipeline, vocabulary
 from rag_mm.eval import scene_accuracy
@@ -66,6 +66,9 @@ class TokenizerStageConfig:
         num_eval: number of test images for the metrics.
         imported: run of an imported image tokenizer (`rag-mm import image-tokenizer`) to use, at the world's
             image size; None trains `model`.
+        image_sizes: heights in pixels of the square images that decoders are to read and write with this
+            tokenizer; the world's comes first. Empty: the world's alone. The tokenizer is trained on the
+            world's size.
     """
 
     seed: int
@@ -78,10 +81,18 @@ class TokenizerStageConfig:
     num_init_images: int = 2048
     num_eval: int = 1024
     imported: str | None = dataclasses.field(default=None, metadata=manifest_values.ADDED_LATER)
+    image_sizes: tuple[int, ...] = dataclasses.field(
+        default=(), metadata=manifest_values.ADDED_LATER
+    )
 
     def __post_init__(self):
         training.check_config(self.optimizer, self.loop, self.batch_size)
         checks.at_least(self, 1, "num_eval")
+        if self.image_sizes and self.image_sizes[0] != self.world.image_size:
+            raise ValueError(
+                f"image_sizes={self.image_sizes} must begin with the world's image size, "
+                f"{self.world.image_size}"
+            )
         if self.imported is not None:
             return  # `model` is not used.
         patches = self.num_init_images * self.model.levels[-1] ** 2
@@ -95,6 +106,8 @@ class TokenizerStageConfig:
                 f"model.image_size is {self.model.image_size}, but the world's images have "
                 f"{self.world.image_size} x {self.world.image_size} pixels"
             )
+        for size in self.image_sizes:
+            self.model.grids_at(size, size)  # Raises where it has none.
 
 
 def make_mesh(config: TokenizerStageConfig) -> Mesh:
@@ -106,8 +119,10 @@ def run(config: TokenizerStageConfig, run: run_folder.Run, stage_dir: epath.Path
     """Trains both and writes them as a frozen model; measures on test images of held-out classes.
 
     Returns:
-        `psnr` in dB, `code_usage` in [0, 1], `perplexity` and, for emoji scenes, the scorer's accuracy on
-        original and on reconstructed images; {} in followers.
+        `psnr` in dB, `code_usage` in [0, 1], `perplexity`; with several levels, the same under `level1`,
+        `level2` and so on, of the codes of one level, and `psnr` of images decoded from the levels up to it;
+        with several image sizes, `psnr` of each further one under `size16` and so on; for emoji scenes, the
+        scorer's accuracy on original and on reconstructed images. {} in followers.
     """
     source = config.world.scenes("train", *world_config.SEEN)
     if config.imported is not None:
@@ -175,6 +190,8 @@ def _take_imported(
         )
     try:
         model = given.config.at_size(config.world.image_size)
+        for size in config.image_sizes:
+            given.config.at_size(size)
     except ValueError as error:
         raise UserError(f"tokenizer.imported={imported} does not fit the world: {error}.") from None
     text_vocabulary = _make_vocabulary(config, source, model.codebook_size)
@@ -191,7 +208,7 @@ def _make_vocabulary(
         for caption_index in range(config.text.captions_per_image)
     ]
     size, sentinels = config.text.vocab_size, config.text.num_sentinels
-    return vocabulary.train_vocabulary(texts, size, codebook_size, sentinels)
+    return vocabulary.train_vocabulary(texts, size, codebook_size, sentinels, config.image_sizes)
 
 
 def _with_codebook(
@@ -212,13 +229,53 @@ def _with_codebook(
 
 
 def _derive(averages: dict[str, np.ndarray]) -> dict[str, float]:
-    """PSNR in dB, and usage and perplexity of the codebook."""
-    frequencies = averages["code_frequencies"]
+    """PSNR in dB, and usage and perplexity of the codebook, in all and at each of several levels."""
+    by_level = averages["code_frequencies"]
+    metrics = {"psnr": objective.psnr(float(averages["squared_error"]))}
+    metrics |= _code_figures(by_level.sum(axis=0))
+    if len(by_level) > 1:
+        for number, frequencies in enumerate(by_level, 1):
+            figures = _code_figures(frequencies).items()
+            metrics |= {f"{name}_level{number}": value for name, value in figures}
+    return metrics
+
+
+def _code_figures(frequencies: np.ndarray) -> dict[str, float]:
+    """Usage and perplexity of the codebook, from how often each code is used."""
     return {
-        "psnr": objective.psnr(float(averages["squared_error"])),
         "code_usage": float((frequencies > 0).mean()),
         "perplexity": float(quantize.perplexity(frequencies)),
     }
+
+
+def _psnr(
+    tokenizer: frozen.FrozenTokenizer,
+    originals: np.ndarray,
+    codes: np.ndarray,
+    num_levels: int | None = None,
+) -> float:
+    """PSNR in dB of images uint8 [B, H, W, 3] decoded from the first levels of their codes, None for all."""
+    grids = tokenizer.grids_at(*originals.shape[1:3])
+    decoded = tokenizer.decode(codes, num_levels, grids)
+    return objective.psnr(np.square((decoded.astype(np.float64) - originals) / 255).mean())
+
+
+def _level_figures(
+    tokenizer: frozen.FrozenTokenizer, originals: np.ndarray, codes: np.ndarray
+) -> dict[str, Any]:
+    """Figures of each level, {} if there is one; see `run`."""
+    if len(tokenizer.grids) == 1:
+        return {}
+    by_level = np.split(codes, code_grids.ends(tokenizer.grids)[:-1], axis=1)
+    return {
+        f"level{number}": {"psnr": _psnr(tokenizer, originals, codes, number)}
+        | _code_figures(_frequencies(level_codes, tokenizer.codebook_size))
+        for number, level_codes in enumerate(by_level, 1)
+    }
+
+
+def _frequencies(codes: np.ndarray, codebook_size: int) -> np.ndarray:
+    return np.bincount(codes.ravel(), minlength=codebook_size) / codes.size
 
 
 def _evaluate(config: TokenizerStageConfig, tokenizer: frozen.FrozenTokenizer) -> dict[str, Any]:
@@ -226,13 +283,12 @@ def _evaluate(config: TokenizerStageConfig, tokenizer: frozen.FrozenTokenizer) -
     rows = world_config.sample_rows(held_out, config.num_eval, config.seed)
     originals = world_config.images(held_out, rows)
     codes = tokenizer.encode(originals)
-    error = np.square((tokenizer.decode(codes).astype(np.float64) - originals) / 255).mean()
-    frequencies = np.bincount(codes.ravel(), minlength=tokenizer.codebook_size) / codes.size
-    metrics: dict[str, Any] = {
-        "psnr": objective.psnr(error),
-        "code_usage": float((frequencies > 0).mean()),
-        "perplexity": float(quantize.perplexity(frequencies)),
-    }
+    metrics: dict[str, Any] = {"psnr": _psnr(tokenizer, originals, codes)}
+    metrics |= _code_figures(_frequencies(codes, tokenizer.codebook_size))
+    metrics |= _level_figures(tokenizer, originals, codes)
+    for size in config.image_sizes[1:]:
+        resized = np.stack([image_files.fit(image, size) for image in originals])
+        metrics[f"size{size}"] = {"psnr": _psnr(tokenizer, resized, tokenizer.encode(resized))}
     if isinstance(held_out, emoji_scenes.Scenes):
         metrics["scorer_on_originals"] = _accuracy(held_out, rows, originals)
         metrics["scorer_ceiling"] = _accuracy(held_out, rows, tokenizer.decode(codes))

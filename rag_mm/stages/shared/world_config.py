@@ -37,8 +37,8 @@ class SplitDocuments(Protocol):
         """The caption that states all facts."""
         ...
 
-    def entity_mask(self, index: int, patch: int = 4) -> np.ndarray:
-        """Codes that show an entity of the caption (art codes): bool [S / patch, S / patch]."""
+    def entity_mask(self, index: int) -> np.ndarray:
+        """The pixels that show an entity of the caption: bool [S, S]; the codes there are art codes."""
         ...
 
 

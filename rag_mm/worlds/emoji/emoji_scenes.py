@@ -252,13 +252,12 @@ def _with_place(name: str, entity: Entity, level: Level) -> str:
     return f"{size}{name} {where} the {place(entity, level)}"
 
 
-def entity_mask(facts: Facts, level: Level, patch: int = 4) -> np.ndarray:
-    """Code positions that the box of any entity overlaps: bool [S / patch, S / patch]."""
+def entity_mask(facts: Facts, level: Level) -> np.ndarray:
+    """The pixels in the box of any entity: bool [S, S]."""
     covered = np.zeros((level.image_size, level.image_size), bool)
     for entity in facts.entities:
         covered[_box(entity)] = True
-    side = level.image_size // patch
-    return np.asarray(covered.reshape(side, patch, side, patch).any(axis=(1, 3)))
+    return covered
 
 
 def make_rng(purpose: str, *key: int) -> np.random.Generator:
@@ -388,9 +387,9 @@ class Scenes:
         """The caption of item `index` that states all facts."""
         return caption(self.facts(index), self.levels[index], None, drop=False)
 
-    def entity_mask(self, index: int, patch: int = 4) -> np.ndarray:
-        """Codes of item `index` that the box of any entity overlaps: bool [S / patch, S / patch]."""
-        return entity_mask(self.facts(index), self.levels[index], patch)
+    def entity_mask(self, index: int) -> np.ndarray:
+        """The pixels in the box of any entity of item `index`: bool [S, S]."""
+        return entity_mask(self.facts(index), self.levels[index])
 
 
 def open_documents(spec: str) -> Scenes:

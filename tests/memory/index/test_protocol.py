@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rag_mm.core.errors import UserError
-from rag_mm.memory.index import device, exact, registry, scann
+from rag_mm.memory.index import device, exact, protocol, registry, scann
 
 MAKERS = {
     "exact": exact.ExactIndex,
@@ -181,7 +181,7 @@ def test_rows_that_are_not_finite_are_refused_by_number(make, bad):
     rows = unit(np.random.default_rng(6), 30)
     rows[[7, 9], 3] = bad
     searcher = make()
-    with pytest.raises(UserError, match=r"Row 7 holds NaN or infinity \(2 of 30"):
+    with pytest.raises(UserError, match=r"Row 7 holds NaN, infinity or more than 1e\+06 \(2 of 30"):
         searcher.build(rows)
     searcher.build(rows[:7])
     with pytest.raises(UserError, match="Row 0 holds NaN"):
@@ -203,8 +203,8 @@ def test_wrong_widths_and_k_are_refused(make):
         searcher.add(unit(rng, 2, 8))
     with pytest.raises(UserError, match=r"not of shape \[16\]"):
         searcher.search(unit(rng, 1)[0], 1)
-    for k in (0, -3):
-        with pytest.raises(UserError, match=f"k = {k} finds"):
+    for k in (0, -3, protocol.MAX_HITS + 1, 10**12):
+        with pytest.raises(UserError, match=f"k = {k} is not possible; give k from 1 to 1,000,000"):
             searcher.search(unit(rng, 1), k)
 
 

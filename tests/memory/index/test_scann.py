@@ -4,13 +4,14 @@ import json
 import os
 import pathlib
 import pickle
+import shutil
 
 import fresh_python
 import numpy as np
 import pytest
 
 from rag_mm.core.errors import UserError
-from rag_mm.memory.index import exact, scann
+from rag_mm.memory.index import exact, own_indexes, registry, scann, scann_searcher
 
 HASHED = scann.ScannConfig(scoring="hashed")
 PROGRAMS = pathlib.Path(__file__).parent / "programs"
@@ -110,17 +111,73 @@ def test_a_file_of_pickled_ids_is_refused_and_never_loaded(tmp_path):
         scann.ScannIndex().load(tmp_path, rows)
 
 
-def test_a_strange_configuration_is_refused(tmp_path):
-    rows = unit(np.random.default_rng(3), 40, 16)
-    searcher = scann.ScannIndex()
+def hostile(directory, path, value):
+    """Puts a value into an index's description, of which everything else stays as it was."""
+    saved = json.loads((directory / "index.json").read_text())
+    inner = saved
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    (directory / "index.json").write_text(json.dumps(saved))
+
+
+FOREIGN = {
+    "settings": (("config", "num_reordered"), "9 } evil {"),
+    "a huge setting": (("config", "dims_per_block"), 1 << 60),
+    "no settings": (("config",), None),
+    "another file": (("files", 0, "hashed_dataset.npy"), "0" * 64),
+    "another width": (("dim",), 17),
+    "more searchers": (("files",), [{}] * 1000),
+    "no files": (("files",), None),
+}
+
+
+@pytest.mark.parametrize(("path", "value"), FOREIGN.values(), ids=FOREIGN)
+def test_an_index_of_somebody_else_is_built_from_its_rows(tmp_path, monkeypatch, path, value):
+    rows = unit(np.random.default_rng(3), 400, 16)
+    searcher = scann.ScannIndex(HASHED)
     searcher.build(rows)
     searcher.save(tmp_path)
-    saved = json.loads((tmp_path / "index.json").read_text())
-    for key, value in (("num_reordered", "9 } evil {"), ("scoring", "forest"), ("unknown", 1)):
-        changed = saved | {"config": saved["config"] | {key: value}}
-        (tmp_path / "index.json").write_text(json.dumps(changed))
-        with pytest.raises(UserError, match="does not describe"):
-            scann.ScannIndex().load(tmp_path, rows)
+    hostile(tmp_path, path, value)
+
+    def refuse(*args):
+        raise AssertionError("native code read a stranger's file")
+
+    monkeypatch.setattr(scann_searcher.Searcher, "load", refuse)
+    loaded = scann.ScannIndex()
+    loaded.load(tmp_path, rows)
+    assert loaded.scoring() == "brute_force"  # the default at this size
+    np.testing.assert_array_equal(loaded.search(rows[:9], 1).ids[:, 0], np.arange(9))
+    assert registry.saved_scann("scann", tmp_path) is None
+
+
+def test_an_own_index_is_loaded_and_elsewhere_it_is_not_ones_own(tmp_path, monkeypatch, capsys):
+    rows = unit(np.random.default_rng(3), 400, 16)
+    searcher = scann.ScannIndex(HASHED)
+    searcher.build(rows)
+    searcher.save(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")  # A moved or copied memory stays one's own.
+    for folder in ("a", "b"):
+        loaded = scann.ScannIndex()
+        loaded.load(tmp_path / folder, rows)
+        assert loaded.scoring() == "hashed" and own_indexes.is_own(tmp_path / folder / "index.json")
+    assert registry.saved_scann("scann", tmp_path / "a") == HASHED
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    loaded.load(tmp_path / "a", rows)
+    assert loaded.scoring() == "brute_force"
+    assert "memory compact writes a version with one of your own" in capsys.readouterr().err
+    searcher.save(tmp_path / "c")
+    assert own_indexes.is_own(tmp_path / "c" / "index.json")
+
+
+@pytest.mark.parametrize("value", [3e38, 1e30, -1e7, np.inf, np.nan])
+def test_rows_that_overflow_native_code_are_refused(value):
+    rows = unit(np.random.default_rng(3), 400, 16)
+    rows[7, 3] = value
+    with pytest.raises(
+        UserError, match=r"Row 7 holds NaN, infinity or more than 1e\+06 \(1 of 400"
+    ):
+        scann.ScannIndex(HASHED).build(rows)
 
 
 RAISING = "raise ImportError('a TensorFlow of another release')"

@@ -6,14 +6,14 @@ import types
 import numpy as np
 import pytest
 
-from rag_mm.data.sequences import Example
+from rag_mm.data.token_documents import pair
 from rag_mm.stages.ra_cm3 import document_ablations
 from rag_mm.worlds.emoji.emoji_scenes import Entity, Facts
 
 MEMORY_FACTS = [Facts((Entity(c, 24, 0, 0),), "red") for c in (1, 1, 2, 2, 3)] + [
     Facts((Entity(4, 16, 0, 0), Entity(5, 16, 16, 16)), "blue")
 ]
-MEMORY = [Example((10 + i,), np.full(4, i, np.int32)) for i in range(len(MEMORY_FACTS))]
+MEMORY = [pair((10 + i,), np.full(4, i, np.int32)) for i in range(len(MEMORY_FACTS))]
 IMAGE_TOKENIZER = types.SimpleNamespace(
     config=types.SimpleNamespace(image_size=8),
     encode=lambda images: np.full((len(images), 4), 99, np.int32),

@@ -8,7 +8,7 @@ import pytest
 
 from rag_mm.core.errors import UserError
 from rag_mm.core.roles import MAIN
-from rag_mm.data import sequences, vocabulary
+from rag_mm.data import sequences, token_documents, vocabulary
 from rag_mm.stages.ra_cm3.training_sequences import MaskingConfig, SequencesConfig, SequenceSource
 
 VOCABULARY = vocabulary.train_vocabulary([], 256, 64, 4)
@@ -21,9 +21,9 @@ CONFIG = SequencesConfig(
 )
 
 
-def example(code: int, text: int = 1) -> sequences.Example:
+def example(code: int, text: int = 1) -> token_documents.Example:
     """A document recognized by its only code."""
-    return sequences.Example([text], np.full(NUM_CODES, code, np.int32))
+    return token_documents.pair([text], np.full(NUM_CODES, code, np.int32))
 
 
 def make_source(
@@ -134,7 +134,7 @@ def test_noise_reveals_no_code_that_is_still_to_come(num_docs, mask_prob):
     plain, noisy = (
         make_source(NEIGHBORS, mask_prob=mask_prob, code_noise=noise) for noise in (0.0, 1.0)
     )
-    main = sequences.Example([1], np.arange(NUM_CODES, dtype=np.int32))
+    main = token_documents.pair([1], np.arange(NUM_CODES, dtype=np.int32))
     for source in (plain, noisy):
         source.texts[0] = [main] * CAPTIONS
     offset, replacements = VOCABULARY.code_offset, set()
@@ -185,7 +185,7 @@ def test_a_missing_neighbor_is_left_out():
 def test_a_row_that_is_too_long_loses_its_first_document():
     """There is room for four tokens of text, and one document of main document 0 has four itself."""
     source = make_source(NEIGHBORS, mean_doc_text_len=0)
-    source.memory[0] = sequences.Example([1] * 4, np.full(NUM_CODES, 9, np.int32))
+    source.memory[0] = token_documents.pair([1] * 4, np.full(NUM_CODES, 9, np.int32))
     found = {tuple(codes_of(source.make(0, np.random.default_rng(s), 2))) for s in range(80)}
     whole = {(12, 13, 0), (13, 12, 0), (14, 15, 0), (15, 14, 0)}
     assert found == whole | {(11, 0), (9, 0)}
@@ -209,3 +209,49 @@ def test_a_probability_is_between_0_and_1(group, name):
 def test_there_is_one_weight_for_each_number_of_documents():
     with pytest.raises(UserError, match="give 3"):
         dataclasses.replace(CONFIG, num_docs_weights=(1.0,))
+
+
+def test_images_may_come_first_in_all_documents_of_a_sequence():
+    source = make_source(NEIGHBORS, image_first_prob=0.5)
+    orders = set()
+    for seed in range(30):
+        tokens = source.make(0, np.random.default_rng(seed), 2)["tokens"]
+        is_code = tokens >= VOCABULARY.code_offset
+        is_text = tokens < VOCABULARY.text_size
+        kinds = "".join("i" if c else "t" for c in is_code[is_code | is_text])
+        orders.add(kinds.replace("iiii", "i"))
+    assert {"ti" * 3, "it" * 3} <= orders
+    assert orders <= {"ti" * n for n in (1, 2, 3)} | {"it" * n for n in (1, 2, 3)}
+
+
+def test_packed_rows_hold_the_same_documents_without_padding():
+    source = make_source(NEIGHBORS)
+    layout = dataclasses.replace(source.layout, kind="packed", max_seq_len=64)
+    source = dataclasses.replace(source, layout=layout)
+    filled, counts = [], set()
+    for batch in take(source, 6):
+        assert batch["tokens"].shape == (BATCH_SIZE, 64)
+        for row in rows_of([batch]):
+            filled.append((row["segment_ids"] > 0).mean())
+            for number in range(1, row["segment_ids"].max() + 1):
+                inside = row["segment_ids"] == number
+                assert row["positions"][inside].tolist() == list(range(inside.sum()))
+                counts.add(len(codes_of({"tokens": row["tokens"][inside]})) - 1)
+    assert counts == {0, 1, 2} and np.mean(filled) > 0.9
+    assert source.mean_length == 64
+
+
+def test_main_images_come_in_all_sizes_and_say_which():
+    sized = vocabulary.train_vocabulary([], 256, 64, 4, image_sizes=(32, 16))
+    source = make_source(NEIGHBORS)
+    small = np.array([[7, 8], [7, 8]], np.int32)
+    layout = dataclasses.replace(source.layout, num_codes=NUM_CODES + 1)
+    source = dataclasses.replace(source, vocabulary=sized, layout=layout, resized=(small,))
+    found = set()
+    for seed in range(20):
+        tokens = source.make(0, np.random.default_rng(seed), 1)["tokens"]
+        at = np.flatnonzero(np.isin(tokens, [sized.size_token(32), sized.size_token(16)]))[-1]
+        codes = tokens[at + 1 :][: {32: 4, 16: 2}[32 if tokens[at] == sized.size_token(32) else 16]]
+        found.add((int(tokens[at]), tuple(codes - sized.code_offset)))
+        assert tokens[at + 1 + len(codes)] == sized.eod
+    assert found == {(sized.size_token(32), (0, 0, 0, 0)), (sized.size_token(16), (7, 8))}

@@ -69,7 +69,7 @@ def test_documents_have_one_caption_and_the_models_size(folder):
     source = world_config.make(dict(documents=str(folder), image_size=16)).scenes("train", "common")
     assert source.image(3).shape == (16, 16, 3)
     assert source.caption(3, 0) == source.caption(3, 1) == source.full_caption(3) == source[3].text
-    assert source.entity_mask(3).all() and source.entity_mask(3).shape == (4, 4)
+    assert source.entity_mask(3).all() and source.entity_mask(3).shape == (16, 16)
 
 
 def test_the_page_makes_a_chain_without_the_scorer(folder):

@@ -10,6 +10,7 @@ import grain
 import numpy as np
 import pytest
 
+from rag_mm.core import code_grids
 from rag_mm.core.errors import UserError
 from rag_mm.worlds.emoji import art, class_splits, emoji_scenes
 from rag_mm.worlds.emoji.emoji_scenes import LEVELS, Entity, Facts, Level
@@ -170,13 +171,19 @@ def test_every_cut_out_and_card_is_visible(level):
                 assert np.sqrt((difference**2).mean()) > 0.06
 
 
+def _code_mask(facts, level):
+    """The codes of a grid of 8x8 that show an entity."""
+    pixels = emoji_scenes.entity_mask(facts, level)
+    return code_grids.mask_of_pixels(pixels, ((8, 8),)).reshape(8, 8)
+
+
 def test_the_mask_covers_every_code_that_a_box_touches():
-    mask = emoji_scenes.entity_mask(Facts((Entity(7, 24, 0, 8),), "red"), EASY)
+    mask = _code_mask(Facts((Entity(7, 24, 0, 8),), "red"), EASY)
     expected = np.zeros((8, 8), bool)
     expected[:6, 2:] = True
     np.testing.assert_array_equal(mask, expected)
     pair = Facts((Entity(7, 16, 0, 3), Entity(8, 16, 16, 13)), "red")
-    mask = emoji_scenes.entity_mask(pair, FREE)
+    mask = _code_mask(pair, FREE)
     plain = np.array(emoji_scenes.COLORS["red"])
     drawn = (emoji_scenes.render(pair, FREE) != plain).any(-1).reshape(8, 4, 8, 4).any((1, 3))
     assert not (drawn & ~mask).any() and mask.sum() == 4 * 5 + 4 * 5
@@ -186,7 +193,7 @@ def test_the_mask_covers_every_code_that_a_box_touches():
 def test_cards_on_the_grid_cover_whole_codes(level):
     for class_id in range(0, art.load_art().num_classes, 40):
         for facts in emoji_scenes.configurations(level, class_id):
-            mask = emoji_scenes.entity_mask(facts, level)
+            mask = _code_mask(facts, level)
             assert 16 * mask.sum() == sum(entity.size**2 for entity in facts.entities)
             shown = emoji_scenes.render(facts, level).reshape(8, 4, 8, 4, 3).swapaxes(1, 2)
             assert (shown[~mask] == emoji_scenes.COLORS[facts.color]).all()

@@ -1,0 +1,112 @@
+"""Packs training sequences of different lengths into rows of one length; none is cut or dropped."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+
+from rag_mm.core.errors import UserError
+from rag_mm.data import pipeline
+
+Row = dict[str, np.ndarray]
+# Sequences packed together. The more there are, the fuller the rows: at most one of them is left half empty.
+WINDOW = 1024
+
+
+def make_packed_batches(
+    source: pipeline.RecordSource,
+    batch_size: int,
+    seed: int,
+    transform: pipeline.Transform,
+    length: int,
+    *,
+    padding: dict[str, int],
+    rows: range | None = None,
+    window: int = WINDOW,
+) -> grain.DatasetIterator[Row]:
+    """Shuffles and transforms records, packs the results and batches them, without end.
+
+    Every `window` consecutive examples are packed together, the longest first, each into the fullest row that
+    has room. `seed` and i determine example i as in `pipeline.make_batches`.
+
+    Args:
+        source: the records.
+        batch_size: rows per batch.
+        seed: at least 0.
+        transform: turns one record into arrays [T] of any T up to `length`, among them `segment_ids`.
+        length: tokens in a row.
+        padding: the value that fills the end of a row, by name of an array; 0 elsewhere.
+        rows: which rows of each batch to make, if other processes make the rest; None makes all. Every
+            process packs windows of its own, so batches depend on the number of processes.
+        window: examples packed together.
+
+    Returns:
+        An iterator over arrays [batch_size, length] by name; `segment_ids` number the sequences of a row from
+        1. Its state is as of `pipeline.make_batches`.
+
+    Raises:
+        UserError: there are no records.
+    """
+    if not len(source):
+        raise UserError("There are no records to pack; give at least one.")
+    rows = rows or range(batch_size)
+    shuffle_seed, transform_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
+
+    def make(index: int, rng: np.random.Generator) -> Row:
+        return transform(source[index], rng)
+
+    examples = grain.MapDataset.range(len(source)).shuffle(shuffle_seed).repeat(None)
+    windows = examples.random_map(make, seed=transform_seed).batch(
+        window, batch_fn=functools.partial(pack, length=length, padding=padding)
+    )
+    own = windows[rows.start // len(rows) :: batch_size // len(rows)]
+    packed = grain.experimental.FlatMapIterDataset(
+        own.to_iter_dataset(pipeline.READING), _Rows(max_fan_out=window)
+    )
+    return iter(packed.batch(len(rows), drop_remainder=True))
+
+
+def pack(examples: Sequence[Row], length: int, padding: dict[str, int]) -> list[Row]:
+    """Packs sequences, the longest first, each into the fullest row that has room; all arguments as above.
+
+    Returns:
+        Rows of arrays [length], in an order that does not depend on how long their sequences are.
+
+    Raises:
+        ValueError: a sequence is longer than a row.
+    """
+    sizes = np.array([len(example["segment_ids"]) for example in examples])
+    if sizes.max() > length:
+        raise ValueError(f"a sequence of {sizes.max()} tokens is longer than a row of {length}")
+    free = np.full(len(examples), length)
+    bins: list[list[Row]] = [[] for _ in examples]
+    for i in np.argsort(-sizes, kind="stable"):
+        # Unused bins are the emptiest, so one is opened only if nothing else has room.
+        at = int(np.where(free >= sizes[i], free, length + 1).argmin())
+        bins[at].append(examples[i])
+        free[at] -= sizes[i]
+    filled = [group for group in bins if group]
+    order = np.random.default_rng(len(filled)).permutation(len(filled))
+    return [_join(filled[i], length, padding) for i in order]
+
+
+def _join(examples: Sequence[Row], length: int, padding: dict[str, int]) -> Row:
+    row = {}
+    for name in examples[0]:
+        parts = [
+            number * example[name] if name == "segment_ids" else example[name]
+            for number, example in enumerate(examples, start=1)
+        ]
+        values = np.concatenate(parts).astype(parts[0].dtype)
+        row[name] = np.pad(values, (0, length - len(values)), constant_values=padding.get(name, 0))
+    return row
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows(grain.experimental.FlatMapTransform):
+    max_fan_out: int
+
+    def flat_map(self, element: Sequence[Row]) -> Sequence[Row]:
+        return element

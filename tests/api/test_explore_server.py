@@ -1,0 +1,153 @@
+"""The server of `rag-mm explore`, without a model: its token, its queue, and connections that say nothing."""
+
+import contextlib
+import json
+import socket
+import threading
+import time
+import types
+
+import numpy as np
+import pytest
+
+uvicorn = pytest.importorskip("uvicorn")
+testclient = pytest.importorskip("starlette.testclient")
+from rag_mm.api import explore_connections, explore_server  # noqa: E402
+
+TOKEN = "a-token"
+ASKED = {"Authorization": f"Bearer {TOKEN}"}
+
+
+class Session:
+    """Draws for some time, and counts how often and how many at once."""
+
+    def __init__(self, seconds=0.0):
+        self.generator = types.SimpleNamespace(layout=types.SimpleNamespace(max_docs=2))
+        self.memory = [None] * 3
+        self.seconds, self.drawn, self.most, self._now = seconds, [], 0, 0
+        self._lock = threading.Lock()
+
+    def generate(self, text, docs, seed):
+        with self._lock:
+            self._now += 1
+            self.most = max(self.most, self._now)
+        time.sleep(self.seconds)
+        with self._lock:
+            self._now -= 1
+            self.drawn.append(text)
+        if text == "broken":
+            raise RuntimeError("a bug")
+        return types.SimpleNamespace(images=np.zeros((1, 2, 2, 3), np.uint8), neighbors=[])
+
+
+@pytest.fixture
+def client():
+    app = explore_server.make_app(Session(), "run", TOKEN)
+    return testclient.TestClient(app, base_url="http://127.0.0.1:1", raise_server_exceptions=False)
+
+
+@pytest.mark.parametrize("token", ["", "a-toke", "a-token1", "é", "A-TOKEN"])
+def test_without_the_token_nothing_is_answered(client, token):
+    assert client.get("/", params={"token": token}).status_code == 403
+    wrong = {"Authorization": f"Bearer {token}".encode()}
+    for path in ("/search", "/generate", "/caption"):
+        # A body of any size or kind is refused before it is read.
+        answer = client.post(path, content=b"x", headers=wrong)
+        assert answer.status_code == 403 and "with its token" in answer.json()["error"]
+    # The token in an address is for the page alone: pages of other sites could send it nowhere else.
+    assert client.post("/generate", params={"token": TOKEN}, json={"text": "a"}).status_code == 403
+
+
+def test_with_the_token_the_page_and_its_requests_are_answered(client):
+    page = client.get("/", params={"token": TOKEN})
+    assert page.status_code == 200 and TOKEN not in page.text
+    answer = client.post("/generate", json={"text": "a"}, headers=ASKED)
+    assert answer.json()["image"].startswith("data:image/png")
+    assert client.post("/generate", json={"text": "broken"}, headers=ASKED).status_code == 500
+    bad = client.post(
+        "/generate", content=b"[" * 9999, headers=ASKED | {"Content-Type": "application/json"}
+    )
+    assert bad.status_code == 400 and "not a JSON object" in bad.json()["error"]
+
+
+@contextlib.contextmanager
+def serving(session, read_seconds=20.0):
+    """A real server on a free port, which is yielded."""
+
+    class Protocol(explore_connections.ImpatientProtocol):
+        pass
+
+    Protocol.read_seconds = read_seconds
+    app = explore_server.make_app(session, "run", TOKEN)
+    server = uvicorn.Server(
+        uvicorn.Config(app, http=Protocol, log_level="error", timeout_graceful_shutdown=1)
+    )
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(256)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        yield listener.getsockname()[1]
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def send(port, text):
+    """A connection that asks for a drawing of `text`."""
+    body = json.dumps({"text": text}).encode()
+    head = f"POST /generate HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {TOKEN}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection = socket.create_connection(("127.0.0.1", port), timeout=20)
+    connection.sendall(head.encode() + body)
+    return connection
+
+
+def test_one_is_drawn_at_a_time_and_who_leaves_is_not_drawn_for():
+    session = Session(seconds=0.3)
+    with serving(session) as port:
+        first = send(port, "first")
+        time.sleep(0.1)
+        leavers = [send(port, f"leaver {i}") for i in range(30)]
+        for connection in leavers:
+            connection.close()
+        last = send(port, "last")
+        started = time.monotonic()
+        assert b"200 OK" in last.recv(1 << 16) and b"200 OK" in first.recv(1 << 16)
+        assert time.monotonic() - started < 5
+        first.close()
+        last.close()
+    assert session.most == 1 and {"first", "last"} <= set(session.drawn)
+    assert len(session.drawn) < 10, session.drawn
+
+
+@pytest.mark.parametrize(
+    "start", [b"", b"POST /generate HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nab"]
+)
+def test_half_a_request_is_not_waited_for(start):
+    with serving(Session(), read_seconds=0.5) as port:
+        held = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(20)]
+        for connection in held:
+            connection.sendall(start)
+        for connection in held:
+            while connection.recv(1 << 16):  # Nothing, once the server has closed it.
+                pass
+            connection.close()
+        with send(port, "after") as connection:
+            assert b"200 OK" in connection.recv(1 << 16)
+
+
+def test_a_long_answer_is_waited_for():
+    with serving(Session(seconds=1.5), read_seconds=0.5) as port, send(port, "slow") as connection:
+        assert b"200 OK" in connection.recv(1 << 16)
+
+
+def test_connections_are_limited():
+    with serving(Session(), read_seconds=1.0) as port:
+        count = explore_connections.MAX_CONNECTIONS
+        held = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(count)]
+        time.sleep(0.2)
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as one_more:
+            assert one_more.recv(1) == b""
+        for connection in held:
+            connection.close()

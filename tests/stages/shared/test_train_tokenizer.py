@@ -1,0 +1,91 @@
+"""The stage `tokenizer`: figures of each level and of each image size."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from etils import epath
+
+from rag_mm.core import run_folder
+from rag_mm.core.errors import UserError
+from rag_mm.stages import chain_config
+from rag_mm.stages.shared import train_tokenizer
+
+TINY = {
+    "world.class_share": 0.02,
+    "tokenizer.model.codebook_size": 64,
+    "tokenizer.loop.num_steps": 4,
+    "tokenizer.loop.log_every": 2,
+    "tokenizer.loop.checkpoint_every": 4,
+    "tokenizer.num_init_images": 32,
+    "tokenizer.num_eval": 4,
+    "tokenizer.text.vocab_size": 300,
+}
+
+
+def _config(levels, **changes):
+    values = chain_config.load(
+        "configs/quickstart.py:tiny", TINY | {"tokenizer.model.levels": levels}
+    )
+    config = chain_config.stage_configs(values)["tokenizer"]
+    return dataclasses.replace(config, **changes)
+
+
+def _train(config, folder):
+    """The stage's metrics and its image tokenizer."""
+    stage_dir = epath.Path(folder) / "tokenizer"
+    stage_dir.mkdir()
+    metrics = train_tokenizer.run(config, run_folder.Run(epath.Path(folder)), stage_dir)
+    return metrics, train_tokenizer.load_tokenizer(stage_dir / train_tokenizer.FOLDER), stage_dir
+
+
+def test_levels_and_image_sizes_are_measured_each(tmp_path):
+    metrics, tokenizer, stage_dir = _train(_config((2, 4, 8), image_sizes=(32, 16)), tmp_path)
+    assert tokenizer.grids == ((2, 2), (4, 4), (8, 8))
+    assert tokenizer.vocabulary.image_sizes == (32, 16)
+    levels = [metrics[f"level{number}"] for number in (1, 2, 3)]
+    assert levels[2]["psnr"] == metrics["psnr"] > levels[1]["psnr"] > levels[0]["psnr"]
+    for figures in levels:
+        assert 1 <= figures["perplexity"] <= 64 * figures["code_usage"]
+    assert metrics["code_usage"] >= max(figures["code_usage"] for figures in levels)
+    others = {name for name in metrics if name.startswith(("level", "size"))}
+    assert others == {"level1", "level2", "level3", "size16"}
+    assert metrics["size16"].keys() == {"psnr"} and metrics["size16"]["psnr"] != metrics["psnr"]
+    last = json.loads((stage_dir / "log.jsonl").read_text().splitlines()[-1])
+    for name in ("code_usage", "perplexity"):
+        assert {f"{name}_level{number}" for number in (1, 2, 3)} < last.keys()
+        assert last[name] >= last[f"{name}_level1"] > 0
+
+
+def test_one_level_has_no_figures_by_level(tiny_run):
+    metrics = json.loads((tiny_run.workdir / "metrics.json").read_text())["tokenizer"]
+    assert set(metrics) == {
+        "psnr",
+        "code_usage",
+        "perplexity",
+        "scorer_on_originals",
+        "scorer_ceiling",
+    }
+    lines = (tiny_run.workdir / "tokenizer" / "log.jsonl").read_text().splitlines()
+    assert lines and not any("level" in line for line in lines)
+
+
+def test_image_sizes_are_checked():
+    assert _config((4, 8), image_sizes=(32, 16)).image_sizes == (32, 16)
+    with pytest.raises(ValueError, match="must begin with the world's image size, 32"):
+        _config((8,), image_sizes=(16, 32))
+    with pytest.raises(UserError, match="12 x 12 pixels .* multiples of 8"):
+        _config((4, 8), image_sizes=(32, 12))
+
+
+def test_frequencies_by_level_add_up_to_those_of_all_codes():
+    rng = np.random.default_rng(0)
+    one, two = rng.random((2, 64)) * (rng.random((2, 64)) < 0.5)
+    derived = train_tokenizer._derive(
+        {"squared_error": np.float32(0.01), "code_frequencies": np.stack([one, two])}
+    )
+    assert derived["psnr"] == pytest.approx(20.0)
+    assert derived["code_usage"] == np.mean((one + two) > 0)
+    assert derived["code_usage_level1"] == np.mean(one > 0) < derived["code_usage"]
+    assert derived["code_usage_level2"] == np.mean(two > 0)
