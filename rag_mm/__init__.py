@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 
-def load(workdir: str) -> "Session | ImportedModel":
+def load(workdir: str, dtype: str | None = None) -> "Session | ImportedModel":
     """Loads a finished run, or a run made by `rag-mm import`.
 
     Example:
@@ -26,6 +26,8 @@ def load(workdir: str) -> "Session | ImportedModel":
 
     Args:
         workdir: the run folder.
+        dtype: of an imported LLaMA or Chameleon, the dtype of weights and activations, such as `float32`;
+            None keeps the stored one.
 
     Returns:
         `rag_mm.api.session.Session` (generate, caption, infill, memory) for a run trained with rag-mm; for
@@ -33,9 +35,15 @@ def load(workdir: str) -> "Session | ImportedModel":
         tokenizer `rag_mm.stages.shared.frozen.FrozenTokenizer`.
 
     Raises:
-        rag_mm.core.errors.UserError: there is no run in `workdir`, or it is unfinished or was edited.
+        rag_mm.core.errors.UserError: there is no run in `workdir`, or it is unfinished or was edited;
+            or `dtype` is unknown, or given for another kind of run.
     """
     # Imported here, so that `import rag_mm` loads no framework.
     from rag_mm.api import imported, session
+    from rag_mm.core.errors import UserError
 
-    return imported.load(workdir) if imported.is_imported(workdir) else session.load(workdir)
+    if imported.is_imported(workdir):
+        return imported.load(workdir, dtype)
+    if dtype is not None:
+        raise UserError(f"dtype={dtype!r} is for imported checkpoints; load {workdir} without it.")
+    return session.load(workdir)

@@ -3,12 +3,12 @@
 import dataclasses
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from rag_mm.api import importing
+from rag_mm.api import importing, model_card
 from rag_mm.convert import cm3_format, shards, table, weights
 from rag_mm.core import files, renames, run_folder
 from rag_mm.core.errors import UserError
@@ -78,12 +78,20 @@ class ExportedModel:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """A model card to write; `license` is that of the weights, None if nobody stated one."""
+
+    license: str | None = None
+
+
 def export_checkpoint(
     name: str,
     workdir: pathlib.Path,
     out: pathlib.Path,
     max_bytes: int,
     dtype: np.dtype | None = None,
+    card: Card | None = None,
 ) -> dict[str, Any]:
     """Writes a run's model as a checkpoint of the family; on failure nothing is left in `out`.
 
@@ -93,6 +101,7 @@ def export_checkpoint(
         out: new folder.
         max_bytes: maximum size of one weight file.
         dtype: dtype to write; None keeps the stored one, bitwise identical.
+        card: writes a model card beside the weights; None writes none.
 
     Returns:
         family, out, files, tensors, bytes, dtypes.
@@ -111,6 +120,7 @@ def export_checkpoint(
     if dtype is not None or not model.is_verbatim:
         values.pop("torch_dtype", None)
         values["dtype"] = dtypes[0]
+    text = None if card is None else _card_text(name, workdir, model, mappings, dtypes, card)
     files.check_room(out, total)
     with files.whole_folder(out) as folder, importing.megabytes("export", total) as update:
         written = weights.write_shards(
@@ -119,6 +129,8 @@ def export_checkpoint(
         for path, data in model.side_files.items():
             files.write_atomic(folder / path, data)
         files.write_json(folder / frozen.CONFIG, values)
+        if text is not None:
+            files.write_atomic(folder / model_card.FILE_NAME, text.encode())
     return {
         "family": name,
         "out": str(out),
@@ -127,6 +139,19 @@ def export_checkpoint(
         "bytes": total,
         "dtypes": dtypes,
     }
+
+
+def _card_text(
+    name: str,
+    workdir: pathlib.Path,
+    model: ExportedModel,
+    mappings: Sequence[table.TensorMapping],
+    dtypes: Sequence[str],
+    card: Card,
+) -> str:
+    num_params = sum(math.prod(mapping.shape) for mapping in mappings)
+    exported = model_card.Weights(num_params, dtypes, model.config)
+    return model_card.make(name, run_folder.open_run(workdir), exported, card.license)
 
 
 def open_model(name: str, workdir: pathlib.Path) -> ExportedModel:

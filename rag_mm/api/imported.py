@@ -219,9 +219,13 @@ def load(workdir: epath.PathLike, dtype: str | None = None) -> ImportedModel:
         `frozen.FrozenTokenizer` for an image tokenizer.
 
     Raises:
-        UserError: there is no imported run in `workdir`, or it is unfinished or was edited.
+        UserError: there is no imported run in `workdir`, or it is unfinished or was edited; or `dtype` is
+            unknown, or given for another model.
     """
     run = run_folder.open_run(workdir)
+    weights_dtype = importing.find_dtype(dtype)
+    if dtype is not None and run.config.get(importing.IMPORTED) not in ("llama", "chameleon"):
+        raise UserError(f"dtype={dtype!r} is for language models; load {workdir} without it.")
     if run.config.get(importing.IMPORTED) == importing.IMAGE_TOKENIZER:
         compilation_cache.keep_programs()
         return train_tokenizer.load_tokenizer(workdir)
@@ -232,7 +236,6 @@ def load(workdir: epath.PathLike, dtype: str | None = None) -> ImportedModel:
     if family.name == "clip":
         return DualEncoder(frozen.FrozenRetriever(folder))
     config = importing.load_config(family, folder)
-    weights_dtype = importing.find_dtype(dtype)
     params = weights.load_file(folder / frozen.PARAMS, family.describe(config)[1], weights_dtype)
     stored_dtype = param_trees.leaves_by_path(params)[_embedding_path(config)].dtype
     decoder_config = dataclasses.replace(importing.decoder_config(config), dtype=stored_dtype.name)

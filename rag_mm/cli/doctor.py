@@ -1,4 +1,4 @@
-"""`rag-mm doctor`: checks versions, devices, flags and disk space, and lists problems."""
+"""`rag-mm doctor`: checks versions, imports, devices, flags and disk space, and lists problems."""
 
 import argparse
 import contextlib
@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     scann = _scann()
     free_gb = round(shutil.disk_usage(workdir).free / 1e9, 1)
     versions = {name: _version(name) for name in PACKAGES}
-    problems = [*_version_problems(versions), *devices.pop("problems")]
+    problems = [*_version_problems(versions), *devices.pop("problems"), *_import_problems()]
     if versions["scann"] and scann != "loads":
         problems.append(f"ScaNN {scann}; use the exact index.")
     if free_gb < LOW_DISK_GB:
@@ -111,12 +112,28 @@ def _scann() -> str:
     return f"does not load ({failure})" if failure else "loads"
 
 
-def _probe(library: str) -> tuple[str, str]:
-    """Starts `jax` or `scann` in a subprocess. Returns (last line printed, why it failed or "")."""
+def _import_problems() -> list[str]:
+    """A sentence for each reason why modules that the commands import do not import."""
+    output, failure = _probe("commands")
+    reasons: dict[str, list[str]] = {}
+    if failure:
+        reasons[failure] = ["rag_mm"]
+    else:
+        for module, reason in json.loads(output).items():
+            reasons.setdefault(reason, []).append(module)
+    return [
+        f"{modules[0]}{f' and {more} other modules' if (more := len(modules) - 1) else ''} cannot be "
+        f"imported ({reason}); run pip install --upgrade --force-reinstall rag_mm."
+        for reason, modules in reasons.items()
+    ]
+
+
+def _probe(what: str) -> tuple[str, str]:
+    """Runs one of `probes` in a subprocess. Returns (last line printed, why it failed or "")."""
     path = os.pathsep.join([str(pathlib.Path(rag_mm.__file__).parent.parent), *sys.path])
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "rag_mm.cli.probes", library],
+            [sys.executable, "-m", "rag_mm.cli.probes", what],
             capture_output=True,
             text=True,
             timeout=120,
@@ -127,7 +144,7 @@ def _probe(library: str) -> tuple[str, str]:
         return "", "no response within two minutes"
     if done.returncode:
         lines = done.stderr.strip().splitlines()
-        reasons = [line for line in lines if "rror" in line or "nknown flag" in line] or lines
+        reasons = [line for line in lines if re.search(r"rror\b|nknown flag", line)] or lines
         return "", reasons[-1] if reasons else f"exit code {done.returncode}"
     return (done.stdout.strip().splitlines() or [""])[-1], ""
 
@@ -177,6 +194,7 @@ def _memory_gb() -> float | None:
 
 def _emoji_font() -> str | None:
     for folder in FONTS:
-        for path in sorted(pathlib.Path(folder).expanduser().rglob("NotoColorEmoji*.ttf")):
+        # As it stands where there is no home.
+        for path in sorted(pathlib.Path(os.path.expanduser(folder)).rglob("NotoColorEmoji*.ttf")):
             return str(path)
     return None

@@ -31,16 +31,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="5GB",
         help="maximum size of one weight file, such as 500MB (default: 5GB)",
     )
+    parser.add_argument(
+        "--card",
+        action="store_true",
+        help="also write a model card, README.md: what the model is, its training, metrics and licenses",
+    )
+    parser.add_argument(
+        "--license",
+        metavar="ID",
+        help="license of the weights for the card, as the Hugging Face Hub names it, such as apache-2.0",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Exports. Returns family, out, files, tensors, bytes, dtypes and seconds."""
     from rag_mm.api import exporting, importing
 
+    if args.license is not None and not (args.card and args.license.strip()):
+        raise UserError("--license=ID names a license in the model card; give it with --card.")
+    card = exporting.Card(args.license) if args.card else None
     start = time.monotonic()
     dtype, max_bytes = importing.find_dtype(args.dtype), parse_size(args.shard_size)
     exported = exporting.export_checkpoint(
-        args.family, pathlib.Path(args.workdir), pathlib.Path(args.out), max_bytes, dtype
+        args.family, pathlib.Path(args.workdir), pathlib.Path(args.out), max_bytes, dtype, card
     )
     return exported | {"seconds": round(time.monotonic() - start, 3)}
 

@@ -8,10 +8,8 @@ A subcommand that declares `--config` gets each `--config.key=value` in `args.ov
 """
 
 import argparse
-import contextlib
 import dataclasses
 import difflib
-import errno
 import glob
 import importlib
 import json
@@ -19,10 +17,11 @@ import keyword
 import os
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import rag_mm
+from rag_mm.cli import failures, streams
 from rag_mm.core import renames, terminal
 from rag_mm.core.errors import UserError
 
@@ -140,6 +139,10 @@ COMMANDS = {
 }
 
 
+INTERRUPTED = 130
+"""Exit code for Ctrl-C."""
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that reports errors as UserError; its subparsers do too."""
 
@@ -155,11 +158,29 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
+    Args:
+        argv: its words; by default those of the process, which is then prepared for any terminal, and on
+            Ctrl-C ended at once: threads of libraries would end it by a segmentation fault.
+
     Returns:
         Exit code: 0 for success, 1 for a failed check or a diverged run, 2 for a user error, 130 for Ctrl-C.
     """
+    if argv is not None:
+        return _run(list(argv))
+    streams.prepare()
+    code = _run(sys.argv[1:])
+    if code == INTERRUPTED:
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _run(argv: list[str]) -> int:
     try:
-        return _main(sys.argv[1:] if argv is None else list(argv))
+        try:
+            return _main(argv)
+        finally:
+            streams.flush()
     except (Exception, KeyboardInterrupt) as error:
         code = explain(error)
         if code is None:
@@ -175,18 +196,18 @@ def explain(error: BaseException) -> int | None:
         case FloatingPointError():
             message, code = f"{error}; a smaller learning_rate may help.", 1
         case KeyboardInterrupt():
-            message, code = "interrupted.", 130
+            message, code = "interrupted.", INTERRUPTED
         case BrokenPipeError():
             # The reader of stdout has exited; without this Python reports the error again at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            streams.discard_stdout()
             return 0
-        case OSError(filename=filename, errno=number) if (
-            filename is not None or number == errno.ENOSPC
-        ):
-            where = "" if filename is None else f"{os.fsdecode(filename)}: "
-            message, code = f"{where}{error.strerror}.", 2
+        case OSError(filename=filename) if filename is not None:
+            message, code = f"{os.fsdecode(filename)}: {error.strerror}.", 2
         case _:
-            return None
+            reason = failures.why_disk_refuses(error) or failures.why_no_device(error)
+            if reason is None:
+                return None
+            message, code = reason, 2
     print(f"rag-mm: {terminal.printable(message)}", file=sys.stderr)
     return code
 
@@ -207,16 +228,12 @@ def _main(argv: list[str]) -> int:
     choose_platform()
     module = load_command(name)
     args = _parse(name, module, argv[1:])
-    with _stdout_for_result(args.json):
+    with streams.stdout_for_result(args.json):
         result = module.run(args)
     if args.json:
         print(json.dumps(result, allow_nan=False), flush=True)
     else:
-        import rich.console
-
-        # Without a terminal, do not wrap lines at 80 columns.
-        width = None if sys.stdout.isatty() else 200
-        module.show(terminal.printable(result), rich.console.Console(highlight=False, width=width))
+        module.show(terminal.printable(result), streams.make_console())
     return 1 if result.get("ok") is False else 0
 
 
@@ -285,20 +302,3 @@ def _parse(name: str, module: Any, argv: list[str]) -> argparse.Namespace:
             parser.error(f"{arg} has no value; write --config.key=value")
         args.overrides[key] = value
     return args
-
-
-@contextlib.contextmanager
-def _stdout_for_result(is_json: bool) -> Iterator[None]:
-    # Libraries may print, from C too; until the result is printed, all of that goes to stderr.
-    if not is_json:
-        yield
-        return
-    sys.stdout.flush()
-    stdout = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    finally:
-        os.dup2(stdout, 1)
-        os.close(stdout)

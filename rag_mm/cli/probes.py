@@ -1,11 +1,16 @@
-"""`python -m rag_mm.cli.probes jax|scann`: starts one library, in a process that it may kill.
+"""`python -m rag_mm.cli.probes jax|scann|commands`: starts or imports libraries in a process that it may kill.
 
 `rag-mm doctor` runs these in subprocesses: an unknown XLA flag, or ScaNN with the wrong TensorFlow, ends
 the process without an exception.
 """
 
+import importlib
 import json
+import pkgutil
 import sys
+
+# Of the extra [explore]; the other extras' libraries are imported inside functions.
+OPTIONAL = ("anyio", "starlette", "uvicorn")
 
 
 def start_jax() -> None:
@@ -25,5 +30,25 @@ def start_scann() -> None:
     scann.ScannIndex().build(np.eye(8, dtype=np.float32))
 
 
+def import_commands() -> None:
+    """Imports all modules of the package, as the commands do; prints those that fail, module -> why, as JSON.
+
+    A module that lacks an extra is not broken. Each is named on stderr, in case its import ends the process.
+    """
+    import rag_mm
+
+    broken = {}
+    for module in pkgutil.walk_packages(rag_mm.__path__, "rag_mm.", onerror=lambda name: None):
+        if module.name in ("rag_mm.cli.probes", "rag_mm.__main__"):
+            continue
+        print(f"the import of {module.name} ended Python", file=sys.stderr, flush=True)
+        try:
+            importlib.import_module(module.name)
+        except Exception as error:
+            if not isinstance(error, ModuleNotFoundError) or error.name not in OPTIONAL:
+                broken[module.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    print(json.dumps(broken))
+
+
 if __name__ == "__main__":
-    {"jax": start_jax, "scann": start_scann}[sys.argv[1]]()
+    {"jax": start_jax, "scann": start_scann, "commands": import_commands}[sys.argv[1]]()

@@ -9,6 +9,8 @@ from rag_mm.cli import process_args, show_config
 from rag_mm.core import configuration
 from rag_mm.core.errors import UserError
 
+TRACKERS = ("trackio", "wandb")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `rag-mm train`."""
@@ -29,6 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--profile",
         metavar="A:B",
         help="profile steps A to B of each training stage; TensorBoard traces go to the stage's profile/",
+    )
+    parser.add_argument(
+        "--tracker",
+        choices=TRACKERS,
+        help="send the log lines of each training stage to this experiment tracker, which must be installed",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="rebuild stages whose config or inputs changed"
@@ -56,13 +63,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     configuration.load_config(args.config)  # A mistyped name is refused before jax is imported.
 
     from rag_mm.stages import chain, chain_config
-    from rag_mm.train import loop
+    from rag_mm.train import loop, tracking
 
     config = chain_config.load(args.config, args.overrides)
     # Check every stage before joining the other processes, which would wait for a failed one.
     chain_config.stage_configs(config)
-    with process_args.joined(args), loop.profiled(profile_steps):
-        finished = chain.run_chain(config, args.workdir, only=args.stage, overwrite=args.overwrite)
+    destination = None
+    if args.tracker is not None:
+        destination = tracking.Destination(tracking.find(args.tracker), config)
+    with (
+        process_args.joined(args),
+        loop.profiled(profile_steps),
+        tracking.tracked(destination),
+    ):
+        finished = chain.run_chain(
+            config, args.workdir, only=args.stage, overwrite=args.overwrite, page=args.config
+        )
     return {"workdir": args.workdir, "metrics": finished.metrics}
 
 

@@ -83,6 +83,8 @@ def is_scale(value: float) -> bool:
 
 def _channels(r: ConfigReader, file: str, key: str, default: Channels) -> Channels:
     values: list[Any] = r.get(key, list, list(default))
-    if len(values) != 3 or any(type(v) not in (int, float) or not abs(v) <= _LARGEST for v in values):
+    if len(values) != 3 or any(
+        type(v) not in (int, float) or not abs(v) <= _LARGEST for v in values
+    ):
         raise UserError(f"{file}: {key} is {values}; it must be three finite numbers.")
     return float(values[0]), float(values[1]), float(values[2])

@@ -59,7 +59,9 @@ def read_decoder(checkpoint: CheckpointFolder, default_eps: float, **fields: Any
         raise UserError(f"config.json: {num_kv_heads} key heads do not divide {num_heads} heads.")
     head_dim = v.get("head_dim", int, v.get("hidden_size", int) // num_heads, low=2)
     if head_dim % 2:
-        raise UserError(f"config.json: head_dim is {head_dim}; RoPE turns pairs, so give an even one.")
+        raise UserError(
+            f"config.json: head_dim is {head_dim}; RoPE turns pairs, so give an even one."
+        )
     try:
         theta, scaling = _read_rope(values, v)
         return DecoderConfig(

@@ -49,7 +49,8 @@ def read_integers(v: ConfigReader, key: str, default: tuple[int, ...]) -> tuple[
         type(value) is not int or not 0 <= value <= checks.MAX_SIZE for value in values
     ):
         raise UserError(
-            f"config.json: vq_config: {key} is {str(values)[:80]}; give at most {MAX_BLOCKS} integers."
+            f"config.json: vq_config: {key} is {str(values)[:80]}, which are not all integers from 0, "
+            f"or more than {MAX_BLOCKS}."
         )
     return tuple(values)
 

@@ -64,7 +64,9 @@ def sizes(values: Any, where: str) -> None:
             sizes(value, f"{where}: {key}")
     elif isinstance(values, list | tuple):
         if len(values) > MAX_LENGTH:
-            raise UserError(f"{where} has {len(values):,} entries; at most {MAX_LENGTH:,} are read.")
+            raise UserError(
+                f"{where} has {len(values):,} entries; at most {MAX_LENGTH:,} are read."
+            )
         for value in values:
             sizes(value, where)
     elif isinstance(values, int) and abs(values) > MAX_SIZE:

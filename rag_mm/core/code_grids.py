@@ -85,9 +85,9 @@ def mask_of_pixels(pixels: np.ndarray, grids: Grids) -> np.ndarray:
     (height, width), (rows, columns) = pixels.shape, grids[-1]
     if height % rows or width % columns:
         raise ValueError(f"a grid of {rows} x {columns} does not divide {height} x {width} pixels")
-    covered = pixels.reshape(rows, height // rows, columns, width // columns).any(axis=(1, 3))
-    at = locate(grids)
-    return np.asarray(covered[at.patch_row, at.patch_column])
+    blocks = pixels.reshape(rows, height // rows, columns, width // columns)
+    covered, at = np.asarray(blocks.any(axis=(1, 3))), locate(grids)
+    return covered[at.patch_row, at.patch_column]
 
 
 def ranges_of_rows(grids: Grids, height: int, start: int, end: int) -> list[tuple[int, int]]:

@@ -24,6 +24,7 @@ FILE_NAME = "times.json"
 SPEED_NAME = "speed.jsonl"
 PROFILE_NAME = "profile"
 BOARD_NAME = "tensorboard"
+TRACKER_NAME = "tracker.json"  # the stage's run in an experiment tracker
 # `times.json` is updated this often, so a killed part is counted up to its last update.
 _UPDATE_SECONDS = 5.0
 

@@ -227,7 +227,7 @@ def read_object(path: epath.PathLike, **types: type) -> dict[str, Any]:
 
 
 def is_special(path: epath.PathLike) -> bool:
-    """Whether a local path leads to a device, pipe or socket, which may never end; remote stores have none."""
+    """Whether a local path leads to a device, pipe or socket, which may never end."""
     if "://" in os.fspath(path) or not os.path.exists(path):
         return False
     mode = os.stat(path).st_mode

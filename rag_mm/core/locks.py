@@ -14,9 +14,7 @@ _HELD = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)
 _NONE = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
-def take(
-    file: IO[bytes], folder: epath.PathLike, lock: Callable[[IO[bytes], int], None]
-) -> bool:
+def take(file: IO[bytes], folder: epath.PathLike, lock: Callable[[IO[bytes], int], None]) -> bool:
     """Locks an open file for this process alone, without waiting; a kill releases the lock.
 
     On a disk without locks nothing is locked, and a warning says so.

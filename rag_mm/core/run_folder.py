@@ -17,6 +17,7 @@ from rag_mm.core import costs, digests, files, locks, progress
 from rag_mm.core.errors import UserError
 
 MANIFEST = "manifest.json"
+PAGE = "page.json"  # the name of the config page
 # Key of metrics.json for values that may differ between two bitwise identical runs.
 MACHINE = "machine"
 _SIDE_FILES = (
@@ -25,6 +26,7 @@ _SIDE_FILES = (
     costs.SPEED_NAME,
     costs.PROFILE_NAME,
     costs.BOARD_NAME,
+    costs.TRACKER_NAME,
 )
 # Folders whose names start like this are deleted when the run is next changed.
 TRASH = ".deleted-"

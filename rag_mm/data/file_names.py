@@ -20,7 +20,7 @@ _ABOUT_ENDINGS = (
 
 
 def is_system_file(path: str) -> bool:
-    """Whether a file is one that a system leaves beside the user's, such as `._0.jpg` and `__MACOSX/0.jpg`."""
+    """Whether a system left the file beside the user's, such as `._0.jpg` and `__MACOSX/0.jpg`."""
     *folders, name = pathlib.PurePosixPath(path).parts or ("",)
     return bool(_SYSTEM_FILES.fullmatch(name) and name != "..") or any(
         _SYSTEM_FOLDERS.fullmatch(folder) for folder in folders

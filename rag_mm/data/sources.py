@@ -238,7 +238,7 @@ def _ids(lines: list[bytes]) -> list[str]:
 
 
 def _describe(ids: list[str]) -> bytes:
-    """What a fingerprint adds for ids that are more than a file's name, which was once every document's id."""
+    """What a fingerprint adds where ids are more than a file's name, which once all were."""
     return b"\nids are paths" if any("/" in name for name in ids) else b""
 
 

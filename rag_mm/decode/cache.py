@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from rag_mm.core import sharding
 from rag_mm.nn.block import Attend, Heads
-from rag_mm.nn.decoder import Decoder
+from rag_mm.nn.decoder import DecoderConfig
 from rag_mm.nn.smear import Recent
 from rag_mm.ops import attention
 
@@ -88,22 +88,23 @@ def write(cache: LayerCache, entry: LayerCache, index: Int[Array, ""]) -> LayerC
     )
 
 
-def scans_layers(model: Decoder, batch_size: int, length: int, num_steps: int) -> bool:
+def scans_layers(
+    config: DecoderConfig, layer_bytes: int, batch_size: int, length: int, num_steps: int
+) -> bool:
     """Whether a decoding program should scan the layers of its step instead of unrolling them.
 
     Args:
-        model: the decoder; its parameters may be traced.
+        config: the decoder's.
+        layer_bytes: size of one layer's parameters.
         batch_size: sequences, all streams together.
         length: capacity of the cache.
         num_steps: tokens to sample.
     """
-    config, num_layers = model.config, model.config.num_layers
-    if sharding.platform() != "cpu" or num_layers <= MAX_UNROLLED:
+    if sharding.platform() != "cpu" or config.num_layers <= MAX_UNROLLED:
         return False
-    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.stack.blocks))
     heads = config.block.num_kv_heads * config.block.head_dim
     cached = 2 * batch_size * length * heads * jnp.dtype(config.dtype).itemsize
-    return num_steps * (weights // num_layers + cached) < MAX_COPIED
+    return num_steps * (layer_bytes + cached) < MAX_COPIED
 
 
 def _make_cache(heads: Heads, num_steps: int) -> LayerCache:

@@ -19,13 +19,13 @@ class Choice(NamedTuple):
         token: ids.
         log_prob: under the combined logits restricted to the allowed tokens.
         sampled_log_prob: under what it was sampled from, after temperature and top-p; 0 if greedy.
-        stream_log_probs: under the unmodified model of each stream, over all tokens.
+        stream_log_probs: under the unmodified model of each stream, over all tokens; None without `combine`.
     """
 
     token: Int32[Array, " B"]
     log_prob: Float32[Array, " B"]
     sampled_log_prob: Float32[Array, " B"]
-    stream_log_probs: Float32[Array, "B S"]
+    stream_log_probs: Float32[Array, "B S"] | None
 
 
 def choose(
@@ -48,11 +48,13 @@ def choose(
         temperature: None is greedy.
         top_p: None keeps all tokens.
     """
-    combined = logits[0] if combine is None else combine(logits)
-    is_candidate = allowed & jnp.isfinite(combined)
-    is_stuck = ~is_candidate.any(axis=1, keepdims=True)
-    combined = jnp.where(is_stuck, jnp.float32(0), combined)
-    combined = jnp.where(is_candidate | (is_stuck & allowed), combined, -jnp.inf)
+    if combine is None:
+        combined = jnp.where(allowed, logits[0], -jnp.inf)
+    else:
+        combined = combine(logits)
+        combined = jnp.where(allowed & jnp.isfinite(combined), combined, -jnp.inf)
+        is_stuck = (combined == -jnp.inf).all(axis=1, keepdims=True)
+        combined = jnp.where(is_stuck & allowed, jnp.float32(0), combined)
     if temperature is None:
         token = jnp.argmax(combined, axis=-1).astype(jnp.int32)
     else:
@@ -68,7 +70,8 @@ def choose(
         return jnp.where(mask, jax.nn.log_softmax(scores), 0).sum(axis=-1)
 
     sampled = jnp.zeros_like(log_prob(combined)) if temperature is None else log_prob(scaled)
-    return Choice(token, log_prob(combined), sampled, log_prob(logits).T)
+    of_streams = None if combine is None else log_prob(logits).T
+    return Choice(token, log_prob(combined), sampled, of_streams)
 
 
 def allowed_at(

@@ -358,6 +358,10 @@ class Memory:
         """Sizes, versions, models and the last ingestion's counts as a JSON-ready dict."""
         return stats.summarize(self.path, self.manifest, self._live)
 
+    def licenses(self) -> dict[str | None, int]:
+        """The number of documents by license, most frequent first; None for documents that name none."""
+        return stats.count_licenses(self.path, self.manifest, self._live)
+
     @property
     def encoder(self) -> model_protocols.Encoder:
         """The retriever; raises UserError if none is attached."""

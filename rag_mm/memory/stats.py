@@ -1,5 +1,6 @@
 """Statistics and fingerprint of one version of a memory."""
 
+import collections
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,16 @@ def summarize(
         "fingerprint": fingerprint(contents, live),
         "last_ingest": counts or None,
     }
+
+
+def count_licenses(
+    root: Path, contents: manifest.MemoryManifest, live: live_rows.LiveRows
+) -> dict[str | None, int]:
+    """The number of documents by license, most frequent first; None for documents that name none."""
+    origins = [shard_file.load_origins(root, contents, shard) for shard in contents.shards]
+    stored = [license for shard in origins for license in shard.license]
+    counts = collections.Counter(stored[position] for position in live.stored)
+    return dict(counts.most_common())
 
 
 def _count_modalities(

@@ -34,7 +34,9 @@ class TowerConfig:
     def __post_init__(self):
         checks.at_least(self, 1, "embed_dim", "num_layers", "num_heads", "mlp_dim")
         if self.embed_dim % self.num_heads:
-            raise ValueError(f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}")
+            raise ValueError(
+                f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}"
+            )
 
     def block(self, mlp: str, norm_eps: float = 1e-5) -> BlockConfig:
         """CLIP's transformer block: LayerNorm, biases everywhere, absolute positions."""

@@ -110,8 +110,13 @@ def _attend(
     if query_segment_ids is not None and key_segment_ids is not None:
         same = (query_segment_ids[:, :, None] == key_segment_ids[:, None, :])[:, None]
         mask = same if mask is None else mask & same
+    dtype = q.dtype
+    if dtype == jnp.float16 and sharding.platform() == "cpu":
+        # There XLA cannot multiply two float16 arrays with a float32 sum.
+        q, k, v = (jnp.asarray(each, jnp.float32) for each in (q, k, v))
     with jax.numpy_dtype_promotion("standard"):  # It mixes bfloat16 heads with float32 scores.
         attended = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=backend)
+    attended = attended.astype(dtype)
     # With a batch of one, XLA's implementation loses the sharding of its operands.
     layout = jax.typeof(q).sharding.spec
     is_kept = jax.typeof(attended).sharding.spec == layout

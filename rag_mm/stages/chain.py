@@ -6,7 +6,7 @@ from typing import Any
 
 from etils import epath
 
-from rag_mm.core import compilation_cache, configuration, progress, reuse, run_folder
+from rag_mm.core import compilation_cache, configuration, files, progress, reuse, run_folder
 from rag_mm.core.errors import UserError
 from rag_mm.stages import chain_config, multiprocess
 from rag_mm.stages.chain_config import slice_of
@@ -20,6 +20,7 @@ def run_chain(
     only: str | None = None,
     overwrite: bool = False,
     reuse_from: Sequence[epath.PathLike] = (),
+    page: str | None = None,
 ) -> run_folder.Run:
     """Runs the stages of a config in order, or one of them.
 
@@ -32,6 +33,7 @@ def run_chain(
         only: name of the only stage to run; None runs all.
         overwrite: rebuild stages whose config or inputs changed, instead of raising.
         reuse_from: runs whose finished stages are copied if config and inputs are the same.
+        page: name of the config page, kept for the run's model card.
 
     Raises:
         UserError: the config, the devices or the run are unsuitable (nothing has been changed then), or a
@@ -67,6 +69,8 @@ def run_chain(
                     run, name, slice_of(configs[name]), _inputs(name, configs[name])
                 )
         run.save_config(config)
+        if page is not None:
+            files.write_json(run.workdir / run_folder.PAGE, {"page": page})
         sources = [run_folder.Run(epath.Path(source)) for source in reuse_from]
         has_run = [_run_stage(run, name, configs[name], overwrite, sources) for name in chosen]
         finished = [name for name in configs if run.manifest(name) is not None]

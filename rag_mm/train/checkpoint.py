@@ -271,6 +271,7 @@ def keep_last(directory: epath.PathLike) -> None:
 
 def save_params(directory: epath.PathLike, params: Params) -> None:
     """Writes parameters atomically, replacing any existing ones. Every process calls it."""
+    logging.getLogger("absl").addFilter(_is_not_reported)
     ocp.save(_absolute(directory), params, overwrite=True)
 
 

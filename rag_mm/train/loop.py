@@ -19,7 +19,15 @@ from rag_mm.core import checks, costs, files, manifest_values, progress, shardin
 from rag_mm.core.errors import UserError
 from rag_mm.data import pipeline
 from rag_mm.nn.param_trees import Params
-from rag_mm.train import checkpoint, preemption, throughput, train_metrics, update_guard, watchdog
+from rag_mm.train import (
+    checkpoint,
+    preemption,
+    throughput,
+    tracking,
+    train_metrics,
+    update_guard,
+    watchdog,
+)
 from rag_mm.train.train_state import TrainState
 from rag_mm.train.train_step import Metrics
 
@@ -125,7 +133,8 @@ def fit(
 
     With several processes, each calls this with its own share of the same batches; files are written once.
 
-    Speed is logged in `speed.jsonl` (`train.throughput`).
+    Speed is logged in `speed.jsonl` (`train.throughput`). Inside of `tracking.tracked` each log line also goes
+    to an experiment tracker.
 
     Args:
         name: label in progress and error messages.
@@ -157,6 +166,7 @@ def fit(
             state = checkpoints.restore(state, iterator)
         start = int(state.step)
         run.open(start)
+        stack.callback(run.tracker.close)
         stack.enter_context(jax.set_mesh(mesh))
         bar = stack.enter_context(progress.track(name, config.num_steps, start))
         for step in range(start + 1, config.num_steps + 1):
@@ -216,6 +226,7 @@ class _Run:
             functools.partial(sharding.sum_rows, mesh=self.mesh),
         )
         self.board = train_metrics.Board(self.directory / costs.BOARD_NAME)
+        self.tracker = tracking.Tracker(self.directory)
         partial = self.directory / PARTIAL
         if not partial.exists():
             return
@@ -224,7 +235,9 @@ class _Run:
             if saved["step"] == start:
                 self.averages.from_json(saved["sums"])
         except (UserError, TypeError, ValueError) as error:
-            progress.warn(f"{partial} is damaged ({error}): the next log line averages fewer steps.")
+            progress.warn(
+                f"{partial} is damaged ({error}): the next log line averages fewer steps."
+            )
             self.averages = train_metrics.Averages()
 
     def next_batch(self, iterator: grain.DatasetIterator) -> dict:
@@ -259,7 +272,9 @@ class _Run:
             watched = self.watch(step, self.extras.result(state))
         figures: dict[str, Any] = {**values, **derived, **watched, **skipped}
         self.log.write(step, figures)
-        self.board.write(step, train=figures, speed=speed)
+        scalars = train_metrics.scalars(train=figures, speed=speed)
+        self.board.write(step, scalars)
+        self.tracker.write(step, scalars)
         shown: dict[str, float] = {
             key: speed[key] for key in ("tokens_per_second", "mfu") if key in speed
         }

@@ -81,6 +81,16 @@ def read_log(path: epath.PathLike) -> list[dict[str, float]]:
     return rows
 
 
+def scalars(**groups: Mapping[str, np.ndarray | float]) -> dict[str, float]:
+    """The scalars of each group as `group/name`."""
+    return {
+        f"{group}/{name}": float(value)
+        for group, values in groups.items()
+        for name, value in values.items()
+        if np.ndim(value) == 0 and name != "step"
+    }
+
+
 class Board:
     """Writes the logged metrics for TensorBoard if the extra [tf] is installed; otherwise does nothing."""
 
@@ -92,16 +102,10 @@ class Board:
 
             self._writer = SummaryWriter(str(folder))
 
-    def write(self, step: int, **groups: Mapping[str, np.ndarray | float]) -> None:
-        """Writes the scalars of each group as `group/name`, and flushes them to disk."""
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes the scalars, and flushes them to disk."""
         if self._writer is None:
             return
-        scalars = {
-            f"{group}/{name}": float(value)
-            for group, values in groups.items()
-            for name, value in values.items()
-            if np.ndim(value) == 0 and name != "step"
-        }
         self._writer.write_scalars(step, scalars)
         self._writer.flush()
 

@@ -50,9 +50,9 @@ def with_value(values, path, text):
     [
         ("llama", "llama"),
         ("clip", "clip"),
-        ("chameleon", "chameleon"),
-        (importing.IMAGE_TOKENIZER, "janus_vq"),
-        (importing.IMAGE_TOKENIZER, "emu3_vq"),
+        pytest.param("chameleon", "chameleon", marks=pytest.mark.slow),
+        pytest.param(importing.IMAGE_TOKENIZER, "janus_vq", marks=pytest.mark.slow),
+        pytest.param(importing.IMAGE_TOKENIZER, "emu3_vq", marks=pytest.mark.slow),
     ],
 )
 def test_any_number_in_the_config_is_refused_or_can_be_stored(tmp_path, family, name):
@@ -68,7 +68,7 @@ def test_any_number_in_the_config_is_refused_or_can_be_stored(tmp_path, family, 
                 files.canonical_json(dataclasses.asdict(opened.config))
                 accepted.append((path, text))
     # Settings that shape no tensor, such as a length or a name that is not read.
-    assert len(accepted) < len(VALUES) * len(list(paths(sound))) / 2, accepted
+    assert len(accepted) < len(VALUES) * len(list(paths(sound))) / 3, accepted
 
 
 @pytest.mark.parametrize("key", ["image_mean", "image_std", "rescale_factor", "size", "crop_size"])

@@ -15,6 +15,9 @@ from stand_in import StandInEncoder, StandInTokenizer, make_documents
 
 from rag_mm.cli import main, memory
 from rag_mm.core.errors import UserError
+from rag_mm.memory import retrieval_memory
+from rag_mm.memory.index import scann_config
+from rag_mm.memory.writing import writer
 
 
 @pytest.fixture(autouse=True)
@@ -290,3 +293,24 @@ def test_help_is_quick():
     began = time.monotonic()
     assert not fresh_python.modules_loaded_by("rag_mm.cli.memory") & {"jax", "scann", "PIL"}
     assert time.monotonic() - began < 5  # Far above an idle machine's time, below jax's.
+
+
+def test_what_scann_logs_stays_off_the_terminal(tmp_path):
+    """A hashed index, which ScaNN logs about where it is trained."""
+    (tmp_path / "frozen").mkdir()
+    (tmp_path / "frozen" / "config.json").write_text("{}")
+    hashed = writer.Options(scann=scann_config.ScannConfig(scoring="hashed"))
+    carried = {"retriever": tmp_path / "frozen"}
+    path = tmp_path / "mem"
+    retrieval_memory.Memory.build(
+        path, make_documents(40), StandInEncoder(), carried=carried, options=hashed
+    )
+    program = pathlib.Path(__file__).parent / "programs" / "memory_command.py"
+    for words in (
+        ("remove", path, "--id", "doc-003"),
+        ("compact", path),
+        ("search", path, "--text=thing number7"),
+    ):
+        done = fresh_python.run(program, *words)
+        assert (done.returncode, done.stderr) == (0, "")
+    assert "number7" in done.stdout

@@ -44,8 +44,8 @@ def test_settings_from_before_transformers_5_are_equivalent():
         ("llama", dict(rope_parameters={"rope_type": "llama3"}), "factor is missing"),
         ("llama", dict(hidden_size=None), "hidden_size is missing"),
         ("llama", dict(hidden_size="32"), "hidden_size is '32'"),
-        ("llama", dict(num_hidden_layers=0), "num_layers is 0"),
-        ("llama", dict(num_attention_heads=0), "do not divide 0 heads|num_heads is 0"),
+        ("llama", dict(num_hidden_layers=0), "num_hidden_layers is 0; give 1 to 4,096"),
+        ("llama", dict(num_attention_heads=0), "num_attention_heads is 0"),
         ("llama", dict(num_key_value_heads=3), "3 key heads do not divide 4 heads"),
         (
             "llama",

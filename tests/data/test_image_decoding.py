@@ -43,9 +43,10 @@ def test_an_image_of_odd_metadata_is_still_turned():
 def test_what_is_noted_as_transparent_is_white():
     """Values of 16 bits, in gray and in color; only the first pixel is transparent."""
     gray = hostile.pixels()[:, :, 0].astype(np.uint16) * 256 + np.arange(9, dtype=np.uint16)
-    data = hostile.encoded(PIL.Image.fromarray(gray), transparency=int(gray[0, 0]))
-    expected = np.repeat(hostile.pixels()[:, :, :1], 3, axis=2)
-    for data, expected in ((data, expected), (hostile.READ["deep_hole.png"][0], hostile.pixels())):
+    gray_file = hostile.encoded(PIL.Image.fromarray(gray), transparency=int(gray[0, 0]))
+    gray_pixels = np.repeat(hostile.pixels()[:, :, :1], 3, axis=2)
+    color_file, color_pixels = hostile.READ["deep_hole.png"][0], hostile.pixels()
+    for data, expected in ((gray_file, gray_pixels), (color_file, color_pixels)):
         image = image_decoding.decode(data)
         assert set(image.notes) == {"16-bit", "alpha"}
         expected[0, 0] = 255

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +73,7 @@ def sample(params, prompts, seeds, allowed=ALL, sampling=GREEDY, **options):
     sampled = sampler.sample(
         params, prompts, seeds, allowed, graphdef=describe()[0], sampling=sampling, **options
     )
-    return sampler.SampledTokens(*map(np.asarray, sampled))
+    return jax.tree.map(np.asarray, sampled)
 
 
 @pytest.fixture(scope="module")
@@ -215,8 +214,8 @@ def test_eight_devices_sample_the_same_tokens_as_one(params, mesh_shape):
     one = sample(params, make_prompts(), range(4), sampling=WARM)
     placed = on_mesh(params, *mesh_shape)
     eight = sample(placed, make_prompts([0, 1, 2]), range(3), sampling=WARM)
-    for found, expected in zip(eight, one, strict=True):
-        np.testing.assert_allclose(found, expected[:3], atol=2e-5)
+    np.testing.assert_array_equal(eight.tokens, one.tokens[:3])
+    np.testing.assert_allclose(eight.log_probs, one.log_probs[:3], atol=2e-5)
 
 
 def test_eight_devices_scan_layers_and_streams_to_the_same_tokens(params):
@@ -249,20 +248,14 @@ def test_scanned_layers_sample_the_tokens_of_unrolled_ones(params):
 
 
 def test_deep_narrow_models_scan_their_layers_and_shallow_or_wide_ones_do_not():
-    def is_scanned(num_layers, num_steps=64, batch_size=1, **sizes):
-        config = dataclasses.replace(CONFIG, num_layers=num_layers, **sizes)
-        _, abstract = param_trees.describe(
-            lambda: decoder.Decoder(config, rngs=nnx.Rngs(params=0)), None
-        )
-        model = types.SimpleNamespace(
-            config=config, stack=types.SimpleNamespace(blocks=abstract["stack"]["blocks"])
-        )
-        return cache.scans_layers(model, batch_size, 128, num_steps)
+    def is_scanned(num_layers, layer_bytes=10**6, batch_size=1, num_steps=64):
+        config = dataclasses.replace(CONFIG, num_layers=num_layers)
+        return cache.scans_layers(config, layer_bytes, batch_size, 128, num_steps)
 
     assert is_scanned(30) and not is_scanned(cache.MAX_UNROLLED)
-    assert not is_scanned(30, embed_dim=2048, mlp_dim=5632)
-    assert not is_scanned(30, num_steps=1_000_000)
-    assert not is_scanned(30, batch_size=100_000)
+    assert not is_scanned(30, layer_bytes=176 * 10**6)  # LLaMA 1.1B
+    assert not is_scanned(30, num_steps=10_000)
+    assert not is_scanned(30, batch_size=10_000)
 
 
 def guide(weight, logits):
@@ -354,9 +347,7 @@ def test_the_record_names_the_distribution_the_token_was_sampled_from(params, ne
     np.testing.assert_allclose(
         found.sampled_log_probs[:, 0], log_softmax(scaled)[tokens], atol=1e-4
     )
-    np.testing.assert_allclose(
-        found.stream_log_probs[:, 0, 0], log_softmax(logits)[tokens], atol=2e-5
-    )
+    assert found.stream_log_probs is None
     greedy = sample(params, prompts, [0], allowed)
     assert (greedy.sampled_log_probs == 0).all() and (greedy.log_probs < 0).all()
 

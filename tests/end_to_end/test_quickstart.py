@@ -75,10 +75,10 @@ def test_the_first_sentence_says_what_the_retriever_has_seen(tiny_run):
     text = (tiny_run.workdir / "report.html").read_text()
     lead = re.search(r'<p class="lead[^>]*>(.+?)</p>', text, re.DOTALL)[1]
     assert lead.startswith("The retriever has seen other images of the held-out entities")
-    unseen = write_report._what_was_seen(("common", "rare_seen"))
+    unseen = write_report.what_was_seen(("common", "rare_seen"))
     assert unseen.startswith("No model has seen the held-out entities")
     for split in ("held_out", "tune", "test"):
-        assert lead.startswith(write_report._what_was_seen(("common", split)))
+        assert lead.startswith(write_report.what_was_seen(("common", split)))
     # Bounds of the retrieval, and what some heads do before training, are on the page too.
     assert "more than 50 % equal codes" in text and "begin as induction heads" in text
 

@@ -20,6 +20,32 @@ def test_words_are_lower_case_without_punctuation():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("红苹果，在桌子上。", list("红苹果在桌子上")),
+        ("赤いリンゴが2個、テーブルの上", [*"赤いリンゴが", "2", *"個テーブルの上"]),
+        ("แอปเปิ้ลสีแดง ๑๒", [*"แอปเ", "ปิ้", "ล", "สี", *"แดง", "๑", "๒"]),
+        ("ផ្លែប៉ោម", ["ផ្", "លែ", "ប៉ោ", "ម"]),
+        ("𠮷野家 iPhone 15用", ["𠮷", "野", "家", "iphone", "15", "用"]),
+        ("빨간 사과 a_b", ["빨간", "사과", "a", "b"]),
+        ("تفاحة حمراء", ["تفاحة", "حمراء"]),
+        ("हिन्दी भाषा", ["हिन्दी", "भाषा"]),
+        ("rock 'n' roll's 'end'", ["rock", "n", "roll's", "end"]),
+        ("красное яблоко", ["красное", "яблоко"]),
+    ],
+)
+def test_scripts_without_spaces_are_split_into_characters(text, words):
+    """Of others, words stay whole."""
+    assert cider.words(text) == words
+
+
+def test_a_caption_without_spaces_may_be_right_in_part():
+    truth = [["红苹果在桌子上"], ["一只企鹅站在冰上"], ["蓝色背景上的火箭"]]
+    found = cider.cider(["青苹果在桌子上", "一只企鹅", "香蕉"], truth)
+    assert found[0] > 1 and found[1] > 1 and found[2] == 0
+
+
 def test_the_truth_scores_highest_and_the_wrong_entity_lower():
     perfect = cider.cider([captions[0] for captions in TRUTH], TRUTH)
     wrong = cider.cider(

@@ -153,7 +153,7 @@ def test_a_patch_and_its_codes_decide_each_other():
         [model.encode(jnp.where(changed[..., None], *images)), model.encode(images[1])]
     )
     may_differ = code_grids.mask_of_pixels(changed, grids)
-    assert (codes[0] != codes[1])[may_differ].mean() > 0.5
+    assert (codes[0] != codes[1])[may_differ].sum() >= 3
     np.testing.assert_array_equal(codes[0][~may_differ], codes[1][~may_differ])
     refilled = codes[0].copy()
     for start, end in code_grids.ranges_of_rows(grids, 16, 4, 12):

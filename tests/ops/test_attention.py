@@ -165,6 +165,16 @@ def test_segment_ids_come_in_pairs():
             attention.attention(q, k, v, is_causal=True, **ids)
 
 
+def test_float16_heads_are_attended_to_on_every_platform():
+    """Alone among the dtypes it has no product with a float32 sum on a CPU; here with a mask and a cache."""
+    q, k, v = (x.astype(jnp.float16) for x in make_heads(2))
+    found = attention.attention(q[:, -1:], k, v, is_causal=True, query_offset=q.shape[1] - 1)
+    assert found.dtype == jnp.float16
+    wide = [x.astype(jnp.float32) for x in (q[:, -1:], k, v)]
+    expected = attention.attention(*wide, is_causal=True, query_offset=q.shape[1] - 1)
+    np.testing.assert_allclose(found, expected, atol=2e-3)
+
+
 def test_softmax_is_float32_for_bfloat16_heads():
     q, k, v = (x.astype(jnp.bfloat16) for x in make_heads(2))
     found = attend(q, k, v, False)

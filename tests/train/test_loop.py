@@ -144,6 +144,17 @@ def test_a_run_killed_anywhere_ends_with_the_same_bits(unbroken, tmp_path, batch
     assert_same(next(iterator), unbroken[3])
 
 
+@pytest.mark.parametrize("text", ["", "[]", '{"step": 4, "sums": {"loss": ["x"]}}', '{"step": NaN}'])
+def test_damaged_averages_and_logs_stop_no_resume(unbroken, tmp_path, text):
+    with pytest.raises(Killed):
+        fit(tmp_path, iterator=dying(6))
+    (tmp_path / loop.PARTIAL).write_text(text)
+    (tmp_path / "speed.jsonl").write_text("[[[")
+    state, rows, _ = fit(tmp_path)
+    assert_same(state, unbroken[0])
+    assert rows == unbroken[1]
+
+
 def test_a_finished_run_is_not_run_again(unbroken, tmp_path):
     fit(tmp_path)
     state, rows, _ = fit(tmp_path, iterator=dying(1))

@@ -63,7 +63,7 @@ def test_without_a_file_a_log_is_empty(tmp_path):
 def test_without_tensorflow_there_is_no_board(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     board = train_metrics.Board(tmp_path / "tensorboard")
-    board.write(2, train={"loss": 1.0})
+    board.write(2, {"train/loss": 1.0})
     board.close()
     assert not (tmp_path / "tensorboard").exists()
 
@@ -82,7 +82,7 @@ def test_the_board_gets_the_scalars_of_the_log(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["clu"], "metric_writers", module, raising=False)
     board = train_metrics.Board(tmp_path / "tensorboard")
     values = {"loss": np.float32(0.5), "usage": np.ones(3)}
-    board.write(4, train=values, speed={"step": 4, "mfu": 0.25})
+    board.write(4, train_metrics.scalars(train=values, speed={"step": 4, "mfu": 0.25}))
     assert written == [(4, {"train/loss": 0.5, "speed/mfu": 0.25})]
 
 
@@ -93,7 +93,7 @@ def test_tensorboard_reads_what_was_written(tmp_path):
 
     board = train_metrics.Board(tmp_path)
     for step in (2, 4):
-        board.write(step, train={"loss": 1 / step})
+        board.write(step, {"train/loss": 1 / step})
     board.close()
     found = event_accumulator.EventAccumulator(str(tmp_path), size_guidance={"tensors": 0})
     found.Reload()

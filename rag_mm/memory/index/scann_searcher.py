@@ -3,7 +3,7 @@
 It works around these hazards: a NaN row aborts the process at build (callers check the rows), missing hits
 are returned as index 0 with distance NaN, `k` above the reorder size is silently reduced, saved ids are
 unpickled, files have no checksums, an index with SOAR crashes after deletes (so no searcher is changed in
-place), and `import scann` fails alongside most TensorFlow versions.
+place), `import scann` fails alongside most TensorFlow versions, and its log has no setting (it is dropped).
 """
 
 import os
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from rag_mm.core import files
+from rag_mm.core import files, native_log
 from rag_mm.core.errors import UserError
 from rag_mm.memory.index import protocol
 from rag_mm.memory.index.scann_config import ScannConfig
@@ -79,7 +79,9 @@ class Searcher:
                 training_sample_size=config.training_sample_size,
             ).reorder(config.num_reordered, quantize=reorder_types[config.reorder.upper()])
         try:
-            return cls(builder.build(), len(rows), config)
+            with native_log.dropped():
+                native = builder.build()
+            return cls(native, len(rows), config)
         except (RuntimeError, ValueError, IndexError) as error:
             raise UserError(
                 f"ScaNN cannot index these rows ({error}); use the index exact."
@@ -103,7 +105,8 @@ class Searcher:
         )
         # `load_searcher` would unpickle a file of ids if there is one, so it is not used.
         try:
-            native = module.scann_pybind.ScannNumpy(str(directory), assets)
+            with native_log.dropped():
+                native = module.scann_pybind.ScannNumpy(str(directory), assets)
             return cls(module.ScannSearcher(native), num_rows, config)
         except (RuntimeError, ValueError, IndexError) as error:
             raise UserError(

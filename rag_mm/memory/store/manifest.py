@@ -141,7 +141,9 @@ def folder_of(version: int) -> str:
         UserError: there are no more names.
     """
     if version > manifest_checks.MAX_VERSION:
-        raise UserError(f"A memory has at most {manifest_checks.MAX_VERSION:,} versions; build it anew.")
+        raise UserError(
+            f"A memory has at most {manifest_checks.MAX_VERSION:,} versions; build it anew."
+        )
     return f"v{version:06d}"
 
 

@@ -1,7 +1,6 @@
 """The report of an ingestion: counts of added and skipped records, and why records were skipped."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,15 +57,22 @@ def write_rejects(path: Path, rejects: Sequence[stream.Reject]) -> None:
 def read(
     root: Path, contents: manifest.MemoryManifest
 ) -> tuple[dict[str, Any], list[stream.Reject]]:
-    """The counts and rejects of the ingestion that wrote a version; empty if no ingestion did."""
+    """The counts and rejects of the ingestion that wrote a version; empty if no ingestion did.
+
+    Raises:
+        UserError: a file is damaged.
+    """
     folder = root / contents.folder
     if not (folder / COUNTS).exists():
         return {}, []
     rejects = []
     if (folder / REJECTS).exists():
-        lines = (folder / REJECTS).read_text().splitlines()
-        rejects = [stream.Reject(**json.loads(line)) for line in lines]
-    return files.read_json(folder / COUNTS), rejects
+        lines = (folder / REJECTS).read_bytes().splitlines()
+        try:
+            rejects = [stream.Reject(**files.parse_json(line)) for line in lines]
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{folder / REJECTS} is damaged ({error}).") from error
+    return files.read_object(folder / COUNTS), rejects
 
 
 def _message(

@@ -59,7 +59,9 @@ class SPAEConfig:
         checks.between(self, 0, checks.MAX_BLOCKS, "num_res_blocks")
         scales = self.width_multipliers
         if not 1 <= len(scales) <= checks.MAX_BLOCKS or min(scales) < 1:
-            raise UserError(f"width_multipliers={scales}: give 1 to {checks.MAX_BLOCKS} of at least 1.")
+            raise UserError(
+                f"width_multipliers={scales}: give 1 to {checks.MAX_BLOCKS} of at least 1."
+            )
         fitting = self.code_size * self.levels[-1]
         if self.image_size != fitting:
             raise UserError(

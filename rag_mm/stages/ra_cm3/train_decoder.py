@@ -290,7 +290,7 @@ def load_generator(
 
 def load_params(stage_dir: epath.Path, image_tokenizer: frozen.FrozenTokenizer) -> Generator:
     """Loads what `fit` wrote; raises as `load_generator` does."""
-    record = files.read_object(stage_dir / "decoder.json", tokenizer=str, model=dict)
+    record = files.read_object(stage_dir / "decoder.json", tokenizer=str, model=dict, layout=dict)
     if record["tokenizer"] != image_tokenizer.fingerprint:
         raise UserError(
             f"{stage_dir} was trained on codes of tokenizer {record['tokenizer'][:12]}, not of "
@@ -304,12 +304,12 @@ def load_params(stage_dir: epath.Path, image_tokenizer: frozen.FrozenTokenizer) 
     model = renames.from_stored(record["model"])
     try:
         model_config = ra_cm3.RACM3Config(DecoderConfig(**model.pop("decoder")), **model)
-    except (TypeError, ValueError) as error:
+        layout = Layout(**renames.from_stored(record["layout"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{stage_dir} contains a model of another version ({error}); train it again."
         ) from None
     loaded = frozen.load_params(stage_dir / "params", partial(_make_model, model_config, 0))
-    layout = Layout(**renames.from_stored(record["layout"]))
     return _make_generator(loaded, image_tokenizer, layout)
 
 

@@ -112,7 +112,7 @@ def gather_data(
         version=rag_mm.__version__,
         metrics={k: v for k, v in metrics.items() if k != run_folder.MACHINE},
         config=run.config,
-        what_was_seen=_what_was_seen(_retriever_splits(run.config)),
+        what_was_seen=what_was_seen(retriever_splits(run.config)),
         setting=_setting(config, len(memory), run.config, metrics.get("neighbors", {})),
         notes=config.notes,
         machine=_machine(),
@@ -149,13 +149,15 @@ def _machine() -> str:
     return f"{cores}, Python {machine['python']}, jax {versions['jax']}, flax {versions['flax']}"
 
 
-def _retriever_splits(run_config: Mapping[str, Any]) -> tuple[str, ...]:
+def retriever_splits(run_config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The splits of classes that a run's retriever was trained on."""
     splits = train_retriever.RetrieverStageConfig.splits
     return tuple(run_config.get("retriever", {}).get("splits", splits))
 
 
-def _what_was_seen(retriever_splits: Sequence[str]) -> str:
-    if set(retriever_splits) & {*world_config.HELD_OUT, *world_config.TUNE, *world_config.TEST}:
+def what_was_seen(splits: Sequence[str]) -> str:
+    """The sentence that says whether a retriever trained on `splits` has seen the held-out classes."""
+    if set(splits) & {*world_config.HELD_OUT, *world_config.TUNE, *world_config.TEST}:
         return (
             "The retriever has seen other images of the held-out entities, with captions, as a public CLIP "
             "would have; the decoder and the image tokenizer have not."
@@ -176,7 +178,7 @@ def _setting(
         ("Classes seen in training", f"{len(world.classes(*world_config.SEEN)):,}"),
         ("Held-out classes that are measured", f"{len(world.classes(*world_config.TEST)):,}"),
         ("Held-out classes for checks", f"{len(world.classes(*world_config.TUNE)):,}"),
-        ("Classes the retriever saw", ", ".join(_retriever_splits(run_config))),
+        ("Classes the retriever saw", ", ".join(retriever_splits(run_config))),
         ("Documents in the memory", f"{num_rows:,}"),
     ]
     decoder = run_config.get("decoder", {})

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from rag_mm.core import checks, files, progress, run_folder
+from rag_mm.core import checks, configuration, files, progress, run_folder
 from rag_mm.core.document_types import Document, Text
 from rag_mm.core.errors import UserError
 from rag_mm.memory import policy, retrieval_memory, shared_encoding
@@ -134,10 +134,16 @@ def load_policy(run: run_folder.Run) -> policy.Rules:
     Raises:
         UserError: the stage is missing, unfinished or edited.
     """
-    rules = files.read_object(run.finished_stage("neighbors") / POLICY)
+    path = run.finished_stage("neighbors") / POLICY
+    rules = files.read_object(path)
     # Earlier runs call it by_phrase, the first ones lack it.
     split_phrases = rules.get("split_phrases", rules.get("by_phrase", False))
-    return policy.Rules(rules["max_similarity"], rules.get("max_equal_codes", 1.0), split_phrases)
+    values = {
+        "max_similarity": rules.get("max_similarity"),
+        "max_equal_codes": rules.get("max_equal_codes", 1.0),
+        "split_phrases": split_phrases,
+    }
+    return configuration.make(policy.Rules, values, str(path))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

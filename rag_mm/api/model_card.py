@@ -1,0 +1,312 @@
+"""The README.md beside exported weights: a model card as the Hugging Face Hub reads it.
+
+What a run holds may be a stranger's: words from it are escaped for YAML and Markdown, and no path is told.
+"""
+
+import dataclasses
+import posixpath
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from rag_mm.api import importing
+from rag_mm.core import costs, files, run_folder, terminal
+from rag_mm.core.errors import UserError
+from rag_mm.report import figures, summary
+from rag_mm.stages.ra_cm3 import write_report
+from rag_mm.stages.shared import build_memory, world_config
+
+FILE_NAME = "README.md"
+UNKNOWN = "unknown"  # the Hub's word for a license that nobody stated
+_MAX_ROWS = 60
+_MAX_LICENSES = 20
+_MAX_CHARACTERS = 300
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a model of a family is.
+
+    Attributes:
+        title: name of the kind of model.
+        paper: title of its paper.
+        arxiv: number of its paper.
+        task: the Hub's pipeline tag.
+        library: the library that loads the export.
+        load: Python that loads it from FOLDER.
+    """
+
+    title: str
+    paper: str
+    arxiv: str
+    task: str
+    library: str
+    load: str
+
+
+_FROM_PRETRAINED = 'from transformers import {0}\n\nmodel = {0}.from_pretrained("FOLDER")'
+_BY_NAME = """import glob
+
+from safetensors.numpy import load_file
+
+tensors = {}
+for path in glob.glob("FOLDER/*.safetensors"):
+    tensors |= load_file(path)  # names.json has the shape and the axes of each"""
+_RA_CM3 = Kind(
+    "RA-CM3", "Retrieval-Augmented Multimodal Language Modeling", "2211.12561", "any-to-any",
+    "rag_mm", _BY_NAME,
+)  # fmt: skip
+KINDS = {
+    "cm3": _RA_CM3,
+    "clip": Kind(
+        "CLIP", "Learning Transferable Visual Models From Natural Language Supervision", "2103.00020",
+        "zero-shot-image-classification", "transformers", _FROM_PRETRAINED.format("CLIPModel"),
+    ),
+    "llama": Kind(
+        "LLaMA", "LLaMA: Open and Efficient Foundation Language Models", "2302.13971",
+        "text-generation", "transformers", _FROM_PRETRAINED.format("LlamaForCausalLM"),
+    ),
+    "chameleon": Kind(
+        "Chameleon", "Chameleon: Mixed-Modal Early-Fusion Foundation Models", "2405.09818",
+        "image-text-to-text", "transformers",
+        _FROM_PRETRAINED.format("ChameleonForConditionalGeneration"),
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """The exported weights: number of parameters, names of dtypes, and the config of our model."""
+
+    num_params: int
+    dtypes: Sequence[str]
+    config: Any
+
+
+def make(family: str, run: run_folder.Run, weights: Weights, license: str | None = None) -> str:
+    """The text of a model card.
+
+    Args:
+        family: of the export: clip, llama, chameleon or cm3.
+        run: the run that was exported.
+        weights: what was exported.
+        license: of the weights, an identifier of the Hub such as apache-2.0; None if nobody stated one.
+
+    Raises:
+        UserError: the run's memory or metrics are damaged.
+    """
+    config, is_trained = run.config, importing.IMPORTED not in run.config
+    kind = KINDS[family]
+    if is_trained and family == "llama":
+        kind = dataclasses.replace(_RA_CM3, library=kind.library, load=kind.load)
+    licenses = _memory_licenses(run)
+    parts = [
+        _header(kind, license, licenses, is_trained),
+        f"# {kind.title}, exported by rag_mm",
+        f"{_first_sentence(config, family)} {_what_it_is(kind, family, is_trained)}",
+        _section("Sizes", _table(("", ""), _sizes(weights))),
+        _section("Training", _training(run, family) if is_trained else _IMPORTED),
+        _section("Metrics", _metrics(run)),
+        _section("Licenses", _license_text(license, licenses)),
+        _section("Use", f"```python\n{kind.load}\n```"),
+        _section("Limits", _limits(family, is_trained)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+_IMPORTED = (
+    "The weights were imported from a public checkpoint and exported again; rag_mm did not train them, so "
+    "their training data, seed and code are those of that checkpoint's own card."
+)
+
+
+def _header(
+    kind: Kind, license: str | None, licenses: Mapping[str | None, int], is_trained: bool
+) -> str:
+    tags = [f"arxiv:{kind.arxiv}", "rag_mm"]
+    if is_trained and kind.arxiv == _RA_CM3.arxiv:
+        tags += ["retrieval-augmented-generation", "multimodal"]
+    lines = [
+        f"library_name: {kind.library}",
+        f"pipeline_tag: {kind.task}",
+        f"license: {_quoted(license or UNKNOWN)}",
+        "tags:",
+        *(f"- {tag}" for tag in tags),
+    ]
+    if licenses:
+        lines.append("memory_licenses:")
+        for name, count in list(licenses.items())[:_MAX_LICENSES]:
+            lines += [f"- license: {_quoted(name or UNKNOWN)}", f"  documents: {count}"]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _first_sentence(config: Mapping[str, Any], family: str) -> str:
+    """What the retriever has seen, on which every figure of held-out classes depends."""
+    if importing.IMPORTED in config:
+        return "What this model saw in training is not known here: it was imported."
+    world = world_config.world_class(config["world"])
+    if world is world_config.EmojiWorld:
+        return write_report.what_was_seen(write_report.retriever_splits(config))
+    return (
+        f"The retriever was trained on the source of the model's own documents "
+        f"({world_config.NAMES[world]}); no class was held out from it."
+    )
+
+
+def _what_it_is(kind: Kind, family: str, is_trained: bool) -> str:
+    role = {
+        "clip": "an image and text encoder",
+        "llama": "a language model",
+        "chameleon": "a language model of images and text",
+    }.get(family, "")
+    if is_trained and family != "clip":
+        role = (
+            "a decoder that writes captions, draws images and fills in what was masked, with retrieved "
+            "documents in its context"
+        )
+    shape = " Its architecture is LLaMA's." if is_trained and family == "llama" else ""
+    return (
+        f"This is {role}, after *{kind.paper}* (https://arxiv.org/abs/{kind.arxiv}).{shape} "
+        "It was written by `rag-mm export`."
+    )
+
+
+def _sizes(weights: Weights) -> Iterator[tuple[str, str]]:
+    yield "parameters", f"{weights.num_params:,}"
+    yield "dtype", ", ".join(weights.dtypes)
+    for path, value in _numbers(weights.config):
+        yield path, f"{value:,}"
+
+
+_SHOWN = (
+    "num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_dim", "vocab_size", "max_seq_len",
+    "max_text_len", "image_size", "patch_size", "projection_dim", "codebook_size",
+)  # fmt: skip
+
+
+def _numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """The sizes in a config and in the configs inside it, with their paths."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _numbers(value, f"{prefix}{field.name}.")
+        elif field.name in _SHOWN and type(value) is int:
+            yield f"{prefix}{field.name}", value
+
+
+def _training(run: run_folder.Run, family: str) -> str:
+    config = run.config
+    facts = [("config page", _page(run)), ("seed", str(config.get("seed", UNKNOWN)))]
+    world = world_config.NAMES[world_config.world_class(config["world"])]
+    stages = ("retriever",) if family == "clip" else ("tokenizer", "retriever", "decoder")
+    rows = []
+    for stage in stages:
+        values, spent = config.get(stage), costs.summary(run.stage_dir(stage))
+        if not isinstance(values, dict) or not spent["parts"]:
+            continue
+        steps = values.get("loop", {}).get("num_steps", UNKNOWN)
+        batch, code = values.get("batch_size", UNKNOWN), spent["code"] or UNKNOWN
+        rows.append(
+            (stage, str(steps), str(batch), str(code), figures.duration(spent["wall_seconds"]))
+        )
+    head = ("stage", "steps", "batch", "version and commit of rag_mm", "time")
+    return f"Trained on {world}.\n\n{_table(('', ''), facts)}\n\n{_table(head, rows)}"
+
+
+def _page(run: run_folder.Run) -> str:
+    """The page's name without its folders, which say where somebody's files lie."""
+    path = run.workdir / run_folder.PAGE
+    try:
+        return posixpath.basename(files.read_object(path, page=str)["page"]) or UNKNOWN
+    except (UserError, OSError):
+        return UNKNOWN
+
+
+def _metrics(run: run_folder.Run) -> str:
+    """The headline metrics with their controls and the paired differences; of other runs, every figure."""
+    metrics = {key: value for key, value in run.metrics.items() if key != run_folder.MACHINE}
+    lead = "± is the half width of a 95 % interval."
+    if "decoder" in metrics:
+        rows = [row for row in summary.summary_table(metrics) if row[1] != figures.MISSING]
+        text = f"{lead}\n\n{_table(('metric', 'value', 'meaning'), rows)}"
+        paired = metrics["decoder"].get("paired")
+        if isinstance(paired, dict) and paired:
+            differences = figures.flatten(paired)
+            text += (
+                "\n\nDifferences to the controls, document by document:\n\n"
+                f"{_table(('difference', 'value'), differences)}"
+            )
+        return text
+    rows = figures.flatten(metrics)
+    if not rows:
+        return "None were measured."
+    cut = "" if len(rows) <= _MAX_ROWS else f" The first {_MAX_ROWS} of {len(rows)}."
+    return f"{lead}{cut}\n\n{_table(('metric', 'value'), rows[:_MAX_ROWS])}"
+
+
+def _memory_licenses(run: run_folder.Run) -> dict[str | None, int]:
+    """Documents of the run's memory by license; empty without a memory."""
+    manifest = run.manifest("memory")
+    if manifest is None or not manifest.is_done:
+        return {}
+    return build_memory.open_memory(run).licenses()
+
+
+def _license_text(license: str | None, licenses: Mapping[str | None, int]) -> str:
+    stated = (
+        f"The license of the weights is {_plain(license)}."
+        if license
+        else "Nobody has stated a license of the weights; ask whoever trained them."
+    )
+    if not licenses:
+        return f"{stated} The run has no memory of documents."
+    rows = [(name or "none stated", f"{count:,}") for name, count in licenses.items()]
+    more = len(rows) - _MAX_LICENSES
+    cut = f"\n\nand {more} further licenses." if more > 0 else ""
+    table = _table(("license", "documents"), rows[:_MAX_LICENSES])
+    return (
+        f"{stated} The memory's documents, which the model was trained to read and copies from, name these; "
+        f"they are not part of the export:\n\n{table}{cut}"
+    )
+
+
+def _limits(family: str, is_trained: bool) -> str:
+    lines = ["- Metrics hold for the documents and splits named above, and for no others."]
+    if is_trained and family != "clip":
+        lines += [
+            "- The image tokenizer, the retriever and the memory stay in the run: the export reads and writes "
+            "token ids.",
+            "- It copies what it retrieves: whoever can write into the memory decides what it shows.",
+        ]
+    if family == "cm3":
+        lines.append("- The tensors have rag_mm's own names; `from_pretrained` does not load them.")
+    lines.append("- It was not examined for harmful or biased output.")
+    return "\n".join(lines)
+
+
+def _section(title: str, text: str) -> str:
+    return f"## {title}\n\n{text}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *([_plain(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _short(text: str) -> str:
+    """One line of printable characters, cut where it is long."""
+    line = " ".join(terminal.printable(text).split())
+    return line if len(line) <= _MAX_CHARACTERS else f"{line[:_MAX_CHARACTERS]}…"
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is: neither markup nor a new cell."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~&!])", r"\\\1", _short(text))
+
+
+def _quoted(text: str) -> str:
+    """A YAML string of any text."""
+    characters = (
+        c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in _short(text)
+    )
+    return f'"{"".join(characters)}"'
