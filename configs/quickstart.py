@@ -94,8 +94,8 @@ def quick() -> dict:
             tie_embeddings=True,
             induction_init=True,
         ),
-        # Two heads look for the place where the codes before and above agree: one code alone cannot tell where
-        # in a plain area it is. Two are plain: without them the words of a caption are ignored.
+        # Two heads look for the place where the codes before and above agree: one code alone cannot tell
+        # where in a plain area it is. Two are plain: without them the words of a caption are ignored.
         look_back=(((0, 1), (1, -1), (1, 0), (1, 1)), ((0, 1), (0, 2), (1, 0), (1, 1)), (), ()),
         optimizer=dict(learning_rate=3e-3, warmup_steps=60, schedule="wsd", weight_decay=0.05),
         loop=dict(num_steps=1400, checkpoint_every=100),

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -78,20 +78,13 @@ class ExportedModel:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Card:
-    """A model card to write; `license` is that of the weights, None if nobody stated one."""
-
-    license: str | None = None
-
-
 def export_checkpoint(
     name: str,
     workdir: pathlib.Path,
     out: pathlib.Path,
     max_bytes: int,
     dtype: np.dtype | None = None,
-    card: Card | None = None,
+    card_license: str | None = None,
 ) -> dict[str, Any]:
     """Writes a run's model as a checkpoint of the family; on failure nothing is left in `out`.
 
@@ -101,7 +94,8 @@ def export_checkpoint(
         out: new folder.
         max_bytes: maximum size of one weight file.
         dtype: dtype to write; None keeps the stored one, bitwise identical.
-        card: writes a model card beside the weights; None writes none.
+        card_license: writes a model card that states this license of the weights, such as apache-2.0 or
+            `model_card.UNKNOWN`; None writes no card.
 
     Returns:
         family, out, files, tensors, bytes, dtypes.
@@ -120,17 +114,20 @@ def export_checkpoint(
     if dtype is not None or not model.is_verbatim:
         values.pop("torch_dtype", None)
         values["dtype"] = dtypes[0]
-    text = None if card is None else _card_text(name, workdir, model, mappings, dtypes, card)
+    side = dict(model.side_files)
+    if card_license is not None:
+        num_params = sum(math.prod(mapping.shape) for mapping in mappings)
+        exported = model_card.Weights(num_params, dtypes, model.config)
+        text = model_card.make(name, run_folder.open_run(workdir), exported, card_license)
+        side[model_card.FILE_NAME] = text.encode()
     files.check_room(out, total)
     with files.whole_folder(out) as folder, importing.megabytes("export", total) as update:
         written = weights.write_shards(
             folder, mappings, dtype_of, model.source.read, max_bytes, update
         )
-        for path, data in model.side_files.items():
+        for path, data in side.items():
             files.write_atomic(folder / path, data)
         files.write_json(folder / frozen.CONFIG, values)
-        if text is not None:
-            files.write_atomic(folder / model_card.FILE_NAME, text.encode())
     return {
         "family": name,
         "out": str(out),
@@ -139,19 +136,6 @@ def export_checkpoint(
         "bytes": total,
         "dtypes": dtypes,
     }
-
-
-def _card_text(
-    name: str,
-    workdir: pathlib.Path,
-    model: ExportedModel,
-    mappings: Sequence[table.TensorMapping],
-    dtypes: Sequence[str],
-    card: Card,
-) -> str:
-    num_params = sum(math.prod(mapping.shape) for mapping in mappings)
-    exported = model_card.Weights(num_params, dtypes, model.config)
-    return model_card.make(name, run_folder.open_run(workdir), exported, card.license)
 
 
 def open_model(name: str, workdir: pathlib.Path) -> ExportedModel:

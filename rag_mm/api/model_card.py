@@ -5,22 +5,22 @@ What a run holds may be a stranger's: words from it are escaped for YAML and Mar
 
 import dataclasses
 import posixpath
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rag_mm.api import importing
-from rag_mm.core import costs, files, run_folder, terminal
+from rag_mm.core import costs, files, run_folder
 from rag_mm.core.errors import UserError
-from rag_mm.report import figures, summary
+from rag_mm.report import figures, markdown, summary
 from rag_mm.stages.ra_cm3 import write_report
 from rag_mm.stages.shared import build_memory, world_config
 
 FILE_NAME = "README.md"
 UNKNOWN = "unknown"  # the Hub's word for a license that nobody stated
+# Metrics of a run that are not those of its retriever.
+_NOT_OF_CLIP = ("tokenizer", "decoder", "control", "baselines", "generation", "quickstart")
 _MAX_ROWS = 60
 _MAX_LICENSES = 20
-_MAX_CHARACTERS = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,18 +83,28 @@ class Weights:
     config: Any
 
 
-def make(family: str, run: run_folder.Run, weights: Weights, license: str | None = None) -> str:
+def make(family: str, run: run_folder.Run, weights: Weights, license: str) -> str:
     """The text of a model card.
 
     Args:
         family: of the export: clip, llama, chameleon or cm3.
         run: the run that was exported.
         weights: what was exported.
-        license: of the weights, an identifier of the Hub such as apache-2.0; None if nobody stated one.
+        license: of the weights, an identifier of the Hub such as apache-2.0; `UNKNOWN` if nobody stated one.
 
     Raises:
-        UserError: the run's memory or metrics are damaged.
+        UserError: the run's config, metrics or memory are damaged.
     """
+    try:
+        return _text(family, run, weights, license)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"The config or the metrics of {run.workdir} are damaged ({type(error).__name__}: {error}); "
+            "export without --card."
+        ) from error
+
+
+def _text(family: str, run: run_folder.Run, weights: Weights, license: str) -> str:
     config, is_trained = run.config, importing.IMPORTED not in run.config
     kind = KINDS[family]
     if is_trained and family == "llama":
@@ -104,10 +114,10 @@ def make(family: str, run: run_folder.Run, weights: Weights, license: str | None
         _header(kind, license, licenses, is_trained),
         f"# {kind.title}, exported by rag_mm",
         f"{_first_sentence(config, family)} {_what_it_is(kind, family, is_trained)}",
-        _section("Sizes", _table(("", ""), _sizes(weights))),
+        _section("Sizes", markdown.table(("", ""), _sizes(weights))),
         _section("Training", _training(run, family) if is_trained else _IMPORTED),
-        _section("Metrics", _metrics(run)),
-        _section("Licenses", _license_text(license, licenses)),
+        _section("Metrics", _metrics(run, family)),
+        _section("Licenses", _license_text(license, licenses, family)),
         _section("Use", f"```python\n{kind.load}\n```"),
         _section("Limits", _limits(family, is_trained)),
     ]
@@ -115,28 +125,29 @@ def make(family: str, run: run_folder.Run, weights: Weights, license: str | None
 
 
 _IMPORTED = (
-    "The weights were imported from a public checkpoint and exported again; rag_mm did not train them, so "
-    "their training data, seed and code are those of that checkpoint's own card."
+    "The weights were imported from a public checkpoint and exported again; for their training data see that "
+    "checkpoint's own card."
 )
 
 
-def _header(
-    kind: Kind, license: str | None, licenses: Mapping[str | None, int], is_trained: bool
-) -> str:
+def _header(kind: Kind, license: str, licenses: Mapping[str | None, int], is_trained: bool) -> str:
     tags = [f"arxiv:{kind.arxiv}", "rag_mm"]
     if is_trained and kind.arxiv == _RA_CM3.arxiv:
         tags += ["retrieval-augmented-generation", "multimodal"]
     lines = [
         f"library_name: {kind.library}",
         f"pipeline_tag: {kind.task}",
-        f"license: {_quoted(license or UNKNOWN)}",
+        f"license: {markdown.yaml_string(license)}",
         "tags:",
         *(f"- {tag}" for tag in tags),
     ]
     if licenses:
         lines.append("memory_licenses:")
         for name, count in list(licenses.items())[:_MAX_LICENSES]:
-            lines += [f"- license: {_quoted(name or UNKNOWN)}", f"  documents: {count}"]
+            lines += [
+                f"- license: {markdown.yaml_string(name or UNKNOWN)}",
+                f"  documents: {count}",
+            ]
     return "\n".join(["---", *lines, "---"])
 
 
@@ -154,11 +165,9 @@ def _first_sentence(config: Mapping[str, Any], family: str) -> str:
 
 
 def _what_it_is(kind: Kind, family: str, is_trained: bool) -> str:
-    role = {
-        "clip": "an image and text encoder",
-        "llama": "a language model",
-        "chameleon": "a language model of images and text",
-    }.get(family, "")
+    role = {"clip": "an image and text encoder", "llama": "a language model"}.get(
+        family, "a language model of images and text"
+    )
     if is_trained and family != "clip":
         role = (
             "a decoder that writes captions, draws images and fills in what was masked, with retrieved "
@@ -210,7 +219,9 @@ def _training(run: run_folder.Run, family: str) -> str:
             (stage, str(steps), str(batch), str(code), figures.duration(spent["wall_seconds"]))
         )
     head = ("stage", "steps", "batch", "version and commit of rag_mm", "time")
-    return f"Trained on {world}.\n\n{_table(('', ''), facts)}\n\n{_table(head, rows)}"
+    return (
+        f"Trained on {world}.\n\n{markdown.table(('', ''), facts)}\n\n{markdown.table(head, rows)}"
+    )
 
 
 def _page(run: run_folder.Run) -> str:
@@ -222,40 +233,40 @@ def _page(run: run_folder.Run) -> str:
         return UNKNOWN
 
 
-def _metrics(run: run_folder.Run) -> str:
+def _metrics(run: run_folder.Run, family: str) -> str:
     """The headline metrics with their controls and the paired differences; of other runs, every figure."""
-    metrics = {key: value for key, value in run.metrics.items() if key != run_folder.MACHINE}
+    others = (run_folder.MACHINE, *(_NOT_OF_CLIP if family == "clip" else ()))
+    metrics = {key: value for key, value in run.metrics.items() if key not in others}
     lead = "± is the half width of a 95 % interval."
-    if "decoder" in metrics:
+    if "joint_accuracy" in metrics.get("decoder", {}):
         rows = [row for row in summary.summary_table(metrics) if row[1] != figures.MISSING]
-        text = f"{lead}\n\n{_table(('metric', 'value', 'meaning'), rows)}"
+        text = f"{lead}\n\n{markdown.table(('metric', 'value', 'meaning'), rows)}"
         paired = metrics["decoder"].get("paired")
         if isinstance(paired, dict) and paired:
             differences = figures.flatten(paired)
             text += (
                 "\n\nDifferences to the controls, document by document:\n\n"
-                f"{_table(('difference', 'value'), differences)}"
+                f"{markdown.table(('difference', 'value'), differences)}"
             )
         return text
-    rows = figures.flatten(metrics)
-    if not rows:
+    every = figures.flatten(metrics)
+    if not every:
         return "None were measured."
-    cut = "" if len(rows) <= _MAX_ROWS else f" The first {_MAX_ROWS} of {len(rows)}."
-    return f"{lead}{cut}\n\n{_table(('metric', 'value'), rows[:_MAX_ROWS])}"
+    cut = "" if len(every) <= _MAX_ROWS else f" The first {_MAX_ROWS} of {len(every)}."
+    return f"{lead}{cut}\n\n{markdown.table(('metric', 'value'), every[:_MAX_ROWS])}"
 
 
 def _memory_licenses(run: run_folder.Run) -> dict[str | None, int]:
     """Documents of the run's memory by license; empty without a memory."""
     manifest = run.manifest("memory")
-    if manifest is None or not manifest.is_done:
-        return {}
-    return build_memory.open_memory(run).licenses()
+    is_done = manifest is not None and manifest.is_done
+    return build_memory.open_memory(run).licenses() if is_done else {}
 
 
-def _license_text(license: str | None, licenses: Mapping[str | None, int]) -> str:
+def _license_text(license: str, licenses: Mapping[str | None, int], family: str) -> str:
     stated = (
-        f"The license of the weights is {_plain(license)}."
-        if license
+        f"The license of the weights is {markdown.plain(license)}."
+        if license != UNKNOWN
         else "Nobody has stated a license of the weights; ask whoever trained them."
     )
     if not licenses:
@@ -263,18 +274,21 @@ def _license_text(license: str | None, licenses: Mapping[str | None, int]) -> st
     rows = [(name or "none stated", f"{count:,}") for name, count in licenses.items()]
     more = len(rows) - _MAX_LICENSES
     cut = f"\n\nand {more} further licenses." if more > 0 else ""
-    table = _table(("license", "documents"), rows[:_MAX_LICENSES])
+    role = "which it embeds" if family == "clip" else "which it reads and copies from"
+    table = markdown.table(("license", "documents"), rows[:_MAX_LICENSES])
     return (
-        f"{stated} The memory's documents, which the model was trained to read and copies from, name these; "
-        f"they are not part of the export:\n\n{table}{cut}"
+        f"{stated} The documents of the run's memory, {role}, name the licenses below; they are not part of "
+        f"the export.\n\n{table}{cut}"
     )
 
 
 def _limits(family: str, is_trained: bool) -> str:
-    lines = ["- Metrics hold for the documents and splits named above, and for no others."]
+    lines = [
+        "- The metrics hold for the documents on which the run measured them, and for no others."
+    ]
     if is_trained and family != "clip":
         lines += [
-            "- The image tokenizer, the retriever and the memory stay in the run: the export reads and writes "
+            "- The image tokenizer, the retriever and the memory stay in the run; the model reads and writes "
             "token ids.",
             "- It copies what it retrieves: whoever can write into the memory decides what it shows.",
         ]
@@ -286,27 +300,3 @@ def _limits(family: str, is_trained: bool) -> str:
 
 def _section(title: str, text: str) -> str:
     return f"## {title}\n\n{text}"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *([_plain(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _short(text: str) -> str:
-    """One line of printable characters, cut where it is long."""
-    line = " ".join(terminal.printable(text).split())
-    return line if len(line) <= _MAX_CHARACTERS else f"{line[:_MAX_CHARACTERS]}…"
-
-
-def _plain(text: str) -> str:
-    """Text that Markdown shows as it is: neither markup nor a new cell."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~&!])", r"\\\1", _short(text))
-
-
-def _quoted(text: str) -> str:
-    """A YAML string of any text."""
-    characters = (
-        c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in _short(text)
-    )
-    return f'"{"".join(characters)}"'

@@ -210,8 +210,8 @@ class Session:
     ) -> GeneratedImages:
         """Regenerates a horizontal band of an image, given what is above and below it.
 
-        The band has the full width, because a masked span is a run of codes in raster order. A pyramid has one
-        in each grid, so that training must have masked as many spans at once.
+        The band has the full width, because a masked span is a run of codes in raster order. A pyramid has
+        one in each grid, so that training must have masked as many spans at once.
 
         Example:
             run.infill(image, "red apple on blue", band=(8, 24), num=4).images  # uint8 [4, H, W, 3]

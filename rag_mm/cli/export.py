@@ -45,15 +45,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Exports. Returns family, out, files, tensors, bytes, dtypes and seconds."""
-    from rag_mm.api import exporting, importing
+    from rag_mm.api import exporting, importing, model_card
 
     if args.license is not None and not (args.card and args.license.strip()):
         raise UserError("--license=ID names a license in the model card; give it with --card.")
-    card = exporting.Card(args.license) if args.card else None
+    card_license = (args.license or model_card.UNKNOWN) if args.card else None
     start = time.monotonic()
     dtype, max_bytes = importing.find_dtype(args.dtype), parse_size(args.shard_size)
     exported = exporting.export_checkpoint(
-        args.family, pathlib.Path(args.workdir), pathlib.Path(args.out), max_bytes, dtype, card
+        args.family,
+        pathlib.Path(args.workdir),
+        pathlib.Path(args.out),
+        max_bytes,
+        dtype,
+        card_license,
     )
     return exported | {"seconds": round(time.monotonic() - start, 3)}
 

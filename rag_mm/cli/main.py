@@ -48,6 +48,7 @@ COMMANDS = {
             "rag-mm train --config=configs/quickstart.py:quick --workdir=runs/quickstart",
             "rag-mm train --config=configs/quickstart.py:quick --show",
             "rag-mm train --config=configs/quickstart.py --workdir=runs/a --stage=tokenizer",
+            "rag-mm train --config=configs/quickstart.py --workdir=runs/a --tracker=trackio",
             "rag-mm train --config=configs/quickstart.py --workdir=/shared/a "
             "--coordinator=10.0.0.1:8476 --num-processes=2 --process-id=0",
         ),
@@ -130,6 +131,7 @@ COMMANDS = {
         (
             "rag-mm export llama runs/llama out",
             "rag-mm export cm3 runs/quickstart out --dtype=bfloat16 --shard-size=2GB",
+            "rag-mm export cm3 runs/quickstart out --card --license=apache-2.0",
         ),
     ),
     "doctor": Command(

@@ -1,4 +1,4 @@
-"""`python -m rag_mm.cli.probes jax|scann|commands`: starts or imports libraries in a process that it may kill.
+"""`python -m rag_mm.cli.probes jax|scann|commands`: starts libraries in a process that they may end.
 
 `rag-mm doctor` runs these in subprocesses: an unknown XLA flag, or ScaNN with the wrong TensorFlow, ends
 the process without an exception.

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         tracking.tracked(destination),
     ):
         finished = chain.run_chain(
-            config, args.workdir, only=args.stage, overwrite=args.overwrite, page=args.config
+            config, args.workdir, only=args.stage, overwrite=args.overwrite, page_name=args.config
         )
     return {"workdir": args.workdir, "metrics": finished.metrics}
 

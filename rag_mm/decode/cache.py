@@ -13,11 +13,11 @@ from rag_mm.nn.decoder import DecoderConfig
 from rag_mm.nn.smear import Recent
 from rag_mm.ops import attention
 
-# A CPU cannot multiply with a layer's slice of stacked weights without copying it, so a loop over layers is
-# up to 2 x slower per token than unrolled layers (2.0 at width 1,024, 1.2 at 192, one sequence), but each
-# unrolled layer adds about 0.3 s to the compilation. Up to this depth that is under 2 s; in deeper models
-# layers are scanned if the bytes that all steps copy per layer take less time than compiling it.
-MAX_UNROLLED, MAX_COPIED = 8, 2 * 10**9
+# A CPU cannot multiply with a layer's slice of stacked weights without copying it: scanned layers take 1.2 to
+# 2 x the time per token of unrolled ones (one sequence, widths 192 and 1,024), but each unrolled layer adds
+# 0.25 s of an idle CPU to the compilation. Up to MAX_UNROLLED layers that is 2 s. Deeper models are scanned
+# while all steps of a call copy at most MAX_COPIED bytes per layer, which takes about a quarter of that time.
+MAX_UNROLLED, MAX_COPIED = 8, 5 * 10**8
 
 
 class LayerCache(NamedTuple):

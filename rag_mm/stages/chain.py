@@ -20,7 +20,7 @@ def run_chain(
     only: str | None = None,
     overwrite: bool = False,
     reuse_from: Sequence[epath.PathLike] = (),
-    page: str | None = None,
+    page_name: str | None = None,
 ) -> run_folder.Run:
     """Runs the stages of a config in order, or one of them.
 
@@ -33,7 +33,7 @@ def run_chain(
         only: name of the only stage to run; None runs all.
         overwrite: rebuild stages whose config or inputs changed, instead of raising.
         reuse_from: runs whose finished stages are copied if config and inputs are the same.
-        page: name of the config page, kept for the run's model card.
+        page_name: of the config page, kept for the run's model card.
 
     Raises:
         UserError: the config, the devices or the run are unsuitable (nothing has been changed then), or a
@@ -69,8 +69,8 @@ def run_chain(
                     run, name, slice_of(configs[name]), _inputs(name, configs[name])
                 )
         run.save_config(config)
-        if page is not None:
-            files.write_json(run.workdir / run_folder.PAGE, {"page": page})
+        if page_name is not None:
+            files.write_json(run.workdir / run_folder.PAGE, {"page": page_name})
         sources = [run_folder.Run(epath.Path(source)) for source in reuse_from]
         has_run = [_run_stage(run, name, configs[name], overwrite, sources) for name in chosen]
         finished = [name for name in configs if run.manifest(name) is not None]

@@ -133,8 +133,8 @@ def fit(
 
     With several processes, each calls this with its own share of the same batches; files are written once.
 
-    Speed is logged in `speed.jsonl` (`train.throughput`). Inside of `tracking.tracked` each log line also goes
-    to an experiment tracker.
+    Speed is logged in `speed.jsonl` (`train.throughput`). Inside of `tracking.tracked` each log line also
+    goes to an experiment tracker.
 
     Args:
         name: label in progress and error messages.

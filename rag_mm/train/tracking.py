@@ -57,7 +57,7 @@ def find(name: str) -> Any:
 
 @contextlib.contextmanager
 def tracked(destination: Destination | None) -> Iterator[None]:
-    """Every `loop.fit` in the body sends its log lines there, each stage as a run of its own; None: nowhere."""
+    """Every `loop.fit` in the body sends its log lines there, a run for each stage; None sends none."""
     token = _DESTINATION.set(destination)
     try:
         yield
@@ -68,8 +68,8 @@ def tracked(destination: Destination | None) -> Iterator[None]:
 class Tracker:
     """A stage's run in the tracker; without one, and in all processes but the first, it does nothing.
 
-    `tracker.json` in the stage's folder keeps the tracker's name, the run's id and the last step that was sent,
-    so that a resumed stage goes on with the same run and sends no step twice.
+    `tracker.json` in the stage's folder keeps the tracker's name, the run's id and the last step that was
+    sent, so that a resumed stage goes on with the same run and sends no step twice.
     """
 
     def __init__(self, stage_dir: epath.PathLike):
@@ -85,8 +85,9 @@ class Tracker:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Sends the values of a step, unless an interrupted training has already sent it."""
-        if self._module is not None and step > self._last:
-            self._try(lambda: self._log(step, values))
+        module = self._module
+        if module is not None and step > self._last:
+            self._try(lambda: self._log(module, step, values))
 
     def close(self) -> None:
         """Ends the run in the tracker."""
@@ -107,8 +108,8 @@ class Tracker:
             **{key: value for key, value in further.items() if key in known},
         )
 
-    def _log(self, step: int, values: Mapping[str, float]) -> None:
-        self._module.log(dict(values), step=step)
+    def _log(self, module: Any, step: int, values: Mapping[str, float]) -> None:
+        module.log(dict(values), step=step)
         self._last = step
         self._save()
 

@@ -254,8 +254,8 @@ def test_a_real_shell_sees_the_exit_code():
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
 
 
-def _python(code, **options):
-    """Runs a command whose work is `code`, in a process of its own."""
+def _python(code, closed=(), **options):
+    """Runs a command whose work is `code`, in a process of its own, with the streams `closed`."""
     program = f"""
 import sys, types
 module = types.ModuleType("rag_mm.cli.doctor")
@@ -270,9 +270,9 @@ from rag_mm.cli import main
 sys.exit(main.main())
 """
     environment = {**os.environ, **options.pop("environment", {})}
-    return subprocess.run(
-        [sys.executable, "-c", program], check=False, timeout=60, env=environment, **options
-    )
+    shell = f'exec "$@" {" ".join(f"{number}>&-" for number in closed)}'
+    words = ["sh", "-c", shell, "sh", sys.executable, "-c", program]
+    return subprocess.run(words, check=False, timeout=60, env=environment, **options)
 
 
 def test_ctrl_c_ends_the_process_before_threads_of_libraries_do():
@@ -308,8 +308,7 @@ with open({str(tmp_path / "data")!r}, "w") as file:
     file.write("data")
 return dict(text="some text")
 """
-    close = lambda: [os.close(number) for number in closed]
-    done = _python(code, capture_output=True, preexec_fn=close)
+    done = _python(code, closed, capture_output=True)
     assert done.returncode == 0
     assert (tmp_path / "data").read_text() == "data"
     assert (b"some text" in done.stdout) == (1 not in closed)

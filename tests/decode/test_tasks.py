@@ -10,7 +10,7 @@ from flax import nnx
 
 from rag_mm.core.errors import UserError
 from rag_mm.data import sequences, token_documents, vocabulary
-from rag_mm.decode import sampler, tasks
+from rag_mm.decode import decode_batch, sampler, tasks
 from rag_mm.nn import decoder, param_trees
 
 VOCAB = vocabulary.train_vocabulary([], 256, 16, 4)
@@ -255,3 +255,19 @@ def test_seeds_do_not_depend_on_the_number_of_examples():
         [many, tasks.make_seeds(4, 100), tasks.make_seeds(3, 100, 1)], 2
     ):
         assert not np.intersect1d(left, right).size
+
+
+def test_without_a_batch_size_memory_decides(generator, monkeypatch):
+    """Budgets for one image, and for all; a last batch is padded to a power of two."""
+    sizes, real = [], sampler.sample
+
+    def counted(params, prompts, seeds, *args, **options):
+        sizes.append(len(seeds))
+        return real(params, prompts, seeds, *args, **options)
+
+    monkeypatch.setattr(sampler, "sample", counted)
+    whole = generate(generator)
+    monkeypatch.setattr(decode_batch, "CPU_BYTES", 1)
+    one_by_one = generate(generator)
+    assert sizes == [4, 1, 1, 1]
+    np.testing.assert_array_equal(one_by_one.codes, whole.codes)

@@ -144,7 +144,9 @@ def test_a_run_killed_anywhere_ends_with_the_same_bits(unbroken, tmp_path, batch
     assert_same(next(iterator), unbroken[3])
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"step": 4, "sums": {"loss": ["x"]}}', '{"step": NaN}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"step": 4, "sums": {"loss": ["x"]}}', '{"step": NaN}']
+)
 def test_damaged_averages_and_logs_stop_no_resume(unbroken, tmp_path, text):
     with pytest.raises(Killed):
         fit(tmp_path, iterator=dying(6))

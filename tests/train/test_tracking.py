@@ -1,14 +1,19 @@
 """Log lines go to an experiment tracker, which can neither change nor stop the training."""
 
 import json
+import pathlib
+import sys
 import types
 
 import jax
 import pytest
 import test_loop
+from etils import epath
 
-from rag_mm.core import costs, progress
+from rag_mm.cli import main
+from rag_mm.core import costs, progress, run_folder
 from rag_mm.core.errors import UserError
+from rag_mm.stages import chain
 from rag_mm.train import tracking
 
 
@@ -112,3 +117,51 @@ def test_only_the_leader_sends(tmp_path, monkeypatch):
 def test_an_absent_tracker_is_one_sentence():
     with pytest.raises(UserError, match="run pip install no_such_tracker, or leave it out"):
         tracking.find("no_such_tracker")
+
+
+PAGE = pathlib.Path(__file__).parent.parent / "end_to_end" / "small_toy_page.py"
+
+
+def test_the_command_sends_to_the_tracker_it_names(tmp_path, monkeypatch, capsys):
+    tracker = Fake("trackio")
+    monkeypatch.setitem(sys.modules, "trackio", tracker)
+
+    def run_chain(config, workdir, **options):
+        test_loop.fit(pathlib.Path(workdir) / "toy_fusion")
+        return types.SimpleNamespace(metrics={})
+
+    monkeypatch.setattr(chain, "run_chain", run_chain)
+    words = ["train", f"--config={PAGE}", f"--workdir={tmp_path / 'run'}", "--tracker=trackio"]
+    assert main.main(words) == 0
+    (begun,) = tracker.begun
+    assert begun["name"].startswith("run-toy_fusion-") and begun["config"]["seed"] == 0
+    assert [step for step, _ in tracker.rows] == [2, 4, 6, 8] and tracker.num_ended == 1
+    assert main.main([word for word in words if "tracker" not in word]) == 0
+    assert len(tracker.begun) == 1
+
+
+def test_what_is_kept_of_a_tracker_is_no_output_of_the_stage(tmp_path):
+    """Its id differs between two runs that are the same bit for bit."""
+    run = run_folder.Run(epath.Path(tmp_path / "run"))
+
+    def work(run, stage_dir):
+        with tracking.tracked(tracking.Destination(Fake(), {})):
+            sender = tracking.Tracker(stage_dir)
+            sender.write(1, {"train/loss": 1.0})
+            sender.close()
+        return {}
+
+    run_folder.run_stage(run, "decoder", {}, (), work)
+    path = run.finished_stage("decoder") / costs.TRACKER_NAME
+    path.write_text("{}")
+    run.finished_stage("decoder")
+
+
+def test_the_command_refuses_a_tracker_that_is_not_installed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    code = main.main(
+        ["train", f"--config={PAGE}", f"--workdir={tmp_path / 'run'}", "--tracker=wandb"]
+    )
+    message = capsys.readouterr().err
+    assert code == 2 and "run pip install wandb, or leave it out" in message
+    assert not (tmp_path / "run").exists()

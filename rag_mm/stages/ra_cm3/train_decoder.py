@@ -63,9 +63,9 @@ class DecoderStageConfig(starting_point.StartConfig):
         sequences: documents, captions and lengths of a training sequence.
         masking: which spans are moved to the end of a sequence.
         alpha: loss weight of the targets in retrieved documents (docs/papers/ra_cm3.md#loss).
-        look_back: for each head or group of heads, the places that its keys are mixed from, as (rows up, codes
-            to the left) in the image's grid, the finest of a pyramid: `model.smear_lags` for any grid. (0, 1)
-            is also a text's previous token.
+        look_back: for each head or group of heads, the places that its keys are mixed from, as (rows up,
+            codes to the left) in the image's grid, the finest of a pyramid: `model.smear_lags` for any grid.
+            (0, 1) is also a text's previous token.
         is_baseline: train the baseline: the same main documents in the same order, without retrieved ones.
         batch_size: sequences per step.
         num_watched: number of scenes of tune classes on which copying is measured at every checkpoint.

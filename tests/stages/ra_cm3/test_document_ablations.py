@@ -15,7 +15,7 @@ MEMORY_FACTS = [Facts((Entity(c, 24, 0, 0),), "red") for c in (1, 1, 2, 2, 3)] +
 ]
 MEMORY = [pair((10 + i,), np.full(4, i, np.int32)) for i in range(len(MEMORY_FACTS))]
 IMAGE_TOKENIZER = types.SimpleNamespace(
-    config=types.SimpleNamespace(image_size=8),
+    image_size=8,
     encode=lambda images: np.full((len(images), 4), 99, np.int32),
 )
 
