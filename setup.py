@@ -51,7 +51,7 @@ EXTRAS = {
     "gpu": ["jax[cuda13]>=0.10,<0.13"],
     "bench": ["faiss-cpu>=1.12"],  # the peer of `rag-mm bench memory`
     "beam": ["apache-beam>=2.60"],
-    "explore": ["starlette>=1,<2", "uvicorn>=0.30"],  # the page of `rag-mm explore`
+    "explore": ["anyio>=4", "starlette>=1,<2", "uvicorn>=0.30"],  # the page of `rag-mm explore`
     "parity": ["torch==2.13.0", "transformers>=5,<6"],
     "test": [
         "beartype",

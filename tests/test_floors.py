@@ -44,7 +44,7 @@ LAZY = {
     "transformers": {"perf/bench/torch_peer.py"},
     "scann": {"memory/index/scann_searcher.py"},
     "faiss": {"perf/bench/faiss_peer.py"},
-    "uvicorn": {"cli/explore.py"},
+    "uvicorn": {"cli/explore.py", "api/explore_connections.py"},
     "apache_beam": {"data/beam_ingest.py"},
 }
 

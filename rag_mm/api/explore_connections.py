@@ -3,15 +3,14 @@
 import asyncio
 from typing import Any
 
-import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http import h11_impl
 
 MAX_CONNECTIONS = 64
 READ_SECONDS = 20.0
 """A request, with its body, must have arrived in that time."""
 
 
-class ImpatientProtocol(H11Protocol):
+class ImpatientProtocol(h11_impl.H11Protocol):
     """uvicorn's protocol, which by itself waits for ever for the rest of a request."""
 
     read_seconds = READ_SECONDS
@@ -46,7 +45,7 @@ class ImpatientProtocol(H11Protocol):
     def _give_up(self) -> None:
         if self.transport.is_closing():
             return
-        if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
+        if self.conn.their_state in (h11_impl.h11.IDLE, h11_impl.h11.SEND_BODY):
             self.transport.close()
         else:  # The request is whole, and its answer takes time.
             self._wait()

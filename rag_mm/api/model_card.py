@@ -235,7 +235,9 @@ def _page(run: run_folder.Run) -> str:
 
 def _metrics(run: run_folder.Run, family: str) -> str:
     """The headline metrics with their controls and the paired differences; of other runs, every figure."""
-    others = (run_folder.MACHINE, *(_NOT_OF_CLIP if family == "clip" else ()))
+    others = {run_folder.MACHINE, *(_NOT_OF_CLIP if family == "clip" else ())}
+    if importing.IMPORTED in run.config:
+        others.add(importing.STAGES[family])  # the sizes of its files
     metrics = {key: value for key, value in run.metrics.items() if key not in others}
     lead = "± is the half width of a 95 % interval."
     if "joint_accuracy" in metrics.get("decoder", {}):

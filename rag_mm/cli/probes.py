@@ -10,7 +10,7 @@ import pkgutil
 import sys
 
 # Of the extra [explore]; the other extras' libraries are imported inside functions.
-OPTIONAL = ("anyio", "starlette", "uvicorn")
+OPTIONAL = ("anyio", "h11", "starlette", "uvicorn")
 
 
 def start_jax() -> None:

@@ -38,34 +38,36 @@ def make_packed_batches(
         transform: turns one record into arrays [T] of any T up to `length`, among them `segment_ids`.
         length: tokens in a row.
         padding: the value that fills the end of a row, by name of an array; 0 elsewhere.
-        rows: which rows of each batch to make, if other processes make the rest; None makes all. Every
-            process packs windows of its own, so batches depend on the number of processes.
+        rows: which rows of each batch to return, if other processes take the rest; None returns all. Every
+            process makes all sequences, so that all are at the same place.
         window: examples packed together.
 
     Returns:
         An iterator over arrays [batch_size, length] by name; `segment_ids` number the sequences of a row from
-        1. Its state is as of `pipeline.make_batches`.
+        1, and `pipeline.RECORDS` has the record of each token, -1 in padding. Its state is as of
+        `pipeline.make_batches`.
 
     Raises:
         UserError: there are no records.
     """
     if not len(source):
         raise UserError("There are no records to pack; give at least one.")
-    rows = rows or range(batch_size)
+    rows, padding = rows or range(batch_size), {pipeline.RECORDS: -1, **padding}
     shuffle_seed, transform_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
 
     def make(index: int, rng: np.random.Generator) -> Row:
-        return transform(source[index], rng)
+        row = transform(source[index], rng)
+        return row | {pipeline.RECORDS: np.full(len(row["segment_ids"]), index, np.int64)}
 
     examples = grain.MapDataset.range(len(source)).shuffle(shuffle_seed).repeat(None)
     windows = examples.random_map(make, seed=transform_seed).batch(
         window, batch_fn=functools.partial(pack, length=length, padding=padding)
     )
-    own = windows[rows.start // len(rows) :: batch_size // len(rows)]
     packed = grain.experimental.FlatMapIterDataset(
-        own.to_iter_dataset(pipeline.READING), _Rows(max_fan_out=window)
+        windows.to_iter_dataset(pipeline.READING), _Rows(max_fan_out=window)
     )
-    return iter(packed.batch(len(rows), drop_remainder=True))
+    batches = packed.batch(batch_size, drop_remainder=True)
+    return iter(batches.map(lambda batch: {k: v[rows.start : rows.stop] for k, v in batch.items()}))
 
 
 def pack(examples: Sequence[Row], length: int, padding: dict[str, int]) -> list[Row]:

@@ -281,9 +281,11 @@ def continue_prompt(
     An image's size token, where there is one, is part of the prompt. The ids of this and of later segments do
     not matter.
     """
+    if not len(main.segments[segment].ids):
+        main = main.replace(segment, ids=[0])  # To be where the segment begins.
     parts = lay_out(layout, vocabulary, main, docs)
     end = int(parts.main[segment, 0])
-    return Prompt(parts.tokens[:end], parts.positions[:end], int(parts.positions[end - 1]) + 1)
+    return Prompt(parts.tokens[:end], parts.positions[:end], int(parts.positions[end]))
 
 
 def fill_prompt(

@@ -61,14 +61,15 @@ class Example:
 
     def with_text(self, ids: Ids) -> "Example":
         """The document with other ids in its first text; ValueError if there is none."""
-        return self._replace(self.find(TEXT), ids=ids)
+        return self.replace(self.find(TEXT), ids=ids)
 
     def with_codes(self, codes: np.ndarray, image_size: int | None = None) -> "Example":
         """The document with other codes, int32 [N], in its first image; ValueError if there is none."""
         at = self.find(IMAGE)
-        return self._replace(at, ids=codes, image_size=image_size or self.segments[at].image_size)
+        return self.replace(at, ids=codes, image_size=image_size or self.segments[at].image_size)
 
-    def _replace(self, at: int, **changes: Any) -> "Example":
+    def replace(self, at: int, **changes: Any) -> "Example":
+        """The document with other attributes of segment `at`."""
         segments = list(self.segments)
         segments[at] = dataclasses.replace(segments[at], **changes)
         return dataclasses.replace(self, segments=tuple(segments))

@@ -266,7 +266,7 @@ class Decoder(nnx.Module):
         rotation: rope.Rotation | None,
         attend: Attend,
         cache: tuple,
-    ) -> tuple[Float[Array, "B 1 D"], tuple]:
+    ) -> tuple[Float[Array, "B 1 D"], Any]:
         """Decodes one token per sequence.
 
         Args:

@@ -245,7 +245,10 @@ class _Run:
         start = time.monotonic()
         with watchdog.within(self.extras.stall_seconds):
             host_batch = dict(next(iterator))
-        self._records.append(np.asarray(host_batch.pop(pipeline.RECORDS, ())).tolist())
+        records = np.asarray(host_batch.pop(pipeline.RECORDS, ()))
+        if records.ndim > 1:  # One per token of packed rows.
+            records = np.unique(records[records >= 0])
+        self._records.append(records.tolist())
         batch = sharding.put_batch(host_batch, self.mesh)
         self.speed.load(host_batch, time.monotonic() - start)
         return batch
@@ -287,8 +290,10 @@ class _Run:
                 f"{step - num_in_a_row + 1} to {step}; their losses are non-finite or too high"
                 + self._name_records(step, num_in_a_row)
             )
-        if not np.isfinite(values["loss"]) and not num_skipped:
-            raise FloatingPointError(f"{self.name}: the loss at step {step} is not finite")
+        for key in values:
+            is_loss = key == "loss" or key.endswith("/loss")
+            if is_loss and not np.isfinite(values[key]) and not num_skipped:
+                raise FloatingPointError(f"{self.name}: the {key} at step {step} is not finite")
 
     def _name_records(self, step: int, num_batches: int) -> str:
         """Names the records of the last batches that this process loaded; writes all of them to a file."""

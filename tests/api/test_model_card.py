@@ -92,7 +92,7 @@ def test_the_card_tells_training_metrics_controls_and_licenses(tmp_path, capsys,
     for row in (
         "| config page | mine.py:full |",
         "| seed | 7 |",
-        "| Joint accuracy | 2 docs: 75.0 % ± 5.0 |",
+        "2 docs: 75.0 % ± 5.0 |",
         "baseline: 1.0 % ± 2.0",
         r"| joint\_docs2\_minus\_control | 0.7344 ± 0.0542 (n = 256) |",
         "| CC0 | 4 |",

@@ -272,12 +272,21 @@ def test_prompts_are_beginnings_of_training_sequences(shape, kind):
             row = sequences.as_row(vocab, plain)
             n = len(prompt.tokens)
             assert prompt.tokens.tolist() == row["tokens"][:n].tolist() and n == start
-            assert prompt.next_position == (row["positions"][n - 1] + 1)
+            assert prompt.next_position == row["positions"][n]
             prompt = sequences.fill_prompt(layout, vocab, main, number, [doc])
             masked = sequences.mask(layout, vocab, plain, np.array([[start, end]]))
             assert_begins(prompt, sequences.as_row(vocab, masked))
             n = len(prompt.tokens)
             assert masked.tokens[n:].tolist() == [*plain.tokens[start:end].tolist(), X]
+
+
+def test_a_main_document_begins_in_its_own_slot():
+    """The retrieved one leaves room in its slot: a prompt for the first segment skips it."""
+    for first in (MAIN, pair([], MAIN.codes)):
+        prompt = sequences.continue_prompt(WIDE, VOCABULARY, first, 0, [DOC])
+        row = sequences.make_row(WIDE, VOCABULARY, MAIN, [DOC])
+        assert_begins(prompt, row)
+        assert prompt.next_position == 1 + WIDE.slot
 
 
 def test_the_room_that_a_short_text_leaves_is_not_counted_by_what_follows():

@@ -55,8 +55,8 @@ def test_packed_rows_train_by_command(tmp_path, capsys):
     run = tmp_path / "run"
     options = ["--config.copy_probe.sequences.layout=packed"]
     assert main.main([*COMMAND, f"--workdir={run}", *options]) == 2
-    assert "max_seq_len is 0, but" in capsys.readouterr().err
-    options += ["--overwrite", "--config.copy_probe.sequences.max_seq_len=512"]
+    assert "max_seq_len is 0; give max_seq_len" in capsys.readouterr().err
+    options += ["--config.copy_probe.sequences.max_seq_len=512"]
     assert main.main([*COMMAND, f"--workdir={run}", *options]) == 0
     figures = files.read_json(run / "metrics.json")["copy_probe"]
     assert np.isfinite(figures["art_nll"]["docs2"]["mean"]) and figures["tokens"] == 40 * 8 * 512

@@ -39,11 +39,9 @@ def resolve_control(page: Mapping[str, Any], section: Mapping[str, Any]) -> dict
         values[part] = {**values.get(part, {}), **(section.get(part) or {})}
     if "smear_lags" in (section.get("model") or {}):
         values.pop("look_back", None)
-    if (
-        values.get("start_from") == "control"
-    ):  # The decoder adapts it; it is trained whole, from the start.
-        own = {field.name for field in dataclasses.fields(starting_point.StartConfig)}
-        values = {key: value for key, value in values.items() if key not in own}
+    # Trained whole and from the start: what the decoder starts from may have read documents.
+    own = {field.name for field in dataclasses.fields(starting_point.StartConfig)}
+    values = {key: value for key, value in values.items() if key not in own}
     if section.get("num_steps") is not None:
         values["loop"] = {**values["loop"], "num_steps": section["num_steps"]}
     return values
@@ -67,7 +65,6 @@ STAGES = {
         train_decoder.CONTROL_INPUTS,
         train_decoder.run,
         mesh=train_decoder.make_mesh,
-        more_inputs=start_inputs,
         section=ControlSection,
         resolve=resolve_control,
     ),

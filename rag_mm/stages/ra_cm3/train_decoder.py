@@ -65,7 +65,7 @@ class DecoderStageConfig(starting_point.StartConfig):
         alpha: loss weight of the targets in retrieved documents (docs/papers/ra_cm3.md#loss).
         look_back: for each head or group of heads, the places that its keys are mixed from, as (rows up,
             codes to the left) in the image's grid, the finest of a pyramid: `model.smear_lags` for any grid.
-            (0, 1) is also a text's previous token.
+            (0, 1) is also a text's previous token. Images of further sizes are looked at with the same lags.
         is_baseline: train the baseline: the same main documents in the same order, without retrieved ones.
         batch_size: sequences per step.
         num_watched: number of scenes of tune classes on which copying is measured at every checkpoint.
@@ -99,6 +99,8 @@ class DecoderStageConfig(starting_point.StartConfig):
         shape = configuration.make(DecoderConfig, {**sizes, **self.model}, "model")
         if self.look_back and shape.smear_lags:
             raise ValueError("look_back and model.smear_lags say the same; give one of them")
+        # As many entries as heads or groups of heads; in a grid wide enough for any place.
+        _ = dataclasses.replace(shape, smear_lags=self.smear_lags(64)).block
         if shape.head_dim is None and shape.embed_dim % shape.num_heads:
             raise ValueError(
                 f"model.num_heads is {shape.num_heads}, which does not divide embed_dim={shape.embed_dim}"

@@ -33,8 +33,10 @@ class SequencesConfig:
             sequence; targets stay clean. Makes copying robust to the model's own errors.
         layout: slots, positions by document, each with room for its longest text; or packed, positions that
             run on, and several sequences in a row of `max_seq_len` tokens.
-        max_seq_len: tokens in a row of the packed layout.
-        image_first_prob: probability that all documents of a sequence begin with their image.
+        max_seq_len: tokens in a row of the packed layout. A row holds more main documents the fewer are
+            retrieved, so that a packed baseline sees more of them in a step.
+        image_first_prob: probability, below 1, that all documents of a sequence begin with their image,
+            before its caption. Images, captions and likelihoods are asked for in the other order.
     """
 
     captions_per_image: int = 4
@@ -66,7 +68,13 @@ class SequencesConfig:
                 f"max_text_len={self.max_text_len}"
             )
         checks.at_least(self, 1, "captions_per_image", "max_text_len")
-        checks.between(self, 0, 1, "full_caption_prob", "code_noise", "image_first_prob")
+        checks.between(self, 0, 1, "full_caption_prob", "code_noise")
+        checks.below_one(self, "image_first_prob")
+        if (self.layout == sequences.PACKED) != (self.max_seq_len > 0):
+            raise UserError(
+                f"layout is {self.layout} and max_seq_len is {self.max_seq_len}; give max_seq_len, the "
+                "length of a row, to packed and only to it."
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -119,6 +119,7 @@ def _read(world: OwnImages) -> list[Document]:
     source = open_documents.open_documents(world.documents)
     documents: dict[str, Document] = {}
     rejects: list[stream.Reject] = []
+    num_cut = 0
     with progress.track("images", source.size or 0) as bar:
         for item in source.read(0):
             reject = item.reject or _reject(item.document, documents)
@@ -126,6 +127,7 @@ def _read(world: OwnImages) -> list[Document]:
                 rejects.append(reject)
             elif item.document is not None and item.document.image is not None:
                 documents[item.document.id] = _resize(item.document, world.image_size)
+                num_cut += len(item.document.segments) > 2
             bar.update(len(documents) + len(rejects))
     first = f"; the first is {rejects[0].name}: {rejects[0].detail}" if rejects else ""
     if (
@@ -137,6 +139,11 @@ def _read(world: OwnImages) -> list[Document]:
         )
     if rejects:
         progress.say(f"{world.documents}: skipped {len(rejects)} bad records{first}")
+    if num_cut:
+        progress.say(
+            f"{world.documents}: {num_cut} documents have several images or texts; training reads the first "
+            "image, and all texts as its caption"
+        )
     return list(documents.values())
 
 

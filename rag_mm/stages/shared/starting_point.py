@@ -65,11 +65,14 @@ class StartConfig:
             raise ValueError("lora trains updates of a model; name one with start_from")
         if self.frozen_dtype is not None and self.lora is None and not self.freeze:
             raise ValueError("frozen_dtype is set, but nothing is frozen; give freeze or lora")
-        folder = None if self.start_stage or not self.start_from else _find(self.start_from)
-        if folder is not None:
+        if self.start_from and not self.start_stage:
+            folder = _find(self.start_from)
             manifest = run_folder.Run(folder.parent).manifest(folder.name)
-            fingerprint = "" if manifest is None else manifest.fingerprint
-            object.__setattr__(self, "started_from", fingerprint)
+            if manifest is None or not manifest.is_done:
+                raise UserError(
+                    f"start_from is {self.start_from}, which is not finished; finish it first."
+                )
+            object.__setattr__(self, "started_from", manifest.fingerprint)
 
     @property
     def start_stage(self) -> str | None:
@@ -111,11 +114,6 @@ class StartConfig:
         if self.start_stage is not None:
             return run_folder.Run(workdir).finished_stage(self.start_stage)
         folder = _find(self.start_from or "")
-        if folder is None:
-            raise UserError(
-                f"start_from is {self.start_from}, which holds no decoder; give the folder of a run or of "
-                "one of its stages."
-            )
         return run_folder.Run(folder.parent).finished_stage(folder.name)
 
 
@@ -173,11 +171,14 @@ def _check(folder: epath.Path, found: dict[str, tuple[int, ...]], abstract: Para
         )
 
 
-def _find(start_from: str) -> epath.Path | None:
-    """The folder of the stage that a path names: its own, or that of its run; None if there is none."""
+def _find(start_from: str) -> epath.Path:
+    """The folder of the stage that a path names: its own, or that of its run."""
     path = epath.Path(start_from)
     path = path if "://" in start_from else path.resolve()
     for folder in (path, *(path / name for name in STAGES)):
         if (folder / run_folder.MANIFEST).exists():
             return folder
-    return None
+    raise UserError(
+        f"start_from is {start_from}, which holds no decoder; give the folder of a run or of one of its "
+        "stages."
+    )

@@ -93,6 +93,13 @@ class TokenizerStageConfig:
                 f"image_sizes={self.image_sizes} must begin with the world's image size, "
                 f"{self.world.image_size}"
             )
+        if len(set(self.image_sizes)) < len(self.image_sizes) or (
+            max(self.image_sizes, default=0) > self.world.image_size
+        ):
+            raise ValueError(
+                f"image_sizes={self.image_sizes}; give each size once, none above the world's, since smaller "
+                "images are scaled from its images"
+            )
         if self.imported is not None:
             return  # `model` is not used.
         patches = self.num_init_images * self.model.levels[-1] ** 2
