@@ -75,7 +75,7 @@ def _serve(session: Any, name: str, token: str, listener: socket.socket) -> None
     # No request log, since queries are private, and no proxy headers, since no proxy is expected.
     config = uvicorn.Config(
         app,
-        http=explore_connections.ImpatientProtocol,
+        http=explore_connections.make_protocol(),
         log_level="warning",
         access_log=False,
         proxy_headers=False,

@@ -73,14 +73,14 @@ def test_with_the_token_the_page_and_its_requests_are_answered(client):
 @contextlib.contextmanager
 def serving(session, read_seconds=20.0):
     """A real server on a free port, which is yielded."""
-
-    class Protocol(explore_connections.ImpatientProtocol):
-        pass
-
-    Protocol.read_seconds = read_seconds
     app = explore_server.make_app(session, "run", TOKEN)
     server = uvicorn.Server(
-        uvicorn.Config(app, http=Protocol, log_level="error", timeout_graceful_shutdown=1)
+        uvicorn.Config(
+            app,
+            http=explore_connections.make_protocol(read_seconds),
+            log_level="error",
+            timeout_graceful_shutdown=1,
+        )
     )
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
