@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rag_mm.core import checks, configuration, manifest_values
+from rag_mm.core import checks, manifest_values
 from rag_mm.core.errors import UserError
 from rag_mm.models.clip import MAX_LOGIT_SCALE
 from rag_mm.nn import param_trees
@@ -100,6 +100,11 @@ class OptimizerConfig:
         return configs
 
     def _groups(self) -> list[GroupConfig]:
+        if not self.groups:
+            return []
+        # Imported here because benchmarks run where config pages cannot be read.
+        from rag_mm.core import configuration
+
         return [configuration.make(GroupConfig, group, "groups") for group in self.groups]
 
 

@@ -49,7 +49,7 @@ def with_value(values, path, text):
     ("family", "name"),
     [
         ("llama", "llama"),
-        ("clip", "clip"),
+        pytest.param("clip", "clip", marks=pytest.mark.slow),
         pytest.param("chameleon", "chameleon", marks=pytest.mark.slow),
         pytest.param(importing.IMAGE_TOKENIZER, "janus_vq", marks=pytest.mark.slow),
         pytest.param(importing.IMAGE_TOKENIZER, "emu3_vq", marks=pytest.mark.slow),

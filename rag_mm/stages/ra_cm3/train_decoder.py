@@ -99,12 +99,12 @@ class DecoderStageConfig(starting_point.StartConfig):
         shape = configuration.make(DecoderConfig, {**sizes, **self.model}, "model")
         if self.look_back and shape.smear_lags:
             raise ValueError("look_back and model.smear_lags say the same; give one of them")
-        # As many entries as heads or groups of heads; in a grid wide enough for any place.
-        _ = dataclasses.replace(shape, smear_lags=self.smear_lags(64)).block
         if shape.head_dim is None and shape.embed_dim % shape.num_heads:
             raise ValueError(
                 f"model.num_heads is {shape.num_heads}, which does not divide embed_dim={shape.embed_dim}"
             )
+        # As many entries as heads or groups of heads; in a grid wide enough for any place.
+        _ = dataclasses.replace(shape, smear_lags=self.smear_lags(64)).block
 
     def layout(self, num_codes: int) -> Layout:
         """The layout of the decoder's sequences, for images of `num_codes` codes."""
