@@ -17,9 +17,8 @@ def record(description: Path) -> None:
     """Records the index that a file describes as this user's; without a cache folder nothing is recorded."""
     folder = user_cache.folder(_FOLDER)
     if folder is not None:
-        with contextlib.suppress(
-            OSError
-        ):  # A full disk: the index is built anew when it is loaded.
+        # On a full disk it is not recorded, and the index built anew when it is loaded.
+        with contextlib.suppress(OSError):
             (folder / files.file_digest(description)).touch(mode=0o600)
 
 
