@@ -10,15 +10,20 @@ VERSION = re.search(
     r'^__version__ = "([^"]+)"$', (ROOT / "rag_mm" / "__init__.py").read_text(), re.MULTILINE
 ).group(1)
 
+# CI runs every bound: on Python 3.11 with requirements.lock, on 3.12 or 3.13 with requirements-newest.lock.
+# flax and jax come in pairs, since many of their versions do not import together: flax 0.12.8 not with
+# jax 0.11.1, 0.12.9 not with 0.11.2. Python 3.11 has no newer ones than these.
 BASE = [
     "absl-py",
     "array_record>=0.8; sys_platform != 'win32'",
     "clu>=0.0.12",
     "etils[epath]",
-    "flax>=0.12.8,<0.13",
-    "grain>=0.2.15",
+    "flax>=0.12.8,<0.12.9; python_version < '3.12'",
+    "flax>=0.12.12,<0.13; python_version >= '3.12'",
+    "grain>=0.2.18",
     "importlib_resources",  # tensorflow-datasets imports it without saying so.
-    "jax>=0.10,<0.13",
+    "jax>=0.10.2,<0.11; python_version < '3.12'",
+    "jax>=0.12,<0.13; python_version >= '3.12'",
     "jaxtyping>=0.3.11,<0.4",
     "jinja2",
     "markupsafe",
@@ -26,16 +31,16 @@ BASE = [
     "ml_collections>=1.1",
     "ml_dtypes",
     "msgpack",
-    "numpy>=2",
-    "optax>=0.2.5,<0.3",
-    "orbax-checkpoint>=0.12,<0.13",  # Names in its v1 still move between minor versions.
+    "numpy>=2.4",
+    "optax>=0.2.8,<0.3",
+    "orbax-checkpoint>=0.12.8,<0.13",  # Names in its v1 still move between minor versions.
     "pillow",
     "pycocoevalcap",
     "rich",
     "safetensors",
     "scann>=1.4.2; sys_platform == 'linux' and python_version < '3.14'",
-    "scipy>=1.15",
-    "tensorflow-datasets>=4.9.9",
+    "scipy>=1.17",
+    "tensorflow-datasets>=4.9.10",
     "tensorstore",
     "tokenizers",
 ]
@@ -47,11 +52,11 @@ EXTRAS = {
         "tensorflow-cpu~=2.20.0; platform_machine in 'x86_64 AMD64'",
         "tensorflow~=2.20.0; platform_machine not in 'x86_64 AMD64'",
     ],
-    "tpu": ["jax[tpu]>=0.10,<0.13"],
-    "gpu": ["jax[cuda13]>=0.10,<0.13"],
+    "tpu": ["jax[tpu]"],
+    "gpu": ["jax[cuda13]"],
     "bench": ["faiss-cpu>=1.12"],  # the peer of `rag-mm bench memory`
     "beam": ["apache-beam>=2.60"],
-    "explore": ["anyio>=4", "starlette>=1,<2", "uvicorn>=0.30"],  # the page of `rag-mm explore`
+    "explore": ["anyio>=4", "starlette>=1,<2", "uvicorn>=0.54"],  # the page of `rag-mm explore`
     "parity": ["torch==2.13.0", "transformers>=5,<6"],
     "test": [
         "beartype",
@@ -63,6 +68,7 @@ EXTRAS = {
         "nbformat",
         "playwright",  # drives a Chromium that is there, and brings none
         "pytest",
+        "pytest-xdist",
         "pyyaml",
         "ruff",
     ],

@@ -57,18 +57,18 @@ PAIRS = (
 )
 
 
-def _ablation(stage: str) -> dict:
+def _ablation() -> dict:
     """Search x fusion, retrieval overrides, losses and the mask, each trained on its own."""
 
     def lookups(search: str, fuse: str) -> dict:
         return {
-            f"{stage}.search.{side}.{name}": kind
+            f"fusion.search.{side}.{name}": kind
             for side in ("image", "text")
             for name, kind in (("search", search), ("fuse", fuse))
         }
 
     return dict(
-        stage=stage,
+        stage="fusion",
         baseline="RECO",
         figures=(
             "held_out.frozen",
@@ -90,20 +90,21 @@ def _ablation(stage: str) -> dict:
             "uni search uni fusion": lookups("uni", "uni"),
             "cross search cross fusion": lookups("cross", "cross"),
             "cross search uni fusion": lookups("cross", "uni"),
-            "query as neighbor": {f"{stage}.search.retrieval_override": "query"},
-            "random rows": {f"{stage}.search.retrieval_override": "random"},
-            "no mixed terms": {f"{stage}.model.loss_terms": ("refined_refined",)},
-            "pairs in memory": {f"{stage}.train_in_memory": True},
+            "query as neighbor": {"fusion.search.retrieval_override": "query"},
+            "random rows": {"fusion.search.retrieval_override": "random"},
+            "no mixed terms": {"fusion.model.loss_terms": ("refined_refined",)},
+            "pairs in memory": {"fusion.train_in_memory": True},
             "pairs in memory unmasked": {
-                f"{stage}.train_in_memory": True,
-                f"{stage}.mask_self": False,
+                "fusion.train_in_memory": True,
+                "fusion.mask_self": False,
             },
         },
     )
 
 
-def _fusion(num_steps: int) -> dict:
+def _fusion(num_steps: int, pairs: str = "pairs") -> dict:
     return dict(
+        pairs=pairs,
         model=dict(num_heads=4, mlp_ratio=2.0, initial_logit_scale=20.0),
         optimizer=dict(learning_rate=1e-3, warmup_steps=20, schedule="cosine", weight_decay=1e-5),
         loop=dict(num_steps=num_steps, log_every=50, checkpoint_every=num_steps),
@@ -113,12 +114,12 @@ def _fusion(num_steps: int) -> dict:
 def toy() -> dict:
     """20 seconds; 200 classes of concepts, 30 of them never trained on: 3 % -> 97 %."""
     return dict(
-        stages=("toy_pairs", "toy_fusion"),
+        stages=("toy_pairs", "fusion"),
         seed=0,
         world=dict(num_classes=200),
         toy_pairs=dict(),
-        toy_fusion=_fusion(500),
-        ablation=_ablation("toy_fusion"),
+        fusion=_fusion(500, "toy_pairs"),
+        ablation=_ablation(),
     )
 
 
@@ -136,7 +137,7 @@ def harder_toy() -> dict:
             class_spread=0.6,
         ),
         toy_pairs=dict(rare_weight=1.0),
-        toy_fusion=_fusion(700),
+        fusion=_fusion(700, "toy_pairs"),
         ablation=config["ablation"] | dict(variants={"RECO": {}}),
     )
 
@@ -160,19 +161,19 @@ def tiny() -> dict:
         memory=dict(index="exact"),
         pairs=dict(rare_repeats=4),
         fusion=_fusion(600) | dict(measures=dict(question_weight=0.25)),
-        ablation=_ablation("fusion"),
+        ablation=_ablation(),
     )
 
 
 def clip() -> dict:
     """The paper's recipe over any CLIP: width and fingerprint come with the memory. Not run here."""
-    fusion = _fusion(24_400)  # 10 epochs of 10M pairs
+    fusion = _fusion(24_400, "document_pairs")  # 10 epochs of 10M pairs
     return dict(
-        stages=("document_pairs", "document_fusion"),
+        stages=("document_pairs", "fusion"),
         seed=0,
         world=dict(),
         document_pairs=dict(documents="", memory=""),
-        document_fusion=fusion
+        fusion=fusion
         | dict(
             model=dict(),
             optimizer=fusion["optimizer"] | dict(warmup_steps=500),

@@ -38,7 +38,7 @@ case $verb in
     ;;
   install)
     [ $# -eq 1 ] || usage
-    remote="git clone -- $(quote "$1")rag_mm && cd rag_mm && make && .venv/bin/python -m pip install --constraint requirements.lock --editable '.[tpu]'"
+    remote="git clone -- $(quote "$1")rag_mm && cd rag_mm && make tpu"
     command=("${on_all[@]}" "--command=$remote")
     ;;
   run)

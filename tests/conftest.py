@@ -1,6 +1,7 @@
 """Tests run on eight simulated CPU devices, with strict dtypes and ranks, and share compiled programs."""
 
 import dataclasses
+import fcntl
 import os
 import pathlib
 import subprocess
@@ -13,6 +14,10 @@ os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_ROOT / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+# Most of the time of a test goes into compiling, which takes half as long without costly optimizations.
+_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = f"{_FLAGS} {os.environ.get('XLA_FLAGS', '')}"
 
 import hypothesis
 import jax
@@ -48,7 +53,22 @@ def tiny_run(tmp_path_factory) -> Finished:
 
     The folder's name holds what URLs, patterns of files and shells would read as something else.
     """
-    folder, name = tmp_path_factory.mktemp("tiny"), "run #1 50%20? [0:3] é"
+    name = "run #1 50%20? [0:3] é"
+    # Workers of pytest-xdist have a folder each, inside a common one.
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if worker else base) / "tiny"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "stderr").exists():
+            _quickstart_tiny(folder, name)
+    return Finished(
+        folder / name, (folder / "stdout").read_text(), (folder / "stderr").read_text()
+    )
+
+
+def _quickstart_tiny(folder: pathlib.Path, name: str) -> None:
     command = [pathlib.Path(sys.executable).with_name("rag-mm"), "quickstart", f"--workdir={name}"]
     done = subprocess.run(
         [*command, "--config=configs/quickstart.py:tiny"],
@@ -59,4 +79,5 @@ def tiny_run(tmp_path_factory) -> Finished:
         timeout=900,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return Finished(folder / name, done.stdout, done.stderr)
+    (folder / "stdout").write_text(done.stdout)
+    (folder / "stderr").write_text(done.stderr)

@@ -143,8 +143,8 @@ def test_a_pod_is_created_installed_used_and_deleted():
     assert "--spot" not in printed("tpu_pod.sh", "create", **POD)
     install = printed("tpu_pod.sh", "install", "https://example.org/a b.git", **POD)
     remote = install[-1].removeprefix("--command=")
-    words = ["git", "clone", "--", "https://example.org/a b.git", "rag_mm"]
-    assert shlex.split(remote)[:5] == words
+    words = ["git", "clone", "--", "https://example.org/a b.git", "rag_mm", "&&", "cd", "rag_mm"]
+    assert shlex.split(remote) == [*words, "&&", "make", "tpu"]
     train = printed("tpu_pod.sh", "run", *TRAIN, **POD)
     assert "--worker=all" in train
     remote = train[-1].removeprefix("--command=")

@@ -181,10 +181,10 @@ def _trained_clip(run: run_folder.Run) -> ExportedModel:
         "image_mean": list(config.image_mean),
         "image_std": list(config.image_std),
     }
-    side = {
-        "preprocessor_config.json": _json(preprocessor),
-        frozen.VOCABULARY: (folder / frozen.VOCABULARY).read_bytes(),
-    }
+    # The text tokenizer: our own or, of a public CLIP that the run was given, the public one.
+    names = (frozen.VOCABULARY, *public_text.FILES)
+    side = {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
+    side["preprocessor_config.json"] = _json(preprocessor)
     return ExportedModel(config, FileSource(specs), values, side)
 
 

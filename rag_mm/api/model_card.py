@@ -156,6 +156,8 @@ def _first_sentence(config: Mapping[str, Any], family: str) -> str:
     if importing.IMPORTED in config:
         return "What this model saw in training is not known here: it was imported."
     world = world_config.world_class(config["world"])
+    if _is_given(config.get("retriever")):
+        return "What the retriever saw in training is not known here: it was given, not trained."
     if world is world_config.EmojiWorld:
         return write_report.what_was_seen(write_report.retriever_splits(config))
     return (
@@ -215,6 +217,8 @@ def _training(run: run_folder.Run, family: str) -> str:
             continue
         steps = values.get("loop", {}).get("num_steps", UNKNOWN)
         batch, code = values.get("batch_size", UNKNOWN), spent["code"] or UNKNOWN
+        if _is_given(values):
+            steps, batch = "none: it was given", "none"
         rows.append(
             (stage, str(steps), str(batch), str(code), figures.duration(spent["wall_seconds"]))
         )
@@ -222,6 +226,11 @@ def _training(run: run_folder.Run, family: str) -> str:
     return (
         f"Trained on {world}.\n\n{markdown.table(('', ''), facts)}\n\n{markdown.table(head, rows)}"
     )
+
+
+def _is_given(stage: Any) -> bool:
+    """Whether a stage took its model from a folder, by its values in a run's config."""
+    return isinstance(stage, dict) and stage.get("folder") is not None
 
 
 def _page(run: run_folder.Run) -> str:

@@ -18,6 +18,7 @@ from rag_mm.memory import policy
 from rag_mm.memory.retrieval_memory import Memory
 from rag_mm.stages.ra_cm3 import train_decoder
 from rag_mm.stages.shared import (
+    build_memory,
     coded_corpus,
     find_neighbors,
     frozen,
@@ -336,8 +337,7 @@ def load(workdir: epath.PathLike) -> Session:
     image_tokenizer = train_tokenizer.load_tokenizer(run.workdir)
     generator = train_decoder.load_generator(run, "decoder", image_tokenizer)
     encoder = train_retriever.load_encoder(run.workdir)
-    # Not `finished_stage`: users may add documents to a run's memory, and Memory.open checks it itself.
-    memory = Memory.open(run.stage_dir("memory"), encoder)
+    memory = build_memory.open_newest(run, encoder, image_tokenizer)
     rules = find_neighbors.load_policy(run)
     return Session(generator, image_tokenizer, encoder, memory, rules)
 

@@ -65,7 +65,7 @@ def read_decoder(checkpoint: CheckpointFolder, default_eps: float, **fields: Any
     try:
         theta, scaling = _read_rope(values, v)
         return DecoderConfig(
-            vocab_size=v.get("vocab_size", int),
+            vocab_size=v.get("vocab_size", int, low=1),
             num_layers=v.get("num_hidden_layers", int, low=1, high=MAX_LAYERS),
             embed_dim=v.get("hidden_size", int),
             num_heads=num_heads,

@@ -87,18 +87,20 @@ def apply_overrides(config: ml_collections.ConfigDict, overrides: Mapping[str, A
     """Sets existing keys in place, each value read as the type of the one that it replaces.
 
     A value is text from a command line, or a plain value. Tuples are written `16,24` or
-    `((1, 8), ())`; a setting that is None takes any Python literal, or else the text itself.
+    `((1, 8), ())`; a setting that is None takes any Python literal, or else the text itself. A whole group is
+    replaced by a dict, such as `{"mesh": (2, 2, 2)}`.
 
     Raises:
         UserError: an unknown key (the nearest one, or the new name of a renamed one, is given) or a
             value of the wrong type.
     """
-    known = dict(_flatten(config))
+    known, groups = dict(_flatten(config)), set(_groups(config))
     for key, given in overrides.items():
-        if key not in known:
+        group = _parse_group(given) if key in groups else None
+        if group is None and key not in known:
             raise UserError(f"The config has no key {key!r}{_near(key, known)}.")
         try:
-            value = _parse(given, known[key])
+            value = _parse(given, known[key]) if group is None else group
         except (ValueError, SyntaxError, KeyError):
             kind = type(known[key]).__name__
             raise UserError(
@@ -140,7 +142,7 @@ def fill_dataclass(section: Section, values: Mapping[str, Any], where: str) -> d
             continue
         inner = _section_of(section.cls, field)
         if inner is not None and dataclasses.is_dataclass(value) and not isinstance(value, type):
-            value = dataclasses.asdict(value)
+            value = {each: getattr(value, each) for each in _fields(inner)}
         if inner is not None and isinstance(value, Mapping):
             value = fill_dataclass(inner, value, f"{where}.{name}".lstrip("."))
         filled[name] = value
@@ -309,6 +311,24 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any
         else:
             pairs.append((f"{prefix}{key}", value))
     return pairs
+
+
+def _groups(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            yield f"{prefix}{key}"
+            yield from _groups(value, f"{prefix}{key}.")
+
+
+def _parse_group(given: Any) -> ml_collections.ConfigDict | None:
+    """A dict, or the text of one; None for anything else."""
+    try:
+        value = ast.literal_eval(given) if isinstance(given, str) else given
+    except (ValueError, SyntaxError):
+        return None
+    if not isinstance(value, Mapping):
+        return None
+    return ml_collections.ConfigDict(value, allow_dotted_keys=True)
 
 
 def _parse(given: Any, current: Any) -> Any:

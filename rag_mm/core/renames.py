@@ -36,6 +36,9 @@ _DECODER = {
     "segment_probability": "masking.segment_prob",
     "caption_probability": "masking.caption_prob",
     "is_vanilla": "is_baseline",
+    "mesh": "scale.mesh",
+    "model.dtype": "scale.dtype",
+    "model.remat": "scale.remat",
 }
 _INIT = {
     "init_std": "init.std",
@@ -50,8 +53,10 @@ _FUSION = {
     "curve_rows": "measures.curve_rows",
     "question_weight": "measures.question_weight",
 }
+# Stages: old name -> new name. Finished runs keep their folders, under the old names.
+STAGES = {"toy_fusion": "fusion", "document_fusion": "fusion"}
 _IN_STAGES = {
-    "tokenizer": _TOKENIZER,
+    "tokenizer": _TOKENIZER | {"imported": "folder"},
     "retriever": _RETRIEVER,
     "neighbors": {
         "caption_draws": "captions_per_image",
@@ -66,10 +71,11 @@ _IN_STAGES = {
     "toy_fusion": _FUSION,
     "document_fusion": _FUSION,
 }
-# Old name -> new name of dotted config keys, of config pages, and of commands' options.
+# Old name -> new name of stages, of dotted config keys, of config pages, and of commands' options.
 RENAMES = {
+    **STAGES,
     **{
-        f"{stage}.{old}": f"{stage}.{new}"
+        f"{stage}.{old}": f"{STAGES.get(stage, stage)}.{new}"
         for stage, names in _IN_STAGES.items()
         for old, new in names.items()
     },
@@ -79,11 +85,28 @@ RENAMES = {
     "configs/own_pictures.py": "configs/own_images.py",
     "rag-mm ablate --borrow": "rag-mm ablate --reuse",
 }
+# Settings that a stage does not have although others do -> why.
+_COMPARED = (
+    "its loss compares the pairs of a batch with each other, which parts of it would not meet"
+)
+ABSENT = {
+    "retriever.scale.num_parts": _COMPARED,
+    "fusion.scale.num_parts": _COMPARED,
+    "fusion.scale.num_workers": "its batches are rows of arrays, which need no processes to be made",
+    "tokenizer.scale.loss_chunks": "it has no loss over a vocabulary or over pairs to be computed in chunks",
+}
 
 
 def hint(old: str) -> str:
-    """The end of an error message about an old name, "; it is now called NEW"; "" for any other name."""
-    return f"; it is now called {RENAMES[old]!r}" if old in RENAMES else ""
+    """The end of an error message about an old name, "; it is now called NEW", or about one of `ABSENT`.
+
+    "" for any other name.
+    """
+    stage, dot, rest = old.partition(".")
+    new = RENAMES.get(old, f"{STAGES[stage]}{dot}{rest}" if stage in STAGES else None)
+    if old in ABSENT:
+        return f": {ABSENT[old]}"
+    return "" if new is None else f"; it is now called {new!r}"
 
 
 # Old name, as files have it -> name in the code.

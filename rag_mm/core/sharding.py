@@ -3,18 +3,24 @@
 Parameters name their logical axes; explicit sharding then carries the layout in every array's type. A layer
 gathers its parameters over `fsdp` (FSDP's all-gather) and keeps them split over `tensor`. Without a mesh in
 context the layout functions return their input unchanged, so a model also runs in a plain notebook cell.
+
+Parts made of stock layers, such as the convolutions of image tokenizers, name no layouts. They are functions
+under `automatic`, in which the partitioner chooses them, and can be in one program with all others.
 """
 
 import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+P = ParamSpec("P")
+T = TypeVar("T")
 MESH_AXES = ("data", "fsdp", "tensor")
 
 # The mesh axes over which a logical axis of a parameter is split.
@@ -34,19 +40,48 @@ ACTIVATION_AXES = PARAMETER_AXES | {
 }
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, is_explicit: bool = True) -> Mesh:
-    """A mesh over the first data * fsdp * tensor devices.
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh over the first data * fsdp * tensor devices, with explicit axes.
 
     Args:
         data, fsdp, tensor: sizes of the mesh axes.
-        is_explicit: whether the axes are explicit. False for models that use stock convolutions, which are
-            split by batch only and leave the rest to the partitioner.
 
     Raises:
         ValueError: there are fewer devices.
     """
-    axis_type = AxisType.Explicit if is_explicit else AxisType.Auto
-    return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=(axis_type,) * 3)
+    return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Explicit,) * 3)
+
+
+def automatic(*axes: str | None) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorates a function in which the partitioner chooses all layouts, given those of its arguments.
+
+    Gradients pass through it. Without a mesh in context, and inside another such function, it changes
+    nothing.
+
+    Args:
+        axes: the logical axes of the first dimensions of every result: "batch" for one value per example;
+            none where results are sums, which are then on every device.
+    """
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+                return function(*args, **kwargs)
+            # Other leaves, such as sizes, stay Python values.
+            leaves, structure = jax.tree.flatten((args, kwargs))
+            arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array | np.ndarray)}
+
+            def run(arrays: dict[int, jax.Array]) -> T:
+                merged = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
+                args, kwargs = jax.tree.unflatten(structure, merged)
+                return function(*args, **kwargs)
+
+            return jax.sharding.auto_axes(run, out_sharding=activation_spec(*axes))(arrays)
+
+        return call
+
+    return decorate
 
 
 def parameter_spec(axes: tuple[str | None, ...]) -> PartitionSpec:

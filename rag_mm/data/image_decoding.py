@@ -159,7 +159,9 @@ def _classify(data: bytes, error: Exception) -> BadImage:
     file_format = next((name for name, start in _MAGIC.items() if data.startswith(start[:4])), None)
     if file_format is not None and _is_truncated(data, file_format):
         return BadImage("truncated", f"is damaged: it ends too early ({error}).")
-    if isinstance(error, PIL.UnidentifiedImageError):
+    is_webp = file_format == "WEBP" and data[8:12] == b"WEBP"
+    is_known = is_webp or data.startswith((_MAGIC["JPEG"], _MAGIC["PNG"]))
+    if isinstance(error, PIL.UnidentifiedImageError) and not is_known:
         return BadImage("not-a-picture", "is not a JPEG, PNG or WebP image.")
     return BadImage("damaged", f"is damaged ({error}).")
 

@@ -5,13 +5,14 @@ import zlib
 from collections.abc import Iterator
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-# Texts and color profiles, which are not used; Pillow refuses those of more than a megabyte.
-_UNUSED = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+# What is read beside the pixels: transparency, the orientation, and that there are several frames.
+_USED = (b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT")
 
 
 def without_unused(data: bytes) -> bytes:
-    """The file without metadata that decoding needs not: of a PNG, texts, color profiles and what is damaged.
+    """The file without metadata that decoding needs not: of a PNG, all that is not used, and what is damaged.
 
+    Pillow refuses texts and color profiles of more than a megabyte, and resolutions of a wrong length.
     Damaged is a chunk with a wrong checksum; one that decoding cannot do without is kept, as is all that
     follows the last whole chunk. Other files are returned unchanged.
     """
@@ -38,4 +39,4 @@ def _is_needed(chunk: bytes) -> bool:
     if is_critical or len(chunk) < 12:
         return True
     is_whole = struct.unpack(">I", chunk[-4:])[0] == zlib.crc32(chunk[4:-4])
-    return kind not in _UNUSED and is_whole
+    return kind in _USED and is_whole

@@ -24,6 +24,7 @@ def make_packed_batches(
     *,
     padding: dict[str, int],
     rows: range | None = None,
+    num_workers: int = 0,
     window: int = WINDOW,
 ) -> grain.DatasetIterator[Row]:
     """Shuffles and transforms records, packs the results and batches them, without end.
@@ -40,6 +41,8 @@ def make_packed_batches(
         padding: the value that fills the end of a row, by name of an array; 0 elsewhere.
         rows: which rows of each batch to return, if other processes take the rest; None returns all. Every
             process makes all sequences, so that all are at the same place.
+        num_workers: processes that make and pack sequences; 0 uses a thread of this process. Each worker
+            packs windows of its own, so that the rows, but not the sequences in them, depend on the number.
         window: examples packed together.
 
     Returns:
@@ -67,7 +70,8 @@ def make_packed_batches(
         windows.to_iter_dataset(pipeline.READING), _Rows(max_fan_out=window)
     )
     batches = packed.batch(batch_size, drop_remainder=True)
-    return iter(batches.map(lambda batch: {k: v[rows.start : rows.stop] for k, v in batch.items()}))
+    shares = batches.map(lambda batch: {k: v[rows.start : rows.stop] for k, v in batch.items()})
+    return iter(pipeline.in_processes(shares, num_workers))
 
 
 def pack(examples: Sequence[Row], length: int, padding: dict[str, int]) -> list[Row]:

@@ -37,18 +37,15 @@ def make_batches(
     seed: int,
     *transforms: Transform,
     shares: Sequence[float] = (1.0,),
-    num_epochs: int | None = None,
-    start: int = 0,
     num_workers: int = 0,
     rows: range | None = None,
     whole_epochs: bool = False,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
-    """Shuffles, transforms and batches records, for some epochs or without end.
+    """Shuffles, transforms and batches records, without end.
 
     Every epoch has its own order. `seed` and i alone determine example i of the whole run: its record and
     the generator passed to the transform. Batches therefore do not depend on threads, workers or
-    interruptions. A batch may span two epochs, and then hold a record twice, unless `whole_epochs`; an
-    incomplete last batch is dropped.
+    interruptions. A batch may span two epochs, and then hold a record twice, unless `whole_epochs`.
 
     Args:
         source: the records.
@@ -59,8 +56,6 @@ def make_batches(
             uses a single one, since only equal shapes can be stacked, and each shuffles the records
             independently.
         shares: relative frequency of the batches of each transform, evenly interleaved.
-        num_epochs: epochs per transform; None repeats without end.
-        start: index of the first batch; an iterator's state counts from there.
         num_workers: processes that read and transform; 0 uses a thread of this process.
         rows: which examples of each batch to make, if other processes make the rest
             (`sharding.local_rows`); None makes all. The iterator's state does not depend on it.
@@ -76,21 +71,16 @@ def make_batches(
         UserError: the records do not fill a single batch.
         ValueError: the numbers of transforms and shares differ.
     """
-    _check_filled(len(source), batch_size, 1 if whole_epochs else num_epochs)
+    _check_filled(len(source), batch_size, whole_epochs)
     seeds = np.random.SeedSequence(seed).spawn(len(transforms))
-    maker = _BatchMaker(source, batch_size, rows or range(batch_size), num_epochs, whole_epochs)
+    maker = _BatchMaker(source, batch_size, rows or range(batch_size), whole_epochs)
     mixture = [
         (maker.make(transform, transform_seed), float(share))
         for transform, share, transform_seed in zip(transforms, shares, seeds, strict=True)
         if share > 0
     ]
     dataset = grain.MapDataset.mix(*zip(*mixture, strict=True))
-    batches = dataset[start:].to_iter_dataset(READING)
-    if num_workers:
-        if not flags.FLAGS.is_parsed():  # Grain's worker processes require parsed absl flags.
-            flags.FLAGS.mark_as_parsed()
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
-    return iter(batches)
+    return iter(in_processes(dataset.to_iter_dataset(READING), num_workers))
 
 
 def make_array_batches(
@@ -119,7 +109,7 @@ def make_array_batches(
     Raises:
         UserError: the records do not fill a single batch.
     """
-    _check_filled(num_records, batch_size, 1)
+    _check_filled(num_records, batch_size, whole_epochs=True)
     rows = rows or range(batch_size)
 
     # Two, so that batches of one epoch may still be asked for when the next has begun.
@@ -136,8 +126,17 @@ def make_array_batches(
     return iter(grain.MapDataset.range(sys.maxsize).map(make).to_iter_dataset(READING))
 
 
-def _check_filled(num_records: int, batch_size: int, num_epochs: int | None) -> None:
-    if not num_records or (num_epochs is not None and num_records * num_epochs < batch_size):
+def in_processes(batches: grain.IterDataset, num_workers: int) -> grain.IterDataset:
+    """The same dataset, read by `num_workers` processes, each its share; by none if that is 0."""
+    if not num_workers:
+        return batches
+    if not flags.FLAGS.is_parsed():  # Grain's worker processes require parsed absl flags.
+        flags.FLAGS.mark_as_parsed()
+    return batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+
+
+def _check_filled(num_records: int, batch_size: int, whole_epochs: bool) -> None:
+    if num_records < (batch_size if whole_epochs else 1):
         raise UserError(
             f"{num_records} records do not fill one batch of {batch_size}; add records or use"
             " a smaller batch_size."
@@ -151,7 +150,6 @@ class _BatchMaker:
     source: RecordSource
     batch_size: int
     rows: range
-    num_epochs: int | None
     whole_epochs: bool
 
     def make(self, transform: Transform, seed: np.random.SeedSequence) -> grain.MapDataset:
@@ -161,17 +159,22 @@ class _BatchMaker:
         order = grain.MapDataset.range(len(self.source)).shuffle(shuffle_seed)
         if self.whole_epochs:
             order = order[: len(order) // self.batch_size * self.batch_size]
-        examples = order.repeat(self.num_epochs).random_map(
-            functools.partial(_make_example, self.source, transform), seed=transform_seed
-        )
+        make = _ExampleMaker(self.source, transform)
+        examples = order.repeat(None).random_map(make, seed=transform_seed)
         batches = _LocalExamples(examples, self.batch_size, self.rows)
         return batches.batch(len(self.rows), drop_remainder=True)
 
 
-def _make_example(
-    source: RecordSource, transform: Transform, index: int, rng: np.random.Generator
-) -> dict[str, Any]:
-    return {RECORDS: np.int64(index), **transform(source[index], rng)}
+# Without a repr: Grain asks for it at the first batch, and that of all records takes a minute.
+@dataclasses.dataclass(frozen=True, repr=False)
+class _ExampleMaker:
+    """Reads and transforms one record."""
+
+    source: RecordSource
+    transform: Transform
+
+    def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        return {RECORDS: np.int64(index), **self.transform(self.source[index], rng)}
 
 
 class _LocalExamples(grain.MapDataset):

@@ -20,6 +20,14 @@ from rag_mm.core.errors import UserError
 
 _FORMAT = "rag_mm vocabulary 1"
 _NUM_SPECIALS = 4  # pad, eod, brk, eoss; the sentinels follow them.
+# Settings of a public BPE that change its pieces.
+_NOT_PLAIN = (
+    "dropout",
+    "ignore_merges",
+    "byte_fallback",
+    "continuing_subword_prefix",
+    "end_of_word_suffix",
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -199,9 +207,8 @@ def load_vocabulary(path: epath.PathLike) -> Vocabulary:
         raise UserError(f"{path} is not a vocabulary of this version ({_FORMAT!r}).")
     try:
         tokens, merges = described["tokens"], described["merges"]
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         # The byte tokens come first, then the results of the merges, in order.
-        if tokens != alphabet + list(dict.fromkeys(left + right for left, right in merges)):
+        if tokens != _alphabet() + list(dict.fromkeys(left + right for left, right in merges)):
             raise ValueError("its tokens are not the 256 byte tokens and the results of its merges")
         bpe = models.BPE({token: i for i, token in enumerate(tokens)}, [tuple(m) for m in merges])
         sizes = described["codebook_size"], described["num_sentinels"]
@@ -215,6 +222,42 @@ def load_vocabulary(path: epath.PathLike) -> Vocabulary:
         raise UserError(f"{path} is damaged: {error}") from None
     except Exception as error:  # The tokenizers library raises bare Exception.
         raise UserError(f"{path} is damaged ({error}); build the vocabulary again.") from error
+
+
+def read_text_tokenizer(path: epath.PathLike) -> tokenizers.Tokenizer:
+    """The byte-level BPE in a file: of a `Vocabulary`, or a public tokenizer.json of GPT-2's kind.
+
+    A text gets the same pieces as from the public one. Their ids are the 256 bytes and then the results of
+    the merges in order, as GPT-2's are; its special tokens are left out.
+
+    Raises:
+        UserError: the file is missing, damaged or of another kind.
+    """
+    described = files.read_json(path)
+    if isinstance(described, dict) and described.get("format") == _FORMAT:
+        return load_vocabulary(path).tokenizer
+    values = described if isinstance(described, dict) else {}
+    model, words = (values.get(key) or {} for key in ("model", "pre_tokenizer"))
+    try:
+        is_plain = not values.get("normalizer") and not any(model.get(key) for key in _NOT_PLAIN)
+        is_bytes = words.get("type") == "ByteLevel" and words.get("use_regex", True)
+        if model.get("type") != "BPE" or not is_plain or not is_bytes or words["add_prefix_space"]:
+            raise UserError(
+                f"{path} is no byte-level BPE as GPT-2's, the only kind of text tokenizer that is supported."
+            )
+        pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
+        merges = [(left, right) for left, right in pairs]
+        tokens = [*_alphabet(), *(left + right for left, right in merges)]
+        ids = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+        return _make_tokenizer(models.BPE(ids, merges))
+    except UserError:
+        raise
+    except Exception as error:  # The tokenizers library raises bare Exception.
+        raise UserError(f"{path} is damaged ({error}); give another text tokenizer.") from error
+
+
+def _alphabet() -> list[str]:
+    return sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
 def _make_tokenizer(bpe: models.BPE) -> tokenizers.Tokenizer:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from rag_mm.core import sharding
-from rag_mm.nn.block import Attend, Heads
+from rag_mm.nn.block import Attend, ContextHeads, Heads
 from rag_mm.nn.decoder import DecoderConfig
 from rag_mm.nn.smear import Recent
 from rag_mm.ops import attention
@@ -23,6 +23,8 @@ MAX_UNROLLED, MAX_COPIED = 8, 5 * 10**8
 class LayerCache(NamedTuple):
     """Keys and values of one layer, or of all with a leading axis L; `recent` as in `nn.block.Heads`.
 
+    `read` are those of a context, if there is one, in the same layout.
+
     The layout suits products with a single query: with [B, S, K, H], XLA would transpose the whole cache for
     every token.
     """
@@ -30,6 +32,15 @@ class LayerCache(NamedTuple):
     keys: Float[Array, "*L B K H S"]
     values: Float[Array, "*L B K H S"]
     recent: Recent | None = None
+    read: tuple[jax.Array, jax.Array, jax.Array | None] | None = None
+
+    @property
+    def context(self) -> ContextHeads | None:
+        """The context's keys and values, as attention reads them."""
+        if self.read is None:
+            return None
+        keys, values, mask = self.read
+        return ContextHeads(jnp.moveaxis(keys, -1, -3), jnp.moveaxis(values, -1, -3), mask)
 
 
 Cache = LayerCache | tuple[LayerCache, ...]
@@ -62,7 +73,7 @@ def make_attend(
     """
 
     def attend(heads: Heads, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
-        entry = _make_cache(heads, 0)
+        entry = _make_cache(heads._replace(context=None), 0)
         cache = write(cache, entry, index)
         attended = attention.attention(
             heads.q,
@@ -85,6 +96,7 @@ def write(cache: LayerCache, entry: LayerCache, index: Int[Array, ""]) -> LayerC
         jax.lax.dynamic_update_slice(cache.keys, entry.keys, at),
         jax.lax.dynamic_update_slice(cache.values, entry.values, at),
         entry.recent,
+        cache.read,
     )
 
 
@@ -112,4 +124,8 @@ def _make_cache(heads: Heads, num_steps: int) -> LayerCache:
     keys, values = (jnp.moveaxis(x, -3, -1) for x in (heads.k, heads.v))
     if num_steps:
         keys, values = jnp.pad(keys, padding), jnp.pad(values, padding)
-    return LayerCache(keys, values, heads.recent)
+    read = None
+    if heads.context is not None:
+        k, v, mask = heads.context
+        read = jnp.moveaxis(k, -3, -1), jnp.moveaxis(v, -3, -1), mask
+    return LayerCache(keys, values, heads.recent, read)

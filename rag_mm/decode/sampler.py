@@ -37,7 +37,8 @@ from jaxtyping import Array, Bool, Float32, Int, Int32, UInt32
 from rag_mm.core import sharding
 from rag_mm.core.errors import UserError
 from rag_mm.decode import cache, decode_batch, token_choice
-from rag_mm.nn.decoder import Decoder
+from rag_mm.nn.block import Context
+from rag_mm.nn.decoder import Decoder, Inputs
 from rag_mm.nn.param_trees import Params
 
 
@@ -72,16 +73,18 @@ class Prompts(NamedTuple):
     """A batch of prompts padded on the left, int32.
 
     Attributes:
-        tokens: ids.
+        tokens: ids; or any other inputs of the decoder, such as ids mixed with vectors.
         positions: of the tokens.
         segment_ids: 1, and 0 for padding.
         next_positions: position of the first sampled token; later ones follow consecutively.
+        context: what the blocks of a decoder with `context_dim` read, of one length in all streams.
     """
 
-    tokens: Int[Array | np.ndarray, "B T"]
+    tokens: Inputs
     positions: Int[Array | np.ndarray, "B T"]
     segment_ids: Int[Array | np.ndarray, "B T"]
     next_positions: Int[Array | np.ndarray, " B"]
+    context: Context | None = None
 
 
 class SampledTokens(NamedTuple):
@@ -200,15 +203,17 @@ def _sample(
 ) -> SampledTokens:
     model: Decoder = nnx.merge(graphdef, params)
     prompts, num_streams = _join(streams), len(streams)
-    length = prompts.tokens.shape[1]
+    batch_size, length = prompts.positions.shape
     if is_scanned is None:
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.stack.blocks))
-        shape = len(prompts.tokens), length + num_steps, num_steps
+        shape = batch_size, length + num_steps, num_steps
         layer_bytes = weights // model.config.num_layers
         is_scanned = cache.scans_layers(model.config, layer_bytes, *shape)
     blocks = model.stack.blocks if is_scanned else model.stack.unstack()
     keys = jax.vmap(jax.random.key)(seeds)
-    hidden, prefilled = model.prefill(prompts.tokens, prompts.positions, prompts.segment_ids)
+    hidden, prefilled = model.prefill(
+        prompts.tokens, prompts.positions, prompts.segment_ids, prompts.context
+    )
     segment_ids = jnp.pad(prompts.segment_ids, ((0, 0), (0, num_steps)), constant_values=1)
     positions = prompts.next_positions[:, None] + jnp.arange(num_steps, dtype=jnp.int32)[None]
     # Inside the loop XLA would recompute every sine for each head of each layer.
@@ -257,13 +262,17 @@ def _sample(
 
 def _join(streams: tuple[Prompts, ...]) -> Prompts:
     """The prompts of all streams as one batch, an example's streams next to each other."""
-    longest = max(prompts.tokens.shape[1] for prompts in streams)
+    longest = max(prompts.positions.shape[1] for prompts in streams)
 
-    def join(*of_streams: jax.Array) -> jax.Array:
-        pad = lambda x: jnp.pad(x, ((0, 0), (longest - x.shape[1], 0))) if x.ndim == 2 else x
-        return token_choice.join_streams(tuple(map(pad, of_streams)))
+    def pad(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (longest - x.shape[1], 0), *((0, 0),) * (x.ndim - 2)))
 
-    return jax.tree.map(join, *streams)
+    def pad_left(prompts: Prompts) -> Prompts:
+        tokens, positions, segment_ids = jax.tree.map(pad, prompts[:3])
+        return prompts._replace(tokens=tokens, positions=positions, segment_ids=segment_ids)
+
+    join = lambda *arrays: token_choice.join_streams(arrays)
+    return jax.tree.map(join, *map(pad_left, streams))
 
 
 def _empty(shape: tuple[int, int, int], stop: int | None, has_streams: bool) -> SampledTokens:

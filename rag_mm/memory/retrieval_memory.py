@@ -15,6 +15,8 @@ from rag_mm.memory.index import protocol
 from rag_mm.memory.store import manifest, record, shard_file, verify
 from rag_mm.memory.writing import changes, stream, writer
 
+CodeReader = Callable[[np.ndarray], np.ndarray]  # See `Memory.code_reader`.
+
 
 class Memory:
     """One version of a memory, opened for reading; writing later versions does not affect it.
@@ -39,6 +41,7 @@ class Memory:
         self._live = shard_file.load_live(path, contents)
         self.ids = tuple(stored[position] for position in self._live.stored)
         self._encoder = encoder
+        self._read_codes: CodeReader | None = None
         self._views = views.Views(path, contents, self._live)
         self._records = shard_file.Records(path, contents.shards)
 
@@ -208,6 +211,10 @@ class Memory:
             )
         self._encoder = encoder
 
+    def attach_codes(self, read: CodeReader) -> None:
+        """Sets what `codes` and `read_codes` give, such as codes that are kept outside of the memory."""
+        self._read_codes = read
+
     def carried(self, name: str) -> Path:
         """A model folder that was copied into the memory at build; its files' digests are checked.
 
@@ -234,11 +241,11 @@ class Memory:
         return self.read_codes and self.read_codes(np.arange(len(self)))
 
     @property
-    def read_codes(self) -> Callable[[np.ndarray], np.ndarray] | None:
-        """`code_reader` of the image tokenizer that the memory was built with."""
-        return self.code_reader(self.manifest.tokenizer)
+    def read_codes(self) -> CodeReader | None:
+        """`code_reader` of the image tokenizer that the memory was built with, or what was attached."""
+        return self._read_codes or self.code_reader(self.manifest.tokenizer)
 
-    def code_reader(self, tokenizer: str | None) -> Callable[[np.ndarray], np.ndarray] | None:
+    def code_reader(self, tokenizer: str | None) -> CodeReader | None:
         """Maps rows, int [...], to an image tokenizer's codes of their first pictures, int32 [..., N].
 
         The first picture is the first image or the first frame of a video; -1 for a row without codes. All

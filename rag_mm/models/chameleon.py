@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
+from rag_mm.core import sharding
 from rag_mm.models import vqgan
 from rag_mm.nn.decoder import Decoder, DecoderConfig
 
@@ -97,6 +98,7 @@ class Chameleon(nnx.Module):
         self.decoder = Decoder(config.decoder, rngs=rngs)
         self.vq = vqgan.VQGAN(config.vq, rngs=rngs)
 
+    @sharding.automatic("batch")
     def encode(self, images: Float[Array, "B H W 3"]) -> Int32[Array, "B C"]:
         """Image tokens of images in 0..1, in raster order."""
         return jnp.asarray(self.config.code_tokens, jnp.int32)[self.vq.encode(images)]

@@ -17,7 +17,7 @@ from rag_mm.core import checks, sharding
 from rag_mm.models.objective_types import Batch, Metrics
 from rag_mm.nn import layers
 from rag_mm.nn.block import BlockConfig, Heads, Stack
-from rag_mm.ops import attention, losses
+from rag_mm.ops import attention, contrastive
 
 MAX_LOGIT_SCALE = 100.0  # CLIP, section 2.5
 
@@ -149,9 +149,16 @@ def _published(vision: TowerConfig, width: int, image_size: int, patch_size: int
 class VisionTower(nnx.Module):
     """The ViT: images to features before the projection."""
 
-    def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: CLIPConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: str = "float32",
+        remat: str = "none",
+    ):
         c, width = config, config.vision.embed_dim
-        self.config = c
+        self.config, self.dtype = c, dtype
         self.patches = layers.Linear(
             (c.patch_size**2 * 3,), (width,), (None, "embed"), use_bias=False, rngs=rngs
         )
@@ -160,17 +167,25 @@ class VisionTower(nnx.Module):
             rngs, (c.num_patches + 1, width), (None, "embed"), 0.02
         )
         self.pre_norm = layers.Norm("layernorm", width, rngs=rngs, eps=c.norm_eps)
-        self.stack = Stack(c.vision.block(c.mlp, c.norm_eps), c.vision.num_layers, rngs=rngs)
+        block = c.vision.block(c.mlp, c.norm_eps)
+        self.stack = Stack(block, c.vision.num_layers, rngs=rngs, remat=remat)
         self.post_norm = layers.Norm("layernorm", width, rngs=rngs, eps=c.norm_eps)
 
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
         """The class token's features of images in [0, 1]."""
+        return self.post_norm(self.tokens(images)[:, 0])
+
+    def tokens(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B T D"]:
+        """All tokens after the last block: the class token, then the patches in raster order.
+
+        They are before `post_norm` and the projection: `last_hidden_state` of transformers.
+        """
         c, p = self.config, self.config.patch_size
         side = c.image_size // p
         mean, std = (
             jnp.asarray(v, images.dtype)[None, None, None] for v in (c.image_mean, c.image_std)
         )
-        x = (images - mean) / std
+        x = ((images - mean) / std).astype(self.dtype)
         x = _reshape(x, len(x), side, p, side, p, 3).transpose(0, 1, 3, 2, 4, 5)
         x = self.patches(_reshape(x, len(x), side * side, p * p * 3))
         # The class token is a zero vector in front, to which its embedding is added with the positions.
@@ -178,44 +193,66 @@ class VisionTower(nnx.Module):
         positions = sharding.gather(self.position_embedding[...], (None, None))
         class_vector = sharding.gather(self.class_embedding[...], (None,))
         x = self.pre_norm(x + positions.at[0].add(class_vector).astype(x.dtype)[None])
-        x, _ = self.stack(x, None, _attend_to_all)
-        return self.post_norm(x[:, 0])
+        return self.stack(x, None, _attend_to_all)[0]
 
 
 class TextTower(nnx.Module):
     """The causal text transformer: tokens to features before the projection."""
 
-    def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: CLIPConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: str = "float32",
+        remat: str = "none",
+    ):
         c, width = config, config.text.embed_dim
-        self.config = c
+        self.config, self.dtype = c, dtype
         self.embedding = layers.Embedding(
             c.vocab_size, width, std=0.02, rngs=rngs, axes=("vocab", "embed")
         )
         self.position_embedding = layers.make_param(
             rngs, (c.max_text_len, width), (None, "embed"), 0.01
         )
-        self.stack = Stack(c.text.block(c.mlp, c.norm_eps), c.text.num_layers, rngs=rngs)
+        block = c.text.block(c.mlp, c.norm_eps)
+        self.stack = Stack(block, c.text.num_layers, rngs=rngs, remat=remat)
         self.norm = layers.Norm("layernorm", width, rngs=rngs, eps=c.norm_eps)
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B D"]:
         """Features of the token that `pooling` selects; each text contains `end_of_text`."""
-        positions = sharding.gather(self.position_embedding[...], (None, None))[: tokens.shape[1]]
-        x = self.embedding(tokens, jnp.dtype(jnp.float32)) + positions[None]
-        x, _ = self.stack(x, None, _attend_causally)
+        x = self.tokens(tokens)
         is_highest = self.config.pooling == "highest_id"
         end = tokens.max(axis=1, keepdims=True) if is_highest else self.config.end_of_text
         ends = tokens == end
         first = (ends & (jnp.cumsum(ends, axis=1) == 1)).astype(x.dtype)
-        return jnp.einsum("bt,btd->bd", first, self.norm(x))
+        return jnp.einsum("bt,btd->bd", first, x)
+
+    def tokens(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """All tokens after the last block and `norm`; each sees itself and earlier ones.
+
+        They are before the projection: `last_hidden_state` of transformers.
+        """
+        positions = sharding.gather(self.position_embedding[...], (None, None))[: tokens.shape[1]]
+        x = self.embedding(tokens, jnp.dtype(self.dtype)) + positions.astype(self.dtype)[None]
+        return self.norm(self.stack(x, None, _attend_causally)[0])
 
 
 class CLIP(nnx.Module):
     """CLIP: both towers, their projections and the logit scale."""
 
-    def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: CLIPConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: str = "float32",
+        remat: str = "none",
+    ):
+        """`dtype` is that of activations, `remat` (a key of `block.REMAT`) what each layer recomputes."""
         c = self.config = config
-        self.vision = VisionTower(c, rngs=rngs)
-        self.text = TextTower(c, rngs=rngs)
+        self.vision = VisionTower(c, rngs=rngs, dtype=dtype, remat=remat)
+        self.text = TextTower(c, rngs=rngs, dtype=dtype, remat=remat)
         width, out_dim = c.vision.embed_dim, c.projection_dim
         self.image_projection = layers.make_param(
             rngs, (width, out_dim), ("embed", None), width**-0.5
@@ -234,8 +271,25 @@ class CLIP(nnx.Module):
         """Unit embeddings of texts; D is projection_dim."""
         return _project(self.text(tokens), self.text_projection)
 
+    def encode_image_tokens(self, images: Float[Array, "B H W 3"]) -> Float32[Array, "B T D"]:
+        """Unit embeddings of the class token, which is `encode_image`'s, and of all patches.
 
-def loss_fn(model: CLIP, batch: Batch, rng: Key[Array, ""]) -> tuple[Float32[Array, ""], Metrics]:
+        For features before the last norm and the projection see `vision.tokens`.
+        """
+        tokens = self.vision.post_norm(self.vision.tokens(images))
+        return _project(tokens, self.image_projection)
+
+    def encode_text_tokens(self, tokens: Int[Array, "B T"]) -> Float32[Array, "B T D"]:
+        """Unit embeddings of all tokens; that of the selected token is `encode_text`'s.
+
+        For features before the projection see `text.tokens`.
+        """
+        return _project(self.text.tokens(tokens), self.text_projection)
+
+
+def loss_fn(
+    model: CLIP, batch: Batch, rng: Key[Array, ""], *, num_chunks: int = 1
+) -> tuple[Float32[Array, ""], Metrics]:
     """Symmetric InfoNCE with in-batch negatives (CLIP, section 2.3 and figure 3).
 
     The logit scale is used as it is; `optimizer.make_optimizer` keeps it at 100 or below.
@@ -244,6 +298,7 @@ def loss_fn(model: CLIP, batch: Batch, rng: Key[Array, ""]) -> tuple[Float32[Arr
         model: both towers.
         batch: images float32 [B, H, W, 3] in [0, 1] and tokens int32 [B, T]; image i and text i match.
         rng: unused.
+        num_chunks: see `contrastive.info_nce`; no device holds the similarities of all pairs.
 
     Returns:
         The loss, and sums with weights: loss, in_batch_recall (recall at 1 from image to text), logit_scale.
@@ -251,9 +306,7 @@ def loss_fn(model: CLIP, batch: Batch, rng: Key[Array, ""]) -> tuple[Float32[Arr
     del rng
     images, texts = model.encode_image(batch["images"]), model.encode_text(batch["tokens"])
     scale = jnp.exp(model.logit_scale[...])
-    all_texts = sharding.place(texts, None, None)
-    similarities = scale * sharding.place(jnp.einsum("id,jd->ij", images, all_texts), None, None)
-    per_example, hits = losses.info_nce(similarities)
+    per_example, hits = contrastive.info_nce(images, texts, scale, num_chunks=num_chunks)
     count = jnp.float32(per_example.shape[0])
     metrics = {
         "loss": (per_example.sum(), count),
@@ -270,7 +323,7 @@ def _reshape(x: jax.Array, *shape: int) -> jax.Array:
 
 def _project(features: jax.Array, projection: Any) -> jax.Array:
     kernel = sharding.gather(projection[...], (None, None))
-    x = jnp.einsum("bd,de->be", features, kernel.astype(features.dtype)).astype(jnp.float32)
+    x = jnp.einsum("...d,de->...e", features, kernel.astype(features.dtype)).astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)
 
 

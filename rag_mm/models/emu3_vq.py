@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from rag_mm.core import sharding
 from rag_mm.models import vqgan
 
 _EPS = 1e-5  # of BatchNorm
@@ -120,6 +121,7 @@ class Emu3VQ(vqgan.VQGAN):
         self.doublings = nnx.List([double() for _ in range(c.num_halvings)])
         self.decoder = vqgan.VQDecoder(c, norm=partial(SpatialNorm, c), rngs=rngs)
 
+    @sharding.automatic("batch")
     def embed(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B R C D"]:
         """Embeddings before quantization, on a grid of H // code_size rows; D is embed_dim."""
         latents = self.encoder(self.config.gain * images - 1)
@@ -130,6 +132,7 @@ class Emu3VQ(vqgan.VQGAN):
             x = block(x)
         return self.to_embedding(x)[:, 0]
 
+    @sharding.automatic("batch")
     def render(self, z: Float[Array, "B R C D"]) -> Float[Array, "B H W 3"]:
         """Images, not clipped to 0..1, from embeddings of width embed_dim."""
         z = z[:, None]

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float32, Int, Key
+from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from rag_mm.core import sharding
 from rag_mm.models.clip import MAX_LOGIT_SCALE
 from rag_mm.models.objective_types import Batch, Metrics
-from rag_mm.nn.block import Block, BlockConfig, Heads, Stack
-from rag_mm.ops import attention, losses
+from rag_mm.nn.block import REMAT, Block, BlockConfig, Heads, Stack
+from rag_mm.ops import attention, contrastive
 
 MODALITIES = ("image", "text")
 # Pairs that the loss contrasts: `image` and `text` are frozen embeddings, `refined` ones are after fusion.
@@ -131,10 +131,18 @@ class RecoConfig:
 class Fusion(nnx.Module):
     """The fusion transformer: a query and the embeddings retrieved for it, to one refined embedding."""
 
-    def __init__(self, config: RecoConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: RecoConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: str = "float32",
+        remat: str = "none",
+    ):
         c = self.config = config
+        self.dtype, self.remat = dtype, remat
         num_below = c.num_layers - 1
-        self.stack = Stack(c.block, num_below, rngs=rngs) if num_below else None
+        self.stack = Stack(c.block, num_below, rngs=rngs, remat=remat) if num_below else None
         self.block = Block(c.block, rngs=rngs)
         zeros = jnp.zeros((2, c.dim), jnp.float32)
         self.types = nnx.Param(zeros, axes=(None, None)) if c.type_embedding else None
@@ -160,27 +168,41 @@ class Fusion(nnx.Module):
             types = sharding.gather(self.types[...], (None, None))
             is_query = (jnp.arange(x.shape[1]) == 0)[:, None]
             x = x + jnp.where(is_query, types[:1], types[1:])[None]
+        x = x.astype(self.dtype)
         mask = jnp.pad(neighbor_mask, ((0, 0), (1, 0)), constant_values=True).astype(jnp.int32)
         if self.stack is not None:
             x, _ = self.stack(x, None, lambda heads, _: (_attend(heads, mask, None), None))
-        # Only the query's output is read from the last layer, so only that is computed.
-        block = self.block
-        inputs = x if block.post_norm else block.attention_norm(x)
-        attended = block.attention.out(_attend(block.attention.heads(inputs, None), mask, 1))
-        x = x[:, :1]
-        x = x + (block.attention_norm(attended) if block.post_norm else attended)
-        hidden = block.mlp(x if block.post_norm else block.mlp_norm(x))
-        x = (x + (block.mlp_norm(hidden) if block.post_norm else hidden))[:, 0]
+        x = REMAT[self.remat](_first_output)(self.block, x, mask).astype(jnp.float32)
         return _unit(x + query if self.config.extra_skip else x)
+
+
+def _first_output(
+    block: Block, x: Float[Array, "B T D"], mask: Int[Array, "B T"]
+) -> Float[Array, "B D"]:
+    """The block's output for the first token; only this one is read from the last layer."""
+    inputs = x if block.post_norm else block.attention_norm(x)
+    attended = block.attention.out(_attend(block.attention.heads(inputs, None), mask, 1))
+    x = x[:, :1]
+    x = x + (block.attention_norm(attended) if block.post_norm else attended)
+    hidden = block.mlp(x if block.post_norm else block.mlp_norm(x))
+    return (x + (block.mlp_norm(hidden) if block.post_norm else hidden))[:, 0]
 
 
 class RECO(nnx.Module):
     """RECO: one fusion module for image queries, one for text queries, and the logit scale."""
 
-    def __init__(self, config: RecoConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: RecoConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: str = "float32",
+        remat: str = "none",
+    ):
+        """`dtype` is that of the activations, `remat` (a key of `REMAT`) what each layer recomputes."""
         self.config = config
-        self.image_fusion = Fusion(config, rngs=rngs)
-        self.text_fusion = Fusion(config, rngs=rngs)
+        self.image_fusion = Fusion(config, rngs=rngs, dtype=dtype, remat=remat)
+        self.text_fusion = Fusion(config, rngs=rngs, dtype=dtype, remat=remat)
         scale = jnp.log(jnp.float32(config.initial_logit_scale))
         self.logit_scale = nnx.Param(scale, axes=())
 
@@ -213,7 +235,9 @@ def mean_fusion(
     return _unit(query + kept.sum(axis=1))
 
 
-def loss_fn(model: RECO, batch: Batch, rng: Key[Array, ""]) -> tuple[Float32[Array, ""], Metrics]:
+def loss_fn(
+    model: RECO, batch: Batch, rng: Key[Array, ""], *, num_chunks: int = 1
+) -> tuple[Float32[Array, ""], Metrics]:
     """Sum of the chosen terms of L = NCE(v', t') + NCE(v', t) + NCE(v, t') (docs/papers/reco.md#loss).
 
     v and t are frozen image and text embeddings, v' and t' refined ones; NCE is symmetric InfoNCE. The logit
@@ -225,6 +249,7 @@ def loss_fn(model: RECO, batch: Batch, rng: Key[Array, ""]) -> tuple[Float32[Arr
             match; image_retrieved and text_retrieved, float32 [B, R, D]; image_neighbor_mask and
             text_neighbor_mask, bool [B, R]; class_ids, int32 [B], negative where there is no class.
         rng: unused.
+        num_chunks: see `contrastive.info_nce`; no device holds the similarities of all pairs.
 
     Returns:
         The loss, and sums with weights: loss, each term, logit_scale, and image_moved and text_moved, the
@@ -243,12 +268,12 @@ def loss_fn(model: RECO, batch: Batch, rng: Key[Array, ""]) -> tuple[Float32[Arr
         "image_refined": (image, refined_text),
     }
     scale = jnp.exp(model.logit_scale[...])
-    is_same = _same_class(batch["class_ids"]) if c.mask_same_class else None
+    class_ids = batch["class_ids"] if c.mask_same_class else None
     count = jnp.float32(image.shape[0])
     loss = jnp.zeros((), jnp.float32)
     metrics = {"logit_scale": (scale, jnp.float32(1))}
     for term in c.loss_terms:
-        per_example, _ = losses.info_nce(_similarities(*pairs[term], scale, is_same))
+        per_example, _ = contrastive.info_nce(*pairs[term], scale, class_ids, num_chunks)
         metrics[term] = (per_example.sum(), count)
         loss = loss + per_example.sum() / count
     for name, before, after in (
@@ -258,25 +283,6 @@ def loss_fn(model: RECO, batch: Batch, rng: Key[Array, ""]) -> tuple[Float32[Arr
         metrics[name] = (jnp.sqrt(jnp.square(after - before).sum(-1) + 1e-12).sum(), count)
     metrics["loss"] = (loss * count, count)
     return loss, metrics
-
-
-def _same_class(class_ids: Int[Array | np.ndarray, " B"]) -> Bool[Array, "B B"]:
-    """Pairs of two different examples of one class."""
-    ids = sharding.place(class_ids, None)
-    is_diagonal = jnp.eye(len(ids), dtype=bool)
-    return (ids[:, None] == ids[None, :]) & (ids >= 0)[:, None] & ~is_diagonal
-
-
-def _similarities(
-    left: Float32[Array | np.ndarray, "B D"],
-    right: Float32[Array | np.ndarray, "B D"],
-    scale: Float32[Array, ""],
-    is_same: Bool[Array, "B B"] | None,
-) -> Float32[Array, "B B"]:
-    all_right = sharding.place(right, None, None)
-    products = sharding.place(jnp.einsum("id,jd->ij", left, all_right), None, None)
-    logits = scale * products
-    return logits if is_same is None else jnp.where(is_same, -jnp.inf, logits)
 
 
 def _attend(heads: Heads, mask: jax.Array, num_queries: int | None) -> jax.Array:

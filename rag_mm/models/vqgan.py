@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from rag_mm.core import checks, code_grids
+from rag_mm.core import checks, code_grids, sharding
 from rag_mm.core.code_grids import Grids
 from rag_mm.core.errors import UserError
 from rag_mm.nn import conv
@@ -261,15 +261,18 @@ class VQGAN(nnx.Module):
         self.from_embedding = nnx.Linear(c.embed_dim, c.latent_dim, rngs=rngs)
         self.decoder = VQDecoder(c, rngs=rngs) if c.has_decoder else None
 
+    @sharding.automatic("batch")
     def embed(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B R C D"]:
         """Embeddings before quantization, on a grid of H // code_size rows; D is embed_dim."""
         return self.to_embedding(self.encoder(self.config.gain * images - 1))
 
+    @sharding.automatic("batch")
     def encode(self, images: Float[Array, "B H W 3"]) -> Int[Array, "B num_codes"]:
         """int32 codes in raster order, of images of any height and width of at least `code_size`."""
         codes = quantize.nearest_codes(self.embed(images), self.codebook.embedding[...])
         return codes.reshape(len(codes), -1)
 
+    @sharding.automatic("batch")
     def decode(
         self, codes: Int[Array, "B num_codes"], grids: Grids | None = None
     ) -> Float[Array, "B H W 3"]:
@@ -281,6 +284,7 @@ class VQGAN(nnx.Module):
             grids = self.config.grids_at(self.config.image_size, self.config.image_size)
         return self.decode_grid(codes.reshape(-1, *grids[0]))
 
+    @sharding.automatic("batch")
     def decode_grid(self, codes: Int[Array, "B R C"]) -> Float[Array, "B H W 3"]:
         """Images in 0..1 from codes of any grid; H is R * code_size.
 
@@ -292,6 +296,7 @@ class VQGAN(nnx.Module):
             z /= jnp.maximum(jnp.linalg.norm(z, axis=-1, keepdims=True), _MIN_LENGTH)
         return jnp.clip(self.render(z), 0, 1)
 
+    @sharding.automatic("batch")
     def render(self, z: Float[Array, "B R C D"]) -> Float[Array, "B H W 3"]:
         """Images, not clipped to 0..1, from embeddings of width embed_dim; raises as `decode_grid`."""
         if self.decoder is None:

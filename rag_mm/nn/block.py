@@ -1,28 +1,54 @@
-"""The transformer block of every model here, and the stack that scans over its layers."""
+"""The transformer block of every model here, and the stack that scans over its layers.
+
+A block may have a second attention, whose keys and values are those of a context (`CrossAttention`): vectors
+of an image encoder, for example, that every token may read.
+"""
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from rag_mm.core import sharding
 from rag_mm.nn import layers
 from rag_mm.nn.smear import Recent, SmearContext, lags_of_dims, smear
-from rag_mm.ops import rope, splash
+from rag_mm.ops import attention, rope, splash
+
+
+class Context(NamedTuple):
+    """What blocks with cross-attention read.
+
+    Attributes:
+        vectors: in the dtype of the activations; C is `BlockConfig.context_dim`.
+        mask: True where a vector counts; None: everywhere. A sequence for which none counts reads zeros.
+    """
+
+    vectors: Float[Array, "B M C"]
+    mask: Bool[Array, "B M"] | None = None
+
+
+class ContextHeads(NamedTuple):
+    """One layer's keys and values of a context, or with a leading axis those of all layers; and its mask."""
+
+    k: Float[Array, "*L B M K H"]
+    v: Float[Array, "*L B M K H"]
+    mask: Bool[Array, "*L B M"] | None = None
 
 
 class Heads(NamedTuple):
-    """Queries, keys and values; `recent` only if heads are smeared."""
+    """Queries, keys and values; `recent` only if heads are smeared, `context` only if there is one."""
 
     q: Float[Array, "B T N H"]
     k: Float[Array, "B T K H"]
     v: Float[Array, "B T K H"]
     recent: Recent | None = None
+    context: ContextHeads | None = None
 
 
 MAX_UNROLLED = (
@@ -63,6 +89,7 @@ class BlockConfig:
     init_std: float | None = None  # None: 1 / sqrt(fan in)
     output_init_std: float | None = None  # of the projections that write to the residual stream
     init_cut: float | None = None  # truncate samples at this many standard deviations
+    context_dim: int | None = None  # width of the context that is read; None: no cross-attention
 
     def __post_init__(self):
         lags = self.smear_lags
@@ -106,15 +133,16 @@ REMAT: dict[str, Callable[[Callable], Callable]] = {
 class Attention(nnx.Module):
     """Projections to q, k, v and back; the caller's `attend` joins them (training, prefill, decode)."""
 
-    def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs, kv_dim: int | None = None):
+        """Keys and values are of vectors of width `kv_dim`; None: of those of the queries."""
         c = config
         kwargs = dict(use_bias=c.use_bias, rngs=rngs, std=c.init_std, cut=c.init_cut)
         self.q = layers.Linear(
             (c.embed_dim,), (c.num_heads, c.head_dim), ("embed", "heads", None), **kwargs
         )
         kv_shape, kv_axes = (c.num_kv_heads, c.head_dim), ("embed", "kv_heads", None)
-        self.k = layers.Linear((c.embed_dim,), kv_shape, kv_axes, **kwargs)
-        self.v = layers.Linear((c.embed_dim,), kv_shape, kv_axes, **kwargs)
+        self.k = layers.Linear((kv_dim or c.embed_dim,), kv_shape, kv_axes, **kwargs)
+        self.v = layers.Linear((kv_dim or c.embed_dim,), kv_shape, kv_axes, **kwargs)
         self.out = layers.Linear(
             (c.num_heads, c.head_dim),
             (c.embed_dim,),
@@ -192,6 +220,36 @@ def _qk_norm(config: BlockConfig, heads: tuple[int, str], *, rngs: nnx.Rngs) -> 
     return layers.Norm("rmsnorm", config.head_dim, rngs=rngs, eps=config.norm_eps)
 
 
+class CrossAttention(Attention):
+    """Attention of every token to a context; heads are neither rotated nor smeared."""
+
+    def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
+        plain = dataclasses.replace(config, smear_lags=(), induction_init=False)
+        super().__init__(plain, rngs=rngs, kv_dim=config.context_dim)
+
+    @jax.named_scope("read")
+    def read(self, context: Context) -> ContextHeads:
+        """The context's keys and values."""
+        k, v = self.k(context.vectors), self.v(context.vectors)
+        return ContextHeads(k if self.k_norm is None else self.k_norm(k), v, context.mask)
+
+    @jax.named_scope("cross_attention")
+    def __call__(self, x: Float[Array, "B T D"], context: ContextHeads) -> Float[Array, "B T D"]:
+        """What the tokens x read."""
+        q = self.q(x) if self.q_norm is None else self.q_norm(self.q(x))
+        k, v, mask = context
+        segments: dict[str, jax.Array] = {}
+        if mask is not None:  # As segment ids: of every query 1, of a vector that counts 1.
+            segments = dict(
+                query_segment_ids=jnp.ones(q.shape[:2], jnp.int32),
+                key_segment_ids=mask.astype(jnp.int32),
+            )
+        attended = attention.attention(q, k, v, is_causal=False, **segments)
+        if mask is not None:
+            attended = attended * mask.any(axis=1)[:, None, None, None].astype(attended.dtype)
+        return self.out(jax.ad_checkpoint.checkpoint_name(attended, ATTENDED))
+
+
 class MLP(nnx.Module):
     """Two matrices and an activation, or SwiGLU with three matrices."""
 
@@ -215,7 +273,10 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); with `post_norm`, norms follow the branches."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); with `post_norm`, norms follow the branches.
+
+    With `context_dim` there is x + cross_attention(norm(x), context) between the two.
+    """
 
     def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
         c = config
@@ -224,6 +285,11 @@ class Block(nnx.Module):
         self.attention = Attention(c, rngs=rngs)
         self.mlp_norm = layers.Norm(c.norm, c.embed_dim, rngs=rngs, eps=c.norm_eps)
         self.mlp = MLP(c, rngs=rngs)
+        # Made last: the other parameters are those of the block without it.
+        reads = c.context_dim is not None
+        make_norm = partial(layers.Norm, c.norm, c.embed_dim, rngs=rngs, eps=c.norm_eps)
+        self.cross_norm = make_norm() if reads else None
+        self.cross_attention = CrossAttention(c, rngs=rngs) if reads else None
 
     def __call__(
         self,
@@ -232,6 +298,7 @@ class Block(nnx.Module):
         attend: Attend,
         cache: Any = None,
         before: SmearContext | None = None,
+        context: Context | ContextHeads | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Applies the block.
 
@@ -241,20 +308,37 @@ class Block(nnx.Module):
             attend: computes attention; called once with this layer's heads and `cache`.
             cache: passed to `attend`.
             before: segment ids and recent heads, if heads are smeared.
+            context: what cross-attention reads, or its keys and values from an earlier call, where they are
+                the `context` of the heads that `attend` gets.
 
         Returns:
             The residual stream, and the second result of `attend`.
+
+        Raises:
+            ValueError: there is a context without cross-attention, or cross-attention without a context.
         """
+        if (context is None) != (self.cross_attention is None):
+            raise ValueError("give a context exactly where blocks have a context_dim to read it")
         attention_input = x if self.post_norm else self.attention_norm(x)
         heads = self.attention.heads(attention_input, rotation, before)
+        if self.cross_attention is not None and isinstance(context, Context):
+            context = self.cross_attention.read(context)
+        if context is not None:
+            heads = heads._replace(context=context)
         attended, cache = attend(heads, cache)
         attended = jax.ad_checkpoint.checkpoint_name(attended, ATTENDED)
         added = self.attention.out(attended)
-        if self.post_norm:
-            x = x + self.attention_norm(added)
-            return x + self.mlp_norm(self.mlp(x)), cache
-        x = x + added
-        return x + self.mlp(self.mlp_norm(x)), cache
+        x = x + (self.attention_norm(added) if self.post_norm else added)
+        if self.cross_attention is not None and self.cross_norm is not None:
+            cross, given = self.cross_attention, heads.context
+            x = x + self._branch(self.cross_norm, lambda x: cross(x, given), x)
+        return x + self._branch(self.mlp_norm, self.mlp, x), cache
+
+    def _branch(
+        self, norm: layers.Norm, function: Callable[..., jax.Array], x: Float[Array, "B T D"]
+    ) -> Float[Array, "B T D"]:
+        """What a branch adds to the residual stream x."""
+        return norm(function(x)) if self.post_norm else function(norm(x))
 
 
 class Stack(nnx.Module):
@@ -275,12 +359,13 @@ class Stack(nnx.Module):
         rotation: rope.Rotation | None,
         attend: Attend,
         before: SmearContext | None = None,
+        context: Context | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Scans over the layers; the second result of `attend` is stacked along axis 0."""
 
         @jax.named_scope("block")
         def layer(x, block):
-            return block(x, rotation, attend, before=before)
+            return block(x, rotation, attend, before=before, context=context)
 
         # A loop stacks the residuals of all layers, which costs a CPU an extra write and read.
         is_short = sharding.platform() == "cpu" and self.num_layers <= MAX_UNROLLED

@@ -1,19 +1,24 @@
-"""One scanned decoder whose config covers every language model here: CM3, CM3Leon, Chameleon, LLaMA."""
+"""One scanned decoder whose config covers every language model here: CM3, CM3Leon, Chameleon, LLaMA.
+
+Its inputs are token ids, vectors, or both (`Mixture`); its outputs are hidden states, from which `logits` are
+computed where they are needed. With `context_dim` every block also reads a `Context`.
+"""
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
-from rag_mm.core import checks, manifest_values
+from rag_mm.core import checks, manifest_values, sharding
 from rag_mm.nn import layers
-from rag_mm.nn.block import REMAT, Attend, Block, BlockConfig, Heads, Stack
+from rag_mm.nn.block import REMAT, Attend, Block, BlockConfig, Context, Heads, Stack
 from rag_mm.nn.smear import SmearContext
 from rag_mm.ops import attention, rope
 
@@ -52,7 +57,8 @@ class DecoderConfig:
     """Sizes and architecture of a decoder.
 
     Attributes:
-        vocab_size: token ids, text and image codes together.
+        vocab_size: token ids, text and image codes together; 0: inputs are vectors only, and there is neither
+            a table nor a head.
         num_layers: number of transformer blocks.
         embed_dim: width of the residual stream.
         num_heads: number of query heads.
@@ -80,6 +86,8 @@ class DecoderConfig:
         init: standard deviations of initial weights.
         dtype: dtype of activations; softmax, loss and trained parameters stay float32.
         remat: what a layer's backward pass recomputes: none | dots | full.
+        context_dim: width of the context that every block reads by cross-attention between its attention and
+            its MLP, with as many heads; None: blocks have no cross-attention.
     """
 
     vocab_size: int
@@ -108,6 +116,7 @@ class DecoderConfig:
     init: InitConfig = dataclasses.field(default_factory=InitConfig)
     dtype: str = "float32"
     remat: str = "none"
+    context_dim: int | None = dataclasses.field(default=None, metadata=manifest_values.ADDED_LATER)
 
     def __post_init__(self):
         if not all(isinstance(entry, list | tuple) for entry in self.smear_lags):
@@ -122,16 +131,9 @@ class DecoderConfig:
             object.__setattr__(self, "init", InitConfig(**init))
         if self.positions not in ("rope", "sinusoidal", "learned"):
             raise ValueError(f"positions are rope, sinusoidal or learned, not {self.positions!r}")
-        for name in (
-            "vocab_size",
-            "num_layers",
-            "embed_dim",
-            "num_heads",
-            "mlp_dim",
-            "max_seq_len",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
+        checks.at_least(self, 0, "vocab_size")
+        sizes = ("num_layers", "embed_dim", "num_heads", "mlp_dim", "max_seq_len", "context_dim")
+        checks.at_least(self, 1, *sizes)
         checks.one_of(self, "dtype", ("float32", "bfloat16", "float16"))
         if self.remat not in REMAT:
             raise ValueError(f"remat is one of {', '.join(REMAT)}, not {self.remat!r}")
@@ -180,11 +182,30 @@ class DecoderConfig:
             if self.init.output_std is None
             else self.init.output_std,
             init_cut=self.init.cut,
+            context_dim=self.context_dim,
         )
 
 
+class Mixture(NamedTuple):
+    """Token ids, and vectors that stand in place of some of them.
+
+    Attributes:
+        tokens: ids; those in place of which vectors stand may be any of the vocabulary.
+        vectors: read where `is_vector`; finite everywhere.
+        is_vector: where they stand.
+    """
+
+    tokens: Int[Array | np.ndarray, "B T"]
+    vectors: Float[Array | np.ndarray, "B T D"]
+    is_vector: Bool[Array | np.ndarray, "B T"]
+
+
+# Token ids, or vectors of the decoder's width, or both.
+Inputs = Int[Array | np.ndarray, "B T"] | Float[Array | np.ndarray, "B T D"] | Mixture
+
+
 class Decoder(nnx.Module):
-    """Maps token ids to hidden states; `logits` maps these to the vocabulary."""
+    """Maps tokens or vectors to hidden states; `logits` maps these to the vocabulary."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         c = self.config = config
@@ -196,49 +217,62 @@ class Decoder(nnx.Module):
             )
 
         learned = c.positions == "learned"
-        self.embedding = table(c.vocab_size, "vocab", c.init.embedding_std)
+        has_words = c.vocab_size > 0
+        words = partial(table, c.vocab_size, "vocab")
+        self.embedding = words(c.init.embedding_std) if has_words else None
         self.position_embedding = (
             table(c.max_seq_len, None, c.init.position_std) if learned else None
         )
         self.stack = Stack(c.block, c.num_layers, rngs=rngs, remat=c.remat)
         self.norm = layers.Norm(c.norm, c.embed_dim, rngs=rngs, eps=c.norm_eps)
-        self.head = None if c.tie_embeddings else table(c.vocab_size, "vocab", c.init.head_std)
+        self.head = words(c.init.head_std) if has_words and not c.tie_embeddings else None
 
     def __call__(
         self,
-        tokens: Int[Array | np.ndarray, "B T"],
+        inputs: Inputs,
         positions: Int[Array | np.ndarray, "B T"],
         segment_ids: Int[Array | np.ndarray, "B T"] | None,
+        context: Context | None = None,
     ) -> Float[Array, "B T D"]:
         """Causal within a segment.
 
         Args:
-            tokens: token ids.
+            inputs: token ids, vectors, or a mixture; see `input_vectors`.
             positions: below max_seq_len.
             segment_ids: tokens see earlier tokens of their own segment only. None if every sequence is one
                 segment: cuDNN then needs no stored mask and skips the scores above the diagonal.
+            context: what blocks with `context_dim` read: all segments of a sequence the same.
 
         Returns:
             Hidden states after the last norm, in the config's dtype.
+
+        Raises:
+            ValueError: there is a context without `context_dim`, or the other way round.
         """
-        x, _ = self._run(tokens, positions, segment_ids, lambda heads: None)
+        x, _ = self._run(inputs, positions, segment_ids, context, lambda heads: None)
         return self.norm(x)
 
     def prefill(
         self,
-        tokens: Int[Array | np.ndarray, "B T"],
+        inputs: Inputs,
         positions: Int[Array | np.ndarray, "B T"],
         segment_ids: Int[Array | np.ndarray, "B T"],
+        context: Context | None = None,
     ) -> tuple[Float[Array, "B T D"], Heads]:
-        """Like a call; also returns the heads of every layer without queries, stacked [L, ...]."""
-        x, heads = self._run(tokens, positions, segment_ids, lambda heads: heads._replace(q=None))
+        """Like a call; also returns the heads of every layer without queries, stacked [L, ...].
+
+        Among them are the keys and values of the context, which later steps need not compute again.
+        """
+        keep = lambda heads: heads._replace(q=None)
+        x, heads = self._run(inputs, positions, segment_ids, context, keep)
         return self.norm(x), heads
 
     def _run(
         self,
-        tokens: Int[Array | np.ndarray, "B T"],
+        inputs: Inputs,
         positions: Int[Array | np.ndarray, "B T"],
         segment_ids: Int[Array | np.ndarray, "B T"] | None,
+        context: Context | None,
         keep: Callable[[Heads], Any],
     ) -> tuple[Float[Array, "B T D"], Any]:
         def attend(heads, _):
@@ -254,42 +288,49 @@ class Decoder(nnx.Module):
 
         before = None
         if self.config.smear_lags:
-            before = SmearContext(jnp.ones_like(tokens) if segment_ids is None else segment_ids)
+            before = SmearContext(jnp.ones_like(positions) if segment_ids is None else segment_ids)
+        if context is not None:
+            vectors, mask = jnp.asarray(context.vectors, self.config.dtype), context.mask
+            context = Context(
+                sharding.place(vectors, "batch", None, None),
+                None if mask is None else sharding.place(jnp.asarray(mask), "batch", None),
+            )
         rotation = self.config.block.rotation(positions)
-        return self.stack(self.embed(tokens, positions), rotation, attend, before)
+        return self.stack(self.embed(inputs, positions), rotation, attend, before, context)
 
     def decode_step(
         self,
         blocks: Block | tuple[Block, ...],
-        tokens: Int[Array, "B 1"],
+        inputs: Inputs,
         positions: Int[Array, "B 1"],
         rotation: rope.Rotation | None,
         attend: Attend,
         cache: tuple,
     ) -> tuple[Float[Array, "B 1 D"], Any]:
-        """Decodes one token per sequence.
+        """Decodes one token, or vector, per sequence.
 
         Args:
             blocks: `stack.unstack()`, computed once outside the decoding loop; or `stack.blocks`, to scan.
-            tokens: the current tokens.
+            inputs: the current tokens, vectors or mixture, T = 1.
             positions: their positions.
             rotation: their rotation. `config.block.rotation` is computed for all positions once, outside the
                 loop; None if that is None.
             attend: reads a layer's cache, and returns what is to be kept of the token.
-            cache: one entry per layer, with attribute `recent` if heads are smeared; for a scan one entry of
-                stacked arrays.
+            cache: one entry per layer, with attribute `recent` if heads are smeared, and `context` (that of
+                `prefill`'s heads) if blocks read one; for a scan one entry of stacked arrays.
 
         Returns:
             Hidden states after the last norm, and the second results of `attend`, laid out as `cache`.
         """
-        same = jnp.ones_like(tokens)
+        same, reads = jnp.ones_like(positions), self.config.context_dim is not None
 
         def layer(x: jax.Array, block_and_cache: tuple[Block, Any]) -> tuple[jax.Array, Any]:
             block, layer_cache = block_and_cache
             before = SmearContext(same, layer_cache.recent) if self.config.smear_lags else None
-            return block(x, rotation, attend, layer_cache, before)
+            context = layer_cache.context if reads else None
+            return block(x, rotation, attend, layer_cache, before, context)
 
-        x = self.embed(tokens, positions)
+        x = self.embed(inputs, positions)
         if isinstance(blocks, Block):
             x, kept = jax.lax.scan(layer, x, (blocks, cache))
             return self.norm(x), kept
@@ -301,24 +342,53 @@ class Decoder(nnx.Module):
 
     @jax.named_scope("embed")
     def embed(
-        self, tokens: Int[Array | np.ndarray, "B T"], positions: Int[Array | np.ndarray, "B T"]
+        self, inputs: Inputs, positions: Int[Array | np.ndarray, "B T"]
     ) -> Float[Array, "B T D"]:
-        """Token embeddings, plus learned or sinusoidal positions, in the config's dtype.
+        """`input_vectors`, plus learned or sinusoidal positions, in the config's dtype.
 
         The sum of scaled embeddings and positions is rounded to that dtype once.
         """
         c, dtype = self.config, jnp.dtype(self.config.dtype)
-        x = self.embedding(tokens, dtype)
-        if c.scale_embeddings:
-            x = x.astype(jnp.float32) * math.sqrt(c.embed_dim)
+        x = self.input_vectors(inputs)
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions, x.dtype)
         if c.positions == "sinusoidal":
             x = x + rope.sinusoids(positions, c.embed_dim).astype(x.dtype)
         return x.astype(dtype)
 
+    def input_vectors(self, inputs: Inputs) -> Float[Array, "B T D"]:
+        """The vectors of all inputs before positions are added: what a given vector stands in place of.
+
+        Embeddings of tokens are scaled if the config says so, given vectors are not. So the result, given as
+        vectors, is the same input again; a model that predicts its next input predicts these.
+
+        Returns:
+            float32 where embeddings are scaled, elsewhere the config's dtype.
+
+        Raises:
+            ValueError: there are tokens, but the decoder has no vocabulary.
+        """
+        c = self.config
+        dtype = jnp.dtype("float32" if c.scale_embeddings else c.dtype)
+        if isinstance(inputs, Mixture):
+            given, chosen = self.input_vectors(inputs.vectors), jnp.asarray(inputs.is_vector)
+            chosen = sharding.place(chosen, "batch", None)[:, :, None]
+            return jnp.where(chosen, given, self.input_vectors(inputs.tokens))
+        if jnp.issubdtype(inputs.dtype, jnp.floating):
+            return sharding.place(jnp.asarray(inputs, dtype), "batch", None, None)
+        if self.embedding is None:
+            raise ValueError("a decoder without a vocabulary takes vectors, not tokens")
+        x = self.embedding(inputs, jnp.dtype(c.dtype))
+        return x.astype(jnp.float32) * math.sqrt(c.embed_dim) if c.scale_embeddings else x
+
     @jax.named_scope("logits")
     def logits(self, hidden: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
-        """Logits of the next token, from hidden states; summed in float32 and not rounded to their dtype."""
+        """Logits of the next token, from hidden states; summed in float32 and not rounded to their dtype.
+
+        Raises:
+            ValueError: the decoder has no vocabulary.
+        """
         head = self.embedding if self.head is None else self.head
+        if head is None:
+            raise ValueError("a decoder without a vocabulary has no logits")
         return head.attend(hidden)

@@ -33,7 +33,7 @@ class LoRAConfig:
         rank: columns of A and rows of B.
         alpha: the update is scaled by alpha / rank.
         targets: names of linear maps, such as q, k, v, out, gate, up and down; also patterns of paths, such
-            as `attention/*`.
+            as `attention/*` or `cross_attention/*`. A bare name is in both attentions.
     """
 
     rank: int = 8

@@ -1,4 +1,4 @@
-"""Losses as pure functions of logits: token cross-entropy and symmetric InfoNCE, in float32."""
+"""Token cross-entropy as a pure function of logits, in float32."""
 
 from collections.abc import Callable
 
@@ -78,23 +78,3 @@ def chunked_token_nll(
 
     _, nll = jax.lax.scan(chunk, None, (split(hidden), split(targets)))
     return jnp.moveaxis(nll, 0, 1).reshape(batch, -1)[:, :length]
-
-
-def info_nce(
-    similarities: Float32[Array | np.ndarray, "B B"],
-) -> tuple[Float32[Array, " B"], Bool[Array, " B"]]:
-    """Symmetric contrastive loss (CLIP, Radford et al. 2021, figure 3).
-
-    Args:
-        similarities: already divided by the temperature; row i and column i are a pair.
-
-    Returns:
-        The loss of each pair, mean of both directions in nats, and whether column i alone has the highest
-        similarity in row i.
-    """
-    of_pairs = jnp.diagonal(similarities)
-    rows = jax.nn.logsumexp(similarities, axis=1) - of_pairs
-    columns = jax.nn.logsumexp(similarities, axis=0) - of_pairs
-    # Ties do not count as hits: to a collapsed retriever all similarities are equal.
-    num_as_good = (similarities >= of_pairs[:, None]).sum(axis=1)
-    return (rows + columns) / 2, num_as_good == 1

@@ -6,7 +6,7 @@ from typing import Any
 
 import ml_collections
 
-from rag_mm.core import configuration, manifest_values
+from rag_mm.core import configuration, manifest_values, renames
 from rag_mm.core.configuration import Section
 from rag_mm.core.errors import UserError
 from rag_mm.stages import ablation_plan
@@ -59,7 +59,8 @@ def sections(config: Mapping[str, Any]) -> dict[str, Section]:
         raise UserError(f"The config has no stages; stages are {', '.join(STAGES)}.")
     unknown = [name for name in config["stages"] if name not in STAGES]
     if unknown:
-        raise UserError(f"There is no stage {unknown[0]!r}; stages are {', '.join(STAGES)}.")
+        hint = renames.hint(unknown[0]) or f"; stages are {', '.join(STAGES)}"
+        raise UserError(f"There is no stage {unknown[0]!r}{hint}.")
     for key in ("seed", "world"):
         if key not in config:
             raise UserError(f"The config has no {key!r}, which every chain needs.")
@@ -91,6 +92,7 @@ def stage_configs(config: Mapping[str, Any]) -> dict[str, Any]:
     for name, made in configs.items():
         if name in STAGES[name].inputs_for(made):
             raise UserError(f"{name}.start_from is {name!r}, the stage itself; name another stage.")
+    _check_memory(configs)
     ra_cm3_stages.check_agreement(configs)
     return configs
 
@@ -114,7 +116,7 @@ def slice_of(config: Any) -> dict[str, Any]:
     for field in dataclasses.fields(config):
         if (group := configuration.group_of(field)) is not None:
             values[field.name] = configuration.without_defaults(group, values[field.name])
-    return values
+    return manifest_values.under_older_names(config, values)
 
 
 def _stage_config(config: Mapping[str, Any], name: str, world: Any) -> Any:
@@ -128,6 +130,23 @@ def _stage_config(config: Mapping[str, Any], name: str, world: Any) -> Any:
     if stage.resolve is not None:
         values = stage.resolve(config, values)
     return configuration.make(stage.config, {**shared, **nested, **values}, name)
+
+
+def _check_memory(configs: Mapping[str, Any]) -> None:
+    """Rejects what needs the facts of the memory's rows where the memory is given."""
+    if "memory" not in configs or configs["memory"].folder is None:
+        return
+    for name in configs:
+        if STAGES[name].needs_own_memory:
+            raise UserError(
+                f"The stage {name} needs the facts of the memory's rows, which are unknown for "
+                "memory.folder; remove it from the config's stages."
+            )
+    if "neighbors" in configs and configs["neighbors"].min_same_class > 0:
+        raise UserError(
+            "neighbors.min_same_class needs the facts of the memory's rows, which are unknown for "
+            "memory.folder; set it to 0."
+        )
 
 
 def _check_world(world: Any, names: Sequence[str]) -> None:

@@ -32,6 +32,8 @@ class Stage:
             None for a stage that does not train. All processes run a stage that trains.
         is_shared: all processes run it although it does not train.
         more_inputs: config -> further stages that it reads with this config, such as one that it starts from.
+        needs_own_memory: it takes facts of the memory's rows from the world, so that the memory must be built
+            from the world's documents.
         holds: other stages whose configs its config contains, in fields of the same names.
         section: dataclass of its part of a config page, if that differs from `config`.
         resolve: (page, values of the section) -> values of `config`; given with `section`.
@@ -48,6 +50,7 @@ class Stage:
     mesh: Callable[[Any], Mesh] | None = None
     is_shared: bool = False
     more_inputs: Callable[[Any], tuple[str, ...]] = lambda config: ()
+    needs_own_memory: bool = False
     holds: tuple[str, ...] = ()
     section: type | None = None
     resolve: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] | None = None

@@ -67,18 +67,18 @@ def check_config(
 
 
 def make_mesh(
-    batch_size: int, axes: tuple[int, int, int] = (1, 1, 1), is_explicit: bool = True
+    batch_size: int, axes: tuple[int, int, int] = (1, 1, 1), num_parts: int = 1
 ) -> Mesh:
     """The mesh that a stage trains on.
 
     Args:
-        batch_size: examples in a batch; must be a multiple of data * fsdp.
+        batch_size: examples in a batch; must be a multiple of data * fsdp * num_parts.
         axes: sizes of `data`, `fsdp` and `tensor` in the config. If processes have joined (even a single
             one), `data` is chosen so that the mesh covers all devices.
-        is_explicit: see `sharding.make_mesh`.
+        num_parts: parts that a step's batch is processed in, one after the other.
 
     Raises:
-        UserError: there are too few devices, or the batch does not split evenly over them.
+        UserError: there are too few devices, or the batch does not split evenly over them and into parts.
     """
     data, fsdp, tensor = axes
     num_devices, rest = jax.device_count(), 0
@@ -88,12 +88,13 @@ def make_mesh(
         raise UserError(
             f"a mesh of data={data}, fsdp={fsdp}, tensor={tensor} does not fit {num_devices} devices."
         )
-    if batch_size % (data * fsdp):
+    if batch_size % (data * fsdp * num_parts):
+        parts = f" in {num_parts} parts" if num_parts > 1 else ""
         raise UserError(
-            f"its batch of {batch_size} does not split over {data * fsdp} devices; give a batch_size "
-            "that does, or fewer devices."
+            f"its batch of {batch_size} does not split over {data * fsdp} devices{parts}; give a batch_size "
+            f"that does, or fewer {'parts or ' if parts else ''}devices."
         )
-    return sharding.make_mesh(data, fsdp, tensor, is_explicit)
+    return sharding.make_mesh(data, fsdp, tensor)
 
 
 def step_cost(model: nnx.Module, mesh: Mesh, is_all_trained: bool = True) -> throughput.Cost | None:
@@ -122,6 +123,7 @@ def train(
     loop_config: loop.LoopConfig,
     seed: int,
     mesh: Mesh,
+    num_parts: int = 1,
     start: Callable[[Params], Params] | None = None,
     prepare: Callable[[Params], Params] | None = None,
     what: WhatTrains = WhatTrains(),
@@ -140,6 +142,7 @@ def train(
         loop_config: number of steps, logging, checkpoints and guard.
         seed: of randomness inside the loss.
         mesh: devices of the state and the batches.
+        num_parts: gradient accumulation, see `train_step.train_step`.
         start: abstract parameters -> those that are not initialized, such as another stage's.
         prepare: changes the initial parameters before step 0, for instance to set a codebook from data.
         what: which parameters are trained and by which losses.
@@ -151,10 +154,12 @@ def train(
 
     Raises:
         FloatingPointError: the loss is not finite, or the guard skipped too many updates in a row.
-        UserError: every parameter is frozen, or a group has no parameter or shares one.
+        UserError: every parameter is frozen, a group has no parameter or shares one, or a parameter does not
+            split over the mesh.
         RuntimeError: a frozen parameter changed.
     """
     graphdef, abstract = param_trees.describe(make_model, mesh)
+    _check_split(name, abstract)
     given = None if start is None else start(abstract)
     params = param_trees.init_params(make_model, mesh, given)
     if prepare is not None:
@@ -167,7 +172,7 @@ def train(
     del given, params
     before = param_trees.bit_sums(frozen)
     state, step_fn = _start(
-        graphdef, trained, loss_fn, what, optimizer_config, loop_config, seed, mesh
+        graphdef, trained, loss_fn, what, optimizer_config, loop_config, seed, mesh, num_parts
     )
 
     def result(state: train_state.TrainState) -> Params:
@@ -197,6 +202,19 @@ def train(
     return result(state), log
 
 
+def _check_split(name: str, abstract: Params) -> None:
+    """Raises UserError for a parameter whose axes the mesh does not divide."""
+    for path, leaf in param_trees.leaves_by_path(abstract).items():
+        try:
+            leaf.sharding.shard_shape(leaf.shape)
+        except ValueError:
+            sizes = dict(leaf.sharding.mesh.shape)
+            raise UserError(
+                f"{name}: {path} of shape {leaf.shape} does not split over the mesh {sizes}, where its axes "
+                f"are split over {tuple(leaf.sharding.spec)}; give another scale.mesh, or sizes that do."
+            ) from None
+
+
 def _start(
     graphdef: nnx.GraphDef,
     params: Params,
@@ -206,6 +224,7 @@ def _start(
     loop_config: loop.LoopConfig,
     seed: int,
     mesh: Mesh,
+    num_parts: int,
 ) -> tuple[train_state.TrainState, Callable]:
     """The state at step 0, and the compiled step of one loss or of several."""
     make = partial(
@@ -213,12 +232,12 @@ def _start(
     )
     tx, further = make(optimizer_config), what.further_losses
     if not further:
-        step_fn = train_step.make_train_step(graphdef, loss_fn, tx, seed)
+        step_fn = train_step.make_train_step(graphdef, loss_fn, tx, seed, num_parts)
         return train_state.init_state(params, tx, mesh), step_fn
     is_left = lambda path: not any(each.trains(path) for each in further.values())
     by_name = {"": objectives.Objective(loss_fn, tx, is_left)} | {
         name: objectives.Objective(each.loss_fn, make(each.optimizer_config), each.trains)
         for name, each in further.items()
     }
-    step_fn = objectives.make_train_step(graphdef, by_name, seed, in_turn=what.in_turn)
+    step_fn = objectives.make_train_step(graphdef, by_name, seed, num_parts, what.in_turn)
     return objectives.init_state(params, by_name, mesh), step_fn

@@ -6,6 +6,7 @@ checkpoint is complete (`core.checksums`), and compared before it is restored. W
 """
 
 import asyncio
+import contextlib
 import errno
 import glob
 import json
@@ -123,6 +124,8 @@ class Checkpoints:
 
     def _raise_user_error(self, error: Exception) -> NoReturn:
         """Raises a UserError that says why writing failed and which checkpoint remains."""
+        with contextlib.suppress(Exception):  # Orbax may report the same failure once more.
+            self._checkpointer.wait()
         self._checkpointer.reload()
         is_full = "No space left" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
         reason = "the disk is full" if is_full else f"{error}".strip().partition("\n")[0]

@@ -42,6 +42,8 @@ KEEP_LAST = 2
 PARTIAL = "partial.json"
 # Records of the batches whose skipped updates ended the run, by batch.
 SKIPPED = "skipped.json"
+# A process that waits longer for a batch or a step exits (see `watchdog`).
+STALL_SECONDS = 900.0
 # The error message lists at most this many records; the file has all.
 _MAX_RECORDS_SHOWN = 20
 
@@ -84,15 +86,11 @@ class Extras:
     Attributes:
         max_skipped: this many consecutive updates skipped by the guard end the run.
         cost: FLOPs of a decoder's step, for MFU and tokens per second.
-        profile: first and last step of a TensorBoard trace, written to `profile/`; None: that of `profiled`.
-        stall_seconds: a process that waits longer for a batch or a step exits (see `watchdog`).
         result: state -> the parameters that `watch` measures.
     """
 
     max_skipped: int = update_guard.GuardConfig.max_in_a_row
     cost: throughput.Cost | None = None
-    profile: tuple[int, int] | None = None
-    stall_seconds: float = 900.0
     result: Callable[[TrainState], Params] = lambda state: state.params
 
 
@@ -243,7 +241,7 @@ class _Run:
     def next_batch(self, iterator: grain.DatasetIterator) -> dict:
         """The next batch on its devices; record numbers are removed and kept for error messages."""
         start = time.monotonic()
-        with watchdog.within(self.extras.stall_seconds):
+        with watchdog.within(STALL_SECONDS):
             host_batch = dict(next(iterator))
         records = np.asarray(host_batch.pop(pipeline.RECORDS, ()))
         if records.ndim > 1:  # One per token of packed rows.
@@ -257,7 +255,7 @@ class _Run:
         """Adds the step's sums and waits for the previous step, so that one step is in flight at a time."""
         self.averages.add(sums)
         if self._previous_sums is not None:
-            with watchdog.within(self.extras.stall_seconds):
+            with watchdog.within(STALL_SECONDS):
                 jax.block_until_ready(self._previous_sums)
         self._previous_sums = sums
         self.speed.step()
@@ -311,7 +309,7 @@ class _Run:
 
     def trace(self, step: int) -> None:
         """Starts or ends the profile if this step is its first or follows its last."""
-        first, last = self.extras.profile or _PROFILE.get() or (0, 0)
+        first, last = _PROFILE.get() or (0, 0)
         if step == first:
             jax.profiler.start_trace(str(self.directory / costs.PROFILE_NAME))
             self._is_traced = True

@@ -25,11 +25,21 @@ def _show(capfd, *words: str) -> list[dict]:
     return json.loads(capfd.readouterr().out)["settings"]
 
 
+def _literal(value) -> str:
+    """A value as it is written on the command line."""
+    as_tuple = lambda value: tuple(map(as_tuple, value)) if isinstance(value, list) else value
+    return value if isinstance(value, str) else repr(as_tuple(value))
+
+
 @pytest.mark.parametrize(("page", "preset"), PAGES)
-def test_every_setting_of_every_page_has_a_meaning(capfd, page, preset):
-    settings = _show(capfd, f"--config=configs/{page}.py:{preset}")
+def test_every_setting_of_every_page_has_a_meaning_and_can_be_set(capfd, page, preset):
+    """All of them at once, each to the value that it has: none is refused, and nothing changes."""
+    name = f"--config=configs/{page}.py:{preset}"
+    settings = _show(capfd, name)
     assert len(settings) > 30
     assert [setting["path"] for setting in settings if len(setting["meaning"]) < 5] == []
+    words = [f"--config.{each['path']}={_literal(each['value'])}" for each in settings]
+    assert _show(capfd, name, *words) == settings
 
 
 @pytest.mark.parametrize("page", sorted({page for page, _ in PAGES}))

@@ -129,3 +129,22 @@ def test_rows_of_real_captions_are_97_percent_full(num_codes, max_seq_len):
     found = packing.make_packed_batches(range(len(examples)), 8, 0, draw, max_seq_len, padding={})
     filled = [(batch["segment_ids"] > 0).mean() for batch in itertools.islice(found, 15)]
     assert np.mean(filled) >= 0.97
+
+
+@pytest.mark.slow
+def test_worker_processes_pack_the_same_sequences_in_rows_of_their_own_and_resume():
+    one, other = batches(num_workers=2), batches(num_workers=2)
+    first = [next(one) for _ in range(5)]
+    state = json.loads(json.dumps(one.get_state()))
+    rest = [next(one) for _ in range(40)]
+    for batch in first:
+        np.testing.assert_equal(next(other), batch)
+    other.set_state(state)
+    for batch in rest:
+        np.testing.assert_equal(next(other), batch)
+    counts = collections.Counter(
+        record for row in rows_of(first + rest) for record in records_in(row)
+    )
+    # Each worker has every other window of 24, and what is in hand of its last ones is not yet seen.
+    assert set(counts) == set(range(60))
+    assert max(counts.values()) - min(counts.values()) <= 4

@@ -28,6 +28,21 @@ def make_batches(seed=0, **options):
     return pipeline.make_batches(Numbers(), 4, seed, transform, **options)
 
 
+class Unprintable(Numbers):
+    """As records of a corpus, whose repr takes a minute."""
+
+    def __repr__(self):
+        raise AssertionError("a repr of all records was made")
+
+    def transform(self, number, rng):
+        return transform(number, rng)
+
+
+def test_no_repr_of_the_records_is_made():
+    records = Unprintable()
+    next(pipeline.make_batches(records, 4, 0, records.transform))
+
+
 def take(batches, n):
     return list(itertools.islice(batches, n))
 
@@ -69,10 +84,6 @@ def test_resuming_gives_what_was_to_come():
     assert_same(take(second, 7), unbroken[5:])
 
 
-def test_starting_later_gives_the_same_batches():
-    assert_same(take(make_batches(start=5), 7), take(make_batches(), 12)[5:])
-
-
 def test_the_seed_decides():
     assert_same(take(make_batches(seed=3), 6), take(make_batches(seed=3), 6))
     by_seed = [
@@ -82,11 +93,6 @@ def test_the_seed_decides():
     assert not np.array_equal(*by_seed)
     # Nor is the next seed the same run one epoch later.
     assert not np.array_equal(by_seed[0][1], by_seed[1][0])
-
-
-def test_finite_epochs_end_and_drop_the_remainder():
-    assert len(list(make_batches(num_epochs=2))) == 5
-    assert len(list(make_batches(num_epochs=1))) == 2
 
 
 def make_whole(**options):
@@ -160,8 +166,6 @@ def test_worker_processes_give_the_same_batches():
 
 
 def test_too_few_records_are_named():
-    with pytest.raises(UserError, match="10 records do not fill one batch of 32"):
-        pipeline.make_batches(Numbers(), 32, 0, transform, num_epochs=3)
     with pytest.raises(UserError, match="0 records"):
         pipeline.make_batches([], 32, 0, transform)
     with pytest.raises(UserError, match="10 records do not fill one batch of 11"):

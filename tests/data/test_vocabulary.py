@@ -6,6 +6,7 @@ import pathlib
 
 import fresh_python
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -133,6 +134,56 @@ def test_a_foreign_or_damaged_file_is_refused(content, tmp_path):
     path.write_text(content)
     with pytest.raises(UserError, match=r"vocabulary\.json"):
         vocabulary_lib.load_vocabulary(path)
+
+
+def _public(folder, add_prefix_space=False):
+    """A public byte-level BPE, its special token first, and its file."""
+    public = tokenizers.Tokenizer(tokenizers.models.BPE())
+    public.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    public.train_from_iterator(["a red kite over a red lake"] * 3, trainer)
+    public.save(str(folder / "tokenizer.json"))
+    return public, folder / "tokenizer.json"
+
+
+def test_a_public_byte_level_bpe_gives_the_same_pieces(tmp_path):
+    public, path = _public(tmp_path)
+    taken = vocabulary_lib.Vocabulary(vocabulary_lib.read_text_tokenizer(path), 64, 8)
+    for text in ("a red kite over a lake", "Überraschung 🍎!", "it's <|not special|>", ""):
+        ids = taken.encode_text(text)
+        assert [taken.tokenizer.id_to_token(i) for i in ids] == public.encode(text).tokens
+        assert taken.decode_text(ids) == text
+    assert len(taken.encode_text(" red lake")) == 2  # The merges are there.
+    assert taken.text_size == public.get_vocab_size() - 1  # Its special token is left out.
+    taken.save(tmp_path / "vocabulary.json")
+    again = vocabulary_lib.read_text_tokenizer(tmp_path / "vocabulary.json")
+    assert again.to_str() == taken.tokenizer.to_str()
+
+
+def test_a_public_tokenizer_of_another_kind_is_refused(tmp_path):
+    _, path = _public(tmp_path)
+    good = json.loads(path.read_text())
+    for change in (
+        {"normalizer": {"type": "Lowercase"}},
+        {"pre_tokenizer": None},
+        {"pre_tokenizer": good["pre_tokenizer"] | {"add_prefix_space": True}},
+        {"pre_tokenizer": {"type": "Whitespace"}},
+        {"model": good["model"] | {"type": "Unigram"}},
+        {"model": good["model"] | {"end_of_word_suffix": "</w>"}},
+        {"model": good["model"] | {"byte_fallback": True}},
+        {"model": good["model"] | {"merges": [["a"]]}},
+        {"model": good["model"] | {"merges": [["nowhere", "x"]]}},
+        {"model": 3},
+    ):
+        path.write_text(json.dumps(good | change))
+        with pytest.raises(UserError, match=r"tokenizer\.json") as raised:
+            vocabulary_lib.read_text_tokenizer(path)
+        assert "\n" not in str(raised.value)
 
 
 def test_a_missing_file_is_a_user_error(tmp_path):

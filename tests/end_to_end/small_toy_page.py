@@ -7,11 +7,11 @@ PRESETS = ("toy",)
 
 def get_config(preset: str) -> dict:
     config = reco.get_config(preset)
-    fusion = config["toy_fusion"]
+    fusion = config["fusion"]
     return config | dict(
         world=config["world"] | dict(num_classes=40, num_common=20, num_held_out=8, dim=32),
         toy_pairs=config["toy_pairs"] | dict(num_train=4000),
-        toy_fusion=fusion
+        fusion=fusion
         | dict(
             loop=fusion["loop"] | dict(num_steps=150, checkpoint_every=150),
             measures=dict(curve_neighbors=(1,), curve_rows=(1,)),

@@ -125,10 +125,10 @@ def test_the_towers_of_a_memory_are_enough_to_train_on_documents(
     overrides = {
         "document_pairs.documents": images,
         "document_pairs.memory": memory,
-        "document_fusion.model.num_heads": 4,
-        "document_fusion.batch_size": 8,
-        "document_fusion.loop.num_steps": 2,
-        "document_fusion.optimizer.warmup_steps": 1,
+        "fusion.model.num_heads": 4,
+        "fusion.batch_size": 8,
+        "fusion.loop.num_steps": 2,
+        "fusion.optimizer.warmup_steps": 1,
     }
     assert main.main([*command, *options(overrides)]) == 0
     assert evaluate("--refine=image", workdir=workdir)["memory_rows"] == 12

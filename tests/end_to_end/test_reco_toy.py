@@ -22,7 +22,7 @@ def run(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def correct(run) -> dict:
     """Split -> variant -> whether each query was classified correctly."""
-    return files.read_json(run / "toy_fusion" / "per_document.json")
+    return files.read_json(run / "fusion" / "per_document.json")
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +47,9 @@ def test_before_training_the_answers_are_those_of_the_frozen_model(correct):
 
 
 def test_accuracy_counts_every_query(run, correct):
-    measured = files.read_json(run / "metrics.json")["toy_fusion"]
+    measured = files.read_json(run / "metrics.json")["fusion"]
     assert measured["accuracy"]["held_out"]["both"]["n"] == len(correct["held_out"]["both"])
 
 
 def test_the_logit_scale_stays_in_its_range(run):
-    assert 0 < files.read_json(run / "metrics.json")["toy_fusion"]["logit_scale"] <= 100
+    assert 0 < files.read_json(run / "metrics.json")["fusion"]["logit_scale"] <= 100

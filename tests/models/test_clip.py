@@ -120,6 +120,25 @@ def test_tokens_after_the_first_end_of_text_are_ignored(encode):
     assert np.abs(encode["text"](tokens) - embedding).max() > 1e-3
 
 
+def test_all_tokens_are_returned_where_asked(model, encode):
+    """The class token, and the token that `pooling` selects, have the embedding of the whole."""
+    graphdef, params = model
+    batch = batch_of(4)
+
+    @jax.jit
+    def tokens(params, images, texts):
+        made = nnx.merge(graphdef, params)
+        return made.encode_image_tokens(images), made.encode_text_tokens(texts)
+
+    images, texts = tokens(params, batch["images"], batch["tokens"])
+    assert images.shape == (4, 5, 8) and texts.shape == (4, 6, 8)
+    np.testing.assert_allclose(images[:, 0], encode["image"](batch["images"]), atol=1e-6)
+    ends = (batch["tokens"] == END).argmax(axis=1)
+    found = np.asarray(texts)[np.arange(4), ends]
+    np.testing.assert_allclose(found, encode["text"](batch["tokens"]), atol=1e-6)
+    assert np.abs(images[:, 1:] - images[:, :1]).max() > 0.1
+
+
 def test_patches_are_read_in_raster_order(model):
     """The patch projection is the published convolution: kernel [row, column, channel]."""
     graphdef, params = model
@@ -200,6 +219,27 @@ def test_the_loss_on_a_mesh_equals_that_on_one_device(model):
     with jax.set_mesh(mesh):
         sharded = loss(placed, sharding.put_batch(batch, mesh))
     np.testing.assert_allclose(sharded, loss(params, batch), rtol=1e-5)
+
+
+def test_remat_changes_nothing_and_bfloat16_little(model):
+    """The loss and its gradients by float32 parameters."""
+    _, params = model
+    batch = jax.tree.map(jnp.asarray, batch_of(8, seed=2))
+
+    def compute(**scale):
+        graphdef = nnx.graphdef(
+            nnx.eval_shape(lambda: clip.CLIP(TINY, rngs=nnx.Rngs(params=0), **scale))
+        )
+        loss = lambda p: clip.loss_fn(nnx.merge(graphdef, p), batch, jax.random.key(0))[0]
+        with jax.numpy_dtype_promotion(
+            "standard"
+        ):  # The gradient of jax's own attention mixes them.
+            return jax.jit(jax.value_and_grad(loss))(params)
+
+    exact, scaled = compute(), compute(dtype="bfloat16", remat="full")
+    assert {leaf.dtype for leaf in jax.tree.leaves(scaled)} == {jnp.dtype("float32")}
+    difference = optax.global_norm(jax.tree.map(jnp.subtract, exact, scaled))
+    assert 0 < difference < 0.05 * optax.global_norm(exact)
 
 
 class IdentityCLIP(clip.CLIP):

@@ -244,7 +244,7 @@ def test_kmeans_initialization_uses_most_codes(config):
 
 @CONFIGS
 def test_gradients_reach_encoder_codebook_and_decoder(config):
-    _, grads, _ = _train(config, 3)  # at first, zero-initialized last layers block gradients
+    _, grads, _ = _train(config, 4)  # at first, zero-initialized last layers block gradients
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         assert jnp.isfinite(grad).all() and grad.any(), jax.tree_util.keystr(path)
 
@@ -304,3 +304,31 @@ def test_a_batch_of_large_images_is_encoded_in_two_gibibytes():
 def test_kmeans_of_many_large_images_starts_in_two_gibibytes():
     init = lambda model, images: objective.init_codebook(model, images, jax.random.key(0))
     assert _temporary_bytes(init, 2048, 256, 256, 3) < 2**31
+
+
+@CONFIGS
+def test_remat_changes_nothing_and_bfloat16_little(config):
+    """Of the networks: codes near a boundary may differ. Gradients are by float32 parameters."""
+    images = image_ops.to_float(jnp.asarray(_make_images(4)))
+
+    def make(**scale):
+        return autoencoder.SPAE(config, rngs=nnx.Rngs(params=0), **scale)
+
+    params = nnx.to_pure_dict(nnx.split(jax.jit(make)(), nnx.Param)[1])
+    rng = np.random.default_rng(0)  # A new patch encoder is exact, and its blocks are zero.
+    noisy = lambda leaf: leaf + rng.normal(0, 0.1, leaf.shape).astype(np.float32)
+    params = jax.tree.map(noisy, params)
+
+    def compute(**scale):
+        graphdef = nnx.graphdef(nnx.eval_shape(functools.partial(make, **scale)))
+
+        def loss(params):
+            model = nnx.merge(graphdef, params)
+            return jnp.square(model.render(model.embed(images)) - images).mean()
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    exact, scaled = compute(), compute(dtype="bfloat16", remat="full")
+    assert {leaf.dtype for leaf in jax.tree.leaves(scaled)} == {jnp.dtype("float32")}
+    difference = optax.global_norm(jax.tree.map(jnp.subtract, exact, scaled))
+    assert 0 < difference < 0.05 * optax.global_norm(exact)

@@ -28,14 +28,15 @@ def random_params(config, seed=0):
     return graphdef, jax.tree_util.tree_map_with_path(sample, abstract)
 
 
-def forward(config, tree, tokens, positions, segment_ids):
-    """Logits [B, T, V] of int arrays [B, T]."""
+def forward(config, tree, tokens, positions, segment_ids, contexts=None):
+    """Logits [B, T, V] of int arrays [B, T]; `contexts` has vectors [M, C] for each sequence."""
     tree = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
-    sequences = zip(tokens, positions, segment_ids, strict=True)
+    contexts = [None] * len(tokens) if contexts is None else contexts
+    sequences = zip(tokens, positions, segment_ids, contexts, strict=True)
     return np.stack([_forward(config, tree, *sequence) for sequence in sequences])
 
 
-def _forward(config, tree, tokens, positions, segment_ids):
+def _forward(config, tree, tokens, positions, segment_ids, context):
     x = tree["embedding"]["table"][tokens]
     if config.scale_embeddings:
         x = x * math.sqrt(config.embed_dim)
@@ -47,12 +48,12 @@ def _forward(config, tree, tokens, positions, segment_ids):
         x = x + np.concatenate([np.sin(angles), np.cos(angles)], -1)
     for i in range(config.num_layers):
         block = jax.tree.map(lambda leaf, i=i: leaf[i], tree["stack"]["blocks"])
-        x = apply_block(config, block, x, positions, segment_ids)
+        x = apply_block(config, block, x, positions, segment_ids, context)
     head = tree["embedding" if config.tie_embeddings else "head"]["table"]
     return norm(config, tree.get("norm"), x) @ head.T
 
 
-def apply_block(config, block, x, positions, segment_ids):
+def apply_block(config, block, x, positions, segment_ids, context=None):
     """x: [T, D] -> [T, D]."""
     x = x + _attention(
         config,
@@ -61,6 +62,9 @@ def apply_block(config, block, x, positions, segment_ids):
         positions,
         segment_ids,
     )
+    if context is not None:
+        read = norm(config, block.get("cross_norm"), x)
+        x = x + _cross_attention(config, block["cross_attention"], read, context)
     return x + _mlp(config, block["mlp"], norm(config, block.get("mlp_norm"), x))
 
 
@@ -76,7 +80,7 @@ def _linear(weights, x, num_out):
     """x: [T, *in] -> [T, *out], the last `num_out` axes of the kernel being out."""
     kernel = weights["kernel"]
     flat = kernel.reshape(-1, math.prod(kernel.shape[kernel.ndim - num_out :]))
-    y = x.reshape(len(x), -1) @ flat
+    y = x.reshape(len(x), len(flat)) @ flat
     return y.reshape(len(x), *kernel.shape[kernel.ndim - num_out :]) + weights.get("bias", 0.0)
 
 
@@ -90,14 +94,30 @@ def _attention(config, weights, x, positions, segment_ids):
         k = _smear(config, k, segment_ids, weights["k_smear"], ahead=0)
     if config.positions == "rope":
         q, k = _rotate(config, q, positions), _rotate(config, k, positions)
+    visible = [[s for s in range(t + 1) if segment_ids[s] == segment_ids[t]] for t in range(len(x))]
+    return _linear(weights["out"], _attend(q, k, v, visible), 1)
+
+
+def _cross_attention(config, weights, x, context):
+    q = _linear(weights["q"], x, 2)
+    k, v = (_linear(weights[name], context, 2) for name in "kv")
+    if config.qk_norm:
+        rms = dataclasses.replace(config, norm="rmsnorm")
+        q, k = norm(rms, weights["q_norm"], q), norm(rms, weights["k_norm"], k)
+    everything = [list(range(len(context)))] * len(x)
+    return _linear(weights["out"], _attend(q, k, v, everything), 1)
+
+
+def _attend(q, k, v, visible):
+    """visible: for each query, the keys that it sees; zeros if there are none."""
     attended = np.zeros_like(q)
     group = q.shape[1] // k.shape[1]
     for t, n in np.ndindex(q.shape[:2]):
-        visible = [s for s in range(t + 1) if segment_ids[s] == segment_ids[t]]
-        scores = k[visible, n // group] @ q[t, n] / math.sqrt(q.shape[2])
-        probs = np.exp(scores - scores.max())
-        attended[t, n] = probs / probs.sum() @ v[visible, n // group]
-    return _linear(weights["out"], attended, 1)
+        if visible[t]:
+            scores = k[visible[t], n // group] @ q[t, n] / math.sqrt(q.shape[2])
+            probs = np.exp(scores - scores.max())
+            attended[t, n] = probs / probs.sum() @ v[visible[t], n // group]
+    return attended
 
 
 def _smear(config, x, segment_ids, logit_share, ahead):

@@ -108,7 +108,7 @@ def test_one_block_equals_the_naive_one(mlp):
         masks = dict(query_segment_ids=SEGMENTS, key_segment_ids=SEGMENTS)
 
         def attend(heads, cache):
-            q, k, v, _ = heads
+            q, k, v, *_ = heads
             return attention.attention(q, k, v, is_causal=True, **masks), cache + 1
 
         rotation = config.block.rotation(POSITIONS)
@@ -260,9 +260,10 @@ def test_prefill_is_the_forward_pass_and_returns_the_heads_of_every_layer():
         model = nnx.merge(graphdef, params)
         return model(TOKENS, POSITIONS, SEGMENTS), model.prefill(TOKENS, POSITIONS, SEGMENTS)
 
-    hidden, (prefilled, (_, keys, values, _)) = both(params)
+    hidden, (prefilled, heads) = both(params)
     np.testing.assert_allclose(hidden, prefilled, atol=1e-6)
-    assert keys.shape == values.shape == (2, 2, 8, 1, 4)
+    assert heads.q is None and heads.context is None
+    assert heads.k.shape == heads.v.shape == (2, 2, 8, 1, 4)
 
 
 @pytest.mark.parametrize("has_induction", [True, False])

@@ -14,6 +14,7 @@ from rag_mm.core import sharding
 from rag_mm.core.errors import UserError
 from rag_mm.models import chameleon, vqgan
 from rag_mm.nn import decoder, layers, lora, param_trees
+from rag_mm.nn.block import Context
 
 SIZES = dict(
     vocab_size=16, num_layers=2, embed_dim=8, num_heads=4, num_kv_heads=2, mlp_dim=12, max_seq_len=6
@@ -93,6 +94,36 @@ def test_merged_parameters_give_the_same_outputs(base):
     np.testing.assert_allclose(logits(plain, merged), expected, atol=2e-5)
     without = param_trees.split(params, lora.is_added)[1]
     assert np.abs(logits(plain, without) - expected).max() > 0.1
+
+
+def test_cross_attention_is_a_target_of_its_own():
+    """`cross_attention/*` is it alone, `attention/*` is without it, and a bare name is in both."""
+    reading = decoder.DecoderConfig(**SIZES, context_dim=6)
+    config = lora.LoRAConfig(rank=2, targets=("cross_attention/*",))
+    graphdef, params = random_params(reading, config)
+    changed = lambda tree: {
+        path.rpartition("/")[0].removeprefix("stack/blocks/")
+        for path in param_trees.leaves_by_path(param_trees.split(tree, lora.is_added)[0])
+    }
+    assert changed(params) == {f"cross_attention/{name}" for name in ("q", "k", "v", "out")}
+    for target, expected in {
+        "attention/q": {"attention/q"},
+        "q": {"attention/q", "cross_attention/q"},
+    }.items():
+        found = param_trees.describe(
+            lambda target=target: make_lora_model(reading, lora.LoRAConfig(targets=(target,))), None
+        )
+        assert changed(found[1]) == expected
+    context = Context(np.random.default_rng(1).normal(size=(2, 3, 6)).astype(np.float32))
+    hidden = jax.jit(
+        lambda graphdef, p: nnx.merge(graphdef, p)(TOKENS, POSITIONS, None, context),
+        static_argnums=0,
+    )
+    plain, _ = param_trees.describe(lambda: naive_decoder.make_model(reading), None)
+    expected = hidden(graphdef, params)
+    np.testing.assert_allclose(hidden(plain, lora.merge(params, config)), expected, atol=2e-5)
+    base = param_trees.split(params, lora.is_added)[1]
+    assert np.abs(hidden(plain, base) - expected).max() > 0.1
 
 
 def test_a_merged_kernel_is_the_papers_sum():

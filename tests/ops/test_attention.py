@@ -89,7 +89,8 @@ def test_segments_do_not_see_each_other(is_causal):
 def test_long_sequences_in_chunks_of_queries_equal_full_attention(size, num_kv_heads):
     """In value, in gradient, and with batch and heads sharded over eight devices.
 
-    With large norms the exponentials of scores overflow float32.
+    With large norms the exponentials of scores overflow float32, and scores of some hundreds are themselves
+    rounded to 3e-5, so that weights and gradients differ by a few times that part of themselves.
     """
     length = 4 * cpu_attention.MIN_CHUNK + 3  # not a multiple of the number of chunks
     rng = np.random.default_rng(length)
@@ -114,7 +115,7 @@ def test_long_sequences_in_chunks_of_queries_equal_full_attention(size, num_kv_h
     loss = lambda function: lambda *heads: jnp.square(function(*heads)).sum()
     found, expected = (jax.jit(jax.grad(loss(f), (0, 1, 2)))(q, k, v) for f in (chunked, whole))
     for left, right in zip(found, expected, strict=True):
-        np.testing.assert_allclose(left, right, atol=1e-4 * size)
+        np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-4 * size)
 
     mesh = sharding.make_mesh(2, 2, 2)
     batch = ("data", "fsdp")
@@ -129,7 +130,7 @@ def test_long_sequences_in_chunks_of_queries_equal_full_attention(size, num_kv_h
     assert sharded.sharding.spec == PartitionSpec(batch, None, "tensor", None)
     np.testing.assert_allclose(sharded, whole(q, k, v), atol=1e-5 * size)
     for left, right in zip(sharded_grads, expected, strict=True):
-        np.testing.assert_allclose(left, right, atol=1e-4 * size)
+        np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-4 * size)
 
 
 def test_small_gradients_do_not_underflow_if_no_maximum_is_subtracted():

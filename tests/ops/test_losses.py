@@ -37,22 +37,6 @@ def test_token_nll_gradient_is_probability_minus_one_hot():
     np.testing.assert_allclose(grad, expected, atol=1e-6)
 
 
-def test_info_nce_is_the_mean_of_both_directions():
-    similarities = np.random.default_rng(2).normal(size=(4, 4)) * 3
-    rows, columns = log_softmax(similarities, 1), log_softmax(similarities, 0)
-    found, hits = jax.jit(losses.info_nce)(similarities.astype(np.float32))
-    np.testing.assert_allclose(found, -(np.diag(rows) + np.diag(columns)) / 2, atol=1e-5)
-    np.testing.assert_array_equal(hits, similarities.argmax(1) == np.arange(4))
-
-
-def test_info_nce_is_zero_for_matched_pairs_and_log_batch_for_equal_similarities():
-    found, hits = losses.info_nce(100 * np.eye(8, dtype=np.float32))
-    np.testing.assert_allclose(found, 0, atol=1e-6)
-    assert hits.all()
-    equal, _ = losses.info_nce(np.zeros((8, 8), np.float32))
-    np.testing.assert_allclose(equal, np.log(8), rtol=1e-6)
-
-
 @pytest.mark.parametrize("num_chunks", [1, 2, 3, 16])
 def test_chunked_nll_has_the_value_and_the_gradient_of_the_whole(num_chunks):
     """Even if the number of chunks does not divide the number of positions, or exceeds it."""

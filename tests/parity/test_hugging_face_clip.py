@@ -167,6 +167,16 @@ def test_features_before_the_unit_norm(ours, batch, expected):
     np.testing.assert_allclose(texts, wanted[1].numpy(), atol=1e-4)
 
 
+def test_all_tokens_before_the_projection(ours, batch, expected):
+    """The image tower's are before its last norm, the text tower's after it."""
+    images = jax.jit(lambda model, x: model.vision.tokens(x))(ours, batch["images"])
+    texts = jax.jit(lambda model, x: model.text.tokens(x))(ours, batch["tokens"])
+    assert images.shape == (4, 10, 24) and texts.shape == (4, 7, 16)
+    wanted = expected.vision_model_output, expected.text_model_output
+    np.testing.assert_allclose(images, wanted[0].last_hidden_state.numpy(), atol=1e-4)
+    np.testing.assert_allclose(texts, wanted[1].last_hidden_state.numpy(), atol=1e-4)
+
+
 def test_contrastive_loss(torch, theirs, ours, batch, expected):
     loss, _ = clip.loss_fn(ours, jax.tree.map(jnp.asarray, batch), jax.random.key(0))
     targets = torch.arange(4)

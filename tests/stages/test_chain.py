@@ -2,12 +2,16 @@
 
 import copy
 import dataclasses
+import types
 
 import pytest
 
 from configs import quickstart
 from rag_mm.core.errors import UserError
+from rag_mm.models import cm3leon
+from rag_mm.nn import decoder
 from rag_mm.stages import chain, chain_config
+from rag_mm.stages.ra_cm3 import train_decoder
 
 
 @pytest.fixture
@@ -20,6 +24,32 @@ def test_every_stage_reads_only_what_is_made_before_it():
     assert tuple(name for name in order if name in quickstart.STAGES) == quickstart.STAGES
     for place, name in enumerate(order):
         assert set(chain_config.STAGES[name].inputs) <= set(order[:place])
+
+
+@pytest.mark.parametrize("preset", ["toy", "tiny"])
+def test_the_fusion_reads_the_pairs_that_its_config_names(preset):
+    configs = chain_config.stage_configs(chain_config.load(f"configs/reco.py:{preset}"))
+    pairs = {"toy": "toy_pairs", "tiny": "pairs"}[preset]
+    assert chain_config.STAGES["fusion"].inputs_for(configs["fusion"]) == (pairs,)
+    page = chain_config.load(f"configs/reco.py:{preset}", {"fusion.pairs": "memory"})
+    with pytest.raises(UserError, match="fusion: pairs is 'memory'; give one of"):
+        chain_config.stage_configs(page)
+
+
+def test_one_decoder_stage_trains_both_families():
+    made = chain_config.stage_configs(chain_config.load("configs/cm3leon.py:chain"))
+    shape = decoder.DecoderConfig(vocab_size=640, max_seq_len=300, **made["decoder"].model)
+    expected = cm3leon.CM3LeonConfig.tiny()
+    sizes = {"vocab_size": 640, "max_seq_len": 300}
+    assert shape == dataclasses.replace(expected.decoder, **sizes)
+    vocabulary = types.SimpleNamespace(size=600, code_offset=500)
+    tokenizer = types.SimpleNamespace(vocabulary=vocabulary, grids=((8, 8),))
+    layout = types.SimpleNamespace(num_positions=300)
+    model = train_decoder.make_model_config(made["decoder"], tokenizer, layout)
+    assert (model.alpha, model.sentinel_weight, model.normalize_by) == (1.0, 1.0, "weights")
+    plain = chain_config.stage_configs(chain_config.load("configs/quickstart.py:tiny"))["decoder"]
+    model = train_decoder.make_model_config(plain, tokenizer, layout)
+    assert (model.alpha, model.sentinel_weight, model.normalize_by) == (0.1, 0.0, "main")
 
 
 @pytest.mark.parametrize("preset", quickstart.PRESETS)
@@ -77,9 +107,14 @@ def test_a_stage_is_refused_in_a_world_it_cannot_work_in(config, world, stage, s
         ("generation.top_p", 0.0, "generation: temperature must be at least 0 and top_p"),
         ("generation.num_candidates", 0, "num_candidates is 0"),
         ("report.rows", 3, "report has no setting 'rows'"),
-        ("decoder.mesh", [2], "decoder.mesh is .2.; give tuple"),
+        ("decoder.scale.mesh", [2], "decoder.scale.mesh is .2.; give tuple"),
         ("decoder.model.head_dim", "wide", "model.head_dim is 'wide'; give int"),
-        ("decoder.model.dtype", "float99", "dtype is 'float99'; give one of float32"),
+        ("decoder.scale.mesh", [0, 1, 1], "mesh is .0, 1, 1.; give numbers of devices"),
+        ("decoder.scale.dtype", "float16", "dtype is 'float16'; give one of float32, bfloat16"),
+        ("decoder.scale.num_parts", 0, "num_parts is 0; give at least 1"),
+        ("tokenizer.scale.remat", "dots", "remat is 'dots'; give one of none, full"),
+        ("tokenizer.scale.mesh", [2, 1, 2], "split by batch only, so give 1 along tensor"),
+        ("retriever.scale.num_parts", 2, "'num_parts': its loss compares the pairs of a batch"),
         ("decoder.model.smear_lags", [[1, "x"], []], "smear_lags is .*; give tuple"),
         ("decoder.alpha", -1.0, "alpha is -1.0; give at least 0"),
         ("neighbors.max_similarity", "much", "neighbors.max_similarity is 'much'; give float"),

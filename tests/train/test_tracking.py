@@ -127,14 +127,14 @@ def test_the_command_sends_to_the_tracker_it_names(tmp_path, monkeypatch, capsys
     monkeypatch.setitem(sys.modules, "trackio", tracker)
 
     def run_chain(config, workdir, **options):
-        test_loop.fit(pathlib.Path(workdir) / "toy_fusion")
+        test_loop.fit(pathlib.Path(workdir) / "fusion")
         return types.SimpleNamespace(metrics={})
 
     monkeypatch.setattr(chain, "run_chain", run_chain)
     words = ["train", f"--config={PAGE}", f"--workdir={tmp_path / 'run'}", "--tracker=trackio"]
     assert main.main(words) == 0
     (begun,) = tracker.begun
-    assert begun["name"].startswith("run-toy_fusion-") and begun["config"]["seed"] == 0
+    assert begun["name"].startswith("run-fusion-") and begun["config"]["seed"] == 0
     assert [step for step, _ in tracker.rows] == [2, 4, 6, 8] and tracker.num_ended == 1
     assert main.main([word for word in words if "tracker" not in word]) == 0
     assert len(tracker.begun) == 1

@@ -77,6 +77,7 @@ def main(folder: pathlib.Path, me: int, num_steps: int, what: str) -> None:
             return super().__next__()
 
     if what == "stuck" and me == 1:
+        loop.STALL_SECONDS = 8.0
         batches = Stuck(make_batches(sharding.local_rows(BATCH, mesh)))
     _, rows = loop.fit(
         "wide",
@@ -86,10 +87,7 @@ def main(folder: pathlib.Path, me: int, num_steps: int, what: str) -> None:
         mesh,
         folder / "run",
         loop.LoopConfig(num_steps=num_steps, log_every=2, checkpoint_every=4),
-        extras=loop.Extras(
-            stall_seconds=8.0 if what == "stuck" else 900.0,
-            cost=throughput.Cost(lambda lengths: lengths**2),
-        ),
+        extras=loop.Extras(cost=throughput.Cost(lambda lengths: lengths**2)),
     )
     result = {"rows": rows, "order": batches.order}
     (folder / f"result-{me}.json").write_text(json.dumps(result))

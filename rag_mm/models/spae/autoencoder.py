@@ -6,16 +6,18 @@ This file is the network; `objective` trains it, `rag_mm.ops.quantize` does the 
 import dataclasses
 import itertools
 import math
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float32, Int
+from jaxtyping import Array, Float, Float32, Int
 
-from rag_mm.core import checks, code_grids
+from rag_mm.core import checks, code_grids, sharding
 from rag_mm.core.code_grids import Grids
 from rag_mm.core.errors import UserError
 from rag_mm.nn import conv
+from rag_mm.nn.block import REMAT
 from rag_mm.ops import quantize
 
 
@@ -123,8 +125,8 @@ class SPAEConfig:
 class PatchEncoder(nnx.Module):
     """Embeds each patch independently: equal patches get equal codes at any position."""
 
-    def __init__(self, config: SPAEConfig, *, rngs: nnx.Rngs):
-        patch_dim = 3 * config.patch_size**2
+    def __init__(self, config: SPAEConfig, *, rngs: nnx.Rngs, remat: str = "none"):
+        self.remat, patch_dim = remat, 3 * config.patch_size**2
         self.shortcut = nnx.Linear(patch_dim, config.embed_dim, kernel_init=_init_eye, rngs=rngs)
         self.stem = nnx.Linear(patch_dim, config.width, rngs=rngs)
         self.blocks = nnx.List(
@@ -134,19 +136,17 @@ class PatchEncoder(nnx.Module):
             config.width, config.embed_dim, kernel_init=nnx.initializers.zeros_init(), rngs=rngs
         )
 
-    def __call__(self, patches: Float32[Array, "B R S patch_dim"]) -> Float32[Array, "B R S D"]:
+    def __call__(self, patches: Float[Array, "B R S patch_dim"]) -> Float[Array, "B R S D"]:
         """Embeds patches of 3 * patch_size ** 2 values; D is embed_dim."""
-        h = self.stem(patches)
-        for block in self.blocks:
-            h = block(h)
+        h = _apply(self.blocks, self.stem(patches), self.remat)
         return self.shortcut(patches) + self.to_embedding(h)
 
 
 class ConvEncoder(nnx.Module):
     """Residual blocks with average pooling between scales."""
 
-    def __init__(self, config: SPAEConfig, *, rngs: nnx.Rngs):
-        widths = [config.width * m for m in config.width_multipliers]
+    def __init__(self, config: SPAEConfig, *, rngs: nnx.Rngs, remat: str = "none"):
+        self.remat, widths = remat, [config.width * m for m in config.width_multipliers]
         self.stem = conv.conv3x3(3 * config.patch_size**2, widths[0], rngs=rngs)
         scales, previous = [], widths[0]
         for width in [*widths, widths[-1]]:  # one more group of blocks on the code grid
@@ -156,11 +156,11 @@ class ConvEncoder(nnx.Module):
         self.norm = conv.group_norm(previous, rngs=rngs)
         self.to_embedding = nnx.Linear(previous, config.embed_dim, rngs=rngs)
 
-    def __call__(self, patches: Float32[Array, "B H W patch_dim"]) -> Float32[Array, "B R S D"]:
+    def __call__(self, patches: Float[Array, "B H W patch_dim"]) -> Float[Array, "B R S D"]:
         """Embeds patches of 3 * patch_size ** 2 values; D is embed_dim."""
         h = self.stem(patches)
         for index, blocks in enumerate(self.scales):
-            h = blocks(h)
+            h = _apply(blocks.layers, h, self.remat)
             if index < len(self.scales) - 2:
                 h = conv.average_pool(h)
         return self.to_embedding(nnx.silu(self.norm(h)))
@@ -169,8 +169,8 @@ class ConvEncoder(nnx.Module):
 class ImageDecoder(nnx.Module):
     """Mirrors ConvEncoder, with nearest-neighbor upsampling and a convolution between scales."""
 
-    def __init__(self, config: SPAEConfig, *, rngs: nnx.Rngs):
-        widths = [config.width * m for m in reversed(config.width_multipliers)]
+    def __init__(self, config: SPAEConfig, *, rngs: nnx.Rngs, remat: str = "none"):
+        self.remat, widths = remat, [config.width * m for m in reversed(config.width_multipliers)]
         self.stem = conv.conv3x3(config.embed_dim, widths[0], rngs=rngs)
         self.blocks = _res_blocks(widths[0], widths[0], config.num_res_blocks, rngs=rngs)
         scales, ups, previous = [], [], widths[0]
@@ -191,11 +191,11 @@ class ImageDecoder(nnx.Module):
         else:
             self.shortcut = None
 
-    def __call__(self, z: Float32[Array, "B R S D"]) -> Float32[Array, "B H W patch_dim"]:
+    def __call__(self, z: Float[Array, "B R S D"]) -> Float[Array, "B H W patch_dim"]:
         """Patches of 3 * patch_size ** 2 values from embeddings of width embed_dim."""
-        h = self.blocks(self.stem(z))
+        h = _apply(self.blocks.layers, self.stem(z), self.remat)
         for index, blocks in enumerate(self.scales):
-            h = blocks(h)
+            h = _apply(blocks.layers, h, self.remat)
             if index < len(self.ups):
                 h = self.ups[index](conv.upsample_nearest(h))
         patches = self.to_patches(nnx.silu(self.norm(h)))
@@ -205,19 +205,30 @@ class ImageDecoder(nnx.Module):
 class SPAE(nnx.Module):
     """SPAE: images to a pyramid of codes and back; images are RGB in 0..1."""
 
-    def __init__(self, config: SPAEConfig, *, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(
+        self,
+        config: SPAEConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: str = "float32",
+        remat: str = "none",
+    ):
+        """`dtype` is that of activations; `remat` is none, or full if each block is to be recomputed."""
+        self.config, self.dtype = config, dtype
         make_encoder = PatchEncoder if config.encoder == "patch" else ConvEncoder
-        self.encoder = make_encoder(config, rngs=rngs)
-        self.decoder = ImageDecoder(config, rngs=rngs)
+        self.encoder = make_encoder(config, rngs=rngs, remat=remat)
+        self.decoder = ImageDecoder(config, rngs=rngs, remat=remat)
         scale = nnx.initializers.normal(config.embed_dim**-0.5)
         shape = (config.codebook_size, config.embed_dim)
         self.codebook = nnx.Param(scale(rngs.params(), shape, jnp.float32))
 
+    @sharding.automatic("batch")
     def embed(self, images: Float32[Array, "B H W 3"]) -> Float32[Array, "B R S D"]:
         """Embeddings of the finest grid before quantization; D is embed_dim."""
-        return self.encoder(conv.space_to_depth(images, self.config.patch_size))
+        patches = conv.space_to_depth(images, self.config.patch_size)
+        return _run_in(self.dtype, self.encoder, patches)
 
+    @sharding.automatic("batch")
     def encode(self, images: Float32[Array, "B H W 3"]) -> Int[Array, "B C"]:
         """int32 codes, coarsest level first, in raster order within a level.
 
@@ -227,6 +238,7 @@ class SPAE(nnx.Module):
         grids = self.config.grids_at(*images.shape[1:3])
         return quantize.quantize(self.embed(images), self.codebook[...], grids)
 
+    @sharding.automatic("batch")
     def decode(
         self, codes: Int[Array, "B C"], grids: Grids | None = None
     ) -> Float32[Array, "B H W 3"]:
@@ -239,9 +251,24 @@ class SPAE(nnx.Module):
         averages = quantize.running_averages(codes, self.codebook[...], grids)
         return jnp.clip(self.render(averages[-1]), 0, 1)
 
+    @sharding.automatic("batch")
     def render(self, z: Float32[Array, "B R S D"]) -> Float32[Array, "B H W 3"]:
         """Images, not clipped to 0..1, from embeddings of the finest grid."""
-        return conv.depth_to_space(self.decoder(z), self.config.patch_size)
+        return conv.depth_to_space(_run_in(self.dtype, self.decoder, z), self.config.patch_size)
+
+
+def _run_in(dtype: str, network: nnx.Module, x: Float32[Array, "..."]) -> Float32[Array, "..."]:
+    """network(x) with parameters and activations cast to `dtype`; returns float32."""
+    cast = lambda leaf: leaf.astype(dtype)
+    with jax.numpy_dtype_promotion("standard"):  # Flax's norms take their means in float32.
+        return jax.tree.map(cast, network)(cast(x)).astype(jnp.float32)
+
+
+def _apply(blocks: Iterable[nnx.Module], x: Float[Array, "..."], remat: str) -> Float[Array, "..."]:
+    """Applies the blocks one after the other, each of which the backward pass may recompute."""
+    for block in blocks:
+        x = REMAT[remat](lambda block, x: block(x))(block, x)
+    return x
 
 
 def _res_blocks(in_dim: int, out_dim: int, count: int, *, rngs: nnx.Rngs) -> nnx.Sequential:

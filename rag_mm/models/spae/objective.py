@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Key, UInt8
 
-from rag_mm.core import code_grids
+from rag_mm.core import code_grids, sharding
 from rag_mm.models.objective_types import Batch, Metrics
 from rag_mm.models.spae.autoencoder import SPAE
 from rag_mm.ops import images as image_ops
 from rag_mm.ops import quantize
 
 
+@sharding.automatic()
 def loss_fn(model: SPAE, batch: Batch, rng: Key[Array, ""]) -> tuple[Float32[Array, ""], Metrics]:
     """Pixel error + codebook loss + weighted commitment loss.
 
@@ -59,6 +60,7 @@ def psnr(squared_error: float) -> float:
     return float(-10 * np.log10(squared_error))
 
 
+@sharding.automatic()
 def init_codebook(
     model: SPAE, images: UInt8[Array, "B H W 3"], key: Key[Array, ""]
 ) -> Float32[Array, "C D"]:

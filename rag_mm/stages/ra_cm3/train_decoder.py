@@ -1,4 +1,8 @@
-"""Stages `decoder` and `control`: train RA-CM3, and the baseline without retrieved documents."""
+"""Stages `decoder` and `control`: train RA-CM3 or CM3Leon, and the baseline without retrieved documents.
+
+The family is a matter of the config's values: the decoder's shape, and how targets count (`models.ra_cm3`,
+`models.cm3leon`).
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -23,10 +27,10 @@ from rag_mm.core.errors import UserError
 from rag_mm.data.sequences import Layout
 from rag_mm.data.token_documents import Example
 from rag_mm.decode.tasks import Generator
-from rag_mm.models import ra_cm3
+from rag_mm.models import cm3, ra_cm3
 from rag_mm.nn import param_trees
 from rag_mm.nn.decoder import DecoderConfig
-from rag_mm.stages import multiprocess, training
+from rag_mm.stages import multiprocess, scaling, training
 from rag_mm.stages.ra_cm3 import copy_metrics
 from rag_mm.stages.ra_cm3.training_sequences import (
     MaskingConfig,
@@ -62,38 +66,48 @@ class DecoderStageConfig(starting_point.StartConfig):
         loop: number of steps, logging and checkpoints.
         sequences: documents, captions and lengths of a training sequence.
         masking: which spans are moved to the end of a sequence.
-        alpha: loss weight of the targets in retrieved documents (docs/papers/ra_cm3.md#loss).
+        alpha: loss weight of the targets in retrieved documents (docs/papers/ra_cm3.md#loss); 1 in CM3Leon.
+        sentinel_weight: loss weight of the targets that are sentinels; 0 as in CM3, 1 in CM3Leon.
+        normalize_by: what the weighted sum of losses is divided by: main, the number of targets in main
+            documents; or weights, the sum of all weights (CM3Leon).
         look_back: for each head or group of heads, the places that its keys are mixed from, as (rows up,
             codes to the left) in the image's grid, the finest of a pyramid: `model.smear_lags` for any grid.
             (0, 1) is also a text's previous token. Images of further sizes are looked at with the same lags.
         is_baseline: train the baseline: the same main documents in the same order, without retrieved ones.
         batch_size: sequences per step.
         num_watched: number of scenes of tune classes on which copying is measured at every checkpoint.
-        mesh: numbers of devices along data, fsdp and tensor.
+        scale: devices, precision, and what is computed in parts.
     """
 
     seed: int
     world: world_config.EmojiWorld | world_config.OwnImages
     model: Mapping[str, Any] = dataclasses.field(
-        metadata=configuration.part_of(DecoderConfig, ("vocab_size", "max_seq_len"))
+        metadata=configuration.part_of(
+            DecoderConfig, ("vocab_size", "max_seq_len", "dtype", "remat")
+        )
     )
     optimizer: optimizer.OptimizerConfig
     loop: loop.LoopConfig
     sequences: SequencesConfig = dataclasses.field(default_factory=SequencesConfig)
     masking: MaskingConfig = dataclasses.field(default_factory=MaskingConfig)
     alpha: float = 0.1
+    sentinel_weight: float = dataclasses.field(default=0.0, metadata=manifest_values.ADDED_LATER)
+    normalize_by: str = dataclasses.field(default="main", metadata=manifest_values.ADDED_LATER)
     look_back: tuple[tuple[tuple[int, int], ...], ...] = dataclasses.field(
         default=(), metadata=manifest_values.ADDED_LATER
     )
     is_baseline: bool = False
     batch_size: int = 32
     num_watched: int = 64
-    mesh: tuple[int, int, int] = (1, 1, 1)
+    scale: scaling.DecoderScaleConfig = dataclasses.field(
+        default_factory=scaling.DecoderScaleConfig
+    )
 
     def __post_init__(self):
         super().__post_init__()
         training.check_config(self.optimizer, self.loop, self.batch_size)
-        checks.at_least(self, 0, "alpha")
+        checks.at_least(self, 0, "alpha", "sentinel_weight")
+        checks.one_of(self, "normalize_by", cm3.NORMALIZE_BY)
         checks.at_least(self, 1, "num_watched")
         sizes = dict(vocab_size=VOCAB_MULTIPLE, max_seq_len=1)
         shape = configuration.make(DecoderConfig, {**sizes, **self.model}, "model")
@@ -136,7 +150,7 @@ class DecoderStageConfig(starting_point.StartConfig):
 
 def make_mesh(config: DecoderStageConfig) -> Mesh:
     """The mesh to train on; raises as `training.make_mesh` does."""
-    return training.make_mesh(config.batch_size, config.mesh)
+    return training.make_mesh(config.batch_size, config.scale.mesh, config.scale.num_parts)
 
 
 def run(config: DecoderStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict:
@@ -227,12 +241,16 @@ def fit(
         make_model,
         partial(ra_cm3.loss_fn, config=model_config),
         source.batches(
-            config.batch_size, config.seed, sharding.local_rows(config.batch_size, mesh)
+            config.batch_size,
+            config.seed,
+            sharding.local_rows(config.batch_size, mesh),
+            config.scale.num_workers,
         ),
         optimizer_config=config.optimizer,
         loop_config=config.loop,
         seed=config.seed,
         mesh=mesh,
+        num_parts=config.scale.num_parts,
         start=config.start(stage_dir.parent),
         what=config.what_trains(abstract),
         watch=lambda step, params: watch(
@@ -333,8 +351,16 @@ def make_model_config(
     vocab_size = -(-vocabulary.size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     lags = config.smear_lags(image_tokenizer.grids[-1][1])
     model = dict(config.model) | ({"smear_lags": lags} if lags else {})
+    model |= {"dtype": config.scale.dtype, "remat": config.scale.remat}
     shape = DecoderConfig(vocab_size=vocab_size, max_seq_len=layout.num_positions, **model)
-    return ra_cm3.RACM3Config(shape, vocabulary.code_offset, config.alpha)
+    return ra_cm3.RACM3Config(
+        shape,
+        vocabulary.code_offset,
+        config.alpha,
+        config.scale.loss_chunks,
+        sentinel_weight=config.sentinel_weight,
+        normalize_by=config.normalize_by,
+    )
 
 
 def _make_model(config: ra_cm3.RACM3Config, seed: int) -> ra_cm3.Model:

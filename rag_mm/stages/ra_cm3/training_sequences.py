@@ -213,7 +213,7 @@ class SequenceSource:
         )
 
     def batches(
-        self, batch_size: int, seed: int, rows: range | None = None
+        self, batch_size: int, seed: int, rows: range | None = None, num_workers: int = 0
     ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
         """Endless batches.
 
@@ -224,6 +224,7 @@ class SequenceSource:
             batch_size: rows per batch.
             seed: seed of the order of documents and of the random choices in each sequence.
             rows: the part of each batch that this process makes (`sharding.local_rows`); None for all.
+            num_workers: see `pipeline.make_batches`; packed rows are other ones for each number.
         """
         documents = np.arange(len(self.texts))
         if self.layout.kind == sequences.PACKED:
@@ -236,6 +237,7 @@ class SequenceSource:
                 self.layout.max_seq_len,
                 padding={"tokens": pad, "targets": pad},
                 rows=rows,
+                num_workers=num_workers,
             )
         return pipeline.make_batches(
             documents,
@@ -244,6 +246,7 @@ class SequenceSource:
             *(partial(self.make, num_docs=count) for count in range(self.config.max_docs + 1)),
             shares=self.config.num_docs_weights,
             rows=rows,
+            num_workers=num_workers,
         )
 
     @property

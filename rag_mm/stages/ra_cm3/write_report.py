@@ -149,14 +149,21 @@ def _machine() -> str:
     return f"{cores}, Python {machine['python']}, jax {versions['jax']}, flax {versions['flax']}"
 
 
-def retriever_splits(run_config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The splits of classes that a run's retriever was trained on."""
-    splits = train_retriever.RetrieverStageConfig.splits
-    return tuple(run_config.get("retriever", {}).get("splits", splits))
+def retriever_splits(run_config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The splits of classes that a run's retriever was trained on; None if it was given."""
+    retriever = run_config.get("retriever", {})
+    if retriever.get("folder") is not None:
+        return None
+    return tuple(retriever.get("splits", train_retriever.RetrieverStageConfig.splits))
 
 
-def what_was_seen(splits: Sequence[str]) -> str:
+def what_was_seen(splits: Sequence[str] | None) -> str:
     """The sentence that says whether a retriever trained on `splits` has seen the held-out classes."""
+    if splits is None:
+        return (
+            "The retriever was given, not trained here: whether it has seen the held-out entities is not "
+            "known; the decoder has not."
+        )
     if set(splits) & {*world_config.HELD_OUT, *world_config.TUNE, *world_config.TEST}:
         return (
             "The retriever has seen other images of the held-out entities, with captions, as a public CLIP "
@@ -171,14 +178,15 @@ def _setting(
     run_config: Mapping[str, Any],
     neighbors: Mapping[str, Any],
 ) -> list[tuple[str, str]]:
-    world = config.world
+    world, splits = config.world, retriever_splits(run_config)
+    seen = "not known, it was given" if splits is None else ", ".join(splits)
     rows = [
         ("Level of the scenes", ", ".join(world.levels)),
         ("Seed of the world", f"{world.seed}"),
         ("Classes seen in training", f"{len(world.classes(*world_config.SEEN)):,}"),
         ("Held-out classes that are measured", f"{len(world.classes(*world_config.TEST)):,}"),
         ("Held-out classes for checks", f"{len(world.classes(*world_config.TUNE)):,}"),
-        ("Classes the retriever saw", ", ".join(retriever_splits(run_config))),
+        ("Classes the retriever saw", seen),
         ("Documents in the memory", f"{num_rows:,}"),
     ]
     decoder = run_config.get("decoder", {})

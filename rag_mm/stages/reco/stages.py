@@ -1,13 +1,17 @@
-"""Table of RECO's stages: embedded pairs from three sources, and the fusion trained on each."""
-
-from functools import partial
+"""Table of RECO's stages: embedded pairs from three sources, and the fusion trained on one of them."""
 
 from rag_mm.stages.reco import draw_toy_pairs, embed_documents, embed_pairs, train_fusion
 from rag_mm.stages.stage import EVERY_WORLD, SCENES, Stage
 from rag_mm.worlds import concepts
 
 STAGES = {
-    "pairs": Stage(embed_pairs.PairsStageConfig, embed_pairs.INPUTS, embed_pairs.run, SCENES),
+    "pairs": Stage(
+        embed_pairs.PairsStageConfig,
+        embed_pairs.INPUTS,
+        embed_pairs.run,
+        SCENES,
+        needs_own_memory=True,
+    ),
     "toy_pairs": Stage(
         draw_toy_pairs.ToyPairsStageConfig,
         draw_toy_pairs.INPUTS,
@@ -20,14 +24,12 @@ STAGES = {
         embed_documents.run,
         EVERY_WORLD,
     ),
-    **{
-        f"{source}fusion": Stage(
-            train_fusion.FusionStageConfig,
-            (f"{source}pairs",),
-            partial(train_fusion.run, source=f"{source}pairs"),
-            EVERY_WORLD,
-            mesh=train_fusion.make_mesh,
-        )
-        for source in ("", "toy_", "document_")
-    },
+    "fusion": Stage(
+        train_fusion.FusionStageConfig,
+        (),
+        train_fusion.run,
+        EVERY_WORLD,
+        mesh=train_fusion.make_mesh,
+        more_inputs=lambda config: (config.pairs,),
+    ),
 }

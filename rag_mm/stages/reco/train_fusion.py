@@ -15,11 +15,11 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from rag_mm.core import configuration, files, run_folder, sharding
+from rag_mm.core import checks, configuration, files, manifest_values, run_folder, sharding
 from rag_mm.data import pipeline
 from rag_mm.models import reco
 from rag_mm.nn.param_trees import Params
-from rag_mm.stages import multiprocess, training
+from rag_mm.stages import multiprocess, scaling, training
 from rag_mm.stages.reco import embed_pairs
 from rag_mm.stages.reco.measure_fusion import (
     FusionEvaluation,
@@ -43,6 +43,8 @@ class FusionStageConfig:
     Attributes:
         seed: seed of the initial weights and the order of pairs.
         world: world of the pairs; recorded only.
+        pairs: stage whose pairs are used: pairs (emoji scenes), toy_pairs (a toy world) or document_pairs
+            (any documents).
         model: a `RecoConfig` without `dim`, which follows from the embeddings.
         optimizer: learning rate, schedule and moments.
         loop: number of steps, logging and checkpoints.
@@ -51,6 +53,8 @@ class FusionStageConfig:
         batch_size: pairs per step, at most as many as there are; no pair is in a batch twice.
         train_in_memory: add the training pairs to the memory rows that training retrieves.
         mask_self: with `train_in_memory`, prevent a pair from retrieving itself.
+        scale: devices, precision, and what is computed in parts. Every pair is compared with all others of
+            its batch, on however many devices.
     """
 
     seed: int
@@ -65,9 +69,14 @@ class FusionStageConfig:
     batch_size: int = 256
     train_in_memory: bool = False
     mask_self: bool = True
+    scale: scaling.FusionScaleConfig = dataclasses.field(
+        default=scaling.FusionScaleConfig(), metadata=manifest_values.ADDED_LATER
+    )
+    pairs: str = dataclasses.field(default="pairs", metadata=manifest_values.ADDED_LATER)
 
     def __post_init__(self):
         training.check_config(self.optimizer, self.loop, self.batch_size)
+        checks.one_of(self, "pairs", ("pairs", "toy_pairs", "document_pairs"))
         self.reco(8 * self.model.get("num_heads", 8))
 
     def reco(self, dim: int) -> reco.RecoConfig:
@@ -77,25 +86,17 @@ class FusionStageConfig:
 
 def make_mesh(config: FusionStageConfig) -> Mesh:
     """The mesh to train on; raises as `training.make_mesh` does."""
-    return training.make_mesh(config.batch_size)
+    return training.make_mesh(config.batch_size, config.scale.mesh)
 
 
-def run(
-    config: FusionStageConfig, run: run_folder.Run, stage_dir: epath.Path, *, source: str = "pairs"
-) -> dict:
+def run(config: FusionStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict:
     """Trains the fusion; if the pairs have a test set, measures it and writes `per_document.json`.
-
-    Args:
-        config: of the stage.
-        run: the run.
-        stage_dir: folder of the stage.
-        source: stage whose pairs are used: `pairs`, `toy_pairs` or `document_pairs`.
 
     Returns:
         The last logged metrics, `num_params`, and if measured `accuracy` by split and condition; if the run
         has a retriever, `towers_unchanged`. {} in followers.
     """
-    pairs = embed_pairs.load(run.finished_stage(source))
+    pairs = embed_pairs.load(run.finished_stage(config.pairs))
     model_config = config.reco(pairs.dim)
     make_model = partial(_make_model, model_config, config.seed)
     params, log = _train(config, make_model, pairs, stage_dir)
@@ -147,13 +148,15 @@ def load_fusion(folder: epath.Path) -> TrainedFusion:
     return TrainedFusion(model, search, record["towers"])
 
 
-def _make_model(config: reco.RecoConfig, seed: int) -> reco.RECO:
-    return reco.RECO(config, rngs=nnx.Rngs(params=seed))
+def _make_model(
+    config: reco.RecoConfig, seed: int, dtype: str = "float32", remat: str = "none"
+) -> reco.RECO:
+    return reco.RECO(config, rngs=nnx.Rngs(params=seed), dtype=dtype, remat=remat)
 
 
 def _train(
     config: FusionStageConfig,
-    make_model: Callable[[], reco.RECO],
+    make_model: Callable[..., reco.RECO],
     pairs: embed_pairs.EmbeddedPairs,
     stage_dir: epath.Path,
 ) -> tuple[Params, list[dict[str, float]]]:
@@ -177,8 +180,8 @@ def _train(
     return training.train(
         "fusion",
         stage_dir,
-        make_model,
-        reco.loss_fn,
+        partial(make_model, dtype=config.scale.dtype, remat=config.scale.remat),
+        partial(reco.loss_fn, num_chunks=config.scale.loss_chunks),
         batches,
         optimizer_config=config.optimizer,
         loop_config=config.loop,

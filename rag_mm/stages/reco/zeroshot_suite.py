@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from rag_mm.core import files, image_files, run_folder
+from rag_mm.core import files, image_files, renames, run_folder
 from rag_mm.core.errors import UserError
 from rag_mm.data import labeled, public_text
 from rag_mm.eval import statistics, zeroshot
@@ -16,7 +16,8 @@ from rag_mm.report import refinements
 from rag_mm.stages.reco import embed_documents, refinement, train_fusion
 from rag_mm.stages.shared import frozen
 
-FUSIONS = ("fusion", "document_fusion")
+# The stage's folder, and what it is called in earlier runs.
+FUSIONS = ("fusion", *(old for old, new in renames.STAGES.items() if new == "fusion"))
 PAGE = "eval/zeroshot.html"
 _MAX_HITS = 8  # Hits shown per query.
 _BATCH_SIZE = 64
@@ -66,7 +67,7 @@ def load(
     name = next((name for name in FUSIONS if run.manifest(name) is not None), None)
     if name is None:
         raise UserError(
-            f"{workdir} has no trained fusion (stage {' or '.join(FUSIONS)}); train a preset of "
+            f"{workdir} has no trained fusion (stage {FUSIONS[0]}); train a preset of "
             "configs/reco.py there."
         )
     trained = train_fusion.load_fusion(run.finished_stage(name))
@@ -89,7 +90,10 @@ def load(
 def _own_memory(run: run_folder.Run) -> epath.PathLike:
     if run.manifest("memory") is not None:
         return run.finished_stage("memory")
-    return epath.Path(run.config["document_pairs"]["memory"])
+    pairs = run.config.get("document_pairs")
+    if not isinstance(pairs, dict) or "memory" not in pairs:
+        raise UserError(f"{run.workdir} has no memory; name one with --memory.")
+    return epath.Path(pairs["memory"])
 
 
 def evaluate(

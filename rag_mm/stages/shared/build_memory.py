@@ -2,6 +2,7 @@
 
 Version 1 holds seen classes only; the neighbors of training documents come from it. Version 2 adds held-out
 classes without retraining anything; it is used to test generation of entities that no model was trained on.
+A memory may be given instead: then all of it may be retrieved while training.
 """
 
 import dataclasses
@@ -16,17 +17,27 @@ from rag_mm.memory.index.exact import ExactIndex
 from rag_mm.memory.store import manifest
 from rag_mm.memory.writing import writer
 from rag_mm.stages import multiprocess
-from rag_mm.stages.shared import train_retriever, train_tokenizer, world_config
+from rag_mm.stages.shared import (
+    frozen,
+    given_memory,
+    given_models,
+    train_retriever,
+    train_tokenizer,
+    world_config,
+)
 
 INPUTS = ("tokenizer", "retriever")
 SEEN_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class MemoryStageConfig:
+class MemoryStageConfig(given_models.GivenConfig):
     """The memory and its index.
 
     Attributes:
+        folder: memory to use where it lies, with its own index and the retriever that built it; None builds
+            one from the world's documents.
+        version: version of the memory in `folder`, so that later ones change nothing; None for its newest.
         seed: seed of the choice of queries for recall@10.
         world: world whose documents of role `memory` are stored.
         index: scann | exact | device.
@@ -40,8 +51,12 @@ class MemoryStageConfig:
     index: str = "scann"
     num_queries: int = 500
     image_batch: int | None = dataclasses.field(default=None, metadata=manifest_values.ADDED_LATER)
+    version: int | None = dataclasses.field(default=None, metadata=manifest_values.ADDED_LATER)
 
     def __post_init__(self):
+        if self.version is not None and self.folder is None:
+            raise ValueError("version is that of a given memory; give its folder, too")
+        self.identify(lambda folder: given_memory.fingerprint_of(folder, self.version))
         # The device index would use devices before the processes have joined.
         if self.index != "device":
             registry.make_index(self.index)
@@ -60,6 +75,8 @@ def run(config: MemoryStageConfig, run: run_folder.Run, stage_dir: epath.Path) -
         train_retriever.load_encoder(run.workdir, config.image_batch),
         train_tokenizer.load_tokenizer(run.workdir, config.image_batch),
     )
+    if config.folder is not None:
+        return _take_given(config, config.folder, encoder, image_tokenizer, stage_dir)
     seen, held_out = sources(config.world)
     carried = {
         "retriever": run.workdir / "retriever" / train_retriever.FOLDER,
@@ -92,6 +109,21 @@ def run(config: MemoryStageConfig, run: run_folder.Run, stage_dir: epath.Path) -
     return {"rows": len(memory), "index": config.index, "recall_at_10": _recall(config, memory)}
 
 
+def _take_given(
+    config: MemoryStageConfig,
+    folder: str,
+    encoder: frozen.FrozenRetriever,
+    image_tokenizer: frozen.FrozenTokenizer,
+    stage_dir: epath.Path,
+) -> dict:
+    memory = given_memory.take(folder, config.version, encoder, image_tokenizer, stage_dir)
+    if memory is None:
+        return {}
+    config.check_unchanged(memory.fingerprint)
+    recall = _recall(config, memory)
+    return {"rows": len(memory), "index": memory.manifest.index, "recall_at_10": recall}
+
+
 def sources(
     world: world_config.EmojiWorld | world_config.OwnImages,
 ) -> tuple[world_config.SplitDocuments, world_config.SplitDocuments]:
@@ -104,6 +136,8 @@ def sources(
 def open_memory(run: run_folder.Run, version: int | None = None) -> retrieval_memory.Memory:
     """Opens a version of the run's memory with its retriever; None is the one that the stage finished with.
 
+    A given memory has one version, whichever is asked for.
+
     Versions that were added afterwards (`rag-mm memory add RUN/memory`) are for inference alone: the rows
     that other stages recorded are those of the stage's own versions.
 
@@ -111,12 +145,36 @@ def open_memory(run: run_folder.Run, version: int | None = None) -> retrieval_me
         UserError: the stage is missing, unfinished or edited.
     """
     folder, stage = run.finished_stage("memory"), run.manifest("memory")
+    if given_memory.read(folder) is not None:
+        return given_memory.open_recorded(folder, train_retriever.load_encoder(run.workdir))
     if version is None and stage is not None:
         folders = (name.split("/")[0] for name in stage.outputs)
         version = max(filter(None, map(manifest.version_of, folders)))
     return retrieval_memory.Memory.open(
         folder, train_retriever.load_encoder(run.workdir), version=version
     )
+
+
+def open_newest(
+    run: run_folder.Run,
+    encoder: frozen.FrozenRetriever,
+    image_tokenizer: frozen.FrozenTokenizer,
+) -> retrieval_memory.Memory:
+    """Opens the newest version of the run's memory, own or given, for inference.
+
+    Raises:
+        UserError: there is no such memory, or `encoder` is not the retriever that built it.
+    """
+    # Not `finished_stage`: users may add documents to a run's memory, and Memory.open checks it itself.
+    folder = run.stage_dir("memory")
+    if given_memory.read(folder) is not None:
+        return given_memory.open_newest(folder, encoder, image_tokenizer)
+    return retrieval_memory.Memory.open(folder, encoder)
+
+
+def is_given(run: run_folder.Run) -> bool:
+    """Whether the run's memory was given; its rows are not documents of the world then."""
+    return given_memory.read(run.finished_stage("memory")) is not None
 
 
 def _recall(config: MemoryStageConfig, memory: retrieval_memory.Memory) -> float:

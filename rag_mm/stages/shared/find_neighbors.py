@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from rag_mm.core import checks, configuration, files, progress, run_folder
+from rag_mm.core import caption_text, checks, configuration, files, progress, run_folder
 from rag_mm.core.document_types import Document, Text
 from rag_mm.core.errors import UserError
 from rag_mm.memory import policy, retrieval_memory, shared_encoding
@@ -89,17 +89,22 @@ def run(config: NeighborsStageConfig, run: run_folder.Run, stage_dir: epath.Path
 
     Returns:
         The bounds, how alike the two neighbors of a training caption are (`_alikeness`), and for emoji
-        scenes the share of neighbors that show the right class.
+        scenes in the run's own memory the share of neighbors that show the right class.
 
     Raises:
         UserError: the retrieval check failed (`min_same_class`), on tune classes.
     """
     image_tokenizer = train_tokenizer.load_tokenizer(run.workdir)
-    whole_memory, seen_memory = (
-        _Searcher(config, build_memory.open_memory(run, version), image_tokenizer)
-        for version in (None, build_memory.SEEN_VERSION)
+    is_given = build_memory.is_given(run)
+    whole_memory = seen_memory = _Searcher(
+        config, build_memory.open_memory(run), image_tokenizer, is_given
     )
-    facts = memory_facts(config.world) if isinstance(config.world, world_config.EmojiWorld) else []
+    facts: list[emoji_scenes.Facts] = []
+    if not is_given:
+        seen = build_memory.open_memory(run, build_memory.SEEN_VERSION)
+        seen_memory = dataclasses.replace(whole_memory, memory=seen)
+        if isinstance(config.world, world_config.EmojiWorld):
+            facts = memory_facts(config.world)
     same_class = {}
     for split, names in (TEST_SPLITS | TUNE_SPLITS).items():
         source = config.world.scenes("test", *names)
@@ -112,7 +117,7 @@ def run(config: NeighborsStageConfig, run: run_folder.Run, stage_dir: epath.Path
         }
         for name, array in ({"rows": rows} | neighbors).items():
             _write(stage_dir / f"{split}_{name}.npy", array)
-        if isinstance(source, emoji_scenes.Scenes):
+        if facts and isinstance(source, emoji_scenes.Scenes):
             same_class[split] = _same_class(source, rows, neighbors["text"], facts)
     if same_class:
         _check_retrieval(config, same_class["tune"])
@@ -153,6 +158,7 @@ class _Searcher:
     config: NeighborsStageConfig
     memory: retrieval_memory.Memory
     image_tokenizer: frozen.FrozenTokenizer
+    is_given: bool  # so that its rows are not those of the world
 
     def by_text(
         self, source: world_config.SplitDocuments, rows: Iterable[int], texts: list[str]
@@ -191,6 +197,9 @@ class _Searcher:
 
     @functools.cached_property
     def _row_keys(self) -> np.ndarray:
+        if self.is_given:
+            rows = range(len(self.memory))
+            return np.array([_key(self.memory.document(row).text) for row in rows], np.int64)
         parts = [_keys(part, range(len(part))) for part in build_memory.sources(self.config.world)]
         return np.concatenate(parts)[: len(self.memory)]
 
@@ -249,7 +258,11 @@ def memory_facts(world: world_config.EmojiWorld) -> list[emoji_scenes.Facts]:
 
 def _keys(source: world_config.SplitDocuments, rows: Iterable[int]) -> np.ndarray:
     """Scenes of which all captions say the same are twins: one must not be the other's answer."""
-    return np.array([policy.fact_key(source.full_caption(int(row))) for row in rows], np.int64)
+    return np.array([_key(source.full_caption(int(row))) for row in rows], np.int64)
+
+
+def _key(caption: str) -> int:
+    return policy.fact_key(caption_text.clean(caption))  # as a memory keeps it
 
 
 def _dropped_caption(

@@ -16,7 +16,16 @@ from etils import epath
 from flax import nnx
 
 from rag_mm.convert import weights
-from rag_mm.core import batches, checks, code_grids, configuration, digests, files, renames
+from rag_mm.core import (
+    batches,
+    checks,
+    code_grids,
+    configuration,
+    digests,
+    files,
+    image_files,
+    renames,
+)
 from rag_mm.core.code_grids import Grids
 from rag_mm.core.errors import UserError
 from rag_mm.data import public_text, vocabulary
@@ -33,7 +42,7 @@ CONFIG, VOCABULARY, PARAMS = "config.json", "vocabulary.json", "params.safetenso
 TOKEN_IDS = "token_ids.json"  # of an imported image tokenizer: the token of each code
 TEXT_BATCH = 256  # Texts encoded at once.
 # Family -> the classes of config and model.
-_IMAGE_TOKENIZERS: dict[str, tuple[type[Any], Callable[..., nnx.Module]]] = {
+IMAGE_TOKENIZERS: dict[str, tuple[type[Any], Callable[..., nnx.Module]]] = {
     "spae": (autoencoder.SPAEConfig, autoencoder.SPAE),
     "vqgan": (vqgan.VQGANConfig, vqgan.VQGAN),
     "emu3_vq": (emu3_vq.Emu3VQConfig, emu3_vq.Emu3VQ),
@@ -77,7 +86,7 @@ class FrozenRetriever:
             UserError: the folder is missing or incomplete, or holds a model of another family.
         """
         self.folder = folder = epath.Path(folder)
-        _, config = _read_config(folder, ["clip"])
+        _, config = read_config(folder, ["clip"])
         self.config = configuration.make(clip.CLIPConfig, config, str(folder / CONFIG))
         self.vocabulary = _load_vocabulary(folder)
         self.fingerprint = fingerprint(folder)
@@ -89,7 +98,10 @@ class FrozenRetriever:
         self._encode_text = model.compile("encode_text")
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
-        """Embeddings float32 [B, D], of length 1, of images uint8 [B, image_size, image_size, 3]."""
+        """Embeddings float32 [B, D], of length 1, of images uint8 [B, H, W, 3], scaled to `image_size`."""
+        size = self.image_size
+        if pixels.shape[1:3] != (size, size):
+            pixels = np.stack([image_files.fit(image, size) for image in pixels])
         return in_batches(
             lambda batch: self._encode_image(image_ops.to_float(batch)), pixels, self.image_batch
         )
@@ -129,11 +141,9 @@ class FrozenTokenizer:
     def __init__(self, folder: epath.PathLike, image_batch: int | None = None):
         """Loads what `save_tokenizer` or an import wrote; arguments and errors as of `FrozenRetriever`."""
         self.folder = folder = epath.Path(folder)
-        family, values = _read_config(folder, _IMAGE_TOKENIZERS)
-        make_config, make_model = _IMAGE_TOKENIZERS[family]
-        self.config: ImageTokenizerConfig = configuration.make(
-            make_config, values, str(folder / CONFIG)
-        )
+        self.config: ImageTokenizerConfig
+        family, self.config = read_tokenizer_config(folder)
+        make_model = IMAGE_TOKENIZERS[family][1]
         has_vocabulary = family == "spae" or (folder / VOCABULARY).exists()
         self._vocabulary = (
             vocabulary.load_vocabulary(folder / VOCABULARY) if has_vocabulary else None
@@ -268,18 +278,25 @@ def save_tokenizer(
     _save(folder, {"family": "spae", **dataclasses.asdict(config)}, text_vocabulary, params)
 
 
-def copy_tokenizer(
-    source: epath.Path,
-    folder: epath.Path,
-    config: vqgan.VQGANConfig,
-    text_vocabulary: vocabulary.Vocabulary,
-) -> None:
-    """Writes an imported image tokenizer's folder once more, for texts and images of `config`'s size."""
-    family, _ = _read_config(source, _IMAGE_TOKENIZERS)
-    files.write_atomic(folder / PARAMS, (source / PARAMS).read_bytes())
-    text_vocabulary.save(folder / VOCABULARY)
-    values = {"family": family, **dataclasses.asdict(config)}
-    files.write_json(folder / CONFIG, renames.to_stored(values))
+def read_config(folder: epath.Path, families: Collection[str]) -> tuple[str, dict[str, Any]]:
+    """The family of the model in a folder, one of `families`, and its config.
+
+    Raises:
+        UserError: there is no model, or it is of another family.
+    """
+    config = files.read_json(folder / CONFIG)
+    family = str(config.pop("family", None)) if isinstance(config, dict) else ""
+    if family not in families:
+        wanted = " or ".join(families)
+        raise UserError(f"{folder} does not contain a model of the family {wanted}.")
+    checks.sizes(config, str(folder / CONFIG))
+    return family, renames.from_stored(config)
+
+
+def read_tokenizer_config(folder: epath.Path) -> tuple[str, ImageTokenizerConfig]:
+    """The family and the config of the image tokenizer in a folder; raises as `read_config` does."""
+    family, values = read_config(folder, IMAGE_TOKENIZERS)
+    return family, configuration.make(IMAGE_TOKENIZERS[family][0], values, str(folder / CONFIG))
 
 
 def load_params(folder: epath.Path, make_model: Callable[[], nnx.Module]) -> LoadedModel:
@@ -348,14 +365,3 @@ def _load_vocabulary(folder: epath.Path) -> TextVocabulary | None:
     if (folder / VOCABULARY).exists():
         return vocabulary.load_vocabulary(folder / VOCABULARY)
     return public_text.load_tokenizer(folder)
-
-
-def _read_config(folder: epath.Path, families: Collection[str]) -> tuple[str, dict[str, Any]]:
-    """The family, one of `families`, and the config."""
-    config = files.read_json(folder / CONFIG)
-    family = str(config.pop("family", None)) if isinstance(config, dict) else ""
-    if family not in families:
-        wanted = " or ".join(families)
-        raise UserError(f"{folder} does not contain a model of the family {wanted}.")
-    checks.sizes(config, str(folder / CONFIG))
-    return family, renames.from_stored(config)

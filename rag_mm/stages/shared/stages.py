@@ -12,9 +12,10 @@ STAGES = {
     ),
     "retriever": Stage(
         train_retriever.RetrieverStageConfig,
-        train_retriever.INPUTS,
+        (),
         train_retriever.run,
         mesh=train_retriever.make_mesh,
+        more_inputs=train_retriever.inputs,
     ),
     "memory": Stage(
         build_memory.MemoryStageConfig, build_memory.INPUTS, build_memory.run, is_shared=True

@@ -1,4 +1,4 @@
-"""Stage `retriever`: trains a CLIP and freezes it; it makes all embeddings of a run."""
+"""Stage `retriever`: trains a CLIP and freezes it, or takes one; it makes all embeddings of a run."""
 
 import dataclasses
 from functools import partial
@@ -8,17 +8,17 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from rag_mm.core import checks, run_folder, sharding
+from rag_mm.core import checks, manifest_values, run_folder, sharding
 from rag_mm.data import pipeline
 from rag_mm.data.vocabulary import Vocabulary
 from rag_mm.models import clip
-from rag_mm.stages import multiprocess, training
-from rag_mm.stages.shared import frozen, train_tokenizer, world_config
+from rag_mm.stages import multiprocess, scaling, training
+from rag_mm.stages.shared import frozen, given_models, train_tokenizer, world_config
 from rag_mm.train import loop, optimizer
 from rag_mm.worlds.emoji import emoji_scenes, scene_facts
 
-INPUTS = ("tokenizer",)
-FOLDER = "frozen"
+INPUTS = ("tokenizer",)  # Its text vocabulary, unless the retriever is given.
+FOLDER = given_models.FOLDER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +52,15 @@ class TowersConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RetrieverStageConfig:
+class RetrieverStageConfig(given_models.GivenConfig):
     """How the retriever, a CLIP, is trained.
 
     Trained on all three splits, it stands for an off-the-shelf CLIP, which has seen the held-out classes;
     trained on `common` and `rare_seen`, it has not seen them.
 
     Attributes:
+        folder: CLIP to use: a run, such as one of `rag-mm import clip`, or its own folder, as `retriever` in
+            a memory. It scales images to its own size. None trains `model`.
         seed: seed of the initial weights, the order of the pairs and the choice of captions.
         world: world of the documents.
         optimizer: learning rate, schedule and moments.
@@ -71,6 +73,8 @@ class RetrieverStageConfig:
             captions, more of them only name the entity, which then outweighs place and color in a query.
         batch_size: image-caption pairs per step.
         num_eval: number of test pairs that recall is measured on.
+        scale: devices, precision, and what is computed in parts. Every pair is compared with all others of
+            its batch, on however many devices.
     """
 
     seed: int
@@ -83,6 +87,9 @@ class RetrieverStageConfig:
     captions_per_image: int = 1
     batch_size: int = 256
     num_eval: int = 1000
+    scale: scaling.RetrieverScaleConfig = dataclasses.field(
+        default=scaling.RetrieverScaleConfig(), metadata=manifest_values.ADDED_LATER
+    )
 
     def __post_init__(self):
         training.check_config(self.optimizer, self.loop, self.batch_size)
@@ -92,7 +99,8 @@ class RetrieverStageConfig:
             raise ValueError(f"splits are {self.splits}; choose from {', '.join(known)}")
         if not self.roles or not set(self.roles) <= {"train", "memory"}:
             raise ValueError(f"roles are {self.roles}; choose from train, memory")
-        if self.world.image_size % self.model.patch_size:
+        self.identify(_given_fingerprint)
+        if self.folder is None and self.world.image_size % self.model.patch_size:
             raise ValueError(
                 f"model.patch_size is {self.model.patch_size}, which does not divide the image size "
                 f"{self.world.image_size}"
@@ -121,15 +129,17 @@ class RetrieverStageConfig:
 
 def make_mesh(config: RetrieverStageConfig) -> Mesh:
     """The mesh to train on; raises as `training.make_mesh` does."""
-    return training.make_mesh(config.batch_size)
+    return training.make_mesh(config.batch_size, config.scale.mesh)
 
 
 def run(config: RetrieverStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict:
     """Trains the CLIP, writes it as a frozen model, and measures recall on test scenes.
 
     Returns:
-        `loss` and `recall_at_1` in the leader, {} in followers.
+        `loss`, unless the CLIP is given, and `recall_at_1` in the leader, {} in followers.
     """
+    if config.folder is not None:
+        return _take_given(config, config.folder, stage_dir / FOLDER)
     exact = train_tokenizer.load_tokenizer(run.workdir).vocabulary
     vocabulary = dataclasses.replace(exact, folds_case=True)  # "Red apple" finds a red apple.
     model_config = config.clip_config(vocabulary)
@@ -151,13 +161,14 @@ def run(config: RetrieverStageConfig, run: run_folder.Run, stage_dir: epath.Path
         config.seed,
         make_pair,
         rows=sharding.local_rows(config.batch_size, mesh),
+        num_workers=config.scale.num_workers,
         whole_epochs=True,  # An image that is in a batch twice would be its own negative.
     )
     params, log = training.train(
         "retriever",
         stage_dir,
-        lambda: clip.CLIP(model_config, rngs=nnx.Rngs(params=config.seed)),
-        clip.loss_fn,
+        partial(_make_model, config, model_config),
+        partial(clip.loss_fn, num_chunks=config.scale.loss_chunks),
         batches,
         optimizer_config=config.optimizer,
         loop_config=config.loop,
@@ -171,17 +182,37 @@ def run(config: RetrieverStageConfig, run: run_folder.Run, stage_dir: epath.Path
     return {"loss": log[-1]["loss"], "recall_at_1": _recall(config, retriever)}
 
 
+def _make_model(config: RetrieverStageConfig, model_config: clip.CLIPConfig) -> clip.CLIP:
+    scale, rngs = config.scale, nnx.Rngs(params=config.seed)
+    return clip.CLIP(model_config, rngs=rngs, dtype=scale.dtype, remat=scale.remat)
+
+
 def load_encoder(path: epath.PathLike, image_batch: int | None = None) -> frozen.FrozenRetriever:
     """Loads the retriever of a run, or a frozen retriever from its own folder (as in a memory).
 
     Raises:
         UserError: there is no retriever, or its stage is unfinished or edited.
     """
-    path = epath.Path(path)
-    if (path / "config.json").exists() and (path / frozen.PARAMS).exists():
-        return frozen.FrozenRetriever(path, image_batch)
-    folder = run_folder.open_run(path).finished_stage("retriever") / FOLDER
-    return frozen.FrozenRetriever(folder, image_batch)
+    return frozen.FrozenRetriever(given_models.find_model(path, "retriever"), image_batch)
+
+
+def inputs(config: RetrieverStageConfig) -> tuple[str, ...]:
+    """The stages that it reads with this config."""
+    return INPUTS if config.folder is None else ()
+
+
+def _given_fingerprint(folder: str) -> str:
+    return given_models.model_fingerprint(folder, "retriever", ["clip"])
+
+
+def _take_given(config: RetrieverStageConfig, given: str, folder: epath.Path) -> dict:
+    """Copies the given CLIP; returns what `run` does."""
+    if not multiprocess.is_leader():
+        return {}
+    given_models.copy_model(given_models.find_model(given, "retriever"), folder)
+    retriever = frozen.FrozenRetriever(folder)
+    config.check_unchanged(retriever.fingerprint)
+    return {"recall_at_1": _recall(config, retriever)}
 
 
 def _recall(config: RetrieverStageConfig, retriever: frozen.FrozenRetriever) -> dict[str, float]:

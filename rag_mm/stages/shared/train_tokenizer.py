@@ -1,6 +1,6 @@
 """Stage `tokenizer`: learns the text vocabulary and trains the image tokenizer, on seen classes only.
 
-In place of training one it can take an imported image tokenizer.
+Each of the two may be given as a folder instead, such as an imported image tokenizer.
 """
 
 import dataclasses
@@ -21,20 +21,23 @@ from rag_mm.models import vqgan
 from rag_mm.models.spae import autoencoder, objective
 from rag_mm.nn.param_trees import Params
 from rag_mm.ops import quantize
-from rag_mm.stages import multiprocess, training
-from rag_mm.stages.shared import frozen, world_config
+from rag_mm.stages import multiprocess, scaling, training
+from rag_mm.stages.shared import frozen, given_models, world_config
 from rag_mm.train import loop, optimizer
 from rag_mm.worlds.emoji import emoji_scenes, scene_facts
 
 INPUTS = ()
-FOLDER = "frozen"
+FOLDER = given_models.FOLDER
 
 
 @dataclasses.dataclass(frozen=True)
-class TextVocabularyConfig:
-    """The text vocabulary, learned from captions of training documents.
+class TextVocabularyConfig(given_models.GivenConfig):
+    """The text vocabulary, learned from captions of training documents or given.
 
     Attributes:
+        folder: run whose text tokenizer to use, or folder with a vocabulary.json, or with a public
+            tokenizer.json that is a byte-level BPE as GPT-2's; `vocab_size` and `captions_per_image` are
+            unused then. None learns one.
         vocab_size: number of text tokens, the 256 bytes included.
         num_sentinels: number of sentinel tokens, which replace masked spans.
         captions_per_image: captions of each training document to learn from.
@@ -48,10 +51,11 @@ class TextVocabularyConfig:
         checks.at_least(self, 256, "vocab_size")
         checks.at_least(self, 0, "num_sentinels")
         checks.at_least(self, 1, "captions_per_image")
+        self.identify(given_models.text_fingerprint)
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizerStageConfig:
+class TokenizerStageConfig(given_models.GivenConfig):
     """How the text vocabulary and the image tokenizer are trained.
 
     Attributes:
@@ -64,11 +68,12 @@ class TokenizerStageConfig:
         batch_size: images per step.
         num_init_images: number of images whose patches initialize the codebook by k-means.
         num_eval: number of test images for the metrics.
-        imported: run of an imported image tokenizer (`rag-mm import image-tokenizer`) to use, at the world's
-            image size; None trains `model`.
+        folder: image tokenizer to use: a run, such as one of `rag-mm import image-tokenizer`, or its own
+            folder. An imported one is used at the world's image size. None trains `model`.
         image_sizes: heights in pixels of the square images that decoders are to read and write with this
             tokenizer; the world's comes first. Empty: the world's alone. The tokenizer is trained on the
             world's size.
+        scale: devices, precision, and what is computed in parts.
     """
 
     seed: int
@@ -80,9 +85,11 @@ class TokenizerStageConfig:
     batch_size: int = 128
     num_init_images: int = 2048
     num_eval: int = 1024
-    imported: str | None = dataclasses.field(default=None, metadata=manifest_values.ADDED_LATER)
     image_sizes: tuple[int, ...] = dataclasses.field(
         default=(), metadata=manifest_values.ADDED_LATER
+    )
+    scale: scaling.TokenizerScaleConfig = dataclasses.field(
+        default=scaling.TokenizerScaleConfig(), metadata=manifest_values.ADDED_LATER
     )
 
     def __post_init__(self):
@@ -100,8 +107,10 @@ class TokenizerStageConfig:
                 f"image_sizes={self.image_sizes}; give each size once, none above the world's, since smaller "
                 "images are scaled from its images"
             )
-        if self.imported is not None:
-            return  # `model` is not used.
+        self.identify(_given_fingerprint)
+        if self.folder is not None:  # `model` is not used.
+            self.fit_to_world(self.folder)
+            return
         patches = self.num_init_images * self.model.levels[-1] ** 2
         if patches < self.model.codebook_size:
             raise ValueError(
@@ -116,10 +125,35 @@ class TokenizerStageConfig:
         for size in self.image_sizes:
             self.model.grids_at(size, size)  # Raises where it has none.
 
+    def fit_to_world(self, folder: str) -> frozen.ImageTokenizerConfig:
+        """The config of the image tokenizer in `folder`, at the size of the world's images.
+
+        Raises:
+            UserError: it has no decoder, or does not take images of all sizes.
+        """
+        _, given = frozen.read_tokenizer_config(given_models.find_model(folder, "tokenizer"))
+        sizes = (self.world.image_size, *self.image_sizes)
+        if isinstance(given, vqgan.VQGANConfig):
+            if not given.has_decoder:
+                raise UserError(f"folder={folder} is an image tokenizer without a decoder.")
+            try:
+                fitted, *_ = [given.at_size(size) for size in sizes]
+            except ValueError as error:
+                raise UserError(f"folder={folder} does not fit the world: {error}.") from None
+            return fitted
+        if given.image_size != self.world.image_size:
+            raise UserError(
+                f"folder={folder} was trained on images of {given.image_size} pixels, but the world's have "
+                f"{self.world.image_size}; make them agree."
+            )
+        for size in sizes:
+            given.grids_at(size, size)
+        return given
+
 
 def make_mesh(config: TokenizerStageConfig) -> Mesh:
     """The mesh to train on; raises as `training.make_mesh` does."""
-    return training.make_mesh(config.batch_size, is_explicit=False)
+    return training.make_mesh(config.batch_size, config.scale.mesh, config.scale.num_parts)
 
 
 def run(config: TokenizerStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict:
@@ -132,8 +166,8 @@ def run(config: TokenizerStageConfig, run: run_folder.Run, stage_dir: epath.Path
         scorer's accuracy on original and on reconstructed images. {} in followers.
     """
     source = config.world.scenes("train", *world_config.SEEN)
-    if config.imported is not None:
-        return _take_imported(config, config.imported, source, stage_dir / FOLDER)
+    if config.folder is not None:
+        return _take_given(config, config.folder, source, stage_dir / FOLDER)
     mesh = make_mesh(config)
     make_model = partial(_make_model, config)
     images = world_config.images(source)
@@ -143,6 +177,7 @@ def run(config: TokenizerStageConfig, run: run_folder.Run, stage_dir: epath.Path
         config.seed,
         lambda image, rng: {"images": image},
         rows=sharding.local_rows(config.batch_size, mesh),
+        num_workers=config.scale.num_workers,
     )
     params, _ = training.train(
         "tokenizer",
@@ -154,6 +189,7 @@ def run(config: TokenizerStageConfig, run: run_folder.Run, stage_dir: epath.Path
         loop_config=config.loop,
         seed=config.seed,
         mesh=mesh,
+        num_parts=config.scale.num_parts,
         prepare=partial(_with_codebook, config, images, mesh),
         derive=_derive,
     )
@@ -170,51 +206,46 @@ def load_tokenizer(path: epath.PathLike, image_batch: int | None = None) -> froz
     Raises:
         UserError: there is no tokenizer, or its stage is unfinished or edited.
     """
-    path = epath.Path(path)
-    if (path / "config.json").exists() and (path / frozen.PARAMS).exists():
-        return frozen.FrozenTokenizer(path, image_batch)
-    folder = run_folder.open_run(path).finished_stage("tokenizer") / FOLDER
-    return frozen.FrozenTokenizer(folder, image_batch)
+    return frozen.FrozenTokenizer(given_models.find_model(path, "tokenizer"), image_batch)
 
 
 def _make_model(config: TokenizerStageConfig) -> autoencoder.SPAE:
-    return autoencoder.SPAE(config.model, rngs=nnx.Rngs(params=config.seed))
+    scale, rngs = config.scale, nnx.Rngs(params=config.seed)
+    return autoencoder.SPAE(config.model, rngs=rngs, dtype=scale.dtype, remat=scale.remat)
 
 
-def _take_imported(
+def _given_fingerprint(folder: str) -> str:
+    return given_models.model_fingerprint(folder, "tokenizer", frozen.IMAGE_TOKENIZERS)
+
+
+def _take_given(
     config: TokenizerStageConfig,
-    imported: str,
+    given: str,
     source: world_config.SplitDocuments,
     folder: epath.Path,
 ) -> dict:
-    """Writes an imported image tokenizer with a text vocabulary; returns what `run` does."""
+    """Writes the given image tokenizer with the run's text vocabulary; returns what `run` does."""
     if not multiprocess.is_leader():
         return {}
-    given = load_tokenizer(imported)
-    if not isinstance(given.config, vqgan.VQGANConfig) or not given.config.has_decoder:
-        raise UserError(
-            f"tokenizer.imported={imported} is not an imported image tokenizer with a decoder."
-        )
-    try:
-        model = given.config.at_size(config.world.image_size)
-        for size in config.image_sizes:
-            given.config.at_size(size)
-    except ValueError as error:
-        raise UserError(f"tokenizer.imported={imported} does not fit the world: {error}.") from None
+    model, found = config.fit_to_world(given), given_models.find_model(given, "tokenizer")
     text_vocabulary = _make_vocabulary(config, source, model.codebook_size)
-    frozen.copy_tokenizer(given.folder, folder, model, text_vocabulary)
+    given_models.copy_tokenizer(found, folder, model, text_vocabulary)
+    config.check_unchanged(frozen.fingerprint(found))
     return _evaluate(config, frozen.FrozenTokenizer(folder))
 
 
 def _make_vocabulary(
     config: TokenizerStageConfig, source: world_config.SplitDocuments, codebook_size: int
 ) -> vocabulary.Vocabulary:
+    size, sentinels = config.text.vocab_size, config.text.num_sentinels
+    if config.text.folder is not None:
+        text = vocabulary.read_text_tokenizer(given_models.find_text(config.text.folder))
+        return vocabulary.Vocabulary(text, codebook_size, sentinels, image_sizes=config.image_sizes)
     texts = [
         source.caption(i, caption_index)
         for i in range(len(source))
         for caption_index in range(config.text.captions_per_image)
     ]
-    size, sentinels = config.text.vocab_size, config.text.num_sentinels
     return vocabulary.train_vocabulary(texts, size, codebook_size, sentinels, config.image_sizes)
 
 
