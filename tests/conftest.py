@@ -63,9 +63,7 @@ def tiny_run(tmp_path_factory) -> Finished:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "stderr").exists():
             _quickstart_tiny(folder, name)
-    return Finished(
-        folder / name, (folder / "stdout").read_text(), (folder / "stderr").read_text()
-    )
+    return Finished(folder / name, (folder / "stdout").read_text(), (folder / "stderr").read_text())
 
 
 def _quickstart_tiny(folder: pathlib.Path, name: str) -> None:

@@ -93,6 +93,7 @@ ABSENT = {
     "retriever.scale.num_parts": _COMPARED,
     "fusion.scale.num_parts": _COMPARED,
     "fusion.scale.num_workers": "its batches are rows of arrays, which need no processes to be made",
+    "decoder.model.context_dim": "the stage gives its decoder no context to read",
     "tokenizer.scale.loss_chunks": "it has no loss over a vocabulary or over pairs to be computed in chunks",
 }
 

@@ -66,9 +66,7 @@ def check_config(
         raise ValueError(f"learning_rate is {optimizer_config.learning_rate}; give more than 0")
 
 
-def make_mesh(
-    batch_size: int, axes: tuple[int, int, int] = (1, 1, 1), num_parts: int = 1
-) -> Mesh:
+def make_mesh(batch_size: int, axes: tuple[int, int, int] = (1, 1, 1), num_parts: int = 1) -> Mesh:
     """The mesh that a stage trains on.
 
     Args:

@@ -331,4 +331,4 @@ def test_remat_changes_nothing_and_bfloat16_little(config):
     exact, scaled = compute(), compute(dtype="bfloat16", remat="full")
     assert {leaf.dtype for leaf in jax.tree.leaves(scaled)} == {jnp.dtype("float32")}
     difference = optax.global_norm(jax.tree.map(jnp.subtract, exact, scaled))
-    assert 0 < difference < 0.05 * optax.global_norm(exact)
+    assert 0 < difference < 0.1 * optax.global_norm(exact)

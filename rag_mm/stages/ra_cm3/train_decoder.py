@@ -83,7 +83,7 @@ class DecoderStageConfig(starting_point.StartConfig):
     world: world_config.EmojiWorld | world_config.OwnImages
     model: Mapping[str, Any] = dataclasses.field(
         metadata=configuration.part_of(
-            DecoderConfig, ("vocab_size", "max_seq_len", "dtype", "remat")
+            DecoderConfig, ("vocab_size", "max_seq_len", "dtype", "remat", "context_dim")
         )
     )
     optimizer: optimizer.OptimizerConfig
