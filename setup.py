@@ -10,7 +10,7 @@ VERSION = re.search(
     r'^__version__ = "([^"]+)"$', (ROOT / "rag_mm" / "__init__.py").read_text(), re.MULTILINE
 ).group(1)
 
-# CI runs every bound: on Python 3.11 with requirements.lock, on 3.12 or 3.13 with requirements-newest.lock.
+# CI runs two sets, whose versions are the bounds: requirements.lock on Python 3.11, the newest.lock above it.
 # flax and jax come in pairs, since many of their versions do not import together: flax 0.12.8 not with
 # jax 0.11.1, 0.12.9 not with 0.11.2. Python 3.11 has no newer ones than these.
 BASE = [

@@ -17,7 +17,9 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 
-def load(workdir: str, dtype: str | None = None) -> "Session | ImportedModel":
+def load(
+    workdir: str, dtype: str | None = None, mesh: tuple[int, int, int] | None = None
+) -> "Session | ImportedModel":
     """Loads a finished run, or a run made by `rag-mm import`.
 
     Example:
@@ -28,6 +30,8 @@ def load(workdir: str, dtype: str | None = None) -> "Session | ImportedModel":
         workdir: the run folder.
         dtype: of an imported LLaMA or Chameleon, the dtype of weights and activations, such as `float32`;
             None keeps the stored one.
+        mesh: numbers of devices along data, fsdp and tensor on which the decoder is loaded: the first two
+            split the images or texts made at once, the last the model's heads. None: one device.
 
     Returns:
         `rag_mm.api.session.Session` (generate, caption, infill, memory) for a run trained with rag-mm; for
@@ -36,14 +40,14 @@ def load(workdir: str, dtype: str | None = None) -> "Session | ImportedModel":
 
     Raises:
         rag_mm.core.errors.UserError: there is no run in `workdir`, or it is unfinished or was edited;
-            or `dtype` is unknown, or given for another kind of run.
+            `dtype` is unknown, or given for another kind of run; or the mesh does not fit.
     """
     # Imported here, so that `import rag_mm` loads no framework.
     from rag_mm.api import imported, session
     from rag_mm.core.errors import UserError
 
     if imported.is_imported(workdir):
-        return imported.load(workdir, dtype)
+        return imported.load(workdir, dtype, mesh)
     if dtype is not None:
         raise UserError(f"dtype={dtype!r} is for imported checkpoints; load {workdir} without it.")
-    return session.load(workdir)
+    return session.load(workdir, mesh)

@@ -16,6 +16,7 @@ from rag_mm.convert import weights
 from rag_mm.core import compilation_cache, files, image_files, run_folder
 from rag_mm.core.errors import UserError
 from rag_mm.data import preprocess, public_text
+from rag_mm.decode import decode_batch
 from rag_mm.models import chameleon, vqgan
 from rag_mm.nn import param_trees
 from rag_mm.nn.decoder import Decoder
@@ -207,12 +208,15 @@ def is_imported(workdir: epath.PathLike) -> bool:
     return path.exists() and importing.IMPORTED in files.read_object(path)
 
 
-def load(workdir: epath.PathLike, dtype: str | None = None) -> ImportedModel:
+def load(
+    workdir: epath.PathLike, dtype: str | None = None, mesh: Sequence[int] | None = None
+) -> ImportedModel:
     """Loads an imported run.
 
     Args:
         workdir: the run folder.
         dtype: dtype of a language model's weights and activations; None keeps the stored one.
+        mesh: of a language model's decoder, see `decode_batch.make_mesh`; None: one device.
 
     Returns:
         `DualEncoder` for CLIP, `LanguageModel` for LLaMA, `ImportedChameleon` for Chameleon,
@@ -220,12 +224,15 @@ def load(workdir: epath.PathLike, dtype: str | None = None) -> ImportedModel:
 
     Raises:
         UserError: there is no imported run in `workdir`, or it is unfinished or was edited; or `dtype` is
-            unknown, or given for another model.
+            unknown, or given for another model; or the mesh has too many devices, does not split the model,
+            or is given for another one.
     """
     run = run_folder.open_run(workdir)
     weights_dtype = importing.find_dtype(dtype)
-    if dtype is not None and run.config.get(importing.IMPORTED) not in ("llama", "chameleon"):
-        raise UserError(f"dtype={dtype!r} is for language models; load {workdir} without it.")
+    on_mesh = decode_batch.make_mesh(mesh)
+    for name, value in (("dtype", dtype), ("mesh", mesh)):
+        if value is not None and run.config.get(importing.IMPORTED) not in ("llama", "chameleon"):
+            raise UserError(f"{name}={value!r} is for language models; load {workdir} without it.")
     if run.config.get(importing.IMPORTED) == importing.IMAGE_TOKENIZER:
         compilation_cache.keep_programs()
         return train_tokenizer.load_tokenizer(workdir)
@@ -236,7 +243,9 @@ def load(workdir: epath.PathLike, dtype: str | None = None) -> ImportedModel:
     if family.name == "clip":
         return DualEncoder(frozen.FrozenRetriever(folder))
     config = importing.load_config(family, folder)
-    params = weights.load_file(folder / frozen.PARAMS, family.describe(config)[1], weights_dtype)
+    abstract = family.describe(config, on_mesh)[1]
+    param_trees.check_split(abstract, "Give another mesh")
+    params = weights.load_file(folder / frozen.PARAMS, abstract, weights_dtype)
     stored_dtype = param_trees.leaves_by_path(params)[_embedding_path(config)].dtype
     decoder_config = dataclasses.replace(importing.decoder_config(config), dtype=stored_dtype.name)
     decoder = params["decoder"] if isinstance(config, chameleon.ChameleonConfig) else params
@@ -248,7 +257,8 @@ def load(workdir: epath.PathLike, dtype: str | None = None) -> ImportedModel:
     if not isinstance(config, chameleon.ChameleonConfig):
         return language_model.LanguageModel(decoder_config, graphdef, decoder, text, stop_tokens)
     vq_graphdef, _ = nnx.split(jax.eval_shape(functools.partial(_make_vq, config)), nnx.Param)
-    vq = frozen.LoadedModel(vq_graphdef, jax.tree.map(_to_float32, params["vq"]))
+    on_one_device = jax.device_put(params["vq"], jax.local_devices()[0])
+    vq = frozen.LoadedModel(vq_graphdef, jax.tree.map(_to_float32, on_one_device))
     return ImportedChameleon(decoder_config, graphdef, decoder, text, stop_tokens, config, vq)
 
 

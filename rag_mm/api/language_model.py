@@ -53,7 +53,12 @@ class LanguageModel:
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """Next-token logits, float32 [B, T, V], of token ids int32 [B, T]."""
-        return np.asarray(_logits(self.params, jnp.asarray(tokens, jnp.int32), self.graphdef))
+        compute = functools.partial(_logits, self.params, graphdef=self.graphdef)
+        mesh = decode_batch.mesh_of(self.params)
+        if mesh is None:
+            return np.asarray(compute(tokens=jnp.asarray(tokens, jnp.int32)))
+        batch = {"tokens": np.asarray(tokens, np.int32)}
+        return np.asarray(decode_batch.run_on_mesh(mesh, compute, batch))
 
     def generate(
         self,
@@ -186,7 +191,7 @@ def _bucket(count: int) -> int:
 @functools.partial(jax.jit, static_argnames="graphdef")
 def _logits(params: Params, tokens: jax.Array, graphdef: nnx.GraphDef) -> jax.Array:
     model: Decoder = nnx.merge(graphdef, params)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+    positions = jnp.zeros_like(tokens) + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     return model.logits(model(tokens, positions, jnp.ones_like(tokens)))
 
 

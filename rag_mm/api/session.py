@@ -12,7 +12,7 @@ from rag_mm.core import caption_text, code_grids, compilation_cache, image_files
 from rag_mm.core.document_types import Document
 from rag_mm.core.errors import UserError
 from rag_mm.data import token_documents
-from rag_mm.decode import tasks
+from rag_mm.decode import decode_batch, tasks
 from rag_mm.decode.sampler import Sampling
 from rag_mm.memory import policy
 from rag_mm.memory.retrieval_memory import Memory
@@ -326,16 +326,22 @@ class Session:
         return self.image_tokenizer.encode(pixels[None])
 
 
-def load(workdir: epath.PathLike) -> Session:
+def load(workdir: epath.PathLike, mesh: Sequence[int] | None = None) -> Session:
     """Loads the decoder, image tokenizer, retriever and memory of a finished run; see `rag_mm.load`.
 
+    Args:
+        workdir: the run folder.
+        mesh: of the decoder, see `decode_batch.make_mesh`; the other models are on one device.
+
     Raises:
-        UserError: there is no run in `workdir`, or one of its stages is missing, unfinished or edited.
+        UserError: there is no run in `workdir`, or one of its stages is missing, unfinished or edited; or
+            the mesh has too many devices, or does not split the decoder.
     """
+    on_mesh = decode_batch.make_mesh(mesh)
     run = run_folder.open_run(workdir)
     compilation_cache.keep_programs()
     image_tokenizer = train_tokenizer.load_tokenizer(run.workdir)
-    generator = train_decoder.load_generator(run, "decoder", image_tokenizer)
+    generator = train_decoder.load_generator(run, "decoder", image_tokenizer, on_mesh)
     encoder = train_retriever.load_encoder(run.workdir)
     memory = build_memory.open_newest(run, encoder, image_tokenizer)
     rules = find_neighbors.load_policy(run)

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     image = sources.load_image(args.image)
     options = session_args.options(args)
-    generated = session_args.load_session(args.workdir).caption(image, **options)
+    generated = session_args.load_session(args.workdir, args.mesh).caption(image, **options)
     return {
         "captions": generated.captions,
         "mean_log_probs": generated.mean_log_probs,

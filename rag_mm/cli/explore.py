@@ -22,6 +22,7 @@ _LIBRARIES = ("starlette", "uvicorn")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `rag-mm explore`."""
     parser.add_argument("run", metavar="RUN", help="finished run")
+    session_args.add_mesh(parser)
     parser.add_argument(
         "--port",
         type=int,
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"{name} is not installed; run pip install '.[explore]'.")
     with _listen(args.port) as listener:
-        session = session_args.load_session(args.run)
+        session = session_args.load_session(args.run, args.mesh)
         listener.listen()  # From here on a browser waits for its answer instead of being refused.
         address = f"http://{_HOST}:{listener.getsockname()[1]}"
         token = secrets.token_urlsafe(24)

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     most = session_args.MAX_OUTPUTS // args.num
     if not 1 <= args.best_of <= most:
         raise UserError(f"--best-of is {args.best_of}; give 1 to {most:,}.")
-    generated = session_args.load_session(args.workdir).generate(
+    generated = session_args.load_session(args.workdir, args.mesh).generate(
         args.prompt, best_of=args.best_of, image_size=args.image_size, **options
     )
     return {

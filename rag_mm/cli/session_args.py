@@ -43,6 +43,7 @@ def add_arguments(
         metavar="DIR",
         help="condition on this folder's documents instead of retrieving",
     )
+    add_mesh(parser)
     parser.add_argument("--num", type=int, default=1, help=f"{number} (default: 1)")
     parser.add_argument(
         "--seed",
@@ -119,8 +120,20 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
     )
 
 
-def load_session(workdir: str) -> "Session":
-    """Loads a finished run.
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    """Adds --mesh."""
+    parser.add_argument(
+        "--mesh",
+        type=int,
+        nargs=3,
+        metavar=("DATA", "FSDP", "TENSOR"),
+        help="devices on which the decoder is loaded: the first two split the outputs made at once, the "
+        "last its heads (default: 1 1 1)",
+    )
+
+
+def load_session(workdir: str, mesh: list[int] | None = None) -> "Session":
+    """Loads a finished run, its decoder on a mesh if one is given.
 
     Raises:
         UserError: there is no finished run, or it is an imported checkpoint.
@@ -132,7 +145,7 @@ def load_session(workdir: str) -> "Session":
             f"{workdir} is an imported checkpoint, which this command does not support; "
             f'use it from Python: rag_mm.load("{workdir}").'
         )
-    return session.load(workdir)
+    return session.load(workdir, mesh)
 
 
 def save_images(out: str, images: np.ndarray) -> list[str]:

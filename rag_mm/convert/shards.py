@@ -52,8 +52,10 @@ def read_header(path: epath.Path) -> dict[str, TensorSpec]:
     """The tensors of one file by name, in the order of their bytes.
 
     Raises:
-        UserError: the file is missing or truncated, or its header is invalid or does not match it.
+        UserError: the file is missing, truncated or no regular file, or its header is invalid or does not
+            match it.
     """
+    files.refuse_special(path)
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)

@@ -26,7 +26,7 @@ def folder_digests(folder: epath.PathLike, exclude: tuple[str, ...] = ()) -> dic
     Names in `exclude` are skipped at the top level, names that start with a dot at every level.
 
     Raises:
-        UserError: an array store cannot be read.
+        UserError: a file or an array store cannot be read, or would never end.
     """
     entries = [entry for entry in epath.Path(folder).iterdir() if entry.name not in exclude]
     return dict(sorted(_walk(entries, "")))
@@ -43,10 +43,16 @@ def _walk(entries: list[epath.Path], prefix: str) -> Iterator[tuple[str, str]]:
         if entry.is_dir():
             yield from _walk(list(entry.iterdir()), f"{prefix}{entry.name}/")
         else:
-            yield f"{prefix}{entry.name}", files.file_digest(entry)
+            try:
+                yield f"{prefix}{entry.name}", files.file_digest(entry)
+            except OSError as error:  # Such as a link to nothing.
+                raise UserError(f"{entry} cannot be read ({error.strerror}).") from error
 
 
 def _store_digest(folder: epath.Path) -> str:
+    for place, _, names in os.walk(folder):  # Of a remote folder, nothing.
+        for name in names:
+            files.refuse_special(os.path.join(place, name))  # TensorStore would wait for ever.
     # A value in the store is an encoded chunk or its metadata; both depend only on the array.
     try:
         store = tensorstore.KvStore.open({"driver": "ocdbt", "base": _location(folder)}).result()

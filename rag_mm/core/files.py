@@ -202,9 +202,7 @@ def read_json(path: epath.PathLike) -> Any:
     """
     path = epath.Path(path)
     try:
-        if is_special(path):
-            raise UserError(f"{path} is a device or a pipe, not a file.")
-        return parse_json(path.read_bytes())
+        return parse_json(read_bytes(path))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
     except (ValueError, OSError) as error:
@@ -234,13 +232,39 @@ def is_special(path: epath.PathLike) -> bool:
     return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
+def refuse_special(path: epath.PathLike) -> None:
+    """Ensures that reading a path ends.
+
+    Raises:
+        UserError: it leads to a device, pipe or socket.
+    """
+    if is_special(path):
+        raise UserError(f"{os.fspath(path)} is a device or a pipe, not a file.")
+
+
+def read_bytes(path: epath.PathLike) -> bytes:
+    """The bytes of a file of unknown origin.
+
+    Raises:
+        UserError: it is a device, pipe or socket.
+        OSError: it cannot be read.
+    """
+    refuse_special(path)
+    return epath.Path(path).read_bytes()
+
+
 def digest(data: bytes) -> str:
     """SHA-256 of `data` in hex."""
     return hashlib.sha256(data).hexdigest()
 
 
 def file_digest(path: epath.PathLike) -> str:
-    """SHA-256 of a file's bytes in hex, read in chunks of 1 MiB."""
+    """SHA-256 of a file's bytes in hex, read in chunks of 1 MiB.
+
+    Raises:
+        UserError: it is a device, pipe or socket.
+    """
+    refuse_special(path)
     sha = hashlib.sha256()
     with epath.Path(path).open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -262,6 +286,6 @@ def read_array(path: epath.PathLike) -> np.ndarray:
         UserError: the file is missing or damaged.
     """
     try:
-        return np.load(io.BytesIO(epath.Path(path).read_bytes()), allow_pickle=False)
+        return np.load(io.BytesIO(read_bytes(path)), allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} is not a readable array ({error}).") from error

@@ -91,7 +91,7 @@ def load_tokenizer(folder: epath.PathLike) -> PublicTokenizer | None:
 
 def _load(folder: epath.Path) -> PublicTokenizer | None:
     if (folder / TOKENIZER).exists():
-        tokenizer = tokenizers.Tokenizer.from_str((folder / TOKENIZER).read_bytes().decode())
+        tokenizer = tokenizers.Tokenizer.from_str(files.read_bytes(folder / TOKENIZER).decode())
         tokenizer.no_truncation()
         tokenizer.no_padding()
         with contextlib.suppress(
@@ -104,7 +104,7 @@ def _load(folder: epath.Path) -> PublicTokenizer | None:
         return None
     if not all(present):
         raise UserError(f"{folder} has only one of {VOCABULARY} and {MERGES}.")
-    merges = (folder / MERGES).read_bytes().decode().splitlines()
+    merges = files.read_bytes(folder / MERGES).decode().splitlines()
     lines = [line.split() for line in merges if line and not line.startswith("#version")]
     pairs = [(first, second) for first, second in lines]
     return PublicTokenizer(make_clip_bpe(files.read_object(folder / VOCABULARY), pairs))

@@ -1,7 +1,8 @@
 """How many sequences are decoded at once, as many as fit into memory, and their split over a mesh."""
 
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from rag_mm.core import sharding
+from rag_mm.core.errors import UserError
 from rag_mm.nn.decoder import DecoderConfig
 from rag_mm.nn.param_trees import Params
 
@@ -73,6 +75,28 @@ def batch_size(
         available, most = min(ram / 4, CPU_BYTES), CPU_BATCH
     size = min(most, sequences_that_fit(config, prompt_len, num_steps, available, num_streams))
     return size * parts_of(mesh)
+
+
+def make_mesh(axes: Sequence[int] | None) -> Mesh | None:
+    """The mesh on which a model is loaded to decode; None: on one device.
+
+    Args:
+        axes: numbers of devices along `data` and `fsdp`, which split the examples of a batch, and along
+            `tensor`, which splits heads and cache; None, or all 1: one device.
+
+    Raises:
+        UserError: they are not three numbers of at least 1, or there are fewer devices.
+    """
+    if axes is None:
+        return None
+    if len(axes) != 3 or min(axes) < 1:
+        raise UserError(
+            f"mesh is {tuple(axes)}; give numbers of devices along data, fsdp and tensor, each at least 1."
+        )
+    needed, present = math.prod(axes), jax.local_device_count()
+    if needed > present:
+        raise UserError(f"mesh is {tuple(axes)}, {needed} devices, but there are {present}.")
+    return sharding.make_mesh(*axes) if needed > 1 else None
 
 
 def mesh_of(params: Params) -> Mesh | None:

@@ -323,7 +323,13 @@ def _reshape(x: jax.Array, *shape: int) -> jax.Array:
 
 def _project(features: jax.Array, projection: Any) -> jax.Array:
     kernel = sharding.gather(projection[...], (None, None))
-    x = jnp.einsum("...d,de->...e", features, kernel.astype(features.dtype)).astype(jnp.float32)
+    # Not rounded to bfloat16: similarities are multiplied by up to 100.
+    x = jnp.einsum(
+        "...d,de->...e",
+        features,
+        kernel.astype(features.dtype),
+        preferred_element_type=jnp.float32,
+    )
     return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)
 
 

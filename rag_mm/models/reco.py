@@ -168,11 +168,13 @@ class Fusion(nnx.Module):
             types = sharding.gather(self.types[...], (None, None))
             is_query = (jnp.arange(x.shape[1]) == 0)[:, None]
             x = x + jnp.where(is_query, types[:1], types[1:])[None]
-        x = x.astype(self.dtype)
+        # What the query loses by rounding is added again, so that a block that adds nothing changes nothing.
+        exact, x = x[:, 0], x.astype(self.dtype)
+        lost = exact - x[:, 0].astype(jnp.float32)
         mask = jnp.pad(neighbor_mask, ((0, 0), (1, 0)), constant_values=True).astype(jnp.int32)
         if self.stack is not None:
             x, _ = self.stack(x, None, lambda heads, _: (_attend(heads, mask, None), None))
-        x = REMAT[self.remat](_first_output)(self.block, x, mask).astype(jnp.float32)
+        x = REMAT[self.remat](_first_output)(self.block, x, mask).astype(jnp.float32) + lost
         return _unit(x + query if self.config.extra_skip else x)
 
 

@@ -45,6 +45,19 @@ def describe(
     return graphdef, nnx.to_pure_dict(described)
 
 
+def check_split(abstract: Params, remedy: str) -> None:
+    """Raises UserError, which begins with `remedy`, for a parameter whose axes its mesh does not divide."""
+    for path, leaf in leaves_by_path(abstract).items():
+        try:
+            leaf.sharding.shard_shape(leaf.shape)
+        except ValueError:
+            sizes, axes = dict(leaf.sharding.mesh.shape), tuple(leaf.sharding.spec)
+            raise UserError(
+                f"{remedy}, or a model of other sizes: {path} of shape {leaf.shape} does not split over the "
+                f"mesh {sizes}, where its axes are split over {axes}."
+            ) from None
+
+
 def init_params(
     make_model: Callable[[], nnx.Module], mesh: Mesh, given: Params | None = None
 ) -> Params:

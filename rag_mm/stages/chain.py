@@ -10,6 +10,7 @@ from rag_mm.core import compilation_cache, configuration, files, progress, reuse
 from rag_mm.core.errors import UserError
 from rag_mm.stages import chain_config, multiprocess
 from rag_mm.stages.chain_config import slice_of
+from rag_mm.stages.shared import given_models
 from rag_mm.train import checkpoint
 
 
@@ -99,8 +100,9 @@ def _inputs(name: str, config: Any) -> tuple[str, ...]:
 
 
 def _check_inputs(run: run_folder.Run, chosen: list[str], configs: Mapping[str, Any]) -> None:
-    """Rejects a stage whose inputs are neither finished nor run before it."""
+    """Rejects a stage whose inputs are neither finished nor run before it, or are what it would replace."""
     for position, name in enumerate(chosen):
+        given_models.check_outside(configs[name], run, name)
         for needed in _inputs(name, configs[name]):
             if needed not in chosen[:position]:
                 run.finished_stage(needed)

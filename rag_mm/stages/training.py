@@ -157,7 +157,7 @@ def train(
         RuntimeError: a frozen parameter changed.
     """
     graphdef, abstract = param_trees.describe(make_model, mesh)
-    _check_split(name, abstract)
+    param_trees.check_split(abstract, f"{name}: give another scale.mesh")
     given = None if start is None else start(abstract)
     params = param_trees.init_params(make_model, mesh, given)
     if prepare is not None:
@@ -198,19 +198,6 @@ def train(
     if changed:
         raise RuntimeError(f"{name}: the frozen parameter {changed[0]} changed while training")
     return result(state), log
-
-
-def _check_split(name: str, abstract: Params) -> None:
-    """Raises UserError for a parameter whose axes the mesh does not divide."""
-    for path, leaf in param_trees.leaves_by_path(abstract).items():
-        try:
-            leaf.sharding.shard_shape(leaf.shape)
-        except ValueError:
-            sizes = dict(leaf.sharding.mesh.shape)
-            raise UserError(
-                f"{name}: {path} of shape {leaf.shape} does not split over the mesh {sizes}, where its axes "
-                f"are split over {tuple(leaf.sharding.spec)}; give another scale.mesh, or sizes that do."
-            ) from None
 
 
 def _start(

@@ -1,5 +1,7 @@
 """Completions of any number of prompts and tokens, compiled once per bucket."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -61,6 +63,19 @@ def test_a_completion_does_not_depend_on_its_bucket_or_on_memory(model, monkeypa
     )
     assert model.generate(batch, **options).tokens == together
     assert called == [1, 1, 1, 1]
+
+
+def test_on_several_devices_it_says_the_same(model):
+    mesh = decode_batch.make_mesh((2, 1, 2))
+    abstract = param_trees.describe(lambda: decoder.Decoder(CONFIG, rngs=nnx.Rngs(params=0)), mesh)[
+        1
+    ]
+    placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), model.params, abstract)
+    split = dataclasses.replace(model, params=placed)
+    batch = prompts(3, 5, 7)
+    assert split.generate(batch, num_tokens=5).tokens == model.generate(batch, num_tokens=5).tokens
+    tokens = np.array(prompts(6, 6, 6))
+    np.testing.assert_allclose(split.logits(tokens), model.logits(tokens), atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """More than 100 damaged checkpoint folders, each with what the sentence that refuses it must say.
 
-All come from one tiny LLaMA, as one file or as shards with an index. A rule of each group gives the words: the
+All come from one tiny LLaMA, as one file or as shards with an index. Each group has a rule for the words: the
 name of the damaged file, tensor or value, and the kind of damage.
 """
 
@@ -31,7 +31,7 @@ Header = dict[str, dict]
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class FolderCase:
     """How a sound folder is damaged.
 
     Attributes:
@@ -77,23 +77,23 @@ def of_header(change: Callable[[Header], object]) -> Callable[[pathlib.Path], ob
     return of_file(apply)
 
 
-def lengths() -> Iterator[tuple[str, Case]]:
+def lengths() -> Iterator[tuple[str, FolderCase]]:
     """Cut files, longer ones, and headers whose length is a lie."""
     for length in (0, 1, 7, 8, 9, 100, 1000, -1, -1000):
         cut = of_file(lambda data, length=length: data[:length])
-        yield f"cut at {length}", Case(cut, (shards.FILE, "truncated"))
+        yield f"cut at {length}", FolderCase(cut, (shards.FILE, "truncated"))
     for more in (1, 8, 4096):
         longer = of_file(lambda data, more=more: data + bytes(more))
-        yield f"{more} bytes more", Case(longer, (shards.FILE, "extra bytes"))
+        yield f"{more} bytes more", FolderCase(longer, (shards.FILE, "extra bytes"))
     for length in (2**31, 2**63, 2**64 - 1):
         lie = of_file(lambda data, length=length: length.to_bytes(8, "little") + data[8:])
-        yield f"a header of {length}", Case(lie, (shards.FILE, "truncated"))
+        yield f"a header of {length}", FolderCase(lie, (shards.FILE, "truncated"))
     for length in (0, 1, 2, 500):
         lie = of_file(lambda data, length=length: length.to_bytes(8, "little") + data[8:])
-        yield f"a header of {length}", Case(lie, (shards.FILE, "header"))
+        yield f"a header of {length}", FolderCase(lie, (shards.FILE, "header"))
 
 
-def headers() -> Iterator[tuple[str, Case]]:
+def headers() -> Iterator[tuple[str, FolderCase]]:
     """Headers that are no JSON object of tensors."""
     texts = {
         "a list": b"[]",
@@ -113,13 +113,13 @@ def headers() -> Iterator[tuple[str, Case]]:
     }
     for name, text in texts.items():
         change = of_file(lambda data, text=text: join(text, split(data)[1]))
-        yield f"header: {name}", Case(change, (shards.FILE, "header"))
+        yield f"header: {name}", FolderCase(change, (shards.FILE, "header"))
     for name, text in {"no tensors": b"{}", "metadata alone": b'{"__metadata__": {}}'}.items():
         change = of_file(lambda data, text=text: join(text, split(data)[1]))
-        yield f"header: {name}", Case(change, (shards.FILE, "extra bytes"))
+        yield f"header: {name}", FolderCase(change, (shards.FILE, "extra bytes"))
     for value in ({"a": "b"}, 7, [1]):
         change = of_header(lambda h, value=value: h.update({"__metadata__": value}))
-        yield f"unread metadata {value}", Case(change, ())
+        yield f"unread metadata {value}", FolderCase(change, ())
 
 
 VALUES = (
@@ -138,46 +138,55 @@ VALUES = (
 )
 
 
-def entries() -> Iterator[tuple[str, Case]]:
+def entries() -> Iterator[tuple[str, FolderCase]]:
     """Every field of a tensor's entry with values that it cannot have, or without it."""
     for key, value in itertools.product(("dtype", "shape", "data_offsets"), VALUES):
         change = of_header(lambda h, key=key, value=value: h[QUERY].update({key: value}))
-        yield f"{key} {value!r}", Case(change, (shards.FILE,))
+        yield f"{key} {value!r}", FolderCase(change, (shards.FILE,))
     for key in ("dtype", "shape", "data_offsets"):
-        yield f"no {key}", Case(of_header(lambda h, key=key: h[QUERY].pop(key)), (shards.FILE, key))
+        yield (
+            f"no {key}",
+            FolderCase(of_header(lambda h, key=key: h[QUERY].pop(key)), (shards.FILE, key)),
+        )
     for dtype in ("F64", "F16", "BF16", "I8", "F8_E5M2", "BOOL", "f32", "F4", ""):
         change = of_header(lambda h, dtype=dtype: h[QUERY].update(dtype=dtype))
-        yield f"dtype {dtype!r}", Case(change, (shards.FILE, QUERY))
+        yield f"dtype {dtype!r}", FolderCase(change, (shards.FILE, QUERY))
     for by in (-4, 4, 4096):
         change = of_header(lambda h, by=by: _move(h, by))
-        yield f"moved by {by}", Case(change, (shards.FILE, "overlaps another or follows a gap"))
+        yield (
+            f"moved by {by}",
+            FolderCase(change, (shards.FILE, "overlaps another or follows a gap")),
+        )
     same = of_header(
         lambda h: h[QUERY].update(data_offsets=h[QUERY.replace("q_", "k_")]["data_offsets"])
     )
-    yield "the same place twice", Case(same, (shards.FILE, "overlaps another or follows a gap"))
+    yield (
+        "the same place twice",
+        FolderCase(same, (shards.FILE, "overlaps another or follows a gap")),
+    )
 
 
 def _move(header: Header, by: int) -> None:
     header[QUERY]["data_offsets"] = [place + by for place in header[QUERY]["data_offsets"]]
 
 
-def tensors() -> Iterator[tuple[str, Case]]:
+def tensors() -> Iterator[tuple[str, FolderCase]]:
     """Tensors that the model has not, lacks, or has in another shape or dtype; the file itself is sound."""
     names = [f"model.layers.{i}.{part}" for i in range(LAYERS) for part in PARTS]
     for name in (*WEIGHTS, *names):
         change = of_header(
             lambda h, name=name: h.update({f"{name}.other": h.pop(f"{name}.weight")})
         )
-        yield f"without {name}", Case(change, (f"{name}.weight",))
+        yield f"without {name}", FolderCase(change, (f"{name}.weight",))
     for shape in ([32 * 32], [1, 32, 32], [16, 64], [64, 16], [32, 32, 1]):
         change = of_header(lambda h, shape=shape: h[QUERY].update(shape=shape))
-        yield f"shape {shape}", Case(change, (QUERY, "shape", str(shape)))
+        yield f"shape {shape}", FolderCase(change, (QUERY, "shape", str(shape)))
     for dtype in ("I32", "U32"):
         change = of_header(lambda h, dtype=dtype: h[QUERY].update(dtype=dtype))
-        yield f"of {dtype}", Case(change, (QUERY, dtype))
+        yield f"of {dtype}", FolderCase(change, (QUERY, dtype))
     for dtype in ("F16", "BF16"):
         change = of_header(lambda h, dtype=dtype: h[NORM].update(dtype=dtype, shape=[64]))
-        yield f"{dtype} of twice the size", Case(change, (NORM,))
+        yield f"{dtype} of twice the size", FolderCase(change, (NORM,))
 
 
 def _index(change: Callable[[dict], object]) -> Callable[[pathlib.Path], object]:
@@ -210,7 +219,7 @@ def _replace(path: pathlib.Path, kind: str) -> None:
 KINDS = ("absent", "a pipe", "a folder", "a link to nothing", "a device", "empty")
 
 
-def indexes() -> Iterator[tuple[str, Case]]:
+def indexes() -> Iterator[tuple[str, FolderCase]]:
     """Indexes that name other files or tensors, and shards that are none."""
     places = [
         "../a.safetensors",
@@ -224,49 +233,51 @@ def indexes() -> Iterator[tuple[str, Case]]:
     places += ["a/b.safetensors", 7, None, [], {}, True]
     for place in places:
         change = _index(lambda index, place=place: index["weight_map"].update({QUERY: place}))
-        yield f"a shard named {place!r}", Case(change, (QUERY, "not a plain file name"), True)
+        yield f"a shard named {place!r}", FolderCase(change, (QUERY, "not a plain file name"), True)
     for place, words in (
         ("a.bin", "pickle"),
         ("a.pt", "pickle"),
         ("a.h5", "not a safetensors file"),
     ):
         change = _index(lambda index, place=place: index["weight_map"].update({QUERY: place}))
-        yield f"a shard named {place!r}", Case(change, (place, words), True)
+        yield f"a shard named {place!r}", FolderCase(change, (place, words), True)
     for value in ({}, [], None, "x", 3):
         change = _index(lambda index, value=value: index.update(weight_map=value))
-        yield f"weight_map {value!r}", Case(change, ("has no weight_map",), True)
+        yield f"weight_map {value!r}", FolderCase(change, ("has no weight_map",), True)
     yield (
         "no weight_map",
-        Case(_index(lambda index: index.pop("weight_map")), ("has no weight_map",), True),
+        FolderCase(_index(lambda index: index.pop("weight_map")), ("has no weight_map",), True),
     )
     other = _index(lambda i: i["weight_map"].update({QUERY: i["weight_map"]["lm_head.weight"]}))
-    yield "in another shard", Case(other, (QUERY, "map"), True)
+    yield "in another shard", FolderCase(other, (QUERY, "map"), True)
     unmapped = _index(lambda index: index["weight_map"].pop(QUERY))
-    yield "not in the index", Case(unmapped, (QUERY, "does not map"), True)
+    yield "not in the index", FolderCase(unmapped, (QUERY, "does not map"), True)
     more = _index(lambda i: i["weight_map"].update({"more": i["weight_map"][QUERY]}))
-    yield "in the index alone", Case(more, ("does not hold more",), True)
+    yield "in the index alone", FolderCase(more, ("does not hold more",), True)
     for text in (b"", b"{", b"[]", b"null", b"[" * 5000, b"\xff", bytes(64)):
         change = lambda folder, text=text: (folder / shards.INDEX).write_bytes(text)
-        yield f"an index of {text[:4]!r}", Case(change, (shards.INDEX,), True)
+        yield f"an index of {text[:4]!r}", FolderCase(change, (shards.INDEX,), True)
     for kind in KINDS:
         yield (
             f"a shard {kind}",
-            Case(lambda folder, kind=kind: _replace(_shard(folder), kind), (".safetensors",), True),
+            FolderCase(
+                lambda folder, kind=kind: _replace(_shard(folder), kind), (".safetensors",), True
+            ),
         )
         name = "index.json" if kind != "absent" else "holds neither"
         change = lambda folder, kind=kind: _replace(folder / shards.INDEX, kind)
         yield (
             f"the index {kind}",
-            Case(change, (name if kind != "a link to nothing" else "neither",), True),
+            FolderCase(change, (name if kind != "a link to nothing" else "neither",), True),
         )
         change = lambda folder, kind=kind: _replace(folder / shards.FILE, kind)
-        yield f"the file {kind}", Case(change, (shards.FILE,))
+        yield f"the file {kind}", FolderCase(change, (shards.FILE,))
 
 
 GROUPS = (lengths, headers, entries, tensors, indexes)
 
 
-def cases() -> dict[str, Case]:
+def cases() -> dict[str, FolderCase]:
     """All cases by name."""
     pairs = [pair for group in GROUPS for pair in group()]
     by_name = dict(pairs)

@@ -1,4 +1,4 @@
-"""Every damaged checkpoint folder of a table is refused in one sentence that says so, and nothing is written."""
+"""Every damaged checkpoint folder of a table is refused in one sentence about it; nothing is written."""
 
 import shutil
 import signal

@@ -50,7 +50,7 @@ CORNERS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class ImageCase:
     """A file, and either how it is read or the reason that it is rejected for.
 
     Attributes:
@@ -87,16 +87,16 @@ def draw(mode: str, size: tuple[int, int] = SIDE) -> PIL.Image.Image:
     return image.convert("P", palette=PIL.Image.Palette.ADAPTIVE) if name == "P" else image
 
 
-def read(data: bytes, ending: str, mode: str, size: tuple[int, int] = SIDE, **changes) -> Case:
+def read(data: bytes, ending: str, mode: str, size: tuple[int, int] = SIDE, **changes) -> ImageCase:
     """A case that is read."""
     _, _, first, notes = MODES[mode]
     fields = dict(size=size, first=first, notes=frozenset(notes)) | changes
-    return Case(data, ending, **fields)
+    return ImageCase(data, ending, **fields)
 
 
-def rejected(data: bytes, ending: str, reason: str) -> Case:
+def rejected(data: bytes, ending: str, reason: str) -> ImageCase:
     """A case that is not."""
-    return Case(data, ending, reason=reason)
+    return ImageCase(data, ending, reason=reason)
 
 
 def _lossy(mode: str, size: tuple[int, int] = SIDE, kind: str = "JPEG", **options) -> bytes:
@@ -104,7 +104,7 @@ def _lossy(mode: str, size: tuple[int, int] = SIDE, kind: str = "JPEG", **option
     return encoded(draw(mode, size), kind, quality=95, **more, **options)
 
 
-def sizes() -> Iterator[tuple[str, Case]]:
+def sizes() -> Iterator[tuple[str, ImageCase]]:
     """Each format, mode and size."""
     for mode, size in itertools.product(PNG_MODES, SIZES):
         yield f"png {mode} {size}", read(encoded(draw(mode, size)), "png", mode, size)
@@ -139,7 +139,7 @@ def _with_exif(form: str, data: bytes) -> tuple[bytes, str, str, int]:
 FORMS = ["png RGB", "png LA", "jpg RGB", "jpg L", "webp RGB", "webp RGBA"]
 
 
-def orientations() -> Iterator[tuple[str, Case]]:
+def orientations() -> Iterator[tuple[str, ImageCase]]:
     """Each orientation in each format, little and big endian."""
     for form, (turn, corner) in itertools.product(FORMS, CORNERS.items()):
         data = exif(3, struct.pack("<HH", turn, 0))
@@ -169,7 +169,7 @@ NO_ORIENTATION = {
 }
 
 
-def metadata() -> Iterator[tuple[str, Case]]:
+def metadata() -> Iterator[tuple[str, ImageCase]]:
     """EXIF data without an orientation, texts, comments and profiles change no pixel."""
     for form, (name, data) in itertools.product(
         ("png RGB", "jpg RGB", "webp RGB"), NO_ORIENTATION.items()
@@ -192,7 +192,7 @@ def metadata() -> Iterator[tuple[str, Case]]:
         yield name, read(file[:2] + segment + file[2:], "jpg", "RGB", error=6)
 
 
-def endings() -> Iterator[tuple[str, Case]]:
+def endings() -> Iterator[tuple[str, ImageCase]]:
     """An image under every ending, in any case; and what is no such image under all of them."""
     sound = {"png": encoded(draw("RGB")), "jpg": _lossy("RGB")}
     sound["webp"] = encoded(draw("RGB"), "WEBP", lossless=True)
@@ -215,7 +215,7 @@ def endings() -> Iterator[tuple[str, Case]]:
         yield f"nothing as {ending}", rejected(b"", ending, "empty-file")
 
 
-def cuts() -> Iterator[tuple[str, Case]]:
+def cuts() -> Iterator[tuple[str, ImageCase]]:
     """Files that end within their pixels, or before them."""
     noise = PIL.Image.fromarray(hostile.pixels(3, 60, 50))
     whole = {"png": {"png RGB": encoded(noise), "png L": encoded(noise.convert("L"))}}
@@ -233,7 +233,7 @@ def cuts() -> Iterator[tuple[str, Case]]:
             yield f"{name} cut at {part:.0%}", rejected(data[:length], ending, "truncated")
 
 
-def flips() -> Iterator[tuple[str, Case]]:
+def flips() -> Iterator[tuple[str, ImageCase]]:
     """One flipped bit: in what a PNG needs, which has checksums, or in what tells the format."""
     noise = encoded(hostile.pixels(3, 60, 50))
     start = noise.index(b"IDAT") + 4
@@ -273,7 +273,7 @@ def _webp_claiming(side: int) -> bytes:
     return bytes(data)
 
 
-def claims() -> Iterator[tuple[str, Case]]:
+def claims() -> Iterator[tuple[str, ImageCase]]:
     """Headers of more pixels than are read, and images of a single one."""
     large = [
         (60_000, 60_000),
@@ -301,7 +301,7 @@ def claims() -> Iterator[tuple[str, Case]]:
 GROUPS = (sizes, orientations, metadata, endings, cuts, flips, claims)
 
 
-def cases() -> dict[str, Case]:
+def cases() -> dict[str, ImageCase]:
     """All cases by name."""
     pairs = [pair for group in GROUPS for pair in group()]
     named = dict(pairs)

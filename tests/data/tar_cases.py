@@ -26,7 +26,7 @@ SHADOW = b"\0\x05\x16\x07\0\x02\0\0Mac OS X        " + bytes(120)
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class TarCase:
     """Tars by name, and what is read from them in order: (id, caption) and (name, reason code) of rejects."""
 
     files: dict[str, bytes]
@@ -57,7 +57,7 @@ def plain(*names: str, tar_format: int = tarfile.PAX_FORMAT) -> bytes:
     return archive(fill, tar_format)
 
 
-def sound() -> Iterator[tuple[str, Case]]:
+def sound() -> Iterator[tuple[str, TarCase]]:
     """Names that the three formats store in different ways."""
     names = {
         "plain": ("0", "1"),
@@ -70,7 +70,7 @@ def sound() -> Iterator[tuple[str, Case]]:
     }
     for (name, keys), form in itertools.product(names.items(), FORMATS):
         data = plain(*keys, tar_format=FORMATS[form])
-        yield f"{form} {name}", Case({"a.tar": data}, named(*keys))
+        yield f"{form} {name}", TarCase({"a.tar": data}, named(*keys))
 
 
 def _at(change: Callable[[bytes, int], bytes]) -> Callable[[bytes], bytes]:
@@ -129,7 +129,7 @@ DAMAGE = {
 }
 
 
-def damaged() -> Iterator[tuple[str, Case]]:
+def damaged() -> Iterator[tuple[str, TarCase]]:
     """Each damage in each format; the tar behind it is read whole."""
     for (name, (change, ids, reason)), form in itertools.product(DAMAGE.items(), ("ustar", "gnu")):
         data = plain("0", "1", "2", "3", tar_format=FORMATS[form])
@@ -137,10 +137,10 @@ def damaged() -> Iterator[tuple[str, Case]]:
         documents = [(f"a/{key}", text) for key, text in named(*ids)]
         documents += [(f"b/{key}", text) for key, text in named("x", "y")]
         rejects = (("a.tar", reason),) if reason else ()
-        yield f"{form}: {name}", Case(files, tuple(documents), rejects)
+        yield f"{form}: {name}", TarCase(files, tuple(documents), rejects)
 
 
-def headers() -> Iterator[tuple[str, Case]]:
+def headers() -> Iterator[tuple[str, TarCase]]:
     """A member that is no file, or leads elsewhere, between two samples."""
     for name, (reason, changes) in BAD_HEADERS.items():
 
@@ -149,10 +149,10 @@ def headers() -> Iterator[tuple[str, Case]]:
             sample(tar, name, PNG, b"caption", **changes)
             sample(tar, "last", PNG, b"caption of last")
 
-        yield name, Case({"a.tar": archive(fill)}, named("good", "last"), ((name, reason),))
+        yield name, TarCase({"a.tar": archive(fill)}, named("good", "last"), ((name, reason),))
 
 
-def no_tars() -> Iterator[tuple[str, Case]]:
+def no_tars() -> Iterator[tuple[str, TarCase]]:
     """Other files that end in .tar."""
     data = plain("0", "1")
     others = {"gzip": gzip.compress(data), "bzip2": bz2.compress(data), "xz": lzma.compress(data)}
@@ -163,7 +163,7 @@ def no_tars() -> Iterator[tuple[str, Case]]:
         "byte": b"\1",
     }
     for name, content in others.items():
-        yield name, Case({"a.tar": content}, (), (("a.tar", "not-a-tar"),))
+        yield name, TarCase({"a.tar": content}, (), (("a.tar", "not-a-tar"),))
 
 
 def _mac(tar):
@@ -221,7 +221,7 @@ def _forms(tar):
     member(tar, unicodedata.normalize("NFC", "é.txt"), "caption of é".encode())
 
 
-def tools() -> Iterator[tuple[str, Case]]:
+def tools() -> Iterator[tuple[str, TarCase]]:
     """Tars as people's tools make them."""
     for name, fill, keys in (
         ("a Mac's", _mac, ("0", "1")),
@@ -232,21 +232,21 @@ def tools() -> Iterator[tuple[str, Case]]:
         ("further fields", _fields, ("0", "1")),
         ("two forms of a name", _forms, ("é",)),
     ):
-        yield name, Case({"a.tar": archive(fill)}, named(*keys))
+        yield name, TarCase({"a.tar": archive(fill)}, named(*keys))
     apart = [(name, "empty-caption") for name in ("0", "1")]
     apart += [(name, "no-picture") for name in ("0", "1")]
-    yield "pictures apart from captions", Case({"a.tar": archive(_unsorted)}, (), tuple(apart))
+    yield "pictures apart from captions", TarCase({"a.tar": archive(_unsorted)}, (), tuple(apart))
     joined = plain("0", "1") + plain("2")
-    yield "joined", Case({"a.tar": joined}, named("0", "1", "2"))
+    yield "joined", TarCase({"a.tar": joined}, named("0", "1", "2"))
     same = {"a.tar": plain("0"), "b.tar": plain("0")}
     both = (("a/0", "caption of 0"), ("b/0", "caption of 0"))
-    yield "two tars of the same names", Case(same, both)
+    yield "two tars of the same names", TarCase(same, both)
 
 
 GROUPS = (sound, damaged, headers, no_tars, tools)
 
 
-def cases() -> dict[str, Case]:
+def cases() -> dict[str, TarCase]:
     """All cases by name."""
     pairs = [pair for group in GROUPS for pair in group()]
     by_name = dict(pairs)

@@ -48,6 +48,21 @@ def test_it_draws_after_reading_so_many_documents(run, docs):
     assert not same(drawn.images[0], drawn.images[1])
 
 
+def test_a_decoder_on_several_devices_draws_and_describes_the_same(run, tiny_run, picture, capsys):
+    """Also a batch of 3 over two devices, and by the command; what does not fit is refused."""
+    split = rag_mm.load(str(tiny_run.workdir), mesh=(2, 1, 2))
+    assert len(split.generator.params["embedding"]["table"].devices()) == 4
+    options = dict(docs=1, num=3, seed=3)
+    assert same(split.generate(PROMPT, **options).images, run.generate(PROMPT, **options).images)
+    assert split.caption(picture, docs=1).captions == run.caption(picture, docs=1).captions
+    words = ["generate", f"--workdir={tiny_run.workdir}", f"--prompt={PROMPT}", "--out=x.png"]
+    assert main.main([*words, "--mesh", "3", "3", "1"]) == 2
+    assert "9 devices, but there are 8" in capsys.readouterr().err
+    assert main.main([*words, "--mesh", "1", "1", "0"]) == 2
+    assert main.main([*words, "--mesh", "1", "1", "8"]) == 2
+    assert "does not split over the mesh" in capsys.readouterr().err
+
+
 def test_a_caption_of_two_is_asked_phrase_by_phrase_where_the_run_says_so(run):
     # Captions that only name: both together have to fit the model.
     rows = range(16), range(len(run.memory) - 16, len(run.memory))

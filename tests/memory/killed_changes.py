@@ -14,7 +14,6 @@ begins. One further process, forked first and never killed, checks each memory a
 import argparse
 import collections
 import dataclasses
-import functools
 import importlib
 import json
 import multiprocessing
@@ -23,7 +22,7 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing import connection
 from typing import Any
 
@@ -33,131 +32,14 @@ sys.path.append(str(pathlib.Path(__file__).parents[1]))
 
 import jax
 import numpy as np
-from stand_in import StandInEncoder, StandInTokenizer, make_documents
+from memory_changes import MERGED, OPERATIONS, Operation, State, after, choose, ids, perform, read
 
 from rag_mm.core.errors import UserError
-from rag_mm.memory import retrieval_memory
-from rag_mm.memory.store import manifest, verify
-from rag_mm.memory.writing import changes, writer
 
-OPTIONS = writer.Options(index="exact", batch_size=4, shard_size=6)
-OWN_CODES = StandInTokenizer().fingerprint
-OPERATIONS = ("build", "add", "remove", "add codes", "merge", "compact", "compact and prune")
 OUTCOMES = ("nothing written", "begun", "published", "returned")
 # A memory is built and lives through these, in random order; then another one is built.
 LIFE = [*OPERATIONS[1:], "add", "add", "remove", "remove", "merge"]
-MERGED = {"other 1": range(900, 908), "other 2": range(910, 917)}
 FORK = multiprocessing.get_context("fork")
-
-Row = tuple[str, frozenset[str]]  # an id, and the tokenizers that its picture has codes of
-
-
-@dataclasses.dataclass(frozen=True)
-class State:
-    """What a memory holds: the number of its version, and its rows in order; no memory is version 0."""
-
-    version: int = 0
-    rows: tuple[Row, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Operation:
-    """A change by name; `words` are ids of documents, a tokenizer or the name of another memory."""
-
-    name: str
-    words: tuple[str, ...] = ()
-
-
-def number(document_id: str) -> int:
-    """The number that `make_documents` made an id of."""
-    return int(document_id.removeprefix("doc-"))
-
-
-def ids(numbers: range) -> tuple[str, ...]:
-    """The ids of `make_documents`."""
-    return tuple(f"doc-{i:03d}" for i in numbers)
-
-
-def after(state: State, operation: Operation) -> State:
-    """What an operation makes of a state."""
-    name, words, rows = operation.name, operation.words, state.rows
-    if name in ("build", "add", "merge"):
-        new = ids(MERGED[words[0]]) if name == "merge" else words
-        rows = rows + tuple((document, frozenset([OWN_CODES])) for document in new)
-    elif name == "remove":
-        rows = tuple(row for row in rows if row[0] not in words)
-    elif name == "add codes":
-        rows = tuple((document, codes | set(words)) for document, codes in rows)
-    return State(state.version + 1, rows)
-
-
-def perform(path: pathlib.Path, operation: Operation) -> None:
-    """Changes the memory at `path`; the folder beside it holds those of `MERGED`."""
-    name, words = operation.name, operation.words
-    if name in ("build", "add"):
-        documents = make_documents(len(words), number(words[0]))
-        arguments = documents, StandInEncoder(), StandInTokenizer()
-        write = functools.partial(writer.build, carried={}) if name == "build" else writer.add
-        write(path, *arguments, options=OPTIONS)
-    elif name == "remove":
-        changes.remove(path, words)
-    elif name == "add codes":
-        changes.add_codes(path, StandInTokenizer(words[0]), OPTIONS.shard_size)
-    elif name == "merge":
-        changes.merge(path, path.parent / words[0], OPTIONS.shard_size)
-    else:
-        changes.compact(path, "prune" in name, OPTIONS.shard_size)
-
-
-def choose(rng: np.random.Generator, state: State, name: str, fresh: Iterator[int]) -> Operation:
-    """An operation of this name that the state allows; ids of new documents start at `next(fresh)`."""
-    held = [document for document, _ in state.rows]
-    if name == "remove":
-        return Operation(name, tuple(rng.choice(held, rng.integers(1, 6), replace=False).tolist()))
-    if name == "add codes":
-        return Operation(name, (f"codes {state.version}",))
-    if name == "merge":
-        return Operation(name, (next(n for n, m in MERGED.items() if not {*ids(m)} & {*held}),))
-    if name in ("build", "add"):
-        start = next(fresh)
-        return Operation(name, ids(range(start, start + int(rng.integers(5, 19)))))
-    return Operation(name)
-
-
-@functools.cache
-def _expected(document: str) -> tuple[Any, np.ndarray, np.ndarray]:
-    (made,) = make_documents(1, number(document))
-    vector = StandInEncoder().encode_image(made.image[None])[0]
-    return made, vector, StandInTokenizer().encode(made.image[None])[0]
-
-
-def read(path: pathlib.Path) -> State:
-    """The state of a memory.
-
-    Raises:
-        AssertionError: it does not verify, or a document, an embedding or a code is not what was written.
-        UserError: it cannot be read.
-    """
-    if not (path / manifest.CURRENT).exists():
-        return State()
-    problems = verify.verify(path)
-    assert not problems, problems
-    opened = retrieval_memory.Memory.open(path)
-    rows, embeddings = [], opened.embeddings("image")
-    for row, document in enumerate(opened.ids):
-        made, vector, codes = _expected(document)
-        record = opened.record(row)
-        held = record.document
-        assert (held.id, held.text, held.url) == (document, made.text, made.url), held
-        np.testing.assert_array_equal(held.image, made.image)
-        np.testing.assert_allclose(embeddings[row], vector, atol=1e-5)
-        for name in record.codes:
-            np.testing.assert_array_equal(record.picture_codes(name)[0], codes)
-        rows.append((document, frozenset(record.codes)))
-    if rows:
-        hits = opened.search(vectors=_expected(rows[0][0])[1][None], view="image", k=1)
-        assert hits.ids[0][0] == 0, hits
-    return State(opened.manifest.version, tuple(rows))
 
 
 def _serve(channel: connection.Connection, _: None = None) -> None:
@@ -189,7 +71,7 @@ def start(target: Callable[..., None], *arguments: Any) -> tuple[Any, connection
     return process, ours
 
 
-class Failure(Exception):
+class WrongMemory(Exception):
     """A memory that is not what it must be; the message says how."""
 
 
@@ -218,7 +100,7 @@ class Experiment:
         self._channel.send((function, *arguments))
         is_well, answer = self._channel.recv()
         if not is_well:
-            raise Failure(f"{function.__name__} {arguments}: {answer}")
+            raise WrongMemory(f"{function.__name__} {arguments}: {answer}")
         return answer
 
     def _warm_up(self) -> None:
@@ -245,7 +127,7 @@ class Experiment:
         """Kills this many changes.
 
         Raises:
-            Failure: a memory is not what it must be.
+            WrongMemory: a memory is not what it must be.
         """
         done = life = 0
         while done < num_kills:
@@ -275,14 +157,14 @@ class Experiment:
         seconds = _received(channel)
         found = self._ask(read, path)
         if found not in (state, after(state, operation)):
-            raise Failure(
+            raise WrongMemory(
                 f"{path} after {operation}:\n{found}\nis neither what it was nor\n{state}"
             )
         self._seconds[operation.name] = _next_estimate(typical, limit, seconds)
         if found != state:
             return ("published" if seconds is None else "returned"), found
         if seconds is not None:
-            raise Failure(f"{path}: {operation} returned, but is not there")
+            raise WrongMemory(f"{path}: {operation} returned, but is not there")
         return ("nothing written" if _names(path) == before else "begun"), found
 
     def _write_next(
@@ -299,7 +181,9 @@ class Experiment:
         expected = after(state, operation)
         found = self._ask(read, path)
         if found != expected:
-            raise Failure(f"{path} after the next write, {operation}:\n{found}\nis not\n{expected}")
+            raise WrongMemory(
+                f"{path} after the next write, {operation}:\n{found}\nis not\n{expected}"
+            )
         return found
 
     def close(self) -> None:
@@ -339,7 +223,7 @@ def _experiment(
     failure = None
     try:
         experiment.run(num_kills)
-    except Failure as error:
+    except WrongMemory as error:
         failure = str(error)
     finally:
         experiment.close()

@@ -1,31 +1,23 @@
-"""A writer killed at a random instant: the memory is intact, loses nothing reported, and takes writes."""
+"""Writers killed at random instants: each memory is what it was or was to become, and takes writes."""
 
-import shutil
+import json
+import pathlib
 
-import killed_writers
+import fresh_python
+import killed_changes
 import pytest
-from stand_in import StandInEncoder, make_documents
-
-from rag_mm.memory import retrieval_memory
-from rag_mm.memory.store import verify
 
 pytestmark = pytest.mark.slow
 
 
-def test_every_file_is_intact(killed_at_random):
-    path, _, _ = killed_at_random
-    assert verify.verify(path) == []
-
-
-def test_every_finished_operation_is_kept(killed_at_random):
-    """The operation in progress is there entirely or not at all; all before it were reported done."""
-    path, seed, operation = killed_at_random
-    opened = retrieval_memory.Memory.open(path)
-    assert list(opened.ids) in killed_writers.possible_ids(seed, operation)
-
-
-def test_the_next_write_succeeds(killed_at_random, tmp_path):
-    path, _, _ = killed_at_random
-    copy = shutil.copytree(path, tmp_path / "mem")
-    opened = retrieval_memory.Memory.open(copy, StandInEncoder()).add(make_documents(3, 900))
-    assert (opened.verify(), opened.ids[-1]) == ([], "doc-902")
+def test_no_killed_change_leaves_a_state_that_nobody_wrote(tmp_path):
+    """A process of its own, since changes are forked from one that has not started jax."""
+    program = pathlib.Path(killed_changes.__file__)
+    done = fresh_python.run(program, tmp_path / "kills", "--kills=36", "--seed=1")
+    assert done.returncode == 0, f"{done.stdout[-3000:]}{done.stderr[-3000:]}"
+    summary = json.loads(done.stdout)
+    assert (summary["kills"], summary["failures"]) == (36, [])
+    counts = summary["outcomes"]
+    assert all(sum(counts[name].values()) >= 3 for name in killed_changes.OPERATIONS)
+    assert {name for of in counts.values() for name in of if of[name]} >= {"begun", "returned"}
+    assert summary["resumed"] > 0

@@ -96,6 +96,13 @@ def test_step_0_is_the_frozen_model(rng, changes):
         np.testing.assert_allclose(refined, query, atol=1e-5)
 
 
+def test_in_bfloat16_step_0_changes_nothing_either(rng):
+    """The query is not rounded to the three digits of the activations."""
+    model = reco.RECO(CONFIG, rngs=nnx.Rngs(params=0), dtype="bfloat16")
+    query, *neighbors = sample_inputs(rng)
+    np.testing.assert_allclose(model.refine_image(query, *neighbors), query, atol=1e-5)
+
+
 def test_without_zero_init_step_0_changes_the_embeddings(rng):
     model = reco.RECO(dataclasses.replace(CONFIG, is_zero_init=False), rngs=nnx.Rngs(params=0))
     query, *neighbors = sample_inputs(rng)

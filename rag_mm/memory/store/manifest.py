@@ -186,7 +186,7 @@ def read_current(root: Path) -> tuple[int, str]:
         UserError: the folder is not a memory, its build is unfinished, or CURRENT is damaged.
     """
     try:
-        line = (root / CURRENT).read_bytes().decode("utf-8", "replace")
+        line = files.read_bytes(root / CURRENT).decode("utf-8", "replace")
     except OSError:
         remedy = (
             "its build was not finished; run `memory build` again"
@@ -213,12 +213,12 @@ def read(root: Path, version: int, sha256: str | None = None) -> MemoryManifest:
     """
     path = root / folder_of(version) / "manifest.json"
     try:
-        data = path.read_bytes()
+        data = files.read_bytes(path)
     except OSError as error:
         named = "" if sha256 is None else f"{root / CURRENT} names version {version}, but "
         raise UserError(f"{named}{path} cannot be read ({error.strerror}).") from error
     try:
-        line = path.with_suffix(".sha256").read_bytes().decode("utf-8", "replace")
+        line = files.read_bytes(path.with_suffix(".sha256")).decode("utf-8", "replace")
     except OSError as error:
         raise UserError(f"{path.with_suffix('.sha256')} cannot be read.") from error
     actual = files.digest(data)

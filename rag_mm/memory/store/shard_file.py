@@ -77,6 +77,7 @@ def load_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
     Raises:
         UserError: the file is missing or damaged, or has another shape or dtype.
     """
+    files.refuse_special(path)
     try:
         values = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # A damaged header can raise almost any exception.

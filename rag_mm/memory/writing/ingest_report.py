@@ -67,7 +67,7 @@ def read(
         return {}, []
     rejects = []
     if (folder / REJECTS).exists():
-        lines = (folder / REJECTS).read_bytes().splitlines()
+        lines = files.read_bytes(folder / REJECTS).splitlines()
         try:
             rejects = [stream.Reject(**files.parse_json(line)) for line in lines]
         except (TypeError, ValueError) as error:

@@ -298,17 +298,29 @@ def _make_watch(
 
 
 def load_generator(
-    run: run_folder.Run, stage: str, image_tokenizer: frozen.FrozenTokenizer
+    run: run_folder.Run,
+    stage: str,
+    image_tokenizer: frozen.FrozenTokenizer,
+    mesh: Mesh | None = None,
 ) -> Generator:
     """Loads a trained decoder of a run (stage `decoder` or `control`), with the layout of its training.
 
+    Args:
+        run: the run.
+        stage: name of the stage.
+        image_tokenizer: of the run.
+        mesh: on which it decodes (`decode_batch.make_mesh`); None: on one device.
+
     Raises:
-        UserError: the stage is missing, unfinished or edited, or was trained on another tokenizer's codes.
+        UserError: the stage is missing, unfinished or edited, was trained on another tokenizer's codes, or
+            does not split over the mesh.
     """
-    return load_params(run.finished_stage(stage), image_tokenizer)
+    return load_params(run.finished_stage(stage), image_tokenizer, mesh)
 
 
-def load_params(stage_dir: epath.Path, image_tokenizer: frozen.FrozenTokenizer) -> Generator:
+def load_params(
+    stage_dir: epath.Path, image_tokenizer: frozen.FrozenTokenizer, mesh: Mesh | None = None
+) -> Generator:
     """Loads what `fit` wrote; raises as `load_generator` does."""
     record = files.read_object(stage_dir / "decoder.json", tokenizer=str, model=dict, layout=dict)
     if record["tokenizer"] != image_tokenizer.fingerprint:
@@ -324,12 +336,15 @@ def load_params(stage_dir: epath.Path, image_tokenizer: frozen.FrozenTokenizer) 
     model = renames.from_stored(record["model"])
     try:
         model_config = ra_cm3.RACM3Config(DecoderConfig(**model.pop("decoder")), **model)
+        shape = model_config.decoder
+        if shape.vocab_size < image_tokenizer.vocabulary.size or shape.context_dim is not None:
+            raise ValueError("its decoder does not read the tokenizer's vocabulary alone")
         layout = Layout(**renames.from_stored(record["layout"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{stage_dir} contains a model of another version ({error}); train it again."
         ) from None
-    loaded = frozen.load_params(stage_dir / "params", partial(_make_model, model_config, 0))
+    loaded = frozen.load_params(stage_dir / "params", partial(_make_model, model_config, 0), mesh)
     return _make_generator(loaded, image_tokenizer, layout)
 
 

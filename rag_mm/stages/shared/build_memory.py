@@ -163,12 +163,13 @@ def open_newest(
     """Opens the newest version of the run's memory, own or given, for inference.
 
     Raises:
-        UserError: there is no such memory, or `encoder` is not the retriever that built it.
+        UserError: there is no such memory, or `encoder` is not the retriever that built it; or the stage of a
+            given one is unfinished or edited.
     """
-    # Not `finished_stage`: users may add documents to a run's memory, and Memory.open checks it itself.
     folder = run.stage_dir("memory")
     if given_memory.read(folder) is not None:
-        return given_memory.open_newest(folder, encoder, image_tokenizer)
+        return given_memory.open_newest(run.finished_stage("memory"), encoder, image_tokenizer)
+    # Not `finished_stage`: users may add documents to a run's memory, and Memory.open checks it itself.
     return retrieval_memory.Memory.open(folder, encoder)
 
 

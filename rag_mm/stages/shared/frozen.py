@@ -14,6 +14,7 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 from flax import nnx
+from jax.sharding import Mesh
 
 from rag_mm.convert import weights
 from rag_mm.core import (
@@ -299,13 +300,16 @@ def read_tokenizer_config(folder: epath.Path) -> tuple[str, ImageTokenizerConfig
     return family, configuration.make(IMAGE_TOKENIZERS[family][0], values, str(folder / CONFIG))
 
 
-def load_params(folder: epath.Path, make_model: Callable[[], nnx.Module]) -> LoadedModel:
-    """Loads a model from parameters that `checkpoint.save_params` wrote, on one device.
+def load_params(
+    folder: epath.Path, make_model: Callable[[], nnx.Module], mesh: Mesh | None = None
+) -> LoadedModel:
+    """Loads a model from parameters that `checkpoint.save_params` wrote, on a mesh or on one device.
 
     Raises:
-        UserError: there are no parameters, or they belong to another model.
+        UserError: there are no parameters, or they belong to another model, or do not split over the mesh.
     """
-    graphdef, abstract = param_trees.describe(make_model, None)
+    graphdef, abstract = param_trees.describe(make_model, mesh)
+    param_trees.check_split(abstract, "Give another mesh")
     return LoadedModel(graphdef, checkpoint.load_params(folder, abstract))
 
 

@@ -6,6 +6,7 @@ run's image tokenizer unless the memory has them.
 
 import dataclasses
 import functools
+import os
 
 import jax
 import numpy as np
@@ -107,7 +108,7 @@ def open_recorded(stage_dir: epath.Path, encoder: frozen.FrozenRetriever) -> Mem
     """Opens the recorded version, with the codes of the run's image tokenizer.
 
     Raises:
-        UserError: the memory is not at its place any more, or is another one.
+        UserError: the memory is not at its place any more, or is another one; or the codes are damaged.
     """
     record = _need(stage_dir)
     memory = Memory.open(record.folder, encoder, version=record.version)
@@ -118,6 +119,8 @@ def open_recorded(stage_dir: epath.Path, encoder: frozen.FrozenRetriever) -> Mem
         )
     if (stage_dir / CODES).exists():
         codes = files.read_array(stage_dir / CODES)
+        if codes.dtype != np.int32 or codes.ndim != 2 or len(codes) != len(memory):
+            raise UserError(f"{stage_dir / CODES} is damaged; train the stage memory again.")
         memory.attach_codes(lambda rows: codes[rows])
     elif (stored := memory.code_reader(record.tokenizer)) is not None:
         memory.attach_codes(stored)
@@ -146,6 +149,11 @@ def _need(stage_dir: epath.Path) -> MemoryRecord:
     record = read(stage_dir)
     if record is None:
         raise ValueError(f"{stage_dir} was not given a memory")
+    # The record may be a stranger's.
+    if not (os.path.isabs(record.folder) and os.path.isdir(record.folder)):
+        raise UserError(
+            f"{record.folder!r} is not a memory; put back the one that {stage_dir.parent} was given."
+        )
     return record
 
 

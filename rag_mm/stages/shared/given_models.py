@@ -4,7 +4,9 @@ The stage's result is a copy, so that the run needs the folder no more to be loa
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Collection
+from typing import Any
 
 from etils import epath
 
@@ -53,6 +55,19 @@ class GivenConfig:
             )
 
 
+def check_outside(config: Any, run: run_folder.Run, stage: str) -> None:
+    """Raises UserError if a config takes something from its own stage, which is deleted to be rebuilt."""
+    workdir, own = (os.path.realpath(path) for path in (run.workdir, run.stage_dir(stage)))
+    for part in (config, *vars(config).values()):
+        if not isinstance(part, GivenConfig) or part.folder is None:
+            continue
+        place = os.path.realpath(part.folder)
+        if place == workdir or os.path.commonpath((place, own)) == own:
+            raise UserError(
+                f"{stage}: folder={part.folder} is what the stage would replace; give another --workdir."
+            )
+
+
 def find_model(path: epath.PathLike, stage: str) -> epath.Path:
     """The folder of a frozen model: `path` itself, as in a memory, or that of a run or of its stage.
 
@@ -86,7 +101,7 @@ def copy_model(source: epath.Path, target: epath.Path) -> None:
         if entry.is_dir():
             copy_model(entry, target / entry.name)
         else:
-            files.write_atomic(target / entry.name, entry.read_bytes())
+            files.write_atomic(target / entry.name, files.read_bytes(entry))
 
 
 def copy_tokenizer(
@@ -97,7 +112,7 @@ def copy_tokenizer(
 ) -> None:
     """Copies the folder of an image tokenizer, for images of `config`'s size and another vocabulary."""
     family, _ = frozen.read_tokenizer_config(source)
-    files.write_atomic(target / frozen.PARAMS, (source / frozen.PARAMS).read_bytes())
+    files.write_atomic(target / frozen.PARAMS, files.read_bytes(source / frozen.PARAMS))
     text_vocabulary.save(target / frozen.VOCABULARY)
     values = {"family": family, **dataclasses.asdict(config)}
     files.write_json(target / frozen.CONFIG, renames.to_stored(values))

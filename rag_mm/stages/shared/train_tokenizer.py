@@ -240,6 +240,7 @@ def _make_vocabulary(
     size, sentinels = config.text.vocab_size, config.text.num_sentinels
     if config.text.folder is not None:
         text = vocabulary.read_text_tokenizer(given_models.find_text(config.text.folder))
+        config.text.check_unchanged(given_models.text_fingerprint(config.text.folder))
         return vocabulary.Vocabulary(text, codebook_size, sentinels, image_sizes=config.image_sizes)
     texts = [
         source.caption(i, caption_index)

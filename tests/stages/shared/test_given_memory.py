@@ -82,6 +82,9 @@ def test_another_memory_in_its_place_is_refused(tiny_run, encoder, own_tokenizer
     for change, says in (
         ({"fingerprint": "0"}, "is not the memory that .* was given"),
         ({"version": 9}, "has no version 9"),
+        ({"folder": "a\0b"}, "is not a memory"),
+        ({"folder": "\ud800"}, "is not a memory"),
+        ({"folder": "."}, "is not a memory"),
         ({"folder": str(tmp_path / "absent")}, "is not a memory"),
     ):
         files.write_json(folder / given_memory.RECORD, record | change)
@@ -89,6 +92,17 @@ def test_another_memory_in_its_place_is_refused(tiny_run, encoder, own_tokenizer
             given_memory.open_recorded(folder, encoder)
     with pytest.raises(UserError, match=f"was given its memory, too; give {tmp_path / 'absent'}"):
         given_memory.find(folder)
+
+
+@pytest.mark.parametrize("damage", [lambda x: x[1:], lambda x: x + 0.5, lambda x: x.ravel()])
+def test_codes_that_are_not_those_of_all_rows_are_refused(
+    tiny_run, encoder, other_tokenizer, tmp_path, damage
+):
+    folder = epath.Path(tmp_path)
+    memory = given_memory.take(tiny_run.workdir, None, encoder, other_tokenizer, folder)
+    files.write_array(folder / given_memory.CODES, damage(memory.codes))
+    with pytest.raises(UserError, match="is damaged; train the stage memory again"):
+        given_memory.open_recorded(folder, encoder)
 
 
 def test_what_training_cannot_read_is_refused(tiny_run, encoder, own_tokenizer, tmp_path):

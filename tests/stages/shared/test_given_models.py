@@ -107,6 +107,21 @@ def test_a_stages_own_folder_is_a_place_too(tiny_run):
         given_models.find_model(tiny_run.workdir / "decoder", "retriever")
 
 
+def test_a_stage_is_not_given_what_it_would_replace(tiny_run, tmp_path):
+    """It is deleted before it is rebuilt."""
+    workdir = epath.Path(tiny_run.workdir)
+    link = tmp_path / "link"
+    link.symlink_to(workdir, target_is_directory=True)
+    for place in (workdir, workdir / "retriever", workdir / "retriever" / "frozen", link):
+        config = stage_configs({"retriever.folder": str(place)})["retriever"]
+        with pytest.raises(UserError, match="retriever: folder=.* is what the stage would replace"):
+            given_models.check_outside(config, run_folder.Run(workdir), "retriever")
+        given_models.check_outside(config, run_folder.Run(epath.Path(tmp_path)), "retriever")
+    text = stage_configs({"tokenizer.text.folder": str(workdir)})["tokenizer"]
+    with pytest.raises(UserError, match="tokenizer: folder=.* is what the stage would replace"):
+        given_models.check_outside(text, run_folder.Run(workdir), "tokenizer")
+
+
 def test_a_folder_that_changes_while_it_is_read_is_refused(tiny_run):
     config = stage_configs({"retriever.folder": str(tiny_run.workdir)})["retriever"]
     config.check_unchanged(config.folder_fingerprint)
