@@ -63,7 +63,14 @@ def edits_of(run: pathlib.Path, per_file: int) -> list[Edit]:
         if path.is_file() and not path.relative_to(run).parts[0].startswith(".")
     )
     kinds = itertools.cycle(KINDS)
-    return [Edit(file, kind) for file in found for kind in itertools.islice(kinds, per_file)]
+    edits = [Edit(file, kind) for file in found for kind in itertools.islice(kinds, per_file)]
+    return [edit for edit in edits if _changes(run, edit)]
+
+
+def _changes(run: pathlib.Path, edit: Edit) -> bool:
+    """Whether the file differs after the edit, as an empty one that is emptied does not."""
+    data = (run / edit.file).read_bytes()
+    return edit.kind in PLACES or CONTENTS[edit.kind](data) != data
 
 
 @contextlib.contextmanager

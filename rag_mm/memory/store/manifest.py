@@ -193,7 +193,7 @@ def read_current(root: Path) -> tuple[int, str]:
             if (root / LOCK).exists()
             else "name a folder made by `memory build`"
         )
-        raise UserError(f"{root} is not a memory: {remedy}.") from None
+        raise UserError(f"{root} is not a memory, since it has no {CURRENT}: {remedy}.") from None
     match = _CURRENT_LINE.fullmatch(line)
     if match is None:
         raise UserError(f"{root / CURRENT} is damaged: it names no version.")

@@ -60,9 +60,13 @@ def read(
     """The counts and rejects of the ingestion that wrote a version; empty if no ingestion did.
 
     Raises:
-        UserError: a file is damaged.
+        UserError: a file is damaged, or is not the one that the manifest lists.
     """
     folder = root / contents.folder
+    for name in (f"{contents.folder}/{COUNTS}", f"{contents.folder}/{REJECTS}"):
+        entry = contents.files.get(name)
+        if entry and (problem := manifest.check_file(root, name, entry, deep=True)):
+            raise UserError(problem)
     if not (folder / COUNTS).exists():
         return {}, []
     rejects = []
