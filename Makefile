@@ -20,7 +20,7 @@ INSTALL := lock=$$($(BIN)/python -c 'import sys; print("requirements.lock" if sy
 # Two processes; a file of tests stays in one, with what it shares.
 PYTEST := $(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile
 # The first Python with the newest jax, of this machine's or of pyenv's; NEWEST=... chooses another.
-NEWEST ?= $(shell for p in python3.13 python3.12 python3 $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.1{3,2}.*/bin/python; do \
+NEWEST ?= $(shell for p in python3.13 python3.12 python3 {$${PYENV_ROOT:-$$HOME/.pyenv},"$$(dirname "$$(command -v pyenv)")/.."}/versions/3.1{3,2}.*/bin/python; do \
 	$$p -c 'import sys; sys.exit(not (3, 12) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
 SAMPLE := tests/core tests/data tests/memory tests/nn tests/train tests/end_to_end/test_session.py
 NOTEBOOK := tests/end_to_end/test_colabs.py::test_public_weights_are_imported_searched_and_exported
