@@ -89,11 +89,13 @@ RENAMES = {
 _COMPARED = (
     "its loss compares the pairs of a batch with each other, which parts of it would not meet"
 )
+_NO_CONTEXT = "the stage gives its decoder no context to read"
 ABSENT = {
     "retriever.scale.num_parts": _COMPARED,
     "fusion.scale.num_parts": _COMPARED,
     "fusion.scale.num_workers": "its batches are rows of arrays, which need no processes to be made",
-    "decoder.model.context_dim": "the stage gives its decoder no context to read",
+    "decoder.model.context_dim": _NO_CONTEXT,
+    "copy_probe.model.context_dim": _NO_CONTEXT,
     "tokenizer.scale.loss_chunks": "it has no loss over a vocabulary or over pairs to be computed in chunks",
 }
 
