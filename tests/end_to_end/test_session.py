@@ -48,6 +48,7 @@ def test_it_draws_after_reading_so_many_documents(run, docs):
     assert not same(drawn.images[0], drawn.images[1])
 
 
+@pytest.mark.slow
 def test_a_decoder_on_several_devices_draws_and_describes_the_same(run, tiny_run, picture, capsys):
     """Also a batch of 3 over two devices, and by the command; what does not fit is refused."""
     split = rag_mm.load(str(tiny_run.workdir), mesh=(2, 1, 2))

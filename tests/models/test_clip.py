@@ -221,6 +221,7 @@ def test_the_loss_on_a_mesh_equals_that_on_one_device(model):
     np.testing.assert_allclose(sharded, loss(params, batch), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing_and_bfloat16_little(model):
     """The loss and its gradients by float32 parameters."""
     _, params = model

@@ -64,6 +64,7 @@ def start():
     return jax.device_get(param_trees.init_params(make_model, sharding.make_mesh()))
 
 
+@pytest.mark.slow
 def test_a_gradient_through_both_on_eight_devices_is_that_of_one():
     value, grads = value_and_grad(sharding.make_mesh(2, 2, 2))
     expected_value, expected = value_and_grad(sharding.make_mesh())

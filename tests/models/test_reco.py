@@ -255,6 +255,7 @@ def test_eight_devices_equal_one(rng):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing_and_bfloat16_little(rng):
     """The loss and its gradients by float32 parameters, of two layers: one in the stack, one of its own."""
     config = dataclasses.replace(CONFIG, num_layers=2)

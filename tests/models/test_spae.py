@@ -306,6 +306,7 @@ def test_kmeans_of_many_large_images_starts_in_two_gibibytes():
     assert _temporary_bytes(init, 2048, 256, 256, 3) < 2**31
 
 
+@pytest.mark.slow
 @CONFIGS
 def test_remat_changes_nothing_and_bfloat16_little(config):
     """Of the networks: codes near a boundary may differ. Gradients are by float32 parameters."""

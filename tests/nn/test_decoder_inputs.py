@@ -222,6 +222,7 @@ def test_on_a_mesh_and_recomputed_the_gradients_are_the_same(alone):
     assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor", None)
 
 
+@pytest.mark.slow
 def test_bfloat16_gradients_are_near(alone):
     with jax.numpy_dtype_promotion("standard"):  # of jax's own attention
         found = grads(dataclasses.replace(SMEARED, dtype="bfloat16", remat="dots"))

@@ -167,8 +167,8 @@ def test_a_manifest_holds_settings_under_the_names_of_older_ones():
 @pytest.mark.parametrize("key", renames.ABSENT)
 def test_a_setting_that_means_nothing_to_a_stage_is_refused_with_the_reason(key):
     stage, _, _ = key.partition(".")
+    page = f"{PAGE}:{STAGES[stage]}" if stage in STAGES else "configs/quickstart.py:tiny"
     with pytest.raises(UserError, match=f"no key '{key}': {renames.ABSENT[key]}"):
-        page = f"{PAGE}:{STAGES[stage]}" if stage in STAGES else "configs/quickstart.py:tiny"
         chain_config.load(page, {key: "2"})
 
 

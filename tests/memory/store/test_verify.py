@@ -115,7 +115,9 @@ def test_an_older_current_is_not_a_newer_one(copy):
 
 
 def test_folders_that_are_no_memories(tmp_path):
-    with pytest.raises(UserError, match="is not a memory, since it has no CURRENT: name a folder made by"):
+    with pytest.raises(
+        UserError, match="is not a memory, since it has no CURRENT: name a folder made by"
+    ):
         retrieval_memory.Memory.open(tmp_path)
     with pytest.raises(UserError, match="is not a memory"):
         verify.verify(tmp_path)

@@ -14,6 +14,7 @@ from rag_mm.perf.bench import timing
 SIZES = ["--batch=2", "--layers=1", "--length=8", "--rounds=6", "--steps=2"]
 
 
+@pytest.mark.slow
 def test_a_case_a_width_with_the_interval_of_its_ratio(capsys):
     words = ["bench", "train", "--against=unguarded", "--widths", "32", "64", *SIZES]
     assert main.main([*words, "--json"]) == 0
@@ -54,6 +55,7 @@ def test_five_values_have_no_interval():
         timing.median_interval([1.0] * 5)
 
 
+@pytest.mark.slow
 def test_they_need_little_beyond_jax():
     """On an image with jax, flax, optax and orbax: none of the other base packages is imported."""
     commands = [
