@@ -116,7 +116,7 @@ def test_hidden_states_layer_by_layer_and_logits(torch, llama, ours):
         positions = jnp.tile(jnp.arange(17, dtype=jnp.int32), (2, 1))
 
         def attend(heads, handed):
-            q, k, v, _ = heads
+            q, k, v, *_ = heads
             return attention.attention(q, k, v, is_causal=True), handed
 
         x = model.embed(jnp.asarray(tokens), positions)
