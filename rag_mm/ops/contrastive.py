@@ -11,8 +11,6 @@ from jaxtyping import Array, Bool, Float32, Int
 from rag_mm.core import sharding
 from rag_mm.ops import losses
 
-_BATCH = ("data", "fsdp")  # the mesh axes of `sharding.ACTIVATION_AXES["batch"]`
-
 
 def info_nce(
     left: Float32[Array | np.ndarray, "B D"],
@@ -50,7 +48,7 @@ def info_nce(
     left, right = (sharding.place(x, "batch", None) for x in (left, right))
     ids = None if ids is None else sharding.place(ids, "batch")
     mapped = jax.shard_map(
-        partial(_local_pairs, num_chunks=num_chunks, axes=_BATCH),
+        partial(_local_pairs, num_chunks=num_chunks, axes=sharding.ACTIVATION_AXES["batch"]),
         in_specs=(spec, spec, spec, PartitionSpec()),
         out_specs=(spec, spec),
     )

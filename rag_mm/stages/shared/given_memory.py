@@ -137,6 +137,8 @@ def open_newest(
     Codes that neither the memory nor the run has are computed when they are read.
     """
     record = _need(stage_dir)
+    # A run from elsewhere may name any memory of this machine.
+    progress.say(f"memory: {record.folder}, which the run was given")
     memory = Memory.open(record.folder, encoder)
     if memory.manifest.version == record.version:
         return open_recorded(stage_dir, encoder)
