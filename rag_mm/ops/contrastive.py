@@ -61,7 +61,7 @@ def _local_pairs(
     ids: jax.Array | None,
     scale: jax.Array,
     num_chunks: int,
-    axes: tuple[str, ...] | None = None,
+    axes: str | tuple[str, ...] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The result of `info_nce` for a device's own pairs; `axes` are those over which others have more."""
 
