@@ -57,15 +57,19 @@ EXTRAS = {
     "bench": ["faiss-cpu>=1.12"],  # the peer of `rag-mm bench memory`
     "beam": ["apache-beam>=2.60"],
     "explore": ["anyio>=4", "starlette>=1,<2", "uvicorn>=0.54"],  # the page of `rag-mm explore`
+    "gguf": ["gguf>=0.19,<0.20"],  # `rag-mm import gguf`
+    "endpoint": ["openai>=3.57,<4"],  # a language model behind HTTP
     "parity": ["torch==2.13.0", "transformers>=5,<6"],
     "test": [
         "beartype",
         "emoji",
+        "gguf>=0.19,<0.20",
         "hypothesis",
         "ipykernel",
         "mypy",
         "nbclient",
         "nbformat",
+        "openai>=3.57,<4",
         "playwright",  # drives a Chromium that is there, and brings none
         "pytest",
         "pytest-xdist",

@@ -11,12 +11,14 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from rag_mm.api import importing, language_model
+from rag_mm.api import importing
 from rag_mm.convert import weights
 from rag_mm.core import compilation_cache, files, image_files, run_folder
 from rag_mm.core.errors import UserError
 from rag_mm.data import preprocess, public_text
 from rag_mm.decode import decode_batch
+from rag_mm.frozen_lm import language_model
+from rag_mm.frozen_lm.protocol import Completions
 from rag_mm.models import chameleon, vqgan
 from rag_mm.nn import param_trees
 from rag_mm.nn.decoder import Decoder
@@ -139,12 +141,11 @@ class ImportedChameleon(language_model.LanguageModel):
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
-    ) -> language_model.Completions:
+    ) -> Completions:
         """As `LanguageModel.generate`; prompts may come from `prompt`. Image tokens are never sampled."""
-        batch = [prompts] if isinstance(prompts, str) else list(prompts)
         allowed = np.ones(self.config.vocab_size, bool)
         allowed[list(self.model.code_tokens)] = False
-        ids = [self._ids(prompt) for prompt in batch]
+        ids = self._ids_of(prompts)
         return self._complete(ids, allowed, num_tokens, temperature, top_p, seed)
 
     def generate_image(

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from etils import epath
 from rag_mm.convert import (
     chameleon_format,
     clip_format,
+    gguf_format,
     image_tokenizer_format,
     llama_format,
     shards,
@@ -30,6 +32,7 @@ FAMILIES = {
     family.name: family
     for family in (llama_format.FAMILY, chameleon_format.FAMILY, clip_format.FAMILY)
 }
+GGUF = "gguf"  # a file format: the imported run is of the family llama, see `import_gguf`
 IMAGE_TOKENIZER = "image-tokenizer"  # imported from a model of several families, see `convert`
 # An imported CLIP becomes the stage `retriever`, so that a memory can be built with it; an image tokenizer
 # likewise becomes the stage `tokenizer`.
@@ -60,7 +63,7 @@ _SIDE_FILES = (
 def find_family(name: str) -> table.Family:
     """The family of that name; raises UserError if there is none."""
     if name not in FAMILIES:
-        known = ", ".join([*FAMILIES, IMAGE_TOKENIZER])
+        known = ", ".join([*FAMILIES, IMAGE_TOKENIZER, GGUF])
         raise UserError(f"There is no family {name!r}; the families are {known}.")
     return FAMILIES[name]
 
@@ -98,8 +101,15 @@ class Checkpoint:
     token_ids: tuple[int, ...] = ()
 
 
-def open_checkpoint(name: str, folder: pathlib.Path) -> Checkpoint:
+def open_checkpoint(
+    name: str, folder: pathlib.Path, specs: table.Specs | None = None
+) -> Checkpoint:
     """Reads everything but the weights, and checks every tensor's name, shape and dtype against config.json.
+
+    Args:
+        name: the family.
+        folder: the checkpoint.
+        specs: its tensors, if they are not in the folder's safetensors.
 
     Raises:
         UserError: anything is missing, damaged, of another family, or not supported.
@@ -114,7 +124,7 @@ def open_checkpoint(name: str, folder: pathlib.Path) -> Checkpoint:
         raise UserError(
             f"{folder} holds a {model_type!r} checkpoint, not {family.name!r} (config.json: model_type)."
         )
-    specs = shards.open_folder(epath.Path(folder))
+    specs = shards.open_folder(epath.Path(folder)) if specs is None else specs
     config = family.read_config(table.CheckpointFolder(values, *_read_preprocessor(folder), specs))
     specs = family.rename(config, specs)
     mappings = weights.check_tensors(family, config, specs)
@@ -181,7 +191,11 @@ def _read_preprocessor(folder: pathlib.Path) -> tuple[Any, str]:
 
 
 def import_checkpoint(
-    name: str, folder: pathlib.Path, out: pathlib.Path, dtype: np.dtype | None = None
+    name: str,
+    folder: pathlib.Path,
+    out: pathlib.Path,
+    dtype: np.dtype | None = None,
+    specs: table.Specs | None = None,
 ) -> dict[str, Any]:
     """Converts a checkpoint into a run; nothing is written before the whole checkpoint was checked.
 
@@ -190,6 +204,7 @@ def import_checkpoint(
         folder: folder with config.json, safetensors and, optionally, the tokenizer.
         out: the run folder; new, or left by an interrupted import of the same family.
         dtype: dtype to store; None keeps the checkpoint's, bitwise identical.
+        specs: the checkpoint's tensors, if they are not in the folder's safetensors.
 
     Returns:
         family, run, tensors, bytes, dtypes, has_tokenizer.
@@ -197,7 +212,7 @@ def import_checkpoint(
     Raises:
         UserError: see `open_checkpoint`; or `out` already exists, or the disk has too little space.
     """
-    checkpoint = open_checkpoint(name, folder)
+    checkpoint = open_checkpoint(name, folder, specs)
     shapes = weights.stored_shapes(checkpoint.mappings, checkpoint.specs, dtype)
     total = weights.num_bytes(shapes)
     run = run_folder.Run(epath.Path(out))
@@ -232,6 +247,32 @@ def import_checkpoint(
         "dtypes": sorted({d.name for d, _ in shapes.values()}),
         "has_tokenizer": checkpoint.text is not None,
     }
+
+
+def import_gguf(
+    file: pathlib.Path, out: pathlib.Path, dtype: np.dtype | None = None
+) -> dict[str, Any]:
+    """Converts a GGUF file of a LLaMA into a run of the family llama; quantized weights become float32.
+
+    Args:
+        file: the GGUF file.
+        out, dtype: as for `import_checkpoint`; None stores float32, whatever the file's types are.
+
+    Returns:
+        As `import_checkpoint`.
+
+    Raises:
+        UserError: see `gguf_format.open_file` and `import_checkpoint`.
+    """
+    checkpoint = gguf_format.open_file(file)
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(
+            name
+        )  # The checkpoint's small files; its tensors stay where they are.
+        files.write_json(folder / _CONFIG, checkpoint.config)
+        for name, text in checkpoint.texts.items():
+            files.write_atomic(folder / name, text.encode())
+        return import_checkpoint("llama", folder, out, dtype, checkpoint.specs)
 
 
 def _check_vacant(run: run_folder.Run, out: pathlib.Path, stage: str, name: str) -> None:

@@ -2,21 +2,34 @@
 
 import argparse
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich.console
 
 from rag_mm.core.errors import UserError
 
-SUITES = ("zeroshot",)
+if TYPE_CHECKING:
+    from rag_mm.data import labeled
+
 REFINE = ("none", "image", "text", "both")
+# The options that each suite reads, besides --workdir and the images.
+SUITES: dict[str, tuple[str, ...]] = {
+    "zeroshot": ("refine", "memory", "k", "template"),
+    "fewshot": (
+        *("ways", "shots", "queries", "episodes", "seed", "control", "levels", "top", "lm"),
+        *("repeats", "induction", "labels", "bags", "scoring"),
+    ),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `rag-mm eval`."""
-    parser.add_argument("--suite", required=True, choices=SUITES, help="evaluation protocol")
+    parser.add_argument("--suite", required=True, choices=list(SUITES), help="evaluation protocol")
     parser.add_argument(
-        "--workdir", required=True, metavar="RUN", help="finished run of configs/reco.py"
+        "--workdir",
+        required=True,
+        metavar="RUN",
+        help="finished run: of configs/reco.py for zeroshot, of configs/spae.py for fewshot",
     )
     images = parser.add_mutually_exclusive_group(required=True)
     images.add_argument("--images", metavar="DIR", help="labeled images as DIR/CLASS/IMAGE.jpg")
@@ -25,17 +38,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME[:SPLIT]",
         help="labeled TFDS dataset in ArrayRecord form, such as caltech_birds2011 (default split: test)",
     )
-    parser.add_argument(
-        "--refine",
-        choices=REFINE,
-        default="both",
-        help="which embeddings retrieval refines (default: both)",
+    _add_zeroshot(parser.add_argument_group("zeroshot"))
+    _add_fewshot(parser.add_argument_group("fewshot"))
+
+
+def _add_zeroshot(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--refine", choices=REFINE, help="which embeddings retrieval refines (default: both)"
     )
-    parser.add_argument("--memory", metavar="MEM", help="memory to use instead of the run's own")
-    parser.add_argument(
+    group.add_argument("--memory", metavar="MEM", help="memory to use instead of the run's own")
+    group.add_argument(
         "-k", type=int, dest="k", help="number of neighbors (default: as in training)"
     )
-    parser.add_argument(
+    group.add_argument(
         "--template",
         action="append",
         metavar="TEXT",
@@ -43,40 +58,152 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_fewshot(group: argparse._ArgumentGroup) -> None:
+    counts = {
+        "ways": "classes per episode (default: 5)",
+        "shots": "examples per class (default: 1)",
+        "queries": "images to classify per class (default: 1)",
+        "episodes": "number of episodes (default: 100)",
+        "seed": "of the choice of images; the same seed gives the same episodes (default: 0)",
+        "levels": "the words of the first few levels stand for an image (default: 2)",
+        "top": "instead, so many words of the best relative score",
+        "repeats": "how many more times all examples are shown (default: 0)",
+        "bags": "random bags of words by which scores are calibrated (default: 8)",
+    }
+    for name, text in counts.items():
+        group.add_argument(f"--{name}", type=int, help=text)
+    group.add_argument(
+        "--control",
+        choices=("none", "deranged", "foreign"),
+        help="spoil the examples: deranged labels, or examples of foreign classes (default: none)",
+    )
+    group.add_argument(
+        "--lm",
+        metavar="LM",
+        help="frozen language model: a run, such as an imported LLaMA, or http(s)://HOST/v1#MODEL "
+        "(default: equal words are counted)",
+    )
+    group.add_argument(
+        "--induction",
+        action="store_true",
+        default=None,
+        help="begin the prompt by naming the labels (the paper's task induction)",
+    )
+    group.add_argument(
+        "--labels",
+        choices=("names", "nouns", "nonsense"),
+        help="answers: names of classes, or words drawn for each episode (default: names)",
+    )
+    group.add_argument(
+        "--scoring",
+        choices=("calibrated", "greedy", "both"),
+        help="compare log-probabilities of the labels, or read what the model writes (default: calibrated)",
+    )
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Evaluates. Returns `accuracy`, `ci95`, `n`, `frozen`, `gain` and more; see `zeroshot_suite`."""
+    """Evaluates. Returns `accuracy`, `ci95`, `n` and more; see `zeroshot_suite` and `few_shot_suite`."""
     from rag_mm.data import labeled
 
+    for suite, names in SUITES.items():
+        for name in names:
+            if suite != args.suite and getattr(args, name) is not None:
+                option = f"-{name}" if len(name) == 1 else f"--{name}"
+                raise UserError(f"{option} is an option of --suite={suite}, not of {args.suite}.")
     if args.k is not None and args.k < 1:
         raise UserError(f"-k is {args.k}; give at least 1.")
+    configs = _fewshot_configs(args) if args.suite == "fewshot" else {}
     images: labeled.Labeled
     if args.images is not None:
         images = labeled.LabeledFolder(pathlib.Path(args.images))
     else:
         images = labeled.open_dataset(args.dataset)
+    result = _fewshot(args, images, configs) if configs else _zeroshot(args, images)
+    return {"suite": args.suite, **result}
 
-    # Imported only now, so that missing images are reported before jax starts.
+
+# Imported only in the functions, so that missing images are reported before jax starts.
+def _zeroshot(args: argparse.Namespace, images: "labeled.Labeled") -> dict[str, Any]:
     from rag_mm.stages.reco import zeroshot_suite
 
     return zeroshot_suite.evaluate(
         args.workdir,
         images,
-        refine=args.refine,
+        refine=args.refine or "both",
         memory=args.memory,
         num_neighbors=args.k,
         templates=args.template,
     )
 
 
+def _given(args: argparse.Namespace, **names: str) -> dict[str, Any]:
+    """Field -> value of the options that were given."""
+    values = {field: getattr(args, name) for field, name in names.items()}
+    return {field: value for field, value in values.items() if value is not None}
+
+
+def _fewshot_configs(args: argparse.Namespace) -> dict[str, Any]:
+    from rag_mm.eval import few_shot_episodes
+
+    same = ("ways", "shots", "queries", "seed", "control")
+    drawn = _given(args, num_episodes="episodes", **{name: name for name in same})
+    same = ("repeats", "induction", "labels", "scoring")
+    asked = _given(args, num_bags="bags", **{name: name for name in same})
+    if args.lm is None and asked:
+        name = next(iter(asked)).removeprefix("num_")
+        raise UserError(f"--{name} is about asking a language model; name one with --lm.")
+    return {
+        "episodes": few_shot_episodes.EpisodeConfig(**drawn),
+        "ask": few_shot_episodes.AskConfig(**asked),
+    }
+
+
+def _fewshot(
+    args: argparse.Namespace, images: "labeled.Labeled", configs: dict[str, Any]
+) -> dict[str, Any]:
+    from rag_mm.stages.spae import few_shot_suite
+
+    words = few_shot_suite.WordsConfig(args.levels, args.top)
+    lm = None
+    if args.lm is not None:
+        from rag_mm.api import frozen_models
+
+        lm = frozen_models.open_lm(args.lm)
+    return few_shot_suite.evaluate(args.workdir, images, lm=lm, words=words, **configs)
+
+
 def show(result: dict[str, Any], console: rich.console.Console) -> None:
-    """Prints the accuracy, the gain from the memory, and the page's path."""
-    lines = [
+    """Prints the accuracies, and the page's path of `zeroshot`."""
+    lines = _fewshot_lines(result) if result["suite"] == "fewshot" else _zeroshot_lines(result)
+    lines += [f"skipped {name}: {reason}" for name, reason in result["rejected"][:5]]
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _zeroshot_lines(result: dict[str, Any]) -> list[str]:
+    return [
         f"accuracy {result['accuracy']:.1%} ± {result['ci95']:.1%} of {result['n']} images, "
         f"{result['classes']} classes, refine={result['refine']}",
         f"frozen   {result['frozen']:.1%}, gain {100 * result['gain']:+.1f} points",
         f"page     {result['page']}",
     ]
-    for name, reason in result["rejected"][:5]:
-        lines.append(f"skipped {name}: {reason}")
-    for line in lines:
-        console.print(line, markup=False, soft_wrap=True)
+
+
+def _fewshot_lines(result: dict[str, Any]) -> list[str]:
+    names = {
+        "greedy": "LM, greedy",
+        "log_p": "LM, log-probability",
+        "calibrated": "LM, calibrated",
+        "overlap": "word overlap, no LM",
+    }
+    lines = [
+        f"{name:<20} {result[key]['accuracy']:.1%} ± {result[key]['ci95']:.1%} "
+        f"(s.e. {result[key]['standard_error']:.1%})"
+        for key, name in names.items()
+        if key in result
+    ]
+    lines.append(f"{'chance':<20} {result['chance']:.1%}")
+    lines.append(
+        f"{result['n']} episodes of {result['classes']} classes, {result['words']} words per image"
+    )
+    return lines

@@ -15,17 +15,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "family",
         metavar="FAMILY",
-        help="clip, llama or chameleon; or image-tokenizer, that of a Chameleon, Janus or Emu3",
+        help="clip, llama or chameleon; image-tokenizer, that of a Chameleon, Janus or Emu3; or gguf, a LLaMA "
+        "in one file",
     )
     parser.add_argument(
         "folder",
-        metavar="DIR",
-        help="folder with config.json, safetensors and, optionally, the tokenizer's files",
+        metavar="PATH",
+        help="folder with config.json, safetensors and, optionally, the tokenizer's files; or the GGUF file",
     )
     parser.add_argument("--out", required=True, metavar="RUN", help="folder of the new run")
     parser.add_argument(
         "--dtype",
-        help="float32, float16 or bfloat16 (default: the stored dtype, bitwise identical)",
+        help="float32, float16 or bfloat16 (default: the stored dtype, bitwise identical; of gguf float32)",
     )
 
 
@@ -37,9 +38,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--out={args.out} is not a local folder; import to one, then copy it.")
     start = time.monotonic()
     dtype = importing.find_dtype(args.dtype)
-    imported = importing.import_checkpoint(
-        args.family, pathlib.Path(args.folder), pathlib.Path(args.out), dtype
-    )
+    source, out = pathlib.Path(args.folder), pathlib.Path(args.out)
+    if args.family == importing.GGUF:
+        imported = importing.import_gguf(source, out, dtype)
+    else:
+        imported = importing.import_checkpoint(args.family, source, out, dtype)
     return imported | {"seconds": round(time.monotonic() - start, 3)}
 
 

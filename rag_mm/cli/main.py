@@ -65,6 +65,21 @@ COMMANDS = {
         (
             "rag-mm eval --suite=zeroshot --workdir=runs/reco --images=photos",
             "rag-mm eval --suite=zeroshot --workdir=runs/reco --dataset=cars196 --memory=mem",
+            "rag-mm eval --suite=fewshot --workdir=runs/spae --images=photos --ways=5 --shots=1",
+            "rag-mm eval --suite=fewshot --workdir=runs/spae --images=photos --ways=2 --shots=3 "
+            "--top=1 --labels=nouns --lm=runs/smollm",
+        ),
+    ),
+    "tokens": Command(
+        "images as words of a language model and back, and what a frozen one does with them",
+        (
+            "rag-mm tokens show apple.png --workdir=runs/spae --out=words.png",
+            'rag-mm tokens decode "red apple fruit tree leaf" --workdir=runs/spae --out=b.png',
+            "rag-mm tokens complete apple.png --task=inpaint --workdir=runs/spae --lm=runs/smollm "
+            "--out=c.png",
+            'rag-mm tokens complete --task=text-to-image --prompt="red apple" --documents=photos '
+            "--workdir=runs/spae --lm=runs/smollm --out=d.png",
+            "rag-mm tokens ask apple.png --documents=photos --workdir=runs/spae --lm=runs/smollm",
         ),
     ),
     "memory": Command(

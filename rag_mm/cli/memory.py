@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rag_mm.memory.writing.stream import Documents, RecordStream
     from rag_mm.memory.writing.writer import Options
 
-__all__ = ["add_arguments", "load_encoder", "load_tokenizer", "run", "show"]
+__all__ = ["add_arguments", "load_encoder", "load_tokenizer", "open_documents", "run", "show"]
 
 _SCENES = "scenes:"
 _TOKENIZER = "tokenizer/frozen"  # in a run
@@ -94,7 +94,7 @@ def _build(args: argparse.Namespace) -> dict[str, Any]:
     process_args.check_arguments(args)
     _check_image_batch(args)
     writer.check_vacant(out, ("retriever", "tokenizer"))
-    documents = _open_documents(args.documents)
+    documents = open_documents(args.documents)
     # Join only after the checks above: a process that exits early would leave the others waiting.
     with process_args.joined(args):
         return _build_joined(args, retriever, out, documents)
@@ -139,7 +139,7 @@ def _add(args: argparse.Namespace) -> dict[str, Any]:
 
     _check_image_batch(args)
     before = retrieval_memory.Memory.open(args.memory)
-    documents = _open_documents(args.documents)
+    documents = open_documents(args.documents)
     before.attach(load_encoder(before.carried("retriever"), args.image_batch))
     tokenizer = None
     if before.manifest.tokenizer is not None:
@@ -164,7 +164,7 @@ def _ingestion(
     excluded = None
     if args.exclude is not None:
         excluded = near_duplicates.ExclusionSet.from_documents(
-            _open_documents(args.exclude), encoder, args.similarity
+            open_documents(args.exclude), encoder, args.similarity
         )
     size = getattr(documents, "size", None) or 0
     with progress.track("documents", size) as bar:
@@ -299,14 +299,15 @@ def show(result: dict[str, Any], console: "rich.console.Console") -> None:
     memory_show.show(result, console)
 
 
-def _open_documents(spec: str) -> "Documents | RecordStream":
+def open_documents(spec: str) -> "Documents | RecordStream":
+    """Opens what a `--documents` names, scenes of the emoji world included."""
     if spec.startswith(_SCENES):
         from rag_mm.worlds.emoji import emoji_scenes
 
         return emoji_scenes.open_documents(spec.removeprefix(_SCENES))
-    from rag_mm.data import open_documents
+    from rag_mm.data import open_documents as sources
 
-    return open_documents.open_documents(spec)
+    return sources.open_documents(spec)
 
 
 def load_encoder(folder: pathlib.Path, image_batch: int | None = None) -> "Encoder":

@@ -35,12 +35,16 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """Where a tensor is stored; `dtype` is its name in the format, such as F32."""
+    """Where a tensor is stored; `dtype` is its name in the format, such as F32.
+
+    Of a tensor in a file of another format, `decode` makes the array, and `offset` says in which order.
+    """
 
     path: epath.Path
     dtype: str
     shape: tuple[int, ...]
     offset: int  # of its first byte in the file
+    decode: Callable[[], np.ndarray] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -164,6 +168,8 @@ def read_tensor(spec: TensorSpec) -> np.ndarray:
     """
     if spec.dtype not in DTYPES:
         raise UserError(f"{spec.path}: dtype {spec.dtype} is not one of {', '.join(DTYPES)}.")
+    if spec.decode is not None:
+        return spec.decode()
     array = np.empty(spec.shape, DTYPES[spec.dtype])
     with spec.path.open("rb") as file:
         file.seek(spec.offset)

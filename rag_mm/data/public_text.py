@@ -39,8 +39,19 @@ class PublicTokenizer:
         """Encodes a text, with the special tokens that the tokenizer puts around it.
 
         Raises:
-            UserError: the text is not valid Unicode (it holds a lone surrogate).
+            UserError: the text is not valid Unicode (it holds a lone surrogate), or too long.
         """
+        return self._encode(text).ids
+
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """As `encode_text`; also the number of the text's characters up to the end of each token.
+
+        Special tokens around the text end at 0.
+        """
+        encoding = self._encode(text)
+        return encoding.ids, [end for _, end in encoding.offsets]
+
+    def _encode(self, text: str) -> tokenizers.Encoding:
         try:
             text.encode()
         except UnicodeEncodeError:
@@ -50,7 +61,7 @@ class PublicTokenizer:
                 f"The text has {len(text):,} characters; at most {MAX_TEXT:,} are read."
             )
         with _no_panic(f"The tokenizer cannot read {text[:40]!r}"):
-            return self.tokenizer.encode(text).ids
+            return self.tokenizer.encode(text)
 
     def decode_text(self, ids: Sequence[int]) -> str:
         """Decodes ids without special tokens; CLIP's end-of-word markers become spaces."""
@@ -58,6 +69,18 @@ class PublicTokenizer:
             text = self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
         suffix = getattr(self.tokenizer.model, "end_of_word_suffix", None)
         return text.replace(suffix, " ").strip() if suffix else text
+
+    def token_texts(self, size: int) -> tuple[str, ...]:
+        """The text of each id below `size` inside a text, where a word begins with its space.
+
+        A special token's is its name; an id without a token has an empty one.
+        """
+        # At the start of a text, decoders drop the first space.
+        anchor = self.tokenizer.encode("a", add_special_tokens=False).ids
+        start = self.tokenizer.decode(anchor, skip_special_tokens=False)
+        pairs = [[*anchor, i] for i in range(size)]
+        texts = self.tokenizer.decode_batch(pairs, skip_special_tokens=False)
+        return tuple(text.removeprefix(start) for text in texts)
 
     def decode_continuation(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
         """Decodes ids that follow a prompt.
@@ -91,14 +114,7 @@ def load_tokenizer(folder: epath.PathLike) -> PublicTokenizer | None:
 
 def _load(folder: epath.Path) -> PublicTokenizer | None:
     if (folder / TOKENIZER).exists():
-        tokenizer = tokenizers.Tokenizer.from_str(files.read_bytes(folder / TOKENIZER).decode())
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        with contextlib.suppress(
-            Exception
-        ):  # A template without its token panics, at the first text only.
-            tokenizer.encode(_PROBE)
-        return PublicTokenizer(tokenizer)
+        return from_json(files.read_bytes(folder / TOKENIZER).decode())
     present = [(folder / name).exists() for name in (VOCABULARY, MERGES)]
     if not any(present):
         return None
@@ -108,6 +124,18 @@ def _load(folder: epath.Path) -> PublicTokenizer | None:
     lines = [line.split() for line in merges if line and not line.startswith("#version")]
     pairs = [(first, second) for first, second in lines]
     return PublicTokenizer(make_clip_bpe(files.read_object(folder / VOCABULARY), pairs))
+
+
+def from_json(text: str) -> PublicTokenizer:
+    """The tokenizer of a tokenizer.json's content; raises what its library does."""
+    tokenizer = tokenizers.Tokenizer.from_str(text)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    with contextlib.suppress(
+        Exception
+    ):  # A template without its token panics, at the first text only.
+        tokenizer.encode(_PROBE)
+    return PublicTokenizer(tokenizer)
 
 
 @contextlib.contextmanager

@@ -180,6 +180,18 @@ class VisionTower(nnx.Module):
 
         They are before `post_norm` and the projection: `last_hidden_state` of transformers.
         """
+        return self.stack(self._embed(images), None, _attend_to_all)[0]
+
+    def tokens_by_layer(self, images: Float[Array, "B H W 3"]) -> list[Float[Array, "B T D"]]:
+        """All tokens after each block; the last entry is `tokens`."""
+        x, found = self._embed(images), []
+        for block in self.stack.unstack():
+            x, _ = block(x, None, _attend_to_all)
+            found.append(x)
+        return found
+
+    def _embed(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B T D"]:
+        """The class token and the patches, with their positions, before the first block."""
         c, p = self.config, self.config.patch_size
         side = c.image_size // p
         mean, std = (
@@ -192,8 +204,7 @@ class VisionTower(nnx.Module):
         x = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))
         positions = sharding.gather(self.position_embedding[...], (None, None))
         class_vector = sharding.gather(self.class_embedding[...], (None,))
-        x = self.pre_norm(x + positions.at[0].add(class_vector).astype(x.dtype)[None])
-        return self.stack(x, None, _attend_to_all)[0]
+        return self.pre_norm(x + positions.at[0].add(class_vector).astype(x.dtype)[None])
 
 
 class TextTower(nnx.Module):

@@ -298,6 +298,46 @@ class Decoder(nnx.Module):
         rotation = self.config.block.rotation(positions)
         return self.stack(self.embed(inputs, positions), rotation, attend, before, context)
 
+    def extend(
+        self,
+        inputs: Inputs,
+        positions: Int[Array | np.ndarray, "B T"],
+        mask: Bool[Array | np.ndarray, "B T S"],
+        cached: Heads | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Hidden states of tokens behind cached ones, where a mask says what each of them sees.
+
+        So several continuations of one beginning may lie in one sequence.
+
+        Args:
+            inputs: token ids, vectors, or a mixture.
+            positions: below max_seq_len.
+            mask: which of the cached tokens, and after them of the given ones, each token sees.
+            cached: heads of the cached tokens, from `prefill`; None: there are none.
+
+        Raises:
+            ValueError: heads are smeared, or blocks read a context.
+        """
+        if self.config.smear_lags or self.config.context_dim is not None:
+            raise ValueError("tokens under a mask have neither smeared heads nor a context")
+        mask = sharding.place(jnp.asarray(mask), "batch", None, None)
+        rotation = self.config.block.rotation(positions)
+
+        def attend(heads: Heads, before: Any) -> tuple[jax.Array, None]:
+            k, v = heads.k, heads.v
+            if before is not None:
+                k, v = (jnp.concatenate(pair, axis=1) for pair in zip(before, (k, v), strict=True))
+            return attention.attention(heads.q, k, v, is_causal=False, mask=mask), None
+
+        def layer(x: jax.Array, block_and_cached: tuple[Block, Any]) -> tuple[jax.Array, None]:
+            block, before = block_and_cached
+            return block(x, rotation, attend, before)
+
+        before = None if cached is None else (cached.k, cached.v)
+        x = self.embed(inputs, positions)
+        x, _ = jax.lax.scan(layer, x, (self.stack.blocks, before))
+        return self.norm(x)
+
     def decode_step(
         self,
         blocks: Block | tuple[Block, ...],

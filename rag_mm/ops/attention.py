@@ -7,7 +7,7 @@ else. XLA's is the reference for all.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from rag_mm.core import sharding
 from rag_mm.ops import cpu_attention, splash
@@ -24,6 +24,7 @@ def attention(
     query_segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
     key_segment_ids: Int[Array | np.ndarray, "B S"] | None = None,
     query_offset: Int[Array, ""] | int = 0,
+    mask: Bool[Array | np.ndarray, "B T S"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T N H"]:
     """Multi-head, grouped or multi-query attention; scores and softmax are float32.
@@ -35,6 +36,7 @@ def attention(
         query_segment_ids, key_segment_ids: a query sees only keys of its own segment. Give both or neither.
             Padding is a segment of its own.
         query_offset: index of the first query among the keys (a KV cache holds more keys than queries).
+        mask: which keys a query sees, of those that it would see without a mask.
         implementation: splash | cudnn | cpu | xla (the reference); None lets `choose` decide.
 
     Returns:
@@ -47,12 +49,12 @@ def attention(
     if (query_segment_ids is None) != (key_segment_ids is None):
         raise ValueError("give both query_segment_ids and key_segment_ids, or neither")
     starts_at_0 = isinstance(query_offset, int) and query_offset == 0
-    is_self = is_causal and starts_at_0 and q.shape[1] == k.shape[1]
+    is_self = is_causal and starts_at_0 and q.shape[1] == k.shape[1] and mask is None
     chosen = implementation or choose(sharding.platform(), q, k, is_self)
     if chosen not in IMPLEMENTATIONS or (chosen != "xla" and not is_self):
         raise ValueError(
             f"there is no implementation {chosen!r} of this attention: choose from "
-            f"{', '.join(IMPLEMENTATIONS)}; all but xla need causal self-attention without a cache"
+            f"{', '.join(IMPLEMENTATIONS)}; all but xla need causal self-attention without a cache or mask"
         )
     with jax.named_scope("attention"):
         if chosen == "splash":
@@ -61,7 +63,7 @@ def attention(
             return cpu_attention.cpu_attention(q, k, v, query_segment_ids, key_segment_ids)
         backend = "cudnn" if chosen == "cudnn" else "xla"
         return _attend(
-            q, k, v, is_causal, query_segment_ids, key_segment_ids, query_offset, backend
+            q, k, v, is_causal, query_segment_ids, key_segment_ids, query_offset, mask, backend
         )
 
 
@@ -98,15 +100,17 @@ def _attend(
     query_segment_ids: Int[Array | np.ndarray, "B T"] | None,
     key_segment_ids: Int[Array | np.ndarray, "B S"] | None,
     query_offset: Int[Array, ""] | int,
+    given: Bool[Array | np.ndarray, "B T S"] | None,
     backend: str = "xla",
 ) -> Float[Array, "B T N H"]:
     if backend == "cudnn" and query_segment_ids is None:
         # Without segments the kernel needs no stored mask.
         return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation=backend)
-    mask = None
+    mask = None if given is None else jnp.asarray(given)[:, None]
     if is_causal:
         queries = jnp.arange(q.shape[1], dtype=jnp.int32) + query_offset
-        mask = (jnp.arange(k.shape[1], dtype=jnp.int32)[None, :] <= queries[:, None])[None, None]
+        before = (jnp.arange(k.shape[1], dtype=jnp.int32)[None, :] <= queries[:, None])[None, None]
+        mask = before if mask is None else mask & before
     if query_segment_ids is not None and key_segment_ids is not None:
         same = (query_segment_ids[:, :, None] == key_segment_ids[:, None, :])[:, None]
         mask = same if mask is None else mask & same

@@ -104,31 +104,63 @@ def quantize(
     z: Float[Array | np.ndarray, "B R S D"],
     codebook: Float[Array | np.ndarray, "C D"],
     grids: Grids,
+    is_residual: bool = False,
 ) -> Int32[Array, "B num_codes"]:
     """The codes of every level by SPAE's streaming average quantization; passes no gradient.
 
     A position that has n codes already takes as its next one the code nearest to
-    z_l = (n + 1) z - sum of those n vectors, so that their plain average approaches z.
+    z_l = (n + 1) z - sum of those n vectors, so that their plain average approaches z. With `is_residual`,
+    residual quantization, z_l = z - sum of those n vectors, so that their sum approaches z.
     """
     z, codebook = jax.lax.stop_gradient((z, codebook))
     sums = jnp.zeros_like(z)
-    counts = np.zeros(z.shape[1:3], np.float32)
     codes = []
-    for grid in grids:
+    for grid, counts in zip(grids, word_counts(grids), strict=True):
         rows, columns = _places(grid, grids)
-        weight = (counts[rows, columns] + 1)[None, :, :, None]
-        target = weight * z[:, rows, columns] - sums[:, rows, columns]
+        target = _target(z, sums, counts, (rows, columns), is_residual)
         level_codes = nearest_codes(target, codebook)
         sums = sums.at[:, rows, columns].add(codebook[level_codes])
-        counts[rows, columns] += 1
         codes.append(level_codes.reshape(z.shape[0], -1))
     return jnp.concatenate(codes, axis=1)
+
+
+def level_targets(
+    z: Float[Array | np.ndarray, "B R S D"],
+    codes: Int[Array | np.ndarray, "B num_codes"],
+    codebook: Float[Array | np.ndarray, "C D"],
+    grids: Grids,
+    is_residual: bool = False,
+) -> list[Float[Array, "B r s D"]]:
+    """z_l of each level, to which `quantize` takes the nearest code; differentiable in z only."""
+    codebook, targets = jax.lax.stop_gradient(codebook), []
+    sums = jnp.zeros_like(jax.lax.stop_gradient(z))
+    ends = code_grids.ends(grids)
+    for grid, end, counts in zip(grids, ends, word_counts(grids), strict=True):
+        rows, columns = _places(grid, grids)
+        targets.append(_target(z, sums, counts, (rows, columns), is_residual))
+        level_codes = codes[:, end - grid[0] * grid[1] : end].reshape(-1, *grid)
+        sums = sums.at[:, rows, columns].add(codebook[level_codes])
+    return targets
+
+
+def _target(
+    z: Float[Array | np.ndarray, "B R S D"],
+    sums: Float[Array, "B R S D"],
+    counts: Int32[np.ndarray, "R S"],
+    places: tuple[slice, slice],
+    is_residual: bool,
+) -> Float[Array, "B r s D"]:
+    """z_l at some places; `sums` are of the codes before it, `counts` include its own."""
+    rows, columns = places
+    weight = 1 if is_residual else counts[rows, columns].astype(np.float32)[None, :, :, None]
+    return weight * z[:, rows, columns] - sums[:, rows, columns]
 
 
 def running_averages(
     codes: Int[Array | np.ndarray, "B num_codes"],
     codebook: Float[Array | np.ndarray, "C D"],
     grids: Grids,
+    is_residual: bool = False,
 ) -> list[Float[Array, "B R S D"]]:
     """zhat_<=l for each level of `codes`: the mean of the vectors that a position has so far.
 
@@ -136,6 +168,7 @@ def running_averages(
       codes: the codes of all levels or of the first few.
       codebook: the result is differentiable in it.
       grids: the whole pyramid.
+      is_residual: their sum in place of the mean, for codes of residual quantization.
 
     Returns:
       One array per level of `codes`, zero where a position has no code yet.
@@ -154,7 +187,8 @@ def running_averages(
         level_codes = codes[:, end - grid[0] * grid[1] : end].reshape(-1, *grid)
         rows, columns = _places(grid, grids)
         sums = sums.at[:, rows, columns].add(codebook[level_codes])
-        averages.append(sums / np.maximum(counts, 1).astype(np.float32)[None, :, :, None])
+        total = np.ones_like(counts) if is_residual else np.maximum(counts, 1)
+        averages.append(sums / total.astype(np.float32)[None, :, :, None])
     return averages
 
 
@@ -176,19 +210,24 @@ def quantization_losses(
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """Codebook loss and commitment loss.
 
-    Each is the sum over levels of ||z - zhat_<=l||^2, averaged over D and over the positions that have a
-    code at that level. The codebook loss has a gradient in the codebook only, the commitment loss in z only.
+    Each is the sum of `latent_errors` over levels. The codebook loss has a gradient in the codebook only,
+    the commitment loss in z only.
     """
-    codebook_loss, commitment_loss = jnp.float32(0), jnp.float32(0)
+    fixed, fixed_averages = jax.lax.stop_gradient((z, averages))
+    codebook_loss = jnp.sum(latent_errors(fixed, averages, grids))
+    return codebook_loss, jnp.sum(latent_errors(z, fixed_averages, grids))
+
+
+def latent_errors(
+    z: Float32[Array, "B R S D"], averages: Sequence[Float32[Array, "B R S D"]], grids: Grids
+) -> Float32[Array, " levels"]:
+    """||z - zhat_<=l||^2 of each level, averaged over D and the positions that have a code by then."""
+    errors = []
     for counts, average in zip(word_counts(grids), averages, strict=True):
         covered = (counts > 0).astype(np.float32)
         size = np.float32(covered.sum() * z.shape[0] * z.shape[-1])
-        mask = covered[None, :, :, None]
-        to_codebook = jnp.sum(mask * (jax.lax.stop_gradient(z) - average) ** 2)
-        to_encoder = jnp.sum(mask * (z - jax.lax.stop_gradient(average)) ** 2)
-        codebook_loss += to_codebook / size
-        commitment_loss += to_encoder / size
-    return codebook_loss, commitment_loss
+        errors.append(jnp.sum(covered[None, :, :, None] * (z - average) ** 2) / size)
+    return jnp.stack(errors)
 
 
 def code_counts(

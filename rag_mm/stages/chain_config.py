@@ -14,12 +14,14 @@ from rag_mm.stages.ra_cm3 import stages as ra_cm3_stages
 from rag_mm.stages.reco import stages as reco_stages
 from rag_mm.stages.shared import stages as shared_stages
 from rag_mm.stages.shared import world_config
+from rag_mm.stages.spae import stages as spae_stages
 from rag_mm.stages.stage import Stage
 
 STAGES: dict[str, Stage] = {
     **shared_stages.STAGES,
     **ra_cm3_stages.STAGES,
     **reco_stages.STAGES,
+    **spae_stages.STAGES,
 }
 
 

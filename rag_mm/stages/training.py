@@ -7,6 +7,7 @@ from functools import partial
 import grain
 import jax
 import jax.numpy as jnp
+import optax
 from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
@@ -16,7 +17,15 @@ from rag_mm.core.errors import UserError
 from rag_mm.nn import decoder, param_trees
 from rag_mm.nn.param_trees import IsChosen, Params
 from rag_mm.perf import chips, flops
-from rag_mm.train import loop, objectives, optimizer, throughput, train_state, train_step
+from rag_mm.train import (
+    loop,
+    objectives,
+    optimizer,
+    throughput,
+    train_state,
+    train_step,
+    update_guard,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +34,12 @@ class FurtherLoss:
 
     Attributes:
         loss_fn: see `train_step.LossFn`.
-        optimizer_config: of its parameters.
+        optimizer_config: of its parameters, or an Optax transformation that updates them.
         trains: path -> whether it trains the parameter; the first loss trains all others.
     """
 
     loss_fn: train_step.LossFn
-    optimizer_config: optimizer.OptimizerConfig
+    optimizer_config: optimizer.OptimizerConfig | optax.GradientTransformation
     trains: IsChosen
 
 
@@ -212,9 +221,14 @@ def _start(
     num_parts: int,
 ) -> tuple[train_state.TrainState, Callable]:
     """The state at step 0, and the compiled step of one loss or of several."""
-    make = partial(
-        optimizer.make_optimizer, num_steps=loop_config.num_steps, guard=loop_config.guard
-    )
+
+    def make(
+        given: optimizer.OptimizerConfig | optax.GradientTransformation,
+    ) -> optax.GradientTransformation:
+        if isinstance(given, optimizer.OptimizerConfig):
+            return optimizer.make_optimizer(given, loop_config.num_steps, loop_config.guard)
+        return given if loop_config.guard is None else update_guard.guard(given, loop_config.guard)
+
     tx, further = make(optimizer_config), what.further_losses
     if not further:
         step_fn = train_step.make_train_step(graphdef, loss_fn, tx, seed, num_parts)

@@ -15,7 +15,7 @@ from rag_mm.core import files, run_folder
 from rag_mm.core.errors import UserError
 from rag_mm.data import vocabulary
 from rag_mm.models import clip, cm3leon, ra_cm3
-from rag_mm.models.spae import autoencoder
+from rag_mm.models.spae import autoencoder, spae_config
 from rag_mm.nn import decoder as decoder_lib
 from rag_mm.nn import param_trees
 from rag_mm.stages.shared import frozen
@@ -53,7 +53,7 @@ def make_run(folder, config):
     run = run_folder.Run(epath.Path(folder))
 
     def tokenizer(run, stage_dir):
-        shape = autoencoder.SPAEConfig.tiny()
+        shape = spae_config.SPAEConfig.tiny()
         params = random_params(lambda: autoencoder.SPAE(shape, rngs=nnx.Rngs(0)))[1]
         frozen.save_tokenizer(stage_dir / "frozen", shape, WORDS, params)
         return {}

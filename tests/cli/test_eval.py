@@ -10,7 +10,9 @@ from rag_mm.cli import main
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--suite=fewshot --workdir=run --images=x", "invalid choice: 'fewshot'"),
+        ("--suite=caption --workdir=run --images=x", "invalid choice: 'caption'"),
+        ("--suite=fewshot --workdir=run --images=x", "not a folder of class folders"),
+        ("--suite=fewshot --workdir=run --images=pics", "run is not a run"),
         ("--suite=zeroshot --workdir=run", "arguments --images --dataset is required"),
         ("--suite=zeroshot --workdir=run --images=nothing", "not a folder of class folders"),
         ("--suite=zeroshot --workdir=run --images=. --refine=all", "invalid choice: 'all'"),

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from rag_mm.core import sharding
 from rag_mm.models import vqgan
-from rag_mm.models.spae import autoencoder, objective
+from rag_mm.models.spae import autoencoder, objective, spae_config
 from rag_mm.nn import conv, decoder, param_trees
 from rag_mm.nn.block import Context
 
@@ -102,7 +102,7 @@ def test_inside_the_partitioner_chooses_and_outside_types_say_the_layout():
 def test_image_tokenizers_on_eight_devices_are_those_of_one():
     """Codes and images of a VQGAN, and the loss of SPAE's autoencoder with its gradient."""
     vq = vqgan.VQGANConfig(8, 8, (1, 2), 1, (), 8, 8, 16, num_groups=4, has_decoder=True)
-    spae = autoencoder.SPAEConfig(
+    spae = spae_config.SPAEConfig(
         image_size=8,
         patch_size=2,
         width=8,

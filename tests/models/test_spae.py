@@ -13,12 +13,12 @@ from flax import nnx
 
 from rag_mm.core import code_grids
 from rag_mm.core.errors import UserError
-from rag_mm.models.spae import autoencoder, objective
+from rag_mm.models.spae import autoencoder, objective, spae_config
 from rag_mm.ops import images as image_ops
 from rag_mm.ops import quantize
 
 SIZES = dict(image_size=16, patch_size=4, width=16, num_res_blocks=1, codebook_size=64)
-PATCH = dataclasses.replace(autoencoder.SPAEConfig.tiny(), **SIZES, levels=(4,))
+PATCH = dataclasses.replace(spae_config.SPAEConfig.tiny(), **SIZES, levels=(4,))
 CONV = dataclasses.replace(
     PATCH,
     encoder="conv",
@@ -92,7 +92,7 @@ def _train(config, steps):
 
 
 def test_paper_size_encodes_128_pixels_into_597_codes():
-    model = jax.eval_shape(lambda: autoencoder.SPAE(autoencoder.SPAEConfig(), rngs=nnx.Rngs(0)))
+    model = jax.eval_shape(lambda: autoencoder.SPAE(spae_config.SPAEConfig(), rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(model)
     images = jax.ShapeDtypeStruct((2, 128, 128, 3), jnp.float32)
     codes = jax.eval_shape(lambda p, x: nnx.merge(graphdef, p).encode(x), params, images)
@@ -106,7 +106,7 @@ def test_paper_size_encodes_128_pixels_into_597_codes():
 
 
 def test_tiny_encodes_32_pixels_into_64_codes():
-    config = autoencoder.SPAEConfig.tiny()
+    config = spae_config.SPAEConfig.tiny()
     assert (config.image_size, config.num_codes, config.encoder) == (32, 64, "patch")
 
 
@@ -176,7 +176,7 @@ def test_patches_fold_into_channels_and_back():
 
 def test_codes_of_a_crop_do_not_depend_on_its_position_on_the_patch_grid():
     """Copying a retrieved image is copying codes only if this holds exactly."""
-    config = dataclasses.replace(autoencoder.SPAEConfig.tiny(), codebook_size=512)
+    config = dataclasses.replace(spae_config.SPAEConfig.tiny(), codebook_size=512)
     art = np.random.default_rng(0).integers(256, size=(32, 24, 24, 3))  # the cards of level `easy`
     positions = [(0, 0, 30), (0, 8, 200), (8, 0, 90), (8, 8, 0)]
     scenes = np.empty((4, 32, 32, 32, 3), np.uint8)
@@ -282,7 +282,7 @@ def test_same_seed_same_bits():
 
 
 # 256 pixels as 256 codes of 8,192.
-LARGE = autoencoder.SPAEConfig(
+LARGE = spae_config.SPAEConfig(
     image_size=256, width_multipliers=(1, 2, 2, 4, 4), num_res_blocks=1, levels=(16,)
 )
 

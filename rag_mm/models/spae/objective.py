@@ -1,58 +1,99 @@
-"""SPAE's training loss without its GAN and semantic terms, its PSNR, and its k-means initialization."""
+"""SPAE's training loss, the figures logged with it, and the k-means start of a learned codebook."""
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Key, UInt8
+from jaxtyping import Array, Float32, Int, Key, UInt8
 
 from rag_mm.core import code_grids, sharding
 from rag_mm.models.objective_types import Batch, Metrics
+from rag_mm.models.spae import semantic
 from rag_mm.models.spae.autoencoder import SPAE
 from rag_mm.ops import images as image_ops
 from rag_mm.ops import quantize
 
+NO_SEMANTICS = semantic.SemanticConfig()
+
 
 @sharding.automatic()
-def loss_fn(model: SPAE, batch: Batch, rng: Key[Array, ""]) -> tuple[Float32[Array, ""], Metrics]:
-    """Pixel error + codebook loss + weighted commitment loss.
+def loss_fn(
+    model: SPAE,
+    batch: Batch,
+    rng: Key[Array, ""],
+    *,
+    semantic_config: semantic.SemanticConfig = NO_SEMANTICS,
+) -> tuple[Float32[Array, ""], Metrics]:
+    """Pixel error + codebook loss + weighted commitment loss + weighted semantic loss (section 7).
 
     Args:
       model: the image tokenizer.
-      batch: `images` uint8 [B, H, W, 3].
-      rng: for the flips and rotations of config.random_flip_rotate; otherwise unused.
+      batch: `images` uint8 [B, H, W, 3]; `embeddings` float32 [B, E] of a guided model; with semantic
+        guidance `pool_words` int32 [B, M] and `pool_sizes` int32 [B, L], see `semantic.semantic_loss`.
+      rng: for flips and rotations, and for the choice of words.
+      semantic_config: weight and thresholds of the semantic loss.
 
     Returns:
       The loss, and metrics as sums with weights. `squared_error` sums over all pixels and channels,
       for `psnr`; `code_frequencies` counts the uses of each code at each level, float32
-      [levels, codebook_size].
+      [levels, codebook_size]; `latent_errors` is ||z - zhat_<=l||^2 / D at the positions that have a code
+      up to each level, float32 [levels], and `latent_square` ||z||^2 / D.
     """
     config = model.config
     images = image_ops.to_float(batch["images"])
     grids = config.grids_at(*images.shape[1:3])
     if config.random_flip_rotate:
         images = image_ops.random_flip_rotate(images, rng)
-    z = model.embed(images)
-    codebook = model.codebook[...]
-    codes = quantize.quantize(z, codebook, grids)
-    averages = quantize.running_averages(codes, codebook, grids)
+    z, codebook = model.embed(images, batch.get("embeddings")), model.codebook[...]
+    codes = quantize.quantize(z, codebook, grids, config.is_residual)
+    averages = quantize.running_averages(codes, codebook, grids, config.is_residual)
     reconstruction = model.render(quantize.straight_through(z, averages[-1], grids))
     pixel_loss = jnp.mean((reconstruction - images) ** 2)
     codebook_loss, commitment_loss = quantize.quantization_losses(z, averages, grids)
-    loss = pixel_loss + codebook_loss + config.commitment_weight * commitment_loss
+    # A language codebook is not trained, and its part of the loss would only shift the others' balance.
+    to_codebook = codebook_loss if config.codebook == "learned" else jnp.zeros_like(codebook_loss)
+    loss = pixel_loss + to_codebook + config.commitment_weight * commitment_loss
     weight = jnp.float32(images.shape[0])
-    by_level = jnp.split(codes, code_grids.ends(grids)[:-1], axis=1)
-    clipped_error = jnp.sum((jnp.clip(reconstruction, 0, 1) - images) ** 2)
     metrics = {
-        "loss": (loss * weight, weight),
-        "squared_error": (clipped_error, jnp.float32(images.size)),
         "codebook_loss": (codebook_loss * weight, weight),
         "commitment_loss": (commitment_loss * weight, weight),
-        "code_frequencies": (
-            jnp.stack([quantize.code_counts(part, config.codebook_size) for part in by_level]),
-            jnp.float32(codes.size),
-        ),
     }
-    return loss, metrics
+    if semantic_config.alpha:
+        targets = quantize.level_targets(z, codes, codebook, grids, config.is_residual)
+        pools = (batch["pool_words"], batch["pool_sizes"])
+        scale, key = semantic_config.logit_scale, jax.random.fold_in(rng, 1)
+        semantic_loss = semantic.semantic_loss(targets, codebook, *pools, key, scale)
+        factor = semantic.balance(loss, semantic_loss) if semantic_config.is_balanced else 1.0
+        loss = loss + semantic_config.alpha * factor * semantic_loss
+        metrics["semantic_loss"] = (semantic_loss * weight, weight)
+    metrics["loss"] = (loss * weight, weight)
+    return loss, metrics | _figures(model, images, reconstruction, z, codes, averages)
+
+
+def _figures(
+    model: SPAE,
+    images: Float32[Array, "B H W 3"],
+    reconstruction: Float32[Array, "B H W 3"],
+    z: Float32[Array, "B R S D"],
+    codes: Int[Array, "B N"],
+    averages: Sequence[Float32[Array, "B R S D"]],
+) -> Metrics:
+    """Errors of pixels and latents, and how often each code is used, by level; see `loss_fn`."""
+    grids = model.config.grids_at(*images.shape[1:3])
+    weight = jnp.float32(images.shape[0])
+    by_level = jnp.split(codes, code_grids.ends(grids)[:-1], axis=1)
+    errors = quantize.latent_errors(z, averages, grids)
+    counts = jnp.stack(
+        [quantize.code_counts(part, model.config.codebook_size) for part in by_level]
+    )
+    clipped_error = jnp.sum((jnp.clip(reconstruction, 0, 1) - images) ** 2)
+    return {
+        "squared_error": (clipped_error, jnp.float32(images.size)),
+        "code_frequencies": (counts, jnp.float32(codes.size)),
+        "latent_errors": (errors * weight, weight),
+        "latent_square": (jnp.mean(z**2) * weight, weight),
+    }
 
 
 def psnr(squared_error: float) -> float:

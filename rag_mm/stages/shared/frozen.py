@@ -6,7 +6,7 @@ run that trained the models. A model's fingerprint is the digest of the folder's
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,20 +31,22 @@ from rag_mm.core.code_grids import Grids
 from rag_mm.core.errors import UserError
 from rag_mm.data import public_text, vocabulary
 from rag_mm.models import clip, emu3_vq, vqgan
-from rag_mm.models.spae import autoencoder
+from rag_mm.models.spae import autoencoder, spae_config
 from rag_mm.nn import param_trees
 from rag_mm.nn.param_trees import Params
 from rag_mm.ops import images as image_ops
 from rag_mm.train import checkpoint
 
 TextVocabulary = vocabulary.Vocabulary | public_text.PublicTokenizer
-ImageTokenizerConfig = autoencoder.SPAEConfig | vqgan.VQGANConfig
+ImageTokenizerConfig = spae_config.SPAEConfig | vqgan.VQGANConfig
 CONFIG, VOCABULARY, PARAMS = "config.json", "vocabulary.json", "params.safetensors"
 TOKEN_IDS = "token_ids.json"  # of an imported image tokenizer: the token of each code
+WORDS = "words.json"  # of an image tokenizer whose codes are words of a language model
+GUIDE = "retriever"  # folder of the retriever that a guided image tokenizer reads images with
 TEXT_BATCH = 256  # Texts encoded at once.
 # Family -> the classes of config and model.
 IMAGE_TOKENIZERS: dict[str, tuple[type[Any], Callable[..., nnx.Module]]] = {
-    "spae": (autoencoder.SPAEConfig, autoencoder.SPAE),
+    "spae": (spae_config.SPAEConfig, autoencoder.SPAE),
     "vqgan": (vqgan.VQGANConfig, vqgan.VQGAN),
     "emu3_vq": (emu3_vq.Emu3VQConfig, emu3_vq.Emu3VQ),
 }
@@ -136,6 +138,8 @@ class FrozenTokenizer:
             codes themselves where it has no vocabulary or, as Janus, keeps codes apart.
         fingerprint: digest of the folder's content.
         image_batch: images of `image_size` encoded or decoded at once; as many pixels for other sizes.
+        words: the word of each code, None unless its codebook is of a language model.
+        guide: the retriever whose embeddings of the images it also encodes, None unless it is guided.
         model: the network, whose methods take and give images in 0..1.
     """
 
@@ -145,7 +149,9 @@ class FrozenTokenizer:
         self.config: ImageTokenizerConfig
         family, self.config = read_tokenizer_config(folder)
         make_model = IMAGE_TOKENIZERS[family][1]
-        has_vocabulary = family == "spae" or (folder / VOCABULARY).exists()
+        self.words = _read_words(folder, self.config)
+        is_own = family == "spae" and self.words is None
+        has_vocabulary = is_own or (folder / VOCABULARY).exists()
         self._vocabulary = (
             vocabulary.load_vocabulary(folder / VOCABULARY) if has_vocabulary else None
         )
@@ -156,6 +162,8 @@ class FrozenTokenizer:
         self.token_ids = self._read_token_ids()
         self.image_batch = image_batch or image_ops.num_at_once(self.image_size)
         self.model = _load_model(folder, lambda: make_model(self.config, rngs=nnx.Rngs(0)))
+        is_guided = isinstance(self.config, spae_config.SPAEConfig) and self.config.guide_dim > 0
+        self.guide = FrozenRetriever(folder / GUIDE) if is_guided else None
         self._encode = self.model.compile("encode")
         self._decode = self.model.compile("decode", static="grids")
 
@@ -191,11 +199,12 @@ class FrozenTokenizer:
         """
         height, width = pixels.shape[1:3]
         self.grids_at(height, width)
-        return in_batches(
-            lambda batch: self._encode(image_ops.to_float(batch)),
-            pixels,
-            self._num_at_once(height, width),
-        )
+
+        def encode(batch: np.ndarray) -> jax.Array:
+            further = () if self.guide is None else (self.guide.encode_image(batch),)
+            return self._encode(image_ops.to_float(batch), *further)
+
+        return in_batches(encode, pixels, self._num_at_once(height, width))
 
     def decode(
         self, codes: np.ndarray, num_levels: int | None = None, grids: Grids | None = None
@@ -271,11 +280,22 @@ def save_retriever(
 
 def save_tokenizer(
     folder: epath.Path,
-    config: autoencoder.SPAEConfig,
-    text_vocabulary: vocabulary.Vocabulary,
+    config: spae_config.SPAEConfig,
+    text_vocabulary: vocabulary.Vocabulary | None,
     params: Params,
+    words: Sequence[str] = (),
 ) -> None:
-    """Writes a folder that `FrozenTokenizer` loads."""
+    """Writes a folder that `FrozenTokenizer` loads.
+
+    Args:
+        folder: where; a guided model's retriever is to be copied to its `GUIDE` by the caller.
+        config: the model's sizes.
+        text_vocabulary: of texts and these codes; None if the codes are words.
+        params: the model's parameters.
+        words: the word of each code, if they are words.
+    """
+    if words:
+        files.write_json(folder / WORDS, {"words": list(words)})
     _save(folder, {"family": "spae", **dataclasses.asdict(config)}, text_vocabulary, params)
 
 
@@ -344,13 +364,14 @@ def _make_clip(config: clip.CLIPConfig) -> clip.CLIP:
 def _save(
     folder: epath.Path,
     config: Mapping[str, Any],
-    text_vocabulary: vocabulary.Vocabulary,
+    text_vocabulary: vocabulary.Vocabulary | None,
     params: Params,
 ) -> None:
     files.write_atomic(
         folder / PARAMS, safetensors.numpy.save(param_trees.leaves_by_path(jax.device_get(params)))
     )
-    text_vocabulary.save(folder / VOCABULARY)
+    if text_vocabulary is not None:
+        text_vocabulary.save(folder / VOCABULARY)
     files.write_json(folder / CONFIG, renames.to_stored(config))
 
 
@@ -363,6 +384,16 @@ def _load_model(folder: epath.Path, make_model: Callable[[], nnx.Module]) -> Loa
     # Imported weights may be stored in a shorter format; an encoder computes in float32.
     params = weights.load_file(folder / PARAMS, abstract, np.dtype(np.float32))
     return LoadedModel(graphdef, params)
+
+
+def _read_words(folder: epath.Path, config: ImageTokenizerConfig) -> tuple[str, ...] | None:
+    """The word of each code; None if the codes are no words."""
+    if not isinstance(config, spae_config.SPAEConfig) or config.codebook == "learned":
+        return None
+    words = files.read_object(folder / WORDS, words=list)["words"]
+    if any(type(word) is not str for word in words) or len(words) != config.codebook_size:
+        raise UserError(f"{folder / WORDS} is damaged: give {config.codebook_size:,} words.")
+    return tuple(words)
 
 
 def _load_vocabulary(folder: epath.Path) -> TextVocabulary | None:

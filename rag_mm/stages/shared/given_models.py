@@ -77,8 +77,8 @@ def find_model(path: epath.PathLike, stage: str) -> epath.Path:
     path = epath.Path(path)
     if (path / frozen.CONFIG).exists() and (path / frozen.PARAMS).exists():
         return path
-    if path.name == stage and (path / run_folder.MANIFEST).exists():
-        return run_folder.Run(path.parent).finished_stage(stage) / FOLDER
+    if (path / run_folder.MANIFEST).exists():
+        return run_folder.Run(path.parent).finished_stage(path.name) / FOLDER
     return run_folder.open_run(path).finished_stage(stage) / FOLDER
 
 
@@ -112,7 +112,11 @@ def copy_tokenizer(
 ) -> None:
     """Copies the folder of an image tokenizer, for images of `config`'s size and another vocabulary."""
     family, _ = frozen.read_tokenizer_config(source)
-    files.write_atomic(target / frozen.PARAMS, files.read_bytes(source / frozen.PARAMS))
+    for name in (frozen.PARAMS, frozen.WORDS):
+        if (source / name).exists():
+            files.write_atomic(target / name, files.read_bytes(source / name))
+    if (source / frozen.GUIDE).exists():
+        copy_model(source / frozen.GUIDE, target / frozen.GUIDE)
     text_vocabulary.save(target / frozen.VOCABULARY)
     values = {"family": family, **dataclasses.asdict(config)}
     files.write_json(target / frozen.CONFIG, renames.to_stored(values))

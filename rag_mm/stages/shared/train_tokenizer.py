@@ -13,18 +13,15 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from rag_mm.core import checks, code_grids, image_files, manifest_values, run_folder, sharding
+from rag_mm.core import checks, manifest_values, run_folder, sharding
 from rag_mm.core.errors import UserError
 from rag_mm.data import pipeline, vocabulary
-from rag_mm.eval import scene_accuracy
 from rag_mm.models import vqgan
-from rag_mm.models.spae import autoencoder, objective
+from rag_mm.models.spae import autoencoder, objective, spae_config
 from rag_mm.nn.param_trees import Params
-from rag_mm.ops import quantize
 from rag_mm.stages import multiprocess, scaling, training
-from rag_mm.stages.shared import frozen, given_models, world_config
+from rag_mm.stages.shared import frozen, given_models, tokenizer_figures, world_config
 from rag_mm.train import loop, optimizer
-from rag_mm.worlds.emoji import emoji_scenes, scene_facts
 
 INPUTS = ()
 FOLDER = given_models.FOLDER
@@ -78,7 +75,7 @@ class TokenizerStageConfig(given_models.GivenConfig):
 
     seed: int
     world: world_config.EmojiWorld | world_config.OwnImages
-    model: autoencoder.SPAEConfig
+    model: spae_config.SPAEConfig
     optimizer: optimizer.OptimizerConfig
     loop: loop.LoopConfig
     text: TextVocabularyConfig = dataclasses.field(default_factory=TextVocabularyConfig)
@@ -160,10 +157,7 @@ def run(config: TokenizerStageConfig, run: run_folder.Run, stage_dir: epath.Path
     """Trains both and writes them as a frozen model; measures on test images of held-out classes.
 
     Returns:
-        `psnr` in dB, `code_usage` in [0, 1], `perplexity`; with several levels, the same under `level1`,
-        `level2` and so on, of the codes of one level, and `psnr` of images decoded from the levels up to it;
-        with several image sizes, `psnr` of each further one under `size16` and so on; for emoji scenes, the
-        scorer's accuracy on original and on reconstructed images. {} in followers.
+        What `tokenizer_figures.measure` does; {} in followers.
     """
     source = config.world.scenes("train", *world_config.SEEN)
     if config.folder is not None:
@@ -191,13 +185,13 @@ def run(config: TokenizerStageConfig, run: run_folder.Run, stage_dir: epath.Path
         mesh=mesh,
         num_parts=config.scale.num_parts,
         prepare=partial(_with_codebook, config, images, mesh),
-        derive=_derive,
+        derive=tokenizer_figures.derive,
     )
     if not multiprocess.is_leader():
         return {}
     text_vocabulary = _make_vocabulary(config, source, config.model.codebook_size)
     frozen.save_tokenizer(stage_dir / FOLDER, config.model, text_vocabulary, params)
-    return _evaluate(config, frozen.FrozenTokenizer(stage_dir / FOLDER))
+    return _measure(config, frozen.FrozenTokenizer(stage_dir / FOLDER))
 
 
 def load_tokenizer(path: epath.PathLike, image_batch: int | None = None) -> frozen.FrozenTokenizer:
@@ -212,6 +206,12 @@ def load_tokenizer(path: epath.PathLike, image_batch: int | None = None) -> froz
 def _make_model(config: TokenizerStageConfig) -> autoencoder.SPAE:
     scale, rngs = config.scale, nnx.Rngs(params=config.seed)
     return autoencoder.SPAE(config.model, rngs=rngs, dtype=scale.dtype, remat=scale.remat)
+
+
+def _measure(config: TokenizerStageConfig, tokenizer: frozen.FrozenTokenizer) -> dict[str, Any]:
+    return tokenizer_figures.measure(
+        config.world, tokenizer, config.num_eval, config.seed, config.image_sizes[1:]
+    )
 
 
 def _given_fingerprint(folder: str) -> str:
@@ -231,7 +231,7 @@ def _take_given(
     text_vocabulary = _make_vocabulary(config, source, model.codebook_size)
     given_models.copy_tokenizer(found, folder, model, text_vocabulary)
     config.check_unchanged(frozen.fingerprint(found))
-    return _evaluate(config, frozen.FrozenTokenizer(folder))
+    return _measure(config, frozen.FrozenTokenizer(folder))
 
 
 def _make_vocabulary(
@@ -265,81 +265,3 @@ def _with_codebook(
 
     with jax.set_mesh(mesh):
         return params | {"codebook": init(params, images[rows])}
-
-
-def _derive(averages: dict[str, np.ndarray]) -> dict[str, float]:
-    """PSNR in dB, and usage and perplexity of the codebook, in all and at each of several levels."""
-    by_level = averages["code_frequencies"]
-    metrics = {"psnr": objective.psnr(float(averages["squared_error"]))}
-    metrics |= _code_figures(by_level.sum(axis=0))
-    if len(by_level) > 1:
-        for number, frequencies in enumerate(by_level, 1):
-            figures = _code_figures(frequencies).items()
-            metrics |= {f"{name}_level{number}": value for name, value in figures}
-    return metrics
-
-
-def _code_figures(frequencies: np.ndarray) -> dict[str, float]:
-    """Usage and perplexity of the codebook, from how often each code is used."""
-    return {
-        "code_usage": float((frequencies > 0).mean()),
-        "perplexity": float(quantize.perplexity(frequencies)),
-    }
-
-
-def _psnr(
-    tokenizer: frozen.FrozenTokenizer,
-    originals: np.ndarray,
-    codes: np.ndarray,
-    num_levels: int | None = None,
-) -> float:
-    """PSNR in dB of images uint8 [B, H, W, 3] decoded from the first levels of their codes, None for all."""
-    grids = tokenizer.grids_at(*originals.shape[1:3])
-    decoded = tokenizer.decode(codes, num_levels, grids)
-    return objective.psnr(np.square((decoded.astype(np.float64) - originals) / 255).mean())
-
-
-def _level_figures(
-    tokenizer: frozen.FrozenTokenizer, originals: np.ndarray, codes: np.ndarray
-) -> dict[str, Any]:
-    """Figures of each level, {} if there is one; see `run`."""
-    if len(tokenizer.grids) == 1:
-        return {}
-    by_level = np.split(codes, code_grids.ends(tokenizer.grids)[:-1], axis=1)
-    return {
-        f"level{number}": {"psnr": _psnr(tokenizer, originals, codes, number)}
-        | _code_figures(_frequencies(level_codes, tokenizer.codebook_size))
-        for number, level_codes in enumerate(by_level, 1)
-    }
-
-
-def _frequencies(codes: np.ndarray, codebook_size: int) -> np.ndarray:
-    return np.bincount(codes.ravel(), minlength=codebook_size) / codes.size
-
-
-def _evaluate(config: TokenizerStageConfig, tokenizer: frozen.FrozenTokenizer) -> dict[str, Any]:
-    held_out = config.world.scenes("test", *world_config.TEST)
-    rows = world_config.sample_rows(held_out, config.num_eval, config.seed)
-    originals = world_config.images(held_out, rows)
-    codes = tokenizer.encode(originals)
-    metrics: dict[str, Any] = {"psnr": _psnr(tokenizer, originals, codes)}
-    metrics |= _code_figures(_frequencies(codes, tokenizer.codebook_size))
-    metrics |= _level_figures(tokenizer, originals, codes)
-    for size in config.image_sizes[1:]:
-        resized = np.stack([image_files.fit(image, size) for image in originals])
-        metrics[f"size{size}"] = {"psnr": _psnr(tokenizer, resized, tokenizer.encode(resized))}
-    if isinstance(held_out, emoji_scenes.Scenes):
-        metrics["scorer_on_originals"] = _accuracy(held_out, rows, originals)
-        metrics["scorer_ceiling"] = _accuracy(held_out, rows, tokenizer.decode(codes))
-    return metrics
-
-
-def _accuracy(source: emoji_scenes.Scenes, rows: np.ndarray, images: np.ndarray) -> dict:
-    """The scorer's accuracies on images of the scenes `rows`."""
-    levels = [source.levels[row] for row in rows]
-    facts = [source.facts(int(row)) for row in rows]
-    outcomes = scene_accuracy.outcomes(scene_facts.read(images, levels), facts, levels[0])
-    return {
-        name.removesuffix("_accuracy"): value
-        for name, value in scene_accuracy.accuracies(outcomes).items()
-    }

@@ -11,7 +11,8 @@ from flax import nnx
 from rag_mm.core import code_grids
 from rag_mm.core.errors import UserError
 from rag_mm.data import vocabulary
-from rag_mm.models.spae.autoencoder import SPAE, SPAEConfig
+from rag_mm.models.spae.autoencoder import SPAE
+from rag_mm.models.spae.spae_config import SPAEConfig
 from rag_mm.stages.shared import frozen
 
 

@@ -10,7 +10,7 @@ from etils import epath
 from rag_mm.core import run_folder
 from rag_mm.core.errors import UserError
 from rag_mm.stages import chain_config
-from rag_mm.stages.shared import train_tokenizer
+from rag_mm.stages.shared import tokenizer_figures, train_tokenizer
 
 TINY = {
     "world.class_share": 0.02,
@@ -82,10 +82,16 @@ def test_image_sizes_are_checked():
 def test_frequencies_by_level_add_up_to_those_of_all_codes():
     rng = np.random.default_rng(0)
     one, two = rng.random((2, 64)) * (rng.random((2, 64)) < 0.5)
-    derived = train_tokenizer._derive(
-        {"squared_error": np.float32(0.01), "code_frequencies": np.stack([one, two])}
+    derived = tokenizer_figures.derive(
+        {
+            "squared_error": np.float32(0.01),
+            "code_frequencies": np.stack([one, two]),
+            "latent_errors": np.array([0.5, 0.1]),
+            "latent_square": np.float32(2.0),
+        }
     )
     assert derived["psnr"] == pytest.approx(20.0)
     assert derived["code_usage"] == np.mean((one + two) > 0)
     assert derived["code_usage_level1"] == np.mean(one > 0) < derived["code_usage"]
     assert derived["code_usage_level2"] == np.mean(two > 0)
+    assert derived["latent_error_level1"] == 0.25 and derived["latent_error_level2"] == 0.05

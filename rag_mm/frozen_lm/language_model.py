@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,42 +14,52 @@ from rag_mm.core import batches
 from rag_mm.core.errors import UserError
 from rag_mm.data import public_text
 from rag_mm.decode import decode_batch, sampler
+from rag_mm.frozen_lm import answers, scoring
+from rag_mm.frozen_lm.protocol import Completions
 from rag_mm.nn.decoder import Decoder, DecoderConfig
 from rag_mm.nn.param_trees import Params
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Completions:
-    """Completions of a batch of prompts, without the prompts.
+Text = TypeVar("Text", bound="TextTokenizer")
 
-    Attributes:
-        tokens: the token ids of each completion, up to and excluding the first stop token.
-        texts: the same decoded, so that prompt + text is the whole text; None without a tokenizer.
-    """
 
-    tokens: list[list[int]]
-    texts: list[str] | None
+class TextTokenizer(Protocol):
+    """Texts to token ids and back; `data.public_text.PublicTokenizer` is one."""
+
+    def encode_text(self, text: str) -> list[int]:
+        """A text's ids, with the special tokens around it."""
+
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """The same, and the number of the text's characters up to the end of each; 0 before the text."""
+
+    def token_texts(self, size: int) -> tuple[str, ...]:
+        """The text of each id below `size`."""
+
+    def decode_continuation(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
+        """The text of ids that follow a prompt."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LanguageModel:
-    """An imported LLaMA.
+    """An imported LLaMA (`protocol.FrozenLM`).
 
     Example:
         model = rag_mm.load("runs/llama")
         model.generate("The capital of France is", num_tokens=8).texts[0]
         model.logits(np.asarray([[1, 15043, 3186]]))  # float32 [1, 3, V]
+        model.score(["Two and two is"], [" four", " five"])  # float32 [1, 2]
 
     Attributes:
         config, graphdef, params: the decoder's sizes, structure and parameters.
         text: the tokenizer, or None if the checkpoint has none.
         stop_tokens: token ids that end a text.
+        first_position: of a text's first token.
     """
 
     config: DecoderConfig
     graphdef: nnx.GraphDef
     params: Params
-    text: public_text.PublicTokenizer | None
+    text: TextTokenizer | None
     stop_tokens: tuple[int, ...]
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
@@ -59,6 +70,39 @@ class LanguageModel:
             return np.asarray(compute(tokens=jnp.asarray(tokens, jnp.int32)))
         batch = {"tokens": np.asarray(tokens, np.int32)}
         return np.asarray(decode_batch.run_on_mesh(mesh, compute, batch))
+
+    @functools.cached_property
+    def vocabulary(self) -> tuple[str, ...]:
+        """The text of each token id, with its leading space; empty for an id without a token.
+
+        Raises:
+            UserError: the checkpoint was imported without a tokenizer.
+        """
+        return need_text(self.text).token_texts(self.config.vocab_size)
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        candidates: Sequence[str],
+        *,
+        prefix: str | None = None,
+        calibration: Sequence[str] = (),
+    ) -> np.ndarray:
+        """log p(candidate | prefix + prompt), float32 [B, C]; see `protocol.FrozenLM.score`."""
+        return answers.table(
+            functools.partial(
+                scoring.log_probs,
+                self.graphdef,
+                self.params,
+                first_position=self.first_position,
+            ),
+            need_text(self.text).encode_with_ends,
+            prompts,
+            candidates,
+            prefix=prefix,
+            calibration=calibration,
+            max_length=self.config.max_seq_len - self.first_position,
+        )
 
     def generate(
         self,
@@ -85,10 +129,14 @@ class LanguageModel:
             UserError: an argument is out of range, a prompt is empty or too long, or a prompt is a text and
                 the model has no tokenizer.
         """
-        batch = [prompts] if isinstance(prompts, str) else list(prompts)
-        ids = [self._ids(prompt) for prompt in batch]
         allowed = np.ones(self.config.vocab_size, bool)
+        ids = self._ids_of(prompts)
         return self._complete(ids, allowed, num_tokens, temperature, top_p, seed)
+
+    def _ids_of(self, prompts: str | Sequence[str | Sequence[int]]) -> list[list[int]]:
+        return [
+            self._ids(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)
+        ]
 
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -108,10 +156,11 @@ class LanguageModel:
         longest = max(map(len, ids), default=0)
         if not ids or not all(ids):
             raise UserError("A prompt is empty; give at least one token.")
-        if num_tokens < 1 or longest + num_tokens > c.max_seq_len:
+        most = c.max_seq_len - self.first_position
+        if num_tokens < 1 or longest + num_tokens > most:
             raise UserError(
                 f"A prompt of {longest} tokens and {num_tokens} new ones exceed the model's maximum "
-                f"sequence length of {c.max_seq_len}."
+                f"sequence length of {most}."
             )
         if any(not 0 <= token < c.vocab_size for prompt in ids for token in prompt):
             raise UserError(f"A token id is outside the model's vocabulary of {c.vocab_size:,}.")
@@ -146,7 +195,7 @@ class LanguageModel:
         for rows in batches.split(len(ids), size):
             found = sampler.sample(
                 self.params,
-                pad_prompts([ids[row] for row in rows], length),
+                pad_prompts([ids[row] for row in rows], length, self.first_position),
                 seeds[rows],
                 allowed,
                 graphdef=self.graphdef,
@@ -159,7 +208,7 @@ class LanguageModel:
         return [_cut_at_stop(tokens, self.stop_tokens) for tokens in sampled[: len(ids)]]
 
 
-def need_text(text: public_text.PublicTokenizer | None) -> public_text.PublicTokenizer:
+def need_text(text: Text | None) -> Text:
     """The tokenizer; raises UserError if the checkpoint has none."""
     if text is None:
         raise UserError(
@@ -169,15 +218,17 @@ def need_text(text: public_text.PublicTokenizer | None) -> public_text.PublicTok
     return text
 
 
-def pad_prompts(ids: Sequence[Sequence[int]], length: int) -> sampler.Prompts:
+def pad_prompts(
+    ids: Sequence[Sequence[int]], length: int, first_position: int = 0
+) -> sampler.Prompts:
     """Prompts of different lengths as one batch, padded on the left to `length`."""
     tokens, positions, segment_ids = np.zeros((3, len(ids), length), np.int32)
     for row, prompt in enumerate(ids):
         tokens[row, -len(prompt) :] = prompt
-        positions[row, -len(prompt) :] = np.arange(len(prompt))
+        positions[row, -len(prompt) :] = first_position + np.arange(len(prompt))
         segment_ids[row, -len(prompt) :] = 1
-    lengths = np.asarray([len(prompt) for prompt in ids], np.int32)
-    return sampler.Prompts(tokens, positions, segment_ids, lengths)
+    after = np.asarray([first_position + len(prompt) for prompt in ids], np.int32)
+    return sampler.Prompts(tokens, positions, segment_ids, after)
 
 
 def _bucket(count: int) -> int:

