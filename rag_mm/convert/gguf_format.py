@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -39,7 +40,9 @@ _NAMES = {
     "ffn_down": "model.layers.{}.mlp.down_proj",
 }
 _ROPE_FACTORS = "rope_freqs.weight"
-_INSTALL = "Reading GGUF files needs the package gguf; install the extra [gguf]: pip install 'rag_mm[gguf]'."
+_INSTALL = (
+    "Reading GGUF files needs the package gguf; install the extra: pip install 'rag_mm[gguf]'."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +113,7 @@ def _read(path: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     files.refuse_special(path)
     if not path.is_file():
-        raise UserError(f"{path} does not exist; give a GGUF file.")
+        raise UserError(f"{path} is no file; give a GGUF file.")
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise UserError(f"{path} is not a GGUF file.")
@@ -121,7 +124,7 @@ def _read(path: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except EOFError:
         raise UserError(f"{path} is truncated; copy it again.") from None
     except Exception as error:  # The library raises many kinds for a damaged file.
-        if number := re.match(r"(\d+) is not a valid GGMLQuantizationType", str(error)):
+        if number := re.search(r"(\d+)\D* is not a valid GGMLQuantizationType", str(error)):
             raise UserError(
                 f"{path}: a tensor has the unknown GGUF type {number[1]}; the types that are read are "
                 f"{', '.join(TYPES)}."
@@ -191,14 +194,14 @@ def _tidy(value: float) -> float:
 
 
 def _rope(path: epath.Path, theta: float, head_dim: int, tensor: Any) -> dict[str, Any]:
-    """`rope_parameters`; the settings of LLaMA 3.1's scaling are found from the factors that it results in."""
+    """`rope_parameters`; the settings of LLaMA 3.1's scaling are found from the factors that it gives."""
     if tensor is None:
         return {"rope_type": "default", "rope_theta": theta}
     factors = _decode(tensor, 0).ravel()
     half = head_dim // 2
     scaling = rope.Llama3Scaling(max(1.0, float(factors.max(initial=1))), 1.0, 4.0, 8192)
-    frequencies = np.float32(theta) ** (-np.arange(half, dtype=np.float32) / half)
-    expected = frequencies / np.asarray(scaling(frequencies))
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    expected = np.asarray(frequencies / scaling(frequencies))
     if factors.shape != (half,) or not np.allclose(factors, expected, rtol=1e-3):
         raise UserError(
             f"{path}: {_ROPE_FACTORS} is not the scaling of LLaMA 3.1, the only one that is supported."

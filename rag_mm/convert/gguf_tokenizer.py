@@ -39,8 +39,8 @@ def make_json(path: epath.Path, values: Mapping[str, Any]) -> str | None:
     if words not in _PLAIN + _SINGLE_DIGITS + _LLAMA3:
         known = ", ".join(_PLAIN + _SINGLE_DIGITS + _LLAMA3[:1])
         raise UserError(
-            f"{path} divides texts into words by the rule {str(words)[:40]!r} (tokenizer.ggml.pre); the rules "
-            f"that are known are {known}. Import the model's Hugging Face folder instead."
+            f"{path} divides texts into words by the rule {str(words)[:40]!r} (tokenizer.ggml.pre); the "
+            f"rules that are known are {known}. Import the model's Hugging Face folder instead."
         )
     try:
         return _make(values, str(words)).to_str()

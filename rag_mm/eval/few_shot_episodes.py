@@ -14,7 +14,7 @@ import numpy as np
 from rag_mm.core.errors import UserError
 from rag_mm.eval import statistics
 from rag_mm.frozen_lm import prompts
-from rag_mm.frozen_lm.protocol import FrozenLM
+from rag_mm.frozen_lm.lm_protocol import FrozenLM
 
 Control = Literal["none", "deranged", "foreign"]
 Labels = Literal["names", "nouns", "nonsense"]
@@ -251,7 +251,8 @@ def _ask(
     made = prompts.classification(
         examples, words + free, labels, repeats=ask.repeats, induction=ask.induction
     )
-    ways, right = _ways(episode), {}
+    ways = _ways(episode)
+    right: dict[str, float] = {}
     if ask.scoring != "greedy":
         # Bags are scored as queries, which gives both figures in one pass.
         scores = lm.score(made.queries, [f" {label}" for label in labels], prefix=made.prefix)

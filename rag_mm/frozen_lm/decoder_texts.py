@@ -10,7 +10,7 @@ from rag_mm.data import sequences, token_documents
 from rag_mm.data.vocabulary import Vocabulary
 from rag_mm.decode import tasks
 from rag_mm.frozen_lm import language_model
-from rag_mm.frozen_lm.protocol import Completions
+from rag_mm.frozen_lm.lm_protocol import Completions
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ class DocumentText:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DecoderTexts(language_model.LanguageModel):
-    """Scores and completes the texts of documents (`protocol.FrozenLM`), without images or retrieved ones.
+    """Scores and completes the texts of documents (`lm_protocol.FrozenLM`), without images or retrieved ones.
 
     A text stands where a document's first text does in training: after EOD, at that text's positions. Texts
     longer than a document's were not seen in training.

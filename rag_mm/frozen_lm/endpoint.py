@@ -1,4 +1,4 @@
-"""A language model behind an OpenAI-compatible HTTP endpoint, such as vLLM's (`protocol.FrozenLM`)."""
+"""A language model behind an OpenAI-compatible HTTP endpoint, such as vLLM's (`lm_protocol.FrozenLM`)."""
 
 import dataclasses
 import os
@@ -11,9 +11,11 @@ import numpy as np
 from rag_mm.core import checks
 from rag_mm.core.errors import UserError
 from rag_mm.frozen_lm import answers
-from rag_mm.frozen_lm.protocol import Completions
+from rag_mm.frozen_lm.lm_protocol import Completions
 
-_INSTALL = "An endpoint needs the package openai; install the extra [endpoint]: pip install 'rag_mm[endpoint]'."
+_INSTALL = (
+    "An endpoint needs the package openai; install the extra: pip install 'rag_mm[endpoint]'."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Endpoint:
         prefix: str | None = None,
         calibration: Sequence[str] = (),
     ) -> np.ndarray:
-        """log p(candidate | prefix + prompt), float32 [B, C]; see `protocol.FrozenLM.score`.
+        """log p(candidate | prefix + prompt), float32 [B, C]; see `lm_protocol.FrozenLM.score`.
 
         Every text is sent whole, to be returned with its tokens' log-probabilities (`echo`).
 
@@ -145,8 +147,8 @@ class Endpoint:
 
     def _no_score(self, reason: str) -> str:
         return (
-            f"score is not possible with {self.url}: {reason}; it needs an endpoint whose completions support "
-            "echo with logprobs, such as vLLM's."
+            f"score is not possible with {self.url}: {reason}; it needs an endpoint whose completions "
+            "support echo with logprobs, such as vLLM's."
         )
 
     def _complete(self, texts: list[str], options: dict[str, Any]) -> list[Any]:

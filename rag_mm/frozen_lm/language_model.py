@@ -15,10 +15,9 @@ from rag_mm.core.errors import UserError
 from rag_mm.data import public_text
 from rag_mm.decode import decode_batch, sampler
 from rag_mm.frozen_lm import answers, scoring
-from rag_mm.frozen_lm.protocol import Completions
+from rag_mm.frozen_lm.lm_protocol import Completions
 from rag_mm.nn.decoder import Decoder, DecoderConfig
 from rag_mm.nn.param_trees import Params
-
 
 Text = TypeVar("Text", bound="TextTokenizer")
 
@@ -41,7 +40,7 @@ class TextTokenizer(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LanguageModel:
-    """An imported LLaMA (`protocol.FrozenLM`).
+    """An imported LLaMA (`lm_protocol.FrozenLM`).
 
     Example:
         model = rag_mm.load("runs/llama")
@@ -61,6 +60,7 @@ class LanguageModel:
     params: Params
     text: TextTokenizer | None
     stop_tokens: tuple[int, ...]
+    first_position: int = dataclasses.field(default=0, kw_only=True)
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """Next-token logits, float32 [B, T, V], of token ids int32 [B, T]."""
@@ -88,7 +88,7 @@ class LanguageModel:
         prefix: str | None = None,
         calibration: Sequence[str] = (),
     ) -> np.ndarray:
-        """log p(candidate | prefix + prompt), float32 [B, C]; see `protocol.FrozenLM.score`."""
+        """log p(candidate | prefix + prompt), float32 [B, C]; see `lm_protocol.FrozenLM.score`."""
         return answers.table(
             functools.partial(
                 scoring.log_probs,

@@ -15,7 +15,7 @@ from rag_mm.core.code_grids import Grids
 from rag_mm.core.errors import UserError
 from rag_mm.frozen_lm import prompts
 from rag_mm.frozen_lm.denoising import CodePair
-from rag_mm.frozen_lm.protocol import FrozenLM
+from rag_mm.frozen_lm.lm_protocol import FrozenLM
 from rag_mm.frozen_lm.word_text import WordTable
 
 

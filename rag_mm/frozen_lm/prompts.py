@@ -13,7 +13,7 @@ NEXT_WORDS = "Learn a new language and predict {count} tokens following the exam
 ALL_AT_ONCE = "Predict the outputs following the examples.\n"
 
 
-class Prompts(NamedTuple):
+class PromptTexts(NamedTuple):
     """A prefix and the queries behind it; the answer to a query follows with a space before it."""
 
     prefix: str
@@ -49,7 +49,7 @@ def classification(
     *,
     repeats: int = 0,
     induction: bool = False,
-) -> Prompts:
+) -> PromptTexts:
     """Few-shot classification.
 
     Args:
@@ -63,7 +63,7 @@ def classification(
     head = f"For each of the following input output pairs, output is one of [{names}]\n###\n"
     shown = "".join(f"{_input(words)} {_line(label)}\n" for words, label in examples)
     prefix = (head if induction else "") + shown * (repeats + 1)
-    return Prompts(prefix, [_input(words) for words in queries])
+    return PromptTexts(prefix, [_input(words) for words in queries])
 
 
 def chosen_label(text: str, labels: Sequence[str]) -> int | None:
@@ -73,19 +73,19 @@ def chosen_label(text: str, labels: Sequence[str]) -> int | None:
     return max(found, key=lambda i: len(labels[i]), default=None)
 
 
-def captioning(examples: Sequence[tuple[str, str]], words: str) -> Prompts:
+def captioning(examples: Sequence[tuple[str, str]], words: str) -> PromptTexts:
     """Captioning of one image after examples (words, caption)."""
     shown = "".join(f"Q: {_line(w)}\nA: {_line(caption)}\n" for w, caption in examples)
-    return Prompts(CAPTION + shown, [f"Q: {_line(words)}\nA:"])
+    return PromptTexts(CAPTION + shown, [f"Q: {_line(words)}\nA:"])
 
 
-def answering(examples: Sequence[Answered], words: str, question: str) -> Prompts:
+def answering(examples: Sequence[Answered], words: str, question: str) -> PromptTexts:
     """A question about one image after examples."""
     shown = "".join(f"{_asked(e.words, e.question)} {_line(e.answer)}\n" for e in examples)
-    return Prompts(ANSWER + shown, [_asked(words, question)])
+    return PromptTexts(ANSWER + shown, [_asked(words, question)])
 
 
-def next_words(examples: Sequence[Continued], query: Continued, count: int | None) -> Prompts:
+def next_words(examples: Sequence[Continued], query: Continued, count: int | None) -> PromptTexts:
     """One segment of an image's words after the same segment of the examples.
 
     Args:
@@ -96,7 +96,7 @@ def next_words(examples: Sequence[Continued], query: Continued, count: int | Non
     """
     head = ALL_AT_ONCE if count is None else NEXT_WORDS.format(count=count)
     shown = "".join(f"{_continued(e)} {_line(e.segment)}\n" for e in examples)
-    return Prompts(head + shown, [_continued(query)])
+    return PromptTexts(head + shown, [_continued(query)])
 
 
 def first_line(text: str) -> str:

@@ -24,8 +24,8 @@ from rag_mm.nn.block import Heads
 from rag_mm.nn.decoder import Decoder
 from rag_mm.nn.param_trees import Params
 
-HEAD_BATCH = 64
-"""Hidden states that the head is applied to at once."""
+HEAD_BATCH, HEAD_MULTIPLE = 64, 8
+"""Hidden states that the head is applied to at once, at most; their number is a multiple of the second."""
 WHOLE_BATCH = 16
 """Rows computed at once by a decoder with smeared heads, whose rows are not packed."""
 
@@ -110,17 +110,14 @@ def _apply_head(
 ) -> Float32[np.ndarray, " P"]:
     """The log-probability of each target after its state; equal states are next to each other."""
     # One state may have several targets: one-token answers to the same question.
-    same = [False, *((states[1:] == states[:-1]).all(axis=1).tolist())]
-    place = np.cumsum(~np.array(same)) - 1
-    unique = states[~np.array(same)]
+    is_new = np.array([True, *(states[1:] != states[:-1]).any(axis=1)])
+    unique, place = states[is_new], np.cumsum(is_new) - 1
     found = np.empty(len(targets), np.float32)
     tokens = np.array([target.token for target in targets])
-    for start in range(0, len(unique), HEAD_BATCH):
-        block = unique[start : start + HEAD_BATCH]
-        padding = ((0, HEAD_BATCH - len(block)), (0, 0))
-        log_probs = np.asarray(head(hidden=np.pad(block, padding)[:, None]))
-        here = (place >= start) & (place < start + len(block))
-        found[here] = log_probs[place[here] - start, tokens[here]]
+    for numbers in batches.split(len(unique), HEAD_BATCH, HEAD_MULTIPLE):
+        log_probs = np.asarray(head(hidden=unique[numbers][:, None]))
+        here = (place >= numbers[0]) & (place <= numbers[-1])
+        found[here] = log_probs[place[here] - numbers[0], tokens[here]]
     return found
 
 

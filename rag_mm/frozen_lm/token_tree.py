@@ -24,7 +24,7 @@ class Row(NamedTuple):
 
 
 class Target(NamedTuple):
-    """A token whose log-probability counts: after which token of the chunk, its id, and of which row it is."""
+    """A token whose log-probability counts: after which token of the chunk, its id, and its row."""
 
     after: int
     token: int
@@ -38,7 +38,7 @@ class Chunk(NamedTuple):
         tokens: ids, int32 [T].
         depths: positions, the trunk's length for the first one after it, int32 [T].
         parents: the chunk's token before each one; -1 for the first ones after the trunk.
-        targets: what is asked for.
+        targets: what is asked for, those after the same token next to each other.
     """
 
     tokens: np.ndarray
@@ -107,4 +107,4 @@ def _make(nodes: dict[tuple[int, ...], int], targets: list[Target], num_shared: 
     tokens = np.array([path[-1] for path in nodes], np.int32)
     depths = np.array([num_shared + len(path) - 1 for path in nodes], np.int32)
     parents = np.array([nodes.get(path[:-1], -1) for path in nodes], np.int32)
-    return Chunk(tokens, depths, parents, targets)
+    return Chunk(tokens, depths, parents, sorted(targets))

@@ -130,7 +130,7 @@ def level_targets(
     codebook: Float[Array | np.ndarray, "C D"],
     grids: Grids,
     is_residual: bool = False,
-) -> list[Float[Array, "B r s D"]]:
+) -> list[Float[Array, "B _ _ D"]]:
     """z_l of each level, to which `quantize` takes the nearest code; differentiable in z only."""
     codebook, targets = jax.lax.stop_gradient(codebook), []
     sums = jnp.zeros_like(jax.lax.stop_gradient(z))

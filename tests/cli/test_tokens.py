@@ -72,6 +72,8 @@ def test_the_majority_vote_needs_no_language_model(desk, capsys):
             "complete --task=text-to-image --prompt=a --documents=docs --out=x.png",
             "Only 3 documents have a text and a picture; give 10",
         ),
+        ("ask gray.png --documents=docs --lm=nothing", "nothing is not a run"),
+        ("ask gray.png --documents=docs --lm=http://localhost/v1", "names no model"),
         ("ask gray.png --documents=no --lm=nothing", "no is not a folder"),
     ],
 )

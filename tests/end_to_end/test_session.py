@@ -8,6 +8,7 @@ import PIL.Image
 import pytest
 
 import rag_mm
+from rag_mm.api.open_lm import open_lm
 from rag_mm.cli import main
 from rag_mm.core.document_types import Document, Image, Text
 from rag_mm.core.errors import UserError
@@ -30,6 +31,14 @@ def picture(run):
 def by_hand(run, count: int) -> list[Document]:
     found = [run.memory.document(row) for row in range(count)]
     return [Document(f"mine-{i}", d.segments) for i, d in enumerate(found)]
+
+
+def test_its_decoder_is_a_language_model_of_its_texts(run, tiny_run):
+    model = open_lm(str(tiny_run.workdir))
+    found = model.score(["red apple on a"], [" blue background", " qxz"])
+    assert found.shape == (1, 2) and found[0, 0] > found[0, 1]
+    assert len(model.generate(["red apple"], num_tokens=4).tokens[0]) <= 4
+    assert len(model.vocabulary) == run.generator.params["embedding"]["table"].shape[0]
 
 
 def same(one: np.ndarray, other: np.ndarray) -> bool:

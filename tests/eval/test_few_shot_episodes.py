@@ -24,7 +24,9 @@ def test_an_episode_has_k_examples_and_other_queries_of_n_classes():
         assert len(set(rows)) == len(rows) == 3 * 5
         ways = [way for _, way in episode.support]
         assert np.bincount(ways).tolist() == [2, 2, 2]
-        assert all(CLASSES[r] == episode.classes[w] for r, w in (*episode.support, *episode.queries))
+        assert all(
+            CLASSES[r] == episode.classes[w] for r, w in (*episode.support, *episode.queries)
+        )
     orders = {tuple(way for _, way in episode.support) for episode in draw(ways=3)}
     assert len(orders) > 1
 
@@ -72,8 +74,8 @@ def test_overlap_counts_each_word_in_each_example():
     assert few_shot_episodes.share_right(votes, [1, 0]) == (1 + 0.5) / 2
 
 
-def measure(lm=None, ask=AskConfig(), **options):
-    found = few_shot_episodes.measure(draw(**options), BAGS, NAMES, lm, ask)
+def measure(lm=None, ask=None, **options):
+    found = few_shot_episodes.measure(draw(**options), BAGS, NAMES, lm, ask or AskConfig())
     return {method: float(values.mean()) for method, values in found.items()}
 
 

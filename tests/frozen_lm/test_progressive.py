@@ -26,7 +26,7 @@ def pair():
 def test_every_wanted_code_is_in_one_segment_of_its_level():
     wanted = ALL.copy()
     wanted[[0, 7]] = False
-    found = {level: parts for level, parts in progressive.segments(GRIDS, wanted, 3)}
+    found = dict(progressive.segments(GRIDS, wanted, 3))
     assert [[part.tolist() for part in parts] for parts in found.values()] == [
         [],
         [[1, 2, 3], [4]],

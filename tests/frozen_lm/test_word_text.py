@@ -23,16 +23,33 @@ def table_and_codes(draw):
 
 @hypothesis.given(table_and_codes(), st.integers(0, 5))
 def test_words_are_read_back(case, fallback):
-    """Also from a prompt, and behind what a language model goes on to write."""
+    """Also behind what a language model goes on to write."""
     table, codes = case
     text = table.text(codes)
     np.testing.assert_array_equal(table.strict_codes(text), codes)
-    made = prompts.classification([(text, "lion")], [text], ["lion"])
-    (shown,) = [line for line in made.prefix.splitlines() if line.startswith("Input: ")]
-    np.testing.assert_array_equal(table.strict_codes(shown.removeprefix("Input: ")), codes)
     parsed = table.parse(f" {text} more\nA: {text}", np.full(len(codes), fallback))
     np.testing.assert_array_equal(parsed.codes, codes)
     assert parsed.is_valid.all()
+
+
+@hypothesis.given(table_and_codes())
+def test_words_are_read_back_from_every_prompt(case):
+    table, codes = case
+    text = table.text(codes)
+    continued = prompts.Continued(text, text, text)
+    answered = prompts.Answered(text, "which?", "red")
+    made = {
+        "Input": prompts.classification([(text, "lion")], [text], ["lion"]),
+        "Q": prompts.captioning([(text, "a lion")], text),
+        "C": prompts.answering([answered], text, "which?"),
+        "A": prompts.next_words([continued], continued, None),
+    }
+    for field, prompt in made.items():
+        lines = (prompt.prefix + prompt.queries[0]).splitlines()
+        shown = [line.removeprefix(f"{field}: ") for line in lines if line.startswith(f"{field}: ")]
+        assert len(shown) == (1 if field == "A" else 2)
+        for line in shown:
+            np.testing.assert_array_equal(table.strict_codes(line), codes)
 
 
 @pytest.mark.parametrize(

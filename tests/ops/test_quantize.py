@@ -262,3 +262,32 @@ def test_kmeans_finds_clusters_uses_every_center_and_is_deterministic():
     np.testing.assert_array_equal(centers, again)
     with pytest.raises(ValueError, match="cannot seed"):
         quantize.init_kmeans(points[:9], 16, jax.random.key(0))
+
+
+@pytest.mark.parametrize("is_residual", [False, True])
+def test_each_code_is_the_nearest_to_its_levels_target(is_residual):
+    z, codebook = map(jnp.asarray, _case(SMALL))
+    codes = quantize.quantize(z, codebook, SMALL, is_residual)
+    targets = quantize.level_targets(z, codes, codebook, SMALL, is_residual)
+    nearest = [quantize.nearest_codes(target, codebook).reshape(2, -1) for target in targets]
+    np.testing.assert_array_equal(jnp.concatenate(nearest, axis=1), codes)
+
+
+def test_residual_codes_add_up_to_z_less_what_the_last_level_leaves():
+    z, codebook = map(jnp.asarray, _case(SMALL))
+    codes = quantize.quantize(z, codebook, SMALL, is_residual=True)
+    sums = quantize.running_averages(codes, codebook, SMALL, is_residual=True)
+    last = quantize.level_targets(z, codes, codebook, SMALL, is_residual=True)[-1]
+    left = last - codebook[codes[:, -16:]].reshape(last.shape)
+    np.testing.assert_allclose(sums[-1], z - left, atol=1e-5)
+
+
+def test_a_streaming_average_leaves_a_share_of_its_last_target():
+    """zhat - z = (e(k) - z_l) / (n + 1), section 5."""
+    z, codebook = map(jnp.asarray, _case(SMALL))
+    codes = quantize.quantize(z, codebook, SMALL)
+    average = quantize.running_averages(codes, codebook, SMALL)[-1]
+    last = quantize.level_targets(z, codes, codebook, SMALL)[-1]
+    counts = quantize.word_counts(SMALL)[-1][None, :, :, None]
+    step = (codebook[codes[:, -16:]].reshape(last.shape) - last) / counts.astype(np.float32)
+    np.testing.assert_allclose(average - z, step, atol=1e-5)

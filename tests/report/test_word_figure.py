@@ -27,7 +27,10 @@ def test_it_shows_the_image_its_words_and_what_they_decode_to():
     words = (("cat", "sun"), ("$x^", "extraordinarily"))
     picture = drawn(words, np.array([[1.0, 0.0], [0.5, 0.5]]))
     assert share(picture, (200, 30, 30)) > 0.1 and share(picture, (30, 30, 200)) > 0.1
-    green, brown = (0, 60, 48), (84, 48, 5)  # The ends of the scale, each in a quarter of the cells.
+    green, brown = (
+        (0, 60, 48),
+        (84, 48, 5),
+    )  # The ends of the scale, each in a quarter of the cells.
     assert 0.02 < share(picture, green) < 0.1 and 0.02 < share(picture, brown) < 0.1
     assert share(drawn(words, None), green) == 0
 

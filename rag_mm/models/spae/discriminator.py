@@ -97,7 +97,7 @@ def _activate(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 def _conv3x3(in_dim: int, out_dim: int, *, rngs: nnx.Rngs) -> nnx.Conv:
     init = nnx.initializers.xavier_uniform()
-    return nnx.Conv(in_dim, out_dim, (3, 3), kernel_init=init, rngs=rngs)
+    return conv.conv3x3(in_dim, out_dim, kernel_init=init, rngs=rngs)
 
 
 def _linear(in_dim: int, out_dim: int, *, use_bias: bool = True, rngs: nnx.Rngs) -> nnx.Linear:

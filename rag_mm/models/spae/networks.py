@@ -5,12 +5,21 @@ from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from rag_mm.models.spae.spae_config import SPAEConfig
 from rag_mm.nn import conv
 from rag_mm.nn.block import REMAT
+
+
+def code_patches(
+    images: Float[Array | np.ndarray, "B H W 3"], config: SPAEConfig
+) -> Float[Array, "B R S code_dim"]:
+    """The pixels of each code of the finest grid, in the order in which the shortcuts take them."""
+    patches = conv.space_to_depth(images, config.patch_size)
+    return _fold(patches, config.code_size // config.patch_size)
 
 
 class PatchEncoder(nnx.Module):

@@ -1,6 +1,7 @@
 """SPAE's training loss, the figures logged with it, and the k-means start of a learned codebook."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,23 @@ from jaxtyping import Array, Float32, Int, Key, UInt8
 
 from rag_mm.core import code_grids, sharding
 from rag_mm.models.objective_types import Batch, Metrics
-from rag_mm.models.spae import semantic
+from rag_mm.models.spae import added_terms, semantic
 from rag_mm.models.spae.autoencoder import SPAE
+from rag_mm.models.spae.loss_weights import LossWeights
 from rag_mm.ops import images as image_ops
 from rag_mm.ops import quantize
 
-NO_SEMANTICS = semantic.SemanticConfig()
+NO_SEMANTICS, NO_ADDED = semantic.SemanticConfig(), LossWeights()
+
+
+class _Encoded(NamedTuple):
+    """Images as they were augmented, their latents and codes, and what is decoded from these."""
+
+    images: Float32[Array, "B H W 3"]
+    z: Float32[Array, "B R S D"]
+    codes: Int[Array, "B N"]
+    averages: Sequence[Float32[Array, "B R S D"]]
+    reconstruction: Float32[Array, "B H W 3"]
 
 
 @sharding.automatic()
@@ -24,15 +36,17 @@ def loss_fn(
     rng: Key[Array, ""],
     *,
     semantic_config: semantic.SemanticConfig = NO_SEMANTICS,
+    weights: LossWeights = NO_ADDED,
 ) -> tuple[Float32[Array, ""], Metrics]:
-    """Pixel error + codebook loss + weighted commitment loss + weighted semantic loss (section 7).
+    """Pixel error + codebook loss + weighted commitment, added and semantic losses (section 7).
 
     Args:
       model: the image tokenizer.
       batch: `images` uint8 [B, H, W, 3]; `embeddings` float32 [B, E] of a guided model; with semantic
         guidance `pool_words` int32 [B, M] and `pool_sizes` int32 [B, L], see `semantic.semantic_loss`.
       rng: for flips and rotations, and for the choice of words.
-      semantic_config: weight and thresholds of the semantic loss.
+      semantic_config: weight of the semantic loss.
+      weights: of the perceptual and adversarial terms, whose networks the model then has.
 
     Returns:
       The loss, and metrics as sums with weights. `squared_error` sums over all pixels and channels,
@@ -41,24 +55,18 @@ def loss_fn(
       up to each level, float32 [levels], and `latent_square` ||z||^2 / D.
     """
     config = model.config
-    images = image_ops.to_float(batch["images"])
-    grids = config.grids_at(*images.shape[1:3])
-    if config.random_flip_rotate:
-        images = image_ops.random_flip_rotate(images, rng)
-    z, codebook = model.embed(images, batch.get("embeddings")), model.codebook[...]
-    codes = quantize.quantize(z, codebook, grids, config.is_residual)
-    averages = quantize.running_averages(codes, codebook, grids, config.is_residual)
-    reconstruction = model.render(quantize.straight_through(z, averages[-1], grids))
+    encoded = _encode(model, batch, rng)
+    images, z, codes, averages, reconstruction = encoded
+    grids, codebook = config.grids_at(*images.shape[1:3]), model.codebook[...]
     pixel_loss = jnp.mean((reconstruction - images) ** 2)
     codebook_loss, commitment_loss = quantize.quantization_losses(z, averages, grids)
     # A language codebook is not trained, and its part of the loss would only shift the others' balance.
     to_codebook = codebook_loss if config.codebook == "learned" else jnp.zeros_like(codebook_loss)
     loss = pixel_loss + to_codebook + config.commitment_weight * commitment_loss
-    weight = jnp.float32(images.shape[0])
-    metrics = {
-        "codebook_loss": (codebook_loss * weight, weight),
-        "commitment_loss": (commitment_loss * weight, weight),
-    }
+    added, metrics = added_terms.added_terms(model, images, reconstruction, weights)
+    loss, weight = loss + added, jnp.float32(images.shape[0])
+    metrics["codebook_loss"] = (codebook_loss * weight, weight)
+    metrics["commitment_loss"] = (commitment_loss * weight, weight)
     if semantic_config.alpha:
         targets = quantize.level_targets(z, codes, codebook, grids, config.is_residual)
         pools = (batch["pool_words"], batch["pool_sizes"])
@@ -68,18 +76,34 @@ def loss_fn(
         loss = loss + semantic_config.alpha * factor * semantic_loss
         metrics["semantic_loss"] = (semantic_loss * weight, weight)
     metrics["loss"] = (loss * weight, weight)
-    return loss, metrics | _figures(model, images, reconstruction, z, codes, averages)
+    return loss, metrics | _figures(model, encoded)
 
 
-def _figures(
-    model: SPAE,
-    images: Float32[Array, "B H W 3"],
-    reconstruction: Float32[Array, "B H W 3"],
-    z: Float32[Array, "B R S D"],
-    codes: Int[Array, "B N"],
-    averages: Sequence[Float32[Array, "B R S D"]],
-) -> Metrics:
+@sharding.automatic()
+def reconstruct(
+    model: SPAE, batch: Batch, rng: Key[Array, ""]
+) -> tuple[Float32[Array, "B H W 3"], Float32[Array, "B H W 3"]]:
+    """The images as `loss_fn` augments them with the same `rng`, and their reconstructions, not clipped."""
+    encoded = _encode(model, batch, rng)
+    return encoded.images, encoded.reconstruction
+
+
+def _encode(model: SPAE, batch: Batch, rng: Key[Array, ""]) -> _Encoded:
+    config = model.config
+    images = image_ops.to_float(batch["images"])
+    grids = config.grids_at(*images.shape[1:3])
+    if config.random_flip_rotate:
+        images = image_ops.random_flip_rotate(images, rng)
+    z, codebook = model.embed(images, batch.get("embeddings")), model.codebook[...]
+    codes = quantize.quantize(z, codebook, grids, config.is_residual)
+    averages = quantize.running_averages(codes, codebook, grids, config.is_residual)
+    reconstruction = model.render(quantize.straight_through(z, averages[-1], grids))
+    return _Encoded(images, z, codes, averages, reconstruction)
+
+
+def _figures(model: SPAE, encoded: _Encoded) -> Metrics:
     """Errors of pixels and latents, and how often each code is used, by level; see `loss_fn`."""
+    images, z, codes, averages, reconstruction = encoded
     grids = model.config.grids_at(*images.shape[1:3])
     weight = jnp.float32(images.shape[0])
     by_level = jnp.split(codes, code_grids.ends(grids)[:-1], axis=1)

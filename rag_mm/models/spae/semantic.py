@@ -51,7 +51,7 @@ def relative_scores(
 
 
 def semantic_loss(
-    targets: Sequence[Float32[Array, "B r s D"]],
+    targets: Sequence[Float32[Array, "B _ _ D"]],
     codebook: Float32[Array, "K D"],
     pool_words: Int[Array, "B M"],
     pool_sizes: Int[Array, "B L"],
@@ -75,7 +75,7 @@ def semantic_loss(
         z = target.reshape(target.shape[0], -1, target.shape[-1])
         sizes = pool_sizes[:, level, None]
         shares = jax.random.uniform(jax.random.fold_in(key, level), z.shape[:2])
-        chosen = jnp.minimum((shares * sizes).astype(jnp.int32), sizes - 1)
+        chosen = (shares * sizes.astype(jnp.float32)).astype(jnp.int32)
         words = jnp.take_along_axis(pool_words, chosen, axis=1)
         # ||z||^2 is the same for every word.
         logits = (2 * z @ codebook.T - norms[None, None]) * (logit_scale / (2 * mean_square))

@@ -38,8 +38,9 @@ def measure(
     num_eval: int,
     seed: int,
     further_sizes: Sequence[int] = (),
+    splits: Sequence[str] = world_config.TEST,
 ) -> dict[str, Any]:
-    """Figures on at most `num_eval` test images of held-out classes, chosen by `seed`.
+    """Figures on at most `num_eval` test images of the classes of some splits, chosen by `seed`.
 
     Returns:
         `psnr` in dB, `code_usage` in [0, 1], `perplexity`; with several levels, the same under `level1`,
@@ -47,7 +48,7 @@ def measure(
         of images decoded from the levels up to it; `psnr` of each further image size under `size16` and so
         on; for emoji scenes, the scorer's accuracy on original and on reconstructed images.
     """
-    held_out = world.scenes("test", *world_config.TEST)
+    held_out = world.scenes("test", *splits)
     rows = world_config.sample_rows(held_out, num_eval, seed)
     originals = world_config.images(held_out, rows)
     codes = tokenizer.encode(originals)

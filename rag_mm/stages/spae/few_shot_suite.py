@@ -11,7 +11,7 @@ from rag_mm.core.errors import UserError
 from rag_mm.data import labeled
 from rag_mm.eval import few_shot_episodes, statistics
 from rag_mm.eval.few_shot_episodes import AskConfig, EpisodeConfig
-from rag_mm.frozen_lm.protocol import FrozenLM
+from rag_mm.frozen_lm.lm_protocol import FrozenLM
 from rag_mm.frozen_lm.word_text import WordTable
 from rag_mm.stages.spae import word_images
 
@@ -44,6 +44,7 @@ def evaluate(
     workdir: epath.PathLike,
     images: labeled.Labeled,
     *,
+    against: epath.PathLike | None = None,
     lm: FrozenLM | None = None,
     words: WordsConfig = WordsConfig(),
     episodes: EpisodeConfig = _EPISODES,
@@ -54,6 +55,7 @@ def evaluate(
     Args:
         workdir: run whose image tokenizer writes words.
         images: images and their classes.
+        against: another run, by whose words the same images are classified in the same episodes.
         lm: a frozen language model; without one, equal words are counted.
         words: which words stand for an image.
         episodes: which episodes are drawn.
@@ -63,25 +65,37 @@ def evaluate(
         `accuracy` with `ci95`, `n` (episodes) and `standard_error`, of the calibrated language model, of the
         greedy one if only that was asked, or of the word overlap without one; the same under each of
         `overlap`, `log_p`, `calibrated`, `greedy` that was measured; `over_overlap`, the paired difference
-        with the word overlap; `method`, `chance`, `words` per image, `classes`, `rejected` (file and reason
-        of each bad image) and `per_episode` (accuracies by method).
+        with the word overlap; with another run `over_against`, the paired difference with it by method;
+        `method`, `chance`, `words` per image, `classes`, `rejected` (file and reason of each bad image) and
+        `per_episode` (accuracies by method).
 
     Raises:
         UserError: the run has no words, no image could be read, or too few classes or images per class.
     """
-    opened = word_images.load(workdir)
-    bags, class_ids = read_bags(opened, images, words)
+    bags, class_ids = read_bags(word_images.load(workdir), images, words)
+    if against is not None:
+        others, _ = read_bags(word_images.load(against), images, words)
     drawn = few_shot_episodes.draw_episodes(class_ids, episodes)
-    with progress.track("episodes", len(drawn)) as bar:
-        found = few_shot_episodes.measure(
-            drawn, bags, images.class_names, lm, ask, on_episode=bar.update
-        )
+
+    def measure(bags: list[tuple[str, ...]], name: str) -> dict[str, np.ndarray]:
+        with progress.track(name, len(drawn)) as bar:
+            return few_shot_episodes.measure(
+                drawn, bags, images.class_names, lm, ask, on_episode=bar.update
+            )
+
+    found = measure(bags, "episodes")
     summaries = {
         method: few_shot_episodes.summarize(values, len(drawn[0].queries))
         for method, values in found.items()
     }
     method = next(name for name in ("calibrated", "greedy", "overlap") if name in found)
-    paired = {}
+    paired: dict[str, Any] = {}
+    if against is not None:
+        other = measure(others, "episodes of the other run")
+        paired["over_against"] = {
+            name: statistics.paired_difference(values, other[name])
+            for name, values in found.items()
+        }
     if method != "overlap":
         paired["over_overlap"] = statistics.paired_difference(found[method], found["overlap"])
     return {

@@ -12,8 +12,8 @@ from rag_mm.core.document_types import Document
 from rag_mm.core.errors import UserError
 from rag_mm.frozen_lm import denoising, progressive, prompts
 from rag_mm.frozen_lm.denoising import CodePair
+from rag_mm.frozen_lm.lm_protocol import FrozenLM
 from rag_mm.frozen_lm.progressive import ProgressiveConfig
-from rag_mm.frozen_lm.protocol import FrozenLM
 from rag_mm.frozen_lm.word_text import WordTable
 from rag_mm.stages.spae import word_images
 

@@ -16,11 +16,9 @@ from jax.sharding import Mesh
 from rag_mm.core import checks, code_grids, files, run_folder, sharding
 from rag_mm.core.errors import UserError
 from rag_mm.data import pipeline
-from rag_mm.models.spae import autoencoder, language_table, objective, spae_config
+from rag_mm.models.spae import autoencoder, objective, spae_config
 from rag_mm.models.spae.semantic import SemanticConfig
-from rag_mm.nn import conv
 from rag_mm.nn.param_trees import Params
-from rag_mm.ops import images as image_ops
 from rag_mm.stages import multiprocess, scaling, training
 from rag_mm.stages.shared import (
     frozen,
@@ -29,12 +27,18 @@ from rag_mm.stages.shared import (
     train_retriever,
     world_config,
 )
-from rag_mm.stages.spae import build_codebook, rank_words, word_figures, word_images
+from rag_mm.stages.spae import (
+    added_losses,
+    build_codebook,
+    first_params,
+    rank_words,
+    word_figures,
+    word_images,
+)
 from rag_mm.stages.stage import PER_DOCUMENT
 from rag_mm.train import loop, optimizer
 
 FOLDER = given_models.FOLDER
-_MAX_PATCHES = 100_000  # Whose principal components the shortcuts start from.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +53,11 @@ class SPAEStageConfig:
         optimizer: learning rate, schedule, moments and moving averages.
         loop: number of steps, logging and checkpoints.
         semantic: attraction of codes to words that fit the image.
+        losses: perceptual and adversarial losses.
         batch_size: images per step.
         num_init_images: number of images that the start is computed from.
         num_eval: number of test images for the metrics.
+        eval_splits: splits of classes that they show: test for results, tune for choosing settings.
         scale: devices, precision, and what is computed in parts.
     """
 
@@ -61,9 +67,13 @@ class SPAEStageConfig:
     optimizer: optimizer.OptimizerConfig
     loop: loop.LoopConfig
     semantic: SemanticConfig = dataclasses.field(default_factory=SemanticConfig)
+    losses: added_losses.AddedLossesConfig = dataclasses.field(
+        default_factory=added_losses.AddedLossesConfig
+    )
     batch_size: int = 16
     num_init_images: int = 1024
     num_eval: int = 1024
+    eval_splits: tuple[str, ...] = world_config.TEST
     scale: scaling.TokenizerScaleConfig = dataclasses.field(
         default_factory=scaling.TokenizerScaleConfig
     )
@@ -99,7 +109,9 @@ class SPAEStageConfig:
 def inputs(config: SPAEStageConfig) -> tuple[str, ...]:
     """The stages that it reads with this config."""
     codebook = ("language_codebook",) if config.model.codebook == "language" else ()
-    return (*codebook, *(("word_pools", "retriever") if config.uses_pools else ()))
+    pools = ("word_pools",) if config.uses_pools else ()
+    needs_retriever = config.uses_pools or config.losses.needs_retriever
+    return (*codebook, *pools, *(("retriever",) if needs_retriever else ()))
 
 
 def make_mesh(config: SPAEStageConfig) -> Mesh:
@@ -123,16 +135,21 @@ def run(config: SPAEStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> 
     if config.uses_pools:
         pools = rank_words.load(run.finished_stage("word_pools"))
         _check_guide(config.model, pools)
-    params = _train(config, codebook, pools, stage_dir)
+    retriever = None
+    if config.losses.needs_retriever:
+        retriever = given_models.find_model(run.workdir, "retriever")
+    params = _train(config, codebook, pools, retriever, stage_dir)
     if not multiprocess.is_leader():
         return {}
     params = jax.device_get(params)
     folder = stage_dir / FOLDER
     _save(config, run, folder, params, codebook)
     tokenizer = frozen.FrozenTokenizer(folder)
-    metrics = tokenizer_figures.measure(config.world, tokenizer, config.num_eval, config.seed)
+    metrics = tokenizer_figures.measure(
+        config.world, tokenizer, config.num_eval, config.seed, splits=config.eval_splits
+    )
     values = _per_image(config, run, tokenizer, codebook)
-    files.write_json(stage_dir / PER_DOCUMENT, {"test": _to_lists(values)})
+    files.write_json(stage_dir / PER_DOCUMENT, {"held_out": _to_lists(values)})
     if codebook is None:
         return metrics
     digests = [build_codebook.digest_of(table) for table in (params["codebook"], codebook.table)]
@@ -163,7 +180,7 @@ def _per_image(
     codebook: build_codebook.LanguageCodebook | None,
 ) -> dict[str, Any]:
     """Figures of each test image: PSNR by prefix and, of words with features, what `word_figures` gives."""
-    source = config.world.scenes("test", *world_config.TEST)
+    source = config.world.scenes("test", *config.eval_splits)
     rows = world_config.sample_rows(source, config.num_eval, config.seed)
     images = world_config.images(source, rows)
     codes = tokenizer.encode(images)
@@ -209,6 +226,7 @@ def _train(
     config: SPAEStageConfig,
     codebook: build_codebook.LanguageCodebook | None,
     pools: rank_words.WordPools | None,
+    retriever: epath.Path | None,
     stage_dir: epath.Path,
 ) -> Params:
     images = world_config.images(config.world.scenes("train", *world_config.SEEN))
@@ -228,73 +246,36 @@ def _train(
         take,
         rows=sharding.local_rows(config.batch_size, mesh),
     )
+    added, size = config.losses, config.model.image_size
+    make_model = partial(_make_model, config)
+    make_all = added_losses.extend(added, make_model, size, retriever, config.seed)
+    rows = np.random.default_rng((config.seed, 1)).permutation(len(images))
+    sample = images[np.sort(rows[: config.num_init_images])]
+    if codebook is None:
+        prepare = partial(first_params.kmeans, make_all, sample, config.seed, mesh)
+    else:
+        start = partial(first_params.words, config.model, codebook, pools)
+        prepare = partial(start, sample, config.seed)
     is_frozen = lambda path: codebook is not None and path == "codebook"
     params, _ = training.train(
         "spae",
         stage_dir,
-        partial(_make_model, config),
-        partial(objective.loss_fn, semantic_config=config.semantic),
+        make_all,
+        partial(objective.loss_fn, semantic_config=config.semantic, weights=added.weights),
         batches,
         optimizer_config=config.optimizer,
         loop_config=config.loop,
         seed=config.seed,
         mesh=mesh,
         num_parts=config.scale.num_parts,
-        prepare=partial(_start, config, images, codebook, pools, mesh),
-        what=training.WhatTrains(is_frozen=is_frozen),
+        start=partial(added_losses.start, added, retriever),
+        prepare=prepare,
+        what=added_losses.what_trains(added, objective.reconstruct, is_frozen),
         derive=tokenizer_figures.derive,
     )
-    return params
+    return added_losses.own(params)
 
 
 def _make_model(config: SPAEStageConfig) -> autoencoder.SPAE:
     scale, rngs = config.scale, nnx.Rngs(params=config.seed)
     return autoencoder.SPAE(config.model, rngs=rngs, dtype=scale.dtype, remat=scale.remat)
-
-
-def _start(
-    config: SPAEStageConfig,
-    images: np.ndarray,
-    codebook: build_codebook.LanguageCodebook | None,
-    pools: rank_words.WordPools | None,
-    mesh: Mesh,
-    params: Params,
-) -> Params:
-    """The parameters before step 0, from `images` uint8 [R, H, W, 3] and the codebook."""
-    rows = np.random.default_rng((config.seed, 1)).permutation(len(images))
-    sample = images[np.sort(rows[: config.num_init_images])]
-    with jax.set_mesh(mesh):
-        if codebook is None:
-            graphdef = nnx.graphdef(jax.eval_shape(partial(_make_model, config)))
-            key = jax.random.key(config.seed)
-            init = jax.jit(
-                lambda params: objective.init_codebook(nnx.merge(graphdef, params), sample, key)
-            )
-            return params | {"codebook": init(params)}
-        params = _replace(params, ("codebook",), codebook.table)
-        if config.model.encoder != "conv":
-            into, back = language_table.matched_shortcuts(_patches(config, sample), codebook.table)
-            params = _replace(params, ("encoder", "shortcut"), into)
-            params = _replace(params, ("decoder", "shortcut"), back)
-        if config.model.guide_dim and pools is not None:
-            wanted = codebook.table[pools.words[:, 0]]
-            guide = language_table.least_squares_guide(pools.embeddings, wanted)
-            params = _replace(params, ("guide", "linear"), guide)
-    return params
-
-
-def _patches(config: SPAEStageConfig, images: np.ndarray) -> np.ndarray:
-    """Patches of one code each, in 0..1: float [P, C], a sample of them."""
-    patches = conv.space_to_depth(image_ops.to_float(images), config.model.code_size)
-    flat = np.asarray(patches).reshape(-1, patches.shape[-1])
-    chosen = np.random.default_rng((config.seed, 3)).permutation(len(flat))[:_MAX_PATCHES]
-    return flat[chosen]
-
-
-def _replace(params: Params, path: tuple[str, ...], value: Any) -> Params:
-    """The parameters with those under `path` replaced, on the same devices."""
-    name, *rest = path
-    if rest:
-        return params | {name: _replace(params[name], tuple(rest), value)}
-    put = lambda new, old: jax.device_put(np.asarray(new, old.dtype), old.sharding)
-    return params | {name: jax.tree.map(put, value, params[name])}

@@ -7,8 +7,8 @@ import zipfile
 import numpy as np
 from etils import epath
 
-from rag_mm.convert import gguf_format
 from rag_mm.core.errors import UserError
+from rag_mm.frozen_lm import word_table
 
 RANDOM, SMOLLM2 = "random", "smollm2"
 _RANDOM_DIM = 64
@@ -46,7 +46,7 @@ def read(path: str) -> tuple[list[str], np.ndarray]:
     """
     path = locate(path)
     if not path.endswith(".npz"):
-        return gguf_format.read_words(path)
+        return word_table.read_words(path)
     try:
         with epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             words, vectors = arrays["words"], arrays["vectors"]
@@ -74,18 +74,12 @@ def random_rows(words: list[str], seed: int) -> tuple[list[str], np.ndarray]:
 def whole_words(texts: list[str]) -> dict[str, int]:
     """The tokens that are a lower-case ASCII word of at least two letters: word -> token, in their order.
 
-    A byte-pair vocabulary lists frequent tokens first, with the space before a word, which is dropped; of a
-    word with and without a space the one with it is kept.
+    Tokenizers of language models put the space before a word into its token, and tokens without one are
+    pieces of words; it is dropped. Where no text has one, all texts are words.
     """
+    start = " " if any(text.startswith(" ") for text in texts) else ""
     found: dict[str, int] = {}
-    has_space: set[str] = set()
     for token, text in enumerate(texts):
-        word = text.removeprefix(" ")
-        if not re.fullmatch(r"[a-z]{2,}", word):
-            continue
-        if word not in found or (text != word and word not in has_space):
-            found.pop(word, None)
-            found[word] = token
-        if text != word:
-            has_space.add(word)
+        if re.fullmatch(f"{start}[a-z]{{2,}}", text):
+            found.setdefault(text.strip(), token)
     return found

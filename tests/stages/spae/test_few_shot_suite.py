@@ -55,6 +55,20 @@ def test_a_language_model_is_reported_beside_the_overlap(opened, folder):
     assert set(found["per_episode"]) == {"overlap", "log_p", "calibrated", "greedy"}
 
 
+def test_two_runs_are_compared_in_the_same_episodes(folder, monkeypatch):
+    """The other run has one word for all images."""
+    blind = stand_in_words.WordedImages()
+    blind.words = tuple(f"word{i}" for i in range(16))
+    blind.tokenizer = stand_in_words.BrightnessTokenizer()
+    blind.tokenizer.encode = lambda pixels: np.zeros((len(pixels), 21), np.int32)
+    opened = {"run": stand_in_words.WordedImages(), "blind": blind}
+    monkeypatch.setattr(word_images, "load", opened.__getitem__)
+    images = labeled.LabeledFolder(folder)
+    found = few_shot_suite.evaluate("run", images, against="blind", episodes=EPISODES)
+    difference = found["over_against"]["overlap"]
+    assert difference["mean"] == pytest.approx(1 - 1 / 3) and difference["n"] == 10
+
+
 @pytest.mark.parametrize(
     ("words", "first"),
     [(WordsConfig(levels=1), ["ash"]), (WordsConfig(top=2), ["ash", "coal"])],
@@ -72,8 +86,8 @@ def test_words_that_do_not_exist_are_refused(opened, folder):
         few_shot_suite.read_bags(opened, images, WordsConfig(levels=4))
     with pytest.raises(UserError, match="only 16 words, not 17"):
         few_shot_suite.read_bags(opened, images, WordsConfig(top=17))
+    blind = stand_in_words.WordedImages(has_retriever=False)
     with pytest.raises(UserError, match="no retriever to rank words by"):
-        blind = stand_in_words.WordedImages(has_retriever=False)
         few_shot_suite.read_bags(blind, images, WordsConfig(top=1))
     with pytest.raises(UserError, match="either levels or top"):
         WordsConfig(levels=1, top=1)

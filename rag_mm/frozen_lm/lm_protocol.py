@@ -22,7 +22,7 @@ class Completions:
 
 
 class FrozenLM(Protocol):
-    """A language model that is used as it is, such as one that reads images as words (SPAE, section 3.2)."""
+    """A language model that is used as it is, such as one that reads images as words."""
 
     @property
     def vocabulary(self) -> tuple[str, ...]:

@@ -1,0 +1,121 @@
+"""Words and vectors of a codebook: sources, the choice of words, and inputs that make none."""
+
+import numpy as np
+import pytest
+
+from rag_mm.core import run_folder
+from rag_mm.core.errors import UserError
+from rag_mm.stages.shared import world_config
+from rag_mm.stages.spae import build_codebook, word_features, word_source
+
+WORLD = world_config.EmojiWorld(class_share=0.05, seed=0)
+
+
+def _write(path, words, vectors):
+    np.savez(path, words=np.asarray(words), vectors=np.asarray(vectors))
+    return str(path)
+
+
+def _config(lm, **changes):
+    given = {"num_words": 3, "dim": 2} | changes
+    return build_codebook.LanguageCodebookStageConfig(0, WORLD, lm, **given)
+
+
+def _run(tmp_path, config):
+    stage_dir = tmp_path / "language_codebook"
+    metrics = build_codebook.run(config, run_folder.Run(tmp_path), stage_dir)
+    return metrics, build_codebook.load(stage_dir)
+
+
+def test_whole_words_begin_with_the_space_of_their_token():
+    texts = ["ing", " the", " The", " a", " cat", " cat", "dog", " caf\u00e9", " it's", " 12"]
+    assert word_source.whole_words(texts) == {"the": 1, "cat": 4}
+    assert word_source.whole_words(["the", "cat", "x"]) == {"the": 0, "cat": 1}
+
+
+def test_words_of_an_npz_file_become_a_table_in_their_order(tmp_path):
+    vectors = np.random.default_rng(0).normal(size=(6, 4))
+    words = ["one", "Two", "three", "flag", "five", "six"]
+    lm = _write(tmp_path / "lm.npz", words, vectors)
+    metrics, codebook = _run(tmp_path, _config(lm))
+    assert codebook.words == ("one", "three", "flag") and codebook.table.shape == (3, 2)
+    assert metrics["num_candidates"] == 5
+    assert metrics["table_digest"] == build_codebook.digest_of(codebook.table)
+    counts = word_features.names_of(WORLD).counts()
+    named = [word for word in words if word in counts]
+    _, first = _run(tmp_path, _config(lm, prefer_names=True))
+    assert named and first.words[: len(named)] == tuple(named)
+
+
+def test_another_file_of_the_same_name_is_another_config(tmp_path):
+    path = tmp_path / "lm.npz"
+    digests = {_config(_write(path, ["aa", "bb"], np.eye(2) * scale)).lm_digest for scale in (1, 2)}
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "vectors", "message"),
+    [
+        (["aa", "bb"], np.eye(2), "2 whole words, fewer than num_words=3"),
+        (
+            ["aa", "bb", "cc"],
+            np.full((3, 4), np.nan),
+            "makes no codebook: a word vector is not finite",
+        ),
+        (["aa", "bb", "cc"], np.ones((3, 4)), "span 0 directions, fewer than 2"),
+        (["aa", "bb", "cc"], np.eye(2), "give `words` as strings"),
+        ([1, 2, 3], np.eye(3), "give `words` as strings"),
+        (["aa", "bb", "cc"], np.eye(3, dtype=int), "`vectors` are int64"),
+    ],
+)
+def test_words_that_make_no_codebook_are_rejected(tmp_path, words, vectors, message):
+    config = _config(_write(tmp_path / "lm.npz", words, vectors))
+    with pytest.raises(UserError, match=message):
+        _run(tmp_path, config)
+
+
+def test_a_pickle_is_not_read(tmp_path):
+    np.savez(tmp_path / "lm.npz", words=np.array(["aa", None], object), vectors=np.eye(2))
+    with pytest.raises(UserError, match="is no .npz file with `words`"):
+        word_source.read(str(tmp_path / "lm.npz"))
+    (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 nothing")
+    with pytest.raises(UserError, match="is no .npz file"):
+        word_source.read(str(tmp_path / "bad.npz"))
+
+
+def test_an_absent_language_model_is_named():
+    with pytest.raises(UserError, match="lm=/no/such.gguf does not exist"):
+        _config("/no/such.gguf")
+
+
+def test_an_aligned_table_needs_features():
+    with pytest.raises(ValueError, match="needs features"):
+        _config("random", table="aligned")
+
+
+class _Encoder:
+    """Embeds a text as how often it has each of three letters."""
+
+    def encode_text(self, texts):
+        return np.array([[text.count(letter) for letter in "abc"] for text in texts], np.float32)
+
+
+def test_features_from_names_are_means_over_the_names_with_the_word():
+    names = word_features.Names(
+        ["a cat", "bat", "c"],
+        [frozenset({"cat", "a"}), frozenset({"bat"}), frozenset({"cat"})],
+        np.array([True, False, False]),
+    )
+    words = ("cat", "bat", "dog")
+    every = word_features.from_names(words, names, _Encoder(), is_seen_only=False)
+    expected = np.array([[2, 0, 2], [1, 1, 0], [0, 0, 0]])
+    lengths = np.maximum(np.linalg.norm(expected, axis=1, keepdims=True), 1)
+    np.testing.assert_allclose(every, expected / lengths, rtol=1e-6)
+    seen = word_features.from_names(words, names, _Encoder(), is_seen_only=True)
+    assert seen[0].any() and not seen[1].any()
+
+
+def test_seen_names_leave_out_the_names_of_held_out_classes():
+    names = word_features.names_of(WORLD)
+    num_seen = len(WORLD.classes(*world_config.SEEN))
+    assert names.is_seen.sum() == num_seen < len(names.texts)
