@@ -37,6 +37,11 @@ TEMPLATES = (
 )
 
 
+# Fixed, since the paper's balance lets this loss fade with the others, and words no longer fit after 1,600
+# steps. On tune classes .003 costs 0.2 dB and words hardly fit, .006 1.7 dB, .01 2.3 dB and they fit best.
+SEMANTIC = dict(alpha=0.006, is_balanced=False)
+
+
 def get_config(preset: str) -> dict:
     """The config of a preset: nested plain values."""
     made = {
@@ -48,6 +53,16 @@ def get_config(preset: str) -> dict:
         "vqgan": vqgan,
     }
     return made[preset]()
+
+
+# The image tokenizer of the quickstart, over the same encoder and steps.
+LEARNED = {
+    "spae.model.codebook": "learned",
+    "spae.model.levels": (8,),
+    "spae.model.embed_dim": 48,
+    "spae.model.commitment_weight": 1.0,
+    "spae.model.random_flip_rotate": True,
+}
 
 
 def plain_table() -> dict:
@@ -78,12 +93,11 @@ def plain_table() -> dict:
             stage="spae",
             baseline="as it is",
             seeds=(1, 2, 3),
-            figures=("held_out.psnr.first149", "held_out.psnr.first85", "held_out.psnr.first21"),
-            pairs=(("held_out.psnr.first149", "held_out.psnr.first85"),),
+            figures=("held_out.psnr.all",),
             variants={
                 "as it is": {},
                 "residual quantization": {"spae.model.quantizer": "residual"},
-                "not whitened": {"language_codebook.is_whitened": False},
+                "learned, 64 codes": LEARNED,
             },
         ),
     )
@@ -109,26 +123,31 @@ def aligned_table() -> dict:
             table="aligned",
             features="all_names",
             dim=16,
+            is_whitened=False,
             templates=TEMPLATES,
         ),
         word_pools=dict(),
-        spae=spae | dict(model=spae["model"] | dict(guide_dim=64), semantic=dict(alpha=1.0)),
+        spae=spae | dict(model=spae["model"] | dict(guide_dim=64), semantic=SEMANTIC),
         ablation=dict(
             stage="spae",
             baseline="as it is",
             seeds=(1, 2, 3),
             figures=(
-                "held_out.psnr.first149",
+                "held_out.psnr.all",
                 *semantic_figures,
                 "held_out.overlap.first5.5way1shot",
                 "held_out.overlap.first5.2way1shot",
             ),
-            pairs=(),
             variants={
                 "as it is": {},
                 "without semantic loss": {"spae.semantic.alpha": 0.0, "spae.model.guide_dim": 0},
+                "guide alone": {"spae.semantic.alpha": 0.0},
                 "plain table": {"language_codebook.table": "plain"},
                 "residual quantization": {"spae.model.quantizer": "residual"},
+                "balanced as in the paper": {
+                    "spae.semantic.alpha": 1.0,
+                    "spae.semantic.is_balanced": True,
+                },
             },
         ),
     )

@@ -1,6 +1,7 @@
 """GGUF files become the run of their checkpoint folder; what is not read is refused in one sentence."""
 
 import json
+import random
 import sys
 
 import gguf
@@ -211,6 +212,22 @@ def test_a_truncated_file_is_refused_wherever_it_ends(file):
         path.write_bytes(whole[:count])
         with pytest.raises(UserError, match="is truncated"):
             gguf_format.open_file(path)
+
+
+def test_a_damaged_header_is_read_or_refused_in_one_sentence(file):
+    path, rng = file(), random.Random(0)
+    whole = path.read_bytes()
+    end, refused = whole.index(b"blk.1.ffn_down.weight"), 0
+    for _ in range(40):
+        data = bytearray(whole)
+        data[rng.randrange(4, end)] = rng.choice([0, 255, rng.randrange(256)])
+        path.write_bytes(data)
+        try:
+            gguf_format.open_file(path)
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 10
 
 
 def test_an_unknown_type_is_refused(file, tensors):

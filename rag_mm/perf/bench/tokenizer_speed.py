@@ -81,10 +81,10 @@ class _Sides:
         for name, make in (("encode", self._encode), ("decode", self._decode)):
             say(name)
             calls, error = make()
-            cases[name] = self._time(calls, _check(name, error))
+            cases[name] = self._time(calls, check(name, error))
         say("training step")
         calls, error = self._train()
-        cases["train_step"] = self._time(calls, _check("train_step", error))
+        cases["train_step"] = self._time(calls, check("train_step", error))
         return cases
 
     def _time(self, calls: list[Callable[[], object]], error: float) -> dict[str, Any]:
@@ -184,7 +184,8 @@ def _difference(mine: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.abs(mine - theirs).max() / np.abs(theirs).max())
 
 
-def _check(name: str, error: float) -> float:
+def check(name: str, error: float) -> float:
+    """The difference of the two sides' results; raises UserError if it is above `TOLERANCE`."""
     if not error <= TOLERANCE:
         raise UserError(
             f"{name}: the results of the two sides differ by {error:.1e}, more than {TOLERANCE:.0e}; they "

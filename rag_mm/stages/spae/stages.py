@@ -1,7 +1,13 @@
-"""Table of SPAE's stages: the words of a language model, the words that fit each image, the autoencoder."""
+"""Table of SPAE's stages: words of a language model, those that fit each image, the autoencoder, clips."""
 
-from rag_mm.stages.spae import build_codebook, rank_words, train_autoencoder
-from rag_mm.stages.stage import Stage
+from rag_mm.stages.spae import (
+    build_codebook,
+    rank_words,
+    train_autoencoder,
+    train_video,
+    write_page,
+)
+from rag_mm.stages.stage import SCENES, Stage
 
 STAGES = {
     "language_codebook": Stage(
@@ -17,5 +23,15 @@ STAGES = {
         train_autoencoder.run,
         mesh=train_autoencoder.make_mesh,
         more_inputs=train_autoencoder.inputs,
+        finish=write_page.finish,
+        page=write_page.PAGE,
+    ),
+    "spae_video": Stage(
+        train_video.VideoStageConfig,
+        (),
+        train_video.run,
+        worlds=SCENES,
+        mesh=train_video.make_mesh,
+        more_inputs=train_video.inputs,
     ),
 }

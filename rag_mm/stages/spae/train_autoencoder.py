@@ -191,6 +191,7 @@ def _per_image(
             for number, end in enumerate(ends, 1)
         }
     }
+    values["psnr"]["all"] = values["psnr"][f"first{ends[-1]}"]
     if codebook is None or not codebook.features:
         return values
     encoder = train_retriever.load_encoder(run.workdir)

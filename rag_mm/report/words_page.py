@@ -1,0 +1,97 @@
+"""The HTML page of an autoencoder of words: figures by level, test images as words, training curves."""
+
+import base64
+import dataclasses
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+import jinja2
+import markupsafe
+
+from rag_mm.core.code_grids import Grids
+from rag_mm.report import curves, word_figure
+from rag_mm.report.content import Curve
+
+# Of a full grid: runs that reconstruct well use more words; an encoder that collapsed used 9 % of 1,024.
+HEALTHY_USAGE = 0.25
+NOTE = (
+    "Usage is the share of the codebook that a level uses on test images, perplexity the number of equally "
+    "frequent words with the same entropy. A level that is a full grid is healthy at a usage of at least "
+    f"{HEALTHY_USAGE:.0%}; below, most words are dead, as after a start near zero. Images decoded from levels "
+    "coarser than the full grid are no pictures: positions without a word are zero."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LevelTable:
+    """Head and rows of texts, and a note below."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str
+
+
+def level_table(metrics: Mapping[str, Any], grids: Grids) -> LevelTable:
+    """The table of the metrics of a stage `spae` whose images have these grids."""
+    words = metrics.get("words", {})
+    head = ["level", "PSNR of the levels so far, dB", "words used", "usage", "perplexity"]
+    named = ["relative score, all names", "a word of the image's name"] if words else []
+    rows = []
+    for number, grid in enumerate(grids, 1):
+        name = f"level{number}"
+        # A single level has the figures of all codes.
+        found = metrics.get(name, metrics)
+        usage = found["code_usage"]
+        is_low = usage < HEALTHY_USAGE and grid == grids[-1]
+        row = [
+            f"{number}: {grid[0]} x {grid[1]}",
+            f"{found['psnr']:.1f}",
+            str(found.get("words", "")),
+            f"{'low: ' if is_low else ''}{usage:.0%}",
+            f"{found['perplexity']:.0f}",
+        ]
+        if words:
+            own = words[name]
+            row += [f"{own['relative_score_all_names']:.2f}", f"{own['named']:.0%}"]
+        rows.append(row)
+    return LevelTable([*head, *named], rows, NOTE)
+
+
+def render(
+    title: str,
+    lead: str,
+    metrics: Mapping[str, Any],
+    grids: Grids,
+    pictures: Mapping[str, word_figure.WordedImage],
+    lines: Sequence[Curve],
+) -> str:
+    """A self-contained HTML page without scripts; all texts are escaped.
+
+    Args:
+        title: heading.
+        lead: first paragraph.
+        metrics: of the stage `spae`.
+        grids: of the codes of an image.
+        pictures: images as words, by caption.
+        lines: training curves.
+    """
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = resources.files("rag_mm.report").joinpath("words.html.j2").read_text("utf-8")
+    shown = [
+        {"caption": caption, "source": _data_url(word_figure.words_png(worded))}
+        for caption, worded in pictures.items()
+    ]
+    charts = [
+        markupsafe.Markup(curves.chart_svg(name, group))
+        for name, group in curves.charts(lines).items()
+    ]
+    return environment.from_string(template).render(
+        title=title, lead=lead, table=level_table(metrics, grids), pictures=shown, charts=charts
+    )
+
+
+def _data_url(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
