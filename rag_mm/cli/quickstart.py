@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Runs every stage. Returns `workdir`, `metrics`, the `report` path and the summary `table`."""
-    options = dict(stage=None, profile=None, show=False, tracker=None)
+    options = dict(stage=None, profile=None, show=False, tracker=None, reuse=())
     options |= dict(coordinator=None, num_processes=None, process_id=None)
     result = train.run(argparse.Namespace(**vars(args), **options))
 

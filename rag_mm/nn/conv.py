@@ -88,9 +88,37 @@ def _gradients(inputs: tuple[Array, Array], slope: Array) -> tuple[Array, Array]
 _convolve_on_cpu.defvjp(_keep_inputs, _gradients)
 
 
-def group_norm(width: int, *, rngs: nnx.Rngs) -> nnx.GroupNorm:
+class ImageNorm(nnx.GroupNorm):
+    """Flax's GroupNorm, computed by channel for large images, which halves its time on a CPU."""
+
+    def __call__(self, x: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:
+        if min(x.shape[1:3]) <= _SMALL:
+            return super().__call__(x)
+        return group_normalize(x, self.scale[...], self.bias[...], self.num_groups, self.epsilon)
+
+
+def group_norm(width: int, *, rngs: nnx.Rngs) -> ImageNorm:
     """GroupNorm with gcd(width, 32) groups; Flax's default is 32."""
-    return nnx.GroupNorm(width, num_groups=math.gcd(width, 32), rngs=rngs)
+    return ImageNorm(width, num_groups=math.gcd(width, 32), rngs=rngs)
+
+
+def group_normalize(
+    x: Float[Array, "B H W D"],
+    scale: Float[Array, " D"],
+    bias: Float[Array, " D"],
+    num_groups: int,
+    epsilon: float,
+) -> Float[Array, "B H W D"]:
+    """Group normalization (Wu & He 2018), with means in float32; returns x's dtype."""
+    (count, rows, columns, dim), size = x.shape, x.shape[-1] // num_groups
+    flat = x.astype(jnp.float32).reshape(count, -1, dim)
+    sums = jnp.stack([flat.sum(axis=1), (flat**2).sum(axis=1)])
+    by_group = sums.reshape(2, count, num_groups, size).mean(axis=-1) / (rows * columns)
+    mean, square = jnp.repeat(by_group, size, axis=-1)
+    variance = jnp.maximum(square - mean**2, 0)
+    factor = jax.lax.rsqrt(variance + epsilon) * scale.astype(jnp.float32)[None]
+    shift = bias.astype(jnp.float32)[None] - mean * factor
+    return (flat * factor[:, None] + shift[:, None]).reshape(x.shape).astype(x.dtype)
 
 
 class ResBlock(nnx.Module):

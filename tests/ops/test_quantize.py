@@ -283,7 +283,7 @@ def test_residual_codes_add_up_to_z_less_what_the_last_level_leaves():
 
 
 def test_a_streaming_average_leaves_a_share_of_its_last_target():
-    """zhat - z = (e(k) - z_l) / (n + 1), section 5."""
+    """zhat - z = (e(k) - z_l) / (n + 1), with n earlier vectors."""
     z, codebook = map(jnp.asarray, _case(SMALL))
     codes = quantize.quantize(z, codebook, SMALL)
     average = quantize.running_averages(codes, codebook, SMALL)[-1]

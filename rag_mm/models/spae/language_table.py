@@ -1,4 +1,4 @@
-"""From the word vectors of a language model to a frozen codebook (section 4 of docs/papers/spae.md).
+"""From the word vectors of a language model to a frozen codebook (docs/papers/spae.md, "Language codebook").
 
 Vectors are centered, mapped by fixed linear maps and scaled, once, before training. NumPy only.
 """

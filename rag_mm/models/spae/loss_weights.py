@@ -7,7 +7,7 @@ from rag_mm.core import checks
 
 @dataclasses.dataclass(frozen=True)
 class LossWeights:
-    """Weights of the added losses (SPAE, section 3); a term of weight 0 is left out of the program.
+    """Weights of the losses added to SPAE; a term of weight 0 is left out of the program.
 
     The paper trains with perceptual=0.1, adversarial=0.1 and lecam=1e-4, MAGVIT's code also with r1=10.
 

@@ -38,7 +38,7 @@ def loss_fn(
     semantic_config: semantic.SemanticConfig = NO_SEMANTICS,
     weights: LossWeights = NO_ADDED,
 ) -> tuple[Float32[Array, ""], Metrics]:
-    """Pixel error + codebook loss + weighted commitment, added and semantic losses (section 7).
+    """Pixel error + codebook loss + weighted commitment, added and semantic losses (docs/papers/spae.md).
 
     Args:
       model: the image tokenizer.

@@ -1,4 +1,4 @@
-"""SPAE's semantic guidance (section 6 of docs/papers/spae.md): words near an image are its codes' targets.
+"""SPAE's semantic guidance (docs/papers/spae.md): words near an image are its codes' targets.
 
 Each word and each image has an embedding of a frozen CLIP. The words whose relative score with an image is at
 least a level's threshold are the image's pool at that level, from which the level's codes are drawn near.
@@ -85,5 +85,5 @@ def semantic_loss(
 
 
 def balance(others: Float32[Array, ""], loss: Float32[Array, ""]) -> Float32[Array, ""]:
-    """The factor others / loss, at most 1,000, without a gradient (section 7)."""
+    """The factor others / loss, at most 1,000, without a gradient."""
     return jax.lax.stop_gradient(jnp.clip(others / jnp.maximum(loss, 1e-9), 0, 1e3))

@@ -1,4 +1,4 @@
-"""Sizes of SPAE's image autoencoder (Yu et al., NeurIPS 2023, sections 2 to 5)."""
+"""Sizes of SPAE's image autoencoder (Yu et al., NeurIPS 2023)."""
 
 import dataclasses
 import math
@@ -33,7 +33,7 @@ class SPAEConfig:
         commitment_weight: weight of the commitment loss.
         random_flip_rotate: training images are flipped and rotated by quarter turns at random.
         codebook: learned | language; a language codebook holds vectors of words and is never trained.
-        quantizer: average | residual: streaming average quantization (section 5), or residual vector
+        quantizer: average | residual: streaming average quantization, or residual vector
             quantization, its ablation.
         guide_dim: width of a frozen retriever's embedding of the image, which is mapped to the latent width
             and added where a level above the full grid has codes; 0: the image alone is encoded.

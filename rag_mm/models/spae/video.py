@@ -52,7 +52,7 @@ class ClipConv(nnx.Module):
 class ClipNorm(nnx.Module):
     """GroupNorm over all frames of a clip, which are folded into the batch."""
 
-    def __init__(self, image_norm: nnx.GroupNorm, num_frames: int):
+    def __init__(self, image_norm: conv.ImageNorm, num_frames: int):
         """Takes the place of `image_norm`; clips have `num_frames`."""
         self.num_frames, self.num_groups = num_frames, image_norm.num_groups
         self.epsilon = image_norm.epsilon
@@ -60,15 +60,11 @@ class ClipNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "N H W D"]) -> Float[Array, "N H W D"]:
         """N = clips x frames."""
-        dim = x.shape[-1]
-        groups = x.astype(jnp.float32).reshape(
-            -1, self.num_frames * x.shape[1] * x.shape[2], self.num_groups, dim // self.num_groups
+        clips = x.reshape(-1, self.num_frames * x.shape[1], *x.shape[2:])
+        scale, bias = self.scale[...], self.bias[...]
+        return conv.group_normalize(clips, scale, bias, self.num_groups, self.epsilon).reshape(
+            x.shape
         )
-        mean = groups.mean(axis=(1, 3), keepdims=True)
-        variance = groups.var(axis=(1, 3), keepdims=True)
-        normal = (groups - mean) * jax.lax.rsqrt(variance + self.epsilon)
-        scale, bias = (part[...][None, None, None] for part in (self.scale, self.bias))
-        return (normal.reshape(x.shape) * scale + bias).astype(x.dtype)
 
 
 def inflate(params: Params, kind: str) -> Params:
@@ -145,7 +141,7 @@ class VideoSPAE(nnx.Module):
 
 def _over_time(network: nnx.Module, num_frames: int) -> nnx.Module:
     """The network with each 3x3 convolution and GroupNorm replaced, at any depth."""
-    made = {nnx.Conv: ClipConv, nnx.GroupNorm: ClipNorm}
+    made = {nnx.Conv: ClipConv, conv.ImageNorm: ClipNorm}
     for _, parent in list(nnx.iter_modules(network)):
         for name, part in list(vars(parent).items()):
             if type(part) in made:

@@ -1,6 +1,7 @@
 """Stage `language_codebook`: words of a language model and the frozen vectors that stand for them.
 
-Made once, before the autoencoder is trained; nothing trains the vectors (section 4 of docs/papers/spae.md).
+Made once, before the autoencoder is trained; nothing trains the vectors (docs/papers/spae.md, "Language
+codebook").
 """
 
 import dataclasses

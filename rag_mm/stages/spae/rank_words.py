@@ -1,4 +1,4 @@
-"""Stage `word_pools`: embeds every training image, and ranks the words that fit it (section 6).
+"""Stage `word_pools`: embeds every training image, and ranks the words that fit it (docs/papers/spae.md).
 
 Images are embedded by the run's frozen retriever; words have the features of the language codebook.
 """

@@ -5,7 +5,7 @@ from rag_mm.stages.spae import (
     rank_words,
     train_autoencoder,
     train_video,
-    write_page,
+    write_words_page,
 )
 from rag_mm.stages.stage import SCENES, Stage
 
@@ -23,8 +23,8 @@ STAGES = {
         train_autoencoder.run,
         mesh=train_autoencoder.make_mesh,
         more_inputs=train_autoencoder.inputs,
-        finish=write_page.finish,
-        page=write_page.PAGE,
+        finish=write_words_page.finish,
+        page=write_words_page.PAGE,
     ),
     "spae_video": Stage(
         train_video.VideoStageConfig,

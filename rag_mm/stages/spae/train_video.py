@@ -50,6 +50,8 @@ class VideoStageConfig(given_models.GivenConfig):
         world: world of the clips' entities.
         optimizer: learning rate, schedule, moments and moving averages.
         loop: number of steps, logging and checkpoints.
+        num_frames: frames that are coded together, a divisor of a clip's 8; with 1 the stage trains the image
+            tokenizer on frames of the same clips, the control of what time gives.
         time_stride, level_frames: see `video_config.VideoConfig`.
         inflation: central | average, see `video.inflate`.
         batch_size: clips per step.
@@ -62,6 +64,7 @@ class VideoStageConfig(given_models.GivenConfig):
     world: world_config.EmojiWorld
     optimizer: optimizer.OptimizerConfig
     loop: loop.LoopConfig
+    num_frames: int = scene_clips.NUM_FRAMES
     time_stride: int = 1
     level_frames: tuple[int, ...] = ()
     inflation: str = "central"
@@ -76,6 +79,7 @@ class VideoStageConfig(given_models.GivenConfig):
         training.check_config(self.optimizer, self.loop, self.batch_size)
         checks.at_least(self, 1, "num_eval")
         checks.one_of(self, "inflation", video.INFLATIONS)
+        checks.one_of(self, "num_frames", (1, 2, 4, 8))
         self.identify(lambda folder: frozen.fingerprint(given_models.find_model(folder, "spae")))
 
     def clips_of(self, image: SPAEConfig) -> VideoConfig:
@@ -89,7 +93,7 @@ class VideoStageConfig(given_models.GivenConfig):
                 f"The image tokenizer takes {image.image_size} pixels, the world's images have "
                 f"{self.world.image_size}; make them agree."
             )
-        return VideoConfig(image, scene_clips.NUM_FRAMES, self.time_stride, self.level_frames)
+        return VideoConfig(image, self.num_frames, self.time_stride, self.level_frames)
 
 
 def inputs(config: VideoStageConfig) -> tuple[str, ...]:
@@ -130,7 +134,7 @@ def _train(
         np.arange(len(scenes)),
         config.batch_size,
         config.seed,
-        partial(_make_example, scenes),
+        partial(_make_example, scenes, config.num_frames),
         rows=sharding.local_rows(config.batch_size, mesh),
         num_workers=config.scale.num_workers,
     )
@@ -171,11 +175,13 @@ def _inflated(
 
 
 def _make_example(
-    scenes: emoji_scenes.Scenes, index: int, rng: np.random.Generator
+    scenes: emoji_scenes.Scenes, num_frames: int, index: int, rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
+    """Some successive frames of a clip."""
     level = scenes.levels[index]
     frames = scene_clips.sample_clip(scenes.facts(int(index)), level, rng)
-    return {"clips": scene_clips.draw_clip(frames, level)}
+    start = int(rng.integers(len(frames) // num_frames)) * num_frames
+    return {"clips": scene_clips.draw_clip(frames[start : start + num_frames], level)}
 
 
 def eval_clips(config: VideoStageConfig) -> np.ndarray:
@@ -183,7 +189,8 @@ def eval_clips(config: VideoStageConfig) -> np.ndarray:
     scenes = config.world.scenes("test", *config.eval_splits)
     rows = world_config.sample_rows(scenes, config.num_eval, config.seed)
     rng = np.random.default_rng((config.seed, EVAL_SEED))
-    return np.stack([_make_example(scenes, int(row), rng)["clips"] for row in rows])
+    make = partial(_make_example, scenes, scene_clips.NUM_FRAMES)
+    return np.stack([make(int(row), rng)["clips"] for row in rows])
 
 
 class FrozenClips:
@@ -233,7 +240,7 @@ def measure(
     """PSNR in dB and codes of a clip, of the clip tokenizer and of the image tokenizer frame by frame.
 
     Args:
-        tokenizer: of clips.
+        tokenizer: of clips, or of as many of their frames at a time as its config has.
         image_tokenizer: the one that it started from.
         clips: uint8 [B, T, H, W, 3].
 
@@ -242,7 +249,9 @@ def measure(
         each, under `frame_by_frame`, those of the image tokenizer and as many levels, whose codes are at
         least as many.
     """
-    codes, frames = tokenizer.encode(clips), clips.reshape(-1, *clips.shape[2:])
+    num_frames, sizes = tokenizer.config.num_frames, clips.shape[2:]
+    parts, frames = clips.reshape(-1, num_frames, *sizes), clips.reshape(-1, *sizes)
+    codes, num_parts = tokenizer.encode(parts), clips.shape[1] // num_frames
     image_codes = image_tokenizer.encode(frames)
     by_level: dict[str, Any] = {}
     image_ends = code_grids.ends(image_tokenizer.grids)
@@ -251,8 +260,8 @@ def measure(
     ):
         made = image_tokenizer.decode(image_codes[:, :image_end], number)
         by_level[f"level{number}"] = {
-            "psnr": _psnr(tokenizer.decode(codes[:, :end]), clips),
-            "num_codes": end,
+            "psnr": _psnr(tokenizer.decode(codes[:, :end]), parts),
+            "num_codes": end * num_parts,
             "frame_by_frame": {
                 "psnr": _psnr(made, frames),
                 "num_codes": image_end * clips.shape[1],

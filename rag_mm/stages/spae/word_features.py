@@ -57,7 +57,7 @@ def names_of(world: world_config.EmojiWorld | world_config.OwnImages) -> Names:
 
 
 def from_templates(words: Sequence[str], templates: Sequence[str], encoder: Encoder) -> np.ndarray:
-    """F(k) of section 6: mean embedding of the templates filled with a word, float32 [K, E], of length 1."""
+    """Mean embedding of the templates filled with a word, float32 [K, E], of length 1."""
     vectors = [encoder.encode_text([each.format(word) for word in words]) for each in templates]
     return _unit(np.sum(vectors, axis=0))
 

@@ -1,6 +1,6 @@
 """How much the words of test images mean, and how far counting them tells classes apart.
 
-Relative scores compare a word with all others for one image (section 6 of docs/papers/spae.md); they are
+Relative scores compare a word with all others for one image (docs/papers/spae.md); they are
 given for each kind of word features, since a retriever that has seen the classes, and names of held-out
 classes among the features, help.
 """

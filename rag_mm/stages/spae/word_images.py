@@ -30,7 +30,7 @@ class WordImages:
     features: np.ndarray | None
 
     def relative_scores(self, images: np.ndarray) -> np.ndarray | None:
-        """How well each word fits each image (section 6), float32 [B, K] in 0..1, 1 for the best word.
+        """How well each word fits each image, float32 [B, K] in 0..1, 1 for the best word.
 
         None without a retriever.
         """

@@ -92,6 +92,16 @@ def test_before_training_still_clips_are_the_image_tokenizers(image_folder, tmp_
     assert np.abs(made - wanted[:, None]).max() <= 1  # of 255, where rounding differs
 
 
+def test_frames_alone_are_the_control(image_folder, tmp_path):
+    """Untrained it is the image tokenizer, to the figure, at every level."""
+    still = dataclasses.replace(ADAM, learning_rate=1e-12)
+    alone = make_config(image_folder, optimizer=still, num_frames=1, time_stride=1, level_frames=())
+    metrics = train_video.run(alone, run_folder.Run(tmp_path), tmp_path / "spae_video")
+    for level in (metrics, *(metrics[f"level{number}"] for number in (1, 2, 3))):
+        assert level["num_codes"] == level["frame_by_frame"]["num_codes"]
+        assert level["psnr"] == pytest.approx(level["frame_by_frame"]["psnr"], abs=0.01)
+
+
 def test_another_image_size_is_refused(image_folder):
     with pytest.raises(UserError, match="takes 16 pixels, the world's images have 32"):
         make_config(image_folder).clips_of(dataclasses.replace(IMAGE, image_size=16, patch_size=4))
