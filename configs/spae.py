@@ -97,7 +97,7 @@ def plain_table() -> dict:
             variants={
                 "as it is": {},
                 "residual quantization": {"spae.model.quantizer": "residual"},
-                "learned, 64 codes": LEARNED,
+                "learned 64 codes": LEARNED,
             },
         ),
     )

@@ -190,9 +190,9 @@ def _run_tokenizer(args: argparse.Namespace) -> dict[str, Any]:
     from rag_mm.perf.bench import tokenizer_speed, torch_peer
 
     torch_peer.load()
-    small = dict(image_size=32, width=16, embed_dim=8, codebook_size=64, levels=(1, 2, 4, 4))
+    small = SPAEConfig(image_size=32, width=16, embed_dim=8, codebook_size=64, levels=(1, 2, 4, 4))
     config = tokenizer_speed.TokenizerBenchConfig(
-        SPAEConfig.base() if args.size == "base" else SPAEConfig(**small),
+        SPAEConfig.base() if args.size == "base" else small,
         batch_size=args.batch,
         num_words=args.words,
         num_threads=args.threads,

@@ -18,8 +18,8 @@ HEALTHY_USAGE = 0.25
 NOTE = (
     "Usage is the share of the codebook that a level uses on test images, perplexity the number of equally "
     "frequent words with the same entropy. A level that is a full grid is healthy at a usage of at least "
-    f"{HEALTHY_USAGE:.0%}; below, most words are dead, as after a start near zero. Images decoded from levels "
-    "coarser than the full grid are no pictures: positions without a word are zero."
+    f"{HEALTHY_USAGE:.0%}; below, most words are dead, as after a start near zero. Images decoded from "
+    "levels coarser than the full grid are no pictures: positions without a word are zero."
 )
 
 

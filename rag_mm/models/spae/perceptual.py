@@ -22,7 +22,7 @@ _EPS = 1e-10
 
 
 class VGG16(nnx.Module):
-    """VGG16's convolutions (Simonyan & Zisserman 2015, table 1, column D), torchvision's `features`."""
+    """The convolutions of VGG16 (Simonyan & Zisserman 2015), `features` of torchvision's."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         previous, convs = 3, []

@@ -134,7 +134,8 @@ class TorchTokenizer:
         return self.torch.nn.functional
 
     def _places(self, grid: tuple[int, int]) -> tuple[slice, slice, slice]:
-        return (slice(None), *map(code_grids.patches, grid, self.grids[-1]))
+        rows, columns = map(code_grids.patches, grid, self.grids[-1])
+        return slice(None), rows, columns
 
     def _conv(self, path: str, x: Any) -> Any:
         bias = self.weights.get(f"{path}/bias")
