@@ -174,7 +174,7 @@ def test_scenes_as_documents(world, capsys):
     spec = "--documents=scenes:easy/nothing/memory"
     assert main.main(["memory", "build", spec, "--retriever=run", "--out=mem"]) == 2
     assert "nothing" in capsys.readouterr().err
-    documents = memory._open_documents("scenes:easy/held_out/test")
+    documents = memory.open_documents("scenes:easy/held_out/test")
     assert documents[0].id.startswith("easy-")
 
 

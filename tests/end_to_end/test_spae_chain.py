@@ -85,6 +85,15 @@ def test_words_of_any_first_levels_are_decoded(words_run):
         assert (decoded == whole).all() == (levels == 5)
 
 
+def test_the_page_says_first_what_the_retriever_has_seen(words_run):
+    html = (words_run[0] / "spae.html").read_text()
+    lead = html.split("<p>")[1]
+    assert lead.startswith(
+        "The retriever, which ranks words for images, has seen the held-out classes"
+    )
+    assert html.count("<figure>") == 4
+
+
 def test_a_finished_run_is_left_alone(words_run):
     run, _ = words_run
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.npy")}
