@@ -10,6 +10,7 @@ Miniatures for two CPU cores on emoji scenes; SmolLM2 is a language model of 135
     plain_table    2 minutes          149 words in five levels; vectors are whitened components of the LM's
     aligned_table  5 minutes          the same with vectors mapped onto the retriever's features of the
                                       words, and semantic guidance: words that fit the image come first
+    video          6 minutes          8-frame clips as a pyramid in time, inflated from plain_table
     tiny           1 minute           every stage, nothing learned, words with random vectors; for tests
     base           a pod              the paper's image model at 128 pixels on your images; not run here
     large8         a pod              with eight levels; not run here
@@ -23,7 +24,7 @@ Figures are in docs/results/spae.md. The larger presets read your images and cap
 
 from rag_mm.configs import quickstart
 
-PRESETS = ("plain_table", "aligned_table", "tiny", "base", "large8", "vqgan")
+PRESETS = ("plain_table", "aligned_table", "video", "tiny", "base", "large8", "vqgan")
 TEMPLATES = (
     "{}",
     "{} face",
@@ -37,8 +38,9 @@ TEMPLATES = (
 )
 
 
-# Fixed, since the paper's balance lets this loss fade with the others, and words no longer fit after 1,600
-# steps. On tune classes .003 costs 0.2 dB and words hardly fit, .006 1.7 dB, .01 2.3 dB and they fit best.
+# Fixed: balanced as in the paper, this loss fades with the others, and words fit less after 1,600 steps than
+# after 400. On tune classes of seed 1: .003 gives 22.0 dB, and 5-way 1-shot by equal words is 60 % right;
+# .006 20.4 dB and 91 %; .01 19.9 dB and 94 %.
 SEMANTIC = dict(alpha=0.006, is_balanced=False)
 
 
@@ -47,6 +49,7 @@ def get_config(preset: str) -> dict:
     made = {
         "plain_table": plain_table,
         "aligned_table": aligned_table,
+        "video": video,
         "tiny": tiny,
         "base": base,
         "large8": large8,
@@ -149,6 +152,20 @@ def aligned_table() -> dict:
                     "spae.semantic.is_balanced": True,
                 },
             },
+        ),
+    )
+
+
+def video() -> dict:
+    """6 minutes; clips of 8 frames, whose model starts from plain_table's."""
+    config = plain_table()
+    del config["ablation"]
+    return config | dict(
+        stages=(*config["stages"], "spae_video"),
+        spae_video=dict(
+            level_frames=(1, 2, 4, 8, 8),
+            optimizer=dict(learning_rate=2e-3, warmup_steps=20, schedule="cosine"),
+            loop=dict(num_steps=400, log_every=50, checkpoint_every=200),
         ),
     )
 

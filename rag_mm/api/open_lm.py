@@ -34,11 +34,9 @@ def open_lm(
         UserError: there is no such run, it has no language model, or the URL names no model.
     """
     if address.startswith(("http://", "https://")):
-        url, model = urllib.parse.urldefrag(address)
+        url, _, model = address.partition("#")
         if not model:
-            raise UserError(
-                f"{address} names no model; add # and its name, as in {address}#smollm."
-            )
+            raise UserError(f"{address} names no model; add # and its name, as in {url}#smollm.")
         return endpoint.Endpoint(url, urllib.parse.unquote(model), limits)
     if imported.is_imported(address):
         loaded = imported.load(address, dtype)

@@ -100,12 +100,14 @@ class Episode:
 
     Attributes:
         number: of the episode, from 0.
+        seed: of the choice of episodes.
         classes: the episode's classes, int [W].
         support: (row, way) of each example in the order of the prompt.
         queries: (row, way) of each image to classify; the way is an index into `classes`.
     """
 
     number: int
+    seed: int
     classes: np.ndarray
     support: tuple[tuple[int, int], ...]
     queries: tuple[tuple[int, int], ...]
@@ -150,7 +152,9 @@ def _draw(
     support = [(int(r), (w + shift) % ways) for w in range(ways) for r in shown[w][:shots]]
     queries = [(int(r), w) for w in range(ways) for r in drawn[w][shots:]]
     order = rng.permutation(len(support))
-    return Episode(number, classes[:ways], tuple(support[i] for i in order), tuple(queries))
+    return Episode(
+        number, config.seed, classes[:ways], tuple(support[i] for i in order), tuple(queries)
+    )
 
 
 def overlap_votes(episode: Episode, bags: Sequence[Sequence[str]]) -> np.ndarray:
@@ -185,6 +189,7 @@ def measure(
     class_names: Sequence[str],
     lm: FrozenLM | None = None,
     ask: AskConfig = AskConfig(),
+    avoided: Sequence[Sequence[Sequence[str]]] = (),
     on_episode: Callable[[int], None] = lambda done: None,
 ) -> dict[str, np.ndarray]:
     """Accuracies of each episode, float [E], by method.
@@ -195,6 +200,8 @@ def measure(
         class_names: of all classes.
         lm: a frozen language model; without one there is only `overlap`.
         ask: how it is asked.
+        avoided: words of the same images by other runs, which are no labels either, so that the runs are
+            compared with the same labels.
         on_episode: called with the number of episodes done.
 
     Returns:
@@ -208,7 +215,7 @@ def measure(
     for episode in episodes:
         right = {"overlap": share_right(overlap_votes(episode, bags), _ways(episode))}
         if lm is not None:
-            right |= _ask(lm, episode, bags, class_names, ask)
+            right |= _ask(lm, episode, (bags, *avoided), class_names, ask)
         for method, value in right.items():
             found.setdefault(method, []).append(value)
         on_episode(len(found["overlap"]))
@@ -240,11 +247,13 @@ def _ways(episode: Episode) -> list[int]:
 def _ask(
     lm: FrozenLM,
     episode: Episode,
-    bags: Sequence[Sequence[str]],
+    all_bags: Sequence[Sequence[Sequence[str]]],
     class_names: Sequence[str],
     ask: AskConfig,
 ) -> dict[str, float]:
-    labels = label_names(episode, bags, class_names, ask.labels)
+    """Accuracies by method; the first of `all_bags` is shown, and no word of any of them is a label."""
+    bags = all_bags[0]
+    labels = label_names(episode, all_bags, class_names, ask.labels)
     examples = [(" ".join(bags[row]), labels[way]) for row, way in episode.support]
     words = [" ".join(bags[row]) for row, _ in episode.queries]
     free = [" ".join(bag) for bag in random_bags(episode, bags, ask.num_bags)]
@@ -269,26 +278,32 @@ def _ask(
 
 
 def label_names(
-    episode: Episode, bags: Sequence[Sequence[str]], class_names: Sequence[str], kind: Labels
+    episode: Episode,
+    all_bags: Sequence[Sequence[Sequence[str]]],
+    class_names: Sequence[str],
+    kind: Labels,
 ) -> list[str]:
     """The label of each of the episode's classes.
 
-    Nouns and nonsense words are drawn anew for each episode, from those that are no words of its images.
+    Nouns and nonsense words are drawn anew for each episode and seed, from those that are no words of its
+    images in any of `all_bags`.
 
     Raises:
         UserError: too few of them are left.
     """
     if kind == "names":
         return [class_names[c] for c in episode.classes]
-    used = {word for row, _ in (*episode.support, *episode.queries) for word in bags[row]}
-    free = [word for word in (NOUNS if kind == "nouns" else NONSENSE) if word not in used]
+    rows = [row for row, _ in (*episode.support, *episode.queries)]
+    used = {word for bags in all_bags for row in rows for word in bags[row]}
+    rng = np.random.default_rng([episode.seed, episode.number, 1])
+    known = rng.permutation(NOUNS if kind == "nouns" else NONSENSE)
+    free = [str(word) for word in known if word not in used]
     ways = len(episode.classes)
     if len(free) < ways:
         raise UserError(
             f"Only {len(free)} {kind} are left for {ways} ways; use the classes' names."
         )
-    rng = np.random.default_rng([episode.number, 1])
-    return [str(word) for word in rng.permutation(free)[:ways]]
+    return free[:ways]
 
 
 def random_bags(
@@ -300,7 +315,7 @@ def random_bags(
     """
     known = [word for row, _ in episode.support for word in bags[row]]
     length = len(bags[episode.queries[0][0]])
-    rng = np.random.default_rng([episode.number, 2])
+    rng = np.random.default_rng([episode.seed, episode.number, 2])
     rounds = -(-number * length // len(known))
     drawn = np.concatenate([rng.permutation(len(known)) for _ in range(rounds)])
     return [

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import time
+import urllib.parse
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,8 +65,9 @@ class Endpoint:
         """Connects with the key in the environment variable OPENAI_API_KEY, if there is one.
 
         Raises:
-            UserError: the package openai is missing.
+            UserError: the package openai is missing, or `url` is no address.
         """
+        _check_address(url)
         try:
             import openai
         except ImportError as error:
@@ -141,7 +143,7 @@ class Endpoint:
             for value, offset, end in zip(values, offsets, ends, strict=True)
             if end > len(start) and offset < len(whole)
         ]
-        if not own or None in own:
+        if not own or any(type(value) not in (int, float) or value != value for value in own):
             raise UserError(self._no_score(f"it returned none of {candidate[:40]!r}"))
         return float(sum(own))
 
@@ -161,7 +163,14 @@ class Endpoint:
                 model=self.model, prompt=part, **options
             )
             answer = self._call(call, "echo" in options)
-            choices = sorted(answer.choices or [], key=lambda choice: choice.index)
+            choices = getattr(answer, "choices", None)  # The client checks no answer's form.
+            if not isinstance(choices, list) or any(
+                type(getattr(each, "text", None)) is not str for each in choices
+            ):
+                raise UserError(
+                    f"{self.url} sent no completion; give the base address, which mostly ends in /v1."
+                )
+            choices = sorted(choices, key=lambda choice: choice.index or 0)
             if len(choices) != len(part):
                 raise UserError(
                     f"{self.url} returned {len(choices)} completions of {len(part)} texts; it is not "
@@ -175,7 +184,7 @@ class Endpoint:
         usage = answer.usage
         # Without a count, each byte may be a token.
         count = sum(len(text.encode()) for text in (*texts, *(choice.text for choice in choices)))
-        count = count if usage is None else usage.total_tokens
+        count = getattr(usage, "total_tokens", None) or count
         self.cost += self.limits.price * count / 1e6
 
     def _call(self, call: Callable[[], Any], is_score: bool) -> Any:
@@ -207,8 +216,18 @@ class Endpoint:
             if is_score and error.status_code in (400, 422, 501):
                 raise UserError(self._no_score(f"it refused the call ({reason})")) from None
             raise UserError(f"{self.url} refused the call to {self.model} ({reason}).") from None
-        except errors.APIError as error:
+        except (errors.APIError, ValueError) as error:  # A ValueError is of JSON.
             raise UserError(f"{self.url} sent no completion ({_short(str(error))}).") from None
+
+
+def _check_address(url: str) -> None:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        is_whole = bool(parts.hostname) and parts.port != 0 and not set(url) & set(" \t\n")
+    except ValueError:  # Such as a port that is no number.
+        is_whole = False
+    if not is_whole:
+        raise UserError(f"{url[:80]!r} is no address; write it as http://localhost:8000/v1.")
 
 
 def _short(message: str) -> str:

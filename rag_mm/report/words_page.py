@@ -15,6 +15,7 @@ from rag_mm.report.content import Curve
 
 # Of a full grid: runs that reconstruct well use more words; an encoder that collapsed used 9 % of 1,024.
 HEALTHY_USAGE = 0.25
+_SCORE = "relative_score_"
 NOTE = (
     "Usage is the share of the codebook that a level uses on test images, perplexity the number of equally "
     "frequent words with the same entropy. A level that is a full grid is healthy at a usage of at least "
@@ -36,7 +37,10 @@ def level_table(metrics: Mapping[str, Any], grids: Grids) -> LevelTable:
     """The table of the metrics of a stage `spae` whose images have these grids."""
     words = metrics.get("words", {})
     head = ["level", "PSNR of the levels so far, dB", "words used", "usage", "perplexity"]
-    named = ["relative score, all names", "a word of the image's name"] if words else []
+    # One column for each kind of features of words that was measured.
+    scores = [name for name in words.get("level1", {}) if name.startswith(_SCORE)]
+    named = [f"relative score, {name.removeprefix(_SCORE).replace('_', ' ')}" for name in scores]
+    named += ["any word in the image's name"] if words else []
     rows = []
     for number, grid in enumerate(grids, 1):
         name = f"level{number}"
@@ -53,7 +57,7 @@ def level_table(metrics: Mapping[str, Any], grids: Grids) -> LevelTable:
         ]
         if words:
             own = words[name]
-            row += [f"{own['relative_score_all_names']:.2f}", f"{own['named']:.0%}"]
+            row += [*(f"{own[score]:.2f}" for score in scores), f"{own['named']:.0%}"]
         rows.append(row)
     return LevelTable([*head, *named], rows, NOTE)
 

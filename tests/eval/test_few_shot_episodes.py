@@ -67,7 +67,7 @@ def test_too_few_images_are_a_user_error(options, message):
 
 
 def test_overlap_counts_each_word_in_each_example():
-    episode = Episode(0, np.array([0, 1]), ((0, 0), (1, 1), (2, 1)), ((3, 1), (4, 0)))
+    episode = Episode(0, 0, np.array([0, 1]), ((0, 0), (1, 1), (2, 1)), ((3, 1), (4, 0)))
     bags = [("a", "b"), ("b", "c"), ("c", "c"), ("c", "b"), ("z", "y")]
     votes = few_shot_episodes.overlap_votes(episode, bags)
     assert votes.tolist() == [[1, 3], [0, 0]]
@@ -104,13 +104,26 @@ def test_repeats_and_induction_reach_the_prompt():
 
 
 def test_a_label_is_no_word_of_the_images():
-    episode = Episode(0, np.array([0, 1]), ((0, 0), (1, 1)), ((2, 0),))
+    episode = Episode(0, 0, np.array([0, 1]), ((0, 0), (1, 1)), ((2, 0),))
     bags = [few_shot_episodes.NOUNS[:20], ("lion",), few_shot_episodes.NOUNS[20:-2]]
-    labels = few_shot_episodes.label_names(episode, bags, NAMES, "nouns")
+    labels = few_shot_episodes.label_names(episode, [bags], NAMES, "nouns")
     assert sorted(labels) == sorted(few_shot_episodes.NOUNS[-2:])
     bags[1] = few_shot_episodes.NOUNS
     with pytest.raises(UserError, match="Only 0 nouns are left for 2 ways"):
-        few_shot_episodes.label_names(episode, bags, NAMES, "nouns")
+        few_shot_episodes.label_names(episode, [bags], NAMES, "nouns")
+
+
+def test_labels_change_with_the_seed_and_are_words_of_no_run():
+    rows = (np.array([0, 1]), ((0, 0), (1, 1)), ((2, 0),))
+    bags = [("a",), ("b",), ("c",)]
+
+    def labels(seed, *others):
+        episode = Episode(0, seed, *rows)
+        return few_shot_episodes.label_names(episode, [bags, *others], NAMES, "nouns")
+
+    assert len({tuple(labels(seed)) for seed in range(5)}) == 5
+    first, second = labels(0)
+    assert labels(0, [(first,), (), ()])[0] == second
 
 
 def test_label_words_are_different():
@@ -119,7 +132,7 @@ def test_label_words_are_different():
 
 
 def test_random_bags_use_every_word_before_any_again():
-    episode = Episode(3, np.array([0, 1]), ((0, 0), (1, 1)), ((2, 0),))
+    episode = Episode(3, 0, np.array([0, 1]), ((0, 0), (1, 1)), ((2, 0),))
     bags = [("a", "b", "c"), ("d", "e", "f"), ("q", "q")]
     drawn = few_shot_episodes.random_bags(episode, bags, 6)
     assert [len(bag) for bag in drawn] == [2] * 6

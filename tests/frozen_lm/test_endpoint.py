@@ -155,6 +155,22 @@ def test_an_answer_that_fits_no_completion_gives_one_sentence(server, address):
         model.generate(["x"])
 
 
+@pytest.mark.parametrize("answer", ["a page", [1], {"choices": [{"index": 0, "text": None}]}])
+def test_an_answer_of_another_form_gives_one_sentence(server, address, answer):
+    server.behave = lambda handler, asked: (200, answer)
+    with pytest.raises(UserError, match="sent no completion"):
+        Endpoint(address, "tiny", EndpointLimits(retries=0)).generate(["x"])
+
+
+@pytest.mark.parametrize("value", [math.nan, "high"])
+def test_a_log_probability_that_is_no_number_gives_one_sentence(server, address, value):
+    told = {"token_logprobs": [None, value], "text_offset": [0, 1]}
+    choice = {"index": 0, "text": "xy", "logprobs": told}
+    server.behave = lambda handler, asked: (200, {"choices": [choice]})
+    with pytest.raises(UserError, match="returned none of 'y'"):
+        Endpoint(address, "tiny", EndpointLimits(retries=0)).score(["x"], ["y"])
+
+
 def test_calls_and_cost_are_limited(server, address):
     model = Endpoint(address, "tiny", EndpointLimits(max_calls=2, texts_per_call=1))
     with pytest.raises(UserError, match="was called 2 times, the limit"):
@@ -179,6 +195,12 @@ def test_calls_are_spaced(server, address):
 def test_an_address_without_a_model_is_refused(address):
     with pytest.raises(UserError, match="names no model; add #"):
         open_lm(address)
+
+
+@pytest.mark.parametrize("url", ["localhost:abc/v1", "[::1/v1", "", "x y/v1"])
+def test_what_is_no_address_gives_one_sentence(url):
+    with pytest.raises(UserError, match="is no address; write it as"):
+        open_lm(f"http://{url}#tiny")
 
 
 @pytest.mark.parametrize("wrong", [dict(timeout=0), dict(max_calls=0), dict(price=-1)])

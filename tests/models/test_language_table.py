@@ -46,6 +46,15 @@ def test_alignment_recovers_features_that_are_linear_in_the_vectors():
     assert (language_table.aligned(rows, shuffled) * unit).sum(axis=1).mean() < 0.2
 
 
+def test_words_without_features_are_mapped_but_not_fitted():
+    rows, rng = _rows(), np.random.default_rng(1)
+    features = rows @ rng.normal(size=(20, 6))
+    few = np.where(np.arange(300)[:, None] < 100, features, 0)
+    alone = language_table.aligned(rows, few, ridge=1e-6)
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    np.testing.assert_allclose(alone, unit, atol=1e-3)
+
+
 def test_matched_shortcuts_spread_patches_as_the_table_and_lead_back():
     rng = np.random.default_rng(2)
     patches = rng.normal(size=(500, 12)) @ rng.normal(size=(12, 12)) * 0.1 + 0.5
@@ -61,6 +70,14 @@ def test_fewer_patch_components_than_the_table_has_leave_the_rest_at_zero():
     into, back = language_table.matched_shortcuts(np.random.default_rng(3).random((50, 4)), table)
     assert not into["kernel"][:, 4:].any() and not back["kernel"][4:].any()
     assert into["kernel"][:, :4].any(axis=0).all()
+
+
+def test_noise_of_patches_is_not_amplified():
+    rng = np.random.default_rng(3)
+    gray = np.repeat(rng.random((500, 4)), 3, axis=1)
+    table = language_table.principal(_rows(), 10, is_whitened=True, is_unit=False)
+    into, _ = language_table.matched_shortcuts(gray + 1e-4 * rng.random((500, 12)), table)
+    assert np.abs(into["kernel"]).max() < 2 and not into["kernel"][:, 4:].any()
 
 
 def test_the_guide_maps_embeddings_to_wanted_latents():

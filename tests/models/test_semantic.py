@@ -21,6 +21,13 @@ def test_relative_scores_are_1_for_the_best_word_and_0_for_unknown_ones():
     np.testing.assert_allclose(scores, [[1.2 / 1.4, 1, 0, 0], [0, 0.5, 1, 0]])
 
 
+def test_words_without_features_do_not_count_for_the_others():
+    features = np.array([[-1.0, 0], [-0.5, 0], [0, 0]])
+    scores = semantic.relative_scores(np.array([[1.0, 0], [-1, 0]]), features)
+    np.testing.assert_allclose(scores, [[0, 1, 0], [1, 0, 0]])
+    assert not semantic.relative_scores(np.ones((2, 2)), np.zeros((3, 2))).any()
+
+
 def _loss(z, words, sizes, codes=None, scale=1.0):
     codebook = _codebook()
     if codes is None:
@@ -36,6 +43,28 @@ def test_the_loss_is_the_negative_log_softmax_of_scaled_distances():
     distances = ((z[0, 1, 1][None] - codebook) ** 2).sum(axis=1) / (2 * jnp.mean(codebook**2))
     theirs = -jax.nn.log_softmax(-distances)[5]
     assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
+
+
+def test_many_words_are_compared_in_chunks_to_the_same_loss(monkeypatch):
+    z, pools = jax.random.normal(jax.random.key(5), (2, 2, 2, 3)), ([[1, 6], [7, 2]], [[2], [1]])
+    both = jax.value_and_grad(lambda z: _loss(z, *map(jnp.array, pools)))
+    whole = both(z)
+    monkeypatch.setattr(semantic, "_MAX_LOGITS", 6)  # 2 points: chunks of 3 of the 8 words.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), both(z), whole
+    )
+
+
+def test_no_matrix_of_points_and_words_outgrows_the_limit():
+    shapes = [jax.ShapeDtypeStruct(s, d) for s, d in (((256, 16, 16), "f4"), ((65_536, 16), "f4"))]
+    words = jax.ShapeDtypeStruct((256, 16), "i4")
+
+    def loss(z, codebook, words):
+        factor = jnp.float32(1)
+        return jnp.sum(semantic._negative_log_softmax(z, words, codebook, factor))
+
+    compiled = jax.jit(jax.grad(loss)).lower(*shapes, words).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * 4 * semantic._MAX_LOGITS
 
 
 def test_descending_the_loss_makes_every_guided_code_a_word_of_its_pool():

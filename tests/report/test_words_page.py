@@ -24,6 +24,15 @@ def test_full_grids_that_use_few_words_are_marked():
     assert rows[0] == ["1: 1 x 1", "20.0", "300", "10%", "40", "0.75", "30%"]
 
 
+def test_there_is_a_column_for_each_kind_of_features():
+    metrics = _metrics(0.3)
+    metrics["words"]["level1"]["relative_score_seen_names"] = 0.5
+    table = words_page.level_table(metrics, GRIDS)
+    columns = ["relative score, all names", "relative score, seen names"]
+    assert table.head[-3:] == [*columns, "any word in the image's name"]
+    assert table.rows[0][-3:] == ["0.75", "0.50", "30%"]
+
+
 def test_one_level_has_the_figures_of_all_codes():
     metrics = {"psnr": 24.0, "code_usage": 0.8, "perplexity": 94.0}
     assert words_page.level_table(metrics, ((8, 8),)).rows == [

@@ -6,6 +6,7 @@ Vectors are centered, mapped by fixed linear maps and scaled, once, before train
 import numpy as np
 from jaxtyping import Float, Float32
 
+_HALF_STEP = 0.5 / 255  # of 8 bits
 RMS = 0.25  # Root mean square of a table's entries: about that of pixels in 0..1.
 
 
@@ -19,13 +20,16 @@ def aligned(
 
     Args:
         rows: word vectors.
-        features: embeddings of the same words in the retriever.
+        features: embeddings of the same words in the retriever; words without any, zeros, are mapped as
+            the others but not fitted.
         ridge: penalty, for rows divided by their standard deviation.
     """
     centered = rows.astype(np.float64) - rows.mean(axis=0)
     inputs = np.c_[centered / max(centered.std(), 1e-12), np.ones(len(rows))]
-    gram = inputs.T @ inputs + ridge * np.eye(inputs.shape[1])
-    mapped = inputs @ np.linalg.solve(gram, inputs.T @ features)
+    has_features = features.any(axis=1)
+    known = inputs[has_features]
+    gram = known.T @ known + ridge * np.eye(inputs.shape[1])
+    mapped = inputs @ np.linalg.solve(gram, known.T @ features[has_features])
     return mapped / np.maximum(np.linalg.norm(mapped, axis=1, keepdims=True), 1e-12)
 
 
@@ -65,7 +69,8 @@ def matched_shortcuts(
 
     Principal component i of the patches becomes component i of the latents, with the standard deviation of
     the table's component i, so that training starts with most words in use; an encoder that starts near zero
-    uses few words, and stays there. Components beyond the smaller of C and D are zero.
+    uses few words, and stays there. Components beyond the smaller of C and D are zero, and so are those that
+    vary by less than half a step of 8 bits, which would be amplified noise.
 
     Args:
         patches: pixels of patches of training images, in 0..1.
@@ -76,8 +81,9 @@ def matched_shortcuts(
     """
     mean = patches.mean(axis=0)
     _, spreads, directions = np.linalg.svd(patches - mean, full_matrices=False)
-    count = min(table.shape[1], len(directions), int((spreads > spreads[0] * 1e-6).sum()))
-    basis, deviations = directions[:count].T, spreads[:count] / np.sqrt(len(patches))
+    deviations = spreads / np.sqrt(len(patches))
+    count = min(table.shape[1], len(directions), int((deviations > _HALF_STEP).sum()))
+    basis, deviations = directions[:count].T, deviations[:count]
     gains = table.std(axis=0)[:count] / deviations
     into, back = (np.zeros((patches.shape[1], table.shape[1])) for _ in range(2))
     into[:, :count], back[:, :count] = basis * gains, basis / gains

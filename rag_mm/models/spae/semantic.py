@@ -14,6 +14,8 @@ from jaxtyping import Array, Float, Float32, Int, Key
 
 from rag_mm.core import checks
 
+_MAX_LOGITS = 2**26  # Computed at once: 256 MiB in float32.
+
 
 @dataclasses.dataclass(frozen=True)
 class SemanticConfig:
@@ -41,12 +43,14 @@ def relative_scores(
 ) -> Float[Array | np.ndarray, "B K"]:
     """Similarity of each image and word, scaled for each image so that its best word has 1, its worst 0.
 
-    A word whose features are all zero, as one in no name, has 0.
+    A word whose features are all zero, as one in no name, has 0 and does not count for the others.
     """
     scores = embeddings @ features.T
-    low = scores.min(axis=1, keepdims=True)
-    spread = scores.max(axis=1, keepdims=True) - low
-    is_known = (features**2).sum(axis=1)[None] > 0
+    is_known = np.asarray((features**2).sum(axis=1)[None] > 0)
+    if not is_known.any():
+        return 0 * scores
+    low = scores.min(axis=1, keepdims=True, initial=np.inf, where=is_known)
+    spread = scores.max(axis=1, keepdims=True, initial=-np.inf, where=is_known) - low
     return is_known * (scores - low) / (spread + (spread == 0))
 
 
@@ -69,19 +73,44 @@ def semantic_loss(
         logit_scale: see `SemanticConfig`.
     """
     codebook = jax.lax.stop_gradient(codebook)
-    norms, mean_square = jnp.sum(codebook**2, axis=-1), jnp.mean(codebook**2)
-    losses = []
+    factor, losses = logit_scale / (2 * jnp.mean(codebook**2)), []
     for level, target in enumerate(targets[: pool_sizes.shape[1]]):
         z = target.reshape(target.shape[0], -1, target.shape[-1])
         sizes = pool_sizes[:, level, None]
         shares = jax.random.uniform(jax.random.fold_in(key, level), z.shape[:2])
         chosen = (shares * sizes.astype(jnp.float32)).astype(jnp.int32)
         words = jnp.take_along_axis(pool_words, chosen, axis=1)
-        # ||z||^2 is the same for every word.
-        logits = (2 * z @ codebook.T - norms[None, None]) * (logit_scale / (2 * mean_square))
-        own = jnp.take_along_axis(logits, words[..., None], axis=-1)[..., 0]
-        losses.append(jnp.mean(jax.nn.logsumexp(logits, axis=-1) - own))
+        losses.append(jnp.mean(_negative_log_softmax(z, words, codebook, factor)))
     return jnp.mean(jnp.stack(losses))
+
+
+def _negative_log_softmax(
+    z: Float32[Array, "B P D"],
+    words: Int[Array, "B P"],
+    codebook: Float32[Array, "K D"],
+    factor: Float32[Array, ""],
+) -> Float32[Array, "B P"]:
+    """-log softmax(-factor * ||z - e||^2)[word]; many logits are computed in chunks of words, twice."""
+    norms = jnp.sum(codebook**2, axis=-1)
+
+    def logits(vectors: Array, norms: Array) -> Array:
+        # ||z||^2 is the same for every word.
+        return (2 * z @ vectors.T - norms[None, None]) * factor
+
+    size = max(1, _MAX_LOGITS // (z.shape[0] * z.shape[1]))
+    if size >= len(codebook):
+        whole = logits(codebook, norms)
+        own = jnp.take_along_axis(whole, words[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(whole, axis=-1) - own
+    padding = -len(codebook) % size  # Infinitely far away.
+    chunks = (
+        jnp.pad(codebook, ((0, padding), (0, 0))).reshape(-1, size, codebook.shape[1]),
+        jnp.pad(norms, (0, padding), constant_values=jnp.inf).reshape(-1, size),
+    )
+    of_chunk = jax.checkpoint(lambda chunk: jax.nn.logsumexp(logits(*chunk), axis=-1))
+    total = jax.nn.logsumexp(jax.lax.map(of_chunk, chunks), axis=0)
+    own = (2 * jnp.sum(z * codebook[words], axis=-1) - norms[words]) * factor
+    return total - own
 
 
 def balance(others: Float32[Array, ""], loss: Float32[Array, ""]) -> Float32[Array, ""]:

@@ -21,8 +21,7 @@ _GROUPS = 32
 class TorchTokenizer:
     """The peer; images are float32 [B, 3, H, W] tensors in 0..1.
 
-    It is made of what torch is fastest at: convolutions of channels-first tensors, whose weights lie as torch
-    wants them, and one matrix of distances per level.
+    Convolutions are of channels-first tensors, and each level has one matrix of distances.
     """
 
     def __init__(self, config: SPAEConfig, params: Params, num_threads: int):

@@ -69,7 +69,8 @@ class LanguageCodebookStageConfig:
             raise ValueError("table is aligned, which needs features, such as all_names")
         if not self.templates or any(each.count("{}") != 1 for each in self.templates):
             raise ValueError("templates need one {} each, and there must be at least one")
-        if self.lm != word_source.RANDOM:
+        # Without a language model the config can be planned; the stage asks for one.
+        if self.lm not in ("", word_source.RANDOM):
             object.__setattr__(self, "lm_digest", _digest(self.lm))
 
 
@@ -183,4 +184,4 @@ def _digest(lm: str) -> str:
         return manifest.fingerprint
     if path.is_dir():
         return files.digest(files.canonical_json(digests.folder_digests(path)).encode())
-    return files.digest(files.read_bytes(path))
+    return files.file_digest(path)

@@ -73,17 +73,21 @@ def evaluate(
         UserError: the run has no words, no image could be read, or too few classes or images per class.
     """
     bags, class_ids = read_bags(word_images.load(workdir), images, words)
+    others = []
     if against is not None:
         others, _ = read_bags(word_images.load(against), images, words)
     drawn = few_shot_episodes.draw_episodes(class_ids, episodes)
 
-    def measure(bags: list[tuple[str, ...]], name: str) -> dict[str, np.ndarray]:
+    def measure(
+        bags: list[tuple[str, ...]], other: list[tuple[str, ...]], name: str
+    ) -> dict[str, np.ndarray]:
+        avoided = [other] if other else []
         with progress.track(name, len(drawn)) as bar:
             return few_shot_episodes.measure(
-                drawn, bags, images.class_names, lm, ask, on_episode=bar.update
+                drawn, bags, images.class_names, lm, ask, avoided, on_episode=bar.update
             )
 
-    found = measure(bags, "episodes")
+    found = measure(bags, others, "episodes")
     summaries = {
         method: few_shot_episodes.summarize(values, len(drawn[0].queries))
         for method, values in found.items()
@@ -91,7 +95,7 @@ def evaluate(
     method = next(name for name in ("calibrated", "greedy", "overlap") if name in found)
     paired: dict[str, Any] = {}
     if against is not None:
-        other = measure(others, "episodes of the other run")
+        other = measure(others, bags, "episodes of the other run")
         paired["over_against"] = {
             name: statistics.paired_difference(values, other[name])
             for name, values in found.items()

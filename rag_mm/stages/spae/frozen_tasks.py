@@ -54,8 +54,8 @@ def complete_image(
 ) -> Completed:
     """Inpaints, outpaints, deblurs, turns back or moves back an image by progressive decoding.
 
-    The examples are noisy copies of the image itself, in the codes of the first three levels clean, so most
-    of the wanted codes can be read off them by a majority vote: what the language model adds is the
+    The examples are noisy copies of the image itself, clean in up to three levels above the full grid, so
+    most of the wanted codes can be read off them by a majority vote: what the language model adds is the
     difference to it. Text that is no valid word becomes the given image's word at that place.
 
     Args:
@@ -91,7 +91,7 @@ def complete_image(
         CodePair(condition, target),
         len(table.words),
         shares=denoising.SHARES[-num_examples:],
-        num_clean=code_grids.ends(grids)[min(3, len(grids)) - 1] if len(grids) > 1 else 0,
+        num_clean=_num_clean(grids),
         seed=seed,
     )
     majority = np.where(wanted, denoising.majority_codes(examples), target)
@@ -211,6 +211,12 @@ def _answered(words: str, document: Document) -> prompts.Answered:
             f"{document.text[:60]!r}."
         )
     return prompts.Answered(words, question + mark, answer)
+
+
+def _num_clean(grids: code_grids.Grids) -> int:
+    """The codes of the first levels that noise spares: at most three, and none with a full grid."""
+    num_coarse = sum(grid != grids[-1] for grid in grids)
+    return [0, *code_grids.ends(grids)][min(3, num_coarse)]
 
 
 def _fitted(opened: word_images.WordImages, documents: Sequence[Document]) -> np.ndarray:

@@ -103,7 +103,13 @@ def _features(
             "The words of the language codebook have no features; set "
             f"language_codebook.features={config.features}."
         )
-    return codebook.features[config.features]
+    features = codebook.features[config.features]
+    if not features.any():
+        raise UserError(
+            f"No word of the language codebook has features from {config.features}, since none is in a name; "
+            "set word_pools.features=templates, or prefer_names with another language model."
+        )
+    return features
 
 
 def load(folder: epath.Path) -> WordPools:

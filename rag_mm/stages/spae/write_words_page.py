@@ -37,7 +37,7 @@ def _lead(config: SPAEStageConfig, run: run_folder.Run) -> str:
     """What the figures are of, and what has helped them."""
     splits = " and ".join(config.eval_splits)
     what = f"Figures are of test images of the splits {splits}, which the autoencoder has not seen."
-    if not config.uses_pools:
+    if "words" not in run.metrics["spae"]:
         return what
     retriever = "has"
     manifest = run.manifest("retriever")

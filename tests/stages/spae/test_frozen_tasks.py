@@ -45,6 +45,11 @@ def test_nonsense_leaves_what_was_given():
     assert figures["lm"] == figures["given"] and figures["valid"] == 0.0
 
 
+def test_a_full_grid_is_never_spared_by_the_noise():
+    figures = frozen_tasks.complete_image(OPENED, PIXELS, "shift", None, num_examples=1).figures
+    assert figures["majority"]["level2"] == 1 > figures["majority"]["level3"]
+
+
 def test_without_a_language_model_there_is_the_vote():
     made = frozen_tasks.complete_image(OPENED, PIXELS, "deblur", None, num_examples=3)
     assert made.by_lm is None and set(made.figures) == {"majority", "given", "valid"}

@@ -6,7 +6,7 @@ import pytest
 from rag_mm.core import run_folder
 from rag_mm.core.errors import UserError
 from rag_mm.stages.shared import world_config
-from rag_mm.stages.spae import build_codebook, word_features, word_source
+from rag_mm.stages.spae import build_codebook, rank_words, word_features, word_source
 
 WORLD = world_config.EmojiWorld(class_share=0.05, seed=0)
 
@@ -78,9 +78,17 @@ def test_a_pickle_is_not_read(tmp_path):
     np.savez(tmp_path / "lm.npz", words=np.array(["aa", None], object), vectors=np.eye(2))
     with pytest.raises(UserError, match="is no .npz file with `words`"):
         word_source.read(str(tmp_path / "lm.npz"))
-    (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 nothing")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 nothing", b"single"])
+def test_what_is_no_npz_file_is_refused(tmp_path, content):
+    path = tmp_path / "bad.npz"
+    path.write_bytes(content)
+    if content == b"single":
+        with path.open("wb") as file:
+            np.save(file, np.eye(2))
     with pytest.raises(UserError, match="is no .npz file"):
-        word_source.read(str(tmp_path / "bad.npz"))
+        word_source.read(str(path))
 
 
 def test_an_absent_language_model_is_named():
@@ -88,9 +96,24 @@ def test_an_absent_language_model_is_named():
         _config("/no/such.gguf")
 
 
+def test_without_a_language_model_the_stage_asks_for_one(tmp_path):
+    with pytest.raises(UserError, match="lm is empty; give smollm2"):
+        _run(tmp_path, _config(""))
+
+
 def test_an_aligned_table_needs_features():
     with pytest.raises(ValueError, match="needs features"):
         _config("random", table="aligned")
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [({}, "have no features; set"), ({"all_names": np.zeros((2, 4))}, "none is in a name")],
+)
+def test_words_that_cannot_be_ranked_are_refused(features, message):
+    codebook = build_codebook.LanguageCodebook(("aa", "bb"), np.eye(2), features)
+    with pytest.raises(UserError, match=message):
+        rank_words._features(rank_words.WordPoolsStageConfig(0, WORLD), codebook)
 
 
 class _Encoder:
