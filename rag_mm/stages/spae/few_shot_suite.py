@@ -73,7 +73,7 @@ def evaluate(
         UserError: the run has no words, no image could be read, or too few classes or images per class.
     """
     bags, class_ids = read_bags(word_images.load(workdir), images, words)
-    others = []
+    others: list[tuple[str, ...]] = []
     if against is not None:
         others, _ = read_bags(word_images.load(against), images, words)
     drawn = few_shot_episodes.draw_episodes(class_ids, episodes)
