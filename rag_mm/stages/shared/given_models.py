@@ -16,6 +16,7 @@ from rag_mm.data import public_text, vocabulary
 from rag_mm.stages.shared import frozen
 
 FOLDER = "frozen"  # Where a stage keeps its frozen model.
+_OTHER_MAKERS = {"tokenizer": ("spae",)}  # Stages whose folder holds a model of the same kind.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,8 @@ def find_model(path: epath.PathLike, stage: str) -> epath.Path:
     path = epath.Path(path)
     if (path / frozen.CONFIG).exists() and (path / frozen.PARAMS).exists():
         return path
-    if (path / run_folder.MANIFEST).exists():
+    is_maker = path.name in (stage, *_OTHER_MAKERS.get(stage, ()))
+    if is_maker and (path / run_folder.MANIFEST).exists():
         return run_folder.Run(path.parent).finished_stage(path.name) / FOLDER
     return run_folder.open_run(path).finished_stage(stage) / FOLDER
 
