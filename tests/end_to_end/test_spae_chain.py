@@ -12,6 +12,10 @@ from rag_mm.stages.shared import frozen, given_models, train_tokenizer, world_co
 from rag_mm.stages.spae import build_codebook, rank_words, word_images
 
 
+# 90 seconds of processor time for all tests.
+pytestmark = pytest.mark.slow
+
+
 def _rag_mm(*args, cwd):
     command = [sys.executable, "-m", "rag_mm", *args]
     return subprocess.run(
@@ -120,3 +124,23 @@ def test_a_decoder_can_be_given_word_codes(words_run, tmp_path):
     images = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), np.uint8)
     np.testing.assert_array_equal(copied.encode(images), original.encode(images))
     assert run_folder.open_run(tmp_path / "decoder").finished_stage("tokenizer")
+
+
+def test_a_learned_codebook_is_trained_by_the_same_stage(tmp_path):
+    overrides = {
+        "stages": "('spae',)",
+        "spae.model.codebook": "learned",
+        "spae.model.levels": "(4,8)",
+        "spae.model.guide_dim": 0,
+        "spae.semantic.alpha": 0.0,
+    }
+    options = [f"--config.{key}={value}" for key, value in overrides.items()]
+    done = _rag_mm(
+        "train", "--config=configs/spae.py:tiny", "--workdir=run", *options, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {"psnr", "level1", "level2"} <= set(_spae(tmp_path / "run"))
+    assert "The retriever" not in (tmp_path / "run" / "spae.html").read_text()
+    images = "--images=scenes:easy/test/test"
+    refused = _rag_mm("eval", "--suite=fewshot", images, "--workdir=run", cwd=tmp_path)
+    assert refused.returncode == 2 and "codes are no words" in refused.stderr

@@ -150,8 +150,7 @@ class FrozenTokenizer:
         family, self.config = read_tokenizer_config(folder)
         make_model = IMAGE_TOKENIZERS[family][1]
         self.words = _read_words(folder, self.config)
-        is_own = family == "spae" and self.words is None
-        has_vocabulary = is_own or (folder / VOCABULARY).exists()
+        has_vocabulary = (folder / VOCABULARY).exists()
         self._vocabulary = (
             vocabulary.load_vocabulary(folder / VOCABULARY) if has_vocabulary else None
         )
@@ -172,7 +171,7 @@ class FrozenTokenizer:
         """The vocabulary of texts and these codes.
 
         Raises:
-            UserError: there is none, as in an imported image tokenizer.
+            UserError: there is none, as in an imported image tokenizer or one whose codes are words.
         """
         if self._vocabulary is None:
             raise UserError(f"{self.folder} holds an image tokenizer without a text vocabulary.")
