@@ -11,7 +11,6 @@ from rag_mm.core import run_folder
 from rag_mm.stages.shared import frozen, given_models, train_tokenizer, world_config
 from rag_mm.stages.spae import build_codebook, rank_words, word_images
 
-
 # 90 seconds of processor time for all tests.
 pytestmark = pytest.mark.slow
 
