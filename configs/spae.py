@@ -70,27 +70,24 @@ LEARNED = {
 
 def plain_table() -> dict:
     """2 minutes; words of the language model as they come, first those that are frequent."""
+    tokenizer = quickstart.quick()["tokenizer"]
     return dict(
         stages=("language_codebook", "spae"),
         seed=0,
         world=dict(levels=("easy",)),
         language_codebook=dict(lm="smollm2", num_words=1024, dim=16),
         spae=dict(
-            model=dict(
-                image_size=32,
-                patch_size=4,
-                encoder="patch",
-                width=32,
-                width_multipliers=(1,),
-                num_res_blocks=1,
+            # The encoder, schedule and steps of the quickstart's image tokenizer.
+            model=tokenizer["model"]
+            | dict(
                 embed_dim=16,
-                codebook_size=1024,
                 codebook="language",
                 levels=(1, 2, 4, 8, 8),
                 commitment_weight=0.1,
+                random_flip_rotate=False,
             ),
-            optimizer=dict(learning_rate=5e-3, warmup_steps=20, schedule="cosine"),
-            loop=dict(num_steps=1600, log_every=100, checkpoint_every=400),
+            optimizer=tokenizer["optimizer"],
+            loop=tokenizer["loop"],
         ),
         ablation=dict(
             stage="spae",

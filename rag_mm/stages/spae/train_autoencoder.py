@@ -199,7 +199,7 @@ def _per_image(
     if codebook is None or not codebook.features:
         return values
     encoder = train_retriever.load_encoder(run.workdir)
-    test = word_figures.encode(source, rows, tokenizer)
+    test = word_figures.describe(source, rows, tokenizer, codes)
     values["words"] = word_figures.per_image(test, encoder.encode_image(images), codebook.features)
     return values | {"overlap": word_figures.overlap(test, config.seed)}
 

@@ -49,11 +49,13 @@ class TestWords:
         return [tuple(self.words[code] for code in row[:num_codes]) for row in self.codes]
 
 
-def encode(
-    source: world_config.SplitDocuments, rows: np.ndarray, tokenizer: frozen.FrozenTokenizer
+def describe(
+    source: world_config.SplitDocuments,
+    rows: np.ndarray,
+    tokenizer: frozen.FrozenTokenizer,
+    codes: np.ndarray,
 ) -> TestWords:
-    """Encodes the images `rows` of a world with an image tokenizer whose codes are words."""
-    images = world_config.images(source, rows)
+    """The images `rows` of a world, whose codes int32 [Q, N] are words of an image tokenizer."""
     if isinstance(source, emoji_scenes.Scenes):
         aliases, class_ids = art.load_art().names, source.class_ids[rows]
         names = [word_features.words_of(" ".join(aliases[i])) for i in class_ids]
@@ -62,7 +64,7 @@ def encode(
         class_ids = None
     ends = tuple(code_grids.ends(tokenizer.grids))
     assert tokenizer.words is not None
-    return TestWords(tokenizer.words, tokenizer.encode(images), ends, names, class_ids)
+    return TestWords(tokenizer.words, codes, ends, names, class_ids)
 
 
 def per_image(

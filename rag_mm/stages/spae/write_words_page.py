@@ -36,7 +36,7 @@ def finish(config: SPAEStageConfig, run: run_folder.Run, stages: Sequence[str]) 
 def _lead(config: SPAEStageConfig, run: run_folder.Run) -> str:
     """What the figures are of, and what has helped them."""
     splits = " and ".join(config.eval_splits)
-    what = f"Figures are of test images of the splits {splits}, which the autoencoder has not seen."
+    what = f"Figures are of test images of {splits} classes, which the autoencoder has not seen."
     if "words" not in run.metrics["spae"]:
         return what
     retriever = "has"
