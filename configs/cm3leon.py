@@ -2,6 +2,9 @@
 
     rag-mm plan --config=configs/cm3leon.py:7b --topology=v5e:16x16
     rag-mm train --config=configs/cm3leon.py:chain --workdir=runs/cm3leon
+    rag-mm train --config=configs/cm3leon.py:decoding --workdir=runs/decoding --reuse=runs/quickstart
+    rag-mm ablate --config=configs/cm3leon.py:decoding --workdir=runs/decoding3 --reuse RUN RUN RUN
+    rag-mm train --config=configs/cm3leon.py:sft --workdir=runs/sft --reuse=runs/quickstart
 
     preset  cost, at best, on 256 v5e chips    what to expect
     tiny    a minute to compile                a program of the same shape, for tests
@@ -10,6 +13,13 @@
     7b      300,000 steps of 7.3 s             not trained here; the paper's model
     chain   a minute on two cores              trained: the stages of RA-CM3's quickstart with CM3Leon's
                                                decoder and loss; runs every stage, learns nothing
+    decoding                                   ways of decoding on the quickstart's model: guidance, contrast,
+                                               re-ranking, parallel decoding
+    decoding_tiny                              the same on the tiny quickstart, with few settings; for tests
+    null_prompts                               guidance with and without masked captions in training
+    training                                   other masking, loss and sizes, at three seeds
+    sft                                        instruction tuning of the quickstart's model on eleven tasks
+    sft_tiny                                   the same on the tiny quickstart, for tests
 
 `plan` prints what one training step of 8M tokens needs of each chip (docs/results/plans.md). Learning rate,
 warm-up and batch are the paper's; betas, clipping, weight decay and the linear schedule, which ends at a
@@ -26,12 +36,127 @@ from rag_mm.core import configuration
 from rag_mm.models import cm3leon
 from rag_mm.nn.decoder import DecoderConfig
 
-PRESETS = ("tiny", "350m", "760m", "7b", "chain")
+PRESETS = (
+    "tiny",
+    "350m",
+    "760m",
+    "7b",
+    "chain",
+    "decoding",
+    "decoding_tiny",
+    "null_prompts",
+    "training",
+    "sft",
+    "sft_tiny",
+)
+DECODING_STAGES = ("tokenizer", "retriever", "memory", "neighbors", "decoder", "decoding")
+SFT_STAGES = (*DECODING_STAGES[:-1], "sft")
+# Examples of each task. Capped mixing draws all about as often, but less of those with a few hundred.
+SFT_TASKS = dict(
+    text_to_image=4000,
+    recolor=4000,
+    move=3000,
+    swap=6000,
+    draw_boxes=3000,
+    from_silhouette=800,
+    from_edges=800,
+    caption=6000,
+    what=6000,
+    where=3000,
+    which_color=400,
+)
+SFT_TEXTS = ("caption", "what", "where", "which_color")
+
+
+def _joint(setting: str) -> str:
+    return f"held_out.{setting}.joint"
+
+
+_BEST, _PLAUSIBLE = "bare_w1.5_t1", "bare_w1.5_t1_plausible0.1"
+_CONTRAST = "contrast_k1_a0.1_bare_t1"
+# What a table over seeds shows: see `rag-mm ablate --help`.
+DECODING_FIGURES = (
+    *(
+        _joint(f"{null}_w{weight:g}_t{temperature:g}")
+        for null in ("bare", "documents", "caption")
+        for temperature in (0.4, 0.7, 1.0)
+        for weight in (0.0, 1.0, 1.5, 2.0, 3.0, 5.0)
+    ),
+    *(f"held_out.documents_w0_t0.4.{fact}" for fact in ("entity", "place", "color")),
+    *map(_joint, ("plain_t0", _PLAUSIBLE, _CONTRAST, "contrast_k1_a0.5_bare_t1")),
+    *map(_joint, ("contrast_k2_a0.5_bare_t1", "contrast_k2_a0.5_bare_floor0.1_t1")),
+    *map(_joint, ("contrast_k4_a0.5_bare_t1", "contrast_k4_a0.5_bare_floor0.1_t1")),
+    *(f"held_out.contrast_k1_a{alpha:g}_bare_t1.entropy" for alpha in (1.0, 0.5, 0.1)),
+    *(
+        f"held_out.ranked_{maker}_n{count}.{figure}"
+        for maker in ("plain", "contrast", "mixture")
+        for count in (1, 2, 4, 8, 16)
+        for figure in ("joint", "upper_bound")
+    ),
+    *(f"held_out.jacobi_plain_t{temperature:g}.passes" for temperature in (0.0, 0.7, 1.0)),
+    *(f"held_out.jacobi_uncoupled_plain_t{temperature:g}.passes" for temperature in (0.7, 1.0)),
+    *map(_joint, ("jacobi_plain_t0.7", "jacobi_plain_t1")),
+    "held_out.jacobi_bare_w1.5_t1.passes",
+    *(
+        f"held_out.{null}_w{weight:g}_t1.copied_{name}"
+        for null in ("bare", "documents", "caption")
+        for weight in (1.0, 1.5, 3.0)
+        for name in ("place", "color", "whole")
+    ),
+)
+DECODING_PAIRS = tuple(
+    (_joint(ours), _joint(theirs))
+    for ours, theirs in (
+        (_BEST, "bare_w1_t1"),
+        ("bare_w3_t1", _BEST),
+        ("bare_w5_t0.4", "bare_w1_t0.4"),
+        (_PLAUSIBLE, "plain_t1"),
+        (_PLAUSIBLE, "plain_t0"),
+        (_CONTRAST, _BEST),
+        (_CONTRAST, "plain_t1"),
+        ("ranked_plain_n4", "ranked_plain_n1"),
+        ("ranked_plain_n8", "ranked_plain_n4"),
+        ("ranked_mixture_n8", "ranked_plain_n8"),
+        ("ranked_mixture_n8", "ranked_contrast_n8"),
+        ("jacobi_plain_t0.7", "plain_t0.7"),
+        ("jacobi_plain_t1", "plain_t1"),
+    )
+) + tuple(
+    (f"held_out.{ours}.passes", f"held_out.{theirs}.passes")
+    for ours, theirs in (
+        ("jacobi_plain_t0.7", "jacobi_uncoupled_plain_t0.7"),
+        ("jacobi_plain_t1", "jacobi_uncoupled_plain_t1"),
+    )
+)
+# Nothing masks a caption or an image whole, as in CM3Leon's first description of its objective.
+UNMASKED = {"decoder.masking.caption_prob": 0.0, "decoder.masking.segment_prob": 0.0}
+# Every target counts alike, sentinels and retrieved documents too (CM3Leon, section 2.2).
+UNIFORM_LOSS = {
+    "decoder.alpha": 1.0,
+    "decoder.sentinel_weight": 1.0,
+    "decoder.normalize_by": "weights",
+}
+# About 0.1 and 1.5 M parameters; the quickstart's decoder has 0.4 M in its layers.
+SMALL = {"decoder.model.embed_dim": 64, "decoder.model.mlp_dim": 192}
+LARGE = {
+    "decoder.model.embed_dim": 192,
+    "decoder.model.mlp_dim": 576,
+    "decoder.model.num_layers": 3,
+}
 
 
 def get_config(preset: str) -> dict:
     """The config of a preset: nested plain values."""
-    return chain() if preset == "chain" else _sizes(preset)
+    made = {
+        "chain": chain,
+        "decoding": decoding,
+        "decoding_tiny": decoding_tiny,
+        "null_prompts": null_prompts,
+        "training": training,
+        "sft": sft,
+        "sft_tiny": sft_tiny,
+    }
+    return made[preset]() if preset in made else _sizes(preset)
 
 
 def chain() -> dict:
@@ -50,6 +175,112 @@ def chain() -> dict:
             normalize_by=model.normalize_by,
             optimizer=_optimizer(1e-3, 10),
         ),
+    )
+
+
+def decoding() -> dict:
+    """Every way of decoding on 256 test scenes of the quickstart's model."""
+    config = quickstart.quick()
+    return _stages_of(config, DECODING_STAGES) | dict(
+        decoding=dict(),
+        ablation=dict(
+            stage="decoding",
+            seeds=quickstart.FRESH_SEEDS,
+            figures=DECODING_FIGURES,
+            pairs=DECODING_PAIRS,
+            variants={"as it is": {}},
+        ),
+    )
+
+
+def decoding_tiny() -> dict:
+    """One setting of each kind and two of the sweep, on a model that has learned nothing."""
+    return _stages_of(quickstart.tiny(), DECODING_STAGES) | dict(
+        decoding=dict(
+            num_scenes=16,
+            temperatures=(0.4, 1.0),
+            weights=(0.0, 1.0, 1.5, 3.0),
+            nulls=("bare", "documents"),
+            plausible_weights=(1.5,),
+            plausible_temperatures=(),
+            two_conditions=((1.5, 1.0),),
+            contrasts=(
+                (1, 1.0, 1.0, 0.0, "bare"),
+                (1, 0.5, 1.0, 0.0, "bare"),
+                (1, 0.1, 1.0, 0.0, "bare"),
+                (2, 0.5, 1.0, 0.1, "bare"),
+            ),
+            num_candidates=(1, 2, 4, 8),
+            jacobi_temperatures=(0.0, 1.0),
+            speed_batches=(1,),
+            num_examples=2,
+        ),
+    )
+
+
+def null_prompts() -> dict:
+    """Guidance away from null prompts that training showed, or did not."""
+    config = decoding()
+    weights, temperatures = (0.0, 1.0, 1.5), (0.4, 1.0)
+    return config | dict(
+        decoding=dict(
+            weights=weights,
+            temperatures=temperatures,
+            num_candidates=(1,),
+            two_conditions=(),
+            shows_unseen_nulls=True,
+        ),
+        ablation=dict(
+            stage="decoding",
+            baseline="as it is",
+            seeds=quickstart.FRESH_SEEDS,
+            figures=tuple(
+                f"held_out.{null}_w{weight:g}_t{temperature:g}.{fact}"
+                for null in ("bare", "documents", "caption")
+                for temperature in temperatures
+                for weight in weights
+                for fact in ("joint", "entity", "place", "color")
+            ),
+            variants={"as it is": {}, "segment masking off": UNMASKED},
+        ),
+    )
+
+
+def training() -> dict:
+    """The quickstart with other masking, loss and decoder sizes: NLL, images and captions by document."""
+    config = quickstart.quick()
+    figures = tuple(
+        f"held_out.docs{count}.{figure}"
+        for figure in ("art_nll", "joint", "cider")
+        for count in range(3)
+    )
+    pairs = tuple(
+        (f"held_out.docs{ours}.{figure}", f"held_out.docs{ours - 1}.{figure}")
+        for figure in ("art_nll", "joint")
+        for ours in (1, 2)
+    )
+    return config | dict(
+        ablation=dict(
+            baseline="as it is",
+            seeds=quickstart.FRESH_SEEDS,
+            figures=figures,
+            pairs=pairs,
+            variants={
+                "as it is": {},
+                "segment masking off": UNMASKED,
+                "uniform loss": UNIFORM_LOSS,
+                "0.1 M": SMALL,
+                "1.5 M": LARGE,
+            },
+        ),
+    )
+
+
+def _stages_of(config: dict, stages: tuple[str, ...]) -> dict:
+    """A page with these stages alone."""
+    dropped = {*config["stages"], "ablation"} - {*stages}
+    return {name: value for name, value in config.items() if name not in dropped} | dict(
+        stages=stages
     )
 
 
@@ -80,4 +311,65 @@ def _optimizer(learning_rate: float, warmup_steps: int) -> dict:
         weight_decay=0.1,
         clip_norm=1.0,
         end_rate=0.1,
+    )
+
+
+def sft() -> dict:
+    """Instruction tuning of the quickstart's model; every task is measured on 128 test scenes."""
+    return _stages_of(quickstart.quick(), SFT_STAGES) | dict(
+        sft=dict(
+            optimizer=dict(learning_rate=2e-3, warmup_steps=20, schedule="wsd", weight_decay=0.05),
+            loop=dict(num_steps=1000, checkpoint_every=200),
+            tasks=SFT_TASKS,
+        ),
+        ablation=dict(
+            stage="sft",
+            baseline="as it is",
+            seeds=quickstart.FRESH_SEEDS,
+            figures=tuple(
+                f"held_out.{decoder}_{task}.{_sft_figure(task)}"
+                for task in SFT_TASKS
+                for decoder in ("untuned", "tuned")
+            ),
+            pairs=tuple(
+                tuple(
+                    f"held_out.{each}_{task}.{_sft_figure(task)}" for each in ("tuned", "untuned")
+                )
+                for task in SFT_TASKS
+            ),
+            variants={
+                "as it is": {},
+                "edits only": {
+                    "sft.tasks": {"recolor": 4000, "move": 4000, "swap": 4000},
+                    "sft.text_to_image_share": 0.0,
+                    "sft.also_measured": tuple(SFT_TASKS),
+                },
+                "proportional mixing": {"sft.mixing": "proportional"},
+                "LoRA": {
+                    "sft.lora": {
+                        "rank": 16,
+                        "targets": ("q", "k", "v", "out", "gate", "up", "down"),
+                    }
+                },
+            },
+        ),
+    )
+
+
+def _sft_figure(task: str) -> str:
+    """The score that stands for a task."""
+    return "right" if task in SFT_TEXTS else "joint"
+
+
+def sft_tiny() -> dict:
+    """Few steps on a model that has learned nothing; for tests."""
+    config = sft()
+    return _stages_of(quickstart.tiny(), SFT_STAGES) | dict(
+        sft=config["sft"]
+        | dict(
+            loop=dict(num_steps=20, log_every=10, checkpoint_every=10),
+            tasks=dict.fromkeys(SFT_TASKS, 24),
+            batch_size=8,
+            num_test=8,
+        ),
     )

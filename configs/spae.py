@@ -11,6 +11,8 @@ Miniatures for two CPU cores on emoji scenes; SmolLM2 is a language model of 135
     aligned_table  5 minutes          the same with vectors mapped onto the retriever's features of the
                                       words, and semantic guidance: words that fit the image come first
     video          6 minutes          8-frame clips as a pyramid in time, inflated from plain_table
+    crops          20 minutes         64-pixel crops of your images, 64 learned codes each; its ablation adds
+                                      perceptual and adversarial losses
     tiny           1 minute           every stage, nothing learned, words with random vectors; for tests
     base           a pod              the paper's image model at 128 pixels on your images; not run here
     large8         a pod              with eight levels; not run here
@@ -24,7 +26,7 @@ Figures are in docs/results/spae.md. The larger presets read your images and cap
 
 from rag_mm.configs import quickstart
 
-PRESETS = ("plain_table", "aligned_table", "video", "tiny", "base", "large8", "vqgan")
+PRESETS = ("plain_table", "aligned_table", "video", "crops", "tiny", "base", "large8", "vqgan")
 TEMPLATES = (
     "{}",
     "{} face",
@@ -50,6 +52,7 @@ def get_config(preset: str) -> dict:
         "plain_table": plain_table,
         "aligned_table": aligned_table,
         "video": video,
+        "crops": crops,
         "tiny": tiny,
         "base": base,
         "large8": large8,
@@ -163,6 +166,47 @@ def video() -> dict:
             level_frames=(1, 2, 4, 8, 8),
             optimizer=dict(learning_rate=2e-3, warmup_steps=20, schedule="cosine"),
             loop=dict(num_steps=400, log_every=50, checkpoint_every=200),
+        ),
+    )
+
+
+def crops() -> dict:
+    """10 minutes with all losses, 4 with pixels alone; few codes for much detail, as on your images."""
+    weights = dict(perceptual=0.1, adversarial=0.1, r1=10.0, lecam=1e-4)
+    return dict(
+        stages=("spae",),
+        seed=0,
+        world=dict(documents="", image_size=64),
+        spae=dict(
+            model=dict(
+                image_size=64,
+                patch_size=2,
+                encoder="conv_shortcut",
+                width=32,
+                width_multipliers=(1, 2, 4),
+                num_res_blocks=1,
+                embed_dim=32,
+                codebook_size=256,
+                levels=(8,),
+                commitment_weight=1.0,
+                random_flip_rotate=True,
+            ),
+            optimizer=dict(learning_rate=1e-3, warmup_steps=50, schedule="cosine", ema=0.99),
+            loop=dict(num_steps=1500, log_every=50, checkpoint_every=250),
+            losses=dict(
+                discriminator=dict(width=16, width_multipliers=(2, 4, 4, 4)),
+                optimizer=dict(learning_rate=1e-4, warmup_steps=100, b1=0.0, b2=0.99),
+            ),
+        ),
+        ablation=dict(
+            stage="spae",
+            baseline="pixels alone",
+            seeds=(1,),
+            figures=("held_out.psnr.all", "held_out.sharpness.all"),
+            variants={
+                "pixels alone": {},
+                "perceptual and adversarial": {"spae.losses.weights": weights},
+            },
         ),
     )
 

@@ -10,6 +10,7 @@ run.memory.search(text="red apple")
 import typing
 
 if typing.TYPE_CHECKING:
+    from rag_mm.api.emu_session import EmuSession
     from rag_mm.api.imported import ImportedModel
     from rag_mm.api.session import Session
 
@@ -19,7 +20,7 @@ __all__ = ["__version__", "load"]
 
 def load(
     workdir: str, dtype: str | None = None, mesh: tuple[int, int, int] | None = None
-) -> "Session | ImportedModel":
+) -> "Session | EmuSession | ImportedModel":
     """Loads a finished run, or a run made by `rag-mm import`.
 
     Example:
@@ -28,14 +29,15 @@ def load(
 
     Args:
         workdir: the run folder.
-        dtype: of an imported LLaMA or Chameleon, the dtype of weights and activations, such as `float32`;
-            None keeps the stored one.
+        dtype: of an imported LLaMA, Chameleon or Emu, the dtype of weights and activations, such as
+            `float32`; None keeps the stored one.
         mesh: numbers of devices along data, fsdp and tensor on which the decoder is loaded: the first two
             split the images or texts made at once, the last the model's heads. None: one device.
 
     Returns:
-        `rag_mm.api.session.Session` (generate, caption, infill, memory) for a run trained with rag-mm; for
-        an imported CLIP, LLaMA or Chameleon a class of `rag_mm.api.imported`; for an imported image
+        `rag_mm.api.session.Session` (generate, caption, infill, memory) for a run trained with rag-mm;
+        `rag_mm.api.emu_session.EmuSession` (caption, complete, imagine, memory) for one of Emu; for an
+        imported CLIP, LLaMA, Chameleon or Emu a class of `rag_mm.api.imported`; for an imported image
         tokenizer `rag_mm.stages.shared.frozen.FrozenTokenizer`.
 
     Raises:
@@ -43,11 +45,13 @@ def load(
             `dtype` is unknown, or given for another kind of run; or the mesh does not fit.
     """
     # Imported here, so that `import rag_mm` loads no framework.
-    from rag_mm.api import imported, session
+    from rag_mm.api import emu_session, imported, session
     from rag_mm.core.errors import UserError
 
     if imported.is_imported(workdir):
         return imported.load(workdir, dtype, mesh)
     if dtype is not None:
         raise UserError(f"dtype={dtype!r} is for imported checkpoints; load {workdir} without it.")
+    if emu_session.is_emu(workdir):
+        return emu_session.load(workdir, mesh)
     return session.load(workdir, mesh)

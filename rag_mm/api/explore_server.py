@@ -27,15 +27,18 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from rag_mm.api import steering_options
 from rag_mm.api.session import Session
 from rag_mm.core import files
 from rag_mm.core.errors import UserError
 from rag_mm.data import image_decoding
+from rag_mm.decode import guidance, tasks
 from rag_mm.memory import hits, model_protocols
 
 HOSTS = ("127.0.0.1", "localhost")
 MAX_HITS = 60
 MAX_SEED = (1 << 31) - 1
+MAX_CANDIDATES = 16
 MAX_UPLOAD = 1 << 25  # 32 MiB, ample for a query image.
 _MAX_JSON = 1 << 16
 _WATCH_SECONDS = 0.2
@@ -80,10 +83,24 @@ class Explorer:
         return {"view": view, "hits": hits.describe(memory, results)}
 
     def generate(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """Generates an image of `text`, given `docs` retrieved documents."""
-        docs, seed = self._docs(fields), _number(fields, "seed", 0, 0, MAX_SEED)
-        generated = self.session.generate(_text(fields, "text"), docs=docs, seed=seed)
-        return {"image": hits.data_url(generated.images[0]), "neighbors": generated.neighbors}
+        """Generates an image of `text`, given `docs` retrieved documents, the best of `best_of` candidates.
+
+        Fields of guidance and contrast are those of `steering_options`.
+        """
+        generated = self.session.generate(
+            _text(fields, "text"),
+            docs=self._docs(fields),
+            seed=_number(fields, "seed", 0, 0, MAX_SEED),
+            best_of=_number(fields, "best_of", 1, 1, MAX_CANDIDATES),
+            decoding=_text(fields, "decoding", tasks.SEQUENTIAL),
+            **steering_options.parse(fields),
+        )
+        answer = {"image": hits.data_url(generated.images[0]), "neighbors": generated.neighbors}
+        if generated.candidates is None or generated.scores is None:
+            return answer
+        pairs = zip(generated.candidates[0], generated.scores[0].tolist(), strict=True)
+        candidates = [{"image": hits.data_url(image), "score": score} for image, score in pairs]
+        return answer | {"candidates": candidates}
 
     def caption(self, fields: dict[str, Any], image: np.ndarray | None) -> dict[str, Any]:
         """Captions an image, given `docs` retrieved documents."""
@@ -101,6 +118,9 @@ class Explorer:
             num_documents=len(self.session.memory),
             max_docs=self.session.generator.layout.max_docs,
             views=model_protocols.VIEWS,
+            nulls=tuple(guidance.NULLS),
+            decodings=tasks.DECODINGS,
+            max_candidates=MAX_CANDIDATES,
         )
 
     def _docs(self, fields: dict[str, Any]) -> int:

@@ -89,7 +89,7 @@ def export_checkpoint(
     """Writes a run's model as a checkpoint of the family; on failure nothing is left in `out`.
 
     Args:
-        name: llama, chameleon or clip; or cm3, a trained decoder under its own tensor names.
+        name: llama, chameleon, clip or emu; or cm3, a trained decoder under its own tensor names.
         workdir: an imported run, or a trained one whose model has the family's architecture.
         out: new folder.
         max_bytes: maximum size of one weight file.
@@ -194,8 +194,8 @@ def _trained_decoder(run: run_folder.Run, family: table.Family) -> ExportedModel
     config = DecoderConfig(**renames.from_stored(record["model"]["decoder"]))
     if family.config_class is not DecoderConfig:
         raise UserError(
-            f"{run.workdir} cannot be exported as {family.name}, which includes an image tokenizer and a "
-            "vocabulary map. Export it as cm3."
+            f"{run.workdir} cannot be exported as {family.name}, which has more parts than a decoder. Export "
+            "it as cm3."
         )
     values = family.write_config(config)
     image_tokenizer = train_tokenizer.load_tokenizer(run.workdir)

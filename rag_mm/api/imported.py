@@ -1,4 +1,4 @@
-"""What `rag_mm.load` returns for an imported checkpoint: CLIP, LLaMA, Chameleon or an image tokenizer."""
+"""What `rag_mm.load` returns for an imported checkpoint: CLIP, LLaMA, Chameleon, Emu or image tokenizer."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from rag_mm.api import importing
+from rag_mm.api import imported_emu, importing
 from rag_mm.convert import weights
 from rag_mm.core import compilation_cache, files, image_files, run_folder
 from rag_mm.core.errors import UserError
@@ -20,6 +20,7 @@ from rag_mm.decode import decode_batch
 from rag_mm.frozen_lm import language_model
 from rag_mm.frozen_lm.lm_protocol import Completions
 from rag_mm.models import chameleon, vqgan
+from rag_mm.models.emu.emu_config import EmuConfig
 from rag_mm.nn import param_trees
 from rag_mm.nn.decoder import Decoder
 from rag_mm.ops import images as image_ops
@@ -201,7 +202,10 @@ class ImportedChameleon(language_model.LanguageModel):
         return self.vq.compile("decode")
 
 
-ImportedModel = DualEncoder | language_model.LanguageModel | frozen.FrozenTokenizer
+_LANGUAGE = ("llama", "chameleon", "emu")
+ImportedModel = (
+    DualEncoder | language_model.LanguageModel | frozen.FrozenTokenizer | imported_emu.ImportedEmu
+)
 
 
 def is_imported(workdir: epath.PathLike) -> bool:
@@ -222,7 +226,7 @@ def load(
 
     Returns:
         `DualEncoder` for CLIP, `LanguageModel` for LLaMA, `ImportedChameleon` for Chameleon,
-        `frozen.FrozenTokenizer` for an image tokenizer.
+        `imported_emu.ImportedEmu` for Emu, `frozen.FrozenTokenizer` for an image tokenizer.
 
     Raises:
         UserError: there is no imported run in `workdir`, or it is unfinished or was edited; or `dtype` is
@@ -233,7 +237,7 @@ def load(
     weights_dtype = importing.find_dtype(dtype)
     on_mesh = decode_batch.make_mesh(mesh)
     for name, value in (("dtype", dtype), ("mesh", mesh)):
-        if value is not None and run.config.get(importing.IMPORTED) not in ("llama", "chameleon"):
+        if value is not None and run.config.get(importing.IMPORTED) not in _LANGUAGE:
             raise UserError(f"{name}={value!r} is for language models; load {workdir} without it.")
     if run.config.get(importing.IMPORTED) == importing.IMAGE_TOKENIZER:
         compilation_cache.keep_programs()
@@ -248,6 +252,8 @@ def load(
     abstract = family.describe(config, on_mesh)[1]
     param_trees.check_split(abstract, "Give another mesh")
     params = weights.load_file(folder / frozen.PARAMS, abstract, weights_dtype)
+    if isinstance(config, EmuConfig):
+        return imported_emu.load(config, params, public_text.load_tokenizer(folder))
     stored_dtype = param_trees.leaves_by_path(params)[_embedding_path(config)].dtype
     decoder_config = dataclasses.replace(importing.decoder_config(config), dtype=stored_dtype.name)
     decoder = params["decoder"] if isinstance(config, chameleon.ChameleonConfig) else params

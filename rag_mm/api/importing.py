@@ -14,6 +14,7 @@ from etils import epath
 from rag_mm.convert import (
     chameleon_format,
     clip_format,
+    emu_format,
     gguf_format,
     image_tokenizer_format,
     llama_format,
@@ -25,12 +26,18 @@ from rag_mm.core import checks, configuration, files, progress, renames, run_fol
 from rag_mm.core.errors import UserError
 from rag_mm.data import public_text
 from rag_mm.models import chameleon
+from rag_mm.models.emu.emu_config import EmuConfig
 from rag_mm.nn.decoder import DecoderConfig
 from rag_mm.stages.shared import frozen
 
 FAMILIES = {
     family.name: family
-    for family in (llama_format.FAMILY, chameleon_format.FAMILY, clip_format.FAMILY)
+    for family in (
+        llama_format.FAMILY,
+        chameleon_format.FAMILY,
+        clip_format.FAMILY,
+        emu_format.FAMILY,
+    )
 }
 GGUF = "gguf"  # a file format: the imported run is of the family llama, see `import_gguf`
 IMAGE_TOKENIZER = "image-tokenizer"  # imported from a model of several families, see `convert`
@@ -39,6 +46,7 @@ IMAGE_TOKENIZER = "image-tokenizer"  # imported from a model of several families
 STAGES = {
     "llama": "language_model",
     "chameleon": "language_model",
+    "emu": "language_model",
     "clip": "retriever",
     IMAGE_TOKENIZER: "tokenizer",
 }
@@ -200,7 +208,7 @@ def import_checkpoint(
     """Converts a checkpoint into a run; nothing is written before the whole checkpoint was checked.
 
     Args:
-        name: the family: clip, llama, chameleon or image-tokenizer.
+        name: the family: clip, llama, chameleon, emu or image-tokenizer.
         folder: folder with config.json, safetensors and, optionally, the tokenizer.
         out: the run folder; new, or left by an interrupted import of the same family.
         dtype: dtype to store; None keeps the checkpoint's, bitwise identical.
@@ -295,7 +303,8 @@ def _copy_side_files(folder: pathlib.Path, target: pathlib.Path, names: tuple[st
 
 def decoder_config(config: Any) -> DecoderConfig:
     """The decoder's part of a language model's config."""
-    return config.decoder if isinstance(config, chameleon.ChameleonConfig) else config
+    has_decoder = isinstance(config, chameleon.ChameleonConfig | EmuConfig)
+    return config.decoder if has_decoder else config
 
 
 def load_config(family: table.Family, folder: epath.Path) -> Any:

@@ -71,6 +71,10 @@ KINDS = {
         "image-text-to-text", "transformers",
         _FROM_PRETRAINED.format("ChameleonForConditionalGeneration"),
     ),
+    "emu": Kind(
+        "Emu", "Generative Pretraining in Multimodality", "2307.05222", "any-to-any", "rag_mm",
+        _BY_NAME.partition("  #")[0],
+    ),
 }  # fmt: skip
 
 
@@ -87,7 +91,7 @@ def make(family: str, run: run_folder.Run, weights: Weights, license: str) -> st
     """The text of a model card.
 
     Args:
-        family: of the export: clip, llama, chameleon or cm3.
+        family: of the export: clip, llama, chameleon, emu or cm3.
         run: the run that was exported.
         weights: what was exported.
         license: of the weights, an identifier of the Hub such as apache-2.0; `UNKNOWN` if nobody stated one.

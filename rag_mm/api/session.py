@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ from rag_mm.core import caption_text, code_grids, compilation_cache, image_files
 from rag_mm.core.document_types import Document
 from rag_mm.core.errors import UserError
 from rag_mm.data import token_documents
-from rag_mm.decode import decode_batch, tasks
+from rag_mm.decode import decode_batch, reranking, tasks
+from rag_mm.decode.contrastive import Contrast
+from rag_mm.decode.guidance import Guidance
 from rag_mm.decode.sampler import Sampling
 from rag_mm.memory import policy
 from rag_mm.memory.retrieval_memory import Memory
@@ -37,10 +40,15 @@ class GeneratedImages:
         images: uint8 [N, H, W, 3], RGB; H = W = the run's image size.
         neighbors: one {"id", "score", "text", "url", "license"} per document, best first. `score` is the
             cosine similarity to the query, None for a document passed in as `documents`.
+        candidates: uint8 [N, M, H, W, 3], the M candidates of each image in the order they were made; None
+            without `best_of`. With guidance and contrast both, they take turns, guidance first.
+        scores: float32 [N, M], the cosine similarity of each candidate to the caption; None as `candidates`.
     """
 
     images: np.ndarray
     neighbors: RetrievedDocuments
+    candidates: np.ndarray | None = None
+    scores: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -95,11 +103,15 @@ class Session:
         top_p: float = 0.95,
         best_of: int = 1,
         image_size: int | None = None,
+        guidance: Guidance | None = None,
+        contrast: Contrast | None = None,
+        decoding: str = tasks.SEQUENTIAL,
     ) -> GeneratedImages:
         """Generates images from a caption.
 
         Example:
             run.generate("red apple at the top left", docs=2, num=4, seed=1).images  # uint8 [4, H, W, 3]
+            run.generate("red apple", temperature=1.0, guidance=Guidance(1.5, plausible=0.1)).images[0]
 
         Args:
             prompt: the caption; not empty, at most `generator.layout.max_text_len` tokens.
@@ -112,45 +124,59 @@ class Session:
             best_of: number of candidates per image; the one whose retriever embedding is closest to the
                 caption's is kept.
             image_size: height and width in pixels, of a model trained on several sizes; None: its default.
+            guidance: moves away from a null prompt (`decode.guidance`); None: none. Without documents the
+                null prompt `caption` is the prompt itself, which changes nothing.
+            contrast: contrastive decoding (`decode.contrastive`); None: none. With guidance, half of the
+                `best_of` candidates are made by each.
+            decoding: sequential, code by code; or jacobi, many codes a pass with the same distribution.
 
         Returns:
-            The images, uint8 [num, H, W, 3], and the documents read.
+            The images, uint8 [num, H, W, 3], the documents read, and the candidates if there are several.
 
         Raises:
-            UserError: an argument is out of range, the caption is empty or too long, or a document has no
-                image.
+            UserError: an argument is out of range, the caption is empty or too long, a document has no image,
+                training never showed the model a null prompt, or one candidate is to be made by both guidance
+                and contrast.
         """
         sampling = _sampling(temperature, top_p)
         _check_count("num", num)
         _check_count("best_of", best_of)
+        if guidance and contrast and best_of == 1:
+            raise UserError(
+                "guidance and contrast make half of the candidates each, but best_of is 1; give 2 or more."
+            )
         prompt = caption_text.clean(prompt)
         text = self._text(prompt)
         retrieved, examples = self._documents(documents, docs, {"text": prompt})
-        caption_embedding = self.encoder.encode_text([prompt])
         grids = None
         if image_size is not None:
             grids = self.image_tokenizer.grids_at(image_size, image_size)
 
-        def sample(seeds: np.ndarray) -> tasks.SampledCodes:
-            return tasks.generate_codes(
+        def draw(seeds: np.ndarray, steering: tasks.Steering | None) -> np.ndarray:
+            sampled = tasks.generate_codes(
                 self.generator,
                 [text] * num,
                 [examples] * num,
                 seeds,
                 sampling,
                 image_size=image_size,
+                steering=steering,
+                decoding=decoding,
             )
+            return self.image_tokenizer.decode(sampled.codes, grids=grids)
 
-        def draw(codes: np.ndarray) -> np.ndarray:
-            return self.image_tokenizer.decode(codes, grids=grids)
-
-        def score(codes: np.ndarray) -> np.ndarray:
-            images = [image_files.fit(image, self.encoder.image_size) for image in draw(codes)]
-            embeddings = self.encoder.encode_image(np.stack(images))
-            return (embeddings * caption_embedding).sum(axis=1)
-
-        codes = tasks.best_of(sample, score, num, best_of, seed)
-        return GeneratedImages(draw(codes), retrieved)
+        given: list[tasks.Steering] = [way for way in (guidance, contrast) if way is not None]
+        ways: Sequence[tasks.Steering | None] = given or (None,)
+        drawn = reranking.best_of(
+            [partial(draw, steering=way) for way in ways],
+            lambda images: self._similarity(prompt, images),
+            num,
+            best_of,
+            seed,
+        )
+        if drawn.scores is None:
+            return GeneratedImages(drawn.best, retrieved)
+        return GeneratedImages(drawn.best, retrieved, drawn.items.swapaxes(0, 1), drawn.scores.T)
 
     def caption(
         self,
@@ -246,6 +272,12 @@ class Session:
             sampling,
         )
         return GeneratedImages(self.image_tokenizer.decode(sampled.codes), retrieved)
+
+    def _similarity(self, prompt: str, images: np.ndarray) -> np.ndarray:
+        """Cosine similarity of a caption to images uint8 [N, H, W, 3], float32 [N], by the retriever."""
+        fitted = [image_files.fit(image, self.encoder.image_size) for image in images]
+        embeddings = self.encoder.encode_image(np.stack(fitted))
+        return (embeddings * self.encoder.encode_text([prompt])).sum(axis=1)
 
     def _text(self, prompt: str) -> list[int]:
         if not prompt.strip():

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich.console
 
+from rag_mm.cli import lm_args
 from rag_mm.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,8 +32,11 @@ SUITES: dict[str, tuple[str, ...]] = {
             "lm",
         ),
         *("repeats", "induction", "labels", "bags", "scoring"),
+        *lm_args.LIMITS,
     ),
+    **dict.fromkeys(("vqa", "caption", "edit"), ("stage", "docs", "limit", "temperature", "seed")),
 }
+_INSTRUCTIONS = ("vqa", "caption", "edit")  # The suites that read --documents.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workdir",
         required=True,
         metavar="RUN",
-        help="finished run: of configs/reco.py for zeroshot, of configs/spae.py for fewshot",
+        help="finished run: of configs/reco.py for zeroshot, of configs/spae.py for fewshot, with a decoder, "
+        "best tuned by configs/cm3leon.py:sft, for vqa, caption and edit",
     )
     images = parser.add_mutually_exclusive_group(required=True)
     images.add_argument(
@@ -55,8 +60,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME[:SPLIT]",
         help="labeled TFDS dataset in ArrayRecord form, such as caltech_birds2011 (default split: test)",
     )
+    images.add_argument(
+        "--documents",
+        metavar="LAYOUT:PATH",
+        help="vqav2:DIR for vqa, coco-captions:DIR for caption, instruct-pix2pix:DIR for edit, or "
+        "scenes:LEVEL/SPLIT[+SPLIT]/ROLE[/SEED]",
+    )
     _add_zeroshot(parser.add_argument_group("zeroshot"))
+    _add_instructions(parser.add_argument_group("vqa, caption and edit"))
     _add_fewshot(parser.add_argument_group("fewshot"))
+    lm_args.add_limits(parser)
 
 
 def _add_zeroshot(group: argparse._ArgumentGroup) -> None:
@@ -72,6 +85,22 @@ def _add_zeroshot(group: argparse._ArgumentGroup) -> None:
         action="append",
         metavar="TEXT",
         help="prompt template with {} for the class; repeat it to average several templates",
+    )
+
+
+def _add_instructions(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--stage",
+        help="stage whose decoder is asked (default: sft if it is finished, else decoder)",
+    )
+    group.add_argument(
+        "--docs", type=int, help="documents retrieved by the image that is asked about (default: 1)"
+    )
+    group.add_argument("--limit", type=int, help="only so many items (default: all)")
+    group.add_argument(
+        "--temperature",
+        type=float,
+        help="of sampled images; texts are the likeliest (default: 0.4)",
     )
 
 
@@ -99,12 +128,7 @@ def _add_fewshot(group: argparse._ArgumentGroup) -> None:
         metavar="RUN",
         help="also classify by this run's words in the same episodes, and report the paired difference",
     )
-    group.add_argument(
-        "--lm",
-        metavar="LM",
-        help="frozen language model: a run, such as an imported LLaMA, or http(s)://HOST/v1#MODEL "
-        "(default: equal words are counted)",
-    )
+    lm_args.add_lm(group, "equal words are counted")
     group.add_argument(
         "--induction",
         action="store_true",
@@ -130,11 +154,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     for suite, names in SUITES.items():
         for name in names:
-            if suite != args.suite and getattr(args, name) is not None:
-                option = f"-{name}" if len(name) == 1 else f"--{name}"
+            if name not in SUITES[args.suite] and getattr(args, name) is not None:
+                option = f"-{name}" if len(name) == 1 else f"--{name.replace('_', '-')}"
                 raise UserError(f"{option} is an option of --suite={suite}, not of {args.suite}.")
     if args.k is not None and args.k < 1:
         raise UserError(f"-k is {args.k}; give at least 1.")
+    if (args.suite in _INSTRUCTIONS) != (args.documents is not None):
+        wanted = "--documents" if args.suite in _INSTRUCTIONS else "--images or --dataset"
+        raise UserError(f"The suite {args.suite} reads {wanted}; give that.")
+    if args.documents is not None:
+        return {"suite": args.suite, **_instructions(args)}
     configs = _fewshot_configs(args) if args.suite == "fewshot" else {}
     images: labeled.Labeled
     if args.images is None:
@@ -161,6 +190,16 @@ def _zeroshot(args: argparse.Namespace, images: "labeled.Labeled") -> dict[str, 
     )
 
 
+def _instructions(args: argparse.Namespace) -> dict[str, Any]:
+    from rag_mm.stages.cm3leon import instruction_suites
+
+    given = {name: getattr(args, name) for name in SUITES[args.suite]}
+    config = instruction_suites.SuiteConfig(
+        **{name: value for name, value in given.items() if value is not None}
+    )
+    return instruction_suites.evaluate(args.workdir, args.suite, args.documents, config)
+
+
 def _fewshot_configs(args: argparse.Namespace) -> dict[str, Any]:
     from rag_mm.eval import few_shot_episodes
 
@@ -183,14 +222,11 @@ def _fewshot_configs(args: argparse.Namespace) -> dict[str, Any]:
 def _fewshot(
     args: argparse.Namespace, images: "labeled.Labeled", configs: dict[str, Any]
 ) -> dict[str, Any]:
+    limits = lm_args.read_limits(args)
     from rag_mm.stages.spae import few_shot_suite
 
     words = few_shot_suite.WordsConfig(args.levels, args.top)
-    lm = None
-    if args.lm is not None:
-        from rag_mm.api import open_lm
-
-        lm = open_lm.open_lm(args.lm)
+    lm = lm_args.open_lm(args, limits)
     return few_shot_suite.evaluate(
         args.workdir, images, lm=lm, words=words, against=args.against, **configs
     )
@@ -198,7 +234,8 @@ def _fewshot(
 
 def show(result: dict[str, Any], console: rich.console.Console) -> None:
     """Prints the accuracies, and the page's path of `zeroshot`."""
-    lines = _fewshot_lines(result) if result["suite"] == "fewshot" else _zeroshot_lines(result)
+    describe = {"fewshot": _fewshot_lines, "zeroshot": _zeroshot_lines}
+    lines = describe.get(result["suite"], _instruction_lines)(result)
     lines += [f"skipped {name}: {reason}" for name, reason in result["rejected"][:5]]
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
@@ -211,6 +248,24 @@ def _zeroshot_lines(result: dict[str, Any]) -> list[str]:
         f"frozen   {result['frozen']:.1%}, gain {100 * result['gain']:+.1f} points",
         f"page     {result['page']}",
     ]
+
+
+def _instruction_lines(result: dict[str, Any]) -> list[str]:
+    figures = {"accuracy": result} if "accuracy" in result else {}
+    figures |= {
+        key: value for key, value in result.items() if isinstance(value, dict) and "n" in value
+    }
+    lines = [
+        f"{name:<12} {found.get('accuracy', found.get('mean')):.3f} ± {found['ci95']:.3f} of {found['n']}"
+        for name, found in figures.items()
+    ]
+    for key, values in result.items():
+        if key.startswith("by_"):
+            lines += [f"  {kind:<16} {value:.3f}" for kind, value in sorted(values.items())]
+    lines.append(f"decoder of the stage {result['stage']}, {result['docs']} retrieved documents")
+    if result["rejected"]:
+        lines.append(f"{len(result['rejected'])} bad records were left out")
+    return lines
 
 
 def _fewshot_lines(result: dict[str, Any]) -> list[str]:
@@ -227,6 +282,7 @@ def _fewshot_lines(result: dict[str, Any]) -> list[str]:
         if key in result
     ]
     lines.append(f"{'chance':<20} {result['chance']:.1%}")
+    lines += lm_args.one_token_line(result.get("one_token_words"))
     for key, paired in result.get("over_against", {}).items():
         lines.append(
             f"{names[key]:<20} {100 * paired['mean']:+.1f} ± {100 * paired['ci95']:.1f} points over the "

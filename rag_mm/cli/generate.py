@@ -26,27 +26,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PIXELS",
         help="height and width, of a model trained on several (default: its first)",
     )
+    session_args.add_steering(parser)
+    parser.add_argument(
+        "--decoding",
+        default="sequential",
+        metavar="WAY",
+        help="sequential, code by code, or jacobi, many codes a pass: the same distribution, faster on an "
+        "accelerator at small batches (default: sequential)",
+    )
     session_args.add_out(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Generates. Returns `images`, the paths written, and `neighbors`, the documents read."""
+    """Generates.
+
+    Returns:
+        `images`, the paths written, `neighbors`, the documents read, and with --best-of `scores`, those of
+        every image's candidates.
+    """
     session_args.check_out(args.out)
     options = session_args.options(args)
     most = session_args.MAX_OUTPUTS // args.num
     if not 1 <= args.best_of <= most:
         raise UserError(f"--best-of is {args.best_of}; give 1 to {most:,}.")
+    steering = session_args.steering(args)
     generated = session_args.load_session(args.workdir, args.mesh).generate(
-        args.prompt, best_of=args.best_of, image_size=args.image_size, **options
+        args.prompt,
+        best_of=args.best_of,
+        image_size=args.image_size,
+        decoding=args.decoding,
+        **steering,
+        **options,
     )
-    return {
+    result = {
         "images": session_args.save_images(args.out, generated.images),
         "neighbors": generated.neighbors,
     }
+    if generated.scores is None:
+        return result
+    return result | {"scores": generated.scores.tolist()}
 
 
 def show(result: dict[str, Any], console: rich.console.Console) -> None:
-    """Prints the documents and the paths."""
+    """Prints the documents and the paths, each with the scores of its candidates if there are several."""
     session_args.show_neighbors(result, console)
-    for path in result["images"]:
-        console.print(path, markup=False, soft_wrap=True)
+    for number, path in enumerate(result["images"]):
+        scores = ""
+        if "scores" in result:
+            values = result["scores"][number]
+            scores = f"  best of {', '.join(f'{value:.3f}' for value in values)}"
+        console.print(path + scores, markup=False, soft_wrap=True)

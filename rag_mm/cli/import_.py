@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "family",
         metavar="FAMILY",
-        help="clip, llama or chameleon; image-tokenizer, that of a Chameleon, Janus or Emu3; or gguf, a "
+        help="clip, llama, chameleon or emu; image-tokenizer, that of a Chameleon, Janus or Emu3; or gguf, a "
         "LLaMA in one file",
     )
     parser.add_argument(

@@ -68,8 +68,13 @@ COMMANDS = {
             "rag-mm eval --suite=fewshot --workdir=runs/spae --images=photos --ways=5 --shots=1",
             "rag-mm eval --suite=fewshot --workdir=runs/spae --images=photos --ways=2 --shots=3 "
             "--top=1 --labels=nouns --lm=runs/smollm",
+            "rag-mm eval --suite=fewshot --workdir=runs/spae --images=photos "
+            "--lm=http://localhost:8000/v1#smollm --timeout=120 --max-calls=500",
             "rag-mm eval --suite=fewshot --workdir=runs/spae --against=runs/plain "
             "--images=scenes:easy/test/test",
+            "rag-mm eval --suite=vqa --workdir=runs/sft --documents=vqav2:data/vqa",
+            "rag-mm eval --suite=caption --workdir=runs/sft --documents=coco-captions:data/coco --limit=1000",
+            "rag-mm eval --suite=edit --workdir=runs/sft --documents=scenes:easy/test/test",
         ),
     ),
     "tokens": Command(
@@ -112,6 +117,11 @@ COMMANDS = {
         (
             'rag-mm generate --workdir=runs/quickstart --prompt="red apple" --out=apple.png',
             'rag-mm generate --workdir=runs/quickstart --prompt="red apple" --docs=0 --out=b.png',
+            'rag-mm generate --workdir=runs/quickstart --prompt="red apple" --temperature=1 '
+            "--guidance=1.5 --plausible=0.1 --out=c.png",
+            'rag-mm generate --workdir=runs/quickstart --prompt="red apple" --temperature=1 '
+            "--guidance=1.5 --contrast=1 --best-of=8 --out=d.png",
+            'rag-mm generate --workdir=runs/quickstart --prompt="red apple" --decoding=jacobi --out=e.png',
         ),
     ),
     "caption": Command(
@@ -135,12 +145,13 @@ COMMANDS = {
         ),
     ),
     "import": Command(
-        "convert a public CLIP, LLaMA, Chameleon or image tokenizer (safetensors) into a run",
+        "convert a public CLIP, LLaMA, Chameleon, Emu or image tokenizer (safetensors) into a run",
         (
             "rag-mm import clip clip-vit-base-patch32 --out=runs/clip",
             "rag-mm import llama TinyLlama-1.1B --out=runs/llama --dtype=float32",
             "rag-mm import image-tokenizer Janus-Pro-1B --out=runs/janus_vq",
             "rag-mm import chameleon chameleon-7b --out=runs/chameleon",
+            "rag-mm import emu emu-folder --out=runs/emu",
         ),
     ),
     "export": Command(

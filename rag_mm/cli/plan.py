@@ -3,13 +3,22 @@
 import argparse
 import os
 import re
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import rich.console
 import rich.table
 
 from rag_mm.core import configuration
 from rag_mm.core.errors import UserError
+
+if TYPE_CHECKING:
+    from rag_mm.perf import chips
+    from rag_mm.perf.plan import programs
+
+# A program, the same with other (remat, parts), and the kinds of remat that there are.
+_Planned = tuple["programs.Program", Callable[[str, int], "programs.Program | None"], Sequence[str]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     target.add_argument(
         "--config",
         metavar="PAGE[:PRESET]",
-        help="config page, such as configs/cm3leon.py:7b; override a value with --config.key=value",
+        help="config page, such as configs/cm3leon.py:7b, or configs/spae.py:base for its image tokenizer; "
+        "override a value with --config.key=value",
     )
     target.add_argument(
         "--memory",
@@ -43,16 +53,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--parts", type=int, metavar="N", help="microbatches per step")
     parser.add_argument(
-        "--remat", choices=("none", "dots", "full"), help="rematerialization (default: full)"
+        "--remat",
+        choices=("none", "dots", "full"),
+        help="rematerialization (default: full for decoders, else the config's)",
     )
     parser.add_argument(
         "--mesh",
         metavar="D,F,T",
-        help="mesh axes data, fsdp, tensor (default: all chips of a slice on fsdp)",
+        help="mesh axes data, fsdp, tensor (default: all chips of a slice on fsdp; for image tokenizers all "
+        "chips on data)",
     )
     parser.add_argument(
         "--decode", type=int, nargs="?", const=-1, metavar="TOKENS",
         help="plan decoding of TOKENS tokens instead (default: 1024 or half the sequence length, if less)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--encode", action="store_true",
+        help="plan encoding of a batch by an image tokenizer instead of its training step",
     )  # fmt: skip
     parser.add_argument(
         "--search", action="store_true", help="find the largest batch and the least remat that fit"
@@ -63,6 +80,30 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Compiles. Returns the plan as JSON values; a program that does not fit still exits with 0."""
     if args.memory:
         return _run_memory(args)
+    if args.search and (args.decode is not None or args.encode):
+        raise UserError("--search applies to training steps only; leave out --decode and --encode.")
+    _set_environment()
+
+    from rag_mm.perf import chips
+    from rag_mm.perf.plan import compile_plan
+
+    topology = chips.parse_topology(args.topology, args.slices)
+    page = configuration.to_dict(configuration.load_config(args.config))
+    family = page.get("family")
+    make = _image_tokenizer if "stages" in page else _emu if family == "emu" else _decoder
+    program, vary, remats = make(args, topology)
+    if args.search:
+        result = compile_plan.search(program, vary, remats, topology)
+    else:
+        result = compile_plan.make_plan(program, topology)
+    return {"config": args.config, **result}
+
+
+def _decoder(args: argparse.Namespace, topology: "chips.Topology") -> "_Planned":
+    """The program of a page of a model's sizes."""
+    from rag_mm.nn.block import REMAT
+    from rag_mm.perf.plan import cases
+
     config = configuration.to_dict(configuration.load_config(args.config, args.overrides))
     missing = [key for key in ("family", "model", "batch_size") if key not in config]
     if missing:
@@ -70,12 +111,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"{args.config} has no {missing[0]!r}; plan needs a config page of a single model, "
             "such as configs/cm3leon.py:7b."
         )
-    _set_environment()
-
-    from rag_mm.perf import chips
-    from rag_mm.perf.plan import cases, compile_plan
-
-    topology = chips.parse_topology(args.topology, args.slices)
+    if args.encode:
+        raise UserError("--encode is for image tokenizers; leave it out, or give --decode.")
     case = cases.make_case(
         config,
         topology,
@@ -85,14 +122,53 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         mesh=args.mesh,
         num_new=args.decode,
     )
-    if args.search and case.num_new:
-        raise UserError("--search applies to training steps only; leave out --decode.")
-    result = (
-        compile_plan.search(case, topology)
-        if args.search
-        else compile_plan.make_plan(case, topology)
+    vary = partial(cases.vary, case, topology)
+    return cases.make_program(case, topology), vary, tuple(REMAT)
+
+
+def _emu(args: argparse.Namespace, topology: "chips.Topology") -> "_Planned":
+    """The program of a page of an Emu's sizes."""
+    from rag_mm.perf.plan import emu_programs
+
+    if args.encode or args.decode is not None:
+        raise UserError(f"{args.config} is planned for training alone; leave out --encode and --decode.")
+    case = emu_programs.make_case(
+        configuration.to_dict(configuration.load_config(args.config, args.overrides)),
+        topology,
+        batch_size=args.batch,
+        num_parts=args.parts,
+        remat=args.remat,
+        mesh=args.mesh,
     )
-    return {"config": args.config, **result}
+    vary = partial(emu_programs.vary, case, topology)
+    return emu_programs.make_program(case), vary, ("none", "full")
+
+
+def _image_tokenizer(args: argparse.Namespace, topology: "chips.Topology") -> "_Planned":
+    """The program of the stage `spae` of a chain's page."""
+    from rag_mm.perf.plan import cases
+    from rag_mm.stages import chain_config
+    from rag_mm.stages.spae import plan_step
+
+    page = chain_config.load(args.config, args.overrides)
+    if plan_step.NAME not in page["stages"]:
+        raise UserError(
+            f"{args.config} has no stage {plan_step.NAME!r}; plan needs a config page of a single model, "
+            "such as configs/cm3leon.py:7b, or of an image tokenizer, such as configs/spae.py:base."
+        )
+    if args.decode is not None:
+        raise UserError("--decode is for decoders; leave it out, or give --encode.")
+    case = plan_step.make_case(
+        page,
+        topology,
+        batch_size=args.batch,
+        num_parts=args.parts,
+        remat=args.remat,
+        mesh=None if args.mesh is None else cases.parse_mesh(args.mesh),
+        is_encoding=args.encode,
+    )
+    vary = partial(plan_step.vary, case, topology)
+    return plan_step.make_program(case, topology), vary, plan_step.REMATS
 
 
 def _run_memory(args: argparse.Namespace) -> dict[str, Any]:
@@ -122,7 +198,7 @@ def show(result: dict[str, Any], console: rich.console.Console) -> None:
         if key in result:
             table.add_row(key, str(result[key]))
     if "num_params" in result:
-        table.add_row("parameters", f"{result['num_params'] / 1e9:.2f} B")
+        table.add_row("parameters", f"{result['num_params'] / 1e9:.3g} B")
     for key in ("argument_bytes", "temp_bytes", "peak_bytes", "hbm_bytes"):
         if key in result:
             table.add_row(key.removesuffix("_bytes"), gib(result[key]))

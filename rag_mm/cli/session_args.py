@@ -65,6 +65,71 @@ def add_arguments(
     )
 
 
+def add_steering(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of guidance and contrastive decoding (`api.steering_options`)."""
+    group = parser.add_argument_group(
+        "guidance and contrast (CM3Leon)",
+        "With both, half of the candidates are made by each; give --best-of.",
+    )
+    add = group.add_argument
+    add(
+        "--guidance",
+        type=float,
+        metavar="W",
+        help="move away from the null prompt: 1 is plain sampling, more guides, 0 samples the null prompt",
+    )
+    add(
+        "--null",
+        metavar="PROMPT",
+        help="null prompt: bare, without caption and documents; documents; or caption, the caption without "
+        "documents (default: bare)",
+    )
+    add(
+        "--documents-guidance",
+        type=float,
+        metavar="W",
+        help="weight of the documents where caption and documents guide separately; --guidance is then the "
+        "caption's",
+    )
+    add(
+        "--plausible",
+        type=float,
+        metavar="A",
+        help="guide only among tokens of at least A times the largest probability (default: 0)",
+    )
+    add(
+        "--contrast",
+        type=int,
+        metavar="K",
+        help="contrastive decoding against the null prompt, among tokens of at least --contrast-alpha times "
+        "the K-th largest probability",
+    )
+    add("--contrast-alpha", type=float, metavar="A", help="1 with K = 1 is greedy (default: 0.1)")
+    add(
+        "--amateur-temperature",
+        type=float,
+        metavar="T",
+        help="temperature of the null prompt's distribution in the contrast (default: 1)",
+    )
+    add(
+        "--contrast-floor",
+        type=float,
+        metavar="F",
+        help="contrast only tokens of at least F times the largest probability (default: 0)",
+    )
+
+
+def steering(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments `guidance` and `contrast` of `Session.generate`.
+
+    Raises:
+        UserError: a value is out of range, or an option is given without the one that it changes.
+    """
+    from rag_mm.api import steering_options
+
+    return steering_options.parse(vars(args))
+
+
 def add_out(parser: argparse.ArgumentParser) -> None:
     """Adds --out."""
     parser.add_argument(

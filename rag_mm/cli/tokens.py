@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import rich.console
 
-from rag_mm.cli import session_args
+from rag_mm.cli import lm_args, session_args
 from rag_mm.core import files, image_files
 from rag_mm.core.errors import UserError
 
 if TYPE_CHECKING:
     from rag_mm.core.document_types import Document
-    from rag_mm.frozen_lm.lm_protocol import FrozenLM
 
-_LM = "frozen language model: a run, such as an imported LLaMA, or http(s)://HOST/v1#MODEL"
 _DOCUMENTS = (
     "examples: a folder with captions.jsonl, .tar or .arrayrecord files, one such file, tfds:NAME:SPLIT, "
     "or scenes:LEVEL/SPLIT/ROLE"
 )
+# Fields of `ProgressiveConfig`, and the least value of each.
+_LEAST = {"segment": 1, "autoregressive_levels": 0, "before": 0, "tokens_per_word": 1}
 _TASKS = ("inpaint", "outpaint", "deblur", "rotate", "shift", "text-to-image")
 
 
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     complete.add_argument("--task", required=True, choices=_TASKS)
     complete.add_argument("--prompt", help="caption, for text-to-image")
     complete.add_argument("--documents", metavar="SRC", help=f"for text-to-image: {_DOCUMENTS}")
-    complete.add_argument("--lm", metavar="LM", help=f"{_LM} (default: the majority vote alone)")
+    lm_args.add_lm(complete, "the majority vote alone")
     _add_counts(complete, 10, "examples in context (default: 10)")
     complete.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     complete.add_argument(
@@ -56,6 +56,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="first levels that are written segment after segment; the others are written at once "
         "(default: 3)",
     )
+    complete.add_argument(
+        "--before",
+        type=int,
+        default=16,
+        help="words before a segment that its prompt shows, in those first levels (default: 16)",
+    )
+    complete.add_argument(
+        "--tokens-per-word",
+        type=int,
+        default=3,
+        help="tokens of the LM for which a call leaves space, for each word (default: 3)",
+    )
     ask = actions.add_parser(
         "ask",
         help="let a frozen language model caption an image, or answer a question about it",
@@ -65,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ask.add_argument("image", metavar="IMAGE", help="JPEG, PNG or WebP file")
     ask.add_argument("--question", metavar="TEXT", help="(default: caption the image)")
     ask.add_argument("--documents", required=True, metavar="SRC", help=_DOCUMENTS)
-    ask.add_argument("--lm", required=True, metavar="LM", help=_LM)
+    lm_args.add_lm(ask, "", required=True)
     _add_counts(ask, 8, "examples in context (default: 8)")
     ask.add_argument(
         "--levels",
@@ -77,6 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action.add_argument(
             "--workdir", required=True, metavar="RUN", help="finished run of configs/spae.py"
         )
+    for action in (complete, ask):
+        lm_args.add_limits(action)
     for action in (show, decode, complete):
         action.add_argument("--out", required=True, metavar="PNG", help="output file")
 
@@ -126,11 +140,11 @@ def _complete(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.seed < 0:
         raise UserError(f"--seed={args.seed} is negative; give 0 or more.")
-    for name in ("segment", "autoregressive_levels"):
-        least = int(name == "segment")
+    for name, least in _LEAST.items():
         if getattr(args, name) < least:
             option = name.replace("_", "-")
             raise UserError(f"--{option} is {getattr(args, name)}; give at least {least}.")
+    limits = lm_args.read_limits(args)
     is_text = args.task == "text-to-image"
     needs = ("prompt", "documents") if is_text else ("image",)
     for name in ("image", "prompt", "documents"):
@@ -141,13 +155,13 @@ def _complete(args: argparse.Namespace) -> dict[str, Any]:
     pixels = None if is_text else sources.load_image(args.image)
     documents = _documents(args.documents) if is_text else iter(())
     from rag_mm.frozen_lm.progressive import ProgressiveConfig
+    from rag_mm.frozen_lm.word_text import one_token_share
     from rag_mm.report import sheets
     from rag_mm.stages.spae import frozen_tasks, word_images
 
-    opened, lm = word_images.load(args.workdir), _open_lm(args.lm)
-    config = ProgressiveConfig(
-        segment=args.segment, autoregressive_levels=args.autoregressive_levels
-    )
+    opened, lm = word_images.load(args.workdir), lm_args.open_lm(args, limits)
+    of_lm = {} if lm is None else {"one_token_words": one_token_share(opened.words, lm)}
+    config = ProgressiveConfig(**{name: getattr(args, name) for name in _LEAST})
     options: dict[str, Any] = dict(num_examples=args.examples, config=config)
     if pixels is None:
         made = frozen_tasks.draw_caption(opened, args.prompt, documents, lm, **options)
@@ -159,20 +173,22 @@ def _complete(args: argparse.Namespace) -> dict[str, Any]:
     cells = [(label, image) for label, image in images.items() if image is not None]
     sheet = sheets.contact_sheet([([args.prompt or args.task], cells)])
     files.write_atomic(args.out, image_files.encode_png(np.asarray(sheet)))
-    return {"figures": made.figures, "image": args.out}
+    return {"figures": made.figures, "image": args.out, **of_lm}
 
 
 def _ask(args: argparse.Namespace) -> dict[str, Any]:
     from rag_mm.data import sources
 
     pixels = sources.load_image(args.image)
-    documents = _documents(args.documents)
+    documents, limits = _documents(args.documents), lm_args.read_limits(args)
+    from rag_mm.frozen_lm.word_text import one_token_share
     from rag_mm.stages.spae import frozen_tasks, word_images
 
-    lm = _open_lm(args.lm)
+    opened, lm = word_images.load(args.workdir), lm_args.open_lm(args, limits)
     assert lm is not None
+    share = one_token_share(opened.words, lm)
     text = frozen_tasks.describe_image(
-        word_images.load(args.workdir),
+        opened,
         pixels,
         documents,
         lm,
@@ -180,15 +196,7 @@ def _ask(args: argparse.Namespace) -> dict[str, Any]:
         num_examples=args.examples,
         levels=args.levels,
     )
-    return {"text": text}
-
-
-def _open_lm(name: str | None) -> "FrozenLM | None":
-    if name is None:
-        return None
-    from rag_mm.api import open_lm
-
-    return open_lm.open_lm(name)
+    return {"text": text, "one_token_words": share}
 
 
 def _documents(spec: str) -> "Iterator[Document]":
@@ -214,6 +222,7 @@ def show(result: dict[str, Any], console: rich.console.Console) -> None:
             lines.append(f"right codes, {name:<8} {', '.join(by_level)}")
         elif shares is not None:
             lines.append(f"valid words written by the LM: {shares:.1%}")
+    lines += lm_args.one_token_line(result.get("one_token_words"))
     lines += [result[key] for key in ("text", "image") if key in result]
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)

@@ -4,7 +4,8 @@
                              {"video": ["1.png", "2.png"], "fps": 8}], "url": "..", "license": ".."}
 
 `url` and `license` are optional. Texts are cleaned by `caption_text.clean`, and must not be empty. Further
-keys of the object are ignored; further keys of a segment are errors.
+keys of the object are ignored; further keys of a segment are errors. Instead of segments, a document may have
+the `storyboard` of a video (`storyboards`), or be a web page as in MMC4 (`web_pages`).
 """
 
 import unicodedata
@@ -15,7 +16,7 @@ import numpy as np
 
 from rag_mm.core import caption_text, image_files
 from rag_mm.core.document_types import Document, Image, Segment, Text, Video
-from rag_mm.data import captions, image_decoding
+from rag_mm.data import captions, image_decoding, storyboards, web_pages
 
 SEGMENTS = "segments"
 MAX_PICTURES = 4096
@@ -27,13 +28,19 @@ REJECT_REASONS = {
     "uneven-frames": "frames of one video that differ in size",
 }
 
+# What a document has instead of segments, and what makes segments of it.
+_OTHER_FORMS: dict[str, Callable[[dict[str, Any]], list[dict[str, str]]]] = {
+    storyboards.KEY: storyboards.to_segments,
+    web_pages.KEY: web_pages.to_segments,
+}
+
 ReadFile = Callable[[str], tuple[bytes, str]]
 """Maps a file's name in the JSON to its bytes and its ending; raises BadRecord."""
 
 
 def has_segments(fields: Any) -> bool:
-    """Whether parsed JSON is a document in this form."""
-    return isinstance(fields, dict) and SEGMENTS in fields
+    """Whether parsed JSON is a document in this form, or in one that segments are made of."""
+    return isinstance(fields, dict) and bool({SEGMENTS, *_OTHER_FORMS} & fields.keys())
 
 
 def name_of(fields: dict[str, Any]) -> str | None:
@@ -60,7 +67,8 @@ def parse(
     if not isinstance(name, str) or not name.strip():
         raise captions.BadRecord("bad-field", "has no id, or one that is not text.")
     url, license = captions.check_provenance(fields, name)
-    segments = fields[SEGMENTS]
+    form = next((key for key in _OTHER_FORMS if key in fields and SEGMENTS not in fields), None)
+    segments = fields[SEGMENTS] if form is None else _OTHER_FORMS[form](fields)
     if not isinstance(segments, list) or not segments:
         raise captions.BadRecord("bad-segment", "has segments that are no list, or an empty one.")
     _check_counts(segments)

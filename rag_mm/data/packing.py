@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import grain
 import numpy as np
@@ -26,6 +26,8 @@ def make_packed_batches(
     rows: range | None = None,
     num_workers: int = 0,
     window: int = WINDOW,
+    lengths: Mapping[str, int] | None = None,
+    finish: Callable[[Row], Row] = lambda batch: batch,
 ) -> grain.DatasetIterator[Row]:
     """Shuffles and transforms records, packs the results and batches them, without end.
 
@@ -44,6 +46,9 @@ def make_packed_batches(
         num_workers: processes that make and pack sequences; 0 uses a thread of this process. Each worker
             packs windows of its own, so that the rows, but not the sequences in them, depend on the number.
         window: examples packed together.
+        lengths: of arrays that are not one per token, such as the images of a sequence, how many a row holds
+            at most, by name; they are joined like tokens.
+        finish: what is done with the arrays of a batch at last, where it is read.
 
     Returns:
         An iterator over arrays [batch_size, length] by name; `segment_ids` number the sequences of a row from
@@ -64,41 +69,57 @@ def make_packed_batches(
 
     examples = grain.MapDataset.range(len(source)).shuffle(shuffle_seed).repeat(None)
     windows = examples.random_map(make, seed=transform_seed).batch(
-        window, batch_fn=functools.partial(pack, length=length, padding=padding)
+        window,
+        batch_fn=functools.partial(pack, length=length, padding=padding, lengths=lengths),
     )
     packed = grain.experimental.FlatMapIterDataset(
         windows.to_iter_dataset(pipeline.READING), _Rows(max_fan_out=window)
     )
     batches = packed.batch(batch_size, drop_remainder=True)
-    shares = batches.map(lambda batch: {k: v[rows.start : rows.stop] for k, v in batch.items()})
+    shares = batches.map(
+        lambda batch: finish({k: v[rows.start : rows.stop] for k, v in batch.items()})
+    )
     return iter(pipeline.in_processes(shares, num_workers))
 
 
-def pack(examples: Sequence[Row], length: int, padding: dict[str, int]) -> list[Row]:
+def pack(
+    examples: Sequence[Row],
+    length: int,
+    padding: dict[str, int],
+    lengths: Mapping[str, int] | None = None,
+) -> list[Row]:
     """Packs sequences, the longest first, each into the fullest row that has room; all arguments as above.
 
     Returns:
-        Rows of arrays [length], in an order that does not depend on how long their sequences are.
+        Rows of arrays [length], or as `lengths` says, in an order that does not depend on how long their
+        sequences are.
 
     Raises:
-        ValueError: a sequence is longer than a row.
+        ValueError: a sequence is longer than a row, or has more of what `lengths` bounds.
     """
-    sizes = np.array([len(example["segment_ids"]) for example in examples])
-    if sizes.max() > length:
-        raise ValueError(f"a sequence of {sizes.max()} tokens is longer than a row of {length}")
-    free = np.full(len(examples), length)
+    lengths = lengths or {}
+    room = {"segment_ids": length, **lengths}
+    sizes = np.array([[len(example[name]) for name in room] for example in examples])
+    for name, longest, most in zip(room, sizes.max(axis=0), room.values(), strict=True):
+        if longest > most:
+            what = "tokens" if name == "segment_ids" else name
+            raise ValueError(f"a sequence of {longest} {what} is longer than a row of {most}")
+    free = np.tile(list(room.values()), (len(examples), 1))
     bins: list[list[Row]] = [[] for _ in examples]
-    for i in np.argsort(-sizes, kind="stable"):
+    for i in np.argsort(-sizes[:, 0], kind="stable"):
         # Unused bins are the emptiest, so one is opened only if nothing else has room.
-        at = int(np.where(free >= sizes[i], free, length + 1).argmin())
+        fits = (free >= sizes[i]).all(axis=1)
+        at = int(np.where(fits, free[:, 0], length + 1).argmin())
         bins[at].append(examples[i])
         free[at] -= sizes[i]
     filled = [group for group in bins if group]
     order = np.random.default_rng(len(filled)).permutation(len(filled))
-    return [_join(filled[i], length, padding) for i in order]
+    return [_join(filled[i], length, padding, lengths) for i in order]
 
 
-def _join(examples: Sequence[Row], length: int, padding: dict[str, int]) -> Row:
+def _join(
+    examples: Sequence[Row], length: int, padding: dict[str, int], lengths: Mapping[str, int]
+) -> Row:
     row = {}
     for name in examples[0]:
         parts = [
@@ -106,7 +127,8 @@ def _join(examples: Sequence[Row], length: int, padding: dict[str, int]) -> Row:
             for number, example in enumerate(examples, start=1)
         ]
         values = np.concatenate(parts).astype(parts[0].dtype)
-        row[name] = np.pad(values, (0, length - len(values)), constant_values=padding.get(name, 0))
+        missing = lengths.get(name, length) - len(values)
+        row[name] = np.pad(values, (0, missing), constant_values=padding.get(name, 0))
     return row
 
 

@@ -36,6 +36,13 @@ def scale_and_crop(pixels: np.ndarray, size: int, resample: Filter) -> np.ndarra
     return resized[start : start + size] if height > width else resized[:, start : start + size]
 
 
+def stretch(pixels: np.ndarray, size: int, resample: Filter) -> np.ndarray:
+    """Resizes uint8 [H, W, 3] of any size to uint8 [size, size, 3] without a crop, as Emu does."""
+    if pixels.shape[:2] == (size, size):
+        return pixels
+    return np.asarray(PIL.Image.fromarray(pixels).resize((size, size), _FILTERS[resample]))
+
+
 def _resize_part(
     pixels: np.ndarray, size: int, start: float, step: float, resample: Filter
 ) -> np.ndarray:

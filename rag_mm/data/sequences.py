@@ -275,15 +275,30 @@ def continue_prompt(
     main: Example,
     segment: int,
     docs: Sequence[Example] = (),
+    masked: Sequence[int] = (),
 ) -> Prompt:
     """Everything before segment `segment` of the main document, which the model is to write.
 
     An image's size token, where there is one, is part of the prompt. The ids of this and of later segments do
-    not matter.
+    not matter, nor do those of masked ones.
+
+    Args:
+        layout, vocabulary, docs: as for `lay_out`.
+        main: the document.
+        segment: number of the segment in `main`.
+        masked: numbers of earlier segments that are masked whole, in order; a sentinel stands for each, as in
+            a training sequence that masks them.
+
+    Raises:
+        ValueError: more segments are masked than the layout has spans.
     """
     if not len(main.segments[segment].ids):
         main = main.replace(segment, ids=[0])  # To be where the segment begins.
+    for number in masked:
+        main = main.replace(number, ids=[0])  # As long as its sentinel.
     parts = lay_out(layout, vocabulary, main, docs)
+    if masked:
+        parts = mask(layout, vocabulary, parts, parts.main[list(masked)])
     end = int(parts.main[segment, 0])
     return Prompt(parts.tokens[:end], parts.positions[:end], int(parts.positions[end]))
 

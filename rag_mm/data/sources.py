@@ -57,6 +57,23 @@ def read_file(path: epath.Path) -> bytes:
         raise captions.BadRecord("missing-picture", reason) from error
 
 
+def read_inside(directory: epath.Path, name: str) -> tuple[bytes, str]:
+    """The bytes and the ending of a file of an untrusted folder.
+
+    Raises:
+        BadRecord: the name, or a link, leads outside of the folder, or the file cannot be read.
+        BadImage: it has more than `image_decoding.MAX_BYTES` bytes.
+    """
+    captions.check_path(name)
+    path = _find(directory, name)
+    if _leads_outside(directory, path):
+        raise captions.BadRecord(
+            "leads-outside",
+            "is a link that leads outside of the folder; copy the file into it.",
+        )
+    return read_file(path), path.suffix.removeprefix(".")
+
+
 def _size(path: epath.Path) -> int:
     # epath looks up the owner's name, which containers often do not know.
     return path.stat().length if "://" in os.fspath(path) else os.stat(path).st_size
@@ -107,15 +124,7 @@ class FolderSource:
         return document_json.name_of(fields) or fields["image"]
 
     def _read(self, name: str) -> tuple[bytes, str]:
-        """The bytes and the ending of a file of the folder."""
-        captions.check_path(name)
-        path = _find(self._directory, name)
-        if _leads_outside(self._directory, path):
-            raise captions.BadRecord(
-                "leads-outside",
-                "is a link that leads outside of the folder; copy the file into it.",
-            )
-        return read_file(path), path.suffix.removeprefix(".")
+        return read_inside(self._directory, name)
 
     def _item(self, line: int, name: str, sidecar: captions.SidecarCaption) -> stream.Item:
         image = image_decoding.decode(*self._read(name), min_pixels=2)

@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from rag_mm.core import sharding
-from rag_mm.nn.block import Attend, ContextHeads, Heads
-from rag_mm.nn.decoder import DecoderConfig
+from rag_mm.nn.block import Attend, Block, ContextHeads, Heads
+from rag_mm.nn.decoder import Decoder, DecoderConfig
 from rag_mm.nn.smear import Recent
 from rag_mm.ops import attention
 
@@ -63,13 +63,13 @@ def make_cache(prefilled: Heads, num_steps: int, is_scanned: bool = False) -> Ca
 def make_attend(
     index: Int[Array, ""], segment_ids: Int[Array | np.ndarray, "B S"], is_scanned: bool = False
 ) -> Attend:
-    """Attention of one new token per example: writes it to the cache at `index`, then attends up to it.
+    """Attention of new tokens, one or more per example: writes them to the cache; each attends up to itself.
 
     Args:
-        index: the same for all examples, since prompts are padded on the left.
+        index: of the first new token, the same for all examples, since prompts are padded on the left.
         segment_ids: 0 for padding, 1 elsewhere; S is the capacity of the cache.
-        is_scanned: return the new token's entry alone, S = 1, which `write` puts into the stacked cache. A
-            scan would otherwise copy the whole cache for every token.
+        is_scanned: return the new tokens' entry alone, which `write` puts into the stacked cache. A scan
+            would otherwise copy the whole cache for every token.
     """
 
     def attend(heads: Heads, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
@@ -90,7 +90,7 @@ def make_attend(
 
 
 def write(cache: LayerCache, entry: LayerCache, index: Int[Array, ""]) -> LayerCache:
-    """The cache with an entry of S = 1 at `index`."""
+    """The cache with an entry, of any S, at `index` and after it."""
     at = (jnp.int32(0),) * (cache.keys.ndim - 1) + (index,)
     return LayerCache(
         jax.lax.dynamic_update_slice(cache.keys, entry.keys, at),
@@ -98,6 +98,25 @@ def write(cache: LayerCache, entry: LayerCache, index: Int[Array, ""]) -> LayerC
         entry.recent,
         cache.read,
     )
+
+
+def layers_of(
+    model: Decoder, shape: tuple[int, int, int], is_scanned: bool | None
+) -> tuple[Block | tuple[Block, ...], bool]:
+    """The layers as `Decoder.decode_step` takes them, and whether it scans them.
+
+    Args:
+        model: the decoder.
+        shape: sequences, all streams together; tokens of the longest prompt; tokens to sample.
+        is_scanned: None: where that is faster (`scans_layers`).
+    """
+    if is_scanned is None:
+        batch_size, length, num_steps = shape
+        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.stack.blocks))
+        layer_bytes = weights // model.config.num_layers
+        capacity = length + num_steps
+        is_scanned = scans_layers(model.config, layer_bytes, batch_size, capacity, num_steps)
+    return model.stack.blocks if is_scanned else model.stack.unstack(), is_scanned
 
 
 def scans_layers(

@@ -23,7 +23,12 @@ DEVICE_BATCH, DEVICE_SHARE = 512, 0.8
 
 
 def sequences_that_fit(
-    config: DecoderConfig, prompt_len: int, num_steps: int, available: float, num_streams: int = 1
+    config: DecoderConfig,
+    prompt_len: int,
+    num_steps: int,
+    available: float,
+    num_streams: int = 1,
+    num_drafts: int = 1,
 ) -> int:
     """The largest power of two of examples whose decoding takes at most `available` bytes; at least 1.
 
@@ -32,31 +37,42 @@ def sequences_that_fit(
         prompt_len, num_steps: tokens of the longest prompt, and after it.
         available: bytes, beside the parameters.
         num_streams: sequences per example.
+        num_drafts: tokens that a pass decodes at once after the prompt.
     """
-    each = num_streams * bytes_per_sequence(config, prompt_len, num_steps)
+    each = num_streams * bytes_per_sequence(config, prompt_len, num_steps, num_drafts)
     return 1 << max(int(available / each).bit_length() - 1, 0)
 
 
-def bytes_per_sequence(config: DecoderConfig, prompt_len: int, num_steps: int) -> int:
+def bytes_per_sequence(
+    config: DecoderConfig, prompt_len: int, num_steps: int, num_drafts: int = 1
+) -> int:
     """Bytes that one sequence adds to a decoding program, beside the parameters.
 
     The cache, the prompt's keys and values that it is made from, one layer's activations for the whole
-    prompt with its scores in float32, and float32 logits. A bound: kernels that store no scores need less.
+    prompt with its scores in float32, and float32 logits of all drafts. A bound: kernels that store no
+    scores need less.
     """
     block, size = config.block, jnp.dtype(config.dtype).itemsize
     heads = 2 * block.num_kv_heads * block.head_dim
     cached = config.num_layers * heads * (2 * prompt_len + num_steps) * size
     queries = block.num_heads * block.head_dim
     wide = 4 * config.embed_dim + 3 * config.mlp_dim + 4 * queries + heads
-    scores = 2 * block.num_heads * prompt_len * prompt_len
-    logits = 8 * config.vocab_size
+    longest = max(prompt_len, num_drafts)
+    pairs = max(prompt_len * prompt_len, num_drafts * (prompt_len + num_steps))
+    scores = 2 * block.num_heads * pairs
+    logits = 8 * config.vocab_size * num_drafts
     # Rotations of all positions, scores of a step, and what is recorded of it.
     steps = (prompt_len + num_steps) * (2 * block.head_dim + block.num_heads + 8)
-    return cached + 4 * (wide * prompt_len + scores + logits + steps)
+    return cached + 4 * (wide * longest + scores + logits + steps)
 
 
 def batch_size(
-    config: DecoderConfig, params: Params, prompt_len: int, num_steps: int, num_streams: int = 1
+    config: DecoderConfig,
+    params: Params,
+    prompt_len: int,
+    num_steps: int,
+    num_streams: int = 1,
+    num_drafts: int = 1,
 ) -> int:
     """How many examples to decode at once where the parameters are; see `sequences_that_fit`.
 
@@ -73,7 +89,8 @@ def batch_size(
     else:
         ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         available, most = min(ram / 4, CPU_BYTES), CPU_BATCH
-    size = min(most, sequences_that_fit(config, prompt_len, num_steps, available, num_streams))
+    sizes = prompt_len, num_steps, available, num_streams, num_drafts
+    size = min(most, sequences_that_fit(config, *sizes))
     return size * parts_of(mesh)
 
 

@@ -5,15 +5,15 @@ every example has S streams: prompts of their own, with their own positions and 
 sampled token (classifier-free guidance, contrastive decoding). A step
 
 1. computes each stream's logits, float32 [S, B, V],
-2. combines them: `combine(logits)` -> [B, V],
+2. combines them: `combine(logits, allowed)` -> [B, V],
 3. restricts them to the step's allowed tokens,
 4. divides by the temperature, keeps the top-p nucleus, and samples,
 5. records the token's log-probability under three distributions (`SampledTokens`).
 
 Guidance with two streams, whose weight may change without another compilation:
 
-    def guide(weight, logits):
-        return logits[1] + weight * (logits[0] - logits[1])
+    def guide(weight, logits, allowed):
+        return weight * logits[0] + (1 - weight) * logits[1]
 
     combine = jax.tree_util.Partial(guide, jnp.float32(3))
     sampler.sample(params, [with_text, without_text], seeds, allowed, combine=combine, ...)
@@ -141,7 +141,8 @@ def sample(
         num_steps: at least 1.
         sampling: temperature and top-p.
         stop: token that ends a sequence, or None. The loop ends when all sequences have.
-        combine: logits of all streams -> logits to sample from; as with `allowed`, a `Partial` is reused.
+        combine: logits of all streams, and the step's allowed tokens -> logits to sample from
+            (`guidance.Guidance.combine`); as with `allowed`, a `Partial` is reused.
         limit: number of steps to take, at most `num_steps`; None: all. Later columns are `stop`, or 0.
         is_scanned: whether a step scans the layers; None: where that is faster (`cache.scans_layers`).
 
@@ -149,6 +150,34 @@ def sample(
         ValueError: a mask allows no token or has another number of steps, or several streams have no
             `combine`.
     """
+    streams, values = prepare(prompts, allowed, num_steps, sampling, combine, limit)
+    static = dict(graphdef=graphdef, num_steps=num_steps, stop=stop, is_scanned=is_scanned)
+    run = partial(_sample, params, values=values, **static)
+    mesh = decode_batch.mesh_of(params)
+    if mesh is None:
+        return run(streams=streams, seeds=seeds)
+    return decode_batch.run_on_mesh(mesh, run, {"streams": streams, "seeds": seeds})
+
+
+class Values(NamedTuple):
+    """Arguments of the program that it does not depend on, apart from their shapes and which are None."""
+
+    allowed: Any
+    temperature: Any
+    top_p: Any
+    combine: Any = None
+    limit: Any = None
+
+
+def prepare(
+    prompts: Prompts | Sequence[Prompts],
+    allowed: Allowed,
+    num_steps: int,
+    sampling: Sampling,
+    combine: token_choice.Combine | None,
+    limit: int | None = None,
+) -> tuple[tuple[Prompts, ...], Values]:
+    """The streams and values of a decoding program, from arguments as of `sample`; raises as it does."""
     streams = (prompts,) if isinstance(prompts, Prompts) else tuple(prompts)
     if combine is None and len(streams) != 1:
         raise ValueError(f"give `combine` for {len(streams)} streams")
@@ -158,29 +187,14 @@ def sample(
         raise ValueError(f"there are {len(allowed)} masks for {num_steps} steps")
     # Passed as values, not as constants of the program: another temperature needs no recompilation.
     is_greedy = sampling.temperature == 0
-    values = _Values(
+    values = Values(
         _traceable(allowed),
         None if is_greedy else np.float32(sampling.temperature),
         None if is_greedy or sampling.top_p == 1 else np.float32(sampling.top_p),
         _traceable(combine),
         None if limit is None else np.int32(limit),
     )
-    static = dict(graphdef=graphdef, num_steps=num_steps, stop=stop, is_scanned=is_scanned)
-    run = partial(_sample, params, values=values, **static)
-    mesh = decode_batch.mesh_of(params)
-    if mesh is None:
-        return run(streams=streams, seeds=seeds)
-    return decode_batch.run_on_mesh(mesh, run, {"streams": streams, "seeds": seeds})
-
-
-class _Values(NamedTuple):
-    """Arguments of the program that it does not depend on, apart from their shapes and which are None."""
-
-    allowed: Any
-    temperature: Any
-    top_p: Any
-    combine: Any = None
-    limit: Any = None
+    return streams, values
 
 
 def _traceable(function: Any) -> Any:
@@ -194,7 +208,7 @@ def _sample(
     params: Params,
     streams: tuple[Prompts, ...],
     seeds: jax.Array,
-    values: _Values,
+    values: Values,
     *,
     graphdef: nnx.GraphDef,
     num_steps: int,
@@ -202,14 +216,9 @@ def _sample(
     is_scanned: bool | None,
 ) -> SampledTokens:
     model: Decoder = nnx.merge(graphdef, params)
-    prompts, num_streams = _join(streams), len(streams)
+    prompts, num_streams = join_prompts(streams), len(streams)
     batch_size, length = prompts.positions.shape
-    if is_scanned is None:
-        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.stack.blocks))
-        shape = batch_size, length + num_steps, num_steps
-        layer_bytes = weights // model.config.num_layers
-        is_scanned = cache.scans_layers(model.config, layer_bytes, *shape)
-    blocks = model.stack.blocks if is_scanned else model.stack.unstack()
+    blocks, is_scanned = cache.layers_of(model, (batch_size, length, num_steps), is_scanned)
     keys = jax.vmap(jax.random.key)(seeds)
     hidden, prefilled = model.prefill(
         prompts.tokens, prompts.positions, prompts.segment_ids, prompts.context
@@ -254,13 +263,13 @@ def _sample(
     start = jnp.int32(0)
     unfinished = sharding.place(jnp.zeros(len(seeds), bool), "batch")
     shape = (len(seeds), num_streams, num_steps)
-    empty = _empty(shape, stop, values.combine is not None)
+    empty = make_empty(shape, stop, values.combine is not None)
     after_first = _record(start, choose(hidden[:, -1:], start), empty, unfinished, stop)
     layers = cache.make_cache(prefilled, num_steps, is_scanned)
     return jax.lax.while_loop(is_going_on, step, (start + 1, layers, *after_first))[3]
 
 
-def _join(streams: tuple[Prompts, ...]) -> Prompts:
+def join_prompts(streams: tuple[Prompts, ...]) -> Prompts:
     """The prompts of all streams as one batch, an example's streams next to each other."""
     longest = max(prompts.positions.shape[1] for prompts in streams)
 
@@ -275,7 +284,7 @@ def _join(streams: tuple[Prompts, ...]) -> Prompts:
     return jax.tree.map(join, *map(pad_left, streams))
 
 
-def _empty(shape: tuple[int, int, int], stop: int | None, has_streams: bool) -> SampledTokens:
+def make_empty(shape: tuple[int, int, int], stop: int | None, has_streams: bool) -> SampledTokens:
     """What is left where no step is taken; `shape` is [B, S, num_steps]."""
     of_streams = sharding.place(jnp.zeros(shape, jnp.float32), "batch", None, None)
     zeros = of_streams[:, 0]
@@ -319,7 +328,7 @@ def lower(
         params,
         (prompts,),
         seeds,
-        _Values(*values),
+        Values(*values),
         graphdef=graphdef,
         num_steps=num_steps,
         stop=stop,

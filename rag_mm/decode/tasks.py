@@ -1,11 +1,11 @@
 """CM3 inference tasks: text-to-image generation, captioning and image infilling (docs/papers/ra_cm3.md).
 
 Each task puts the given documents before the prompt, and samples only from the tokens that are valid for its
-output.
+output. Images may be steered away from a null prompt (docs/papers/cm3leon.md).
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -17,10 +17,13 @@ from rag_mm.core import batches
 from rag_mm.core.errors import UserError
 from rag_mm.data import sequences, token_documents
 from rag_mm.data.vocabulary import Vocabulary
-from rag_mm.decode import decode_batch, sampler
+from rag_mm.decode import contrastive, decode_batch, guidance, jacobi, sampler, token_choice
 from rag_mm.nn.param_trees import Params
 
 Docs = Sequence[token_documents.Example]
+Steering = guidance.Guidance | contrastive.Contrast
+SEQUENTIAL, JACOBI, JACOBI_UNCOUPLED = "sequential", "jacobi", "jacobi_uncoupled"
+DECODINGS = (SEQUENTIAL, JACOBI, JACOBI_UNCOUPLED)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,6 +36,7 @@ class Generator:
         layout: the capacity of its sequences.
         num_codes_at: number of codes of an image by its height in pixels, for vocabularies with several image
             sizes, the first of which is the default; empty for those with one.
+        null_prompts: those that training showed it (`guidance.NULLS`); others cannot steer it.
     """
 
     graphdef: nnx.GraphDef
@@ -40,6 +44,7 @@ class Generator:
     vocabulary: Vocabulary
     layout: sequences.Layout
     num_codes_at: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    null_prompts: frozenset[str] = frozenset()
 
     def num_codes(self, image_size: int | None = None) -> int:
         """Number of codes of an image of a height in pixels; None: of the default size.
@@ -72,10 +77,17 @@ class Generator:
 
 
 class SampledCodes(NamedTuple):
-    """Codes of the codebook, and the log-probability of each example's sampled codes in nats."""
+    """Codes of the codebook, and the log-probability of each example's sampled codes in nats.
+
+    Attributes:
+        codes: of whole images.
+        log_probs: of those that were sampled, under the steered logits where there is steering.
+        passes: how many times the decoder ran for each image after its prompt; None for infilling.
+    """
 
     codes: Int32[np.ndarray, "B C"]
     log_probs: Float32[np.ndarray, " B"]
+    passes: Int32[np.ndarray, " B"] | None = None
 
 
 def generate_codes(
@@ -86,6 +98,8 @@ def generate_codes(
     sampling: sampler.Sampling,
     batch_size: int | None = None,
     image_size: int | None = None,
+    steering: Steering | None = None,
+    decoding: str = SEQUENTIAL,
 ) -> SampledCodes:
     """Text to image: exactly `generator.num_codes(image_size)` codes for each text.
 
@@ -94,34 +108,54 @@ def generate_codes(
         texts: text token ids of each caption, at most `layout.max_text_len`.
         docs: the documents before each prompt, at most `layout.max_docs`.
         seeds: one per text; an image depends only on its seed, text and documents.
-        sampling: temperature and top-p.
+        sampling: temperature and top-p, of the steered logits.
         batch_size: examples sampled at once; None: as many as fit into memory (`decode_batch.batch_size`).
         image_size: height and width in pixels, of a model with several sizes; None: the default.
+        steering: guidance or contrastive decoding; None: the model's own distribution.
+        decoding: sequential, code by code; or jacobi, many codes a pass with the same distribution, and the
+            same codes if greedy (`decode.jacobi`); jacobi_uncoupled, to compare with.
 
     Raises:
-        UserError: more documents than the layout has room for, or the model has no such size.
+        UserError: more documents than the layout has room for, the model has no such size, its training never
+            showed it a null prompt that steers it, or `decoding` is another word.
     """
+    if decoding not in DECODINGS:
+        raise UserError(f"decoding is {decoding!r}; give one of {', '.join(DECODINGS)}.")
     layout, vocabulary = generator.layout, generator.vocabulary
+    streams = (guidance.FULL,) if steering is None else steering.streams
+    guidance.check_shown(streams, generator.null_prompts)
     num_codes = generator.num_codes(image_size)
     blank = np.zeros(num_codes, np.int32)
-    prompts = [
-        sequences.continue_prompt(
-            layout, vocabulary, token_documents.pair(text, blank, image_size), 1, text_docs
-        )
-        for text, text_docs in zip(texts, docs, strict=True)
-    ]
+    pairs = [token_documents.pair(text, blank, image_size) for text in texts]
     max_prompt_len = layout.prompt_len(layout.max_text_len + 1 + bool(vocabulary.image_sizes))
-    sampled = _sample(
+    sampled, passes = _sample(
         generator,
-        prompts,
+        [_image_prompts(generator, pairs, docs, stream) for stream in streams],
         max_prompt_len,
         seeds,
         sampling,
         generator.code_mask,
         num_codes,
         batch_size,
+        combine=None if steering is None else steering.combine(),
+        decoding=decoding,
     )
-    return SampledCodes(sampled.tokens - vocabulary.code_offset, sampled.log_probs.sum(axis=1))
+    codes = sampled.tokens - vocabulary.code_offset
+    return SampledCodes(codes, sampled.log_probs.sum(axis=1), passes)
+
+
+def _image_prompts(
+    generator: Generator, pairs: Docs, docs: Sequence[Docs], stream: str
+) -> list[sequences.Prompt]:
+    """What one stream reads before the image of each pair."""
+    masked = (0,) if stream in (guidance.DOCUMENTS, guidance.BARE) else ()
+    reads_docs = stream in (guidance.FULL, guidance.DOCUMENTS)
+    return [
+        sequences.continue_prompt(
+            generator.layout, generator.vocabulary, main, 1, main_docs if reads_docs else (), masked
+        )
+        for main, main_docs in zip(pairs, docs, strict=True)
+    ]
 
 
 def generate_captions(
@@ -155,9 +189,9 @@ def generate_captions(
         for image_codes, image_docs in zip(codes, docs, strict=True)
     ]
     max_prompt_len = layout.prompt_len(layout.num_codes + 4)  # S0 BRK image EOD S0
-    sampled = _sample(
+    sampled, _ = _sample(
         generator,
-        prompts,
+        [prompts],
         max_prompt_len,
         seeds,
         sampling,
@@ -218,9 +252,9 @@ def infill_codes(
             )
             for main, main_codes, main_docs in zip(mains, codes, docs, strict=True)
         ]
-        sampled = _sample(
+        sampled, _ = _sample(
             generator,
-            prompts,
+            [prompts],
             layout.prompt_len(layout.slot + 3 * len(holes)),
             seeds,
             sampling,
@@ -231,29 +265,6 @@ def infill_codes(
         codes[:, start:end] = sampled.tokens - vocabulary.code_offset
         log_probs += sampled.log_probs.sum(axis=1)
     return SampledCodes(codes, log_probs)
-
-
-def best_of(
-    generate: Callable[[UInt32[np.ndarray, " B"]], SampledCodes],
-    score: Callable[[Int32[np.ndarray, "B C"]], np.ndarray],
-    num_examples: int,
-    num_candidates: int,
-    seed: int,
-) -> Int32[np.ndarray, "B C"]:
-    """Generates several candidates per example and keeps the one with the highest score.
-
-    Args:
-        generate: seeds -> one candidate per example.
-        score: codes -> how well each image matches its text, float [B].
-        num_examples: B.
-        num_candidates: at least 1; with 1, `score` is not called.
-        seed: determines the seeds of all candidates.
-    """
-    candidates = [generate(make_seeds(seed, num_examples, i)).codes for i in range(num_candidates)]
-    if num_candidates == 1:
-        return candidates[0]
-    best = np.argmax([score(codes) for codes in candidates], axis=0)
-    return np.stack(candidates)[best, np.arange(num_examples)]
 
 
 def make_seeds(seed: int, num_examples: int, candidate: int = 0) -> UInt32[np.ndarray, " B"]:
@@ -269,7 +280,7 @@ def make_seeds(seed: int, num_examples: int, candidate: int = 0) -> UInt32[np.nd
 
 def _sample(
     generator: Generator,
-    prompts: Sequence[sequences.Prompt],
+    streams: Sequence[Sequence[sequences.Prompt]],
     max_prompt_len: int,
     seeds: np.ndarray,
     sampling: sampler.Sampling,
@@ -277,35 +288,49 @@ def _sample(
     num_steps: int,
     batch_size: int | None,
     stop: int | None = None,
-) -> sampler.SampledTokens:
+    combine: token_choice.Combine | None = None,
+    decoding: str = SEQUENTIAL,
+) -> tuple[sampler.SampledTokens, Int32[np.ndarray, " B"]]:
     """Samples in batches padded to one length, so that a task compiles once for any number of documents.
 
     A last batch is padded to a power of two: with other numbers of prompts few programs are compiled.
+
+    Returns:
+        The tokens, and the number of times the decoder ran for each prompt after reading it, at most.
     """
-    if not prompts:
+    num_prompts = len(streams[0])
+    if not num_prompts:
         raise ValueError("there is nothing to sample: give at least one prompt")
     if batch_size is None:
         config = nnx.merge(generator.graphdef, generator.params).config
-        batch_size = decode_batch.batch_size(config, generator.params, max_prompt_len, num_steps)
+        num_drafts = 1 if decoding == SEQUENTIAL else num_steps
+        batch_size = decode_batch.batch_size(
+            config, generator.params, max_prompt_len, num_steps, len(streams), num_drafts
+        )
+    how = dict(graphdef=generator.graphdef, num_steps=num_steps, sampling=sampling, combine=combine)
     sampled = []
-    for rows in batches.split(len(prompts), batch_size):
-        chunk = [prompts[row] for row in rows]
-        batch = sampler.Prompts(
-            *sequences.stack_prompts(chunk, max_prompt_len),
-            np.array([prompt.next_position for prompt in chunk], np.int32),
-        )
-        found = sampler.sample(
-            generator.params,
-            batch,
-            np.asarray(seeds)[rows].astype(np.uint32),
-            allowed,
-            graphdef=generator.graphdef,
-            num_steps=num_steps,
-            sampling=sampling,
-            stop=stop,
-        )
+    for rows in batches.split(num_prompts, batch_size):
+        prompts = [_stack([stream[row] for row in rows], max_prompt_len) for stream in streams]
+        chosen = np.asarray(seeds)[rows].astype(np.uint32)
+        if decoding != SEQUENTIAL:
+            is_coupled = decoding == JACOBI
+            found = jacobi.sample(
+                generator.params, prompts, chosen, allowed, is_coupled=is_coupled, **how
+            )
+        else:
+            passes = np.full(len(rows), num_steps - 1, np.int32)
+            found = (
+                sampler.sample(generator.params, prompts, chosen, allowed, stop=stop, **how),
+                passes,
+            )
         sampled.append(jax.tree.map(np.asarray, found))
-    return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(prompts)], *sampled)
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[:num_prompts], *sampled)
+
+
+def _stack(prompts: Sequence[sequences.Prompt], length: int) -> sampler.Prompts:
+    """Prompts as one batch, padded to one length."""
+    following = np.array([prompt.next_position for prompt in prompts], np.int32)
+    return sampler.Prompts(*sequences.stack_prompts(prompts, length), following)
 
 
 def _check_holes(holes: Sequence[tuple[int, int]], num_codes: int, max_spans: int) -> None:

@@ -9,7 +9,8 @@ from jaxtyping import Array, Bool, Float32, Int32
 
 from rag_mm.core import sharding
 
-Combine = Callable[[Float32[Array, "S B V"]], Float32[Array, "B V"]]
+Combine = Callable[[Float32[Array, "S B V"], Bool[Array, "#B V"]], Float32[Array, "B V"]]
+"""The logits of all streams and which tokens are allowed -> logits to sample from, every row on its own."""
 
 
 class Choice(NamedTuple):
@@ -28,6 +29,18 @@ class Choice(NamedTuple):
     stream_log_probs: Float32[Array, "B S"] | None
 
 
+class Scores(NamedTuple):
+    """What one step's token is sampled from, as logits; -inf for tokens that cannot be sampled.
+
+    Attributes:
+        combined: the combined logits restricted to the allowed tokens.
+        sampled: after temperature and top-p; None if greedy.
+    """
+
+    combined: Float32[Array, "B V"]
+    sampled: Float32[Array, "B V"] | None
+
+
 def choose(
     logits: Float32[Array, "S B V"],
     keys: Array,
@@ -37,11 +50,27 @@ def choose(
     temperature: Float32[Array, ""] | None,
     top_p: Float32[Array, ""] | None,
 ) -> Choice:
-    """Samples one token per example.
+    """Samples one token per example, with a typed PRNG key each; other arguments as for `score`."""
+    scores = score(logits, allowed, combine=combine, temperature=temperature, top_p=top_p)
+    if scores.sampled is None:
+        token = jnp.argmax(scores.combined, axis=-1).astype(jnp.int32)
+    else:
+        token = jax.vmap(jax.random.categorical)(keys, scores.sampled).astype(jnp.int32)
+    return record(token, scores, None if combine is None else logits)
+
+
+def score(
+    logits: Float32[Array, "S B V"],
+    allowed: Bool[Array, "#B V"],
+    *,
+    combine: Combine | None,
+    temperature: Float32[Array, ""] | None,
+    top_p: Float32[Array, ""] | None,
+) -> Scores:
+    """Combines, restricts, divides by the temperature, keeps the nucleus.
 
     Args:
         logits: of every stream.
-        keys: a typed PRNG key per example.
         allowed: tokens that may be sampled, at least one per example. Where `combine` leaves no finite logit
             among them, all of them are equally likely.
         combine: logits of all streams to those to sample from; None for a single stream.
@@ -51,27 +80,37 @@ def choose(
     if combine is None:
         combined = jnp.where(allowed, logits[0], -jnp.inf)
     else:
-        combined = combine(logits)
+        combined = combine(logits, allowed)
         combined = jnp.where(allowed & jnp.isfinite(combined), combined, -jnp.inf)
         is_stuck = (combined == -jnp.inf).all(axis=1, keepdims=True)
         combined = jnp.where(is_stuck & allowed, jnp.float32(0), combined)
     if temperature is None:
-        token = jnp.argmax(combined, axis=-1).astype(jnp.int32)
-    else:
-        scaled = combined / temperature
-        if top_p is not None:
-            scaled = jnp.where(_nucleus(scaled, top_p), scaled, -jnp.inf)
-        token = jax.vmap(jax.random.categorical)(keys, scaled).astype(jnp.int32)
-    # A comparison, not a gather: the batch may be split over devices.
-    is_chosen = jnp.arange(combined.shape[1], dtype=jnp.int32)[None] == token[:, None]
+        return Scores(combined, None)
+    scaled = combined / temperature
+    if top_p is not None:
+        scaled = jnp.where(_nucleus(scaled, top_p), scaled, -jnp.inf)
+    return Scores(combined, scaled)
+
+
+def record(
+    token: Int32[Array, " B"], scores: Scores, logits: Float32[Array, "S B V"] | None
+) -> Choice:
+    """A step's token with its log-probabilities; `logits` are those of the streams, or None."""
+    is_chosen = is_token(token, scores.combined.shape[1])
 
     def log_prob(scores: jax.Array) -> jax.Array:
         mask = is_chosen if scores.ndim == 2 else is_chosen[None]
         return jnp.where(mask, jax.nn.log_softmax(scores), 0).sum(axis=-1)
 
-    sampled = jnp.zeros_like(log_prob(combined)) if temperature is None else log_prob(scaled)
-    of_streams = None if combine is None else log_prob(logits).T
-    return Choice(token, log_prob(combined), sampled, of_streams)
+    of_combined = log_prob(scores.combined)
+    sampled = jnp.zeros_like(of_combined) if scores.sampled is None else log_prob(scores.sampled)
+    return Choice(token, of_combined, sampled, None if logits is None else log_prob(logits).T)
+
+
+def is_token(tokens: Int32[Array, "*T"], vocab_size: int) -> Bool[Array, "*T V"]:
+    """True at each token's own id; a comparison, not a gather: the batch may be split over devices."""
+    ids = jnp.arange(vocab_size, dtype=jnp.int32).reshape((1,) * tokens.ndim + (vocab_size,))
+    return ids == tokens[..., None]
 
 
 def allowed_at(
@@ -96,14 +135,15 @@ def _nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
     return probs >= lowest
 
 
-def split_streams(logits: Float32[Array, "R V"], num_streams: int) -> Float32[Array, "S B V"]:
+def split_streams(logits: Float32[Array, "R *T V"], num_streams: int) -> Float32[Array, "S B *T V"]:
     """Logits of rows, an example's streams next to each other, by stream; all of a row on one device."""
     # Sorting and sampling need all of an example's logits.
-    logits = sharding.place(logits, "batch", None)
+    rest = (None,) * (logits.ndim - 1)
+    logits = sharding.place(logits, "batch", *rest)
     if num_streams == 1:
         return logits[None]
-    shape = (logits.shape[0] // num_streams, num_streams, logits.shape[1])
-    layout = sharding.activation_spec("batch", None, None)
+    shape = (logits.shape[0] // num_streams, num_streams, *logits.shape[1:])
+    layout = sharding.activation_spec("batch", None, *rest)
     return jnp.moveaxis(jax.lax.reshape(logits, shape, out_sharding=layout), 1, 0)
 
 

@@ -24,10 +24,11 @@ class EndpointLimits:
     """How an endpoint is asked, and what may be spent on it.
 
     Attributes:
-        timeout: seconds that one call may take.
+        timeout: seconds that one call may take, at most a day.
         retries: how often a call is repeated, at growing intervals, after a timeout, a lost connection, a
             full server or its error; repetitions are not counted as calls.
-        calls_per_minute: calls are spaced so that there are no more; None: as fast as it answers.
+        calls_per_minute: calls are spaced so that there are no more, at least 0.01; None: as fast as it
+            answers.
         max_calls: calls until the endpoint is no longer asked.
         price: of a million tokens, read or written, in any currency.
         max_cost: in that currency; the call that reaches it is the last. None: no limit.
@@ -45,7 +46,9 @@ class EndpointLimits:
     def __post_init__(self):
         checks.at_least(self, 0, "retries", "price", "max_cost")
         checks.at_least(self, 1, "max_calls", "texts_per_call")
-        checks.above(self, 0, "timeout", "calls_per_minute")
+        checks.at_least(self, 0.01, "calls_per_minute")
+        checks.above(self, 0, "timeout")
+        checks.between(self, 0, 86_400, "timeout")
 
 
 class Endpoint:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from rag_mm.core import code_grids
+from rag_mm.core import checks, code_grids
 from rag_mm.core.code_grids import Grids
 from rag_mm.core.errors import UserError
 from rag_mm.frozen_lm import prompts
@@ -25,9 +25,9 @@ class ProgressiveConfig:
 
     Attributes:
         segment: words per call, at least 1.
-        before: words before a segment that a prompt shows, at least 0.
+        before: words before a segment that its prompt shows in the autoregressive levels, at least 0.
         autoregressive_levels: number of first levels whose segments are written one after the other.
-        tokens_per_word: of the language model, for which a call leaves space.
+        tokens_per_word: of the language model, for which a call leaves space, at least 1.
     """
 
     segment: int = 4
@@ -36,9 +36,8 @@ class ProgressiveConfig:
     tokens_per_word: int = 3
 
     def __post_init__(self):
-        for name, least in (("segment", 1), ("before", 0), ("autoregressive_levels", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; give at least {least}")
+        checks.at_least(self, 1, "segment", "tokens_per_word")
+        checks.at_least(self, 0, "before", "autoregressive_levels")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rag_mm.core.errors import UserError
+from rag_mm.frozen_lm.lm_protocol import FrozenLM
 
 
 class ParsedWords(NamedTuple):
@@ -80,3 +81,26 @@ class WordTable:
             if code is not None:
                 codes[i], is_valid[i] = code, True
         return ParsedWords(codes, is_valid)
+
+
+def one_token_share(words: Sequence[str], lm: FrozenLM) -> float | None:
+    """The share of words that are one token of a language model, with the space before them in a prompt.
+
+    All words of a codebook are, in the model that they are of; what another one reads in pieces it may not
+    know as words. None where a model does not tell its vocabulary, as one behind HTTP.
+
+    Raises:
+        UserError: none of the words is.
+    """
+    try:
+        known = set(lm.vocabulary)
+    except UserError:
+        return None
+    start = " " if any(text.startswith(" ") for text in known) else ""
+    count = sum(start + word in known for word in words)
+    if not count:
+        raise UserError(
+            f"None of the {len(words):,} words is one token of this language model; give the one whose words "
+            "they are, or another with words of the same language."
+        )
+    return count / len(words)

@@ -6,7 +6,7 @@ serves the quickstart's small towers and public checkpoints.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -146,12 +146,61 @@ def _published(vision: TowerConfig, width: int, image_size: int, patch_size: int
     )
 
 
+@runtime_checkable
+class VisionSettings(Protocol):
+    """What a vision tower reads of a config; see `CLIPConfig`."""
+
+    @property
+    def image_size(self) -> int:
+        """Pixels a side."""
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels a side of a patch."""
+
+    @property
+    def vision(self) -> TowerConfig:
+        """Sizes."""
+
+    @property
+    def mlp(self) -> str:
+        """Activation."""
+
+    @property
+    def norm_eps(self) -> float:
+        """Added to the variance."""
+
+    @property
+    def image_mean(self) -> tuple[float, float, float]:
+        """Subtracted from pixels in 0..1, by channel."""
+
+    @property
+    def image_std(self) -> tuple[float, float, float]:
+        """Divides them, by channel."""
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image."""
+
+
+def to_patches(images: Float[Array, "B H W 3"], config: VisionSettings) -> Float[Array, "B N P"]:
+    """Normalized pixels of images in [0, 1], flat by patch, in raster order."""
+    c, p = config, config.patch_size
+    side = c.image_size // p
+    mean, std = (
+        jnp.asarray(v, images.dtype)[None, None, None] for v in (c.image_mean, c.image_std)
+    )
+    x = (images - mean) / std
+    x = _reshape(x, len(x), side, p, side, p, 3).transpose(0, 1, 3, 2, 4, 5)
+    return _reshape(x, len(x), side * side, p * p * 3)
+
+
 class VisionTower(nnx.Module):
     """The ViT: images to features before the projection."""
 
     def __init__(
         self,
-        config: CLIPConfig,
+        config: VisionSettings,
         *,
         rngs: nnx.Rngs,
         dtype: str = "float32",
@@ -192,14 +241,7 @@ class VisionTower(nnx.Module):
 
     def _embed(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B T D"]:
         """The class token and the patches, with their positions, before the first block."""
-        c, p = self.config, self.config.patch_size
-        side = c.image_size // p
-        mean, std = (
-            jnp.asarray(v, images.dtype)[None, None, None] for v in (c.image_mean, c.image_std)
-        )
-        x = ((images - mean) / std).astype(self.dtype)
-        x = _reshape(x, len(x), side, p, side, p, 3).transpose(0, 1, 3, 2, 4, 5)
-        x = self.patches(_reshape(x, len(x), side * side, p * p * 3))
+        x = self.patches(to_patches(images, self.config).astype(self.dtype))
         # The class token is a zero vector in front, to which its embedding is added with the positions.
         x = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))
         positions = sharding.gather(self.position_embedding[...], (None, None))

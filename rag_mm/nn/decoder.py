@@ -342,20 +342,20 @@ class Decoder(nnx.Module):
         self,
         blocks: Block | tuple[Block, ...],
         inputs: Inputs,
-        positions: Int[Array, "B 1"],
+        positions: Int[Array, "B T"],
         rotation: rope.Rotation | None,
         attend: Attend,
         cache: tuple,
-    ) -> tuple[Float[Array, "B 1 D"], Any]:
-        """Decodes one token, or vector, per sequence.
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Decodes the next tokens, or vectors, of every sequence: one, or several drafts at once.
 
         Args:
             blocks: `stack.unstack()`, computed once outside the decoding loop; or `stack.blocks`, to scan.
-            inputs: the current tokens, vectors or mixture, T = 1.
+            inputs: the current tokens, vectors or mixture; T = 1 in a sequential loop.
             positions: their positions.
             rotation: their rotation. `config.block.rotation` is computed for all positions once, outside the
                 loop; None if that is None.
-            attend: reads a layer's cache, and returns what is to be kept of the token.
+            attend: reads a layer's cache, and returns what is to be kept of the tokens.
             cache: one entry per layer, with attribute `recent` if heads are smeared, and `context` (that of
                 `prefill`'s heads) if blocks read one; for a scan one entry of stacked arrays.
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int, Int32, Key
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key
 
 from rag_mm.core import code_grids, sharding
 from rag_mm.core.code_grids import Grids
@@ -236,6 +236,29 @@ def latent_errors(
     return jnp.stack(errors)
 
 
+def target_squares(
+    z: Float32[Array, "B R S D"],
+    averages: Sequence[Float32[Array, "B R S D"]],
+    grids: Grids,
+    is_residual: bool = False,
+) -> Float32[Array, " levels"]:
+    """Mean squared entry of z_l, to which `quantize` takes the nearest code, at the places of each level.
+
+    Args:
+      z: the latents.
+      averages: of `running_averages`.
+      grids: the whole pyramid.
+      is_residual: as for `quantize`.
+    """
+    sums, squares = jnp.zeros_like(z), []
+    for grid, counts, average in zip(grids, word_counts(grids), averages, strict=True):
+        places = _places(grid, grids)
+        squares.append(jnp.mean(_target(z, sums, counts, places, is_residual) ** 2))
+        total = np.ones_like(counts) if is_residual else counts
+        sums = average * total.astype(np.float32)[None, :, :, None]
+    return jnp.stack(squares)
+
+
 def code_counts(
     codes: Int[Array | np.ndarray, "..."], codebook_size: int
 ) -> Float32[Array, " {codebook_size}"]:
@@ -256,33 +279,33 @@ def perplexity(counts: Float[Array | np.ndarray, " C"]) -> Float32[Array, ""]:
 
 def revive_codes(
     codebook: Float32[Array, "C D"],
-    counts: Float32[Array, " C"],
+    is_dead: Bool[Array, " C"],
     points: Float32[Array, "P D"],
+    errors: Float32[Array, " P"],
     key: Key[Array, ""],
-    min_count: float = 1,
 ) -> Float32[Array, "C D"]:
-    """Moves every code used fewer than `min_count` times to a point with a large quantization error.
+    """Moves dead codes to points with a large quantization error.
 
     Points are sampled without replacement with probability proportional to their squared error, as in
     k-means++, so that a revived code lowers the error where it is largest.
 
     Args:
       codebook: the codebook.
-      counts: how often each code was used recently.
-      points: the vectors being quantized, P >= C.
+      is_dead: which codes to move; with more than P of them, the last ones stay.
+      points: the vectors being quantized.
+      errors: the squared distance of each to its code.
       key: random key.
-      min_count: codes used less often are dead.
 
     Returns:
       The new codebook; codes that are not dead keep their bits.
     """
-    errors = _squared_errors(points, codebook)
     noise = jax.random.gumbel(key, errors.shape)
-    _, chosen = jax.lax.top_k(jnp.log(errors) + noise, codebook.shape[0])
+    count = min(codebook.shape[0], points.shape[0])
+    _, chosen = jax.lax.top_k(jnp.log(errors) + noise, count)
     # Dead codes take the sampled points in order, whatever their ids.
-    is_dead = counts < min_count
     rank = jnp.cumsum(is_dead) - 1
-    return jnp.where(is_dead[:, None], points[chosen[rank]], codebook)
+    is_moved = is_dead & (rank < count)
+    return jnp.where(is_moved[:, None], points[chosen[jnp.minimum(rank, count - 1)]], codebook)
 
 
 def init_kmeans(
@@ -316,7 +339,8 @@ def _lloyd(
         counts = code_counts(codes, centers.shape[0])
         sums = jnp.zeros_like(centers).at[codes].add(points)
         means = sums / jnp.maximum(counts, 1)[:, None]
-        return revive_codes(means, counts, points, key), None
+        errors = _squared_errors(points, means)
+        return revive_codes(means, counts < 1, points, errors, key), None
 
     return jax.lax.scan(step, centers, keys)[0]
 

@@ -1,4 +1,4 @@
-"""The report of a run: a self-contained HTML page, its panels as PNG, and ten headline metrics."""
+"""The report of a run: a self-contained HTML page, its panels as PNG, and eleven headline metrics."""
 
 from rag_mm.report.content import (
     CaptionExample,

@@ -69,6 +69,7 @@ function showAnswer(place, docs, answer) {
   const title = docs === 1 ? "1 document" : `${docs || "no"} documents`;
   place.replaceChildren(make("h3", title));
   if (answer.image) place.append(imageElement(answer.image, title));
+  if (answer.candidates) place.append(candidateList(answer.candidates));
   if (answer.text !== undefined) place.append(make("p", answer.text || "(empty)", "said"));
   for (const neighbor of answer.neighbors) {
     const score = neighbor.score === null ? "given" : neighbor.score.toFixed(3);
@@ -76,11 +77,34 @@ function showAnswer(place, docs, answer) {
   }
 }
 
+// All candidates with their scores, of which the image above is the best.
+function candidateList(candidates) {
+  const list = make("ol", undefined, "candidates");
+  for (const { image, score } of candidates) {
+    const item = make("li");
+    item.append(imageElement(image, `candidate, score ${score.toFixed(3)}`));
+    item.append(make("p", score.toFixed(3), "soft"));
+    list.append(item);
+  }
+  return list;
+}
+
+// How an image is generated; what is left empty is not sent.
+function generationFields() {
+  const fields = { seed: Number(byId("seed").value) };
+  for (const input of document.querySelectorAll("#options [name]")) {
+    if (input.value === "") continue;
+    fields[input.name] = input.type === "number" ? Number(input.value) : input.value;
+  }
+  return fields;
+}
+
 async function showAnswers(query, mine) {
   const path = query.file ? "caption" : "generate";
   for (let docs = 0; docs <= maxDocs; docs++) {
     say(`${query.file ? "captioning" : "generating"} with ${docs} of ${maxDocs} documents …`);
-    const answer = await post(path, query, { docs, seed: Number(byId("seed").value) });
+    const fields = query.file ? {} : generationFields();
+    const answer = await post(path, query, { docs, ...fields });
     if (mine !== turn) return;
     const place = make("article");
     showAnswer(place, docs, answer);

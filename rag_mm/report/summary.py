@@ -1,15 +1,16 @@
-"""The ten headline metrics of a run, each with a sentence that explains it."""
+"""The eleven headline metrics of a run, each with a sentence that explains it."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from rag_mm.report.figures import MISSING, Figure, duration, find, number, percent
 
+_COPIED = ("place", "color", "whole")
 _DOCS = {"docs0": "0 docs", "docs1": "1 doc", "docs2": "2 docs"}
 
 
 def summary_table(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Ten (label, value, explanation) rows for the page and for the end of a command.
+    """Eleven (label, value, explanation) rows for the page and for the end of a command.
 
     Accuracies are on classes never shown in training; a number that is not in `metrics` reads
     "not measured".
@@ -85,6 +86,12 @@ def summary_table(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             ),
             "The same decoder trained without retrieval; the top hit returned unchanged; our decoder "
             "with random documents; our decoder with a memory that lacks these entities.",
+        ),
+        (
+            "Copied against the caption",
+            _list([(name, at(f"decoder.copied_{name}.docs2")) for name in _COPIED], percent),
+            "Images with two documents that have the place or the background color of a document, or are a "
+            "document's image code by code, among those whose caption asks for another.",
         ),
         (
             "Captions, CIDEr",

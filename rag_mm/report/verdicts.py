@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from rag_mm.eval import over_reliance
 from rag_mm.report.figures import Figure, find, number, percent
 
 CEILING_BAR = 0.90  # Below it the tokenizer, not the decoder, limits accuracy.
@@ -62,6 +63,7 @@ def verdicts(metrics: Mapping[str, Any]) -> list[Verdict]:
         *_components(metrics),
         *_copying(metrics),
         *_generation(metrics),
+        _over_reliance(metrics),
         *_memory_swap(metrics),
         _captions(metrics),
     ]
@@ -154,6 +156,26 @@ def _generation(metrics: Mapping[str, Any]) -> list[Verdict]:
             f"{percent(ceiling)}.",
         ),
     ]
+
+
+def _over_reliance(metrics: Mapping[str, Any]) -> Verdict:
+    """What images have from their documents against their captions."""
+    copied = {name: find(metrics, f"decoder.{name}.docs2") for name in over_reliance.FIGURES}
+    shares = (
+        f"{percent(copied['copied_place'])} of the images have a document's place and "
+        f"{percent(copied['copied_color'])} its background, where the caption asks for another; "
+        f"{percent(copied['copied_whole'])} are a document's image"
+    )
+    within = [
+        figure is not None and figure.value <= over_reliance.AT_MOST[name]
+        for name, figure in copied.items()
+    ]
+    return _verdict(
+        "Images follow the caption where documents differ",
+        None if None in copied.values() else all(within),
+        f"{shares}.",
+        f"{shares}: the decoder relies on its documents too much.",
+    )
 
 
 def _memory_swap(metrics: Mapping[str, Any]) -> list[Verdict]:

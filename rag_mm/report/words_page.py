@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
@@ -15,12 +16,18 @@ from rag_mm.report.content import Curve
 
 # Of a full grid: runs that reconstruct well use more words; an encoder that collapsed used 9 % of 1,024.
 HEALTHY_USAGE = 0.25
+# Lengths of latents over those of words, and what the last level may leave of their squares.
+HEALTHY_NORM, HEALTHY_ERROR = (0.5, 2.0), 0.3
 _SCORE = "relative_score_"
 NOTE = (
     "Usage is the share of the codebook that a level uses on test images, perplexity the number of equally "
     "frequent words with the same entropy. A level that is a full grid is healthy at a usage of at least "
-    f"{HEALTHY_USAGE:.0%}; below, most words are dead, as after a start near zero. Images decoded from "
-    "levels coarser than the full grid are no pictures: positions without a word are zero."
+    f"{HEALTHY_USAGE:.0%}; below, most words are dead, as after a start near zero. The latent norm, at the "
+    "end of training, is the length of the vectors that a level quantizes over that of the words' vectors: "
+    f"healthy at {HEALTHY_NORM[0]:g} to {HEALTHY_NORM[1]:g}, and elsewhere the words are too long or too "
+    "short for them. The latent error is the share of the latents' squares that the words so far leave: "
+    f"healthy at {HEALTHY_ERROR:g} or less on the last level. Images decoded from levels coarser than the "
+    "full grid are no pictures: positions without a word are zero."
 )
 
 
@@ -33,10 +40,20 @@ class LevelTable:
     note: str
 
 
-def level_table(metrics: Mapping[str, Any], grids: Grids) -> LevelTable:
-    """The table of the metrics of a stage `spae` whose images have these grids."""
+def level_table(
+    metrics: Mapping[str, Any], grids: Grids, logged: Mapping[str, float]
+) -> LevelTable:
+    """The table of the metrics of a stage `spae` whose images have these grids.
+
+    Args:
+        metrics: of the stage.
+        grids: of the codes of an image.
+        logged: the last figures of its log, such as `latent_norm_level1`; a single level has none.
+    """
     words = metrics.get("words", {})
     head = ["level", "PSNR of the levels so far, dB", "words used", "usage", "perplexity"]
+    has_latents = "latent_norm_level1" in logged
+    head += ["latent norm", "latent error"] if has_latents else []
     # One column for each kind of features of words that was measured.
     scores = [name for name in words.get("level1", {}) if name.startswith(_SCORE)]
     named = [f"relative score, {name.removeprefix(_SCORE).replace('_', ' ')}" for name in scores]
@@ -55,6 +72,8 @@ def level_table(metrics: Mapping[str, Any], grids: Grids) -> LevelTable:
             f"{'low: ' if is_low else ''}{usage:.0%}",
             f"{found['perplexity']:.0f}",
         ]
+        if has_latents:
+            row += _latent_cells(logged, name, is_last=number == len(grids))
         if words:
             own = words[name]
             row += [*(f"{own[score]:.2f}" for score in scores), f"{own['named']:.0%}"]
@@ -62,11 +81,23 @@ def level_table(metrics: Mapping[str, Any], grids: Grids) -> LevelTable:
     return LevelTable([*head, *named], rows, NOTE)
 
 
+def _latent_cells(logged: Mapping[str, float], level: str, is_last: bool) -> list[str]:
+    """Norm and error of the latents at a level, marked where they are not healthy."""
+    norm, error = (logged.get(f"latent_{name}_{level}", math.nan) for name in ("norm", "error"))
+    low, high = HEALTHY_NORM
+    mark = "low: " if norm < low else "high: " if norm > high else ""
+    return [
+        f"{mark}{norm:.2f}",
+        f"{'high: ' if is_last and error > HEALTHY_ERROR else ''}{error:.2f}",
+    ]
+
+
 def render(
     title: str,
     lead: str,
     metrics: Mapping[str, Any],
     grids: Grids,
+    logged: Mapping[str, float],
     pictures: Mapping[str, word_figure.WordedImage],
     lines: Sequence[Curve],
 ) -> str:
@@ -77,6 +108,7 @@ def render(
         lead: first paragraph.
         metrics: of the stage `spae`.
         grids: of the codes of an image.
+        logged: see `level_table`.
         pictures: images as words, by caption.
         lines: training curves.
     """
@@ -93,7 +125,11 @@ def render(
         for name, group in curves.charts(lines).items()
     ]
     return environment.from_string(template).render(
-        title=title, lead=lead, table=level_table(metrics, grids), pictures=shown, charts=charts
+        title=title,
+        lead=lead,
+        table=level_table(metrics, grids, logged),
+        pictures=shown,
+        charts=charts,
     )
 
 

@@ -10,6 +10,8 @@ from rag_mm.core import configuration, manifest_values, renames
 from rag_mm.core.configuration import Section
 from rag_mm.core.errors import UserError
 from rag_mm.stages import ablation_plan
+from rag_mm.stages.cm3leon import stages as cm3leon_stages
+from rag_mm.stages.emu import stages as emu_stages
 from rag_mm.stages.ra_cm3 import stages as ra_cm3_stages
 from rag_mm.stages.reco import stages as reco_stages
 from rag_mm.stages.shared import stages as shared_stages
@@ -20,8 +22,10 @@ from rag_mm.stages.stage import Stage
 STAGES: dict[str, Stage] = {
     **shared_stages.STAGES,
     **ra_cm3_stages.STAGES,
+    **cm3leon_stages.STAGES,
     **reco_stages.STAGES,
     **spae_stages.STAGES,
+    **emu_stages.STAGES,
 }
 
 

@@ -21,6 +21,7 @@ from rag_mm.train import (
     loop,
     objectives,
     optimizer,
+    step_end,
     throughput,
     train_state,
     train_step,
@@ -52,12 +53,14 @@ class WhatTrains:
         frozen_dtype: dtype in which frozen parameters are kept; None: as they are.
         further_losses: by name, which prefixes their metrics.
         in_turn: whether a further loss sees the parameters as the losses before it have just changed them.
+        step_end: a rule that changes parameters after the losses have, such as a restart of dead codes.
     """
 
     is_frozen: IsChosen = lambda path: False
     frozen_dtype: str | None = None
     further_losses: Mapping[str, FurtherLoss] = dataclasses.field(default_factory=dict)
     in_turn: bool = False
+    step_end: "step_end.StepEnd | None" = None
 
 
 def check_config(
@@ -178,9 +181,11 @@ def train(
         frozen = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(what.frozen_dtype)), frozen)
     del given, params
     before = param_trees.bit_sums(frozen)
-    state, step_fn = _start(
-        graphdef, trained, loss_fn, what, optimizer_config, loop_config, seed, mesh, num_parts
+    init, step_fn = make_step(
+        graphdef, loss_fn, what, optimizer_config, loop_config, seed, num_parts
     )
+    with jax.set_mesh(mesh):
+        state = train_state.TrainState(jnp.zeros((), jnp.int32), trained, jax.jit(init)(trained))
 
     def result(state: train_state.TrainState) -> Params:
         averaged = param_trees.join(state.params, optimizer.averages(state.opt_state))
@@ -209,18 +214,21 @@ def train(
     return result(state), log
 
 
-def _start(
+def make_step(
     graphdef: nnx.GraphDef,
-    params: Params,
     loss_fn: train_step.LossFn,
     what: WhatTrains,
     optimizer_config: optimizer.OptimizerConfig,
     loop_config: loop.LoopConfig,
     seed: int,
-    mesh: Mesh,
     num_parts: int,
-) -> tuple[train_state.TrainState, Callable]:
-    """The state at step 0, and the compiled step of one loss or of several."""
+) -> tuple[Callable[[Params], optax.OptState], jax.stages.Wrapped]:
+    """The optimizer's state at step 0 as a function of the trained parameters, and the compiled step.
+
+    Args:
+        graphdef: the model's structure.
+        loss_fn, what, optimizer_config, loop_config, seed, num_parts: see `train`.
+    """
 
     def make(
         given: optimizer.OptimizerConfig | optax.GradientTransformation,
@@ -230,13 +238,20 @@ def _start(
         return given if loop_config.guard is None else update_guard.guard(given, loop_config.guard)
 
     tx, further = make(optimizer_config), what.further_losses
-    if not further:
+    init, end = tx.init, what.step_end
+    if further:
+        is_left = lambda path: not any(each.trains(path) for each in further.values())
+        by_name = {"": objectives.Objective(loss_fn, tx, is_left)} | {
+            name: objectives.Objective(each.loss_fn, make(each.optimizer_config), each.trains)
+            for name, each in further.items()
+        }
+        init = partial(objectives.init_optimizers, objectives=by_name)
+        step_fn = objectives.make_train_step(graphdef, by_name, seed, num_parts, what.in_turn)
+    else:
         step_fn = train_step.make_train_step(graphdef, loss_fn, tx, seed, num_parts)
-        return train_state.init_state(params, tx, mesh), step_fn
-    is_left = lambda path: not any(each.trains(path) for each in further.values())
-    by_name = {"": objectives.Objective(loss_fn, tx, is_left)} | {
-        name: objectives.Objective(each.loss_fn, make(each.optimizer_config), each.trains)
-        for name, each in further.items()
-    }
-    step_fn = objectives.make_train_step(graphdef, by_name, seed, num_parts, what.in_turn)
-    return objectives.init_state(params, by_name, mesh), step_fn
+    if end is None:
+        return init, step_fn
+    return (
+        lambda params: step_end.StateWithEnd(init(params), end.init()),
+        step_end.extend_step(step_fn, graphdef, end, seed),
+    )

@@ -36,7 +36,16 @@ class Objective:
 
 
 def init_state(params: Params, objectives: Mapping[str, Objective], mesh: Mesh) -> TrainState:
-    """The state at step 0.
+    """The state at step 0; raises as `init_optimizers` does."""
+    with jax.set_mesh(mesh):
+        opt_state = jax.jit(partial(init_optimizers, objectives=objectives))(params)
+        return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+
+
+def init_optimizers(
+    params: Params, objectives: Mapping[str, Objective]
+) -> dict[str, optax.OptState]:
+    """The state of each objective's optimizer at step 0.
 
     Raises:
         ValueError: a parameter belongs to no objective or to several.
@@ -47,15 +56,10 @@ def init_state(params: Params, objectives: Mapping[str, Objective], mesh: Mesh) 
             raise ValueError(
                 f"{path} is trained by {' and '.join(own) or 'no objective'}; give one"
             )
-
-    def init(params: Params) -> dict[str, optax.OptState]:
-        return {
-            name: each.optimizer.init(param_trees.split(params, each.trains)[0])
-            for name, each in objectives.items()
-        }
-
-    with jax.set_mesh(mesh):
-        return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(init)(params))
+    return {
+        name: each.optimizer.init(param_trees.split(params, each.trains)[0])
+        for name, each in objectives.items()
+    }
 
 
 def train_step(

@@ -12,7 +12,7 @@ import pytest
 
 uvicorn = pytest.importorskip("uvicorn")
 testclient = pytest.importorskip("starlette.testclient")
-from rag_mm.api import explore_connections, explore_server  # noqa: E402
+from rag_mm.api import explore_connections, explore_server, steering_options  # noqa: E402
 
 TOKEN = "a-token"
 ASKED = {"Authorization": f"Bearer {TOKEN}"}
@@ -27,7 +27,7 @@ class Session:
         self.seconds, self.drawn, self.most, self._now = seconds, [], 0, 0
         self._lock = threading.Lock()
 
-    def generate(self, text, docs, seed):
+    def generate(self, text, docs, best_of, guidance, **others):
         with self._lock:
             self._now += 1
             self.most = max(self.most, self._now)
@@ -37,7 +37,14 @@ class Session:
             self.drawn.append(text)
         if text == "broken":
             raise RuntimeError("a bug")
-        return types.SimpleNamespace(images=np.zeros((1, 2, 2, 3), np.uint8), neighbors=[])
+        image = np.zeros((1, 2, 2, 3), np.uint8)
+        scores = candidates = None
+        if best_of > 1:
+            candidates = np.stack([image] * best_of, axis=1)
+            scores = np.arange(best_of, dtype=np.float32)[None] * guidance.weight
+        return types.SimpleNamespace(
+            images=image, neighbors=[], candidates=candidates, scores=scores
+        )
 
 
 @pytest.fixture
@@ -68,6 +75,36 @@ def test_with_the_token_the_page_and_its_requests_are_answered(client):
         "/generate", content=b"[" * 9999, headers=ASKED | {"Content-Type": "application/json"}
     )
     assert bad.status_code == 400 and "not a JSON object" in bad.json()["error"]
+
+
+def test_candidates_come_with_their_scores(client):
+    fields = {"text": "a", "best_of": 3, "guidance": 0.5}
+    answer = client.post("/generate", json=fields, headers=ASKED).json()
+    assert [candidate["score"] for candidate in answer["candidates"]] == [0.0, 0.5, 1.0]
+    assert all(each["image"].startswith("data:image/png") for each in answer["candidates"])
+    assert "candidates" not in client.post("/generate", json={"text": "a"}, headers=ASKED).json()
+
+
+def test_the_page_has_a_field_for_every_option(client):
+    page = client.get("/", params={"token": TOKEN}).text
+    for name in (*steering_options.NAMES, "best_of", "decoding"):
+        assert f'name="{name}"' in page
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"guidance": -1}, "guidance weight is -1"),
+        ({"guidance": "many"}, "guidance weight is 'many'"),
+        ({"null": "bare"}, "there is no guidance and no contrast"),
+        ({"contrast": 0}, "contrast k is 0"),
+        ({"best_of": 17}, "field best_of must be an integer from 1 to 16"),
+        ({"decoding": 1}, "field decoding is missing or not a text"),
+    ],
+)
+def test_what_cannot_steer_is_refused(client, fields, complaint):
+    answer = client.post("/generate", json={"text": "a"} | fields, headers=ASKED)
+    assert answer.status_code == 400 and complaint in answer.json()["error"]
 
 
 @contextlib.contextmanager

@@ -1,13 +1,16 @@
 """`rag-mm tokens`: words and back, files written, and one sentence for each bad input."""
 
 import json
+import types
 
 import numpy as np
 import PIL.Image
 import pytest
 import stand_in_words
 
+from rag_mm.api import open_lm
 from rag_mm.cli import main
+from rag_mm.frozen_lm import endpoint
 from rag_mm.stages.spae import word_images
 
 
@@ -55,9 +58,43 @@ def test_the_majority_vote_needs_no_language_model(desk, capsys):
     assert PIL.Image.open("d.png").height > 96
 
 
+def test_a_language_model_writes_within_the_given_limits(desk, capsys, monkeypatch):
+    """Prompts show as many words as asked for; the share of words that are its tokens is told."""
+    reader, opened = stand_in_words.MajorityReader(), []
+    reader.vocabulary = [" " + word for word in stand_in_words.WORDS[:12]]
+    lm = "--lm=http://localhost:9/v1#tiny"
+    monkeypatch.setattr(
+        open_lm, "open_lm", lambda address, limits: opened.append((address, limits)) or reader
+    )
+    words = ["complete", "gray.png", "--task=shift", "--out=c.png", "--before=2", "--segment=1", lm]
+    found = answer(capsys, *words, "--timeout=5", "--max-cost=0.5", "--tokens-per-word=2")
+    assert found["one_token_words"] == 0.75 and found["figures"]["valid"] == 1.0
+    before = [
+        len(line.split()) - 1 for p in reader.prompts for line in p.split("\n") if line[:2] == "Q:"
+    ]
+    assert max(before) == 2
+    assert opened == [(lm[5:], endpoint.EndpointLimits(timeout=5, max_cost=0.5))]
+    reader.generate = lambda prompts, num_tokens: types.SimpleNamespace(texts=[" a level"])
+    asked = ["ask", "gray.png", "--documents=docs", "--examples=2", lm]
+    assert answer(capsys, *asked) == {"text": "a level", "one_token_words": 0.75}
+    assert main.main(["tokens", *asked, "--workdir=run"]) == 0
+    assert "75.0% of the run's words are one token of the LM\n" in capsys.readouterr().out
+    assert opened[-1] == (lm[5:], None)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        ("complete gray.png --task=shift --before=-1 --out=x.png", "--before is -1"),
+        (
+            "complete gray.png --task=shift --tokens-per-word=0 --out=x.png",
+            "--tokens-per-word is 0",
+        ),
+        (
+            "complete gray.png --task=shift --retries=1 --out=x.png",
+            "--retries is about an endpoint",
+        ),
+        ("ask gray.png --documents=docs --lm=runs/lm --price=1", "--price is about an endpoint"),
         ("show nothing.png --out=x.png", "nothing.png cannot be read"),
         ("show gray.png --out=x.jpg", "is not a PNG file"),
         ("decode snow,snow --out=x.png", "'snow,snow' is not one of the 16 words"),

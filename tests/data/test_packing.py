@@ -148,3 +148,32 @@ def test_worker_processes_pack_the_same_sequences_in_rows_of_their_own_and_resum
     # Each worker has every other window of 24, and what is in hand of its last ones is not yet seen.
     assert set(counts) == set(range(60))
     assert max(counts.values()) - min(counts.values()) <= 4
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 4)), min_size=1, max_size=30))
+def test_rows_also_keep_a_bound_on_what_is_not_counted_in_tokens(sizes):
+    """Arrays with lengths of their own are joined in the order of their sequences."""
+    examples = [
+        {
+            "tokens": np.full(length, i, np.int32),
+            "segment_ids": np.ones(length, np.int32),
+            "pictures": np.full(count, 100 + i, np.int32),
+        }
+        for i, (length, count) in enumerate(sizes)
+    ]
+    padding = {"tokens": 99, "pictures": -1}
+    rows = packing.pack(examples, 12, padding, {"pictures": 5})
+    found = []
+    for row in rows:
+        assert row["tokens"].shape == (12,) and row["pictures"].shape == (5,)
+        own = [
+            int(row["tokens"][row["segment_ids"] == n][0])
+            for n in range(1, 13)
+            if n in row["segment_ids"]
+        ]
+        pictures = [100 + i for i in own for _ in range(sizes[i][1])]
+        assert row["pictures"].tolist() == pictures + [-1] * (5 - len(pictures))
+        found += own
+    assert sorted(found) == list(range(len(sizes)))
+    with pytest.raises(ValueError, match="6 pictures is longer than a row of 5"):
+        packing.pack([{**examples[0], "pictures": np.zeros(6)}], 12, padding, {"pictures": 5})

@@ -273,6 +273,11 @@ def test_prompts_are_beginnings_of_training_sequences(shape, kind):
             n = len(prompt.tokens)
             assert prompt.tokens.tolist() == row["tokens"][:n].tolist() and n == start
             assert prompt.next_position == row["positions"][n]
+            earlier = list(range(number))
+            prompt = sequences.continue_prompt(layout, vocab, main, number, [doc], earlier)
+            masked = sequences.mask(layout, vocab, plain, plain.main[:number])
+            assert_begins(prompt, sequences.as_row(vocab, masked))
+            assert masked.tokens[len(prompt.tokens)] == plain.tokens[start]
             prompt = sequences.fill_prompt(layout, vocab, main, number, [doc])
             masked = sequences.mask(layout, vocab, plain, np.array([[start, end]]))
             assert_begins(prompt, sequences.as_row(vocab, masked))
@@ -292,6 +297,8 @@ def test_a_main_document_begins_in_its_own_slot():
 def test_the_room_that_a_short_text_leaves_is_not_counted_by_what_follows():
     prompt = sequences.continue_prompt(LAYOUT, VOCABULARY, MAIN, 1, [DOC])
     assert_begins(prompt, sequences.make_row(LAYOUT, VOCABULARY, MAIN, [DOC]))
+    prompt = sequences.continue_prompt(LAYOUT, VOCABULARY, MAIN, 1, [DOC], masked=[0])
+    assert prompt.tokens.tolist() == [E, 21, B, C + 5, C + 6, C + 7, C + 8, B, S0, B]
     prompt = sequences.fill_prompt(LAYOUT, VOCABULARY, MAIN, 0)
     assert prompt.tokens.tolist() == [E, S0, B, C + 1, C + 2, C + 3, C + 4, E, S0]
 

@@ -57,6 +57,9 @@ def test_as_many_sequences_as_fit_are_a_power_of_two_and_at_least_one():
     )
     assert [fit(n * each) for n in (0, 0.5, 1, 3, 4, 100)] == [1, 1, 1, 2, 4, 64]
     assert fit(100 * each, num_streams=2) == 32
+    wide = decoder.DecoderConfig(vocab_size=4096, **BASE)
+    sizes = [decode_batch.bytes_per_sequence(wide, 64, 64, n) for n in (1, 64)]
+    assert sizes[1] - sizes[0] > 63 * 32 * 4096  # logits
     assert decode_batch.sequences_that_fit(config, 64, 900, 100 * each) < 64
 
 

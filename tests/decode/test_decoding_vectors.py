@@ -133,7 +133,7 @@ def test_streams_have_contexts_of_their_own():
     shorter = sampler.Prompts(
         *jax.tree.map(lambda x: x[:, 1:], second[:3]), second.next_positions, second.context
     )
-    second_only = jax.tree_util.Partial(lambda logits: logits[1])
+    second_only = jax.tree_util.Partial(lambda logits, allowed: logits[1])
     sampled = sample(random_params(), (first, shorter), combine=second_only)
     alone = sample(random_params(), shorter)
     np.testing.assert_array_equal(sampled.tokens, alone.tokens)

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from rag_mm.core import sharding
-from rag_mm.decode import cache, decode_batch, sampler
+from rag_mm.decode import cache, contrastive, decode_batch, sampler
 from rag_mm.nn import decoder, param_trees
 from rag_mm.nn.block import Heads
 
@@ -219,8 +219,9 @@ def test_eight_devices_sample_the_same_tokens_as_one(params, mesh_shape):
 
 
 def test_eight_devices_scan_layers_and_streams_to_the_same_tokens(params):
-    """The cache is split over heads and examples."""
-    options = dict(is_scanned=True, sampling=WARM, combine=guide_by(1.5))
+    """The cache is split over heads and examples; a contrast sorts each example's logits."""
+    combine = contrastive.Contrast(k=3, alpha=0.5).combine()
+    options = dict(is_scanned=True, sampling=WARM, combine=combine)
     streams = [make_prompts(), make_prompts([3, 2, 1, 0])]
     one = sample(params, streams, range(4), **options)
     placed = on_mesh(params, 2, 2, 2)
@@ -258,7 +259,7 @@ def test_deep_narrow_models_scan_their_layers_and_shallow_or_wide_ones_do_not():
     assert not is_scanned(30, batch_size=10_000)
 
 
-def guide(weight, logits):
+def guide(weight, logits, allowed=None):
     return logits[1] + weight * (logits[0] - logits[1])
 
 
@@ -331,7 +332,7 @@ def test_no_combined_logits_lead_to_a_token_that_is_not_allowed(params, value):
     assert set(some[:, 0]) <= {9, 10, 11}
 
 
-def spoil_above(value, logits):
+def spoil_above(value, logits, allowed):
     return jnp.where(jnp.arange(V, dtype=jnp.int32)[None] < 12, logits[0], value)
 
 

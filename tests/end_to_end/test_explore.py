@@ -22,6 +22,7 @@ from rag_mm.core.document_types import Document, Image, Text
 
 testclient = pytest.importorskip("starlette.testclient")
 from rag_mm.api import explore_server, session  # noqa: E402
+from rag_mm.decode.contrastive import Contrast  # noqa: E402
 
 PROMPT = "red apple at the top left on a blue background"
 TOKEN = "a token"
@@ -91,6 +92,11 @@ def test_answers_are_those_of_the_session(client, run):
         drawn = run.generate(PROMPT, docs=docs, seed=4)
         assert answer["neighbors"] == drawn.neighbors and len(drawn.neighbors) == docs
         assert answer["image"].startswith("data:image/png;base64,")
+    fields = {"text": PROMPT, "docs": 1, "seed": 4, "contrast": 1, "best_of": 2}
+    answer = client.post("/generate", json=fields | {"decoding": "jacobi"}).json()
+    drawn = run.generate(PROMPT, docs=1, seed=4, contrast=Contrast(), best_of=2, decoding="jacobi")
+    scores = [candidate["score"] for candidate in answer["candidates"]]
+    np.testing.assert_allclose(scores, drawn.scores[0], atol=1e-6)
     image = run.memory.document(3).image
     answer = client.post("/caption?docs=1", content=png(image), headers=PICTURE).json()
     assert answer["text"] == run.caption(image, docs=1).captions[0]
@@ -216,6 +222,21 @@ def test_the_page_in_a_browser(workdir, run, tmp_path):
         expect(page.locator("#status")).to_have_text("")
         if folder := os.environ.get("RAG_MM_SCREENSHOTS"):
             page.screenshot(path=pathlib.Path(folder) / "explore.png")
+        # Steered, with candidates; a mistake is said.
+        page.click("#options summary")
+        page.fill("#options [name=guidance]", "1.5")
+        page.fill("#options [name=best_of]", "2")
+        page.select_option("#options [name=null]", "caption")
+        page.focus("#text")
+        page.keyboard.press("Enter")
+        expect(page.locator("#answers .candidates img")).to_have_count(6)
+        expect(page.locator("#status")).to_have_text("")
+        page.fill("#options [name=guidance]", "")
+        page.focus("#text")
+        page.keyboard.press("Enter")
+        expect(page.locator("#status")).to_contain_text("there is no guidance and no contrast")
+        assert len(wrong) == 1 and "400" in wrong.pop()
+        page.select_option("#options [name=null]", "")
         # A picture, dropped as a hand drops it.
         dropped = page.evaluate_handle(
             """async () => {

@@ -46,7 +46,7 @@ def test_what_scripts_read_is_measured(tiny_run, path):
 
 def test_it_ends_with_the_table_and_where_the_report_is(tiny_run):
     table = report.summary_table(files.read_json(tiny_run.workdir / "metrics.json"))
-    assert len(table) == 10
+    assert len(table) == 11
     assert all(f"\n{label} " in f"\n{tiny_run.stdout}" for label, _, _ in table)
     assert tiny_run.stdout.splitlines()[-1] == f"Report: {tiny_run.workdir.name}/report.html"
     assert "Traceback" not in tiny_run.stderr and "Warning" not in tiny_run.stderr

@@ -13,6 +13,8 @@ from rag_mm.cli import main
 from rag_mm.core.document_types import Document, Image, Text
 from rag_mm.core.errors import UserError
 from rag_mm.decode import sampler
+from rag_mm.decode.contrastive import Contrast
+from rag_mm.decode.guidance import Guidance
 from rag_mm.memory import policy
 
 PROMPT = "red apple at the top left on a blue background"
@@ -100,6 +102,36 @@ def test_best_of_keeps_the_picture_nearest_to_the_prompt(run):
         return (run.encoder.encode_image(drawn.images) * wanted).sum(axis=1)
 
     assert (score(3) >= score(1)).all()
+
+
+def test_guidance_of_1_draws_the_plain_images_and_of_0_those_without_a_caption(run):
+    options = dict(docs=1, num=2, seed=6)
+    plain = run.generate(PROMPT, **options).images
+    assert same(run.generate(PROMPT, guidance=Guidance(1.0), **options).images, plain)
+    unread = [
+        run.generate(prompt, guidance=Guidance(0.0), **options).images
+        for prompt in (PROMPT, "pear")
+    ]
+    assert same(*unread) and not same(unread[0], plain)
+    greedy = run.generate(PROMPT, temperature=0.0, **options).images
+    contrast = Contrast(k=1, alpha=1.0)
+    assert same(run.generate(PROMPT, contrast=contrast, **options).images, greedy)
+    jacobi = dict(decoding="jacobi", temperature=0.0) | options
+    assert same(run.generate(PROMPT, **jacobi).images, greedy)
+
+
+def test_half_of_the_candidates_are_made_by_guidance_and_half_by_contrast(run):
+    ways = dict(guidance=Guidance(1.5, plausible=0.1), contrast=Contrast())
+    options = dict(docs=1, num=2, seed=6, best_of=4)
+    mixed = run.generate(PROMPT, **ways, **options)
+    assert mixed.candidates.shape == (2, 4, 32, 32, 3) and mixed.scores.shape == (2, 4)
+    for start, way in enumerate(ways):
+        alone = run.generate(PROMPT, **{way: ways[way]}, **options)
+        assert same(mixed.candidates[:, start::2], alone.candidates[:, start::2])
+    best = mixed.scores.argmax(axis=1)
+    assert same(mixed.images, mixed.candidates[[0, 1], best])
+    with pytest.raises(UserError, match="best_of is 1; give 2 or more"):
+        run.generate(PROMPT, **ways)
 
 
 def test_images_and_prompts_in_every_form_are_the_same(run, picture):
@@ -193,6 +225,11 @@ def test_the_commands_give_the_same(run, tiny_run, picture, tmp_path, capsys):
     assert result["images"] == [str(tmp_path / f"x-{i}.png") for i in range(2)]
     assert all(same(pixels(p), d) for p, d in zip(result["images"], drawn.images, strict=True))
     assert result["neighbors"] == drawn.neighbors
+    drawn = run.generate(PROMPT, seed=4, best_of=2, guidance=Guidance(2.0, "documents"))
+    words = ("--guidance=2", "--null=documents", "--best-of=2", out)
+    result = call("generate", f"--prompt={PROMPT}", *words)
+    assert same(pixels(result["images"][0]), drawn.images[0])
+    np.testing.assert_allclose(result["scores"], drawn.scores)
     filled = run.infill(picture, PROMPT, (0, 8), docs=0, seed=4)
     words = ("infill", f"--image={source}", f"--prompt={PROMPT}", "--rows=0:8", "--docs=0", out)
     assert call(*words) == {"images": [str(tmp_path / "x.png")], "neighbors": []}

@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from rag_mm.core import run_folder
+from rag_mm.core import files, run_folder
+from rag_mm.stages import chain, chain_config
 from rag_mm.stages.shared import frozen, given_models, train_tokenizer, world_config
 from rag_mm.stages.spae import build_codebook, rank_words, word_images
 
@@ -59,7 +60,8 @@ def test_metrics_are_given_by_level_and_by_kind_of_features(words_run):
     }
     assert set(metrics["overlap"]) == {"first5", "first21"}
     log = (words_run[0] / "spae" / "log.jsonl").read_text().splitlines()
-    assert {"latent_error_level5", "perplexity_level1", "semantic_loss"} <= set(json.loads(log[-1]))
+    figures = {"latent_error_level5", "latent_norm_level5", "perplexity_level1", "semantic_loss"}
+    assert figures <= set(json.loads(log[-1]))
 
 
 def test_the_first_word_of_each_pool_has_the_best_relative_score(words_run):
@@ -123,6 +125,40 @@ def test_a_decoder_can_be_given_word_codes(words_run, tmp_path):
     images = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), np.uint8)
     np.testing.assert_array_equal(copied.encode(images), original.encode(images))
     assert run_folder.open_run(tmp_path / "decoder").finished_stage("tokenizer")
+
+
+def test_words_without_guidance_need_the_retriever_of_their_codebook_alone(words_run, tmp_path):
+    run, _ = words_run
+    stages = ("tokenizer", "retriever", "language_codebook", "spae")
+    changes = {"stages": repr(stages), "spae.model.guide_dim": "0", "spae.semantic.alpha": "0.0"}
+    config = chain_config.load("configs/spae.py:tiny", changes)
+    for stage in stages[:-1]:
+        made = chain.run_chain(config, tmp_path / "run", only=stage, reuse_from=[run])
+    files.discard(made.stage_dir("retriever"))
+    chain.run_chain(config, tmp_path / "run", only="spae")
+    assert set(made.manifest("spae").inputs) == {"language_codebook"}
+    assert set(made.metrics["spae"]["words"]) == {f"level{n}" for n in range(1, 6)}
+    opened = word_images.load(tmp_path / "run")
+    assert opened.retriever.fingerprint == word_images.load(run).retriever.fingerprint
+
+
+def test_a_decoder_trained_here_is_asked_about_the_words(words_run, tiny_run):
+    run, _ = words_run
+    done = _rag_mm(
+        *(
+            "eval",
+            "--suite=fewshot",
+            "--images=scenes:easy/test/test",
+            f"--workdir={run}",
+            "--json",
+        ),
+        *("--ways=2", "--episodes=3", "--top=1", "--scoring=both", f"--lm={tiny_run.workdir}"),
+        cwd=run.parent,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert {"overlap", "log_p", "calibrated", "greedy"} == set(found["per_episode"])
+    assert 0 < found["one_token_words"] < 1
 
 
 def test_a_learned_codebook_is_trained_by_the_same_stage(tmp_path):

@@ -1,11 +1,9 @@
 """An OpenAI-compatible endpoint: a server in this process, whose model prefers letters that came before."""
 
-import http.server
-import json
 import math
-import threading
 import time
 
+import local_endpoint
 import numpy as np
 import pytest
 
@@ -14,68 +12,15 @@ from rag_mm.core.errors import UserError
 from rag_mm.frozen_lm.endpoint import Endpoint, EndpointLimits
 
 
-def log_prob(before: str, letter: str) -> float:
-    """Of a letter among 26, by how often it came before."""
-    return math.log((1 + before.count(letter)) / (26 + len(before)))
-
-
-def tokens_of(text: str) -> list[str]:
-    """Two letters a token."""
-    return [text[i : i + 2] for i in range(0, len(text), 2)]
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Text completions; `server.behave` may answer otherwise first."""
-
-    def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked.append(asked)
-        status, answer = self.server.behave(self, asked)
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.end_headers()
-        self.wfile.write(json.dumps(answer).encode())
-
-    def complete(self, asked: dict) -> tuple[int, dict]:
-        choices = []
-        for index, prompt in enumerate(asked["prompt"]):
-            text = (prompt if asked.get("echo") else "") + "ab" * (asked["max_tokens"])
-            choice = {"index": index, "text": text, "finish_reason": "length"}
-            if asked.get("logprobs"):
-                tokens = tokens_of(text)
-                offsets = [2 * i for i in range(len(tokens))]
-                values = [
-                    sum(log_prob(text[: at + i], c) for i, c in enumerate(token))
-                    for at, token in zip(offsets, tokens, strict=True)
-                ]
-                choice["logprobs"] = {
-                    "tokens": tokens,
-                    "text_offset": offsets,
-                    "token_logprobs": [None, *values[1:]],
-                }
-            choices.append(choice)
-        usage = {"prompt_tokens": 100, "completion_tokens": 0, "total_tokens": 100}
-        body = {"id": "1", "object": "text_completion", "created": 0, "model": asked["model"]}
-        # In another order, as an endpoint may.
-        return 200, body | {"choices": choices[::-1], "usage": usage}
-
-    def log_message(self, *args):
-        """Nothing on stderr."""
-
-
 @pytest.fixture
 def server():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.behave = [], Handler.complete
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with local_endpoint.serving() as started:
+        yield started
 
 
 @pytest.fixture
 def address(server):
-    return f"http://127.0.0.1:{server.server_port}/v1"
+    return server.address
 
 
 def test_it_scores_by_the_log_probabilities_of_the_given_text(server, address):
@@ -83,7 +28,9 @@ def test_it_scores_by_the_log_probabilities_of_the_given_text(server, address):
     found = model.score(["aabb", "bbcc"], ["aa", "bbbb"], prefix="zz", calibration=["xxyy"])
 
     def sum_of(start, candidate):
-        return sum(log_prob(start + candidate[:i], c) for i, c in enumerate(candidate))
+        return sum(
+            local_endpoint.log_prob(start + candidate[:i], c) for i, c in enumerate(candidate)
+        )
 
     rows = [[sum_of("zz" + p, c) for c in ("aa", "bbbb")] for p in ("aabb", "bbcc", "xxyy")]
     np.testing.assert_allclose(found, np.array(rows)[:2] - np.array(rows)[2], rtol=1e-5)

@@ -1,12 +1,15 @@
 """Codes as text and back."""
 
+import types
+
 import hypothesis
 import numpy as np
 import pytest
 from hypothesis import strategies as st
 
 from rag_mm.core.errors import UserError
-from rag_mm.frozen_lm import prompts
+from rag_mm.frozen_lm import prompts, word_text
+from rag_mm.frozen_lm.endpoint import Endpoint
 from rag_mm.frozen_lm.word_text import WordTable
 
 TABLES = st.lists(
@@ -72,6 +75,26 @@ def test_what_is_no_word_becomes_the_fallback(text, codes, is_valid):
 def test_an_unknown_word_is_named():
     with pytest.raises(UserError, match="'sum' is not one of the 2 words; did you mean 'sun'?"):
         WordTable(("cat", "sun")).strict_codes("cat sum")
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "share"),
+    [(["c", "at", " cat", "sun"], 0.5), (["cat", "sun"], 1.0), ([" cat", " sun", "x"], 1.0)],
+)
+def test_the_share_of_words_that_are_one_token(vocabulary, share):
+    """A token of a word holds the space before it, if any token of the model does."""
+    lm = types.SimpleNamespace(vocabulary=vocabulary)
+    assert word_text.one_token_share(("cat", "sun"), lm) == share
+
+
+def test_words_of_another_kind_of_vocabulary_are_refused():
+    lm = types.SimpleNamespace(vocabulary=[" c", "a", "t"])
+    with pytest.raises(UserError, match="None of the 2 words is one token of this language model"):
+        word_text.one_token_share(("cat", "sun"), lm)
+
+
+def test_an_endpoint_does_not_tell_how_many_words_are_one_token():
+    assert word_text.one_token_share(("cat",), Endpoint("http://127.0.0.1:9/v1", "tiny")) is None
 
 
 @pytest.mark.parametrize("words", [("cat", "sun", "cat"), ("cat", "two words"), ("cat", "")])

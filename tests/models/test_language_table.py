@@ -21,6 +21,21 @@ def test_a_whitened_table_has_equal_spreads_no_mean_and_the_common_scale():
     assert np.sqrt(np.mean(plain**2)) == pytest.approx(language_table.RMS, rel=1e-5)
 
 
+@pytest.mark.parametrize("count", [300, 12])
+def test_components_are_those_of_a_singular_value_decomposition_but_for_their_sign(count):
+    """With more rows than columns and with fewer; the rows span nine directions."""
+    rows = _rows(count)[:, :9] @ np.random.default_rng(1).normal(size=(9, 20))
+    table = language_table.principal(rows, 9, is_whitened=False, is_unit=False)
+    left, spreads, _ = np.linalg.svd(rows - rows.mean(axis=0), full_matrices=False)
+    wanted = (left * spreads)[:, :9]
+    wanted *= language_table.RMS / np.sqrt(np.mean(wanted**2))
+    np.testing.assert_allclose(np.abs(table), np.abs(wanted), atol=1e-5)
+    signs = np.sign((table * wanted).sum(axis=0))
+    np.testing.assert_allclose(table * signs, wanted, atol=1e-5)
+    with pytest.raises(ValueError, match="span 9 directions, fewer than 10"):
+        language_table.principal(rows, 10, is_whitened=False, is_unit=False)
+
+
 def test_unit_rows_have_one_length():
     table = language_table.principal(_rows(), 5, is_whitened=False, is_unit=True)
     lengths = np.linalg.norm(table, axis=1)

@@ -243,10 +243,14 @@ def test_usage_and_perplexity_of_counts_and_of_frequencies():
 def test_dead_codes_move_to_points_with_a_large_error_and_others_stay():
     codebook = jnp.zeros((4, 2)).at[1].set(1.0)
     points = jnp.concatenate([jnp.zeros((50, 2)), jnp.full((2, 2), 9.0), jnp.full((2, 2), -9.0)])
-    counts = jnp.array([5.0, 1.0, 0.0, 0.0])
-    revived = quantize.revive_codes(codebook, counts, points, jax.random.key(0))
+    errors, is_dead = jnp.sum(points**2, axis=1), jnp.array([False, False, True, True])
+    revived = quantize.revive_codes(codebook, is_dead, points, errors, jax.random.key(0))
     np.testing.assert_array_equal(revived[:2], codebook[:2])
     assert (jnp.abs(revived[2:]) == 9).all()
+    # One point for three dead codes: the first of them takes it.
+    is_dead = jnp.array([False, True, True, True])
+    revived = quantize.revive_codes(codebook, is_dead, points[-1:], errors[-1:], jax.random.key(0))
+    np.testing.assert_array_equal(revived, codebook.at[1].set(-9.0))
 
 
 def test_kmeans_finds_clusters_uses_every_center_and_is_deterministic():
@@ -271,6 +275,10 @@ def test_each_code_is_the_nearest_to_its_levels_target(is_residual):
     targets = quantize.level_targets(z, codes, codebook, SMALL, is_residual)
     nearest = [quantize.nearest_codes(target, codebook).reshape(2, -1) for target in targets]
     np.testing.assert_array_equal(jnp.concatenate(nearest, axis=1), codes)
+    averages = quantize.running_averages(codes, codebook, SMALL, is_residual)
+    squares = quantize.target_squares(z, averages, SMALL, is_residual)
+    wanted = [np.square(target).mean() for target in targets]
+    np.testing.assert_allclose(squares, wanted, rtol=1e-4)
 
 
 def test_residual_codes_add_up_to_z_less_what_the_last_level_leaves():

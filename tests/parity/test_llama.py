@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rag_mm.decode import sampler
+from rag_mm.decode import beam, sampler
 from rag_mm.nn import decoder, param_trees
 from rag_mm.ops import attention
 
@@ -162,3 +162,51 @@ def test_greedy_generation_token_for_token(torch, llama, ours):
     )
     np.testing.assert_array_equal(found.tokens, expected[:, longest:].numpy())
     assert len(np.unique(found.tokens)) > 5  # It does not just repeat itself.
+
+
+@pytest.mark.parametrize(
+    ("penalty", "min_steps", "stop"), [(0.0, 0, 7), (1.0, 0, 31), (-1.0, 4, 36), (2.0, 0, 12)]
+)
+def test_beam_search_finds_the_same_texts_and_scores(torch, llama, ours, penalty, min_steps, stop):
+    """Five beams of prompts of three lengths; some texts end early, and some searches before all steps."""
+    lengths, longest, steps, beams = (4, 9, 7), 9, 10, 5
+    tokens, positions, segment_ids = np.zeros((3, 3, longest), np.int32)
+    for row, n in enumerate(lengths):
+        tokens[row, -n:] = make_tokens(n, seed=row)
+        positions[row, -n:] = np.arange(n)
+        segment_ids[row, -n:] = 1
+    with torch.no_grad():
+        expected = llama.generate(
+            torch.tensor(tokens).long(),
+            attention_mask=torch.tensor(segment_ids).long(),
+            max_new_tokens=steps,
+            min_new_tokens=min_steps or None,
+            num_beams=beams,
+            num_return_sequences=beams,
+            length_penalty=penalty,
+            eos_token_id=stop,
+            pad_token_id=stop,
+            do_sample=False,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+    for is_scanned in (False, True):
+        found = beam.search(
+            ours[1],
+            sampler.Prompts(tokens, positions, segment_ids, np.array(lengths, np.int32)),
+            np.ones(50, bool),
+            graphdef=ours[0],
+            num_steps=steps,
+            stop=stop,
+            num_beams=beams,
+            length_penalty=penalty,
+            min_steps=min_steps,
+            is_scanned=is_scanned,
+        )
+        theirs = expected.sequences[:, longest:].numpy().reshape(3, beams, -1)
+        padding = ((0, 0), (0, 0), (0, steps - theirs.shape[2]))
+        theirs = np.pad(theirs, padding, constant_values=stop)
+        np.testing.assert_array_equal(found.tokens, theirs)
+        scores = expected.sequences_scores.numpy().reshape(3, beams)
+        np.testing.assert_allclose(found.scores, scores, atol=1e-4)
+    assert penalty > 1 or (np.asarray(found.tokens) == stop).any()  # Above 1, long texts win.

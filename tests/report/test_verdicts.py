@@ -16,7 +16,7 @@ def mean(value, ci95=0.1):
 
 def metrics(
     joint=0.6, baseline=0.02, hit=0.02, random=0.02, removed=0.02, ceiling=0.94, art=(5.4, 0.6, 0.5),
-    seen_moves=0.004, cider_baseline=1.9,
+    seen_moves=0.004, cider_baseline=1.9, copied=(0.01, 0.0, 0.0),
 ):  # fmt: skip
     return {
         "tokenizer": {"scorer_ceiling": {"joint": accuracy(ceiling)}, "psnr": 24.1},
@@ -25,6 +25,10 @@ def metrics(
             "joint_accuracy": {"docs0": accuracy(0.02), "docs2": accuracy(joint)},
             "art_nll": {f"docs{k}": mean(nll) for k, nll in enumerate(art)},
             "cider": {"docs0": mean(2.0), "docs2": mean(5.0)},
+            **{
+                f"copied_{name}": {"docs2": accuracy(share)}
+                for name, share in zip(("place", "color", "whole"), copied, strict=True)
+            },
             "paired": {"joint_held_out_removed_minus_docs0": mean(removed - 0.02, 0.02)},
             "seen": {"paired": {"joint_docs2_minus_held_out_removed": mean(seen_moves, 0.01)}},
         },
@@ -44,7 +48,7 @@ def status(figures):
 def test_a_good_run_shows_every_claim():
     assert set(status(metrics()).values()) == {"yes"}
     assert "60.0 % ± 2.0" in verdicts.headline(metrics()).sentence
-    assert len(status(metrics())) == 12
+    assert len(status(metrics())) == 13
 
 
 def test_a_gain_within_two_standard_errors_is_no_gain():
@@ -65,6 +69,9 @@ def test_a_gain_within_two_standard_errors_is_no_gain():
         ("The content of the documents matters", {"random": 0.6}),
         ("The decoder does better than returning the top hit", {"hit": 0.6}),
         ("Joint accuracy reaches half of the ceiling", {"joint": 0.46}),
+        ("Images follow the caption where documents differ", {"copied": (0.06, 0.0, 0.0)}),
+        ("Images follow the caption where documents differ", {"copied": (0.0, 0.04, 0.0)}),
+        ("Images follow the caption where documents differ", {"copied": (0.0, 0.0, 0.004)}),
         ("Removing an entity's documents removes the entity", {"removed": 0.10}),
         ("Seen entities are unaffected", {"seen_moves": -0.03}),
         ("Retrieval improves captions", {"cider_baseline": 5.0}),
@@ -98,9 +105,9 @@ def test_nothing_measured_nothing_claimed():
     assert verdicts.exceeds(Figure(0.9), Figure(0.1)) is None  # No claim without an interval.
 
 
-def test_the_summary_has_ten_rows_and_invents_nothing():
+def test_the_summary_has_eleven_rows_and_invents_nothing():
     rows = summary.summary_table({})
-    assert len(rows) == 10 and {value for _, value, _ in rows} == {"not measured"}
+    assert len(rows) == 11 and {value for _, value, _ in rows} == {"not measured"}
 
 
 def test_the_summary_quotes_accuracies_with_the_ceiling():
@@ -110,6 +117,8 @@ def test_the_summary_quotes_accuracies_with_the_ceiling():
     assert value == "0 docs: 2.0 % ± 2.0 · 1 doc: not measured · 2 docs: 60.0 % ± 2.0"
     assert "the ceiling is 94.0 % ± 2.0" in meaning
     assert "held-out removed: 2.0 % ± 2.0" in rows["Joint accuracy, baselines"][0]
+    copied = rows["Copied against the caption"][0]
+    assert copied == "place: 1.0 % ± 2.0 · color: 0.0 % ± 2.0 · whole: 0.0 % ± 2.0"
 
 
 def test_the_summary_has_the_cost_of_retrieval_if_it_was_measured():

@@ -50,11 +50,11 @@ def principal(
     if not np.isfinite(rows).all():
         raise ValueError("a word vector is not finite")
     centered = rows.astype(np.float64) - rows.mean(axis=0)
-    _, spreads, directions = np.linalg.svd(centered, full_matrices=False)
+    spreads, directions = _components(centered)
     rank = int((spreads > spreads[0] * 1e-6).sum()) if spreads.size else 0
     if rank < dim:
         raise ValueError(f"the word vectors span {rank} directions, fewer than {dim}")
-    table = centered @ directions[:dim].T
+    table = centered @ directions[:, :dim]
     if is_whitened:
         table = table / table.std(axis=0)
     if is_unit:
@@ -80,10 +80,10 @@ def matched_shortcuts(
         `kernel` [C, D] and `bias` [D] of the encoder's shortcut, and of the decoder's, [D, C] and [C].
     """
     mean = patches.mean(axis=0)
-    _, spreads, directions = np.linalg.svd(patches - mean, full_matrices=False)
+    spreads, directions = _components(patches - mean)
     deviations = spreads / np.sqrt(len(patches))
-    count = min(table.shape[1], len(directions), int((deviations > _HALF_STEP).sum()))
-    basis, deviations = directions[:count].T, deviations[:count]
+    count = min(table.shape[1], len(spreads), int((deviations > _HALF_STEP).sum()))
+    basis, deviations = directions[:, :count], deviations[:count]
     gains = table.std(axis=0)[:count] / deviations
     into, back = (np.zeros((patches.shape[1], table.shape[1])) for _ in range(2))
     into[:, :count], back[:, :count] = basis * gains, basis / gains
@@ -102,3 +102,19 @@ def least_squares_guide(
     gram = inputs.T @ inputs + ridge * np.eye(inputs.shape[1])
     solved = np.linalg.solve(gram, inputs.T @ latents).astype(np.float32)
     return {"kernel": solved[:-1], "bias": solved[-1]}
+
+
+def _components(
+    centered: Float[np.ndarray, "K V"],
+) -> tuple[Float[np.ndarray, " R"], Float[np.ndarray, "V R"]]:
+    """Singular values, falling, and the principal directions of centered rows; R = min(K, V).
+
+    Many rows are decomposed by their V x V products, of which no spread below 1e-8 of the largest can be told
+    from rounding.
+    """
+    if len(centered) <= centered.shape[1]:
+        _, spreads, directions = np.linalg.svd(centered, full_matrices=False)
+        return spreads, directions.T
+    rows = centered.astype(np.float64)
+    squares, directions = np.linalg.eigh(rows.T @ rows)
+    return np.sqrt(np.maximum(squares, 0))[::-1], directions[:, ::-1]

@@ -18,7 +18,7 @@ def code_patches(
     images: Float[Array | np.ndarray, "B H W 3"], config: SPAEConfig
 ) -> Float[Array, "B R S code_dim"]:
     """The pixels of each code of the finest grid, in the order in which the shortcuts take them."""
-    patches = conv.space_to_depth(images, config.patch_size)
+    patches = conv.space_to_depth(jnp.asarray(images), config.patch_size)
     return _fold(patches, config.code_size // config.patch_size)
 
 

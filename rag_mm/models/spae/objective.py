@@ -52,7 +52,8 @@ def loss_fn(
       The loss, and metrics as sums with weights. `squared_error` sums over all pixels and channels,
       for `psnr`; `code_frequencies` counts the uses of each code at each level, float32
       [levels, codebook_size]; `latent_errors` is ||z - zhat_<=l||^2 / D at the positions that have a code
-      up to each level, float32 [levels], and `latent_square` ||z||^2 / D.
+      up to each level, float32 [levels], and `latent_square` ||z||^2 / D; `target_squares` is ||z_l||^2 / D
+      of the vectors that each level quantizes, float32 [levels], and `codebook_square` that of the codebook.
     """
     config = model.config
     encoded = _encode(model, batch, rng)
@@ -88,6 +89,23 @@ def reconstruct(
     return encoded.images, encoded.reconstruction
 
 
+def quantized_points(
+    model: SPAE, batch: Batch, rng: Key[Array, ""]
+) -> tuple[Float32[Array, "P D"], Float32[Array, " P"]]:
+    """All vectors of a batch to which a nearest code is sought, and their squared distances to it.
+
+    Images are augmented as `loss_fn` does with the same `rng`; P is the number of codes of the batch.
+    """
+    config = model.config
+    encoded = _encode(model, batch, rng)
+    grids, codebook = config.grids_at(*encoded.images.shape[1:3]), model.codebook[...]
+    targets = quantize.level_targets(encoded.z, encoded.codes, codebook, grids, config.is_residual)
+    flat = [target.reshape(len(target), -1, target.shape[-1]) for target in targets]
+    points = jnp.concatenate(flat, axis=1)  # In the order of the codes.
+    errors = jnp.sum((points - codebook[encoded.codes]) ** 2, axis=-1)
+    return points.reshape(-1, points.shape[-1]), errors.reshape(-1)
+
+
 def _encode(model: SPAE, batch: Batch, rng: Key[Array, ""]) -> _Encoded:
     config = model.config
     images = image_ops.to_float(batch["images"])
@@ -108,6 +126,7 @@ def _figures(model: SPAE, encoded: _Encoded) -> Metrics:
     weight = jnp.float32(images.shape[0])
     by_level = jnp.split(codes, code_grids.ends(grids)[:-1], axis=1)
     errors = quantize.latent_errors(z, averages, grids)
+    squares = quantize.target_squares(z, averages, grids, model.config.is_residual)
     counts = jnp.stack(
         [quantize.code_counts(part, model.config.codebook_size) for part in by_level]
     )
@@ -117,6 +136,8 @@ def _figures(model: SPAE, encoded: _Encoded) -> Metrics:
         "code_frequencies": (counts, jnp.float32(codes.size)),
         "latent_errors": (errors * weight, weight),
         "latent_square": (jnp.mean(z**2) * weight, weight),
+        "target_squares": (squares * weight, weight),
+        "codebook_square": (jnp.mean(model.codebook[...] ** 2) * weight, weight),
     }
 
 

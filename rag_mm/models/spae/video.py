@@ -239,12 +239,15 @@ def clip_loss(
     if config.image.codebook == "learned":
         loss += codebook_loss
     count = jnp.float32(len(clips))
+    squares = quantize.target_squares(fold(z), folded, grids)
     metrics = {
         "loss": (loss * count, count),
         "codebook_loss": (codebook_loss * count, count),
         "commitment_loss": (commitment_loss * count, count),
         "latent_errors": (quantize.latent_errors(fold(z), folded, grids) * count, count),
         "latent_square": (jnp.mean(z**2) * count, count),
+        "target_squares": (squares * count, count),
+        "codebook_square": (jnp.mean(codebook**2) * count, count),
         "squared_error": (jnp.sum((jnp.clip(made, 0, 1) - clips) ** 2), jnp.float32(clips.size)),
         "code_frequencies": (_frequencies(codes, config), jnp.float32(codes.size)),
     }

@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from rag_mm.core import configuration
 from rag_mm.core.errors import UserError
 from rag_mm.models import cm3leon, ra_cm3
-from rag_mm.perf import chips
-from rag_mm.perf.plan import programs
+from rag_mm.perf import chips, flops
+from rag_mm.perf.plan import decoder_programs, programs, traffic
 from rag_mm.train.optimizer import OptimizerConfig
 
 FAMILIES: dict[str, type[ra_cm3.RACM3Config]] = {
@@ -46,9 +47,14 @@ def sections(page: Mapping[str, Any]) -> dict[str, configuration.Section]:
     Raises:
         UserError: an unknown family.
     """
+    from rag_mm.perf.plan import emu_programs  # It imports this module.
+
     family = page.get("family")
+    if family == emu_programs.FAMILY:
+        return emu_programs.sections(page)
     if family not in FAMILIES:
-        raise UserError(f"There is no family {family!r}; there are {', '.join(FAMILIES)}.")
+        known = ", ".join([*FAMILIES, emu_programs.FAMILY])
+        raise UserError(f"There is no family {family!r}; there are {known}.")
     return {
         "": configuration.Section(PlanPage, ("model", "optimizer")),
         "model": configuration.Section(FAMILIES[family]),
@@ -65,7 +71,7 @@ def make_case(
     remat: str | None = None,
     mesh: str | None = None,
     num_new: int | None = None,
-) -> programs.Case:
+) -> decoder_programs.Case:
     """The page's model on a topology. None means the page's value or the default below.
 
     Args:
@@ -90,7 +96,7 @@ def make_case(
     shape = _mesh_shape(model, topology, mesh, bool(num_new))
     num_sequences = batch_size or (shape[0] * shape[1] if num_new else config["batch_size"])
     parts = 1 if num_new else num_parts or config["accumulate"]
-    case = programs.Case(
+    case = decoder_programs.Case(
         model=_prepare(
             model, remat, num_sequences / (shape[0] * shape[1] * parts), shape[2], bool(num_new)
         ),
@@ -100,8 +106,68 @@ def make_case(
         num_parts=parts,
         num_new=num_new or 0,
     )
-    programs.check_case(case)
+    decoder_programs.check_case(case)
     return case
+
+
+def parse_mesh(mesh: str) -> tuple[int, int, int]:
+    """Sizes of data, fsdp and tensor from the words of `--mesh`.
+
+    Raises:
+        UserError: they are not three sizes.
+    """
+    sides = mesh.split(",")
+    if len(sides) != 3 or not all(side.strip().isdigit() and int(side) for side in sides):
+        raise UserError(f"--mesh={mesh} is not of the form data,fsdp,tensor, such as 1,256,1.")
+    data, fsdp, tensor = map(int, sides)
+    return data, fsdp, tensor
+
+
+def make_program(case: decoder_programs.Case, topology: chips.Topology) -> programs.Program:
+    """The case as a program to compile."""
+    lower = decoder_programs.lower_decode if case.num_new else decoder_programs.lower_train
+    return programs.Program(
+        partial(lower, case),
+        case.mesh_shape,
+        lambda compiled: _costs(case, topology),
+        {
+            "num_params": decoder_programs.count_params(case.model),
+            "program": "decode" if case.num_new else "train",
+            "batch_size": case.batch_size,
+            "num_parts": case.num_parts,
+            "seq_len": case.model.decoder.max_seq_len,
+            "remat": case.model.decoder.remat,
+            "loss_chunks": case.model.loss_chunks,
+        },
+    )
+
+
+def vary(
+    case: decoder_programs.Case, topology: chips.Topology, remat: str, num_parts: int
+) -> programs.Program | None:
+    """The program with other remat and parts; None if its activations alone exceed a chip's memory."""
+    decoder = dataclasses.replace(case.model.decoder, remat=remat)
+    model = dataclasses.replace(case.model, decoder=decoder)
+    other = dataclasses.replace(case, model=model, num_parts=num_parts)
+    if traffic.kept_bytes(other) > programs.hbm_bytes(topology):
+        return None
+    return make_program(other, topology)
+
+
+def _costs(case: decoder_programs.Case, topology: chips.Topology) -> programs.Costs:
+    config, length = case.model.decoder, case.model.decoder.max_seq_len
+    hbm = traffic.hbm_bytes(case)
+    if case.num_new:
+        each = flops.decode_flops(config, length - case.num_new // 2)
+        return programs.Costs("token", case.batch_size, each, each, hbm, 0.0, case.num_new)
+    return programs.Costs(
+        "token",
+        case.batch_size * length,
+        flops.train_flops(config, length),
+        flops.hardware_flops(config, length, case.model.loss_chunks > 1),
+        hbm,
+        traffic.dcn_bytes(case, topology.num_slices),
+    )
 
 
 def _prepare(
@@ -127,11 +193,7 @@ def _mesh_shape(
 ) -> tuple[int, int, int]:
     chips_per_slice = topology.num_chips // topology.num_slices
     if mesh is not None:
-        sides = mesh.split(",")
-        if len(sides) != 3 or not all(side.strip().isdigit() and int(side) for side in sides):
-            raise UserError(f"--mesh={mesh} is not of the form data,fsdp,tensor, such as 1,256,1.")
-        data, fsdp, tensor = map(int, sides)
-        return data, fsdp, tensor
+        return parse_mesh(mesh)
     if not is_decoding:
         width = model.decoder.embed_dim
         fsdp = max(

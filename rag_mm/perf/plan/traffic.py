@@ -10,14 +10,14 @@ import jax.numpy as jnp
 
 from rag_mm.nn.decoder import DecoderConfig
 from rag_mm.perf import flops
-from rag_mm.perf.plan import programs
+from rag_mm.perf.plan import decoder_programs
 
 
-def hbm_bytes(case: programs.Case) -> float:
+def hbm_bytes(case: decoder_programs.Case) -> float:
     """HBM traffic of one chip per training step, or per decoded token."""
     config = case.model.decoder
     data, fsdp, tensor = case.mesh_shape
-    num_params = programs.count_params(case.model)
+    num_params = decoder_programs.count_params(case.model)
     narrow = jnp.dtype(config.dtype).itemsize
     if case.num_new:
         sequences = case.batch_size / (data * fsdp)
@@ -43,7 +43,7 @@ def decode_bytes(config: DecoderConfig, num_keys: float) -> float:
     return narrow * (flops.multiplied_params(config) + _cache_size(config, num_keys))
 
 
-def kept_bytes(case: programs.Case) -> float:
+def kept_bytes(case: decoder_programs.Case) -> float:
     """Bytes of activations per chip that one microbatch keeps for the backward pass, given the remat."""
     config = case.model.decoder
     data, fsdp, tensor = case.mesh_shape
@@ -62,12 +62,18 @@ def kept_bytes(case: programs.Case) -> float:
     return jnp.dtype(config.dtype).itemsize * tokens * config.num_layers * width
 
 
-def dcn_bytes(case: programs.Case, num_slices: int) -> float:
-    """Bytes sent between slices: ring all-reduce of float32 gradients, each chip's shard."""
-    if num_slices == 1 or case.num_new:
+def dcn_bytes(case: decoder_programs.Case, num_slices: int) -> float:
+    """Bytes sent between slices in one step."""
+    if case.num_new:
         return 0.0
-    share = 4 * programs.count_params(case.model) / math.prod(case.mesh_shape[1:])
-    return 2 * share * (num_slices - 1) / num_slices * case.num_parts
+    num_params = decoder_programs.count_params(case.model)
+    return gradient_bytes(num_params, case.mesh_shape, num_slices) * case.num_parts
+
+
+def gradient_bytes(num_params: int, mesh_shape: tuple[int, int, int], num_slices: int) -> float:
+    """Bytes that a chip sends between slices for gradients: ring all-reduce of its float32 shard."""
+    share = 4 * num_params / math.prod(mesh_shape[1:])
+    return 2 * share * (num_slices - 1) / num_slices
 
 
 def _cache_size(config: DecoderConfig, num_keys: float) -> float:
@@ -75,7 +81,7 @@ def _cache_size(config: DecoderConfig, num_keys: float) -> float:
     return 2 * config.num_layers * config.block.num_kv_heads * config.block.head_dim * num_keys
 
 
-def _product_width(case: programs.Case) -> float:
+def _product_width(case: decoder_programs.Case) -> float:
     """Elements read and written by one layer's products, per token."""
     config = case.model.decoder
     q = config.block.num_heads * config.block.head_dim

@@ -6,16 +6,18 @@ Each plan is stored in `runs/plans/` and not recomputed; the page is rewritten a
 missing ones.
 """
 
+import dataclasses
 import importlib.metadata
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 from etils import epath
 
 from rag_mm.core import files, progress
+from rag_mm.perf.plan import plan_rows, tokenizer_rows
+from rag_mm.perf.plan.plan_rows import GIB, Plan, Plans
 
 PRESETS = (
     "configs/ra_cm3.py:tiny",
@@ -27,7 +29,6 @@ PRESETS = (
 )
 TOPOLOGIES = ("v5e:16x16", "v5p:4x4x4")
 SEARCHED = ("configs/cm3leon.py:350m", "configs/cm3leon.py:7b")
-GIB = 1 << 30
 COLUMNS = (
     "config",
     "topology",
@@ -76,22 +77,47 @@ TAIL = """
 """
 
 
-def main(folder: str = "runs/plans", page: str = "docs/results/plans.md") -> None:
-    """Computes the missing plans, cheapest first, and rewrites the page after each."""
-    write_page(epath.Path(folder), epath.Path(page))
-    for name, arguments in cases():
-        path = epath.Path(folder) / f"{name}.json"
-        if path.exists():
-            continue
-        progress.say(f"plans: {name}")
-        command = [sys.executable, "-m", "rag_mm", "plan", "--json", *arguments]
-        process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        files.write_json(path, json.loads(process.stdout))
-        write_page(epath.Path(folder), epath.Path(page))
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """A page of plans.
+
+    Attributes:
+        path: where it is.
+        cases: names and command-line arguments of its plans.
+        text: the page, from the plans by name, None for those that are missing.
+    """
+
+    path: str
+    cases: Callable[[], Iterator[tuple[str, list[str]]]]
+    text: Callable[[Plans], str]
+
+
+def main(*names: str, folder: str = "runs/plans") -> None:
+    """Computes the missing plans of some pages, of all without names, and rewrites a page after each plan."""
+    for page in [PAGES[name] for name in names or PAGES]:
+        write_page(epath.Path(folder), page)
+        for name, arguments in page.cases():
+            path = epath.Path(folder) / f"{name}.json"
+            if path.exists():
+                continue
+            progress.say(f"plans: {name}")
+            command = [sys.executable, "-m", "rag_mm", "plan", "--json", *arguments]
+            process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            files.write_json(path, json.loads(process.stdout))
+            write_page(epath.Path(folder), page)
+
+
+def write_page(folder: epath.Path, page: Page) -> None:
+    """Writes the page of the plans computed so far."""
+    plans = {name: _read(folder / f"{name}.json") for name, _ in page.cases()}
+    text = page.text(plans)
+    for name in ("libtpu", "jax"):
+        text = text.replace(f"{{{name}}}", importlib.metadata.version(name))
+    files.write_atomic(epath.Path(page.path), text.encode())
 
 
 def cases() -> Iterator[tuple[str, list[str]]]:
-    """Name and command-line arguments of every plan."""
+    """Name and command-line arguments of every plan of a decoder."""
     for is_searched in (False, True):
         for topology in TOPOLOGIES:
             for config in SEARCHED if is_searched else PRESETS:
@@ -100,79 +126,69 @@ def cases() -> Iterator[tuple[str, list[str]]]:
                 yield _name(config, topology, is_searched), arguments
 
 
-def write_page(folder: epath.Path, page: epath.Path) -> None:
-    """Writes the page of the plans computed so far."""
-    plans = {name: _read(folder / f"{name}.json") for name, _ in cases()}
-    versions = {name: importlib.metadata.version(name) for name in ("libtpu", "jax")}
+def text(plans: Plans) -> str:
+    """The decoders' page."""
     rows = [_row(plan) for plan in plans.values() if plan and "tried" not in plan]
     searched = [_search_row(plan) for plan in plans.values() if plan and "tried" in plan]
-    missing = [name for name, plan in plans.items() if plan is None]
-    text = HEAD.format(**versions) + _head(COLUMNS) + "".join(rows)
+    found = HEAD + plan_rows.table(COLUMNS, rows)
     if searched:
-        text += SEARCH_HEAD + _head(SEARCH_COLUMNS) + "".join(searched)
-    if missing:
-        text += f"\nMissing: {', '.join(missing)}.\n"
-    files.write_atomic(page, (text + TAIL).encode())
+        found += SEARCH_HEAD + plan_rows.table(SEARCH_COLUMNS, searched)
+    return found + plan_rows.missing(plans) + TAIL
 
 
 def _name(config: str, topology: str, is_searched: bool) -> str:
-    page, preset = config.removeprefix("configs/").split(".py:")
-    return f"{page}-{preset}-{topology.replace(':', '-')}" + "-search" * is_searched
+    return plan_rows.name(config, topology) + "-search" * is_searched
 
 
-def _read(path: epath.Path) -> dict[str, Any] | None:
+def _read(path: epath.Path) -> Plan | None:
     return files.read_json(path) if path.exists() else None
 
 
-def _head(columns: tuple[str, ...]) -> str:
-    return f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n"
-
-
-def _memory(plan: dict[str, Any]) -> str:
-    return f"{plan['peak_bytes'] / GIB:.2f} / {plan['hbm_bytes'] / GIB:.2f}"
-
-
-def _batch(plan: dict[str, Any]) -> str:
+def _batch(plan: Plan) -> str:
     return f"{plan['batch_size']} x {plan['seq_len']} in {plan['num_parts']}"
 
 
-def _row(plan: dict[str, Any]) -> str:
-    arguments, seconds = plan["argument_bytes"], plan["seconds"]
-    cells = [
+def _row(plan: Plan) -> list[str]:
+    return [
         f"`{plan['config']}`",
         plan["topology"],
         f"{plan['num_params'] / 1e9:.4g} B",
         _batch(plan),
         plan["remat"],
-        "-" if arguments is None else f"{arguments / GIB:.2f}",
-        _memory(plan),
-        "yes" if plan["fits"] else f"no, by {plan['over_bytes'] / GIB:.2f}",
+        plan_rows.gib(plan["argument_bytes"]),
+        plan_rows.memory(plan),
+        plan_rows.fits(plan),
         f"{plan['flops_per_token'] / 1e9:.4g}",
-        f"{plan['step_seconds']:.3g} ({max(seconds, key=seconds.get)})",
+        plan_rows.step(plan),
         f"{100 * plan['mfu_bound']:.0f} %",
-        " ".join(f"{kind} {count}" for kind, count in plan["collectives"].items() if count),
+        plan_rows.collectives(plan),
     ]
-    return f"| {' | '.join(cells)} |\n"
 
 
-def _search_row(plan: dict[str, Any]) -> str:
+def _search_row(plan: Plan) -> list[str]:
     tried = []
     for attempt in plan["tried"]:
         result = f"{100 * attempt['mfu_bound']:.0f} %" if attempt["fits"] else "does not fit"
         gib = attempt["peak_bytes"] / GIB
         tried.append(f"{attempt['remat']} in {attempt['num_parts']}: {gib:.1f} GiB, {result}")
-    cells = [
+    return [
         f"`{plan['config']}`",
         plan["topology"],
         _batch(plan),
         plan["remat"],
-        _memory(plan),
+        plan_rows.memory(plan),
         f"{plan['step_seconds']:.3g}",
         f"{100 * plan['mfu_bound']:.0f} %",
         "; ".join(tried),
     ]
-    return f"| {' | '.join(cells)} |\n"
 
+
+PAGES = {
+    "decoders": Page("docs/results/plans.md", cases, text),
+    "tokenizers": Page(
+        "docs/results/tokenizer_plans.md", tokenizer_rows.cases, tokenizer_rows.text
+    ),
+}
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

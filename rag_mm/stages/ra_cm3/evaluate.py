@@ -7,7 +7,15 @@ import numpy as np
 from etils import epath
 
 from rag_mm.core import code_grids, files, run_folder
-from rag_mm.eval import breakdown, cider, kernel_distance, likelihood, scene_accuracy, statistics
+from rag_mm.eval import (
+    breakdown,
+    cider,
+    kernel_distance,
+    likelihood,
+    over_reliance,
+    scene_accuracy,
+    statistics,
+)
 from rag_mm.stages.ra_cm3 import generate_samples
 from rag_mm.stages.shared import build_memory, coded_corpus, find_neighbors, world_config
 from rag_mm.stages.stage import PER_DOCUMENT
@@ -62,7 +70,7 @@ def run(
     measured = {split: _measure(config, context, run, folder, split) for split in context.tests}
     values = {
         split: {
-            name: {k: v.tolist() for k, v in figures.items()}
+            name: {k: v.tolist() for k, v in (figures | split_figures.copied.get(name, {})).items()}
             for name, figures in split_figures.values.items()
         }
         for split, split_figures in measured.items()
@@ -81,11 +89,13 @@ class SplitFigures:
     Attributes:
         summary: {variant: {figure: value with its interval}}.
         values: {variant: {figure: [Q], one value per test document}}.
+        copied: {variant: {figure: [Q]}}, what images have from their documents (`eval.over_reliance`).
         groups: {division: [Q], the group of each test document}, for figures by group.
     """
 
     summary: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     values: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
+    copied: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
     groups: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
 
@@ -106,18 +116,19 @@ def _measure(
 
     def score_images(
         variant: str, images: np.ndarray, expected: list[emoji_scenes.Facts] | None = None
-    ) -> None:
+    ) -> list[emoji_scenes.Facts]:
         facts = scene_facts.read(images, test.levels)
         outcomes = scene_accuracy.outcomes(facts, expected or test.facts, test.levels[0])
         measured.summary[variant] = scene_accuracy.accuracies(outcomes)
         measured.values[variant] = {name: hits.astype(float) for name, hits in outcomes.items()}
+        return facts
 
+    memory_facts = find_neighbors.memory_facts(config.world)
     real_features = context.encoder.encode_image(test.images)
     for variant in test.variants:
-        images = context.image_tokenizer.decode(
-            files.read_array(folder / f"{split}_{variant.name}_codes.npy")
-        )
-        score_images(variant.name, images, variant.expected)
+        codes = files.read_array(folder / f"{split}_{variant.name}_codes.npy")
+        images = context.image_tokenizer.decode(codes)
+        facts = score_images(variant.name, images, variant.expected)
         summary, values = measured.summary[variant.name], measured.values[variant.name]
         features = context.encoder.encode_image(images)
         summary["kernel_distance"] = kernel_distance.kernel_distance(features, real_features)
@@ -131,9 +142,39 @@ def _measure(
             captions = files.read_object(path, captions=list)["captions"]
             values["cider"] = cider.cider(captions, [[text] for text in test.captions])
             summary["cider"] = statistics.mean(values["cider"])
+        if count := _num_docs(variant.name):
+            copied = _copied(context, test, memory_facts, count, facts, codes)
+            summary |= over_reliance.accuracies(copied)
+            measured.copied[variant.name] = over_reliance.per_document(copied)
     score_images("hit_itself", _best_hits(run, test))
-    score_images("oracle_paste", _pasted(config, test))
+    score_images("oracle_paste", _pasted(memory_facts, test))
     return measured
+
+
+def _num_docs(variant: str) -> int:
+    """How many retrieved documents a variant reads, `docsK`; 0 for the others."""
+    count = variant.removeprefix("docs")
+    return int(count) if variant.startswith("docs") and count.isdigit() else 0
+
+
+def _copied(
+    context: generate_samples.EvalContext,
+    test: generate_samples.TestSet,
+    memory_facts: list[emoji_scenes.Facts],
+    count: int,
+    read: list[emoji_scenes.Facts],
+    codes: np.ndarray,
+) -> dict[str, over_reliance.Copied]:
+    """What images of `codes` have from the first `count` documents that were retrieved for them."""
+    rows = [[int(row) for row in hits[:count] if row >= 0] for hits in test.hits]
+    return over_reliance.measure(
+        read,
+        test.facts,
+        [[memory_facts[row] for row in each] for each in rows],
+        test.levels[0],
+        codes,
+        [[context.memory[row].codes for row in each] for each in rows],
+    )
 
 
 def _groups(config: EvaluationStageConfig, test: generate_samples.TestSet) -> dict[str, list[str]]:
@@ -147,9 +188,8 @@ def _groups(config: EvaluationStageConfig, test: generate_samples.TestSet) -> di
     return {name: labels for name, labels in groups.items() if len(set(labels)) > 1}
 
 
-def _pasted(config: EvaluationStageConfig, test: generate_samples.TestSet) -> np.ndarray:
+def _pasted(memory_facts: list[emoji_scenes.Facts], test: generate_samples.TestSet) -> np.ndarray:
     """The hits' entities at the places and on the background of the captions, as if copied perfectly."""
-    memory_facts = find_neighbors.memory_facts(config.world)
 
     def paste(facts: emoji_scenes.Facts, level: emoji_scenes.Level, hits: np.ndarray) -> np.ndarray:
         class_ids = [e.class_id for hit in hits if hit >= 0 for e in memory_facts[hit].entities]

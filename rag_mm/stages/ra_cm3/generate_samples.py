@@ -11,7 +11,7 @@ from etils import epath
 
 from rag_mm.core import checks, files, progress, run_folder
 from rag_mm.data import token_documents
-from rag_mm.decode import tasks
+from rag_mm.decode import reranking, tasks
 from rag_mm.decode.sampler import Sampling
 from rag_mm.stages.ra_cm3 import document_ablations, train_decoder
 from rag_mm.stages.shared import (
@@ -185,7 +185,7 @@ def _open_test_set(
     config: GenerationStageConfig, run: run_folder.Run, context: EvalContext, split: str
 ) -> TestSet:
     source = config.world.scenes("test", *find_neighbors.TEST_SPLITS[split])
-    arrays = _load_neighbors(run, split, config.count(split))
+    arrays = load_neighbors(run, split, config.count(split))
     rows = [int(row) for row in arrays["rows"]]
     facts = [source.facts(row) for row in rows]
     captions = [source.full_caption(row) for row in rows]
@@ -210,7 +210,7 @@ def _open_test_set(
     )
 
 
-def _load_neighbors(run: run_folder.Run, split: str, count: int) -> dict[str, np.ndarray]:
+def load_neighbors(run: run_folder.Run, split: str, count: int) -> dict[str, np.ndarray]:
     """The stage `neighbors`' arrays of a split, by name, for at most `count` documents, evenly spaced."""
     folder = run.finished_stage("neighbors")
     arrays = {
@@ -278,15 +278,15 @@ def _generate_images(
     texts = [main.text for main in test.mains]
     captions = context.encoder.encode_text(test.captions)
 
-    def generate(seeds: np.ndarray) -> tasks.SampledCodes:
-        return tasks.generate_codes(variant.model, texts, variant.by_text, seeds, sampling)
+    def generate(seeds: np.ndarray) -> np.ndarray:
+        return tasks.generate_codes(variant.model, texts, variant.by_text, seeds, sampling).codes
 
     def score(codes: np.ndarray) -> np.ndarray:
         images = context.encoder.encode_image(context.image_tokenizer.decode(codes))
         return (images * captions).sum(axis=1)
 
-    codes = tasks.best_of(generate, score, len(texts), config.num_candidates, config.seed)
-    files.write_array(path, codes)
+    drawn = reranking.best_of(generate, score, len(texts), config.num_candidates, config.seed)
+    files.write_array(path, drawn.best)
 
 
 def _generate_captions(

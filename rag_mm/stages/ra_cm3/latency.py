@@ -35,8 +35,8 @@ def measure(
     """
     test = context.tests["held_out"]
     size = min(BATCH_SIZE, len(test.captions))
-    retrieval = _median_seconds(_make_retrieval(run, context, test.captions[:size])) / size
-    generation = _median_seconds(_make_generation(config, context, test, size)) / size
+    retrieval = median_seconds(_make_retrieval(run, context, test.captions[:size])) / size
+    generation = median_seconds(_make_generation(config, context, test, size)) / size
     return {
         "retrieval_ms": round(1000 * retrieval, 4),
         "generation_ms": round(1000 * generation, 3),
@@ -90,7 +90,7 @@ def _make_generation(
     return generate
 
 
-def _median_seconds(call: Callable[[], object]) -> float:
+def median_seconds(call: Callable[[], object]) -> float:
     """Median time of several calls, after a first one that loads and compiles."""
     call()
     seconds: list[float] = []

@@ -5,13 +5,12 @@ The family is a matter of the config's values: the decoder's shape, and how targ
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 from etils import epath
-from flax import nnx
 from jax.sharding import Mesh
 
 from rag_mm.core import (
@@ -19,7 +18,6 @@ from rag_mm.core import (
     configuration,
     files,
     manifest_values,
-    renames,
     run_folder,
     sharding,
 )
@@ -31,7 +29,7 @@ from rag_mm.models import cm3, ra_cm3
 from rag_mm.nn import param_trees
 from rag_mm.nn.decoder import DecoderConfig
 from rag_mm.stages import multiprocess, scaling, training
-from rag_mm.stages.ra_cm3 import copy_metrics
+from rag_mm.stages.ra_cm3 import copy_metrics, decoder_record, null_prompts
 from rag_mm.stages.ra_cm3.training_sequences import (
     MaskingConfig,
     SequencesConfig,
@@ -50,8 +48,6 @@ from rag_mm.train import checkpoint, loop, optimizer
 INPUTS = ("tokenizer", "memory", "neighbors")
 CONTROL_INPUTS = ("tokenizer",)
 VOCAB_MULTIPLE = 128
-# What positions and marks of sequences mean; a decoder of another version reads them otherwise.
-SEQUENCES_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +229,9 @@ def fit(
     """
     layout, mesh = source.layout, make_mesh(config)
     model_config = make_model_config(config, image_tokenizer, layout)
-    make_model = config.extend(partial(_make_model, model_config, config.seed), config.seed)
+    make_model = config.extend(
+        partial(decoder_record.make_model, model_config, config.seed), config.seed
+    )
     graphdef, abstract = param_trees.describe(make_model, None)
     params, log = training.train(
         stage_dir.name,
@@ -260,14 +258,8 @@ def fit(
     checkpoint.save_params(stage_dir / "params", config.merge(params))
     if not multiprocess.is_leader():
         return {}
-    # For loading: rejects codes of another tokenizer, and lays out prompts as in training.
-    record = {
-        "sequences": SEQUENCES_VERSION,
-        "tokenizer": image_tokenizer.fingerprint,
-        "layout": dataclasses.asdict(layout),
-    }
-    model = dataclasses.asdict(model_config)
-    files.write_json(stage_dir / "decoder.json", record | {"model": model})
+    shown = null_prompts.shown(config.masking, config.sequences, config.is_baseline)
+    decoder_record.write(stage_dir, image_tokenizer, layout, model_config, shown)
     train = {k: v for k, v in log[-1].items() if k != "step"}
     cut = _share_cut(source.texts)
     # Approximate: the sampled shares of document counts differ a little from the weights.
@@ -322,40 +314,25 @@ def load_params(
     stage_dir: epath.Path, image_tokenizer: frozen.FrozenTokenizer, mesh: Mesh | None = None
 ) -> Generator:
     """Loads what `fit` wrote; raises as `load_generator` does."""
-    record = files.read_object(stage_dir / "decoder.json", tokenizer=str, model=dict, layout=dict)
-    if record["tokenizer"] != image_tokenizer.fingerprint:
-        raise UserError(
-            f"{stage_dir} was trained on codes of tokenizer {record['tokenizer'][:12]}, not of "
-            f"{image_tokenizer.fingerprint[:12]}; use the tokenizer that it was trained with."
-        )
-    if record.get("sequences") != SEQUENCES_VERSION:
-        raise UserError(
-            f"{stage_dir} was trained by another version, whose sequences had other positions; train it "
-            "again."
-        )
-    model = renames.from_stored(record["model"])
-    try:
-        model_config = ra_cm3.RACM3Config(DecoderConfig(**model.pop("decoder")), **model)
-        shape = model_config.decoder
-        if shape.vocab_size < image_tokenizer.vocabulary.size or shape.context_dim is not None:
-            raise ValueError("its decoder does not read the tokenizer's vocabulary alone")
-        layout = Layout(**renames.from_stored(record["layout"]))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{stage_dir} contains a model of another version ({error}); train it again."
-        ) from None
-    loaded = frozen.load_params(stage_dir / "params", partial(_make_model, model_config, 0), mesh)
-    return _make_generator(loaded, image_tokenizer, layout)
+    record = decoder_record.read(stage_dir, image_tokenizer)
+    make_model = partial(decoder_record.make_model, record.model, 0)
+    loaded = frozen.load_params(stage_dir / "params", make_model, mesh)
+    return _make_generator(loaded, image_tokenizer, record.layout, record.null_prompts)
 
 
 def _make_generator(
-    loaded: frozen.LoadedModel, image_tokenizer: frozen.FrozenTokenizer, layout: Layout
+    loaded: frozen.LoadedModel,
+    image_tokenizer: frozen.FrozenTokenizer,
+    layout: Layout,
+    shown: Iterable[str] = (),
 ) -> Generator:
     vocabulary = image_tokenizer.vocabulary
     num_codes_at = {
         size: coded_corpus.num_codes_at(image_tokenizer, size) for size in vocabulary.image_sizes
     }
-    return Generator(loaded.graphdef, loaded.params, vocabulary, layout, num_codes_at)
+    return Generator(
+        loaded.graphdef, loaded.params, vocabulary, layout, num_codes_at, frozenset(shown)
+    )
 
 
 def make_model_config(
@@ -376,10 +353,6 @@ def make_model_config(
         sentinel_weight=config.sentinel_weight,
         normalize_by=config.normalize_by,
     )
-
-
-def _make_model(config: ra_cm3.RACM3Config, seed: int) -> ra_cm3.Model:
-    return ra_cm3.Model(config.decoder, rngs=nnx.Rngs(params=seed))
 
 
 def _share_cut(texts: list[list[Example]]) -> float:

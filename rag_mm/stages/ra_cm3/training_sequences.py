@@ -188,20 +188,8 @@ class SequenceSource:
         self, sequence: sequences.Tokens, rng: np.random.Generator, length: int | None
     ) -> dict[str, np.ndarray]:
         row = sequences.as_row(self.vocabulary, sequence, length)
-        self._add_code_noise(row, rng)
+        add_code_noise(row, self.vocabulary, self.config.code_noise, rng)
         return row
-
-    def _add_code_noise(self, sequence: dict[str, np.ndarray], rng: np.random.Generator) -> None:
-        """Replaces some input codes of the main image in place, each by a code from before it.
-
-        Codes after it would reveal targets. The first code of a sequence has none before it and stays.
-        """
-        tokens = sequence["tokens"]
-        is_code = tokens >= self.vocabulary.code_offset
-        is_main = is_code & (np.roll(sequence["roles"], 1) == MAIN)
-        num_before: np.ndarray = np.cumsum(is_code) - is_code
-        is_noisy = is_main & (num_before > 0) & (rng.random(len(tokens)) < self.config.code_noise)
-        tokens[is_noisy] = tokens[is_code][rng.integers(num_before[is_noisy])]
 
     def length(self, num_docs: int) -> int:
         """Length in tokens of a sequence with `num_docs` documents, chosen for little padding."""
@@ -257,3 +245,18 @@ class SequenceSource:
         weights = np.asarray(self.config.num_docs_weights)
         lengths = [self.length(count) for count in range(self.config.max_docs + 1)]
         return float(weights / weights.sum() @ lengths)
+
+
+def add_code_noise(
+    row: dict[str, np.ndarray], vocabulary: Vocabulary, share: float, rng: np.random.Generator
+) -> None:
+    """Replaces a share of the input codes of the main image in place, each by a code from before it.
+
+    Codes after it would reveal targets. The first code of a sequence has none before it and stays.
+    """
+    tokens = row["tokens"]
+    is_code = tokens >= vocabulary.code_offset
+    is_main = is_code & (np.roll(row["roles"], 1) == MAIN)
+    num_before: np.ndarray = np.cumsum(is_code) - is_code
+    is_noisy = is_main & (num_before > 0) & (rng.random(len(tokens)) < share)
+    tokens[is_noisy] = tokens[is_code][rng.integers(num_before[is_noisy])]

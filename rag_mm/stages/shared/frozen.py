@@ -6,6 +6,7 @@ run that trained the models. A model's fingerprint is the digest of the folder's
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -63,19 +64,24 @@ class LoadedModel:
         """A method of the model as a compiled function of arrays.
 
         Args:
-            method: its name.
+            method: its name, dotted if it is a part's.
             static: name of an argument that is no array; the function compiles once for each of its values.
         """
 
         @functools.partial(jax.jit, static_argnames=static)
         def call(params: Params, *arrays: jax.Array, **options: Any) -> Any:
-            return getattr(nnx.merge(self.graphdef, params), method)(*arrays, **options)
+            model = nnx.merge(self.graphdef, params)
+            return operator.attrgetter(method)(model)(*arrays, **options)
 
         return functools.partial(call, self.params)
 
 
 class FrozenRetriever:
-    """A frozen CLIP with its text tokenizer; the encoder of a memory (`memory.model_protocols.Encoder`)."""
+    """A frozen CLIP with its text tokenizer; the encoder of a memory (`memory.model_protocols.Encoder`).
+
+    Attributes:
+        model: structure and parameters of both towers.
+    """
 
     def __init__(self, folder: epath.PathLike, image_batch: int | None = None):
         """Loads a folder that `save_retriever` or an import wrote.
@@ -96,17 +102,28 @@ class FrozenRetriever:
         self.dim, self.image_size = self.config.projection_dim, self.config.image_size
         self.image_batch = image_batch or image_ops.num_at_once(self.image_size)
         self.text_batch = TEXT_BATCH
-        model = _load_model(folder, functools.partial(_make_clip, self.config))
-        self._encode_image = model.compile("encode_image")
-        self._encode_text = model.compile("encode_text")
+        self.model = _load_model(folder, functools.partial(_make_clip, self.config))
+        self._encode_image = self.model.compile("encode_image")
+        self._encode_tokens = self.model.compile("vision.tokens")
+        self._encode_text = self.model.compile("encode_text")
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         """Embeddings float32 [B, D], of length 1, of images uint8 [B, H, W, 3], scaled to `image_size`."""
+        return self._encode(self._encode_image, pixels)
+
+    def encode_image_tokens(self, pixels: np.ndarray) -> np.ndarray:
+        """Tokens float32 [B, M, C] of images as of `encode_image`: of the class, then of the patches.
+
+        They are those of the image tower's last block, before its last norm and the projection.
+        """
+        return self._encode(self._encode_tokens, pixels)
+
+    def _encode(self, encode: Callable[[jax.Array], jax.Array], pixels: np.ndarray) -> np.ndarray:
         size = self.image_size
         if pixels.shape[1:3] != (size, size):
             pixels = np.stack([image_files.fit(image, size) for image in pixels])
         return in_batches(
-            lambda batch: self._encode_image(image_ops.to_float(batch)), pixels, self.image_batch
+            lambda batch: encode(image_ops.to_float(batch)), pixels, self.image_batch
         )
 
     def encode_text(self, texts: list[str]) -> np.ndarray:

@@ -17,10 +17,16 @@ from rag_mm.core import checks, manifest_values, run_folder, sharding
 from rag_mm.core.errors import UserError
 from rag_mm.data import pipeline, vocabulary
 from rag_mm.models import vqgan
-from rag_mm.models.spae import autoencoder, objective, spae_config
+from rag_mm.models.spae import autoencoder, code_restart, objective, spae_config
 from rag_mm.nn.param_trees import Params
 from rag_mm.stages import multiprocess, scaling, training
-from rag_mm.stages.shared import frozen, given_models, tokenizer_figures, world_config
+from rag_mm.stages.shared import (
+    dead_codes,
+    frozen,
+    given_models,
+    tokenizer_figures,
+    world_config,
+)
 from rag_mm.train import loop, optimizer
 
 INPUTS = ()
@@ -70,6 +76,7 @@ class TokenizerStageConfig(given_models.GivenConfig):
         image_sizes: heights in pixels of the square images that decoders are to read and write with this
             tokenizer; the world's comes first. Empty: the world's alone. The tokenizer is trained on the
             world's size.
+        restart: moves codes of the codebook that are hardly used.
         scale: devices, precision, and what is computed in parts.
     """
 
@@ -85,6 +92,9 @@ class TokenizerStageConfig(given_models.GivenConfig):
     image_sizes: tuple[int, ...] = dataclasses.field(
         default=(), metadata=manifest_values.ADDED_LATER
     )
+    restart: code_restart.RestartConfig = dataclasses.field(
+        default=code_restart.RestartConfig(), metadata=manifest_values.ADDED_LATER
+    )
     scale: scaling.TokenizerScaleConfig = dataclasses.field(
         default=scaling.TokenizerScaleConfig(), metadata=manifest_values.ADDED_LATER
     )
@@ -92,6 +102,7 @@ class TokenizerStageConfig(given_models.GivenConfig):
     def __post_init__(self):
         training.check_config(self.optimizer, self.loop, self.batch_size)
         checks.at_least(self, 1, "num_eval")
+        self.restart.check(self.model)
         if self.image_sizes and self.image_sizes[0] != self.world.image_size:
             raise ValueError(
                 f"image_sizes={self.image_sizes} must begin with the world's image size, "
@@ -173,6 +184,9 @@ def run(config: TokenizerStageConfig, run: run_folder.Run, stage_dir: epath.Path
         rows=sharding.local_rows(config.batch_size, mesh),
         num_workers=config.scale.num_workers,
     )
+    restart = dead_codes.make_rule(
+        config.restart, config.model.codebook_size, config.loop.num_steps
+    )
     params, _ = training.train(
         "tokenizer",
         stage_dir,
@@ -185,6 +199,7 @@ def run(config: TokenizerStageConfig, run: run_folder.Run, stage_dir: epath.Path
         mesh=mesh,
         num_parts=config.scale.num_parts,
         prepare=partial(_with_codebook, config, images, mesh),
+        what=training.WhatTrains(step_end=restart),
         derive=tokenizer_figures.derive,
     )
     if not multiprocess.is_leader():
@@ -209,9 +224,8 @@ def _make_model(config: TokenizerStageConfig) -> autoencoder.SPAE:
 
 
 def _measure(config: TokenizerStageConfig, tokenizer: frozen.FrozenTokenizer) -> dict[str, Any]:
-    return tokenizer_figures.measure(
-        config.world, tokenizer, config.num_eval, config.seed, config.image_sizes[1:]
-    )
+    test = tokenizer_figures.reconstruct(config.world, tokenizer, config.num_eval, config.seed)
+    return tokenizer_figures.measure(tokenizer, test, config.image_sizes[1:])
 
 
 def _given_fingerprint(folder: str) -> str:

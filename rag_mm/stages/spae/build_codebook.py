@@ -10,10 +10,11 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from rag_mm.core import checks, digests, files, run_folder
+from rag_mm.core import checks, files, run_folder
 from rag_mm.core.errors import UserError
+from rag_mm.memory.model_protocols import Encoder
 from rag_mm.models.spae import language_table
-from rag_mm.stages.shared import train_retriever, world_config
+from rag_mm.stages.shared import frozen, given_models, world_config
 from rag_mm.stages.spae import word_features, word_source
 
 WORDS, TABLE, FEATURES = "words.json", "table.npy", "features_{}.npy"
@@ -71,7 +72,7 @@ class LanguageCodebookStageConfig:
             raise ValueError("templates need one {} each, and there must be at least one")
         # Without a language model the config can be planned; the stage asks for one.
         if self.lm not in ("", word_source.RANDOM):
-            object.__setattr__(self, "lm_digest", _digest(self.lm))
+            object.__setattr__(self, "lm_digest", word_source.digest(self.lm))
 
 
 class LanguageCodebook(NamedTuple):
@@ -81,11 +82,13 @@ class LanguageCodebook(NamedTuple):
         words: K words.
         table: their vectors, float32 [K, D].
         features: by kind, the words' features in the retriever, float32 [K, E]; {} without a retriever.
+        retriever: folder of that retriever, a copy of the run's; None without features.
     """
 
     words: tuple[str, ...]
     table: np.ndarray
     features: dict[str, np.ndarray]
+    retriever: epath.Path | None = None
 
 
 def inputs(config: LanguageCodebookStageConfig) -> tuple[str, ...]:
@@ -94,7 +97,7 @@ def inputs(config: LanguageCodebookStageConfig) -> tuple[str, ...]:
 
 
 def run(config: LanguageCodebookStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict:
-    """Writes words, vectors and features.
+    """Writes words and vectors; with features these, and a copy of the retriever that they are of.
 
     Returns:
         `num_words`; `num_candidates`, the words to choose from; `named`, the share of words in a name;
@@ -104,7 +107,10 @@ def run(config: LanguageCodebookStageConfig, run: run_folder.Run, stage_dir: epa
     words, rows, num_candidates = _choose(config, names)
     features = {}
     if config.features:
-        features = _features(config, words, names, run.workdir)
+        retriever = given_models.find_model(run.workdir, "retriever")
+        given_models.copy_model(retriever, stage_dir / frozen.GUIDE)
+        encoder = frozen.FrozenRetriever(stage_dir / frozen.GUIDE)
+        features = _features(config, words, names, encoder)
         for kind, array in features.items():
             files.write_array(stage_dir / FEATURES.format(kind), array)
     try:
@@ -125,11 +131,21 @@ def run(config: LanguageCodebookStageConfig, run: run_folder.Run, stage_dir: epa
 
 
 def load(folder: epath.Path) -> LanguageCodebook:
-    """Reads what `run` wrote in the stage's folder."""
+    """Reads what `run` wrote in the stage's folder.
+
+    Raises:
+        UserError: it has features without a retriever, as earlier versions wrote them.
+    """
     words = files.read_object(folder / WORDS, words=list)["words"]
     paths = {kind: folder / FEATURES.format(kind) for kind in word_features.KINDS}
     features = {kind: files.read_array(path) for kind, path in paths.items() if path.exists()}
-    return LanguageCodebook(tuple(words), files.read_array(folder / TABLE), features)
+    retriever = folder / frozen.GUIDE if features else None
+    if retriever is not None and not retriever.exists():
+        raise UserError(
+            f"{folder} was made by an earlier version, without a copy of its retriever; delete it, and train "
+            "again without --reuse."
+        )
+    return LanguageCodebook(tuple(words), files.read_array(folder / TABLE), features, retriever)
 
 
 def digest_of(table: np.ndarray) -> str:
@@ -165,23 +181,10 @@ def _features(
     config: LanguageCodebookStageConfig,
     words: list[str],
     names: word_features.Names,
-    workdir: epath.PathLike,
+    encoder: Encoder,
 ) -> dict[str, np.ndarray]:
-    encoder = train_retriever.load_encoder(workdir)
     return {
         "templates": word_features.from_templates(words, config.templates, encoder),
         "all_names": word_features.from_names(words, names, encoder, is_seen_only=False),
         "seen_names": word_features.from_names(words, names, encoder, is_seen_only=True),
     }
-
-
-def _digest(lm: str) -> str:
-    path = epath.Path(word_source.locate(lm))
-    if not path.exists():
-        raise UserError(f"language_codebook.lm={lm} does not exist; give a file or a run.")
-    manifest = run_folder.Run(path).manifest("language_model") if path.is_dir() else None
-    if manifest is not None:
-        return manifest.fingerprint
-    if path.is_dir():
-        return files.digest(files.canonical_json(digests.folder_digests(path)).encode())
-    return files.file_digest(path)

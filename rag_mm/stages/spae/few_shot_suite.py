@@ -12,7 +12,7 @@ from rag_mm.data import labeled
 from rag_mm.eval import few_shot_episodes, statistics
 from rag_mm.eval.few_shot_episodes import AskConfig, EpisodeConfig
 from rag_mm.frozen_lm.lm_protocol import FrozenLM
-from rag_mm.frozen_lm.word_text import WordTable
+from rag_mm.frozen_lm.word_text import WordTable, one_token_share
 from rag_mm.stages.spae import word_images
 
 _BATCH_SIZE = 64
@@ -65,14 +65,18 @@ def evaluate(
         `accuracy` with `ci95`, `n` (episodes) and `standard_error`, of the calibrated language model, of the
         greedy one if only that was asked, or of the word overlap without one; the same under each of
         `overlap`, `log_p`, `calibrated`, `greedy` that was measured; `over_overlap`, the paired difference
-        with the word overlap; with another run `over_against`, the paired difference with it by method;
-        `method`, `chance`, `words` per image, `classes`, `rejected` (file and reason of each bad image) and
-        `per_episode` (accuracies by method).
+        with the word overlap; `one_token_words`, the share of the run's words that are one token of the
+        language model, None if it does not tell; with another run `over_against`, the paired difference
+        with it by method; `method`, `chance`, `words` per image, `classes`, `rejected` (file and reason of
+        each bad image) and `per_episode` (accuracies by method).
 
     Raises:
-        UserError: the run has no words, no image could be read, or too few classes or images per class.
+        UserError: the run has no words, none is a token of the language model, no image could be read, or
+            there are too few classes or images per class.
     """
-    bags, class_ids = read_bags(word_images.load(workdir), images, words)
+    opened = word_images.load(workdir)
+    of_lm = {} if lm is None else {"one_token_words": one_token_share(opened.words, lm)}
+    bags, class_ids = read_bags(opened, images, words)
     others: list[tuple[str, ...]] = []
     if against is not None:
         others, _ = read_bags(word_images.load(against), images, words)
@@ -106,6 +110,7 @@ def evaluate(
         **summaries[method],
         **summaries,
         **paired,
+        **of_lm,
         "method": method,
         "chance": 1 / episodes.ways,
         "words": len(bags[0]),

@@ -17,7 +17,8 @@ from rag_mm.stages.spae import build_codebook, word_features
 
 INPUTS = ("retriever", "language_codebook")
 EMBEDDINGS, POOL_WORDS, POOL_SIZES = "embeddings.npy", "pool_words.npy", "pool_sizes.npy"
-_CHUNK = 1024
+_PARTS = "parts"  # Folder of finished chunks, which is gone in the end.
+_MAX_IMAGES, _MAX_SCORES = 1024, 2**24  # Of a chunk; the scores are 64 MiB.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ class WordPools(NamedTuple):
 
 
 def run(config: WordPoolsStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict:
-    """Writes embeddings and pools.
+    """Writes embeddings and pools; chunks of images are kept until all are done, so that it resumes.
 
     Returns:
         `median_size`, by level; `capped`, the share of images with a pool larger than `max_words`.
@@ -73,26 +74,42 @@ def run(config: WordPoolsStageConfig, run: run_folder.Run, stage_dir: epath.Path
     encoder = train_retriever.load_encoder(run.workdir)
     codebook = build_codebook.load(run.finished_stage("language_codebook"))
     features = _features(config, codebook)
-    parts, num_capped = [], 0
+    parts, size = [], max(1, min(_MAX_IMAGES, _MAX_SCORES // len(features)))
     with progress.track("word_pools", len(source)) as bar:
-        for first in range(0, len(source), _CHUNK):
-            rows = np.arange(first, min(first + _CHUNK, len(source)))
-            embeddings = encoder.encode_image(world_config.images(source, rows))
-            scores = semantic.relative_scores(embeddings, features)
-            sizes = np.stack([(scores >= low).sum(axis=1) for low in config.thresholds], axis=1)
-            num_capped += int((sizes.max(axis=1) > config.max_words).sum())
-            width = min(config.max_words, scores.shape[1])
-            words = np.argsort(-scores, axis=1, kind="stable")[:, :width]
-            parts.append(WordPools(embeddings, words, np.minimum(sizes, width)))
+        for first in range(0, len(source), size):
+            rows = np.arange(first, min(first + size, len(source)))
+            folder = stage_dir / _PARTS / f"{first:09d}"
+            # The sizes are written last.
+            if not (folder / POOL_SIZES).exists():
+                embeddings = encoder.encode_image(world_config.images(source, rows))
+                _save(folder, _rank(embeddings, features, config))
+            parts.append(load(folder))
             bar.update(rows[-1] + 1)
     whole = WordPools(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    sizes = np.minimum(whole.sizes, whole.words.shape[1])
     # No image has more words than the largest pool.
-    words = whole.words[:, : whole.sizes.max()].astype(np.int32)
-    files.write_array(stage_dir / EMBEDDINGS, whole.embeddings.astype(np.float32))
-    files.write_array(stage_dir / POOL_WORDS, words)
-    files.write_array(stage_dir / POOL_SIZES, whole.sizes.astype(np.int32))
-    medians = {f"level{i}": float(np.median(sizes)) for i, sizes in enumerate(whole.sizes.T, 1)}
-    return {"median_size": medians, "capped": num_capped / len(source)}
+    _save(stage_dir, WordPools(whole.embeddings, whole.words[:, : sizes.max()], sizes))
+    files.discard(stage_dir / _PARTS)
+    medians = {f"level{i}": float(np.median(each)) for i, each in enumerate(sizes.T, 1)}
+    is_capped = whole.sizes.max(axis=1) > config.max_words
+    return {"median_size": medians, "capped": float(is_capped.mean())}
+
+
+def _rank(embeddings: np.ndarray, features: np.ndarray, config: WordPoolsStageConfig) -> WordPools:
+    """The best words of images, and the sizes of their pools before they are cut to `max_words`."""
+    scores = semantic.relative_scores(embeddings, features)
+    sizes = np.stack([(scores >= low).sum(axis=1) for low in config.thresholds], axis=1)
+    width = min(config.max_words, scores.shape[1])
+    # Sorted, so that of equal scores the first word comes first.
+    best = np.sort(np.argpartition(-scores, width - 1, axis=1)[:, :width], axis=1)
+    order = np.argsort(-np.take_along_axis(scores, best, axis=1), axis=1, kind="stable")
+    return WordPools(embeddings, np.take_along_axis(best, order, axis=1), sizes)
+
+
+def _save(folder: epath.Path, pools: WordPools) -> None:
+    files.write_array(folder / EMBEDDINGS, pools.embeddings.astype(np.float32))
+    files.write_array(folder / POOL_WORDS, pools.words.astype(np.int32))
+    files.write_array(folder / POOL_SIZES, pools.sizes.astype(np.int32))
 
 
 def _features(

@@ -4,6 +4,7 @@ Its result is an image tokenizer whose codes are words, which other stages and c
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,18 +14,18 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from rag_mm.core import checks, code_grids, files, run_folder, sharding
+from rag_mm.core import checks, code_grids, files, manifest_values, run_folder, sharding
 from rag_mm.core.errors import UserError
 from rag_mm.data import pipeline
-from rag_mm.models.spae import autoencoder, objective, spae_config
+from rag_mm.models.spae import autoencoder, code_restart, objective, spae_config
 from rag_mm.models.spae.semantic import SemanticConfig
 from rag_mm.nn.param_trees import Params
 from rag_mm.stages import multiprocess, scaling, training
 from rag_mm.stages.shared import (
+    dead_codes,
     frozen,
     given_models,
     tokenizer_figures,
-    train_retriever,
     world_config,
 )
 from rag_mm.stages.spae import (
@@ -36,7 +37,7 @@ from rag_mm.stages.spae import (
     word_images,
 )
 from rag_mm.stages.stage import PER_DOCUMENT
-from rag_mm.train import loop, optimizer
+from rag_mm.train import loop, optimizer, train_step
 
 FOLDER = given_models.FOLDER
 
@@ -58,6 +59,8 @@ class SPAEStageConfig:
         num_init_images: number of images that the start is computed from.
         num_eval: number of test images for the metrics.
         eval_splits: splits of classes that they show: test for results, tune for choosing settings.
+        codebook_start: kmeans | random: what a learned codebook starts as.
+        restart: moves codes of a learned codebook that are hardly used.
         scale: devices, precision, and what is computed in parts.
     """
 
@@ -74,6 +77,10 @@ class SPAEStageConfig:
     num_init_images: int = 1024
     num_eval: int = 1024
     eval_splits: tuple[str, ...] = world_config.TEST
+    codebook_start: str = dataclasses.field(default="kmeans", metadata=manifest_values.ADDED_LATER)
+    restart: code_restart.RestartConfig = dataclasses.field(
+        default=code_restart.RestartConfig(), metadata=manifest_values.ADDED_LATER
+    )
     scale: scaling.TokenizerScaleConfig = dataclasses.field(
         default_factory=scaling.TokenizerScaleConfig
     )
@@ -81,6 +88,8 @@ class SPAEStageConfig:
     def __post_init__(self):
         training.check_config(self.optimizer, self.loop, self.batch_size)
         checks.at_least(self, 1, "num_eval", "num_init_images")
+        checks.one_of(self, "codebook_start", ("kmeans", "random"))
+        self.restart.check(self.model)
         if self.model.image_size != self.world.image_size:
             raise ValueError(
                 f"model.image_size is {self.model.image_size}, but the world's images have "
@@ -146,12 +155,13 @@ def run(config: SPAEStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> 
         return {}
     params = jax.device_get(params)
     folder = stage_dir / FOLDER
-    _save(config, run, folder, params, codebook)
+    _save(config, folder, params, codebook)
     tokenizer = frozen.FrozenTokenizer(folder)
-    metrics = tokenizer_figures.measure(
-        config.world, tokenizer, config.num_eval, config.seed, splits=config.eval_splits
+    test = tokenizer_figures.reconstruct(
+        config.world, tokenizer, config.num_eval, config.seed, config.eval_splits
     )
-    values = _per_image(config, run, tokenizer, codebook)
+    metrics = tokenizer_figures.measure(tokenizer, test)
+    values = _per_image(config, tokenizer, test, codebook)
     files.write_json(stage_dir / PER_DOCUMENT, {"held_out": _to_lists(values)})
     if codebook is None:
         return metrics
@@ -163,45 +173,35 @@ def run(config: SPAEStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> 
 
 def _save(
     config: SPAEStageConfig,
-    run: run_folder.Run,
     folder: epath.Path,
     params: Params,
     codebook: build_codebook.LanguageCodebook | None,
 ) -> None:
     """Writes the folder of the image tokenizer, with words, their features and the retriever if any."""
     words = () if codebook is None else codebook.words
-    if codebook is not None and codebook.features:
-        given = given_models.find_model(run.workdir, "retriever")
-        given_models.copy_model(given, folder / frozen.GUIDE)
+    if codebook is not None and codebook.retriever is not None:
+        given_models.copy_model(codebook.retriever, folder / frozen.GUIDE)
         files.write_array(folder / word_images.FEATURES, codebook.features["all_names"])
     frozen.save_tokenizer(folder, config.model, None, params, words)
 
 
 def _per_image(
     config: SPAEStageConfig,
-    run: run_folder.Run,
     tokenizer: frozen.FrozenTokenizer,
+    test: tokenizer_figures.TestImages,
     codebook: build_codebook.LanguageCodebook | None,
 ) -> dict[str, Any]:
-    """Figures of each test image: PSNR by prefix and, of words with features, what `word_figures` gives."""
-    source = config.world.scenes("test", *config.eval_splits)
-    rows = world_config.sample_rows(source, config.num_eval, config.seed)
-    images = world_config.images(source, rows)
-    codes = tokenizer.encode(images)
+    """Figures of each test image: PSNR by prefix, sharpness, and those of words with features."""
     ends = code_grids.ends(tokenizer.grids)
-    values: dict[str, Any] = {
-        "psnr": {
-            f"first{end}": tokenizer_figures.psnr_of_each(tokenizer, images, codes, number)
-            for number, end in enumerate(ends, 1)
-        }
-    }
-    values["psnr"]["all"] = values["psnr"][f"first{ends[-1]}"]
-    if codebook is None or not codebook.features:
+    by_prefix = {f"first{end}": psnr for end, psnr in zip(ends, test.psnr, strict=True)}
+    values: dict[str, Any] = {"psnr": by_prefix | {"all": test.psnr[-1]}}
+    values["sharpness"] = {"all": test.sharpness}
+    if codebook is None or codebook.retriever is None:
         return values
-    encoder = train_retriever.load_encoder(run.workdir)
-    test = word_figures.describe(source, rows, tokenizer, codes)
-    values["words"] = word_figures.per_image(test, encoder.encode_image(images), codebook.features)
-    return values | {"overlap": word_figures.overlap(test, config.seed)}
+    embeddings = frozen.FrozenRetriever(codebook.retriever).encode_image(test.images)
+    words = word_figures.describe(test.source, test.rows, tokenizer, test.codes)
+    values["words"] = word_figures.per_image(words, embeddings, codebook.features)
+    return values | {"overlap": word_figures.overlap(words, config.seed)}
 
 
 def _to_lists(tree: Any) -> Any:
@@ -234,10 +234,10 @@ def _train(
     retriever: epath.Path | None,
     stage_dir: epath.Path,
 ) -> Params:
-    images = world_config.images(config.world.scenes("train", *world_config.SEEN))
+    source = config.world.scenes("train", *world_config.SEEN)
 
     def take(rows: np.ndarray) -> dict[str, np.ndarray]:
-        batch = {"images": images[rows]}
+        batch = {"images": world_config.images(source, rows)}
         if pools is None:
             return batch
         named = {"pool_words": pools.words[rows], "pool_sizes": pools.sizes[rows]}
@@ -245,40 +245,56 @@ def _train(
 
     mesh = make_mesh(config)
     batches = pipeline.make_array_batches(
-        len(images),
+        len(source),
         config.batch_size,
         config.seed,
         take,
         rows=sharding.local_rows(config.batch_size, mesh),
     )
-    added, size = config.losses, config.model.image_size
-    make_model = partial(_make_model, config)
-    make_all = added_losses.extend(added, make_model, size, retriever, config.seed)
-    rows = np.random.default_rng((config.seed, 1)).permutation(len(images))
-    sample = images[np.sort(rows[: config.num_init_images])]
-    if codebook is None:
-        prepare = partial(first_params.kmeans, make_all, sample, config.seed, mesh)
-    else:
-        start = partial(first_params.words, config.model, codebook, pools)
-        prepare = partial(start, sample, config.seed)
-    is_frozen = lambda path: codebook is not None and path == "codebook"
+    make_model, loss_fn, what = step_parts(config, retriever)
+    rows = np.random.default_rng((config.seed, 1)).permutation(len(source))
+    sample = world_config.images(source, np.sort(rows[: config.num_init_images]))
+    prepare = None
+    if codebook is not None:
+        prepare = partial(first_params.words, config.model, codebook, pools, sample, config.seed)
+    elif config.codebook_start == "kmeans":
+        prepare = partial(first_params.kmeans, make_model, sample, config.seed, mesh)
     params, _ = training.train(
         "spae",
         stage_dir,
-        make_all,
-        partial(objective.loss_fn, semantic_config=config.semantic, weights=added.weights),
+        make_model,
+        loss_fn,
         batches,
         optimizer_config=config.optimizer,
         loop_config=config.loop,
         seed=config.seed,
         mesh=mesh,
         num_parts=config.scale.num_parts,
-        start=partial(added_losses.start, added, retriever),
+        start=partial(added_losses.start, config.losses, retriever),
         prepare=prepare,
-        what=added_losses.what_trains(added, objective.reconstruct, is_frozen),
+        what=what,
         derive=tokenizer_figures.derive,
     )
     return added_losses.own(params)
+
+
+def step_parts(
+    config: SPAEStageConfig, retriever: epath.Path | None
+) -> tuple[Callable[[], nnx.Module], train_step.LossFn, training.WhatTrains]:
+    """What the training step is made of: the function that makes the model, its loss, and what trains.
+
+    `retriever` is the folder of the run's frozen retriever, where `config.losses.needs_retriever`.
+    """
+    added, size = config.losses, config.model.image_size
+    make_all = added_losses.extend(
+        added, partial(_make_model, config), size, retriever, config.seed
+    )
+    loss_fn = partial(objective.loss_fn, semantic_config=config.semantic, weights=added.weights)
+    is_frozen = lambda path: config.model.codebook == "language" and path == "codebook"
+    what = added_losses.what_trains(added, objective.reconstruct, is_frozen)
+    num_codes, num_steps = config.model.codebook_size, config.loop.num_steps
+    restart = dead_codes.make_rule(config.restart, num_codes, num_steps)
+    return make_all, loss_fn, dataclasses.replace(what, step_end=restart)
 
 
 def _make_model(config: SPAEStageConfig) -> autoencoder.SPAE:

@@ -11,9 +11,11 @@ from rag_mm.report.content import Curve
 from rag_mm.stages.shared import frozen, given_models, world_config
 from rag_mm.stages.spae import image_words, word_images
 from rag_mm.stages.spae.train_autoencoder import SPAEStageConfig
+from rag_mm.train import train_metrics
 
 PAGE = "spae.html"
 _NUM_PICTURES = 4
+_NORM_CHART = "Length of the latents over that of the words, by level"
 
 
 def finish(config: SPAEStageConfig, run: run_folder.Run, stages: Sequence[str]) -> epath.Path:
@@ -26,6 +28,7 @@ def finish(config: SPAEStageConfig, run: run_folder.Run, stages: Sequence[str]) 
         _lead(config, run),
         run.metrics["spae"],
         tokenizer.grids,
+        _last_figures(run),
         pictures,
         list(_curves(config, run)),
     )
@@ -60,6 +63,12 @@ def _pictures(
         yield caption, image_words.describe(opened, source.image(int(row)))
 
 
+def _last_figures(run: run_folder.Run) -> dict[str, float]:
+    """The figures of the last line of the stage's log."""
+    lines = train_metrics.read_log(run.stage_dir("spae") / "log.jsonl")
+    return lines[-1] if lines else {}
+
+
 def _curves(config: SPAEStageConfig, run: run_folder.Run) -> Iterator[Curve]:
     model = config.model
     count = len(code_grids.ends(model.grids_at(model.image_size, model.image_size)))
@@ -72,6 +81,7 @@ def _curves(config: SPAEStageConfig, run: run_folder.Run) -> Iterator[Curve]:
             logs.Line("spae", f"latent_error_{name}", "Share of the latents left by level", name)
             for name in levels
         ),
+        *(logs.Line("spae", f"latent_norm_{name}", _NORM_CHART, name) for name in levels),
     ]
     for line in lines:
         if values := logs.read_values(run.workdir, line):

@@ -10,7 +10,7 @@ from rag_mm.cli import main
 from rag_mm.core.errors import UserError
 from rag_mm.perf import chips, flops
 from rag_mm.perf.bench import peak
-from rag_mm.perf.plan import programs, traffic
+from rag_mm.perf.plan import decoder_programs, traffic
 
 TRAIN = ("train", "--against=peak", "--size=tiny", "--steps=2", "--rounds=1", "--batch=1")
 DECODE = ("decode", "--against=peak", "--size=tiny", "--rounds=1", "--length=16", "--new=4")
@@ -70,7 +70,9 @@ def test_bytes_of_a_token_are_weights_and_the_cache_in_two_bytes():
 
 def test_sizes_are_what_they_are_called():
     """In billions; the published peaks stand for the same devices."""
-    sizes = {name: programs.count_params(size.model) / 1e9 for name, size in peak.SIZES.items()}
+    sizes = {
+        name: decoder_programs.count_params(size.model) / 1e9 for name, size in peak.SIZES.items()
+    }
     assert round(sizes["1.3b"], 2) == 1.35 and round(sizes["7b"], 1) == 6.7
     for name in ("1.3b", "7b"):
         decoder = peak.SIZES[name].model.decoder

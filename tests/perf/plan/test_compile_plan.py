@@ -1,6 +1,7 @@
 """Plans without the TPU compiler: topologies, cases from pages, rooflines, the search's order, mistakes."""
 
 import dataclasses
+import functools
 import json
 import types
 
@@ -8,8 +9,9 @@ import pytest
 
 from rag_mm.cli import main
 from rag_mm.core import configuration
+from rag_mm.nn.block import REMAT
 from rag_mm.perf import chips, flops
-from rag_mm.perf.plan import cases, compile_plan, hlo, programs, traffic
+from rag_mm.perf.plan import cases, compile_plan, decoder_programs, hlo, programs, traffic
 
 V5E = chips.parse_topology("v5e:16x16")
 
@@ -68,19 +70,23 @@ def test_the_page_decides_what_the_command_does_not():
 
 
 def fake(fits=True, peak=1 << 30, collectives=()):
-    return compile_plan.Compiled(fits, peak, 16 << 30, 10, 20, 10, tuple(collectives))
+    return programs.Compiled(fits, peak, 16 << 30, 10, 20, 10, collectives=tuple(collectives))
+
+
+def report(case, topology, compiled):
+    return compile_plan.report(cases.make_program(case, topology), topology, compiled)
 
 
 def test_the_roofline_is_the_slowest_of_what_a_step_needs():
     case = make_case()
-    found = compile_plan.report(case, V5E, fake())
+    found = report(case, V5E, fake())
     config = case.model.decoder
     seconds = flops.hardware_flops(config, 4096, True) * 2048 * 4096 / (256 * 197e12)
     assert found["step_seconds"] == found["seconds"]["compute"] == pytest.approx(seconds)
     ratio = flops.train_flops(config, 4096) / flops.hardware_flops(config, 4096, True)
     assert found["mfu_bound"] == pytest.approx(ratio) and found["mfu_bound"] >= 0.6
     slow = hlo.Collective("all-gather", 256, 200e9, 30)
-    found = compile_plan.report(case, V5E, fake(collectives=[slow]))
+    found = report(case, V5E, fake(collectives=[slow]))
     assert found["step_seconds"] == found["seconds"]["ici"] == pytest.approx(30.0)
     assert found["collectives"]["all-gather"] == 1
     json.dumps(found, allow_nan=False)
@@ -90,16 +96,14 @@ def test_slices_pay_for_their_gradients_over_the_network():
     topology = chips.parse_topology("v5e:16x16", 2)
     case = make_case(topology=topology)
     assert case.mesh_shape == (2, 256, 1)
-    one_chip = 4 * programs.count_params(case.model) / 256
+    one_chip = 4 * decoder_programs.count_params(case.model) / 256
     assert traffic.dcn_bytes(case, 2) == pytest.approx(one_chip)
-    found = compile_plan.report(case, topology, fake())
+    found = report(case, topology, fake())
     assert found["seconds"]["dcn"] == pytest.approx(one_chip / chips.DCN_BANDWIDTH)
 
 
 def test_a_program_that_does_not_fit_says_by_how_much():
-    found = compile_plan.report(
-        make_case(), V5E, dataclasses.replace(fake(False, 20 << 30), temp_bytes=None)
-    )
+    found = report(make_case(), V5E, dataclasses.replace(fake(False, 20 << 30), temp_bytes=None))
     assert not found["fits"] and found["over_bytes"] == 4 << 30
     refusals = {
         "Ran out of memory in memory space hbm. Used 25.50G of 15.75G hbm.": (25.5, 15.75),
@@ -117,15 +121,18 @@ def search_with(monkeypatch, fits, **options):
     """The search with `fits(remat, parts)` in place of the compiler, and the calls it made."""
     asked = []
 
-    def make_plan(case, topology):
-        remat, parts = case.model.decoder.remat, case.num_parts
+    def make_plan(program, topology):
+        remat, parts = program.facts["remat"], program.facts["num_parts"]
         asked.append((remat, parts))
-        return compile_plan.report(case, topology, fake(fits(remat, parts)))
+        return compile_plan.report(program, topology, fake(fits(remat, parts)))
 
     monkeypatch.setattr(programs, "hbm_bytes", lambda topology: 16 << 30)
     monkeypatch.setattr(compile_plan, "make_plan", make_plan)
     monkeypatch.setattr(compile_plan, "progress", types.SimpleNamespace(say=lambda text: None))
-    return compile_plan.search(make_case(**options), V5E), asked
+    case = make_case(**options)
+    vary = functools.partial(cases.vary, case, V5E)
+    program = cases.make_program(case, V5E)
+    return compile_plan.search(program, vary, tuple(REMAT), V5E), asked
 
 
 def test_the_search_passes_over_what_cannot_fit_and_prefers_less_recomputing(monkeypatch):

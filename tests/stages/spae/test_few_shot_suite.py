@@ -1,7 +1,9 @@
 """Suite `fewshot` on class folders: any image, the run's words, and a language model beside the overlap."""
 
 import json
+import re
 
+import local_endpoint
 import numpy as np
 import PIL.Image
 import pytest
@@ -53,6 +55,35 @@ def test_a_language_model_is_reported_beside_the_overlap(opened, folder):
     assert found["log_p"]["accuracy"] == pytest.approx(1 / 3)
     assert found["over_overlap"]["mean"] == 0.0
     assert set(found["per_episode"]) == {"overlap", "log_p", "calibrated", "greedy"}
+    assert found["one_token_words"] == 1.0
+
+
+def overlap_answer(handler, asked):
+    """Writes the label of the example with most words of the question; scores as the server does."""
+    status, answer = handler.complete(asked)
+    for choice in answer["choices"] if not asked.get("echo") else ():
+        *shown, (words, _) = re.findall(
+            r"Input: (.*)\nOutput:(.*)", asked["prompt"][choice["index"]]
+        )
+        own = set(words.split())
+        choice["text"] = max(shown, key=lambda pair: len(own & set(pair[0].split())))[1] + "\nInput"
+    return status, answer
+
+
+def test_an_endpoint_is_asked_within_its_limits(opened, folder, capsys):
+    """What it writes is read (greedy), beside the log-probabilities that it returns of the labels."""
+    with local_endpoint.serving() as server:
+        server.behave = overlap_answer
+        command = ["eval", "--suite=fewshot", f"--images={folder}", "--workdir=run", "--ways=3"]
+        command += ["--shots=2", "--episodes=3", f"--lm={server.address}#tiny", "--scoring=both"]
+        assert main.main([*command, "--texts-per-call=64", "--max-calls=6", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert len(server.asked) == 6  # Each episode scores and writes.
+        assert found["greedy"]["accuracy"] == 1.0 and found["greedy"]["n"] == 3
+        assert 0 <= found["calibrated"]["accuracy"] <= 1 and found["one_token_words"] is None
+        assert main.main([*command, "--texts-per-call=64", "--max-calls=5"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "was called 5 times, the limit" in err and "Traceback" not in err
 
 
 def test_two_runs_are_compared_in_the_same_episodes(folder, monkeypatch):
@@ -116,6 +147,13 @@ def test_the_command_prints_the_same(opened, folder, capsys):
         ("--ways=2 --top=0", "top is 0"),
         ("--ways=2 --repeats=1", "--repeats is about asking a language model"),
         ("--ways=2 --bags=2", "--bags is about asking a language model"),
+        (
+            "--ways=2 --max-cost=2",
+            "--max-cost is about an endpoint; give --lm=http://HOST/v1#MODEL",
+        ),
+        ("--ways=2 --lm=runs/lm --timeout=9", "--timeout is about an endpoint"),
+        ("--ways=2 --lm=http://h/v1#m --max-calls=0", "--max-calls is 0; give at least 1"),
+        ("--ways=2 --lm=http://h/v1#m --timeout=inf", "--timeout is inf; give 0 to 86400"),
         ("--ways=2 --refine=image", "--refine is an option of --suite=zeroshot, not of fewshot"),
         ("--ways=2 -k 2", "-k is an option of --suite=zeroshot"),
     ],

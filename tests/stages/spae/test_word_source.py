@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+from etils import epath
 
-from rag_mm.core import run_folder
+from rag_mm.core import files, run_folder
 from rag_mm.core.errors import UserError
-from rag_mm.stages.shared import world_config
+from rag_mm.stages.shared import frozen, given_models, world_config
 from rag_mm.stages.spae import build_codebook, rank_words, word_features, word_source
 
 WORLD = world_config.EmojiWorld(class_share=0.05, seed=0)
@@ -47,10 +48,30 @@ def test_words_of_an_npz_file_become_a_table_in_their_order(tmp_path):
     assert named and first.words[: len(named)] == tuple(named)
 
 
-def test_another_file_of_the_same_name_is_another_config(tmp_path):
+@pytest.mark.parametrize("is_settled", [False, True])
+def test_another_file_of_the_same_name_is_another_config(tmp_path, monkeypatch, is_settled):
+    """Also where files are old enough for their digest to be kept."""
+    monkeypatch.setattr(word_source, "_SETTLED_NS", -(10**12) if is_settled else 10**12)
     path = tmp_path / "lm.npz"
     digests = {_config(_write(path, ["aa", "bb"], np.eye(2) * scale)).lm_digest for scale in (1, 2)}
     assert len(digests) == 2
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_a_language_model_is_hashed_once_unless_it_was_just_written(
+    tmp_path, monkeypatch, is_folder
+):
+    (tmp_path / "lm").mkdir()
+    file = _write(tmp_path / "lm" / "lm.npz", ["aa", "bb"], np.eye(2))
+    path = str(tmp_path / "lm") if is_folder else file
+    hashed, digest = [], files.file_digest
+    monkeypatch.setattr(files, "file_digest", lambda each: hashed.append(each) or digest(each))
+    fresh = {_config(path).lm_digest for _ in range(2)}
+    assert len(hashed) == 2
+    monkeypatch.setattr(word_source, "_SETTLED_NS", -(10**12))
+    assert {_config(path).lm_digest for _ in range(3)} == fresh and len(hashed) == 3
+    _write(tmp_path / "lm" / "lm.npz", ["aa", "bb"], np.eye(2) * 2)
+    assert _config(path).lm_digest not in fresh and len(hashed) == 4
 
 
 @pytest.mark.parametrize(
@@ -114,6 +135,44 @@ def test_words_that_cannot_be_ranked_are_refused(features, message):
     codebook = build_codebook.LanguageCodebook(("aa", "bb"), np.eye(2), features)
     with pytest.raises(UserError, match=message):
         rank_words._features(rank_words.WordPoolsStageConfig(0, WORLD), codebook)
+
+
+def _two_stages(workdir, retriever, **options):
+    """A retriever, and a codebook whose words have features in it, of any earlier ones."""
+    run = run_folder.Run(epath.Path(workdir))
+    run.save_config({})
+    config = _config("random", num_words=8, features="templates")
+    copy = lambda run, folder: (
+        given_models.copy_model(retriever, folder / given_models.FOLDER) or {}
+    )
+    run_folder.run_stage(run, "retriever", {"folder": str(retriever)}, (), copy, **options)
+    return run, run_folder.run_stage(
+        run,
+        "language_codebook",
+        {},
+        build_codebook.inputs(config),
+        lambda run, folder: build_codebook.run(config, run, folder),
+        **options,
+    )
+
+
+def test_the_retriever_of_the_features_is_kept_and_counts(tiny_run, tmp_path):
+    """What reads the codebook needs no other, and another one makes another codebook."""
+    retriever = given_models.find_model(tiny_run.workdir, "retriever")
+    run, first = _two_stages(tmp_path / "run", retriever)
+    codebook = build_codebook.load(run.finished_stage("language_codebook"))
+    assert frozen.fingerprint(codebook.retriever) == frozen.fingerprint(retriever)
+    embedded = frozen.FrozenRetriever(codebook.retriever).encode_text([codebook.words[0]])
+    assert (embedded @ codebook.features["templates"][0] > 0).all()
+    other = tmp_path / "other"
+    given_models.copy_model(retriever, other)
+    (other / "note.txt").write_text("another one")
+    run, second = _two_stages(tmp_path / "run", epath.Path(other), overwrite=True)
+    assert first.inputs["retriever"] != second.inputs["retriever"]
+    assert first.fingerprint != second.fingerprint
+    files.discard(run.stage_dir("language_codebook") / frozen.GUIDE)
+    with pytest.raises(UserError, match="made by an earlier version, without a copy of its"):
+        build_codebook.load(run.stage_dir("language_codebook"))
 
 
 class _Encoder:

@@ -1,0 +1,92 @@
+"""An imported Emu: prompts of any order, texts by greedy and beam search, images, and what it refuses."""
+
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+import rag_mm
+from rag_mm.api import importing
+from rag_mm.core.errors import UserError
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "convert"))
+import tiny_emu_folder
+
+IMAGES = list(np.random.default_rng(0).integers(0, 256, (9, 10, 14, 3)).astype(np.uint8))
+IMG, END, SLOT = 14, 15, 16
+
+
+def load(place, is_instruct):
+    config = tiny_emu_folder.make_config(is_instruct)
+    folder = tiny_emu_folder.write(place / "theirs", config)
+    importing.import_checkpoint("emu", folder, place / "run")
+    return rag_mm.load(place / "run")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return load(tmp_path_factory.mktemp("base"), False)
+
+
+def test_a_prompt_of_texts_images_and_a_clip(base):
+    prompt = base.prompt([IMAGES[0], "two dog", [9, 3], IMAGES[1:3]])
+    image = [IMG, SLOT, SLOT, SLOT, END]
+    assert prompt.row.tokens.tolist() == [1, *image, 9, 7, 9, 3, *image, *image]
+    assert prompt.vectors.shape == (9, 16)
+    np.testing.assert_allclose(prompt.vectors[3:6], base.encode_image(IMAGES[1:2])[0], atol=1e-5)
+    assert np.abs(prompt.vectors[:3] - prompt.vectors[3:6]).max() > 0.01
+
+
+def test_texts_after_prompts_of_different_lengths(base):
+    prompts = [base.prompt([IMAGES[0], "is it a dog ?"]), base.prompt(["what is it"])]
+    greedy = base.complete(prompts, num_tokens=4)
+    swapped = base.complete(prompts[::-1], num_tokens=4)
+    assert greedy.tokens[1] == swapped.tokens[0] and len(greedy.texts) == 2
+    beams = base.complete(prompts, num_tokens=4, num_beams=5, length_penalty=1.0)
+    assert len(beams.tokens) == 2
+    sampled = [base.complete(prompts, num_tokens=4, temperature=1.0, seed=s).tokens for s in (0, 1)]
+    assert sampled[0] != sampled[1]
+    for tokens in (*greedy.tokens, *beams.tokens, *sampled[0]):
+        assert not set(tokens) & {13, IMG, END, SLOT}
+
+
+def test_captions_and_answers_are_texts(base):
+    captions = base.caption([IMAGES[0], IMAGES[1:3]], num_tokens=4)
+    answers = base.answer(IMAGES[:2], ["what is it ?", "is it a cat ?"], num_tokens=4)
+    assert [type(each) for each in (*captions, *answers)] == [str] * 4
+
+
+def test_images_after_prompts(base):
+    prompts = [base.prompt([]), base.prompt([IMAGES[0], "a red dog"])]
+    found = base.imagine(prompts)
+    assert found.shape == (2, 3, 16) and np.isfinite(found).all()
+    np.testing.assert_allclose(base.imagine(prompts[::-1])[1], found[0], atol=1e-5)
+    assert np.abs(found[0] - found[1]).max() > 1e-3
+
+
+def test_what_is_refused(base):
+    with pytest.raises(UserError, match="9 frames; give at most 8"):
+        base.prompt([IMAGES])
+    with pytest.raises(UserError, match="special token such as"):
+        base.prompt(["a [IMG] dog"])
+    long = base.prompt([[*range(3, 13)] * 9 + [3, 4, 3]])
+    for call in (
+        lambda: base.complete([long], num_tokens=6),
+        lambda: base.imagine([long, long]),
+    ):
+        with pytest.raises(UserError, match="maximum sequence length of 96"):
+            call()
+    with pytest.raises(UserError, match="temperature=0 with several"):
+        base.complete([base.prompt([])], num_beams=2, temperature=1.0)
+    with pytest.raises(UserError, match="at least one"):
+        base.complete([])
+
+
+def test_the_instruct_model_answers_but_writes_no_image(tmp_path):
+    model = load(tmp_path, True)
+    assert model.is_instruct
+    with pytest.raises(UserError, match="instruct model, which does not write images"):
+        model.imagine([model.prompt(["a dog"])])
+    row = model._around("[USER]: ", IMAGES[0], " [ASSISTANT]:").row
+    assert row.tokens.tolist()[1:3] == [17, 0]

@@ -1,0 +1,111 @@
+"""What Emu trains on: pairs, stories without test scenes, clips in the order of time, further documents."""
+
+import json
+
+import numpy as np
+import pytest
+from etils import epath
+
+from rag_mm.core import image_files, run_folder
+from rag_mm.core.errors import UserError
+from rag_mm.data import sources
+from rag_mm.stages.emu import text_figures, training_documents
+from rag_mm.stages.emu.album import Album
+from rag_mm.stages.shared import world_config
+from rag_mm.worlds.emoji import emoji_scenes, scene_clips, scene_facts
+
+WORLD = world_config.EmojiWorld(class_share=0.05, seed=3)
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory):
+    """Of a run without a memory."""
+    run = run_folder.Run(epath.Path(tmp_path_factory.mktemp("run")))
+    return training_documents.collect(WORLD, run, 40, 12, None)
+
+
+def read(documents, numbers):
+    pixels = np.stack([documents.album.pixels(number) for number in numbers])
+    return scene_facts.read(pixels, [scene_clips.clip_level(WORLD.geometry)] * len(pixels))
+
+
+def test_pairs_are_full_captions_of_the_pictures_of_training_scenes(documents):
+    scenes = WORLD.scenes("train", *world_config.SEEN)
+    assert len(documents.pairs) == len(scenes) and documents.memory == documents.documents == []
+    for i in (0, 5, len(scenes) - 1):
+        caption, number = documents.pairs[i]
+        assert caption == scenes.full_caption(i)
+        np.testing.assert_array_equal(documents.album.pixels(number), scenes.image(i))
+
+
+def test_no_story_shows_a_test_scene_and_each_sentence_tells_the_change(documents):
+    test = WORLD.scenes("test", *world_config.SEEN)
+    tested = {test.facts(i) for i in range(len(test))}
+    assert len(documents.stories) == 40
+    for story in documents.stories[:10]:
+        facts = read(documents, story[1::2])
+        assert len(facts) in (2, 3, 4) and not tested & set(facts)
+        for sentence, before, after in zip(story[2::2], facts, facts[1:], strict=False):
+            place = emoji_scenes.place(after.entities[0], WORLD.geometry)
+            is_move = before.color == after.color
+            assert sentence.endswith(f"moves to the {place}" if is_move else after.color)
+
+
+def test_a_clip_has_its_frames_in_the_order_that_its_caption_tells(documents):
+    assert len(documents.clips) == 12
+    for caption, *numbers in documents.clips:
+        assert len(numbers) == 8
+        direction = scene_clips.direction_of(read(documents, numbers))
+        assert f"moving {direction} on a" in caption
+
+
+def test_equal_pictures_have_one_number(documents):
+    # Stories move within the scenes of a class, so most of their pictures are shared.
+    shown = {number for story in documents.stories for number in story[1::2]}
+    pixels = {documents.album.pixels(number).tobytes() for number in shown}
+    assert len(pixels) == len(shown)
+
+
+def test_further_documents_are_read_in_their_order_with_fitted_pictures(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 40, 3), np.uint8)
+    (tmp_path / "a.png").write_bytes(image_files.encode_png(pixels))
+    lines = [
+        {"id": "d", "segments": [{"text": "x"}, {"image": "a.png"}, {"text": "y"}]},
+        {"id": "bad", "segments": []},
+    ]
+    (tmp_path / sources.CAPTIONS).write_text("\n".join(map(json.dumps, lines)))
+    run = run_folder.Run(epath.Path(tmp_path / "run"))
+    found = training_documents.collect(WORLD, run, 0, 0, str(tmp_path))
+    ((before, number, after),) = found.documents
+    assert (before, after) == ("x", "y") and found.album.pixels(number).shape == (32, 32, 3)
+    (tmp_path / sources.CAPTIONS).write_text(json.dumps(lines[1]))
+    with pytest.raises(UserError, match="has no good record; the first bad one is"):
+        training_documents.collect(WORLD, run, 0, 0, str(tmp_path))
+
+
+def test_captions_are_judged_part_by_part():
+    scenes = WORLD.scenes("test", *world_config.TEST)
+    wanted, facts, level = scenes.full_caption(0), scenes.facts(0), scenes.levels[0]
+    name, rest = wanted.split(" at the ")
+    place, color = rest.removesuffix(" background").split(" on a ")
+    judge = lambda text: text_figures.judge(text, facts, level, wanted)
+    assert judge(wanted) == dict.fromkeys(("exact", "named", "place", "color"), True)
+    other = "red" if color != "red" else "blue"
+    changed = judge(f"{name} at the {place} on a {other} background")
+    assert changed == {"exact": False, "named": True, "place": True, "color": False}
+    changed = judge(f"no such thing at the center on a {color} background")
+    assert changed == {"exact": False, "named": False, "place": False, "color": True}
+    assert not any(judge("a picture").values())
+
+
+def test_shuffled_frames_are_neither_in_order_nor_reversed():
+    rng = np.random.default_rng(0)
+    orders = [tuple(text_figures._other_order(3, rng)) for _ in range(60)]
+    assert set(orders) == {(0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1)}
+
+
+def test_a_scene_of_the_memory_has_its_first_caption():
+    album, memory = Album(), WORLD.scenes("memory", *world_config.TEST)
+    caption, number = training_documents.scene_row(album, memory, 2)
+    assert caption == memory[2].text
+    np.testing.assert_array_equal(album.pixels(number), memory.image(2))
