@@ -18,8 +18,8 @@
     decoding_tiny                              the same on the tiny quickstart, with few settings; for tests
     null_prompts                               guidance with and without masked captions in training
     training                                   other masking, loss and sizes, at three seeds
-    sft                                        instruction tuning of the quickstart's model on eleven tasks
-    sft_tiny                                   the same on the tiny quickstart, for tests
+    sft                                        instruction tuning of the quickstart's model on 11 tasks
+    sft_tiny                                   the same on the tiny quickstart, for tests; learns nothing
 
 `plan` prints what one training step of 8M tokens needs of each chip (docs/results/plans.md). Learning rate,
 warm-up and batch are the paper's; betas, clipping, weight decay and the linear schedule, which ends at a

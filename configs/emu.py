@@ -8,6 +8,9 @@
     quick   12 minutes         emoji scenes: captions, images' vectors from captions, stories and clips, with
                                and without retrieved documents; the tower is the quickstart's retriever
     seen    12 minutes         the same with a tower that has not seen the held-out classes
+    own     by dataset         no figures are claimed; your images and captions, and by emu_data.documents web
+                               pages, storyboards and other documents
+    own_tiny  a minute         the same, learns nothing
     tiny    a minute           runs every stage, learns nothing; for tests
     7b      a pod              the paper's ablation on LLaMA 7B; planned, not trained here
     14b     a pod              the paper's model; planned, not trained here
@@ -18,11 +21,11 @@ many rows a step had is unknown, and 1,024 rows of 1,024 tokens and 5 images are
 
 import dataclasses
 
-from rag_mm.configs import quickstart
+from rag_mm.configs import own_images, quickstart
 
 from rag_mm.models.emu.emu_config import EmuConfig
 
-PRESETS = ("quick", "seen", "tiny", "7b", "14b")
+PRESETS = ("quick", "seen", "own", "own_tiny", "tiny", "7b", "14b")
 STAGES = ("tokenizer", "retriever", "memory", "neighbors", "emu_data", "emu", "emu_figures")
 SPLITS = ("held_out", "seen")
 FIGURES = (
@@ -88,7 +91,7 @@ VARIANTS = {
 
 def get_config(preset: str) -> dict:
     """The config of a preset: nested plain values."""
-    made = {"quick": quick, "seen": seen, "tiny": tiny}
+    made = {"quick": quick, "seen": seen, "own": own, "own_tiny": own_tiny, "tiny": tiny}
     return made[preset]() if preset in made else _sizes(preset)
 
 
@@ -163,6 +166,31 @@ def seen() -> dict:
         # Such a retriever would not pass the check.
         neighbors=config["neighbors"] | dict(min_same_class=0.0),
         ablation=config["ablation"] | dict(variants={"as it is": {}}),
+    )
+
+
+def own() -> dict:
+    """Your images: --config.world.documents=DIR, and further documents by --config.emu_data.documents=DIR.
+
+    The latter need a share: --config.emu.sequences.mixture.documents=0.5, for example.
+    """
+    return _own(own_images.get_config("small"), quick())
+
+
+def own_tiny() -> dict:
+    """A minute on your images, and nothing learned."""
+    return _own(own_images.get_config("tiny"), tiny())
+
+
+def _own(page: dict, config: dict) -> dict:
+    shared = ("seed", "world", "tokenizer", "retriever", "memory", "neighbors")
+    sequences = dict(
+        mixture=dict(pairs=1.0), num_docs_weights=(0.5, 0.5), max_text_len=48, max_seq_len=256
+    )
+    return {name: page[name] for name in shared} | dict(
+        stages=STAGES[:-1],
+        emu_data=dict(vocab_size=config["emu_data"].get("vocab_size", 4096)),
+        emu=config["emu"] | dict(sequences=sequences),
     )
 
 

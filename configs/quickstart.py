@@ -6,7 +6,7 @@
 A page spells only what differs from the defaults. Three presets:
 
     preset  cost on two cores  what to expect
-    quick   16 to 20 minutes   joint accuracy on held-out classes 73 % with two documents, 0 % without
+    quick   13 to 21 minutes   joint accuracy on held-out classes 73 % with two documents, 0 % without
     full    25 minutes         five levels of scenes: 14 % on the easiest, 3.5 % on all; 0 % without
     tiny    1 minute           runs every stage, learns nothing; for tests and a first look
 
@@ -83,7 +83,7 @@ def get_config(preset: str) -> dict:
 
 
 def quick() -> dict:
-    """16 to 20 minutes on two cores; joint accuracy on held-out classes 73 %, without documents 0 %."""
+    """13 to 21 minutes on two cores; joint accuracy on held-out classes 73 %, without documents 0 %."""
     decoder = dict(
         model=dict(
             num_layers=2,

@@ -1,8 +1,8 @@
 """Small folders in the published layouts of instruction data, with every field that the sources list.
 
-Sources: InstructPix2Pix, github.com/timothybrooks/instruct-pix2pix (edit_dataset.py and the README's data
-set); ControlNet, github.com/lllyasviel/ControlNet (docs/train.md, fill50k); COCO,
-cocodataset.org/#format-data (sections 1 "Object detection" and 5 "Image captioning"); VQA version 2,
+Sources: InstructPix2Pix, github.com/timothybrooks/instruct-pix2pix (edit_dataset.py and the README);
+ControlNet, github.com/lllyasviel/ControlNet (its page on training, fill50k); COCO,
+cocodataset.org/#format-data ("Object detection", "Image captioning"); VQA version 2,
 visualqa.org/download.html ("Input questions format", "Annotation format") and github.com/GT-Vision-Lab/VQA
 (PythonHelperTools/vqaTools/vqa.py).
 """

@@ -17,7 +17,7 @@ from rag_mm.decode import beam, decode_batch, image_rollout, sampler
 from rag_mm.frozen_lm import language_model
 from rag_mm.frozen_lm.lm_protocol import Completions
 from rag_mm.models.emu.emu_config import EmuConfig
-from rag_mm.models.emu.model import Emu
+from rag_mm.models.emu.emu_model import Emu
 from rag_mm.nn import param_trees
 from rag_mm.nn.param_trees import Params
 

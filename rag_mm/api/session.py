@@ -14,7 +14,7 @@ from rag_mm.core.document_types import Document
 from rag_mm.core.errors import UserError
 from rag_mm.data import token_documents
 from rag_mm.decode import decode_batch, reranking, tasks
-from rag_mm.decode.contrastive import Contrast
+from rag_mm.decode.contrastive_decoding import Contrast
 from rag_mm.decode.guidance import Guidance
 from rag_mm.decode.sampler import Sampling
 from rag_mm.memory import policy
@@ -126,7 +126,7 @@ class Session:
             image_size: height and width in pixels, of a model trained on several sizes; None: its default.
             guidance: moves away from a null prompt (`decode.guidance`); None: none. Without documents the
                 null prompt `caption` is the prompt itself, which changes nothing.
-            contrast: contrastive decoding (`decode.contrastive`); None: none. With guidance, half of the
+            contrast: `decode.contrastive_decoding`; None: none. With guidance, half of the
                 `best_of` candidates are made by each.
             decoding: sequential, code by code; or jacobi, many codes a pass with the same distribution.
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rag_mm.core.errors import UserError
-from rag_mm.decode.contrastive import Contrast
+from rag_mm.decode.contrastive_decoding import Contrast
 from rag_mm.decode.guidance import Guidance
 
 NULL, GUIDANCE, CONTRAST = "null", "guidance", "contrast"

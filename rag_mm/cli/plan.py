@@ -131,7 +131,9 @@ def _emu(args: argparse.Namespace, topology: "chips.Topology") -> "_Planned":
     from rag_mm.perf.plan import emu_programs
 
     if args.encode or args.decode is not None:
-        raise UserError(f"{args.config} is planned for training alone; leave out --encode and --decode.")
+        raise UserError(
+            f"{args.config} is planned for training alone; leave out --encode and --decode."
+        )
     case = emu_programs.make_case(
         configuration.to_dict(configuration.load_config(args.config, args.overrides)),
         topology,

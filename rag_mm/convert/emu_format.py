@@ -27,7 +27,7 @@ from rag_mm.core import image_slots
 from rag_mm.core.errors import UserError
 from rag_mm.models import clip
 from rag_mm.models.emu.emu_config import CFormerConfig, EmuConfig, TargetsConfig, VisionConfig
-from rag_mm.models.emu.model import Emu
+from rag_mm.models.emu.emu_model import Emu
 
 _LM, _T5, _VIT = "decoder.lm.", "cformer.cformer.", "visual."
 _T5_LAYER, _VIT_LAYER = f"{_T5}block.{{}}.layer.", f"{_VIT}blocks.{{}}."

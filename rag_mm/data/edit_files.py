@@ -5,8 +5,8 @@ InstructPix2Pix (Brooks et al. 2023, github.com/timothybrooks/instruct-pix2pix, 
 the captions `input` and `output`, and for each seed the pictures `SEED_0.jpg` and `SEED_1.jpg`, before and
 after.
 
-ControlNet (Zhang et al. 2023, github.com/lllyasviel/ControlNet, docs/train.md): `prompt.json`, whose lines
-are `{"source": FILE, "target": FILE, "prompt": TEXT}`; the source is the feature map.
+ControlNet (Zhang et al. 2023, github.com/lllyasviel/ControlNet, its page on training): `prompt.json`, whose
+lines are `{"source": FILE, "target": FILE, "prompt": TEXT}`; the source is the feature map.
 """
 
 import functools

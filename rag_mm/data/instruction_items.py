@@ -146,7 +146,9 @@ def fill(text: str, fields: Mapping[str, str]) -> str:
 def _parts(text: str, fields: Mapping[str, str]) -> Iterator[_Part]:
     """The literal texts and fields of a format string, none empty.
 
-    A space belongs to the word after it, as in the tokens of a vocabulary.
+    A space belongs to the word after it, as in the tokens of a vocabulary, but for the one before the answer:
+    an answer has the tokens that its words have at the beginning of a document's text, from which it may be
+    copied.
     """
     space, is_first = "", True
     for literal, name, mark, _ in string.Formatter().parse(text):
@@ -158,6 +160,9 @@ def _parts(text: str, fields: Mapping[str, str]) -> Iterator[_Part]:
                 )
             pieces.append((fields[name], name, mark == CUT))
         for piece, field, may_be_cut in pieces:
+            if field == ANSWER and space and not is_first:
+                yield _Part(space, None, False)
+                space = ""
             whole = space + piece
             kept = whole.rstrip(" ")
             space = whole[len(kept) :]

@@ -62,8 +62,8 @@ TEMPLATES: dict[str, tuple[Template, ...]] = {
     "from_edges": _structures("edges", "lines"),
     # Texts about the main picture.
     "caption": (
-        Template("{answer:cut}"),  # as in pretraining
         Template("describe it: {answer:cut}"),
+        Template("{answer:cut}"),  # as in pretraining
         Template("caption: {answer:cut}"),
     ),
     "question": _QUESTIONS,

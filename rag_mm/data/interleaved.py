@@ -1,4 +1,4 @@
-"""Interleaved sequences as parts: texts, and numbers of pictures (Emu, sections 2.2 and 3).
+"""Interleaved sequences as parts: texts, and numbers of pictures (Emu; docs/papers/emu.md).
 
 Which pictures and texts of a document become a training sequence, whatever an image is made of.
 """

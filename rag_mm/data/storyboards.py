@@ -1,4 +1,4 @@
-"""Storyboards: thumbnails of a video at equal distances and its subtitles, as one document (Emu, section 3).
+"""Storyboards: thumbnails of a video at equal distances and its subtitles, as one document of Emu.
 
     {"id": "v1", "storyboard": {"frames": ["0.jpg", "1.jpg"], "seconds": 93.5,
                                 "subtitles": [[0.4, "first we cut"], [3.1, "the apple"]]}}

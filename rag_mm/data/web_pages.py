@@ -3,7 +3,7 @@
     {"id": "p1", "text_list": ["One.", "Two."], "url": "..",
      "image_info": [{"image_name": "a.png", "matched_text_index": 1, "matched_sim": 0.34}]}
 
-Images that do not fit their sentence are left out (Emu, section 3: a similarity below 0.32).
+Images that do not fit their sentence are left out (Emu: a similarity below 0.32).
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""An image's codes from a prompt: one prefill, then one compiled scan with the KV cache (Emu, section 2).
+"""An image's codes from a prompt: one prefill, then one compiled scan with the KV cache (Emu).
 
 A step maps the last hidden state through the regression head, and puts the code into the next slot. There is
 no randomness: codes are the conditional mean, and equal those of running the whole sequence again for each.
@@ -17,7 +17,7 @@ from rag_mm.core.errors import UserError
 from rag_mm.core.image_slots import SlottedIds
 from rag_mm.decode import cache, decode_batch
 from rag_mm.decode.sampler import Prompts
-from rag_mm.models.emu.model import Emu
+from rag_mm.models.emu.emu_model import Emu
 from rag_mm.nn.decoder import Mixture
 from rag_mm.nn.param_trees import Params
 

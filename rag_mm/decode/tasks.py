@@ -17,11 +17,18 @@ from rag_mm.core import batches
 from rag_mm.core.errors import UserError
 from rag_mm.data import sequences, token_documents
 from rag_mm.data.vocabulary import Vocabulary
-from rag_mm.decode import contrastive, decode_batch, guidance, jacobi, sampler, token_choice
+from rag_mm.decode import (
+    contrastive_decoding,
+    decode_batch,
+    guidance,
+    jacobi,
+    sampler,
+    token_choice,
+)
 from rag_mm.nn.param_trees import Params
 
 Docs = Sequence[token_documents.Example]
-Steering = guidance.Guidance | contrastive.Contrast
+Steering = guidance.Guidance | contrastive_decoding.Contrast
 SEQUENTIAL, JACOBI, JACOBI_UNCOUPLED = "sequential", "jacobi", "jacobi_uncoupled"
 DECODINGS = (SEQUENTIAL, JACOBI, JACOBI_UNCOUPLED)
 

@@ -4,7 +4,7 @@ import pytest
 
 from rag_mm.api import steering_options
 from rag_mm.core.errors import UserError
-from rag_mm.decode.contrastive import Contrast
+from rag_mm.decode.contrastive_decoding import Contrast
 from rag_mm.decode.guidance import Guidance
 
 

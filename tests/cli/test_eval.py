@@ -12,7 +12,10 @@ from rag_mm.cli import main
     [
         ("--suite=visdial --workdir=run --images=x", "invalid choice: 'visdial'"),
         ("--suite=caption --workdir=run --images=x", "suite caption reads --documents"),
-        ("--suite=fewshot --workdir=run --documents=x", "suite fewshot reads --images or --dataset"),
+        (
+            "--suite=fewshot --workdir=run --documents=x",
+            "suite fewshot reads --images or --dataset",
+        ),
         ("--suite=vqa --workdir=run --documents=x", "'x' is not LAYOUT:PATH; layouts are"),
         ("--suite=vqa --workdir=run --documents=vqav2:none", "none does not exist"),
         ("--suite=vqa --workdir=run --documents=coco-captions:pics", "give vqav2"),

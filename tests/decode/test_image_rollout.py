@@ -9,7 +9,7 @@ from flax import nnx
 from rag_mm.core import image_slots
 from rag_mm.core.errors import UserError
 from rag_mm.decode import image_rollout
-from rag_mm.models.emu import emu_config, model
+from rag_mm.models.emu import emu_config, emu_model
 
 BASE = emu_config.EmuConfig.tiny()
 PCA = emu_config.TargetsConfig("pca", pca_dim=6)
@@ -17,7 +17,7 @@ PCA = emu_config.TargetsConfig("pca", pca_dim=6)
 
 def make(targets):
     config = emu_config.EmuConfig(BASE.decoder, BASE.ids, BASE.vision, False, BASE.cformer, targets)
-    return config, *nnx.split(model.Emu(config, rngs=nnx.Rngs(0)), nnx.Param)
+    return config, *nnx.split(emu_model.Emu(config, rngs=nnx.Rngs(0)), nnx.Param)
 
 
 def make_rows(config):

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from rag_mm.core import sharding
-from rag_mm.decode import cache, contrastive, decode_batch, sampler
+from rag_mm.decode import cache, contrastive_decoding, decode_batch, sampler
 from rag_mm.nn import decoder, param_trees
 from rag_mm.nn.block import Heads
 
@@ -220,7 +220,7 @@ def test_eight_devices_sample_the_same_tokens_as_one(params, mesh_shape):
 
 def test_eight_devices_scan_layers_and_streams_to_the_same_tokens(params):
     """The cache is split over heads and examples; a contrast sorts each example's logits."""
-    combine = contrastive.Contrast(k=3, alpha=0.5).combine()
+    combine = contrastive_decoding.Contrast(k=3, alpha=0.5).combine()
     options = dict(is_scanned=True, sampling=WARM, combine=combine)
     streams = [make_prompts(), make_prompts([3, 2, 1, 0])]
     one = sample(params, streams, range(4), **options)

@@ -12,7 +12,7 @@ from flax import nnx
 from rag_mm.core.errors import UserError
 from rag_mm.data import sequences, token_documents, vocabulary
 from rag_mm.decode import decode_batch, guidance, sampler, tasks
-from rag_mm.decode.contrastive import Contrast
+from rag_mm.decode.contrastive_decoding import Contrast
 from rag_mm.decode.guidance import Guidance
 from rag_mm.nn import decoder, param_trees
 

@@ -22,7 +22,7 @@ from rag_mm.core.document_types import Document, Image, Text
 
 testclient = pytest.importorskip("starlette.testclient")
 from rag_mm.api import explore_server, session  # noqa: E402
-from rag_mm.decode.contrastive import Contrast  # noqa: E402
+from rag_mm.decode.contrastive_decoding import Contrast  # noqa: E402
 
 PROMPT = "red apple at the top left on a blue background"
 TOKEN = "a token"

@@ -13,7 +13,7 @@ from rag_mm.cli import main
 from rag_mm.core.document_types import Document, Image, Text
 from rag_mm.core.errors import UserError
 from rag_mm.decode import sampler
-from rag_mm.decode.contrastive import Contrast
+from rag_mm.decode.contrastive_decoding import Contrast
 from rag_mm.decode.guidance import Guidance
 from rag_mm.memory import policy
 

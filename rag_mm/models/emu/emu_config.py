@@ -122,7 +122,7 @@ class TargetsConfig:
         has_positions: whether a learned table is added to the vision tokens that the C-Former reads.
         has_class_slot: whether the class token has a slot of its own, the first.
         standardises_tokens: whether the tower's tokens are standardised by position and dimension, with
-            statistics of training images (`vision.fit_statistics`), before all else.
+            statistics of training images (`image_codes.fit_statistics`), before all else.
     """
 
     kind: str = "cformer"

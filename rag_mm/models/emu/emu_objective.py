@@ -19,7 +19,7 @@ from rag_mm.core import sharding
 from rag_mm.core.roles import MAIN, RETRIEVED
 from rag_mm.models.emu import image_codes
 from rag_mm.models.emu.emu_config import EmuConfig
-from rag_mm.models.emu.model import Emu, take
+from rag_mm.models.emu.emu_model import Emu, take
 from rag_mm.models.objective_types import Batch, Metrics
 from rag_mm.ops import losses
 

@@ -33,7 +33,7 @@ class Case:
         model: the model, including remat and loss chunks.
         optimizer: optimizer of the training step.
         mesh_shape: data, fsdp, tensor.
-        batch_size: global batch size, in sequences of `model.decoder.max_seq_len` tokens.
+        batch_size: global batch size, in sequences of the decoder's `max_seq_len` tokens.
         num_parts: microbatches per step.
         num_new: tokens to decode after prompts of the remaining length; 0 means the training step.
     """

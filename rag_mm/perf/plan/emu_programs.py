@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rag_mm.core import configuration, sharding
 from rag_mm.core.errors import UserError
-from rag_mm.models.emu import emu_objective, model
+from rag_mm.models.emu import emu_model, emu_objective
 from rag_mm.models.emu.emu_config import EmuConfig
 from rag_mm.nn import param_trees
 from rag_mm.perf import chips
@@ -169,5 +169,5 @@ def _count_params(config: EmuConfig) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(abstract))
 
 
-def _make_model(config: EmuConfig) -> model.Emu:
-    return model.Emu(config, rngs=nnx.Rngs(params=0))
+def _make_model(config: EmuConfig) -> emu_model.Emu:
+    return emu_model.Emu(config, rngs=nnx.Rngs(params=0))

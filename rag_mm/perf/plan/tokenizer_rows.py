@@ -33,8 +33,9 @@ Parameters are on every chip, the batch is split over all chips. *Peak* and *HBM
 [plans.md](plans.md), in GiB. FLOPs and bytes through memory are the **compiler's own counts** for the program
 of one chip: unlike a decoder's plan they include normalization, activations and copies. The step is the
 slowest of these two and of the links at the published peaks. *MFU bound* is the share of the peak FLOPs in
-that time; of the FLOPs a quarter, remat's recomputation, does not count with `full`. None of it is a
-measurement.
+that time; of the FLOPs a quarter, remat's recomputation, does not count with `full`. The search of the
+nearest codes is undercounted: a loop's body counts once, and its full-precision products as one pass where
+the chip makes several. None of it is a measurement.
 
 ## Training step
 
@@ -50,8 +51,8 @@ A batch as large as the training step's (`--encode`), in float32 products where 
 
 
 def cases() -> Iterator[tuple[str, list[str]]]:
-    """Name and command-line arguments of every plan of an image tokenizer."""
-    for option in ("--search", "--encode"):
+    """Name and command-line arguments of every plan of an image tokenizer, the cheap ones first."""
+    for option in ("--encode", "--search"):
         for topology in TOPOLOGIES:
             for config in PRESETS:
                 name = f"{plan_rows.name(config, topology)}{option[1:]}"

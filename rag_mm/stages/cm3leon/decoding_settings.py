@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Iterator
 
 from rag_mm.core import checks
-from rag_mm.decode import contrastive, guidance, tasks
+from rag_mm.decode import contrastive_decoding, guidance, tasks
 from rag_mm.decode.sampler import Sampling
 from rag_mm.stages.shared import world_config
 
-# k, alpha, amateur temperature, floor, null prompt; the fields of `contrastive.Contrast`.
+# k, alpha, amateur temperature, floor, null prompt; the fields of `contrastive_decoding.Contrast`.
 ContrastValues = tuple[int, float, float, float, str]
 
 
@@ -156,7 +156,7 @@ def two_conditions(
 def contrast(values: ContrastValues, temperature: float = 1.0) -> DecodingSetting:
     """Contrastive decoding, CD-K."""
     k, alpha, amateur_temperature, floor, null = values
-    steering = contrastive.Contrast(k, alpha, amateur_temperature, floor, null)
+    steering = contrastive_decoding.Contrast(k, alpha, amateur_temperature, floor, null)
     more = f"_amateur{amateur_temperature:g}" if amateur_temperature != 1 else ""
     more += f"_floor{floor:g}" if floor else ""
     return DecodingSetting(

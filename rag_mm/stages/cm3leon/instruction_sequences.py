@@ -53,12 +53,14 @@ class InstructionSource:
     others, as in the null prompts that guidance reads.
 
     Attributes:
-        tasks: the examples of each task, by its name. memory: documents that may be retrieved. layout: of the
-        decoder. vocabulary: the ids. text_mask_prob: probability of masking the main text of an example that
-        asks for a picture. code_noise: probability of replacing an input code of a main picture that is asked
-        for. mean_doc_text_len: tokens reserved in slots per text of a retrieved document; the rare sequence
-        that needs
-            more loses its first document.
+        tasks: the examples of each task, by its name.
+        memory: documents that may be retrieved.
+        layout: of the decoder.
+        vocabulary: the ids.
+        text_mask_prob: probability of masking the main text of an example that asks for a picture.
+        code_noise: probability of replacing an input code of a main picture that is asked for.
+        mean_doc_text_len: tokens reserved in slots per text of a retrieved document; the rare sequence that
+            needs more loses its first document.
     """
 
     tasks: Mapping[str, TaskData]

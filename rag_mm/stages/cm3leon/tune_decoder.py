@@ -41,23 +41,29 @@ class TuningStageConfig(starting_point.StartConfig):
     """The mixture of tasks, and how a decoder is tuned on it.
 
     Attributes:
-        start_from: the stage of the run whose decoder is tuned. seed: seed of the examples, their order and
-        the random choices in each. world: world of the scenes. optimizer: learning rate, schedule and
-        moments. loop: number of steps, logging and checkpoints. tasks: number of examples of each task, by
-        its name (docs/papers/cm3leon.md); scenes are asked about again
-            where there are fewer of them.
+        start_from: the stage of the run whose decoder is tuned.
+        seed: seed of the examples, their order and the random choices in each.
+        world: world of the scenes.
+        optimizer: learning rate, schedule and moments.
+        loop: number of steps, logging and checkpoints.
+        tasks: number of examples of each task, by its name (docs/papers/cm3leon.md); scenes are asked about
+            again where there are fewer of them.
         mixing: capped, all tasks as often, but none repeated more than `max_repeats` times or cut below
             `min_repeats`; or proportional to the numbers of examples.
-        max_repeats: upper threshold of capped mixing. min_repeats: lower threshold of capped mixing.
+        max_repeats: upper threshold of capped mixing.
+        min_repeats: lower threshold of capped mixing.
         text_to_image_share: least share of plain text to image, the task `text_to_image`; without it that is
-        lost. num_docs_weights: relative frequencies of text to image with 0, 1, .. retrieved documents.
-        text_mask_prob: probability of masking the whole main text where a picture is asked for. code_noise:
-        probability of replacing an input code of a picture that is asked for. mean_doc_text_len: tokens
-        reserved per text of a retrieved document, in slots. batch_size: sequences, or packed rows, per step.
+            lost.
+        num_docs_weights: relative frequencies of text to image with 0, 1, .. retrieved documents.
+        text_mask_prob: probability of masking the whole main text where a picture is asked for.
+        code_noise: probability of replacing an input code of a picture that is asked for.
+        mean_doc_text_len: tokens reserved per text of a retrieved document, in slots.
+        batch_size: sequences, or packed rows, per step.
         num_test: test scenes of held-out classes on which each task is measured; 0 measures none.
         also_measured: tasks that are measured beside those that are trained, as where text to image is left
-        out. temperature: sampling temperature of image codes in the measurement; answers are the likeliest
-        ones. scale: devices, precision, and what is computed in parts.
+            out.
+        temperature: sampling temperature of image codes in the measurement; answers are the likeliest ones.
+        scale: devices, precision, and what is computed in parts.
     """
 
     start_from: str | None = dataclasses.field(

@@ -19,7 +19,7 @@ from rag_mm.data.interleaved import Parts
 from rag_mm.decode import beam, image_rollout, sampler
 from rag_mm.models.emu import emu_objective
 from rag_mm.models.emu.emu_config import EmuConfig
-from rag_mm.models.emu.model import Emu
+from rag_mm.models.emu.emu_model import Emu
 from rag_mm.nn.decoder import Mixture
 from rag_mm.nn.param_trees import Params
 from rag_mm.ops import images as image_ops

@@ -16,7 +16,7 @@ from rag_mm.core import checks, configuration, files, run_folder, sharding
 from rag_mm.core.errors import UserError
 from rag_mm.models.emu import emu_objective, image_codes
 from rag_mm.models.emu.emu_config import CFormerConfig, EmuConfig, TargetsConfig, VisionConfig
-from rag_mm.models.emu.model import FITTED
+from rag_mm.models.emu.emu_model import FITTED
 from rag_mm.nn import param_trees
 from rag_mm.nn.decoder import DecoderConfig
 from rag_mm.nn.param_trees import Params

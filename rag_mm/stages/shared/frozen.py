@@ -122,9 +122,7 @@ class FrozenRetriever:
         size = self.image_size
         if pixels.shape[1:3] != (size, size):
             pixels = np.stack([image_files.fit(image, size) for image in pixels])
-        return in_batches(
-            lambda batch: encode(image_ops.to_float(batch)), pixels, self.image_batch
-        )
+        return in_batches(lambda batch: encode(image_ops.to_float(batch)), pixels, self.image_batch)
 
     def encode_text(self, texts: list[str]) -> np.ndarray:
         """Embeddings float32 [B, D], of length 1; texts longer than the tower's limit are truncated.

@@ -95,10 +95,11 @@ def measure(
     """Figures of an image tokenizer on test images.
 
     Returns:
-        `psnr` in dB, `sharpness`, `code_usage` in [0, 1], `perplexity`; with several levels, the same under `level1`,
-        `level2` and so on, of the codes of one level, with `words`, the number of codes it uses, and `psnr`
-        of images decoded from the levels up to it; `psnr` of each further image size under `size16` and so
-        on; for emoji scenes, the scorer's accuracy on original and on reconstructed images.
+        `psnr` in dB, `sharpness`, `code_usage` in [0, 1], `perplexity`; with several levels, usage and
+        perplexity under `level1`, `level2` and so on, of the codes of one level, with `words`, the number of
+        codes it uses, and `psnr` of images decoded from the levels up to it; `psnr` of each further image
+        size under `size16` and so on; for emoji scenes, the scorer's accuracy on original and on
+        reconstructed images.
     """
     metrics: dict[str, Any] = {"psnr": objective.psnr(test.errors[-1].mean())}
     metrics["sharpness"] = float(test.sharpness.mean())

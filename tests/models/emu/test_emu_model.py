@@ -10,7 +10,7 @@ import tiny_emu
 from flax import nnx
 
 from rag_mm.models import clip
-from rag_mm.models.emu import cformer, emu_config, image_codes, model, vision
+from rag_mm.models.emu import cformer, emu_config, emu_model, emu_vision, image_codes
 from rag_mm.nn import param_trees
 
 CFORMER = emu_config.CFormerConfig(5, 2, 16, 2, 8, 24, num_buckets=8, max_distance=16)
@@ -67,7 +67,7 @@ def test_the_miniatures_tower_is_a_clips():
     theirs = clip.VisionTower(config, rngs=nnx.Rngs(0))
     settings = emu_config.VisionConfig.of_clip(config)
     how = dict(dtype="float32", remat="none")
-    ours = vision.make_tower(settings, rngs=nnx.Rngs(1), **how)
+    ours = emu_vision.make_tower(settings, rngs=nnx.Rngs(1), **how)
     graphdef, own = nnx.split(ours)
     given = nnx.to_pure_dict(nnx.state(theirs))
     del given["post_norm"]
@@ -81,7 +81,7 @@ def test_the_sizes_of_eva_and_of_the_presets():
     """Abstract: EVA-CLIP g/14 has 257 tokens and 1,012.59 million parameters, its last norm and head too."""
     how = dict(dtype="float32", remat="none")
     settings = emu_config.VisionConfig()
-    made = jax.eval_shape(lambda: vision.make_tower(settings, rngs=nnx.Rngs(0), **how))
+    made = jax.eval_shape(lambda: emu_vision.make_tower(settings, rngs=nnx.Rngs(0), **how))
     images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     tokens = jax.eval_shape(lambda tower, x: tower.tokens(x), made, images)
     assert tokens.shape == (1, 257, 1408)
@@ -90,7 +90,7 @@ def test_the_sizes_of_eva_and_of_the_presets():
     counts = {}
     for name in ("tiny", "b7", "b14"):
         config = getattr(emu_config.EmuConfig, name)()
-        _, params = param_trees.describe(lambda c=config: model.Emu(c, rngs=nnx.Rngs(0)), None)
+        _, params = param_trees.describe(lambda c=config: emu_model.Emu(c, rngs=nnx.Rngs(0)), None)
         counts[name] = {part: leaves(tree) for part, tree in params.items()}
     assert counts["b14"]["cformer"] == 129_033_344
     assert counts["b14"]["regression"] == 5120**2
@@ -130,7 +130,7 @@ def test_spread_counts_the_directions_of_the_images_that_count():
 
 def test_new_rows_of_a_table_are_the_mean():
     table = RNG.normal(size=(6, 3)).astype(np.float16)
-    grown = model.grow_table(table, 2)
+    grown = emu_model.grow_table(table, 2)
     np.testing.assert_array_equal(grown[:6], table)
     np.testing.assert_allclose(grown[6:], np.tile(table.mean(0), (2, 1)), atol=1e-3)
     assert grown.dtype == np.float16

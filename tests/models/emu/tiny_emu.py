@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from rag_mm.core import image_slots
-from rag_mm.models.emu import emu_config, emu_objective, model
+from rag_mm.models.emu import emu_config, emu_model, emu_objective
 from rag_mm.nn import param_trees
 
 PAPER = dataclasses.replace(emu_config.EmuConfig.tiny(), has_tower=False)
@@ -29,7 +29,7 @@ CONFIGS = {"paper": PAPER, "standardised": STANDARDISED, "pca": PCA}
 
 
 def make_model(config):
-    return model.Emu(config, rngs=nnx.Rngs(0))
+    return emu_model.Emu(config, rngs=nnx.Rngs(0))
 
 
 @functools.cache

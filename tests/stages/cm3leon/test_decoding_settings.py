@@ -3,7 +3,7 @@
 import pytest
 
 from rag_mm.core.errors import UserError
-from rag_mm.decode import contrastive, guidance, tasks
+from rag_mm.decode import contrastive_decoding, guidance, tasks
 from rag_mm.stages.cm3leon import decoding_settings
 from rag_mm.stages.cm3leon.decoding_settings import DecodingStageConfig
 from rag_mm.stages.shared.world_config import EmojiWorld
@@ -20,7 +20,7 @@ def test_every_setting_has_a_name_of_its_own_that_says_how_it_samples():
     found = settings["bare_w1.5_t1_plausible0.1"]
     assert found.steering == guidance.Guidance(1.5, guidance.BARE, plausible=0.1)
     found = settings["contrast_k4_a0.5_bare_floor0.1_t1"]
-    assert found.steering == contrastive.Contrast(4, 0.5, 1.0, 0.1, guidance.BARE)
+    assert found.steering == contrastive_decoding.Contrast(4, 0.5, 1.0, 0.1, guidance.BARE)
     assert settings["two_conditions_d1.5_w1_t1"].steering == guidance.Guidance(
         1, documents_weight=1.5
     )
@@ -36,7 +36,9 @@ def test_the_sweep_is_whole_and_candidates_differ_in_their_seeds_alone():
     candidates = decoding_settings.candidates(config)
     assert [setting.candidate for setting in candidates["plain"]] == list(range(16))
     assert candidates["plain"][0] == decoding_settings.plain(1.0)
-    assert {setting.steering for setting in candidates["contrast"]} == {contrastive.Contrast()}
+    assert {setting.steering for setting in candidates["contrast"]} == {
+        contrastive_decoding.Contrast()
+    }
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,7 @@ def test_one_level_has_no_figures_by_level(tiny_run):
     metrics = json.loads((tiny_run.workdir / "metrics.json").read_text())["tokenizer"]
     assert set(metrics) == {
         "psnr",
+        "sharpness",
         "code_usage",
         "perplexity",
         "scorer_on_originals",

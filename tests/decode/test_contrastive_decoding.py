@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rag_mm.core.errors import UserError
-from rag_mm.decode.contrastive import Contrast
+from rag_mm.decode.contrastive_decoding import Contrast
 
 FULL, NULL = (0.5, 0.3, 0.15, 0.05), (0.1, 0.3, 0.3, 0.3)
 

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from rag_mm.core import sharding
-from rag_mm.models.emu import image_codes, vision
+from rag_mm.models.emu import emu_vision, image_codes
 from rag_mm.models.emu.cformer import CFormer
 from rag_mm.models.emu.emu_config import EmuConfig
 from rag_mm.nn import layers
@@ -33,7 +33,7 @@ class Emu(nnx.Module):
         has_cformer = t.kind != "pca"
         how = dict(dtype=d.dtype, remat=d.remat)
         self.config = c
-        self.tower = vision.make_tower(c.vision, rngs=rngs, **how) if c.has_tower else None
+        self.tower = emu_vision.make_tower(c.vision, rngs=rngs, **how) if c.has_tower else None
         self.vision_statistics = (
             image_codes.Statistics(tokens, width) if t.standardises_tokens else None
         )
