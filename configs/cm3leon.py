@@ -13,13 +13,13 @@
     7b      300,000 steps of 7.3 s             not trained here; the paper's model
     chain   a minute on two cores              trained: the stages of RA-CM3's quickstart with CM3Leon's
                                                decoder and loss; runs every stage, learns nothing
-    decoding                                   ways of decoding on the quickstart's model: guidance, contrast,
-                                               re-ranking, parallel decoding
-    decoding_tiny                              the same on the tiny quickstart, with few settings; for tests
-    null_prompts                               guidance with and without masked captions in training
-    training                                   other masking, loss and sizes, at three seeds
-    sft                                        instruction tuning of the quickstart's model on 11 tasks
-    sft_tiny                                   the same on the tiny quickstart, for tests; learns nothing
+    decoding       60 minutes on two cores     ways of decoding on the quickstart's model: guidance, contrast,
+                                               re-ranking, parallel decoding; with --reuse of a quickstart
+    decoding_tiny  2 minutes on two cores      the same on the tiny quickstart, with few settings; for tests
+    null_prompts   not run yet                 guidance with and without masked captions in training
+    training       not run yet                 other masking, loss and sizes, at three seeds
+    sft            not run to its end yet      instruction tuning of the quickstart's model on 11 tasks
+    sft_tiny       2 minutes on two cores      the same on the tiny quickstart, for tests; learns nothing
 
 `plan` prints what one training step of 8M tokens needs of each chip (docs/results/plans.md). Learning rate,
 warm-up and batch are the paper's; betas, clipping, weight decay and the linear schedule, which ends at a

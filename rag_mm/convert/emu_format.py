@@ -121,10 +121,11 @@ def _check_kind(checkpoint: CheckpointFolder) -> None:
             f"These are the weights of Emu's {found} model, {table.shape[0]:,} tokens, but config.json "
             f"describes the {said} model, {size:,} tokens; give the config.json that was written with them."
         )
-    if claims and size == 32_000 + NUM_BASE:
+    kinds = {32_000 + NUM_BASE: "base", 32_000 + NUM_INSTRUCT: "instruct"}
+    if kinds.get(size, claims) != ("instruct" if claims else "base") and size in kinds:
         raise UserError(
-            f"config.json says instruct, but its vocabulary of {size:,} tokens is that of Emu's base model; "
-            "give the config.json that was written with the weights."
+            f"config.json says instruct={claims}, but its vocabulary of {size:,} tokens is that of Emu's "
+            f"{kinds[size]} model; give the config.json that was written with the weights."
         )
 
 

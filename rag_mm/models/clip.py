@@ -24,7 +24,14 @@ MAX_LOGIT_SCALE = 100.0  # CLIP, section 2.5
 
 @dataclasses.dataclass(frozen=True)
 class TowerConfig:
-    """Sizes of one transformer tower."""
+    """Sizes of one transformer tower.
+
+    Attributes:
+        embed_dim: width.
+        num_layers: blocks.
+        num_heads: attention heads.
+        mlp_dim: hidden width of the MLP.
+    """
 
     embed_dim: int
     num_layers: int

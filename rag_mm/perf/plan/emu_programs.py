@@ -28,7 +28,7 @@ class EmuPlanPage:
     """A page of an Emu at one size, to compile for a TPU topology.
 
     Attributes:
-        family: emu.
+        family: the word emu.
         model: the model and its loss; a row has as many tokens as the decoder has positions.
         optimizer: as published.
         num_steps: training steps, as published.

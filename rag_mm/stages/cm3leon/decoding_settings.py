@@ -33,7 +33,7 @@ class DecodingStageConfig:
         two_conditions: pairs of a weight of the documents and one of the caption, at temperature 1.
         contrasts: contrastive decoding at temperature 1; each is k, alpha, the amateur's temperature, the
             floor on a token's probability as a share of the largest, and the null prompt.
-        ranked_contrast: the contrast that makes candidates for re-ranking, one of `contrasts`.
+        ranked_contrast: which of `contrasts`, counted from 0, makes candidates for re-ranking.
         num_candidates: numbers of candidates among which the retriever chooses, each a divisor of the last.
         jacobi_temperatures: temperatures of parallel decoding.
         jacobi_weights: weights of guidance inside parallel decoding, with the first of `guided_nulls`.
@@ -73,7 +73,7 @@ class DecodingStageConfig:
         (2, 0.5, 1.0, 0.1, guidance.BARE),
         (4, 0.5, 1.0, 0.1, guidance.BARE),
     )
-    ranked_contrast: ContrastValues = (1, 0.1, 1.0, 0.0, guidance.BARE)
+    ranked_contrast: int = 2
     num_candidates: tuple[int, ...] = (1, 2, 4, 8, 16)
     jacobi_temperatures: tuple[float, ...] = (0.0, 0.7, 1.0)
     jacobi_weights: tuple[float, ...] = (1.5,)
@@ -94,8 +94,11 @@ class DecodingStageConfig:
             raise ValueError(
                 f"num_candidates are {counts}; give at least 1 each, all divisors of the last"
             )
-        if tuple(self.ranked_contrast) not in {tuple(values) for values in self.contrasts}:
-            raise ValueError(f"ranked_contrast is {self.ranked_contrast}, not one of contrasts")
+        if not 0 <= self.ranked_contrast < len(self.contrasts):
+            raise ValueError(
+                f"ranked_contrast is {self.ranked_contrast}; give the number of one of the "
+                f"{len(self.contrasts)} contrasts, from 0"
+            )
         if min(self.speed_batches, default=1) < 1:
             raise ValueError(f"speed_batches are {self.speed_batches}; give at least 1 each")
         _ = settings(self)  # Refuses what none of them can be.
@@ -200,7 +203,7 @@ def contrasts(config: DecodingStageConfig) -> list[DecodingSetting]:
 
 def candidates(config: DecodingStageConfig) -> dict[str, list[DecodingSetting]]:
     """The candidates for re-ranking, by what makes them: plain sampling and contrastive decoding."""
-    makers = {"plain": plain(1.0), "contrast": contrast(config.ranked_contrast)}
+    makers = {"plain": plain(1.0), "contrast": contrast(config.contrasts[config.ranked_contrast])}
     numbers = range(config.num_candidates[-1])
     return {name: [made.with_candidate(i) for i in numbers] for name, made in makers.items()}
 

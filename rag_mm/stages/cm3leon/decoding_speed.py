@@ -42,7 +42,9 @@ def kinds(config: DecodingStageConfig) -> dict[str, DecodingSetting]:
     return {
         "plain": sampled,
         "guidance": guided,
-        "contrast": decoding_settings.contrast(config.ranked_contrast, TEMPERATURE),
+        "contrast": decoding_settings.contrast(
+            config.contrasts[config.ranked_contrast], TEMPERATURE
+        ),
         "jacobi": decoding_settings.jacobi(sampled),
         "jacobi_guidance": decoding_settings.jacobi(guided),
     }

@@ -104,10 +104,11 @@ def ranking_table(config: DecodingStageConfig, metrics: Mapping[str, Any]) -> Te
     head = ["candidates"]
     for maker in makers:
         head += [maker, f"{maker}, upper bound"]
+    ranked = decoding_settings.contrast(config.contrasts[config.ranked_contrast])
     note = (
         "The upper bound is what the exact scorer would choose: any candidate is right. Figures are means "
         f"over all groups of that many of {config.num_candidates[-1]} candidates of each kind; the mixture "
-        f"takes turns. Contrast is {decoding_settings.contrast(config.ranked_contrast).name}."
+        f"takes turns. Contrast is {ranked.name}."
     )
     return TextTable(head, rows, note)
 

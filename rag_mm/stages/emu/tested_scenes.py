@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rag_mm.core import files, image_files, run_folder
+from rag_mm.data import interleaved
 from rag_mm.data.interleaved import Parts
 from rag_mm.stages.emu import training_documents
 from rag_mm.stages.emu.album import Album
@@ -18,6 +19,8 @@ from rag_mm.worlds.emoji.emoji_scenes import Facts, Scenes
 SPLITS = find_neighbors.TEST_SPLITS
 # What is put before a test scene.
 DOCUMENTS = ("none", "oracle", "retrieved", "wrong")
+# Where a caption is to be written, it must not be what is searched with.
+FOR_CAPTIONS = {"retrieved": "retrieved_by_image"}
 _AT_ONCE = 256
 
 
@@ -72,7 +75,8 @@ class TestedScenes:
         scenes: all of the split's test scenes.
         rows: int64 [Q], those that are tested.
         pairs: the caption and the picture of each.
-        documents: by name (`DOCUMENTS`), the parts put before each, caption first; without `none`.
+        documents: by name (`DOCUMENTS`, and `FOR_CAPTIONS`), the parts before each, caption first; without
+            `none`.
     """
 
     scenes: Scenes
@@ -99,6 +103,10 @@ class TestedScenes:
         """The parts before each scene; empty for `none`."""
         return [()] * len(self.pairs) if name == "none" else self.documents[name]
 
+    def before_images(self, name: str) -> list[Parts]:
+        """The same where captions are to be written: images first, retrieved by the scene's image."""
+        return list(map(interleaved.images_first, self.before(FOR_CAPTIONS.get(name, name))))
+
 
 def open_scenes(
     world: world_config.EmojiWorld,
@@ -120,9 +128,10 @@ def open_scenes(
     """
     scenes = world.scenes("test", *SPLITS[split])
     folder = run.finished_stage("neighbors")
-    rows, hits = (files.read_array(folder / f"{split}_{name}.npy") for name in ("rows", "text"))
+    names = ("rows", "text", "image")
+    rows, by_text, by_image = (files.read_array(folder / f"{split}_{name}.npy") for name in names)
     chosen = world_config.evenly_spaced(np.arange(len(rows)), count)
-    rows, hits = rows[chosen], hits[chosen]
+    rows, by_text, by_image = rows[chosen], by_text[chosen], by_image[chosen]
     rng = np.random.default_rng((seed, len(scenes)))
     memory = world.scenes("memory", *SPLITS[split])
     own = [np.flatnonzero(memory.class_ids == scenes.class_ids[row]) for row in rows]
@@ -136,7 +145,8 @@ def open_scenes(
         {
             "oracle": pick(own),
             "wrong": pick(other),
-            "retrieved": _rows(world, album, hits[:, 0]),
+            "retrieved": _rows(world, album, by_text[:, 0]),
+            "retrieved_by_image": _rows(world, album, by_image[:, 0]),
         },
     )
 

@@ -24,8 +24,7 @@ def caption(pictures: EncodedPictures, tested: TestedScenes) -> dict[str, list[s
     images: list[Parts] = [pair[1:] for pair in tested.pairs]
     vectors, written = pictures.vectors, {}
     for name in DOCUMENTS:
-        before = [interleaved.images_first(parts) for parts in tested.before(name)]
-        prompts = tested_scenes.joined(before, images)
+        prompts = tested_scenes.joined(tested.before_images(name), images)
         # The end of the sequence is a token, too, and a wrong caption may be longer.
         written[name] = pictures.emu.write(prompts, vectors, longest + 4)
     return written
@@ -44,8 +43,7 @@ def measure_captions(
     values: Values = {}
     for name, texts in written.items():
         judged = [judge(text, *scene) for text, scene in zip(texts, scenes, strict=True)]
-        before = [interleaved.images_first(parts) for parts in tested.before(name)]
-        nll = pictures.emu.text_nll(before, mains, pictures.vectors)
+        nll = pictures.emu.text_nll(tested.before_images(name), mains, pictures.vectors)
         values[name] = {
             figure: np.array([each[figure] for each in judged], float) for figure in judged[0]
         } | {"caption_nll": nll}

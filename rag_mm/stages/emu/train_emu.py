@@ -1,6 +1,7 @@
 """Stage `emu`: trains Emu on interleaved texts and pictures, after retrieved documents or none."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -28,7 +29,7 @@ from rag_mm.stages.shared import frozen, train_retriever, world_config
 from rag_mm.train import loop, optimizer
 
 INPUTS = ("retriever", "emu_data")
-NUM_FITTED = 4096  # EncodedPictures that statistics and components are made from.
+NUM_FITTED = 4096  # Pictures that statistics and components are made from.
 VOCAB_MULTIPLE = 128
 
 
@@ -279,7 +280,13 @@ class _Fitting:
     def _pictures(self) -> np.ndarray:
         """The arrays of `NUM_FITTED` pictures, as often as they occur in sequences."""
         rng, numbers = np.random.default_rng((self.seed, 1)), np.zeros(0, np.int32)
-        while len(numbers) < NUM_FITTED:
+        for drawn in itertools.count():
+            if len(numbers) >= NUM_FITTED:
+                break
+            if drawn > NUM_FITTED and not len(numbers):
+                raise UserError(
+                    "The training sequences have no pictures; give sequences.mixture others than texts."
+                )
             made = self.source.make(np.int64(rng.integers(1 << 30)), rng)
             numbers = np.concatenate([numbers, made["pictures"]])
         return self.source.pictures.take(numbers[:NUM_FITTED])
