@@ -80,7 +80,7 @@ VARIANTS = {
     "bidirectional queries": {"emu.cformer.is_causal": False},
     "2 queries": {"emu.cformer.num_queries": 2},
     "8 queries": {"emu.cformer.num_queries": 8, "emu.sequences.max_seq_len": 192},
-    "text loss alone": {"emu.image_loss_weight": 0.0},
+    "text loss alone": {"emu.image_loss_weight": 0.0, **_NO_ANCHOR},
     "pairs alone": {
         "emu.sequences.mixture.stories": 0.0,
         "emu.sequences.mixture.clips": 0.0,

@@ -19,7 +19,10 @@ __all__ = ["__version__", "load"]
 
 
 def load(
-    workdir: str, dtype: str | None = None, mesh: tuple[int, int, int] | None = None
+    workdir: str,
+    dtype: str | None = None,
+    mesh: tuple[int, int, int] | None = None,
+    stage: str = "decoder",
 ) -> "Session | EmuSession | ImportedModel":
     """Loads a finished run, or a run made by `rag-mm import`.
 
@@ -33,6 +36,8 @@ def load(
             `float32`; None keeps the stored one.
         mesh: numbers of devices along data, fsdp and tensor on which the decoder is loaded: the first two
             split the images or texts made at once, the last the model's heads. None: one device.
+        stage: of a run trained with rag-mm, the stage whose decoder is loaded, such as `sft` for the one
+            tuned on instructions.
 
     Returns:
         `rag_mm.api.session.Session` (generate, caption, infill, memory) for a run trained with rag-mm;
@@ -42,16 +47,23 @@ def load(
 
     Raises:
         rag_mm.core.errors.UserError: there is no run in `workdir`, or it is unfinished or was edited;
-            `dtype` is unknown, or given for another kind of run; or the mesh does not fit.
+            `dtype` is unknown; `dtype` or `stage` is given for another kind of run; the run has no such
+            stage, finished, with a decoder; or the mesh does not fit.
     """
     # Imported here, so that `import rag_mm` loads no framework.
     from rag_mm.api import emu_session, imported, session
     from rag_mm.core.errors import UserError
 
-    if imported.is_imported(workdir):
+    is_imported = imported.is_imported(workdir)
+    is_emu = not is_imported and emu_session.is_emu(workdir)
+    if stage != "decoder" and (is_imported or is_emu):
+        raise UserError(
+            f"stage={stage!r} is for runs that trained a decoder; load {workdir} without it."
+        )
+    if is_imported:
         return imported.load(workdir, dtype, mesh)
     if dtype is not None:
         raise UserError(f"dtype={dtype!r} is for imported checkpoints; load {workdir} without it.")
-    if emu_session.is_emu(workdir):
+    if is_emu:
         return emu_session.load(workdir, mesh)
-    return session.load(workdir, mesh)
+    return session.load(workdir, mesh, stage)

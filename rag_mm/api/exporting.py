@@ -15,6 +15,7 @@ from rag_mm.core.errors import UserError
 from rag_mm.data import public_text
 from rag_mm.nn import param_trees
 from rag_mm.nn.decoder import DecoderConfig
+from rag_mm.stages.ra_cm3 import decoder_record
 from rag_mm.stages.shared import frozen, train_tokenizer
 from rag_mm.train import checkpoint
 
@@ -85,6 +86,7 @@ def export_checkpoint(
     max_bytes: int,
     dtype: np.dtype | None = None,
     card_license: str | None = None,
+    stage: str = decoder_record.STAGE,
 ) -> dict[str, Any]:
     """Writes a run's model as a checkpoint of the family; on failure nothing is left in `out`.
 
@@ -96,6 +98,7 @@ def export_checkpoint(
         dtype: dtype to write; None keeps the stored one, bitwise identical.
         card_license: writes a model card that states this license of the weights, such as apache-2.0 or
             `model_card.UNKNOWN`; None writes no card.
+        stage: of a trained run, the stage whose decoder is exported, such as `sft`.
 
     Returns:
         family, out, files, tensors, bytes, dtypes.
@@ -105,7 +108,7 @@ def export_checkpoint(
     """
     if name not in FAMILIES:
         raise UserError(f"There is no family {name!r}; the families are {', '.join(FAMILIES)}.")
-    model, family = open_model(name, workdir), FAMILIES[name]
+    model, family = open_model(name, workdir, stage), FAMILIES[name]
     mappings = family.mappings(model.config)
     dtype_of = lambda mapping: dtype or model.source.dtype(mapping)
     total = sum(math.prod(mapping.shape) * dtype_of(mapping).itemsize for mapping in mappings)
@@ -117,7 +120,7 @@ def export_checkpoint(
     side = dict(model.side_files)
     if card_license is not None:
         num_params = sum(math.prod(mapping.shape) for mapping in mappings)
-        exported = model_card.Weights(num_params, dtypes, model.config)
+        exported = model_card.Weights(num_params, dtypes, model.config, stage)
         text = model_card.make(name, run_folder.open_run(workdir), exported, card_license)
         side[model_card.FILE_NAME] = text.encode()
     files.check_room(out, total)
@@ -138,19 +141,26 @@ def export_checkpoint(
     }
 
 
-def open_model(name: str, workdir: pathlib.Path) -> ExportedModel:
+def open_model(
+    name: str, workdir: pathlib.Path, stage: str = decoder_record.STAGE
+) -> ExportedModel:
     """The model of a run, if it is of the family or has the family's architecture.
 
     Raises:
-        UserError: the run has no such model, or its architecture differs.
+        UserError: the run has no such model, its architecture differs, or a stage is named for a model that
+            is no decoder.
     """
     run = run_folder.open_run(workdir)
     imported = run.config.get(importing.IMPORTED)
     if imported is not None and imported != name:
         raise UserError(f"{workdir} holds a {imported} checkpoint, not {name}.")
+    if stage != decoder_record.STAGE and (imported is not None or name == "clip"):
+        raise UserError(
+            f"The stage {stage!r} is for trained decoders, but {name} of {workdir} is none; leave it out."
+        )
     if imported is not None:
         return _imported(run, FAMILIES[name])
-    return _trained_clip(run) if name == "clip" else _trained_decoder(run, FAMILIES[name])
+    return _trained_clip(run) if name == "clip" else _trained_decoder(run, FAMILIES[name], stage)
 
 
 def _imported(run: run_folder.Run, family: table.Family) -> ExportedModel:
@@ -188,9 +198,9 @@ def _trained_clip(run: run_folder.Run) -> ExportedModel:
     return ExportedModel(config, FileSource(specs), values, side)
 
 
-def _trained_decoder(run: run_folder.Run, family: table.Family) -> ExportedModel:
-    stage_dir = run.finished_stage("decoder")
-    record = files.read_object(stage_dir / "decoder.json", model=dict)
+def _trained_decoder(run: run_folder.Run, family: table.Family, stage: str) -> ExportedModel:
+    stage_dir = decoder_record.find_folder(run, stage)
+    record = files.read_object(stage_dir / decoder_record.FILE, model=dict)
     config = DecoderConfig(**renames.from_stored(record["model"]["decoder"]))
     if family.config_class is not DecoderConfig:
         raise UserError(

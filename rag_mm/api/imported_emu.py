@@ -139,6 +139,10 @@ class ImportedEmu:
                 f"num_beams={num_beams} with temperature={temperature:g}: give at least 1 beam, and "
                 "temperature=0 with several."
             )
+        if 2 * num_beams > self._allowed.sum():
+            raise UserError(
+                f"num_beams={num_beams} are more than half of the vocabulary; give fewer."
+            )
         try:
             sampling = sampler.Sampling(temperature, top_p)
         except ValueError as error:
@@ -184,6 +188,10 @@ class ImportedEmu:
         The base model continues the image and the question as they are: give a question that a text answers,
         such as `"Question: what is it? Answer:"`.
         """
+        if len(images) != len(questions):
+            raise UserError(
+                f"There are {len(images)} images but {len(questions)} questions; give one for each."
+            )
         pairs = zip(images, questions, strict=True)
         prompts = [
             self._around(f"{_SYSTEM} [USER]: ", image, _ANSWER.format(question))

@@ -12,13 +12,15 @@ from rag_mm.api import importing
 from rag_mm.core import costs, files, run_folder
 from rag_mm.core.errors import UserError
 from rag_mm.report import figures, markdown, summary
-from rag_mm.stages.ra_cm3 import write_report
+from rag_mm.stages.ra_cm3 import decoder_record, write_report
 from rag_mm.stages.shared import build_memory, world_config
 
 FILE_NAME = "README.md"
 UNKNOWN = "unknown"  # the Hub's word for a license that nobody stated
 # Metrics of a run that are not those of its retriever.
-_NOT_OF_CLIP = ("tokenizer", "decoder", "control", "baselines", "generation", "quickstart")
+_NOT_OF_CLIP = (
+    "tokenizer", "decoder", "control", "baselines", "generation", "quickstart", "sft",
+)  # fmt: skip
 _MAX_ROWS = 60
 _MAX_LICENSES = 20
 
@@ -80,11 +82,19 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """The exported weights: number of parameters, names of dtypes, and the config of our model."""
+    """The exported weights.
+
+    Attributes:
+        num_params: number of parameters.
+        dtypes: names of their dtypes.
+        config: of our model.
+        stage: that trained them, if they are a trained run's decoder.
+    """
 
     num_params: int
     dtypes: Sequence[str]
     config: Any
+    stage: str = decoder_record.STAGE
 
 
 def make(family: str, run: run_folder.Run, weights: Weights, license: str) -> str:
@@ -119,8 +129,8 @@ def _text(family: str, run: run_folder.Run, weights: Weights, license: str) -> s
         f"# {kind.title}, exported by rag_mm",
         f"{_first_sentence(config, family)} {_what_it_is(kind, family, is_trained)}",
         _section("Sizes", markdown.table(("", ""), _sizes(weights))),
-        _section("Training", _training(run, family) if is_trained else _IMPORTED),
-        _section("Metrics", _metrics(run, family)),
+        _section("Training", _training(run, family, weights.stage) if is_trained else _IMPORTED),
+        _section("Metrics", _metrics(run, family, weights.stage)),
         _section("Licenses", _license_text(license, licenses, family)),
         _section("Use", f"```python\n{kind.load}\n```"),
         _section("Limits", _limits(family, is_trained)),
@@ -209,14 +219,14 @@ def _numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
             yield f"{prefix}{field.name}", value
 
 
-def _training(run: run_folder.Run, family: str) -> str:
+def _training(run: run_folder.Run, family: str, stage: str) -> str:
     config = run.config
     facts = [("config page", _page(run)), ("seed", str(config.get("seed", UNKNOWN)))]
     world = world_config.NAMES[world_config.world_class(config["world"])]
     stages = ("retriever",) if family == "clip" else ("tokenizer", "retriever", "decoder")
     rows = []
-    for stage in stages:
-        values, spent = config.get(stage), costs.summary(run.stage_dir(stage))
+    for name in dict.fromkeys((*stages, stage) if family != "clip" else stages):
+        values, spent = config.get(name), costs.summary(run.stage_dir(name))
         if not isinstance(values, dict) or not spent["parts"]:
             continue
         steps = values.get("loop", {}).get("num_steps", UNKNOWN)
@@ -224,7 +234,7 @@ def _training(run: run_folder.Run, family: str) -> str:
         if _is_given(values):
             steps, batch = "none: it was given", "none"
         rows.append(
-            (stage, str(steps), str(batch), str(code), figures.duration(spent["wall_seconds"]))
+            (name, str(steps), str(batch), str(code), figures.duration(spent["wall_seconds"]))
         )
     head = ("stage", "steps", "batch", "version and commit of rag_mm", "time")
     return (
@@ -246,12 +256,17 @@ def _page(run: run_folder.Run) -> str:
         return UNKNOWN
 
 
-def _metrics(run: run_folder.Run, family: str) -> str:
-    """The headline metrics with their controls and the paired differences; of other runs, every figure."""
+def _metrics(run: run_folder.Run, family: str, stage: str) -> str:
+    """The headline metrics with their controls and the paired differences; of others, every figure.
+
+    Of a decoder of another stage than the first, the figures of that stage alone.
+    """
     others = {run_folder.MACHINE, *(_NOT_OF_CLIP if family == "clip" else ())}
     if importing.IMPORTED in run.config:
         others.add(importing.STAGES[family])  # the sizes of its files
     metrics = {key: value for key, value in run.metrics.items() if key not in others}
+    if stage != decoder_record.STAGE:
+        metrics = {key: value for key, value in metrics.items() if key == stage}
     lead = "± is the half width of a 95 % interval."
     if "joint_accuracy" in metrics.get("decoder", {}):
         rows = [row for row in summary.summary_table(metrics) if row[1] != figures.MISSING]

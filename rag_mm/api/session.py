@@ -19,7 +19,7 @@ from rag_mm.decode.guidance import Guidance
 from rag_mm.decode.sampler import Sampling
 from rag_mm.memory import policy
 from rag_mm.memory.retrieval_memory import Memory
-from rag_mm.stages.ra_cm3 import train_decoder
+from rag_mm.stages.ra_cm3 import decoder_record, train_decoder
 from rag_mm.stages.shared import (
     build_memory,
     coded_corpus,
@@ -125,7 +125,7 @@ class Session:
                 caption's is kept.
             image_size: height and width in pixels, of a model trained on several sizes; None: its default.
             guidance: moves away from a null prompt (`decode.guidance`); None: none. Without documents the
-                null prompt `caption` is the prompt itself, which changes nothing.
+                null prompt `caption` is the prompt itself, which changes nothing, and `documents` is `bare`.
             contrast: `decode.contrastive_decoding`; None: none. With guidance, half of the
                 `best_of` candidates are made by each.
             decoding: sequential, code by code; or jacobi, many codes a pass with the same distribution.
@@ -358,22 +358,27 @@ class Session:
         return self.image_tokenizer.encode(pixels[None])
 
 
-def load(workdir: epath.PathLike, mesh: Sequence[int] | None = None) -> Session:
+def load(
+    workdir: epath.PathLike,
+    mesh: Sequence[int] | None = None,
+    stage: str = decoder_record.STAGE,
+) -> Session:
     """Loads the decoder, image tokenizer, retriever and memory of a finished run; see `rag_mm.load`.
 
     Args:
         workdir: the run folder.
         mesh: of the decoder, see `decode_batch.make_mesh`; the other models are on one device.
+        stage: the stage that trained the decoder, such as `sft` for the one tuned on instructions.
 
     Raises:
-        UserError: there is no run in `workdir`, or one of its stages is missing, unfinished or edited; or
-            the mesh has too many devices, or does not split the decoder.
+        UserError: there is no run in `workdir`, or one of its stages is missing, unfinished or edited;
+            `stage` trained no decoder; or the mesh has too many devices, or does not split the decoder.
     """
     on_mesh = decode_batch.make_mesh(mesh)
     run = run_folder.open_run(workdir)
     compilation_cache.keep_programs()
     image_tokenizer = train_tokenizer.load_tokenizer(run.workdir)
-    generator = train_decoder.load_generator(run, "decoder", image_tokenizer, on_mesh)
+    generator = train_decoder.load_generator(run, stage, image_tokenizer, on_mesh)
     encoder = train_retriever.load_encoder(run.workdir)
     memory = build_memory.open_newest(run, encoder, image_tokenizer)
     rules = find_neighbors.load_policy(run)

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         and `neighbors`.
 
     Raises:
-        UserError: several images are given for a run of another model than Emu.
+        UserError: several images are given for a run of another model than Emu, or a stage for one of Emu.
     """
     from rag_mm.api import emu_session
     from rag_mm.data import sources
@@ -38,11 +38,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     images = [sources.load_image(name) for name in args.image]
     options = session_args.options(args)
     if emu_session.is_emu(args.workdir):
+        if args.stage != "decoder":
+            raise UserError(
+                f"--stage={args.stage} is for runs that trained a decoder, but {args.workdir} is one of Emu; "
+                "leave it out."
+            )
         generated = emu_session.load(args.workdir, args.mesh).caption(images, **options)
     elif len(images) > 1:
         raise UserError(f"{args.workdir} captions one image at a time; give one --image.")
     else:
-        generated = session_args.load_session(args.workdir, args.mesh).caption(images[0], **options)
+        generated = session_args.load_session(args, args.workdir).caption(images[0], **options)
     return {
         "captions": generated.captions,
         "mean_log_probs": generated.mean_log_probs,

@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `rag-mm explore`."""
     parser.add_argument("run", metavar="RUN", help="finished run")
     session_args.add_mesh(parser)
+    session_args.add_stage(parser)
     parser.add_argument(
         "--port",
         type=int,
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"{name} is not installed; run pip install '.[explore]'.")
     with _listen(args.port) as listener:
-        session = session_args.load_session(args.run, args.mesh)
+        session = session_args.load_session(args, args.run)
         listener.listen()  # From here on a browser waits for its answer instead of being refused.
         address = f"http://{_HOST}:{listener.getsockname()[1]}"
         token = secrets.token_urlsafe(24)

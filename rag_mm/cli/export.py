@@ -8,6 +8,7 @@ from typing import Any
 
 import rich.console
 
+from rag_mm.cli import session_args
 from rag_mm.core.errors import UserError
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="5GB",
         help="maximum size of one weight file, such as 500MB (default: 5GB)",
     )
+    session_args.add_stage(parser)
     parser.add_argument(
         "--card",
         action="store_true",
@@ -59,6 +61,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         max_bytes,
         dtype,
         card_license,
+        args.stage,
     )
     return exported | {"seconds": round(time.monotonic() - start, 3)}
 

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not 1 <= args.best_of <= most:
         raise UserError(f"--best-of is {args.best_of}; give 1 to {most:,}.")
     steering = session_args.steering(args)
-    generated = session_args.load_session(args.workdir, args.mesh).generate(
+    generated = session_args.load_session(args, args.workdir).generate(
         args.prompt,
         best_of=args.best_of,
         image_size=args.image_size,

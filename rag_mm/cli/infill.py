@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     band = int(match[1]), int(match[2])
     image = sources.load_image(args.image)
     options = session_args.options(args)
-    generated = session_args.load_session(args.workdir, args.mesh).infill(
+    generated = session_args.load_session(args, args.workdir).infill(
         image, args.prompt, band, **options
     )
     return {

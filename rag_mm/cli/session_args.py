@@ -44,6 +44,7 @@ def add_arguments(
         help="condition on this folder's documents instead of retrieving",
     )
     add_mesh(parser)
+    add_stage(parser)
     parser.add_argument("--num", type=int, default=1, help=f"{number} (default: 1)")
     parser.add_argument(
         "--seed",
@@ -197,11 +198,21 @@ def add_mesh(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_session(workdir: str, mesh: list[int] | None = None) -> "Session":
-    """Loads a finished run, its decoder on a mesh if one is given.
+def add_stage(parser: argparse.ArgumentParser) -> None:
+    """Adds --stage."""
+    parser.add_argument(
+        "--stage",
+        default="decoder",
+        metavar="NAME",
+        help="stage whose decoder is used, such as sft for the one tuned on instructions (default: decoder)",
+    )
+
+
+def load_session(args: argparse.Namespace, workdir: str) -> "Session":
+    """Loads a finished run: the decoder of --stage, on --mesh.
 
     Raises:
-        UserError: there is no finished run, or it is an imported checkpoint.
+        UserError: there is no finished run or stage, or it is an imported checkpoint.
     """
     from rag_mm.api import imported, session
 
@@ -210,7 +221,7 @@ def load_session(workdir: str, mesh: list[int] | None = None) -> "Session":
             f"{workdir} is an imported checkpoint, which this command does not support; "
             f'use it from Python: rag_mm.load("{workdir}").'
         )
-    return session.load(workdir, mesh)
+    return session.load(workdir, args.mesh, args.stage)
 
 
 def save_images(out: str, images: np.ndarray) -> list[str]:

@@ -112,6 +112,12 @@ def _check_kind(checkpoint: CheckpointFolder) -> None:
     claims = bool(checkpoint.config.get("instruct", False))
     lm, table = checkpoint.config.get("decoder"), checkpoint.specs.get(_EMBEDDING)
     size = lm.get("vocab_size") if isinstance(lm, Mapping) else None
+    kinds = {32_000 + NUM_BASE: "base", 32_000 + NUM_INSTRUCT: "instruct"}
+    if isinstance(size, int) and size in kinds and claims != (kinds[size] == "instruct"):
+        raise UserError(
+            f"config.json says instruct={claims}, but its vocabulary of {size:,} tokens is that of Emu's "
+            f"{kinds[size]} model; give the config.json that was written with the weights."
+        )
     if table is None or not isinstance(size, int) or len(table.shape) != 2:
         return
     extra = NUM_INSTRUCT - NUM_BASE
@@ -120,12 +126,6 @@ def _check_kind(checkpoint: CheckpointFolder) -> None:
         raise UserError(
             f"These are the weights of Emu's {found} model, {table.shape[0]:,} tokens, but config.json "
             f"describes the {said} model, {size:,} tokens; give the config.json that was written with them."
-        )
-    kinds = {32_000 + NUM_BASE: "base", 32_000 + NUM_INSTRUCT: "instruct"}
-    if kinds.get(size, claims) != ("instruct" if claims else "base") and size in kinds:
-        raise UserError(
-            f"config.json says instruct={claims}, but its vocabulary of {size:,} tokens is that of Emu's "
-            f"{kinds[size]} model; give the config.json that was written with the weights."
         )
 
 

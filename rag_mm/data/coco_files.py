@@ -6,7 +6,6 @@ height] in pixels and `iscrowd`; instances also have `categories`. Pictures are 
 `annotations`.
 """
 
-import collections
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -33,15 +32,15 @@ def read_captions(path: epath.Path, image_size: int) -> Iterator[Found]:
     found = instruction_records.read_lists(file, "images", "annotations")
     by_image, rejects = _group(found, _caption)
     yield from rejects
-    for entry in found["images"]:
-        texts = by_image.get(_image_id(entry))
-        if texts:
+    for image_id, entry in _images(found)[0]:
+        if image_id in by_image:
+            texts = by_image[image_id]
             make = functools.partial(_captioned, texts=texts, image_size=image_size)
-            yield _item(file, entry, make)
+            yield _item(file, image_id, entry, make)
 
 
 def read_boxes(path: epath.Path, image_size: int) -> Iterator[Found]:
-    """Items of the task `boxes`, one for each picture with objects, which are named left to right as listed.
+    """Items of the task `boxes`, one for each picture with objects, which are told in the order of the file.
 
     Boxes are told in pixels of the picture as it is cropped to `image_size`; what lies outside is left out,
     and so are crowds. The caption is the first of `captions_SPLIT.json` where that is beside the file, else
@@ -62,22 +61,21 @@ def read_boxes(path: epath.Path, image_size: int) -> Iterator[Found]:
     texts: dict[int, list[str]] = {}
     if beside != file and beside.exists():
         texts, _ = _group(instruction_records.read_lists(beside, "images", "annotations"), _caption)
-    for entry in found["images"]:
-        image_id = _image_id(entry)
+    for image_id, entry in _images(found)[0]:
         boxes = [box for box in by_image.get(image_id, []) if box is not None]
         if boxes:
             caption = texts.get(image_id, [""])[0]
             make = functools.partial(_boxed, boxes=boxes, caption=caption, image_size=image_size)
-            yield _item(file, entry, make)
+            yield _item(file, image_id, entry, make)
 
 
 def _group(
     found: dict[str, Any], parse: Callable[[dict[str, Any]], T]
 ) -> tuple[dict[int, list[T]], list[stream.Reject]]:
-    """What the annotations of each image say, and the bad ones."""
-    known = {_image_id(entry) for entry in found["images"]}
-    by_image: dict[int, list[T]] = collections.defaultdict(list)
-    rejects = []
+    """What the annotations of each image say, in lists that are not empty, and the bad records."""
+    images, rejects = _images(found)
+    known = {image_id for image_id, _ in images}
+    by_image: dict[int, list[T]] = {}
     for number, annotation in enumerate(found["annotations"], start=1):
         try:
             fields = instruction_records.fields_of(annotation)
@@ -86,29 +84,43 @@ def _group(
                 raise captions.BadRecord(
                     "bad-field", f"is about the image {image_id}, which is not listed."
                 )
-            by_image[image_id].append(parse(fields))
+            parsed = parse(fields)
+            by_image.setdefault(image_id, []).append(parsed)
         except captions.BadRecord as error:
             name = instruction_records.name_of(annotation, "annotation", "id", number)
             rejects.append(error.as_reject(name))
     return by_image, rejects
 
 
-def _image_id(entry: Any) -> int:
-    """The id of an image's entry; -1 if it has none."""
-    value = entry.get("id") if isinstance(entry, dict) else None
-    return value if type(value) is int else -1
+def _images(
+    found: dict[str, Any],
+) -> tuple[list[tuple[int, dict[str, Any]]], list[stream.Reject]]:
+    """The entries of images with their ids, and those without one."""
+    images, rejects = [], []
+    for number, entry in enumerate(found["images"], start=1):
+        try:
+            fields = instruction_records.fields_of(entry)
+            images.append((instruction_records.id_of(fields, "id"), fields))
+        except captions.BadRecord as error:
+            rejects.append(error.as_reject(f"image number {number}"))
+    return images, rejects
 
 
-def _item(file: epath.Path, entry: Any, make: Callable[[str, Any], InstructionItem]) -> Found:
+def _item(
+    file: epath.Path,
+    image_id: int,
+    fields: dict[str, Any],
+    make: Callable[[str, Any], InstructionItem],
+) -> Found:
     """The item of an image's entry, by its id and its pixels."""
 
     def read() -> InstructionItem:
-        name = instruction_records.text_of(instruction_records.fields_of(entry), "file_name")
+        name = instruction_records.text_of(fields, "file_name")
         split = file.stem.partition("_")[2]
         folder = instruction_records.find_folder(file, split, "images")
-        return make(str(entry["id"]), instruction_records.read_whole_picture(folder, name))
+        return make(str(image_id), instruction_records.read_whole_picture(folder, name))
 
-    return instruction_records.attempt(f"image {entry['id']}", read)
+    return instruction_records.attempt(f"image {image_id}", read)
 
 
 def _caption(fields: dict[str, Any]) -> str:

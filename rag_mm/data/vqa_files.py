@@ -75,12 +75,17 @@ def _item(
     people = entry.get("answers")
     if not isinstance(people, list) or not people:
         raise captions.BadRecord("bad-field", "has no answers.")
-    said = tuple(
-        instruction_records.text_of(instruction_records.fields_of(each), "answer")
-        for each in people
-    )
+    said = tuple(_answer(each) for each in people)
     words = {"question": text, ANSWER: instruction_records.text_of(entry, "multiple_choice_answer")}
     words |= {key: entry[key] for key in TYPES if isinstance(entry.get(key), str)}
     name = f"COCO_{split}_{image_id:012d}.jpg"
     picture = instruction_records.read_picture(folder, name, image_size)
     return InstructionItem(str(question_id), "question", words, picture, answers=said)
+
+
+def _answer(entry: Any) -> str:
+    """What one person said; empty if that is no text. Of the ten it still counts, as in the evaluation."""
+    try:
+        return instruction_records.text_of(instruction_records.fields_of(entry), "answer")
+    except captions.BadRecord:
+        return ""

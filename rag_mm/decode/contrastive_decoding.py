@@ -6,7 +6,6 @@ both are one model, which reads the full prompt as the expert and a null prompt 
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +31,7 @@ class Contrast:
     Attributes:
         k: at least 1; the larger, the more tokens are plausible.
         alpha: in [0, 1], share of the k-th largest probability that a token needs.
-        amateur_temperature: tau, above 0; a lower one contrasts more.
+        amateur_temperature: tau, from 1e-30 to 1e30; a lower one contrasts more.
         floor: in [0, 1], share of the largest probability that a token needs whatever k is; 0: none.
         null: what the amateur reads, documents | bare | caption (`decode.guidance`).
     """
@@ -45,13 +44,14 @@ class Contrast:
 
     def __post_init__(self):
         guidance.check_null(self.null)
-        if not isinstance(self.k, int | np.integer) or self.k < 1:
+        is_integer = isinstance(self.k, int | np.integer) and not isinstance(self.k, bool)
+        if not is_integer or self.k < 1:
             raise UserError(f"contrast k is {self.k!r}; give an integer of at least 1.")
         guidance.check_number("contrast alpha", self.alpha, 0, 1)
         guidance.check_number("contrast floor", self.floor, 0, 1)
-        guidance.check_number("amateur temperature", self.amateur_temperature, 0, math.inf)
-        if self.amateur_temperature == 0:
-            raise UserError("amateur temperature is 0; give a number above 0.")
+        # Logits are divided by it, in float32.
+        largest = guidance.LARGEST
+        guidance.check_number("amateur temperature", self.amateur_temperature, 1 / largest, largest)
 
     @property
     def streams(self) -> tuple[str, ...]:

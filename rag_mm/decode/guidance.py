@@ -34,6 +34,8 @@ NULLS = {
     CAPTION: "sequences without documents (sequences.num_docs_weights)",
 }
 """Null prompts, and the training that shows them to a model."""
+LARGEST = 1e30
+"""Of weights: their products with logits are still finite in float32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +49,11 @@ class Guidance:
     stream samples by itself with the same seed.
 
     Attributes:
-        weight: w, at least 0; 1 is plain sampling, 0 samples from the null prompt.
+        weight: w, from 0 to `LARGEST`; 1 is plain sampling, 0 samples from the null prompt.
         null: documents | bare | caption. With documents it is the caption that guides, with caption the
             documents ("retrieval guidance"), with bare both.
-        documents_weight: w_d, at least 0, of the documents where they and the caption guide separately, which
-            takes three streams; None: one condition. With it `null` is bare.
+        documents_weight: w_d, from 0 to `LARGEST`, of the documents where they and the caption guide
+            separately, which takes three streams; None: one condition. With it `null` is bare.
         plausible: alpha in [0, 1]; keeps only tokens with p_full >= alpha max p_full. 0 keeps all.
     """
 
@@ -62,10 +64,10 @@ class Guidance:
 
     def __post_init__(self):
         check_null(self.null)
-        check_number("guidance weight", self.weight, 0, math.inf)
+        check_number("guidance weight", self.weight, 0, LARGEST)
         check_number("plausible", self.plausible, 0, 1)
         if self.documents_weight is not None:
-            check_number("documents weight", self.documents_weight, 0, math.inf)
+            check_number("documents weight", self.documents_weight, 0, LARGEST)
             if self.null != BARE:
                 raise UserError(
                     f"null is {self.null!r}, but guidance with a documents weight has two null prompts, "
@@ -114,19 +116,25 @@ def check_null(null: Any) -> None:
 
 
 def check_number(name: str, value: Any, low: float, high: float) -> None:
-    """Raises UserError unless `value` is a finite number in [low, high]."""
-    if not (isinstance(value, int | float | np.number) and math.isfinite(value)):
+    """Raises UserError unless `value` is a finite number in [low, high]; bools are no numbers."""
+    is_number = isinstance(value, int | float | np.integer | np.floating)
+    # Not by isfinite, which overflows at integers of more than 308 digits.
+    if not is_number or isinstance(value, bool) or not -math.inf < value < math.inf:
         raise UserError(f"{name} is {value!r}; give a finite number.")
     if not low <= value <= high:
-        bounds = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
-        raise UserError(f"{name} is {value}; give a number {bounds}.")
+        raise UserError(f"{name} is {value}; give a number from {low:g} to {high:g}.")
+
+
+def null_read(stream: str, has_documents: bool) -> str:
+    """The prompt that a stream reads: without documents, `documents` is the prompt `bare`."""
+    return BARE if stream == DOCUMENTS and not has_documents else stream
 
 
 def check_shown(streams: Collection[str], shown: Collection[str]) -> None:
     """Raises UserError if a stream reads a null prompt that training never showed the model.
 
     Args:
-        streams: of a `Guidance` or a `Contrast`.
+        streams: what those of a `Guidance` or a `Contrast` read (`null_read`).
         shown: null prompts that it knows.
     """
     for stream in streams:

@@ -130,7 +130,8 @@ def generate_codes(
         raise UserError(f"decoding is {decoding!r}; give one of {', '.join(DECODINGS)}.")
     layout, vocabulary = generator.layout, generator.vocabulary
     streams = (guidance.FULL,) if steering is None else steering.streams
-    guidance.check_shown(streams, generator.null_prompts)
+    read = {guidance.null_read(stream, bool(own)) for own in docs for stream in streams}
+    guidance.check_shown(sorted(read), generator.null_prompts)
     num_codes = generator.num_codes(image_size)
     blank = np.zeros(num_codes, np.int32)
     pairs = [token_documents.pair(text, blank, image_size) for text in texts]

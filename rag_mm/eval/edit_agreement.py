@@ -12,9 +12,8 @@ def agreement(edited: np.ndarray, source: np.ndarray, target: np.ndarray) -> dic
     """Agreement of edited pictures with what was given and wanted.
 
     Args:
-        edited, source, target: unit vectors float [B, D] of what the model drew, of what it was given and of
-        what is
-            wanted.
+        edited, source, target: unit vectors float [B, D] of what the model drew, of what it was given and
+            of what is wanted.
 
     Returns:
         Float64 [B] each, at most 1: `fidelity`, the cosine of edited and source; `compliance`, the cosine of

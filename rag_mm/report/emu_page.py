@@ -40,7 +40,8 @@ FIGURES = {
 }
 NOTE = (
     "A rollout is the codes that are predicted from a caption. Read means: by the scorer, from the picture "
-    "that a linear map makes of them. Documents stand before captions and images, one each."
+    "that a linear map makes of them. Documents stand before captions and images, one each; they are "
+    "retrieved by what is given, the caption or the image."
 )
 
 

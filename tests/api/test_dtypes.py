@@ -5,10 +5,14 @@ import pathlib
 import sys
 
 import numpy as np
+import PIL.Image
 import pytest
+from etils import epath
 
 import rag_mm
 from rag_mm.api import importing
+from rag_mm.cli import main
+from rag_mm.core import run_folder
 from rag_mm.core.errors import UserError
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "parity"))
@@ -50,3 +54,19 @@ def test_a_dtype_that_nothing_can_have_is_one_sentence(half_run, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({importing.IMPORTED: "clip"}))
     with pytest.raises(UserError, match="'float32' is for language models"):
         rag_mm.load(tmp_path, dtype="float32")
+
+
+def test_a_stage_is_for_runs_that_trained_a_decoder(half_run, tmp_path, capsys):
+    says = "is for runs that trained a decoder"
+    with pytest.raises(UserError, match=says):
+        rag_mm.load(half_run, stage="sft")
+    (tmp_path / "config.json").write_text(json.dumps({}))
+    run_folder.run_stage(
+        run_folder.Run(epath.Path(tmp_path)), "emu", {}, (), lambda run, folder: {}
+    )
+    with pytest.raises(UserError, match=says):
+        rag_mm.load(tmp_path, stage="sft")
+    PIL.Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "a.png")
+    words = [f"--workdir={tmp_path}", f"--image={tmp_path / 'a.png'}", "--stage=sft"]
+    assert main.main(["caption", *words]) == 2
+    assert says in capsys.readouterr().err

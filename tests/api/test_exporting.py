@@ -36,10 +36,10 @@ CLIP = clip.CLIPConfig(
 )
 
 
-def random_params(make_model):
+def random_params(make_model, seed=0):
     """Structure and random parameters; NumPy draws them, so that nothing is compiled."""
     graphdef, abstract = param_trees.describe(make_model, None)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     draw = lambda leaf: jax.numpy.asarray(0.2 * rng.standard_normal(leaf.shape, np.float32))
     return graphdef, jax.tree.map(draw, abstract)
 
@@ -49,7 +49,7 @@ def make_decoder(config):
 
 
 def make_run(folder, config):
-    """A run with finished stages tokenizer, retriever and decoder, whose parameters are random."""
+    """A run with finished stages tokenizer, retriever, decoder and sft, whose parameters are random."""
     run = run_folder.Run(epath.Path(folder))
 
     def tokenizer(run, stage_dir):
@@ -64,7 +64,8 @@ def make_run(folder, config):
         return {}
 
     def decoder(run, stage_dir):
-        checkpoint.save_params(stage_dir / "params", random_params(make_decoder(config))[1])
+        seed = int(stage_dir.name == "sft")
+        checkpoint.save_params(stage_dir / "params", random_params(make_decoder(config), seed)[1])
         model = {
             "decoder": dataclasses.asdict(config),
             "code_offset": WORDS.code_offset,
@@ -77,6 +78,7 @@ def make_run(folder, config):
     run.save_config({"seed": 0})
     for stage in (tokenizer, retriever, decoder):
         run_folder.run_stage(run, stage.__name__, {}, (), stage)
+    run_folder.run_stage(run, "sft", {}, (), decoder)
     return folder
 
 
@@ -131,6 +133,26 @@ def test_a_decoder_with_llamas_architecture_round_trips_as_llama(tmp_path):
     np.testing.assert_allclose(again.logits(tokens), wanted, atol=1e-6)
     assert again.text.encode_text("a red apple") == WORDS.encode_text("a red apple")
     assert again.stop_tokens == (WORDS.eod,)
+
+
+def test_the_decoder_of_another_stage_is_exported_where_it_is_named(tmp_path):
+    run = make_run(tmp_path / "run", DECODER)
+    exporting.export_checkpoint("cm3", run, tmp_path / "out", 1 << 30, stage="sft")
+    tables = [
+        param_trees.leaves_by_path(random_params(make_decoder(DECODER), seed)[1])["embedding/table"]
+        for seed in (0, 1)
+    ]
+    exported = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    np.testing.assert_array_equal(exported["embedding.table"], tables[1])
+    assert not np.array_equal(*tables)
+    for family, stage, says in (
+        ("cm3", "control", "no stage 'control'"),
+        ("cm3", "tokenizer", "has no decoder; give one that trains one"),
+        ("cm3", "../sft", "is no name of a stage"),
+        ("clip", "sft", "clip of .* is none; leave it out"),
+    ):
+        with pytest.raises(UserError, match=says):
+            exporting.export_checkpoint(family, run, tmp_path / "no", 1 << 30, stage=stage)
 
 
 @pytest.mark.parametrize("family", ["llama", "chameleon"])

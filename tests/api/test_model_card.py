@@ -28,6 +28,7 @@ METRICS = {
         "paired": {"joint_docs2_minus_control": {"mean": 0.7344, "ci95": 0.0542, "n": 256}},
     },
     "control": {"joint_accuracy": {"accuracy": 0.01, "ci95": 0.02, "n": 256}},
+    "sft": {"tasks": {"tuned": {"swap": {"joint": {"accuracy": 0.625, "ci95": 0.1, "n": 64}}}}},
     "machine": {"decoder": {"wall_seconds": 4321.0}},
 }
 
@@ -105,9 +106,17 @@ def test_the_card_tells_training_metrics_controls_and_licenses(tmp_path, capsys,
     assert 'license: "unknown"' in text
 
 
+def test_the_card_of_another_stage_tells_its_figures_alone(tmp_path, capsys, trained):
+    words = (tmp_path / "out", "--card", "--stage=sft")
+    assert export(capsys, "cm3", trained, *words)[0] == 0
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "tasks.tuned.swap.joint" in text and "75.0 %" not in text and "control" not in text
+
+
 def test_an_export_as_clip_tells_its_own_kind(tmp_path, capsys, trained):
     assert export(capsys, "clip", trained, tmp_path / "out", "--card")[0] == 0
     card = hub.ModelCard.load(tmp_path / "out" / "README.md")
+    assert "tuned" not in card.text
     assert card.data.pipeline_tag == "zero-shot-image-classification"
     assert card.data.library_name == "transformers" and "CLIPModel" in card.text
 

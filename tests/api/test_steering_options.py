@@ -36,7 +36,7 @@ def test_options_become_fields(options, guidance, contrast):
         (dict(plausible=0.1), "plausible is 0.1, but there is no guidance; give it too."),
         (dict(documents_guidance=1), "documents_guidance is 1, but there is no guidance; give it too."),
         (dict(guidance=2, contrast_floor=1), "contrast_floor is 1, but there is no contrast; give it too."),
-        (dict(guidance=-1), "guidance weight is -1; give a number of at least 0."),
+        (dict(guidance=-1), "guidance weight is -1; give a number from 0 to 1e+30."),
         (dict(contrast="one"), "contrast k is 'one'; give an integer of at least 1."),
         (dict(guidance=True, null=[]), "null is []; give one of documents, bare, caption."),
     ],

@@ -137,6 +137,9 @@ def test_an_output_that_cannot_be_written(refused, command, out, says):
         ("--documents=empty", "captions.jsonl cannot be read"),
         ("--workdir=no", "no is not a run"),
         ("--workdir=good.png", "good.png is not a run"),
+        ("--stage=sft", "no stage 'sft'; run rag-mm train"),
+        ("--stage=tokenizer", "stage 'tokenizer' of RUN has no decoder"),
+        ("--stage=S", "'S' is no name of a stage"),
         ("--bogus=1", "Unknown argument '--bogus=1'"),
     ],
 )

@@ -111,6 +111,10 @@ def test_what_else_is_refused(tmp_path):
         importing.open_checkpoint("emu", tiny_emu_folder.write(tmp_path / "b", config, less))
     with pytest.raises(UserError, match="decoder is missing"):
         emu_format.read_config(table.CheckpointFolder(config | {"decoder": None}))
+    for claims, size in ((False, 32_006), (True, 32_004)):
+        said = config | {"instruct": claims, "decoder": config["decoder"] | {"vocab_size": size}}
+        with pytest.raises(UserError, match=f"instruct={claims}, but its vocabulary"):
+            emu_format.read_config(table.CheckpointFolder(said))
     rope = config["vision_cfg"] | {"rope": True}
     with pytest.raises(UserError, match="rope is True"):
         emu_format.read_config(table.CheckpointFolder(config | {"vision_cfg": rope}))

@@ -65,6 +65,26 @@ def test_captions_of_coco(tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("layout", "name"), [("coco-captions", "captions"), ("coco-boxes", "instances")]
+)
+def test_images_of_coco_without_an_id_are_named(tmp_path, layout, name):
+    folder = public_instructions.coco(tmp_path)
+    path = folder / "annotations" / f"{name}_val2017.json"
+    found = json.loads(path.read_text())
+    good, rejects = read(layout, folder)
+    found["images"] += [{"file_name": "1.jpg"}, "broken"]
+    found["annotations"].append(found["annotations"][0] | {"image_id": -1, "id": 77})
+    path.write_text(json.dumps(found))
+    again, more = read(layout, folder)
+    assert [item.id for item in again] == [item.id for item in good]
+    assert {name: reason for name, (reason, _) in more.items() if name not in rejects} == {
+        "image number 4": "bad-field",
+        "image number 5": "not-json",
+        "annotation 77": "bad-field",
+    }
+
+
 def test_boxes_of_coco_are_told_in_the_cropped_picture(tmp_path):
     """Of 16 x 8 pixels columns 4 to 11 are kept, at half the size."""
     items, rejects = read("coco-boxes", public_instructions.coco(tmp_path))
@@ -102,6 +122,29 @@ def test_questions_of_vqa(tmp_path):
         "question number 5": "not-json",
     }
     assert "COCO_val2014_000000393225.jpg" in rejects["question 393225000"][1]
+
+
+def test_a_person_who_said_nothing_of_vqa_still_counts(tmp_path):
+    """One of the ten, as in the official evaluation."""
+    folder = public_instructions.questions(tmp_path)
+    (path,) = folder.glob("*_annotations.json")
+    found = json.loads(path.read_text())
+    people = found["annotations"][0]["answers"]
+    people[0]["answer"], people[1]["answer"], people[2] = "", 7, {"answer_id": 3}
+    path.write_text(json.dumps(found))
+    (item,), _ = read("vqav2", folder)
+    assert item.answers == (
+        "",
+        "",
+        "",
+        "down",
+        "down",
+        *["at table"] * 2,
+        "skateboard",
+        "down",
+        "table",
+    )
+    assert item.fields["answer"] == "down"
 
 
 def test_questions_and_annotations_may_be_in_folders_of_their_own(tmp_path):

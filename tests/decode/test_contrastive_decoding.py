@@ -56,8 +56,11 @@ def test_rows_are_contrasted_on_their_own():
         (dict(alpha=1.1), "contrast alpha is 1.1; give a number from 0 to 1."),
         (dict(alpha=-0.1), "contrast alpha is -0.1; give a number from 0 to 1."),
         (dict(floor=2), "contrast floor is 2; give a number from 0 to 1."),
-        (dict(amateur_temperature=0.0), "amateur temperature is 0; give a number above 0."),
-        (dict(amateur_temperature=-1.0), "amateur temperature is -1.0; give a number of at least 0."),
+        (dict(k=True), "contrast k is True; give an integer of at least 1."),
+        (dict(floor=False), "contrast floor is False; give a finite number."),
+        (dict(amateur_temperature=0.0), "amateur temperature is 0.0; give a number from 1e-30 to 1e+30."),
+        (dict(amateur_temperature=1e-40), "amateur temperature is 1e-40; give a number from 1e-30 to 1e+30."),
+        (dict(amateur_temperature=1e39), "amateur temperature is 1e+39; give a number from 1e-30 to 1e+30."),
         (dict(null="none"), "null is 'none'; give one of documents, bare, caption."),
     ],
 )  # fmt: skip

@@ -63,6 +63,12 @@ def test_weights_of_0_and_1_leave_one_stream_bit_for_bit(steering, kept):
     np.testing.assert_array_equal(combined, logits[kept])
 
 
+def test_the_largest_weight_gives_finite_logits():
+    logits = jnp.asarray(np.random.default_rng(0).normal(0, 30, (2, 4, 500)), jnp.float32)
+    combined = Guidance(guidance.LARGEST).combine()(logits, jnp.ones((1, 500), bool))
+    assert jnp.isfinite(combined).all()
+
+
 def test_streams_are_named_full_first():
     assert Guidance(2.0).streams == ("full", "bare")
     assert Guidance(2.0, null="caption").streams == ("full", "caption")
@@ -72,11 +78,16 @@ def test_streams_are_named_full_first():
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        (dict(weight=-1.0), "guidance weight is -1.0; give a number of at least 0."),
+        (dict(weight=-1.0), "guidance weight is -1.0; give a number from 0 to 1e+30."),
+        (dict(weight=1e39), "guidance weight is 1e+39; give a number from 0 to 1e+30."),
+        (dict(weight=10**400), "give a number from 0 to 1e+30."),
+        (dict(weight=True), "guidance weight is True; give a finite number."),
         (dict(weight=float("nan")), "guidance weight is nan; give a finite number."),
         (dict(weight=float("inf")), "guidance weight is inf; give a finite number."),
         (dict(weight="much"), "guidance weight is 'much'; give a finite number."),
-        (dict(documents_weight=-0.5), "documents weight is -0.5; give a number of at least 0."),
+        (dict(documents_weight=-0.5), "documents weight is -0.5; give a number from 0 to 1e+30."),
+        (dict(documents_weight=1e31), "documents weight is 1e+31; give a number from 0 to 1e+30."),
+        (dict(plausible=True), "plausible is True; give a finite number."),
         (dict(plausible=1.5), "plausible is 1.5; give a number from 0 to 1."),
         (dict(plausible=-0.1), "plausible is -0.1; give a number from 0 to 1."),
         (dict(null="full"), "null is 'full'; give one of documents, bare, caption."),

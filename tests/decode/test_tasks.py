@@ -169,6 +169,23 @@ def test_a_model_that_never_saw_a_null_prompt_is_not_steered_by_it(generator):
             generate(captions_only, steering=steering)
 
 
+def test_without_documents_the_null_prompt_documents_is_the_bare_one(generator):
+    """A model must know `bare` where a prompt lacks documents, and `documents` where one has some."""
+    steering = Guidance(2.0, guidance.DOCUMENTS)
+    knows = lambda *nulls: dataclasses.replace(generator, null_prompts=frozenset(nulls))
+    none, some = [[]] * 3, [DOCS[:1]] * 3
+    found = generate(knows(guidance.BARE), docs=none, steering=steering)
+    bare = generate(generator, docs=none, steering=Guidance(2.0, guidance.BARE))
+    np.testing.assert_array_equal(found.codes, bare.codes)
+    for known, docs, missing in (
+        (guidance.DOCUMENTS, none, guidance.BARE),
+        (guidance.DOCUMENTS, DOCS_BY_PROMPT, guidance.BARE),
+        (guidance.BARE, some, guidance.DOCUMENTS),
+    ):
+        with pytest.raises(UserError, match=f"never saw the null prompt '{missing}'"):
+            generate(knows(known), docs=docs, steering=steering)
+
+
 @pytest.mark.parametrize("steering", [None, Guidance(2.0, plausible=0.1)])
 def test_jacobi_decodes_the_greedy_codes_in_no_more_passes(generator, steering):
     one, other = (

@@ -95,7 +95,7 @@ def test_lora_changes_its_targets_alone(tmp_path, tiny_run):
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert changed == {"stack/blocks/attention/q/kernel", "stack/blocks/mlp/down/kernel"}
     assert "tasks" not in files.read_json(workdir / "metrics.json")["sft"]
-    assert rag_mm.load(workdir).generate("a red apple", num=1)
+    assert rag_mm.load(workdir, stage="sft").generate("a red apple", num=1)
 
 
 @pytest.mark.slow

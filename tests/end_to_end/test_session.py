@@ -75,6 +75,17 @@ def test_a_decoder_on_several_devices_draws_and_describes_the_same(run, tiny_run
     assert "does not split over the mesh" in capsys.readouterr().err
 
 
+def test_the_decoder_of_another_stage_draws_where_it_is_named(run, tiny_run, tmp_path, capsys):
+    other = rag_mm.load(str(tiny_run.workdir), stage="control")
+    tables = [each.generator.params["embedding"]["table"] for each in (run, other)]
+    assert not np.array_equal(*tables)
+    words = ["generate", f"--workdir={tiny_run.workdir}", f"--prompt={PROMPT}", "--docs=0"]
+    assert main.main([*words, "--stage=control", f"--out={tmp_path / 'x.png'}", "--json"]) == 0
+    capsys.readouterr()
+    drawn = np.asarray(PIL.Image.open(tmp_path / "x.png"))
+    assert same(drawn, other.generate(PROMPT, docs=0).images[0])
+
+
 def test_a_caption_of_two_is_asked_phrase_by_phrase_where_the_run_says_so(run):
     # Captions that only name: both together have to fit the model.
     rows = range(16), range(len(run.memory) - 16, len(run.memory))

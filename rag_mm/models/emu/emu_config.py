@@ -217,14 +217,11 @@ class EmuConfig:
         return cls(_extended(llama.llama_7b()))
 
     @classmethod
-    def b14(cls, is_instruct: bool = False) -> "EmuConfig":
-        """The paper's model on LLaMA 13B, 14B parameters with tower and C-Former.
-
-        `is_instruct`: with `[USER]` and `[ASSISTANT]` in the vocabulary.
-        """
-        return cls(_extended(llama.llama_13b(), 6 if is_instruct else 4))
+    def b14(cls) -> "EmuConfig":
+        """The paper's model on LLaMA 13B, 14B parameters with tower and C-Former."""
+        return cls(_extended(llama.llama_13b()))
 
 
-def _extended(decoder: DecoderConfig, num_tokens: int = 4) -> DecoderConfig:
-    vocab_size = decoder.vocab_size + num_tokens
+def _extended(decoder: DecoderConfig) -> DecoderConfig:
+    vocab_size = decoder.vocab_size + 4  # [PAD], [IMG], [/IMG] and <image>.
     return dataclasses.replace(decoder, vocab_size=vocab_size, dtype="bfloat16", remat="full")

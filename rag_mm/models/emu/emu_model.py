@@ -153,9 +153,3 @@ class Emu(nnx.Module):
 def take(values: Float[Array, "B J D"], slot: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """values[b, slot[b, t]]; that of 0 where slot is -1."""
     return jnp.take_along_axis(values, jnp.maximum(slot, 0)[:, :, None], axis=1)
-
-
-def grow_table(table: Float[np.ndarray, "V D"], num_new: int) -> Float[np.ndarray, "W D"]:
-    """The table of embeddings or of a head with new rows, which are the mean of the old (Emu's code)."""
-    mean = np.asarray(table, np.float32).mean(0, keepdims=True).astype(table.dtype)
-    return np.concatenate([table, np.repeat(mean, num_new, axis=0)])

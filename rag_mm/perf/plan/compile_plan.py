@@ -62,7 +62,9 @@ def search(
         parts *= 2
     if not tried:
         return make_plan(program, topology)
-    best = max((p for p in tried if p["fits"]), key=lambda p: p["mfu_bound"], default=tried[-1])
+    # Where costs are unknown, the first that fits: it has the fewest microbatches.
+    bound = lambda plan: plan.get("mfu_bound", 0.0)
+    best = max((p for p in tried if p["fits"]), key=bound, default=tried[-1])
     keys = ("batch_size", "num_parts", "remat", "fits", "peak_bytes", "mfu_bound")
     return best | {"tried": [{key: plan.get(key) for key in keys} for plan in tried]}
 

@@ -125,7 +125,9 @@ def open_scenes(config: DecodingStageConfig, run: run_folder.Run) -> DecodingSce
         generator = dataclasses.replace(generator, null_prompts=frozenset(guidance.NULLS))
     for setting in settings(config):
         if setting.steering is not None:
-            guidance.check_shown(setting.steering.streams, generator.null_prompts)
+            streams = setting.steering.streams
+            read = [guidance.null_read(stream, config.num_docs > 0) for stream in streams]
+            guidance.check_shown(read, generator.null_prompts)
     corpus = coded_corpus.Corpus(generator.layout, image_tokenizer)
     memory = corpus.memory(build_memory.open_memory(run))
     encoder = train_retriever.load_encoder(run.workdir)

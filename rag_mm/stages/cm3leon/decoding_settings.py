@@ -101,7 +101,8 @@ class DecodingStageConfig:
             )
         if min(self.speed_batches, default=1) < 1:
             raise ValueError(f"speed_batches are {self.speed_batches}; give at least 1 each")
-        _ = settings(self)  # Refuses what none of them can be.
+        # Refuses what none of them can be.
+        _ = [setting.sampling for setting in settings(self)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,6 +227,9 @@ def settings(config: DecodingStageConfig) -> list[DecodingSetting]:
         yield from (plain(temperature) for temperature in (0.0, *config.temperatures))
         yield from (plain(temperature) for temperature in config.jacobi_temperatures)
         yield from sweep(config)
+        # Parallel decoding is compared with the same in sequence.
+        null = config.guided_nulls[0]
+        yield from (guided(null, weight, 1.0) for weight in config.jacobi_weights)
         yield from plausible(config)
         yield from contrasts(config)
         yield from (two_conditions(*weights) for weights in config.two_conditions)

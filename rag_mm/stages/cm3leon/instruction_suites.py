@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -65,8 +66,10 @@ class SuiteConfig:
             raise UserError(f"limit is {self.limit}; give at least 2.")
         if self.docs < 0:
             raise UserError(f"docs is {self.docs}; give at least 0.")
-        if not self.temperature >= 0:
-            raise UserError(f"temperature is {self.temperature}; give at least 0.")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(
+                f"temperature is {self.temperature}; give a finite number of at least 0."
+            )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -136,8 +139,7 @@ def evaluate(
 
     Raises:
         UserError: there is no such run, stage or data, the data is of another suite, or fewer than two items
-        are
-            good.
+            are good.
     """
     source = _open(spec, suite)
     run = run_folder.open_run(workdir)
@@ -217,6 +219,8 @@ def _items(
         if (task := scene_instructions.TASKS.get(name)) is not None
         and any(map(task.scene_task.is_defined, source.levels))
     ]
+    if not tasks_of_scenes:
+        raise UserError(f"The suite {suite} has no question about these scenes; give others.")
     for number in range(max(map(len, tasks_of_scenes))):
         for instructions in tasks_of_scenes:
             if number < len(instructions):

@@ -140,7 +140,10 @@ def _contrast(results: Results) -> Iterator[DecodingClaim]:
     if results.has(by_alpha[0.1]):
         guided = {
             setting.name: results.mean(setting.name)
-            for setting in decoding_settings.sweep(config)
+            for setting in (
+                *decoding_settings.sweep(config),
+                *decoding_settings.plausible(config),
+            )
             if setting.temperature == 1
         }
         best = max(guided, key=lambda name: guided[name])

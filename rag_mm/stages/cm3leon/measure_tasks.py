@@ -10,6 +10,7 @@ from etils import epath
 
 from rag_mm.core import files, progress, run_folder
 from rag_mm.core.document_types import Image, Text
+from rag_mm.core.errors import UserError
 from rag_mm.data import instruction_items, instruction_templates, token_documents
 from rag_mm.data.instruction_items import CodedItem, Instruction
 from rag_mm.data.sequences import Layout
@@ -137,8 +138,13 @@ class TaskScorer:
         return self.scenes.memory(self._generator.layout)
 
     def score(self, task: InstructionTask) -> dict[str, list[int]]:
-        """The scores of each item of a task, 0 or 1, by name."""
+        """The scores of each item of a task, 0 or 1, by name; UserError if no test scene has an item."""
         items, places = self.scenes.items(task)
+        if not items:
+            raise UserError(
+                f"None of the {self.scenes.num_test} test scenes has an item of the task {task.name}; raise "
+                "num_test, or measure another task."
+            )
         hits = self.scenes.hits(task, self._generator.layout.max_docs)
         docs = [coded_corpus.pick(self._memory, hits[place]) for place in places]
         tokenizer = self.scenes.image_tokenizer

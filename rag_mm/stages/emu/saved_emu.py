@@ -139,6 +139,11 @@ class LoadedEmu:
         self, prompt: Parts, vectors: np.ndarray, num_tokens: int, num_beams: int
     ) -> list[str]:
         """The likeliest texts that follow a prompt, the best of `num_beams` first; as `write` otherwise."""
+        most = int(self._allowed.sum()) // 2
+        if num_beams > most:
+            raise UserError(
+                f"A search finds at most {most} texts with this vocabulary; ask for fewer."
+            )
 
         def run(rows: np.ndarray) -> list[list[str]]:
             found = beam.search(

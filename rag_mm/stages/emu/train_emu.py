@@ -1,7 +1,6 @@
 """Stage `emu`: trains Emu on interleaved texts and pictures, after retrieved documents or none."""
 
 import dataclasses
-import itertools
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -280,13 +279,13 @@ class _Fitting:
     def _pictures(self) -> np.ndarray:
         """The arrays of `NUM_FITTED` pictures, as often as they occur in sequences."""
         rng, numbers = np.random.default_rng((self.seed, 1)), np.zeros(0, np.int32)
-        for drawn in itertools.count():
-            if len(numbers) >= NUM_FITTED:
-                break
-            if drawn > NUM_FITTED and not len(numbers):
+        num_drawn = 0
+        while len(numbers) < NUM_FITTED:
+            if num_drawn == NUM_FITTED and not len(numbers):
                 raise UserError(
-                    "The training sequences have no pictures; give sequences.mixture others than texts."
+                    "The training sequences show no picture; give sequences.mixture others than texts."
                 )
+            num_drawn += 1
             made = self.source.make(np.int64(rng.integers(1 << 30)), rng)
             numbers = np.concatenate([numbers, made["pictures"]])
         return self.source.pictures.take(numbers[:NUM_FITTED])

@@ -184,14 +184,15 @@ def _read(album: Album, documents: str, image_size: int) -> Iterator[Parts]:
                 bad = f"; the first bad one is {item.reject.name}: {item.reject.detail}"
             continue
         count += 1
-        yield _parts_in_ram(album, item.document, image_size)
+        yield _parts_in_ram(album, item.document, count, image_size)
     if not count:
         raise UserError(f"{documents} has no good record{bad}.")
 
 
-def _parts_in_ram(album: Album, document: Document, image_size: int) -> Parts:
+def _parts_in_ram(album: Album, document: Document, place: int, image_size: int) -> Parts:
+    # By place: two documents may have one id.
     def number(i: int, pixels: np.ndarray) -> int:
         fitted = image_files.fit(pixels, image_size)
-        return album.add(("documents", document.id, i), lambda: fitted)
+        return album.add(("documents", place, i), lambda: fitted)
 
     return interleaved.parts_of(document, number)

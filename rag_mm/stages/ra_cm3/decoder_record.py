@@ -11,7 +11,7 @@ from typing import NamedTuple
 from etils import epath
 from flax import nnx
 
-from rag_mm.core import files, renames
+from rag_mm.core import files, renames, run_folder
 from rag_mm.core.errors import UserError
 from rag_mm.data.sequences import Layout
 from rag_mm.models import ra_cm3
@@ -20,6 +20,7 @@ from rag_mm.stages.ra_cm3 import null_prompts
 from rag_mm.stages.shared import frozen
 
 FILE = "decoder.json"
+STAGE = "decoder"  # Its name, unless another stage of a run is asked for.
 # What positions and marks of sequences mean; a decoder of another version reads them otherwise.
 SEQUENCES_VERSION = 2
 
@@ -48,6 +49,27 @@ def write(
         "model": dataclasses.asdict(model),
     }
     files.write_json(stage_dir / FILE, record)
+
+
+def find_folder(run: run_folder.Run, stage: str = STAGE) -> epath.Path:
+    """Folder of a finished stage that trained a decoder.
+
+    Raises:
+        UserError: the stage is missing, unfinished or edited, or trained no decoder.
+    """
+    try:
+        run.stage_dir(stage)
+    except ValueError:
+        raise UserError(
+            f"{stage!r} is no name of a stage; give one that trains a decoder, such as {STAGE} or sft."
+        ) from None
+    stage_dir = run.finished_stage(stage)
+    if not (stage_dir / FILE).exists():
+        raise UserError(
+            f"The stage {stage!r} of {run.workdir} has no decoder; give one that trains one, such as {STAGE} "
+            "or sft."
+        )
+    return stage_dir
 
 
 def read(stage_dir: epath.Path, image_tokenizer: frozen.FrozenTokenizer) -> DecoderRecord:

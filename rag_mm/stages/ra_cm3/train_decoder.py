@@ -295,7 +295,7 @@ def load_generator(
     image_tokenizer: frozen.FrozenTokenizer,
     mesh: Mesh | None = None,
 ) -> Generator:
-    """Loads a trained decoder of a run (stage `decoder` or `control`), with the layout of its training.
+    """Loads a trained decoder of a run, such as of the stage `sft`, with the layout of its training.
 
     Args:
         run: the run.
@@ -304,10 +304,10 @@ def load_generator(
         mesh: on which it decodes (`decode_batch.make_mesh`); None: on one device.
 
     Raises:
-        UserError: the stage is missing, unfinished or edited, was trained on another tokenizer's codes, or
-            does not split over the mesh.
+        UserError: the stage is missing, unfinished or edited, has no decoder, was trained on another
+            tokenizer's codes, or does not split over the mesh.
     """
-    return load_params(run.finished_stage(stage), image_tokenizer, mesh)
+    return load_params(decoder_record.find_folder(run, stage), image_tokenizer, mesh)
 
 
 def load_params(

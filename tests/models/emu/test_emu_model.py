@@ -126,11 +126,3 @@ def test_spread_counts_the_directions_of_the_images_that_count():
     variance, ratio = image_codes.spread(jnp.asarray(codes), jnp.arange(40) < 30)
     assert float(variance) == pytest.approx(codes[:30].var(0).mean(), rel=1e-5)
     assert 2.5 < float(ratio) <= 3
-
-
-def test_new_rows_of_a_table_are_the_mean():
-    table = RNG.normal(size=(6, 3)).astype(np.float16)
-    grown = emu_model.grow_table(table, 2)
-    np.testing.assert_array_equal(grown[:6], table)
-    np.testing.assert_allclose(grown[6:], np.tile(table.mean(0), (2, 1)), atol=1e-3)
-    assert grown.dtype == np.float16

@@ -41,6 +41,13 @@ def test_the_sweep_is_whole_and_candidates_differ_in_their_seeds_alone():
     }
 
 
+def test_what_is_decoded_in_parallel_is_also_decoded_in_sequence():
+    """Even where the sweep does not have it."""
+    config = make(weights=(0.0, 1.0), temperatures=(1.0,), jacobi_temperatures=(0.3,))
+    names = {setting.name for setting in decoding_settings.settings(config)}
+    assert {"plain_t0.3", "jacobi_plain_t0.3", "bare_w1.5_t1", "jacobi_bare_w1.5_t1"} <= names
+
+
 @pytest.mark.parametrize(
     ("values", "says"),
     [
@@ -49,6 +56,8 @@ def test_the_sweep_is_whole_and_candidates_differ_in_their_seeds_alone():
         ({"nulls": ("empty",)}, "null is 'empty'"),
         ({"nulls": ()}, "nulls is empty"),
         ({"temperatures": (0.4,)}, "1 must be among them"),
+        ({"temperatures": (1.0, -1.0)}, "temperature must be at least 0"),
+        ({"jacobi_temperatures": (-0.5,)}, "temperature must be at least 0"),
         ({"num_candidates": (1, 3, 8)}, "divisors of the last"),
         ({"ranked_contrast": 11}, "one of the 11 contrasts"),
         ({"speed_batches": (0,)}, "speed_batches"),

@@ -101,6 +101,7 @@ def change_code(name):
         ("CD-K with k = 1 and alpha = 1 is greedy", change_code(CONTRAST.format(1))),
         ("Its entropy rises", change_figure(CONTRAST.format(0.5), "entropy", 0.2)),
         ("CD-K with k = 1 and alpha = 0.1", change_joint("documents_w2_t1", 0.91)),
+        ("CD-K with k = 1 and alpha = 0.1", change_joint("caption_w3_t1_plausible0.1", 0.91)),
         ("Re-ranking 4 candidates", change_joint("ranked_plain_n4", 0.73)),
         ("and 8 are no worse", change_joint("ranked_plain_n8", 0.76)),
         ("8 candidates, half by contrast", change_joint("ranked_mixture_n8", 0.82)),

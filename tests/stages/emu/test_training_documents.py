@@ -78,6 +78,14 @@ def test_further_documents_are_read_in_their_order_with_fitted_pictures(tmp_path
     found = training_documents.collect(WORLD, run, 0, 0, str(tmp_path))
     ((before, number, after),) = found.documents
     assert (before, after) == ("x", "y") and found.album.pixels(number).shape == (32, 32, 3)
+    # Another document of the same id has its own picture.
+    (tmp_path / "b.png").write_bytes(image_files.encode_png(255 - pixels))
+    other = {"id": "d", "segments": [{"image": "b.png"}]}
+    text = "\n".join(json.dumps(each) for each in (lines[0], other))
+    (tmp_path / sources.CAPTIONS).write_text(text)
+    found = training_documents.collect(WORLD, run, 0, 0, str(tmp_path))
+    first, second = (found.album.pixels(i) for i in (found.documents[0][1], found.documents[1][0]))
+    np.testing.assert_array_equal(second, 255 - first)
     (tmp_path / sources.CAPTIONS).write_text(json.dumps(lines[1]))
     with pytest.raises(UserError, match="has no good record; the first bad one is"):
         training_documents.collect(WORLD, run, 0, 0, str(tmp_path))
