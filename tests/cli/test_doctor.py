@@ -48,7 +48,7 @@ def test_what_commands_import_is_imported(broken):
     # An extra that is not installed is no problem.
     broken("starlette", "raise ModuleNotFoundError('No module starlette', name='starlette')")
     (problem,) = doctor._import_problems()
-    assert "rag_mm.api.exporting and" in problem and "other modules cannot be imported" in problem
+    assert "rag_mm.api.emu_session and" in problem and "other modules cannot be imported" in problem
     assert "HiPrimitive is not in jax.experimental.hijax" in problem and "pip install" in problem
 
 
