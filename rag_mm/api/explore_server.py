@@ -119,7 +119,7 @@ class Explorer:
             max_docs=self.session.generator.layout.max_docs,
             views=model_protocols.VIEWS,
             nulls=tuple(guidance.NULLS),
-            decodings=tasks.DECODINGS,
+            decodings=(tasks.SEQUENTIAL, tasks.JACOBI),
             max_candidates=MAX_CANDIDATES,
         )
 

@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--decoding",
         default="sequential",
         metavar="WAY",
-        help="sequential, code by code, or jacobi, many codes a pass: the same distribution, faster on an "
-        "accelerator at small batches (default: sequential)",
+        help="sequential, code by code, or jacobi, many codes a pass: the same distribution; slower on "
+        "a CPU, not timed on an accelerator (default: sequential)",
     )
     session_args.add_out(parser)
 

@@ -136,14 +136,21 @@ def test_hidden_states_layer_by_layer_and_logits(torch, llama, ours):
     np.testing.assert_allclose(logits, expected.logits.numpy(), atol=1e-4)
 
 
-def test_greedy_generation_token_for_token(torch, llama, ours):
-    """Prompts of three lengths, padded on the left in both."""
-    lengths, longest, steps = (4, 9, 7), 9, 12
-    tokens, positions, segment_ids = np.zeros((3, 3, longest), np.int32)
+def make_prompts():
+    """Prompts of three lengths, padded on the left."""
+    lengths = (4, 9, 7)
+    tokens, positions, segment_ids = np.zeros((3, 3, 9), np.int32)
     for row, n in enumerate(lengths):
         tokens[row, -n:] = make_tokens(n, seed=row)
         positions[row, -n:] = np.arange(n)
         segment_ids[row, -n:] = 1
+    return sampler.Prompts(tokens, positions, segment_ids, np.array(lengths, np.int32))
+
+
+def test_greedy_generation_token_for_token(torch, llama, ours):
+    """Prompts of three lengths, padded on the left in both."""
+    prompts, longest, steps = make_prompts(), 9, 12
+    tokens, _, segment_ids = prompts[:3]
     with torch.no_grad():
         expected = llama.generate(
             torch.tensor(tokens).long(),
@@ -153,7 +160,7 @@ def test_greedy_generation_token_for_token(torch, llama, ours):
         )
     found = sampler.sample(
         ours[1],
-        sampler.Prompts(tokens, positions, segment_ids, np.array(lengths, np.int32)),
+        prompts,
         np.zeros(3, np.uint32),
         np.ones(50, bool),
         graphdef=ours[0],
@@ -169,12 +176,8 @@ def test_greedy_generation_token_for_token(torch, llama, ours):
 )
 def test_beam_search_finds_the_same_texts_and_scores(torch, llama, ours, penalty, min_steps, stop):
     """Five beams of prompts of three lengths; some texts end early, and some searches before all steps."""
-    lengths, longest, steps, beams = (4, 9, 7), 9, 10, 5
-    tokens, positions, segment_ids = np.zeros((3, 3, longest), np.int32)
-    for row, n in enumerate(lengths):
-        tokens[row, -n:] = make_tokens(n, seed=row)
-        positions[row, -n:] = np.arange(n)
-        segment_ids[row, -n:] = 1
+    prompts, longest, steps, beams = make_prompts(), 9, 10, 5
+    tokens, _, segment_ids = prompts[:3]
     with torch.no_grad():
         expected = llama.generate(
             torch.tensor(tokens).long(),
@@ -193,7 +196,7 @@ def test_beam_search_finds_the_same_texts_and_scores(torch, llama, ours, penalty
     for is_scanned in (False, True):
         found = beam.search(
             ours[1],
-            sampler.Prompts(tokens, positions, segment_ids, np.array(lengths, np.int32)),
+            prompts,
             np.ones(50, bool),
             graphdef=ours[0],
             num_steps=steps,
