@@ -35,6 +35,7 @@ BASE = [
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",  # Names in its v1 still move between minor versions.
     "pillow",
+    "pyarrow",  # Parquet files
     "pycocoevalcap",
     "rich",
     "safetensors",

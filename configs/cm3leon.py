@@ -5,6 +5,7 @@
     rag-mm train --config=configs/cm3leon.py:decoding --workdir=runs/decoding --reuse=runs/quickstart
     rag-mm ablate --config=configs/cm3leon.py:decoding --workdir=runs/decoding3 --reuse RUN RUN RUN
     rag-mm train --config=configs/cm3leon.py:sft --workdir=runs/sft --reuse=runs/quickstart
+    rag-mm ablate --config=configs/cm3leon.py:tuning --workdir=runs/tuning --reuse RUN
 
     preset  cost, at best, on 256 v5e chips    what to expect
     tiny    a minute to compile                a program of the same shape, for tests
@@ -20,6 +21,8 @@
     training       not run yet                 other masking, loss and sizes, at three seeds
     sft            not run to its end yet      instruction tuning of the quickstart's model on 11 tasks
     sft_tiny       2 minutes on two cores      the same on the tiny quickstart, for tests; learns nothing
+    tuning         not run yet                 other mixtures, and LoRA, at one seed
+    tuning_tiny    6 minutes on two cores      the same on the tiny quickstart, for tests; learns nothing
 
 `plan` prints what one training step of 8M tokens needs of each chip (docs/results/plans.md). Learning rate,
 warm-up and batch are the paper's; betas, clipping, weight decay and the linear schedule, which ends at a
@@ -48,6 +51,8 @@ PRESETS = (
     "training",
     "sft",
     "sft_tiny",
+    "tuning",
+    "tuning_tiny",
 )
 DECODING_STAGES = ("tokenizer", "retriever", "memory", "neighbors", "decoder", "decoding")
 SFT_STAGES = (*DECODING_STAGES[:-1], "sft")
@@ -64,6 +69,28 @@ SFT_TASKS = dict(
     what=6000,
     where=3000,
     which_color=400,
+)
+# Over-reliance, and edits with two conditions; weights of picture and instruction.
+SFT_COPIED = tuple(
+    f"held_out.{decoder}_copied.copied_{fact}"
+    for fact in ("place", "color", "whole")
+    for decoder in ("untuned", "tuned")
+)
+SFT_GUIDED = tuple(
+    f"held_out.guided_{task}_{weights}.{figure}"
+    for task in ("recolor", "move")
+    for weights in ("i0_t1", "i1_t0", "i1_t1", "i1.5_t1", "i2_t1", "i3_t1", "i1_t2", "i1_t3")
+    for figure in ("fidelity", "compliance", "joint")
+)
+SFT_GUIDED_PAIRS = tuple(
+    (f"held_out.guided_{task}_{ours}", f"held_out.guided_{task}_{theirs}")
+    for task in ("recolor", "move")
+    for ours, theirs in (
+        ("i1_t1.fidelity", "i0_t1.fidelity"),
+        ("i1_t1.compliance", "i1_t0.compliance"),
+        ("i1.5_t1.joint", "i1_t1.joint"),
+        ("i3_t1.joint", "i1_t1.joint"),
+    )
 )
 SFT_TEXTS = ("caption", "what", "where", "which_color")
 
@@ -155,6 +182,8 @@ def get_config(preset: str) -> dict:
         "training": training,
         "sft": sft,
         "sft_tiny": sft_tiny,
+        "tuning": tuning,
+        "tuning_tiny": tuning_tiny,
     }
     return made[preset]() if preset in made else _sizes(preset)
 
@@ -324,19 +353,26 @@ def sft() -> dict:
         ),
         ablation=dict(
             stage="sft",
-            baseline="as it is",
             seeds=quickstart.FRESH_SEEDS,
-            figures=tuple(
-                f"held_out.{decoder}_{task}.{_sft_figure(task)}"
-                for task in SFT_TASKS
-                for decoder in ("untuned", "tuned")
+            figures=(*_sft_figures(), *SFT_COPIED, *SFT_GUIDED),
+            pairs=(
+                *((_sft_score("tuned", task), _sft_score("untuned", task)) for task in SFT_TASKS),
+                *SFT_GUIDED_PAIRS,
             ),
-            pairs=tuple(
-                tuple(
-                    f"held_out.{each}_{task}.{_sft_figure(task)}" for each in ("tuned", "untuned")
-                )
-                for task in SFT_TASKS
-            ),
+            variants={"as it is": {}},
+        ),
+    )
+
+
+def tuning() -> dict:
+    """Instruction tuning on edits alone, with proportional mixing, and by LoRA; one seed."""
+    config = sft()
+    return config | dict(
+        ablation=dict(
+            stage="sft",
+            baseline="as it is",
+            seeds=quickstart.FRESH_SEEDS[:1],
+            figures=(*_sft_figures(), *SFT_COPIED),
             variants={
                 "as it is": {},
                 "edits only": {
@@ -356,6 +392,16 @@ def sft() -> dict:
     )
 
 
+def _sft_figures() -> tuple[str, ...]:
+    return tuple(
+        _sft_score(decoder, task) for task in SFT_TASKS for decoder in ("untuned", "tuned")
+    )
+
+
+def _sft_score(decoder: str, task: str) -> str:
+    return f"held_out.{decoder}_{task}.{_sft_figure(task)}"
+
+
 def _sft_figure(task: str) -> str:
     """The score that stands for a task."""
     return "right" if task in SFT_TEXTS else "joint"
@@ -371,5 +417,14 @@ def sft_tiny() -> dict:
             tasks=dict.fromkeys(SFT_TASKS, 24),
             batch_size=8,
             num_test=8,
+            edit_weights=((0.0, 1.0), (1.0, 1.0), (1.5, 1.0), (1.0, 0.0)),
         ),
     )
+
+
+def tuning_tiny() -> dict:
+    """The variants of `tuning` with few steps on a model that has learned nothing; for tests."""
+    plan = tuning()["ablation"]
+    few = {"sft.tasks": dict.fromkeys(("recolor", "move", "swap"), 24)}
+    variants = plan["variants"] | {"edits only": plan["variants"]["edits only"] | few}
+    return sft_tiny() | dict(ablation=plan | dict(variants=variants))

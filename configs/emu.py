@@ -8,10 +8,20 @@
     quick   12 minutes         emoji scenes: captions, images' vectors from captions, stories and clips, with
                                and without retrieved documents; the tower is the quickstart's retriever
     seen    12 minutes         the same with a tower that has not seen the held-out classes
+    text_alone  12 minutes     quick without the loss of images; quick reports what images cost captions with
+                               --config.emu_figures.text_alone=RUN
+    llama   by model           quick on a language model: --config.emu_data.language_model=RUN, a run of
+                               `rag-mm import llama`, gives sizes, parameters to start from and tokenizer
+    llama_tiny  a minute       the same of tiny
+    visual  22 minutes         quick, then a diffusion model that draws images from the codes of captions,
+                               and the same trained on codes of images
+    sft     15 minutes         quick, then tuned on dialogues about scenes, asked with and without examples
+    sft_tiny  two minutes      the same of tiny
     own     by dataset         no figures are claimed; your images and captions, and by emu_data.documents web
                                pages, storyboards and other documents
     own_tiny  a minute         the same, learns nothing
     tiny    a minute           runs every stage, learns nothing; for tests
+    visual_tiny  two minutes   the same of visual
     7b      a pod              the paper's ablation on LLaMA 7B; planned, not trained here
     14b     a pod              the paper's model; planned, not trained here
 
@@ -25,8 +35,22 @@ from rag_mm.configs import own_images, quickstart
 
 from rag_mm.models.emu.emu_config import EmuConfig
 
-PRESETS = ("quick", "seen", "own", "own_tiny", "tiny", "7b", "14b")
+PRESETS = (
+    *(
+        "quick",
+        "seen",
+        "text_alone",
+        "llama",
+        "llama_tiny",
+        "visual",
+        "visual_tiny",
+        "sft",
+        "sft_tiny",
+    ),
+    *("own", "own_tiny", "tiny", "7b", "14b"),
+)
 STAGES = ("tokenizer", "retriever", "memory", "neighbors", "emu_data", "emu", "emu_figures")
+VISUAL_STAGES = ("rollouts", "visual_decoder", "visual_control", "visual_figures")
 SPLITS = ("held_out", "seen")
 FIGURES = (
     *(
@@ -54,6 +78,7 @@ COMPARED = tuple(
 )
 _PLAIN = {"emu.targets.kind": "cformer"}
 _NO_ANCHOR = {"emu.targets.anchor_weight": 0.0}
+_TEXT_ALONE = {"emu.image_loss_weight": 0.0, **_NO_ANCHOR}
 _NO_TABLE = {"emu.targets.has_positions": False}
 # Each option of the miniature alone is changed, except in the paper's own setting.
 VARIANTS = {
@@ -79,8 +104,8 @@ VARIANTS = {
     "slot for the class token": {"emu.targets.has_class_slot": True},
     "bidirectional queries": {"emu.cformer.is_causal": False},
     "2 queries": {"emu.cformer.num_queries": 2},
-    "8 queries": {"emu.cformer.num_queries": 8, "emu.sequences.max_seq_len": 192},
-    "text loss alone": {"emu.image_loss_weight": 0.0, **_NO_ANCHOR},
+    "8 queries": {"emu.cformer.num_queries": 8},
+    "text loss alone": _TEXT_ALONE,
     "pairs alone": {
         "emu.sequences.mixture.stories": 0.0,
         "emu.sequences.mixture.clips": 0.0,
@@ -89,9 +114,84 @@ VARIANTS = {
 }
 
 
+VISUAL_FIGURES = (
+    *(
+        f"{split}.{variant}.{figure}"
+        for split in SPLITS
+        for figure in ("mse", "place", "color", "entity")
+        for variant in ("none", "oracle", "retrieved", "wrong", "encoded", "control_none")
+    ),
+    *(f"held_out.guidance_{weight}.mse" for weight in ("1", "1_5", "2", "3")),
+    *(f"held_out.null.{fact}" for fact in ("place", "color")),
+    *(f"held_out_stories.{variant}.mse" for variant in ("story", "sentence", "first_image")),
+)
+VISUAL_COMPARED = tuple(
+    (f"{split}.{ours}.{figure}", f"{split}.{theirs}.{figure}")
+    for split, figure, ours, theirs in (
+        ("held_out", "mse", "none", "control_none"),
+        ("held_out", "place", "none", "control_none"),
+        ("held_out", "mse", "guidance_2", "guidance_1"),
+        ("held_out", "mse", "retrieved", "none"),
+        ("held_out", "mse", "oracle", "none"),
+        ("held_out_stories", "mse", "story", "sentence"),
+    )
+)
+# What may raise the share of entities that are drawn.
+VISUAL_VARIANTS = {
+    "as it is": {},
+    "patches of 4": {"visual_decoder.model.dit.patch_size": 4},
+    "twice as wide": {
+        "visual_decoder.model.dit.embed_dim": 256,
+        "visual_decoder.model.dit.mlp_dim": 512,
+    },
+    "four times the steps": {"visual_decoder.loop.num_steps": 6400},
+    "the noise is predicted": {"visual_decoder.model.noise.prediction": "epsilon"},
+}
+SFT_TASKS = ("caption", "what", "where", "which_color")
+SFT_MEASURED = (*SFT_TASKS, *(f"{task}_nll" for task in SFT_TASKS))
+SFT_FIGURES = (
+    *(
+        f"{split}.{variant}.{task}"
+        for split in SPLITS
+        for task in SFT_MEASURED
+        for variant in ("untuned", "tuned", "untuned_retrieved", "tuned_retrieved")
+    ),
+    *(
+        f"few_shot_{model}.{variant}.{task}"
+        for model in ("untuned", "tuned")
+        for task in SFT_MEASURED
+        for variant in (
+            "none",
+            *(f"{choice}_{k}" for choice in ("rices", "random") for k in (1, 2, 4)),
+        )
+    ),
+)
+SFT_COMPARED = (
+    *((f"held_out.tuned.{task}", f"held_out.untuned.{task}") for task in SFT_TASKS),
+    *(
+        (f"few_shot_{model}.rices_4.{task}", f"few_shot_{model}.random_4.{task}")
+        for model in ("untuned", "tuned")
+        for task in SFT_MEASURED
+    ),
+)
+
+
 def get_config(preset: str) -> dict:
     """The config of a preset: nested plain values."""
-    made = {"quick": quick, "seen": seen, "own": own, "own_tiny": own_tiny, "tiny": tiny}
+    made = {
+        "quick": quick,
+        "seen": seen,
+        "text_alone": text_alone,
+        "llama": llama,
+        "llama_tiny": llama_tiny,
+        "visual": visual,
+        "visual_tiny": visual_tiny,
+        "sft": sft,
+        "sft_tiny": sft_tiny,
+        "own": own,
+        "own_tiny": own_tiny,
+        "tiny": tiny,
+    }
     return made[preset]() if preset in made else _sizes(preset)
 
 
@@ -142,6 +242,8 @@ def quick() -> dict:
             sequences=dict(
                 mixture=dict(pairs=0.75, stories=0.1, clips=0.1, texts=0.05),
                 num_docs_weights=(0.5, 0.5),
+                # The same sequences in a step, whatever number of slots an image has.
+                counted_slots=4,
             ),
             batch_size=8,
         ),
@@ -167,6 +269,85 @@ def seen() -> dict:
         neighbors=config["neighbors"] | dict(min_same_class=0.0),
         ablation=config["ablation"] | dict(variants={"as it is": {}}),
     )
+
+
+def visual() -> dict:
+    """22 minutes: `quick`, what its captions are rolled out to, and two visual decoders."""
+    config = quick()
+    return config | dict(
+        stages=STAGES + VISUAL_STAGES,
+        rollouts=dict(),
+        visual_decoder=dict(
+            # All else is the default of `models.emu.visual_decoder.VisualDecoderConfig`.
+            model=dict(dit=dict(image_size=32)),
+            optimizer=dict(
+                learning_rate=3e-3,
+                warmup_steps=60,
+                schedule="cosine",
+                b2=0.99,
+                weight_decay=0.01,
+                end_rate=0.03,
+                ema=0.99,
+            ),
+            loop=dict(num_steps=1600, log_every=50, checkpoint_every=200),
+            batch_size=64,
+        ),
+        visual_control=dict(),
+        visual_figures=dict(),
+        ablation=config["ablation"]
+        | dict(
+            stage="visual_figures",
+            figures=VISUAL_FIGURES,
+            pairs=VISUAL_COMPARED,
+            variants=VISUAL_VARIANTS,
+        ),
+    )
+
+
+def visual_tiny() -> dict:
+    """Two minutes for every stage of `visual`, and nothing learned."""
+    config = visual()
+    visual_decoder = config["visual_decoder"]
+    return (
+        config
+        | {name: value for name, value in tiny().items() if name not in ("stages", "ablation")}
+        | dict(
+            visual_decoder=visual_decoder
+            | dict(
+                model=dict(dit=dict(embed_dim=32, num_layers=2, mlp_dim=64)),
+                loop=dict(num_steps=20, log_every=10, checkpoint_every=10),
+                batch_size=8,
+                num_watched=8,
+            ),
+            visual_figures=dict(num_scenes=16, num_stories=12, guidances=(1.0, 2.0)),
+        )
+    )
+
+
+def text_alone() -> dict:
+    """The control of joint training: the same sequences, of which texts alone are learned."""
+    config = quick()
+    del config["ablation"]
+    targets = config["emu"]["targets"] | dict(anchor_weight=0.0)
+    return config | dict(emu=config["emu"] | dict(image_loss_weight=0.0, targets=targets))
+
+
+def llama() -> dict:
+    """On an imported LLaMA, as the paper: its parameters, its tokenizer, and learning rates for it."""
+    return _on_llama(quick())
+
+
+def llama_tiny() -> dict:
+    """A minute on a tiny LLaMA, and nothing learned."""
+    return _on_llama(tiny())
+
+
+def _on_llama(config: dict) -> dict:
+    optimizer = config["emu"]["optimizer"] | dict(
+        learning_rate=3e-5,
+        groups=({"name": "cformer", "params": ("cformer/*",), "learning_rate": 1e-4},),
+    )
+    return config | dict(emu=config["emu"] | dict(model=None, optimizer=optimizer))
 
 
 def own() -> dict:
@@ -214,6 +395,47 @@ def tiny() -> dict:
                 loop=loop,
                 batch_size=4,
                 sequences=emu["sequences"] | dict(max_seq_len=160),
+            ),
+        )
+    )
+
+
+def sft() -> dict:
+    """15 minutes: `quick`, then updates of low rank trained on dialogues about scenes."""
+    config = quick()
+    return config | dict(
+        stages=(*STAGES[:-1], "emu_sft"),
+        emu_sft=dict(
+            optimizer=dict(
+                learning_rate=3e-3, warmup_steps=50, schedule="cosine", weight_decay=0.0
+            ),
+            loop=dict(num_steps=600, log_every=50, checkpoint_every=300),
+        ),
+        ablation=config["ablation"]
+        | dict(
+            stage="emu_sft",
+            figures=SFT_FIGURES,
+            pairs=SFT_COMPARED,
+            variants={"as it is": {}},
+        ),
+    )
+
+
+def sft_tiny() -> dict:
+    """Two minutes for every stage of `sft`, and nothing learned."""
+    config = sft()
+    return (
+        config
+        | {name: value for name, value in tiny().items() if name not in ("stages", "ablation")}
+        | dict(
+            emu_sft=config["emu_sft"]
+            | dict(
+                loop=dict(num_steps=20, log_every=10, checkpoint_every=10),
+                dialogues=dict(num_scenes=100),
+                batch_size=4,
+                num_test=12,
+                num_few_shot=8,
+                shots=(0, 2),
             ),
         )
     )

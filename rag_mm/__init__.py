@@ -40,10 +40,10 @@ def load(
             tuned on instructions.
 
     Returns:
-        `rag_mm.api.session.Session` (generate, caption, infill, memory) for a run trained with rag-mm;
-        `rag_mm.api.emu_session.EmuSession` (caption, complete, imagine, memory) for one of Emu; for an
-        imported CLIP, LLaMA, Chameleon or Emu a class of `rag_mm.api.imported`; for an imported image
-        tokenizer `rag_mm.stages.shared.frozen.FrozenTokenizer`.
+        `rag_mm.api.session.Session` (generate, caption, infill, memory, and if tuned edit and ask) for a run
+        trained with rag-mm; `rag_mm.api.emu_session.EmuSession` (caption, complete, imagine, memory) for one
+        of Emu; for an imported CLIP, LLaMA, Chameleon or Emu a class of `rag_mm.api.imported`; for an
+        imported image tokenizer `rag_mm.stages.shared.frozen.FrozenTokenizer`.
 
     Raises:
         rag_mm.core.errors.UserError: there is no run in `workdir`, or it is unfinished or was edited;

@@ -4,7 +4,8 @@ Sources: InstructPix2Pix, github.com/timothybrooks/instruct-pix2pix (edit_datase
 ControlNet, github.com/lllyasviel/ControlNet (its page on training, fill50k); COCO,
 cocodataset.org/#format-data ("Object detection", "Image captioning"); VQA version 2,
 visualqa.org/download.html ("Input questions format", "Annotation format") and github.com/GT-Vision-Lab/VQA
-(PythonHelperTools/vqaTools/vqa.py).
+(PythonHelperTools/vqaTools/vqa.py); VisDial, visualdialog.org/data and
+github.com/batra-mlp-lab/visdial-challenge-starter-pytorch (visdialch/data/readers.py).
 """
 
 import io
@@ -174,6 +175,36 @@ def questions(folder: pathlib.Path) -> pathlib.Path:
         head | {"annotations": [*annotations, {"answers": []}]},
     )
     put(folder / "val2014" / "COCO_val2014_000000262148.jpg", pixels())
+    return folder
+
+
+def dialogs(folder: pathlib.Path) -> pathlib.Path:
+    """VisDial: a dialogue of two rounds, one densely annotated, one without a picture, and broken ones."""
+    options = list(range(5))
+    good = [
+        {"question": 0, "answer": 1, "answer_options": options, "gt_index": 1},
+        {"question": 1, "answer": 4, "answer_options": options[::-1], "gt_index": 0},
+    ]
+    rounds = [
+        (185565, "a man on a horse", good),
+        (7, "the picture is missing", good),
+        (185565, "a number of no text", [good[0] | {"question": 9}]),
+        (185565, "an option that is none", [good[0] | {"gt_index": 5}]),
+    ]
+    dialogs = [
+        {"image_id": image_id, "caption": caption, "dialog": dialog}
+        for image_id, caption, dialog in rounds
+    ]
+    answers = ["yes", "no", "brown", "a field", "1 man"]
+    data = {
+        "questions": ["is it day", "how many men"],
+        "answers": answers,
+        "dialogs": [*dialogs, "broken"],
+    }
+    put(folder / "visdial_1.0_val.json", {"version": "1.0", "split": "val2018", "data": data})
+    dense = [{"image_id": 185565, "round_id": 2, "gt_relevance": [0.8, 0, 0, 0.2, 0]}]
+    put(folder / "visdial_1.0_val_dense_annotations.json", dense)
+    put(folder / "VisualDialog_val2018" / "VisualDialog_val2018_000000185565.jpg", pixels())
     return folder
 
 

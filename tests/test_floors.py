@@ -18,7 +18,7 @@ PACKAGE = ROOT / "rag_mm"
 _BELOW_MODELS = {"core", "ops", "nn"}
 _BELOW_DECODE = _BELOW_MODELS | {"models"}
 _BELOW_REPORT = _BELOW_DECODE | {"decode", "frozen_lm", "train", "memory", "data", "worlds"}
-_BELOW_STAGES = _BELOW_REPORT | {"eval", "report"}
+_BELOW_STAGES = _BELOW_REPORT | {"corpus", "eval", "report"}
 # What each floor may import besides itself.
 FLOORS = {
     "core": set(),
@@ -27,6 +27,7 @@ FLOORS = {
     "models": _BELOW_MODELS,
     "memory": {"core", "ops"},
     "data": {"core", "memory"},
+    "corpus": {"core", "memory", "data"},
     "worlds": {"core"},
     "decode": _BELOW_DECODE | {"data"},
     "convert": _BELOW_DECODE,
@@ -34,7 +35,7 @@ FLOORS = {
     "train": _BELOW_DECODE | {"decode", "data"},
     "eval": _BELOW_REPORT,
     "report": _BELOW_REPORT | {"eval"},
-    "perf": _BELOW_DECODE | {"decode", "train", "data", "memory"},
+    "perf": _BELOW_DECODE | {"decode", "train", "data", "memory", "corpus"},
     "stages": _BELOW_STAGES | {"convert", "perf"},
     "api": _BELOW_STAGES | {"stages", "convert"},
     "cli": _BELOW_STAGES | {"stages", "api", "convert", "perf"},
@@ -48,6 +49,7 @@ LAZY = {
     "faiss": {"perf/bench/faiss_peer.py"},
     "uvicorn": {"cli/explore.py", "api/explore_connections.py"},
     "apache_beam": {"data/beam_ingest.py"},
+    "pyarrow": {"data/parquet_files.py"},
     "gguf": {"convert/gguf_format.py"},
     "openai": {"frozen_lm/endpoint.py"},
 }

@@ -8,15 +8,13 @@ script inserts it as text only. One request draws and two search at a time; whoe
 not served.
 """
 
-import dataclasses
+import re
 import secrets
 from collections.abc import Callable
-from importlib import resources
 from typing import Any
 
 import anyio
 import anyio.to_thread
-import jinja2
 import numpy as np
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -27,19 +25,16 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from rag_mm.api import steering_options
+from rag_mm.api.explore_requests import Explorer, page_file
 from rag_mm.api.session import Session
 from rag_mm.core import files
 from rag_mm.core.errors import UserError
 from rag_mm.data import image_decoding
-from rag_mm.decode import guidance, tasks
-from rag_mm.memory import hits, model_protocols
 
+Fields = dict[str, Any]
+Images = list[np.ndarray]
 HOSTS = ("127.0.0.1", "localhost")
-MAX_HITS = 60
-MAX_SEED = (1 << 31) - 1
-MAX_CANDIDATES = 16
-MAX_UPLOAD = 1 << 25  # 32 MiB, ample for a query image.
+MAX_UPLOAD = 1 << 25  # 32 MiB, ample for two query images.
 _MAX_JSON = 1 << 16
 _WATCH_SECONDS = 0.2
 _JSON, _IMAGE = "application/json", "application/octet-stream"
@@ -54,79 +49,6 @@ _HEADERS = {
 }
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Explorer:
-    """The requests that the page makes; each method takes the request's fields and returns JSON values."""
-
-    session: Session
-    name: str
-
-    def search(self, fields: dict[str, Any], image: np.ndarray | None) -> dict[str, Any]:
-        """Hits in `view` for a text, for the document with id `document`, or for an image."""
-        view = _text(fields, "view", "mixed" if image is None else "image")
-        model_protocols.check_view(view)
-        k = _number(fields, "k", 12, 1, MAX_HITS)
-        memory = self.session.memory
-        if image is not None:
-            results = memory.search(image=image, view=view, k=k)
-        elif "document" in fields:
-            document_id = _text(fields, "document")
-            if document_id not in memory.ids:
-                raise UserError(f"The memory has no document with the id {document_id!r}.")
-            vector = memory.embeddings(view)[memory.ids.index(document_id)]
-            results = memory.search(vectors=vector[None], view=view, k=k)
-        else:
-            text = _text(fields, "text")
-            if not text.strip():
-                raise UserError("The text is empty; enter a query.")
-            results = memory.search(text=text, view=view, k=k)
-        return {"view": view, "hits": hits.describe(memory, results)}
-
-    def generate(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """Generates an image of `text`, given `docs` retrieved documents, the best of `best_of` candidates.
-
-        Fields of guidance and contrast are those of `steering_options`.
-        """
-        generated = self.session.generate(
-            _text(fields, "text"),
-            docs=self._docs(fields),
-            seed=_number(fields, "seed", 0, 0, MAX_SEED),
-            best_of=_number(fields, "best_of", 1, 1, MAX_CANDIDATES),
-            decoding=_text(fields, "decoding", tasks.SEQUENTIAL),
-            **steering_options.parse(fields),
-        )
-        answer = {"image": hits.data_url(generated.images[0]), "neighbors": generated.neighbors}
-        if generated.candidates is None or generated.scores is None:
-            return answer
-        pairs = zip(generated.candidates[0], generated.scores[0].tolist(), strict=True)
-        candidates = [{"image": hits.data_url(image), "score": score} for image, score in pairs]
-        return answer | {"candidates": candidates}
-
-    def caption(self, fields: dict[str, Any], image: np.ndarray | None) -> dict[str, Any]:
-        """Captions an image, given `docs` retrieved documents."""
-        if image is None:
-            raise UserError("The request has no image to caption.")
-        docs = self._docs(fields)
-        generated = self.session.caption(image, docs=docs)
-        return {"text": generated.captions[0], "neighbors": generated.neighbors}
-
-    def page(self) -> str:
-        """The HTML page."""
-        environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-        return environment.from_string(_file("explore.html.j2")).render(
-            name=self.name,
-            num_documents=len(self.session.memory),
-            max_docs=self.session.generator.layout.max_docs,
-            views=model_protocols.VIEWS,
-            nulls=tuple(guidance.NULLS),
-            decodings=(tasks.SEQUENTIAL, tasks.JACOBI),
-            max_candidates=MAX_CANDIDATES,
-        )
-
-    def _docs(self, fields: dict[str, Any]) -> int:
-        return _number(fields, "docs", 0, 0, self.session.generator.layout.max_docs)
-
-
 def make_app(session: Session, name: str, token: str) -> Starlette:
     """The web application for a loaded run.
 
@@ -139,17 +61,14 @@ def make_app(session: Session, name: str, token: str) -> Starlette:
     # Two pictures or drawings at once would each take twice as long, and twice the memory.
     uploads, drawings, searches = (anyio.CapacityLimiter(count) for count in (1, 1, 2))
 
-    async def search(request: Request) -> Response:
-        fields, image = await _read(request, token, uploads)
-        return await _respond(request, searches, lambda: explorer.search(fields, image))
+    def answer(
+        path: str, slots: anyio.CapacityLimiter, work: Callable[[Fields, Images], dict[str, Any]]
+    ) -> Route:
+        async def respond(request: Request) -> Response:
+            fields, images = await _read(request, token, uploads)
+            return await _respond(request, slots, lambda: work(fields, images))
 
-    async def generate(request: Request) -> Response:
-        fields, _ = await _read(request, token, uploads)
-        return await _respond(request, drawings, lambda: explorer.generate(fields))
-
-    async def caption(request: Request) -> Response:
-        fields, image = await _read(request, token, uploads)
-        return await _respond(request, drawings, lambda: explorer.caption(fields, image))
+        return Route(path, respond, methods=["POST"])
 
     async def page(request: Request) -> Response:
         _check(request.query_params.get("token", ""), token)
@@ -158,11 +77,13 @@ def make_app(session: Session, name: str, token: str) -> Starlette:
     return Starlette(
         routes=[
             Route("/", page),
-            _static("/explore.css", _file("explore.css"), "text/css"),
-            _static("/explore.js", _file("explore.js"), "text/javascript"),
-            Route("/search", search, methods=["POST"]),
-            Route("/generate", generate, methods=["POST"]),
-            Route("/caption", caption, methods=["POST"]),
+            _static("/explore.css", page_file("explore.css"), "text/css"),
+            _static("/explore.js", page_file("explore.js"), "text/javascript"),
+            answer("/search", searches, explorer.search),
+            answer("/generate", drawings, explorer.generate),
+            answer("/caption", drawings, explorer.caption),
+            answer("/edit", drawings, explorer.edit),
+            answer("/ask", drawings, explorer.ask),
         ],
         # Refuses other host names that resolve to this machine (DNS rebinding).
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)],
@@ -178,17 +99,21 @@ def _check(given: str, token: str) -> None:
 
 async def _read(
     request: Request, token: str, uploads: anyio.CapacityLimiter
-) -> tuple[dict[str, Any], np.ndarray | None]:
-    """The fields of a JSON body; or, for an image body, the fields of the URL and the image."""
+) -> tuple[Fields, Images]:
+    """The fields of a JSON body; or, for a body of images, the fields of the URL and the images.
+
+    Of two images, the field `first` is the number of bytes of the first.
+    """
     _check(request.headers.get("authorization", "").removeprefix("Bearer "), token)
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type == _JSON:
-        return _parse(await _body(request, _MAX_JSON)), None
+        return _parse(await _body(request, _MAX_JSON)), []
     if content_type == _IMAGE:
         # Waits before it reads, so that waiting requests take no memory.
         async with uploads:
             data = await _body(request, MAX_UPLOAD)
-            return dict(request.query_params), await run_in_threadpool(_decode, data)
+            fields = dict(request.query_params)
+            return fields, await run_in_threadpool(_decode, _split(data, fields))
     raise HTTPException(415, f"The body is neither {_JSON} nor {_IMAGE}.")
 
 
@@ -212,28 +137,21 @@ def _parse(data: bytes) -> dict[str, Any]:
     return fields
 
 
-def _decode(data: bytes) -> np.ndarray:
+def _split(data: bytes, fields: Fields) -> list[bytes]:
+    """The files of a body, one or two."""
+    if "first" not in fields:
+        return [data]
+    size = fields["first"]
+    if not re.fullmatch(r"[0-9]{1,9}", size) or not 0 < int(size) < len(data):
+        raise UserError("The field first is not the number of bytes of the first of two images.")
+    return [data[: int(size)], data[int(size) :]]
+
+
+def _decode(datas: list[bytes]) -> list[np.ndarray]:
     try:
-        return image_decoding.decode(data).pixels
+        return [image_decoding.decode(data).pixels for data in datas]
     except image_decoding.BadImage as error:
         raise UserError(f"The file {error}") from None
-
-
-def _text(fields: dict[str, Any], name: str, default: str | None = None) -> str:
-    value = fields.get(name, default)
-    if not isinstance(value, str):
-        raise UserError(f"The field {name} is missing or not a text.")
-    return value
-
-
-def _number(fields: dict[str, Any], name: str, default: int, minimum: int, maximum: int) -> int:
-    try:
-        value = int(fields.get(name, default))
-    except (TypeError, ValueError, OverflowError):
-        value = minimum - 1
-    if not minimum <= value <= maximum:
-        raise UserError(f"The field {name} must be an integer from {minimum} to {maximum}.")
-    return value
 
 
 async def _respond(
@@ -271,7 +189,3 @@ def _static(path: str, content: str, media_type: str) -> Route:
         return Response(content, media_type=media_type, headers=_HEADERS)
 
     return Route(path, respond)
-
-
-def _file(name: str) -> str:
-    return resources.files("rag_mm.report").joinpath(name).read_text("utf-8")

@@ -8,19 +8,21 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rag_mm.api import importing, model_card
-from rag_mm.convert import cm3_format, shards, table, weights
+from rag_mm.api import emu_painter, importing, model_card
+from rag_mm.convert import clip_format, cm3_format, shards, siglip2_format, table, weights
 from rag_mm.core import files, renames, run_folder
 from rag_mm.core.errors import UserError
-from rag_mm.data import public_text
+from rag_mm.data import public_text, vocabulary
 from rag_mm.nn import param_trees
 from rag_mm.nn.decoder import DecoderConfig
+from rag_mm.stages.emu import emu_text, saved_emu, tuned_emu
 from rag_mm.stages.ra_cm3 import decoder_record
 from rag_mm.stages.shared import frozen, train_tokenizer
 from rag_mm.train import checkpoint
 
 FAMILIES = importing.FAMILIES | {"cm3": cm3_format.FAMILY}
 NAMES = "names.json"
+EMU_STAGES = ("emu", "emu_sft")  # Of a run of Emu, whose decoders can be exported.
 
 
 class TensorSource(Protocol):
@@ -68,7 +70,10 @@ class TreeSource:
 
 @dataclasses.dataclass(frozen=True)
 class ExportedModel:
-    """A model to export: its config here, its weights, its config.json and its other files."""
+    """A model to export: its config here, its weights, its config.json and its other files.
+
+    `parts` is the folder of an Emu's visual decoder, if it has one.
+    """
 
     config: Any
     source: TensorSource
@@ -77,6 +82,7 @@ class ExportedModel:
     is_verbatim: bool = (
         False  # whether `values` are the imported checkpoint's config.json, unchanged
     )
+    parts: pathlib.Path | None = None
 
 
 def export_checkpoint(
@@ -91,14 +97,15 @@ def export_checkpoint(
     """Writes a run's model as a checkpoint of the family; on failure nothing is left in `out`.
 
     Args:
-        name: llama, chameleon, clip or emu; or cm3, a trained decoder under its own tensor names.
+        name: llama, chameleon, clip, siglip2 or emu; or cm3, a trained decoder under its own tensor names.
         workdir: an imported run, or a trained one whose model has the family's architecture.
         out: new folder.
         max_bytes: maximum size of one weight file.
         dtype: dtype to write; None keeps the stored one, bitwise identical.
         card_license: writes a model card that states this license of the weights, such as apache-2.0 or
             `model_card.UNKNOWN`; None writes no card.
-        stage: of a trained run, the stage whose decoder is exported, such as `sft`.
+        stage: of a trained run, the stage whose decoder is exported, such as `sft`; of one of Emu, `emu`, or
+            `emu_sft` for the tuned one, whose updates are merged.
 
     Returns:
         family, out, files, tensors, bytes, dtypes.
@@ -128,6 +135,8 @@ def export_checkpoint(
         written = weights.write_shards(
             folder, mappings, dtype_of, model.source.read, max_bytes, update
         )
+        if model.parts is not None:
+            emu_painter.export_parts(model.parts, folder, dtype)
         for path, data in side.items():
             files.write_atomic(folder / path, data)
         files.write_json(folder / frozen.CONFIG, values)
@@ -154,13 +163,19 @@ def open_model(
     imported = run.config.get(importing.IMPORTED)
     if imported is not None and imported != name:
         raise UserError(f"{workdir} holds a {imported} checkpoint, not {name}.")
-    if stage != decoder_record.STAGE and (imported is not None or name == "clip"):
+    is_encoder = name in frozen.RETRIEVERS
+    if stage != decoder_record.STAGE and (imported is not None or is_encoder):
         raise UserError(
             f"The stage {stage!r} is for trained decoders, but {name} of {workdir} is none; leave it out."
         )
     if imported is not None:
         return _imported(run, FAMILIES[name])
-    return _trained_clip(run) if name == "clip" else _trained_decoder(run, FAMILIES[name], stage)
+    if is_encoder:
+        return _retriever(run, FAMILIES[name])
+    family = FAMILIES[name]
+    if stage in EMU_STAGES:
+        return _emus_decoder(run, family, stage)
+    return _trained_decoder(run, family, stage)
 
 
 def _imported(run: run_folder.Run, family: table.Family) -> ExportedModel:
@@ -173,28 +188,21 @@ def _imported(run: run_folder.Run, family: table.Family) -> ExportedModel:
         values=files.read_json(source / frozen.CONFIG),
         side_files=side,
         is_verbatim=True,
+        parts=pathlib.Path(folder) if family.name == "emu" else None,
     )
 
 
-def _trained_clip(run: run_folder.Run) -> ExportedModel:
+def _retriever(run: run_folder.Run, family: table.Family) -> ExportedModel:
+    """The retriever of a trained run, which it trained or was given."""
     folder = run.finished_stage("retriever") / importing.FOLDER
-    family = FAMILIES["clip"]
     config = importing.load_config(family, folder)
     specs = shards.read_header(folder / frozen.PARAMS)
     values = family.write_config(config)
-    size = {"shortest_edge": config.image_size}
-    crop = {"height": config.image_size, "width": config.image_size}
-    preprocessor = {
-        "image_processor_type": "CLIPImageProcessor",
-        "size": size,
-        "crop_size": crop,
-        "image_mean": list(config.image_mean),
-        "image_std": list(config.image_std),
-    }
-    # The text tokenizer: our own or, of a public CLIP that the run was given, the public one.
+    format_of = siglip2_format if family is siglip2_format.FAMILY else clip_format
+    # The text tokenizer: our own or, of a public model that the run was given, the public one.
     names = (frozen.VOCABULARY, *public_text.FILES)
     side = {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
-    side["preprocessor_config.json"] = _json(preprocessor)
+    side["preprocessor_config.json"] = _json(format_of.write_preprocessor(config))
     return ExportedModel(config, FileSource(specs), values, side)
 
 
@@ -202,11 +210,7 @@ def _trained_decoder(run: run_folder.Run, family: table.Family, stage: str) -> E
     stage_dir = decoder_record.find_folder(run, stage)
     record = files.read_object(stage_dir / decoder_record.FILE, model=dict)
     config = DecoderConfig(**renames.from_stored(record["model"]["decoder"]))
-    if family.config_class is not DecoderConfig:
-        raise UserError(
-            f"{run.workdir} cannot be exported as {family.name}, which has more parts than a decoder. Export "
-            "it as cm3."
-        )
+    _check_decoder(run, family)
     values = family.write_config(config)
     image_tokenizer = train_tokenizer.load_tokenizer(run.workdir)
     arrays = checkpoint.load_params(stage_dir / "params", family.describe(config)[1])
@@ -224,6 +228,37 @@ def _trained_decoder(run: run_folder.Run, family: table.Family, stage: str) -> E
             "eos_token_id": image_tokenizer.vocabulary.eod,
         }
     return ExportedModel(config, TreeSource(param_trees.leaves_by_path(arrays)), values, side)
+
+
+def _emus_decoder(run: run_folder.Run, family: table.Family, stage: str) -> ExportedModel:
+    """The decoder of a run of Emu without its image tower; of a tuned one the updates are merged."""
+    _check_decoder(run, family)
+    folder = run.finished_stage(EMU_STAGES[0])
+    emu = saved_emu.load(folder)
+    if stage != EMU_STAGES[0]:
+        emu = tuned_emu.load(run.finished_stage(stage), emu).emu
+    config, ids, text = emu.config.decoder, emu.config.ids, emu.vocabulary
+    own = text.public if isinstance(text, emu_text.ImportedText) else text
+    assert isinstance(own, public_text.PublicTokenizer | vocabulary.Vocabulary)
+    values = family.write_config(config)
+    side = {
+        public_text.TOKENIZER: own.tokenizer.to_str().encode(),
+        frozen.VOCABULARY: (folder / saved_emu.VOCABULARY).read_bytes(),
+    }
+    if family is FAMILIES["cm3"]:
+        side[NAMES] = _json(cm3_format.name_table(config))
+    else:
+        values |= {"bos_token_id": ids.begin, "eos_token_id": ids.end}
+    arrays = param_trees.leaves_by_path(emu.model.params["decoder"])
+    return ExportedModel(config, TreeSource(arrays), values, side)
+
+
+def _check_decoder(run: run_folder.Run, family: table.Family) -> None:
+    if family.config_class is not DecoderConfig:
+        raise UserError(
+            f"{run.workdir} cannot be exported as {family.name}, which has more parts than a decoder. Export "
+            "it as cm3."
+        )
 
 
 def _json(value: Any) -> bytes:

@@ -1,7 +1,8 @@
-"""What `rag_mm.load` returns for an imported checkpoint: CLIP, LLaMA, Chameleon, Emu or image tokenizer."""
+"""What `rag_mm.load` returns of `rag-mm import`: CLIP, SigLIP 2, LLaMA, Chameleon, Emu or image tokenizer."""
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from rag_mm.data import preprocess, public_text
 from rag_mm.decode import decode_batch
 from rag_mm.frozen_lm import language_model
 from rag_mm.frozen_lm.lm_protocol import Completions
-from rag_mm.models import chameleon, vqgan
+from rag_mm.models import chameleon, siglip2, vqgan
 from rag_mm.models.emu.emu_config import EmuConfig
 from rag_mm.nn import param_trees
 from rag_mm.nn.decoder import Decoder
@@ -29,7 +30,7 @@ from rag_mm.stages.shared import frozen, train_tokenizer
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DualEncoder:
-    """An imported CLIP: images and texts to unit vectors of one embedding space.
+    """An imported CLIP or SigLIP 2: images and texts to unit vectors of one embedding space.
 
     Example:
         clip = rag_mm.load("runs/clip")
@@ -39,11 +40,25 @@ class DualEncoder:
     retriever: frozen.FrozenRetriever
 
     def encode_image(self, images: Sequence[image_files.AnyImage]) -> np.ndarray:
-        """Unit vectors, float32 [B, D], of images of any size, preprocessed for CLIP.
+        """Unit vectors, float32 [B, D], of images of any size, preprocessed as the public model does.
+
+        For CLIP the shorter side is scaled and the center cropped; for SigLIP 2 the whole image becomes a
+        square or, of a NaFlex model, whole patches in about its own aspect.
 
         An image is one that `image_files.to_pixels` takes; like transformers, it drops an alpha channel.
         """
-        return self.retriever.encode_image(_fit(images, self.retriever.image_size, "bicubic"))
+        config = self.retriever.config
+        if not isinstance(config, siglip2.SigLIP2Config):
+            return self.retriever.encode_image(_fit(images, config.image_size, "bicubic"))
+        found = np.zeros((len(images), self.retriever.dim), np.float32)
+        by_size: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
+        for place, image in enumerate(images):
+            scaled = _whole_patches(image, config)
+            by_size.setdefault(scaled.shape, []).append((place, scaled))
+        for same in by_size.values():
+            places, scaled_images = zip(*same, strict=True)
+            found[list(places)] = self.retriever.encode_grid(np.stack(scaled_images))
+        return found
 
     def encode_text(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors, float32 [B, D], of B texts.
@@ -52,6 +67,19 @@ class DualEncoder:
             UserError: the checkpoint was imported without a tokenizer.
         """
         return self.retriever.encode_text(list(texts))
+
+    def match(self, images: Sequence[image_files.AnyImage], texts: Sequence[str]) -> np.ndarray:
+        """The probability, float32 [B, C], that each image and each text match, by a SigLIP 2's sigmoid.
+
+        Raises:
+            UserError: this is a CLIP, which only compares texts with each other; or as `encode_text`.
+        """
+        if not isinstance(self.retriever.config, siglip2.SigLIP2Config):
+            raise UserError(
+                "A CLIP has no probability of a match; compare `encode_image` and `encode_text`."
+            )
+        match = self.retriever.model.compile("match")
+        return np.asarray(match(self.encode_image(images), self.encode_text(texts)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -225,7 +253,7 @@ def load(
         mesh: of a language model's decoder, see `decode_batch.make_mesh`; None: one device.
 
     Returns:
-        `DualEncoder` for CLIP, `LanguageModel` for LLaMA, `ImportedChameleon` for Chameleon,
+        `DualEncoder` for CLIP and SigLIP 2, `LanguageModel` for LLaMA, `ImportedChameleon` for Chameleon,
         `imported_emu.ImportedEmu` for Emu, `frozen.FrozenTokenizer` for an image tokenizer.
 
     Raises:
@@ -246,14 +274,15 @@ def load(
     compilation_cache.keep_programs()
     stage_dir = run.finished_stage(importing.STAGES[family.name])
     folder = stage_dir / importing.FOLDER
-    if family.name == "clip":
+    if family.name in frozen.RETRIEVERS:
         return DualEncoder(frozen.FrozenRetriever(folder))
     config = importing.load_config(family, folder)
     abstract = family.describe(config, on_mesh)[1]
     param_trees.check_split(abstract, "Give another mesh")
     params = weights.load_file(folder / frozen.PARAMS, abstract, weights_dtype)
     if isinstance(config, EmuConfig):
-        return imported_emu.load(config, params, public_text.load_tokenizer(folder))
+        emu = imported_emu.load(config, params, public_text.load_tokenizer(folder))
+        return imported_emu.with_painter(emu, pathlib.Path(folder))
     stored_dtype = param_trees.leaves_by_path(params)[_embedding_path(config)].dtype
     decoder_config = dataclasses.replace(importing.decoder_config(config), dtype=stored_dtype.name)
     decoder = params["decoder"] if isinstance(config, chameleon.ChameleonConfig) else params
@@ -276,6 +305,17 @@ def _fit(
     """Images preprocessed as for a public checkpoint: uint8 [B, size, size, 3]."""
     pixels = (image_files.to_pixels(image, composite_on_white=False) for image in images)
     return np.stack([preprocess.scale_and_crop(each, size, resample) for each in pixels])
+
+
+def _whole_patches(image: image_files.AnyImage, config: siglip2.SigLIP2Config) -> np.ndarray:
+    """An image as a SigLIP 2 reads it: uint8, square or of whole patches."""
+    pixels, size = image_files.to_pixels(image, composite_on_white=False), config.image_size
+    filter_name: preprocess.Filter = "bilinear" if config.resample == "bilinear" else "bicubic"
+    if not config.any_aspect:
+        return preprocess.stretch(pixels, size, filter_name)
+    height, width = pixels.shape[:2]
+    sides = preprocess.size_of_patches(height, width, config.patch_size, config.grid**2)
+    return preprocess.stretch(pixels, sides, filter_name)
 
 
 def _embedding_path(config: Any) -> str:

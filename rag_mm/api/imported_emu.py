@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,10 +10,11 @@ import jax
 import numpy as np
 from flax import nnx
 
+from rag_mm.api import emu_painter
 from rag_mm.convert import emu_format
 from rag_mm.core import batches, image_files, image_slots
 from rag_mm.core.errors import UserError
-from rag_mm.data import interleaved, preprocess, public_text
+from rag_mm.data import emu_prompts, interleaved, preprocess, public_text
 from rag_mm.decode import beam, decode_batch, image_rollout, sampler
 from rag_mm.frozen_lm import language_model
 from rag_mm.frozen_lm.lm_protocol import Completions
@@ -24,19 +26,8 @@ from rag_mm.nn.param_trees import Params
 # A text, token ids, an image, or a clip: images in time order, or uint8 [F, H, W, 3].
 Part = Any
 _LENGTHS, _AT_ONCE = 32, 16
-# Of the public code (Emu1/inference.py, Emu1/mm_eval/datasets).
-_SYSTEM = (
-    "You will be presented with an image: [IMG]ImageContent[/IMG]. You will be able to see the image after I "
-    "provide it to you. Please answer my questions based on the given image."
-)
-_CAPTION = (
-    " please provide an accurate and concise description of the given image. [ASSISTANT]: the image depicts "
-    "a photo of"
-)
-_ANSWER = (
-    " based on the content of the image and common sense, please provide an accurate answer consisting of "
-    "only one word or phrase. {} [ASSISTANT]: the answer is:"
-)
+_CAPTION = f" {emu_prompts.CAPTION} [ASSISTANT]: {emu_prompts.CAPTION_STEM}"
+_ANSWER = f" {emu_prompts.QUESTION} [ASSISTANT]: {emu_prompts.QUESTION_STEM}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,12 +53,14 @@ class ImportedEmu:
         config: sizes.
         graphdef, params: structure and parameters of the whole model.
         text: the tokenizer, or None if the checkpoint has none.
+        painter: the visual decoder, or None if the checkpoint has none.
     """
 
     config: EmuConfig
     graphdef: nnx.GraphDef
     params: Params
     text: public_text.PublicTokenizer | None
+    painter: emu_painter.EmuPainter | None = None
 
     @property
     def is_instruct(self) -> bool:
@@ -86,8 +79,8 @@ class ImportedEmu:
         """A prompt of any order: `<s>`, then texts, token ids, images and clips as they come.
 
         Raises:
-            UserError: a clip has more than 8 frames, a text contains a special token of images, or there is
-                a text but no tokenizer.
+            UserError: a clip has more than 8 frames, a text or the ids contain a special token of images, or
+                there is a text but no tokenizer.
         """
         laid: list[list[int] | None] = []
         images: list[image_files.AnyImage] = []
@@ -95,7 +88,7 @@ class ImportedEmu:
             if isinstance(part, str):
                 laid.append(self._ids(part))
             elif _is_ids(part):
-                laid.append([int(each) for each in part])
+                laid.append(self._checked(part))
             else:
                 frames = _frames(part)
                 images += frames
@@ -169,7 +162,7 @@ class ImportedEmu:
 
         `how` are further arguments of `complete`.
         """
-        end = [f"{_SYSTEM} [USER]: ", _CAPTION] if self.is_instruct else ["", ""]
+        end = [f"{emu_prompts.SYSTEM} [USER]: ", _CAPTION] if self.is_instruct else ["", ""]
         prompts = [self._around(end[0], image, end[1]) for image in images]
         how = dict(length_penalty=-1.0) | how
         return self._texts(prompts, num_tokens=num_tokens, num_beams=num_beams, **how)
@@ -194,7 +187,7 @@ class ImportedEmu:
             )
         pairs = zip(images, questions, strict=True)
         prompts = [
-            self._around(f"{_SYSTEM} [USER]: ", image, _ANSWER.format(question))
+            self._around(f"{emu_prompts.SYSTEM} [USER]: ", image, _ANSWER.format(question))
             if self.is_instruct
             else self._around("", image, question)
             for image, question in pairs
@@ -228,6 +221,30 @@ class ImportedEmu:
         ]
         return np.concatenate(found)[: len(prompts)]
 
+    def generate_image(
+        self,
+        prompts: Sequence[EmuPrompt],
+        *,
+        seed: int = 0,
+        guidance: float | None = None,
+        num_steps: int | None = None,
+    ) -> np.ndarray:
+        """The image, uint8 [B, H, W, 3], that follows each prompt: of a text, of images and texts, or of two
+        images alone, which blends them.
+
+        Args:
+            prompts: from `prompt`.
+            seed, guidance, num_steps: see `emu_painter.EmuPainter.draw`.
+
+        Raises:
+            UserError: there is no visual decoder, an argument is out of range, or as `imagine`.
+        """
+        if self.painter is None:
+            raise UserError(
+                "This Emu was imported without a visual decoder; import it from a folder with unet and vae."
+            )
+        return self.painter.draw(self.imagine(prompts), seed, guidance, num_steps)
+
     def _around(self, before: str, image: Part, after: str) -> EmuPrompt:
         return self.prompt([part for part in (before, image, after) if not _is_empty(part)])
 
@@ -246,6 +263,18 @@ class ImportedEmu:
             raise UserError(
                 f"The text {text[:40]!r} contains a special token such as [IMG]; give images as images."
             )
+        return found
+
+    def _checked(self, given: Sequence[int]) -> list[int]:
+        """Token ids of a text."""
+        ids, found = self.config.ids, [int(each) for each in given]
+        ours = {ids.pad, ids.image, ids.end_image, ids.slot} & {*found}
+        if ours or min(found, default=0) < 0 or max(found, default=0) >= len(self._allowed):
+            wrong = min(ours, default=None)
+            what = (
+                "an id outside the vocabulary" if wrong is None else f"{wrong}, a token of images"
+            )
+            raise UserError(f"The token ids hold {what}; give ids of texts, and images as images.")
         return found
 
     def _check(self, prompts: Sequence[EmuPrompt], num_more: int) -> None:
@@ -314,6 +343,16 @@ def load(
     config = dataclasses.replace(config, decoder=decoder)
     make = lambda: Emu(config, rngs=nnx.Rngs(0))
     return ImportedEmu(config, nnx.split(jax.eval_shape(make), nnx.Param)[0], params, text)
+
+
+def with_painter(emu: ImportedEmu, folder: pathlib.Path) -> ImportedEmu:
+    """The model with the visual decoder of its folder, if there is one and the model writes images."""
+    painter = None if emu.is_instruct else emu_painter.load(folder, emu.config)
+    if painter is None:
+        return emu
+    null = emu.imagine([emu.prompt([])])[0]
+    params = {**painter.params, "null": null.astype(np.float32)}
+    return dataclasses.replace(emu, painter=dataclasses.replace(painter, params=params))
 
 
 def _parts(count: int) -> list[np.ndarray]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from rag_mm.api import emu_painter
 from rag_mm.convert import (
     chameleon_format,
     clip_format,
@@ -19,13 +20,14 @@ from rag_mm.convert import (
     image_tokenizer_format,
     llama_format,
     shards,
+    siglip2_format,
     table,
     weights,
 )
 from rag_mm.core import checks, configuration, files, progress, renames, run_folder
 from rag_mm.core.errors import UserError
 from rag_mm.data import public_text
-from rag_mm.models import chameleon
+from rag_mm.models import chameleon, siglip2
 from rag_mm.models.emu.emu_config import EmuConfig
 from rag_mm.nn.decoder import DecoderConfig
 from rag_mm.stages.shared import frozen
@@ -37,23 +39,26 @@ FAMILIES = {
         chameleon_format.FAMILY,
         clip_format.FAMILY,
         emu_format.FAMILY,
+        siglip2_format.FAMILY,
     )
 }
 GGUF = "gguf"  # a file format: the imported run is of the family llama, see `import_gguf`
 IMAGE_TOKENIZER = "image-tokenizer"  # imported from a model of several families, see `convert`
-# An imported CLIP becomes the stage `retriever`, so that a memory can be built with it; an image tokenizer
-# likewise becomes the stage `tokenizer`.
+# An imported CLIP or SigLIP 2 becomes the stage `retriever`, so that a memory can be built with it; an image
+# tokenizer likewise becomes the stage `tokenizer`.
 STAGES = {
     "llama": "language_model",
     "chameleon": "language_model",
     "emu": "language_model",
     "clip": "retriever",
+    "siglip2": "retriever",
     IMAGE_TOKENIZER: "tokenizer",
 }
 FOLDER, SOURCE = "frozen", "source"
 IMPORTED = "imported"  # key of an imported run's config.json: its family
 _CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"
 _PROCESSOR, _GENERATION = "processor_config.json", "generation_config.json"
+_TOKENIZER = "tokenizer_config.json"
 # Copied unchanged, for the export; other files belong to other programs.
 _SIDE_FILES = (
     _CONFIG,
@@ -61,7 +66,7 @@ _SIDE_FILES = (
     _GENERATION,
     _PROCESSOR,
     "special_tokens_map.json",
-    "tokenizer_config.json",
+    _TOKENIZER,
     "tokenizer.model",
     "chat_template.jinja",
     *public_text.FILES,
@@ -128,7 +133,7 @@ def open_checkpoint(
     _check_folder(folder)
     values = files.read_object(folder / _CONFIG)
     model_type = values.get("model_type")
-    if model_type != family.name:
+    if model_type not in (family.model_types or (family.name,)):
         raise UserError(
             f"{folder} holds a {model_type!r} checkpoint, not {family.name!r} (config.json: model_type)."
         )
@@ -138,13 +143,37 @@ def open_checkpoint(
     mappings = weights.check_tensors(family, config, specs)
     read_stop_tokens(epath.Path(folder))
     text = public_text.load_tokenizer(folder)
-    vocab_size = config.vocab_size if name == "clip" else decoder_config(config).vocab_size
+    if isinstance(config, siglip2.SigLIP2Config) and text is not None:
+        config = _with_padding(config, folder, text)
+    is_encoder = name in frozen.RETRIEVERS
+    vocab_size = config.vocab_size if is_encoder else decoder_config(config).vocab_size
     if text is not None and text.size > vocab_size:
         raise UserError(
             f"The tokenizer in {folder} has {text.size:,} ids but the model only {vocab_size:,}; it belongs "
             "to another model."
         )
     return Checkpoint(folder, family, config, specs, mappings, text)
+
+
+def _with_padding(
+    config: siglip2.SigLIP2Config, folder: pathlib.Path, text: public_text.PublicTokenizer
+) -> siglip2.SigLIP2Config:
+    """The config with the id of the tokenizer's padding, which stands at the right of texts."""
+    path = folder / _TOKENIZER
+    values = files.read_object(path) if path.exists() else {}
+    r = table.ConfigReader(values, _TOKENIZER)
+    if str(values.get("tokenizer_class")).startswith("SiglipTokenizer"):
+        raise UserError(
+            f"{folder} has the tokenizer of SigLIP 1, which drops punctuation; import a SigLIP 2, or remove "
+            f"{public_text.TOKENIZER} to embed images alone."
+        )
+    r.require("padding_side", "right", "right")
+    token = values.get("pad_token", "<pad>")
+    token = token.get("content") if isinstance(token, dict) else token
+    found = text.tokenizer.token_to_id(token) if isinstance(token, str) else None
+    if found is None or found >= config.vocab_size:
+        raise UserError(f"{path}: the pad_token {str(token)[:40]!r} is no token of the tokenizer.")
+    return dataclasses.replace(config, padding=found)
 
 
 def _open_image_tokenizer(folder: pathlib.Path) -> Checkpoint:
@@ -208,7 +237,7 @@ def import_checkpoint(
     """Converts a checkpoint into a run; nothing is written before the whole checkpoint was checked.
 
     Args:
-        name: the family: clip, llama, chameleon, emu or image-tokenizer.
+        name: the family: clip, siglip2, llama, chameleon, emu or image-tokenizer.
         folder: folder with config.json, safetensors and, optionally, the tokenizer.
         out: the run folder; new, or left by an interrupted import of the same family.
         dtype: dtype to store; None keeps the checkpoint's, bitwise identical.
@@ -222,8 +251,10 @@ def import_checkpoint(
     """
     checkpoint = open_checkpoint(name, folder, specs)
     shapes = weights.stored_shapes(checkpoint.mappings, checkpoint.specs, dtype)
-    total = weights.num_bytes(shapes)
+    parts = emu_painter.open_parts(folder, checkpoint.config) if name == "emu" else {}
+    total = weights.num_bytes(shapes) + sum(part.num_bytes(dtype) for part in parts.values())
     run = run_folder.Run(epath.Path(out))
+    num_tensors = sum(len(each.mappings) for each in (checkpoint, *parts.values()))
     stage = STAGES[name]
     _check_vacant(run, out, stage, name)
     files.check_room(out, total)
@@ -242,7 +273,8 @@ def import_checkpoint(
         with megabytes("import", total) as update:
             path = epath.Path(target / frozen.PARAMS)
             weights.write_file(path, checkpoint.mappings, checkpoint.specs, dtype, update)
-        return {"bytes": total, "tensors": len(checkpoint.mappings)}
+            emu_painter.write_parts(parts, target, dtype)
+        return {"bytes": total, "tensors": num_tensors}
 
     with run.locked():
         run.save_config({IMPORTED: name})
@@ -250,7 +282,7 @@ def import_checkpoint(
     return {
         "family": name,
         "run": str(out),
-        "tensors": len(checkpoint.mappings),
+        "tensors": num_tensors,
         "bytes": total,
         "dtypes": sorted({d.name for d, _ in shapes.values()}),
         "has_tokenizer": checkpoint.text is not None,

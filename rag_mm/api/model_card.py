@@ -13,12 +13,12 @@ from rag_mm.core import costs, files, run_folder
 from rag_mm.core.errors import UserError
 from rag_mm.report import figures, markdown, summary
 from rag_mm.stages.ra_cm3 import decoder_record, write_report
-from rag_mm.stages.shared import build_memory, world_config
+from rag_mm.stages.shared import build_memory, frozen, world_config
 
 FILE_NAME = "README.md"
 UNKNOWN = "unknown"  # the Hub's word for a license that nobody stated
 # Metrics of a run that are not those of its retriever.
-_NOT_OF_CLIP = (
+_NOT_OF_ENCODERS = (
     "tokenizer", "decoder", "control", "baselines", "generation", "quickstart", "sft",
 )  # fmt: skip
 _MAX_ROWS = 60
@@ -64,6 +64,10 @@ KINDS = {
         "CLIP", "Learning Transferable Visual Models From Natural Language Supervision", "2103.00020",
         "zero-shot-image-classification", "transformers", _FROM_PRETRAINED.format("CLIPModel"),
     ),
+    "siglip2": Kind(
+        "SigLIP 2", "SigLIP 2: Multilingual Vision-Language Encoders", "2502.14786",
+        "zero-shot-image-classification", "transformers", _FROM_PRETRAINED.format("AutoModel"),
+    ),
     "llama": Kind(
         "LLaMA", "LLaMA: Open and Efficient Foundation Language Models", "2302.13971",
         "text-generation", "transformers", _FROM_PRETRAINED.format("LlamaForCausalLM"),
@@ -101,7 +105,7 @@ def make(family: str, run: run_folder.Run, weights: Weights, license: str) -> st
     """The text of a model card.
 
     Args:
-        family: of the export: clip, llama, chameleon, emu or cm3.
+        family: of the export: clip, siglip2, llama, chameleon, emu or cm3.
         run: the run that was exported.
         weights: what was exported.
         license: of the weights, an identifier of the Hub such as apache-2.0; `UNKNOWN` if nobody stated one.
@@ -181,10 +185,11 @@ def _first_sentence(config: Mapping[str, Any], family: str) -> str:
 
 
 def _what_it_is(kind: Kind, family: str, is_trained: bool) -> str:
-    role = {"clip": "an image and text encoder", "llama": "a language model"}.get(
+    encoder = dict.fromkeys(frozen.RETRIEVERS, "an image and text encoder")
+    role = (encoder | {"llama": "a language model"}).get(
         family, "a language model of images and text"
     )
-    if is_trained and family != "clip":
+    if is_trained and family not in frozen.RETRIEVERS:
         role = (
             "a decoder that writes captions, draws images and fills in what was masked, with retrieved "
             "documents in its context"
@@ -223,9 +228,9 @@ def _training(run: run_folder.Run, family: str, stage: str) -> str:
     config = run.config
     facts = [("config page", _page(run)), ("seed", str(config.get("seed", UNKNOWN)))]
     world = world_config.NAMES[world_config.world_class(config["world"])]
-    stages = ("retriever",) if family == "clip" else ("tokenizer", "retriever", "decoder")
+    stages = ("retriever",) if family in frozen.RETRIEVERS else ("tokenizer", "retriever", "decoder")
     rows = []
-    for name in dict.fromkeys((*stages, stage) if family != "clip" else stages):
+    for name in dict.fromkeys((*stages, stage) if family not in frozen.RETRIEVERS else stages):
         values, spent = config.get(name), costs.summary(run.stage_dir(name))
         if not isinstance(values, dict) or not spent["parts"]:
             continue
@@ -261,7 +266,7 @@ def _metrics(run: run_folder.Run, family: str, stage: str) -> str:
 
     Of a decoder of another stage than the first, the figures of that stage alone.
     """
-    others = {run_folder.MACHINE, *(_NOT_OF_CLIP if family == "clip" else ())}
+    others = {run_folder.MACHINE, *(_NOT_OF_ENCODERS if family in frozen.RETRIEVERS else ())}
     if importing.IMPORTED in run.config:
         others.add(importing.STAGES[family])  # the sizes of its files
     metrics = {key: value for key, value in run.metrics.items() if key not in others}
@@ -304,7 +309,7 @@ def _license_text(license: str, licenses: Mapping[str | None, int], family: str)
     rows = [(name or "none stated", f"{count:,}") for name, count in licenses.items()]
     more = len(rows) - _MAX_LICENSES
     cut = f"\n\nand {more} further licenses." if more > 0 else ""
-    role = "which it embeds" if family == "clip" else "which it reads and copies from"
+    role = "which it embeds" if family in frozen.RETRIEVERS else "which it reads and copies from"
     table = markdown.table(("license", "documents"), rows[:_MAX_LICENSES])
     return (
         f"{stated} The documents of the run's memory, {role}, name the licenses below; they are not part of "
@@ -316,7 +321,7 @@ def _limits(family: str, is_trained: bool) -> str:
     lines = [
         "- The metrics hold for the documents on which the run measured them, and for no others."
     ]
-    if is_trained and family != "clip":
+    if is_trained and family not in frozen.RETRIEVERS:
         lines += [
             "- The image tokenizer, the retriever and the memory stay in the run; the model reads and writes "
             "token ids.",

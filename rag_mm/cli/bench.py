@@ -265,6 +265,8 @@ def show(result: dict[str, Any], console: rich.console.Console) -> None:
         cells = [name, *numbers, ratio, case["unit"]]
         table.add_row(*cells, " / ".join(f"{recall:.3f}" for recall in recalls))
     console.print(table)
+    for counted in {case["counted"] for case in result.values() if "counted" in case}:
+        console.print(f"The ratio is the MFU, of {counted}.", markup=False)
 
 
 def _format(number: float | None, spec: str) -> str:

@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from rag_mm.data import labeled
 
 _SCENES = "scenes:"
+# The suites that read --documents.
+_INSTRUCTIONS = ("vqa", "caption", "edit", "boxes", "structure")
+_NAMED = "vqa, caption, edit, boxes and structure"
+# What they read: any run, and one of Emu alone.
+_ASKED = ("stage", "docs", "limit", "temperature", "seed")
+_IN_CONTEXT = ("shots", "examples", "select", "max_examples", "prompts")
 REFINE = ("none", "image", "text", "both")
 # The options that each suite reads, besides --workdir and the images.
 SUITES: dict[str, tuple[str, ...]] = {
@@ -34,9 +40,11 @@ SUITES: dict[str, tuple[str, ...]] = {
         *("repeats", "induction", "labels", "bags", "scoring"),
         *lm_args.LIMITS,
     ),
-    **dict.fromkeys(("vqa", "caption", "edit"), ("stage", "docs", "limit", "temperature", "seed")),
+    **dict.fromkeys(_INSTRUCTIONS, _ASKED),
+    **dict.fromkeys(("vqa", "caption"), (*_ASKED, *_IN_CONTEXT)),
+    "visdial": ("stage", "docs", "limit"),
+    "text2image": (*_ASKED, "best_of"),
 }
-_INSTRUCTIONS = ("vqa", "caption", "edit")  # The suites that read --documents.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,8 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workdir",
         required=True,
         metavar="RUN",
-        help="finished run: of configs/reco.py for zeroshot, of configs/spae.py for fewshot, with a decoder, "
-        "best tuned by configs/cm3leon.py:sft, for vqa, caption and edit",
+        help="finished run: of configs/reco.py for zeroshot (any retriever with --refine=none), of "
+        "configs/spae.py for fewshot, with a decoder, "
+        f"best tuned by configs/cm3leon.py:sft, for {_NAMED}",
     )
     images = parser.add_mutually_exclusive_group(required=True)
     images.add_argument(
@@ -63,11 +72,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     images.add_argument(
         "--documents",
         metavar="LAYOUT:PATH",
-        help="vqav2:DIR for vqa, coco-captions:DIR for caption, instruct-pix2pix:DIR for edit, or "
-        "scenes:LEVEL/SPLIT[+SPLIT]/ROLE[/SEED]",
+        help="vqav2:DIR for vqa, coco-captions:DIR for caption, instruct-pix2pix:DIR for edit, "
+        "coco-boxes:DIR for boxes, controlnet:DIR for structure, visdial:DIR for visdial; for text2image also "
+        "what memory build reads; or scenes:LEVEL/SPLIT[+SPLIT]/ROLE[/SEED]",
     )
     _add_zeroshot(parser.add_argument_group("zeroshot"))
-    _add_instructions(parser.add_argument_group("vqa, caption and edit"))
+    _add_instructions(parser.add_argument_group(_NAMED))
+    _add_in_context(parser.add_argument_group("vqa and caption, on a run of Emu"))
     _add_fewshot(parser.add_argument_group("fewshot"))
     lm_args.add_limits(parser)
 
@@ -94,20 +105,49 @@ def _add_instructions(group: argparse._ArgumentGroup) -> None:
         help="stage whose decoder is asked (default: sft if it is finished, else decoder)",
     )
     group.add_argument(
-        "--docs", type=int, help="documents retrieved by the image that is asked about (default: 1)"
+        "--docs",
+        type=int,
+        help="documents retrieved by the image that is asked about, or by the text of one to be drawn "
+        "(default: 1; edits read none)",
     )
     group.add_argument("--limit", type=int, help="only so many items (default: all)")
     group.add_argument(
         "--temperature",
         type=float,
-        help="of sampled images; texts are the likeliest (default: 0.4)",
+        help="of sampled images; texts are the likeliest (default: 0.4; of text2image 1)",
+    )
+    group.add_argument(
+        "--best-of",
+        type=int,
+        help="text2image: pictures drawn for each caption, ranked by the retriever (default: 8)",
+    )
+
+
+def _add_in_context(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--examples",
+        metavar="LAYOUT:PATH",
+        help="where --shots examples in context are taken from, such as the training split",
+    )
+    group.add_argument(
+        "--select",
+        choices=("rices", "random"),
+        help="the examples with the nearest pictures, or random ones (default: rices)",
+    )
+    group.add_argument(
+        "--max-examples", type=int, help="the examples chosen from, the first ones (default: 10000)"
+    )
+    group.add_argument(
+        "--prompts",
+        choices=("plain", "paper"),
+        help="ask by the question alone, or in the wordings of Emu's evaluation (default: plain)",
     )
 
 
 def _add_fewshot(group: argparse._ArgumentGroup) -> None:
     counts = {
         "ways": "classes per episode (default: 5)",
-        "shots": "examples per class (default: 1)",
+        "shots": "examples per class (default: 1); of vqa and caption the examples in context (default: 0)",
         "queries": "images to classify per class (default: 1)",
         "episodes": "number of episodes (default: 100)",
         "seed": "of the choice of images; the same seed gives the same episodes (default: 0)",
@@ -159,11 +199,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 raise UserError(f"{option} is an option of --suite={suite}, not of {args.suite}.")
     if args.k is not None and args.k < 1:
         raise UserError(f"-k is {args.k}; give at least 1.")
-    if (args.suite in _INSTRUCTIONS) != (args.documents is not None):
-        wanted = "--documents" if args.suite in _INSTRUCTIONS else "--images or --dataset"
+    reads_documents = args.suite in (*_INSTRUCTIONS, "visdial", "text2image")
+    if reads_documents != (args.documents is not None):
+        wanted = "--documents" if reads_documents else "--images or --dataset"
         raise UserError(f"The suite {args.suite} reads {wanted}; give that.")
     if args.documents is not None:
-        return {"suite": args.suite, **_instructions(args)}
+        ask = _text2image if args.suite == "text2image" else _instructions
+        return {"suite": args.suite, **ask(args)}
     configs = _fewshot_configs(args) if args.suite == "fewshot" else {}
     images: labeled.Labeled
     if args.images is None:
@@ -191,13 +233,37 @@ def _zeroshot(args: argparse.Namespace, images: "labeled.Labeled") -> dict[str, 
 
 
 def _instructions(args: argparse.Namespace) -> dict[str, Any]:
+    from rag_mm.api import emu_session
     from rag_mm.stages.cm3leon import instruction_suites
 
-    given = {name: getattr(args, name) for name in SUITES[args.suite]}
-    config = instruction_suites.SuiteConfig(
-        **{name: value for name, value in given.items() if value is not None}
-    )
+    options = {name: getattr(args, name) for name in SUITES[args.suite]}
+    given = {name: value for name, value in options.items() if value is not None}
+    if emu_session.is_emu(args.workdir):
+        return _emu(args, given)
+    emus = [name for name in given if name in _IN_CONTEXT]
+    if args.suite == "visdial" or emus:
+        what = f"--{emus[0].replace('_', '-')}" if emus else f"The suite {args.suite}"
+        raise UserError(f"{what} is for runs of Emu, which {args.workdir} is not.")
+    config = instruction_suites.SuiteConfig(**given)
     return instruction_suites.evaluate(args.workdir, args.suite, args.documents, config)
+
+
+def _text2image(args: argparse.Namespace) -> dict[str, Any]:
+    from rag_mm.stages.cm3leon import text2image_suite
+
+    options = {name: getattr(args, name) for name in SUITES[args.suite]}
+    given = {name: value for name, value in options.items() if value is not None}
+    config = text2image_suite.Text2ImageConfig(**given)
+    return text2image_suite.evaluate(args.workdir, args.documents, config)
+
+
+def _emu(args: argparse.Namespace, given: dict[str, Any]) -> dict[str, Any]:
+    from rag_mm.api import emu_suites
+
+    if "temperature" in given:
+        raise UserError("--temperature is not read on a run of Emu, which searches; leave it out.")
+    config = emu_suites.EmuSuiteConfig(**given)
+    return emu_suites.evaluate(args.workdir, args.suite, args.documents, config)
 
 
 def _fewshot_configs(args: argparse.Namespace) -> dict[str, Any]:
@@ -234,7 +300,11 @@ def _fewshot(
 
 def show(result: dict[str, Any], console: rich.console.Console) -> None:
     """Prints the accuracies, and the page's path of `zeroshot`."""
-    describe = {"fewshot": _fewshot_lines, "zeroshot": _zeroshot_lines}
+    describe = {
+        "fewshot": _fewshot_lines,
+        "zeroshot": _zeroshot_lines,
+        "text2image": _text2image_lines,
+    }
     lines = describe.get(result["suite"], _instruction_lines)(result)
     lines += [f"skipped {name}: {reason}" for name, reason in result["rejected"][:5]]
     for line in lines:
@@ -242,11 +312,31 @@ def show(result: dict[str, Any], console: rich.console.Console) -> None:
 
 
 def _zeroshot_lines(result: dict[str, Any]) -> list[str]:
-    return [
+    lines = [
         f"accuracy {result['accuracy']:.1%} ± {result['ci95']:.1%} of {result['n']} images, "
-        f"{result['classes']} classes, refine={result['refine']}",
+        f"{result['classes']} classes, refine={result['refine']}"
+    ]
+    if "page" not in result:  # Of a retriever alone.
+        return lines
+    return [
+        *lines,
         f"frozen   {result['frozen']:.1%}, gain {100 * result['gain']:+.1f} points",
         f"page     {result['page']}",
+    ]
+
+
+def _text2image_lines(result: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, found in (("single", result["single"]), (f"best of {result['best_of']}", result)):
+        score = found["clip_score"]
+        lines.append(
+            f"{name:<12} frechet_own {found['frechet_own']:.4f}, kid {found['kid']:.2f}, clip_score "
+            f"{score['mean']:.2f} ± {score['ci95']:.2f}"
+        )
+    return [
+        *lines,
+        f"decoder of the stage {result['stage']}, {result['docs']} retrieved documents, {result['n']} "
+        "captions; all by the run's own retriever",
     ]
 
 

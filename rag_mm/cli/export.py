@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "family",
         metavar="FAMILY",
-        help="clip, llama, chameleon or emu; cm3 for a decoder trained with rag-mm",
+        help="clip, siglip2, llama, chameleon or emu; cm3 for a decoder trained with rag-mm",
     )
     parser.add_argument("workdir", metavar="RUN", help="imported or finished run")
     parser.add_argument("out", metavar="OUT", help="new folder to write")

@@ -15,8 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "family",
         metavar="FAMILY",
-        help="clip, llama, chameleon or emu; image-tokenizer, that of a Chameleon, Janus or Emu3; or gguf, a "
-        "LLaMA in one file",
+        help="clip, siglip2, llama, chameleon or emu; image-tokenizer, that of a Chameleon, Janus or Emu3; "
+        "or gguf, a LLaMA in one file",
     )
     parser.add_argument(
         "folder",
@@ -63,7 +63,7 @@ def show(result: dict[str, Any], console: rich.console.Console) -> None:
         console.print(
             "The checkpoint has no tokenizer: the model takes token ids and images, not text."
         )
-    if result["family"] == "clip":
+    if result["family"] in ("clip", "siglip2"):
         console.print(
             f"rag-mm memory build --documents=DIR --retriever={result['run']} --out=MEM",
             markup=False,

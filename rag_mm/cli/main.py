@@ -97,9 +97,22 @@ COMMANDS = {
             "rag-mm memory verify mem",
         ),
     ),
+    "corpus": Command(
+        "documents as text ids and image codes on disk, and their neighbors in a memory, for training",
+        (
+            "rag-mm corpus build --documents=tars --tokenizer=runs/quickstart --out=corpus",
+            "rag-mm corpus build --documents web.parquet photos --tokenizer=runs/quickstart --out=corpus",
+            "rag-mm corpus neighbors corpus --memory=mem --max-similarity=0.9",
+            "rag-mm corpus stats corpus",
+        ),
+    ),
     "explore": Command(
         "local web page: search a run's memory and try its models",
-        ("rag-mm explore runs/quickstart", "rag-mm explore runs/quickstart --port=0"),
+        (
+            "rag-mm explore runs/quickstart",
+            "rag-mm explore runs/quickstart --port=0",
+            "rag-mm explore runs/sft --stage=sft",
+        ),
     ),
     "bench": Command(
         "compare speed with a peer library or a device's published peak",
@@ -122,11 +135,40 @@ COMMANDS = {
             'rag-mm generate --workdir=runs/quickstart --prompt="red apple" --temperature=1 '
             "--guidance=1.5 --contrast=1 --best-of=8 --out=d.png",
             'rag-mm generate --workdir=runs/quickstart --prompt="red apple" --decoding=jacobi --out=e.png',
+            'rag-mm generate --workdir=runs/sft --prompt="on a red background" --boxes=boxes.json '
+            "--out=f.png",
+            'rag-mm generate --workdir=runs/sft --prompt="apple on a red background" '
+            "--structure=edges.png --feature=edges --num=4 --sheet=g.png --out=h.png",
+        ),
+    ),
+    "edit": Command(
+        "change an image as a text says, with a decoder tuned on instructions",
+        (
+            'rag-mm edit --workdir=runs/sft --image=a.png --prompt="change the background to red" '
+            "--out=b.png",
+            'rag-mm edit --workdir=runs/sft --image=a.png --image=b.png --prompt="replace the apple" '
+            "--image-guidance=1.5 --num=4 --sheet=c.png --out=d.png",
         ),
     ),
     "caption": Command(
         "caption an image",
         ("rag-mm caption --workdir=runs/quickstart --image=apple.png",),
+    ),
+    "ask": Command(
+        "answer a question about an image, with a decoder tuned on instructions",
+        (
+            'rag-mm ask --workdir=runs/sft --image=a.png --question="what is at the top left?"',
+            'rag-mm ask --workdir=runs/sft --image=a.png --question="which color is the background?" '
+            "--docs=0",
+            'rag-mm ask --workdir=runs/emu_sft --image a.png b.png --question="what moves?"',
+        ),
+    ),
+    "chat": Command(
+        "talk about images with an Emu tuned on instructions, one line of stdin after the other",
+        (
+            "rag-mm chat --workdir=runs/emu_sft --image=a.png",
+            "rag-mm chat --workdir=runs/emu_sft --image=a.png --docs=1 --json < questions.txt",
+        ),
     ),
     "infill": Command(
         "regenerate a band of an image from the rest of the image and a caption",

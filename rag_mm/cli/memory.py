@@ -54,7 +54,7 @@ def _ingest(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.records_per_file < 1:
         raise UserError(f"--records-per-file is {args.records_per_file}; give at least 1.")
-    _check_share("max_bad", args.max_bad)
+    check_share("max_bad", args.max_bad)
     counts = beam_ingest.ingest(
         args.documents,
         pathlib.Path(args.out),
@@ -65,18 +65,21 @@ def _ingest(args: argparse.Namespace) -> dict[str, Any]:
     return {"out": args.out, **counts}
 
 
-def _check_share(name: str, value: float) -> None:
+def check_share(name: str, value: float) -> None:
+    """Raises UserError unless an option's value is a share."""
     if not 0 <= value <= 1:
         option = name.replace("_", "-")
         raise UserError(f"--{option} is {value}; give a share from 0 to 1.")
 
 
-def _check_image_batch(args: argparse.Namespace) -> None:
+def check_image_batch(args: argparse.Namespace) -> None:
+    """Raises UserError if --image-batch is too small."""
     if args.image_batch is not None and args.image_batch < 1:
         raise UserError(f"--image-batch is {args.image_batch}; give at least 1.")
 
 
-def _check_tokenizer(args: argparse.Namespace) -> None:
+def check_tokenizer(args: argparse.Namespace) -> None:
+    """Raises UserError if --tokenizer names no run with an image tokenizer."""
     if args.tokenizer is not None and not (pathlib.Path(args.tokenizer) / _TOKENIZER).is_dir():
         raise UserError(f"--tokenizer={args.tokenizer} is not a run with an image tokenizer.")
 
@@ -87,12 +90,12 @@ def _build(args: argparse.Namespace) -> dict[str, Any]:
     retriever = pathlib.Path(args.retriever)
     if not retriever.is_dir():
         raise UserError(f"There is no run {args.retriever}; give one with a trained retriever.")
-    _check_tokenizer(args)
+    check_tokenizer(args)
     out = pathlib.Path(args.out)
     if (out / "config.json").exists():  # An unfinished memory shares file names with a run.
         raise UserError(f"--out={args.out} already holds a run or a model; choose another folder.")
     process_args.check_arguments(args)
-    _check_image_batch(args)
+    check_image_batch(args)
     writer.check_vacant(out, ("retriever", "tokenizer"))
     documents = open_documents(args.documents)
     # Join only after the checks above: a process that exits early would leave the others waiting.
@@ -137,7 +140,7 @@ def _build_joined(
 def _add(args: argparse.Namespace) -> dict[str, Any]:
     from rag_mm.memory import retrieval_memory
 
-    _check_image_batch(args)
+    check_image_batch(args)
     before = retrieval_memory.Memory.open(args.memory)
     documents = open_documents(args.documents)
     before.attach(load_encoder(before.carried("retriever"), args.image_batch))
@@ -160,7 +163,7 @@ def _ingestion(
     from rag_mm.memory.writing import ingest_report, near_duplicates, writer
 
     for name in ("max_bad", "similarity"):
-        _check_share(name, getattr(args, name))
+        check_share(name, getattr(args, name))
     excluded = None
     if args.exclude is not None:
         excluded = near_duplicates.ExclusionSet.from_documents(
@@ -231,8 +234,8 @@ def _compact(args: argparse.Namespace) -> dict[str, Any]:
 def _add_codes(args: argparse.Namespace) -> dict[str, Any]:
     from rag_mm.memory import retrieval_memory
 
-    _check_image_batch(args)
-    _check_tokenizer(args)
+    check_image_batch(args)
+    check_tokenizer(args)
     before = retrieval_memory.Memory.open(args.memory)
     folder = pathlib.Path(args.tokenizer) if args.tokenizer else before.carried("tokenizer")
     tokenizer = load_tokenizer(folder, args.image_batch)

@@ -5,7 +5,7 @@ import argparse
 from rag_mm.cli import process_args
 
 _DOCUMENTS = (
-    "a folder with captions.jsonl, .tar or .arrayrecord files, one such file, tfds:NAME:SPLIT, "
+    "a folder with captions.jsonl, .tar, .arrayrecord or .parquet files, one such file, tfds:NAME:SPLIT, "
     "or scenes:LEVEL/SPLIT[+SPLIT]/ROLE"
 )
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rag_mm.perf import chips
     from rag_mm.perf.plan import programs
 
+_COMPILERS_COUNT = "the compiler's count of FLOPs without remat's recomputation"
 # A program, the same with other (remat, parts), and the kinds of remat that there are.
 _Planned = tuple["programs.Program", Callable[[str, int], "programs.Program | None"], Sequence[str]]
 
@@ -207,7 +208,10 @@ def show(result: dict[str, Any], console: rich.console.Console) -> None:
     table.add_row("collectives", str({k: v for k, v in result["collectives"].items() if v}))
     if "seconds" in result:
         table.add_row("seconds", str({k: round(v, 4) for k, v in result["seconds"].items()}))
-        table.add_row("MFU bound", f"{100 * result['mfu_bound']:.0f} %")
+        from rag_mm.perf import flops
+
+        counted = flops.CONVENTION if "flops_per_token" in result else _COMPILERS_COUNT
+        table.add_row("MFU bound", f"{100 * result['mfu_bound']:.0f} % ({counted})")
     console.print(table)
     verdict = "It fits." if result["fits"] else f"It does not fit, by {gib(result['over_bytes'])}."
     console.print(verdict)

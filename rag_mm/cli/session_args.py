@@ -1,4 +1,4 @@
-"""Options and output that generate, caption and infill share: sampling, given documents, PNG files."""
+"""Options and output that generate, edit, caption, ask and infill share: sampling, documents, PNG files."""
 
 import argparse
 import math
@@ -28,23 +28,35 @@ def add_arguments(
     temperature: float,
     top_p: float,
     number: str = "number of outputs",
+    docs: int = 2,
+    stage: str = "decoder",
 ) -> None:
-    """Adds --workdir, the document options and the sampling options; `number` says what --num counts."""
-    parser.add_argument("--workdir", required=True, metavar="RUN", help="finished run")
+    """Adds --workdir, --stage, the document options and the sampling options.
+
+    `number` says what --num counts; `docs` and `stage` are defaults.
+    """
     parser.add_argument(
         "--docs",
         type=int,
-        default=2,
+        default=docs,
         metavar="K",
-        help="number of documents to retrieve (default: 2)",
+        help=f"number of documents to retrieve (default: {docs})",
     )
     parser.add_argument(
         "--documents",
         metavar="DIR",
         help="condition on this folder's documents instead of retrieving",
     )
+    add_sampling(parser, temperature, top_p, number, stage)
+
+
+def add_sampling(
+    parser: argparse.ArgumentParser, temperature: float, top_p: float, number: str, stage: str
+) -> None:
+    """Adds --workdir, --stage, --mesh and the sampling options, for a command that reads no documents."""
+    parser.add_argument("--workdir", required=True, metavar="RUN", help="finished run")
     add_mesh(parser)
-    add_stage(parser)
+    add_stage(parser, stage)
     parser.add_argument("--num", type=int, default=1, help=f"{number} (default: 1)")
     parser.add_argument(
         "--seed",
@@ -141,33 +153,39 @@ def add_out(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_out(path: str) -> None:
-    """Checks before any work is done that `path` can be written as a PNG file.
+def check_out(path: str, option: str = "--out") -> None:
+    """Checks before any work is done that `path`, given as `option`, can be written as a PNG file.
 
     Raises:
         UserError: it does not end in .png, or its folder does not exist or cannot be written.
     """
     out = pathlib.Path(path)
     if out.suffix.lower() != ".png":
-        raise UserError(f"--out={path} is not a PNG file; give a name that ends in .png.")
+        raise UserError(f"{option}={path} is not a PNG file; give a name that ends in .png.")
     if not out.parent.is_dir():
-        raise UserError(f"--out={path}: there is no folder {out.parent}; create it first.")
+        raise UserError(f"{option}={path}: there is no folder {out.parent}; create it first.")
     if not os.access(out.parent, os.W_OK):
-        raise UserError(f"--out={path}: no permission to write to the folder {out.parent}.")
+        raise UserError(f"{option}={path}: no permission to write to the folder {out.parent}.")
     if out.is_dir():
-        raise UserError(f"--out={path} is a folder; give a file.")
+        raise UserError(f"{option}={path} is a folder; give a file.")
 
 
 def options(args: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments that `Session.generate`, `caption` and `infill` share.
+    """The keyword arguments that `Session.generate`, `caption`, `ask` and `infill` share.
 
     Raises:
         UserError: a number is out of range, or the --documents folder holds no readable documents.
     """
-    if args.seed < 0:
-        raise UserError(f"--seed={args.seed} is negative; give 0 or more.")
     if args.docs < 0:
         raise UserError(f"--docs={args.docs} is negative; give 0 for no retrieval.")
+    sampling = sampling_options(args)
+    return dict(docs=args.docs, documents=_open_documents(args.documents), **sampling)
+
+
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Those of them that sample: `num`, `seed`, `temperature` and `top_p`; UserError out of range."""
+    if args.seed < 0:
+        raise UserError(f"--seed={args.seed} is negative; give 0 or more.")
     if not 1 <= args.num <= MAX_OUTPUTS:
         raise UserError(f"--num is {args.num}; give 1 to {MAX_OUTPUTS:,}.")
     if not 0 <= args.temperature < math.inf:
@@ -176,14 +194,7 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
         )
     if not 0 < args.top_p <= 1:
         raise UserError(f"--top-p={args.top_p} is out of range; give more than 0 and at most 1.")
-    return dict(
-        docs=args.docs,
-        documents=_open_documents(args.documents),
-        num=args.num,
-        seed=args.seed,
-        temperature=args.temperature,
-        top_p=args.top_p,
-    )
+    return dict(num=args.num, seed=args.seed, temperature=args.temperature, top_p=args.top_p)
 
 
 def add_mesh(parser: argparse.ArgumentParser) -> None:
@@ -198,13 +209,14 @@ def add_mesh(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_stage(parser: argparse.ArgumentParser) -> None:
+def add_stage(parser: argparse.ArgumentParser, default: str = "decoder") -> None:
     """Adds --stage."""
     parser.add_argument(
         "--stage",
-        default="decoder",
+        default=default,
         metavar="NAME",
-        help="stage whose decoder is used, such as sft for the one tuned on instructions (default: decoder)",
+        help="stage whose decoder is used, such as decoder, or sft for the one tuned on instructions "
+        f"(default: {default})",
     )
 
 

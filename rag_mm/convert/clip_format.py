@@ -146,6 +146,18 @@ def _write_tower(tower: clip.TowerConfig) -> dict[str, Any]:
     }
 
 
+def write_preprocessor(config: clip.CLIPConfig) -> dict[str, Any]:
+    """The preprocessor_config.json of a CLIP."""
+    side = config.image_size
+    return {
+        "image_processor_type": _PROCESSOR.name,
+        "size": {"shortest_edge": side},
+        "crop_size": {"height": side, "width": side},
+        "image_mean": list(config.image_mean),
+        "image_std": list(config.image_std),
+    }
+
+
 def rules(config: clip.CLIPConfig) -> list[Rule]:
     """The name table."""
     vision, text = "vision_model.", "text_model."

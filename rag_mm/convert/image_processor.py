@@ -1,6 +1,6 @@
 """The image preprocessing that a checkpoint folder declares, in the terms of transformers' image processors.
 
-What the image encoders here compute is one procedure: the shorter edge is scaled to the model's size, the
+What CLIP and Chameleon compute here is one procedure: the shorter edge is scaled to the model's size, the
 center is cropped, and pixels are multiplied and normalized. Settings that ask for another one are refused.
 """
 
@@ -52,14 +52,21 @@ def read(checkpoint: CheckpointFolder, defaults: ImageProcessor, size: int) -> I
         UserError: a setting asks for something that is not computed here.
     """
     r = ConfigReader(checkpoint.preprocessor, checkpoint.preprocessor_file)
-    name, edge = defaults.name, {"shortest_edge": size}
-    r.require("image_processor_type", name, name, f"{name}Fast")
-    r.require("do_resize", True, True)
+    edge = {"shortest_edge": size}
     r.require("do_center_crop", True, True)
-    r.require("do_pad", False, False)
     r.require("resample", defaults.resample, defaults.resample)
     r.require("size", edge, edge, size)
     r.require("crop_size", size, {"height": size, "width": size}, size)
+    return read_scaling(checkpoint, defaults)
+
+
+def read_scaling(checkpoint: CheckpointFolder, defaults: ImageProcessor) -> ImageProcessor:
+    """As `read`, of an image processor whose sizes and filter the caller reads."""
+    r = ConfigReader(checkpoint.preprocessor, checkpoint.preprocessor_file)
+    name = defaults.name
+    r.require("image_processor_type", name, name, f"{name}Fast")
+    r.require("do_resize", True, True)
+    r.require("do_pad", False, False)
     factor, mean, std = 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     if r.get("do_rescale", bool, True):
         factor = r.get("rescale_factor", float, defaults.factor)

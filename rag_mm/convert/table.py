@@ -179,7 +179,7 @@ class Family:
     """A family of external checkpoints, such as LLaMA's.
 
     Attributes:
-        name: `model_type` in its config.json.
+        name: what `rag-mm import` calls it, and `model_type` in its config.json.
         config_class: class of our config.
         read_config: their config to ours; raises UserError for settings that our model does not support.
         write_config: our config to config.json, limited to keys that describe the model; raises UserError
@@ -189,6 +189,7 @@ class Family:
         is_ignored: (our config, name) -> whether a tensor is redundant, such as a buffer that we compute.
         rename: (our config, tensors by name) -> the same under the names of `rules`, where a checkpoint may
             use another name for a tensor.
+        model_types: each `model_type` of its config.json; () where it is the name.
     """
 
     name: str
@@ -199,6 +200,7 @@ class Family:
     rules: Callable[[Any], Sequence[Rule]]
     is_ignored: Callable[[Any, str], bool] = lambda config, name: False
     rename: Callable[[Any, Specs], Specs] = lambda config, specs: specs
+    model_types: tuple[str, ...] = ()
 
     def describe(self, config: Any, mesh: Any = None) -> tuple[nnx.GraphDef, param_trees.Params]:
         """Structure and abstract parameters of our model, see `nn.param_trees.describe`."""

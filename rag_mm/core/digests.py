@@ -1,8 +1,10 @@
 """Content digests of all files in a folder: equal content gives equal digests in every run."""
 
 import fnmatch
+import functools
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import tensorstore
 from etils import epath
@@ -18,6 +20,7 @@ _STORE_FILES = (_STORE, "d", "ocdbt.process_*")
 _METADATA_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt", checksums.NAME)
 # Left by a process that was killed during a save or an atomic write.
 _UNFINISHED = ("*.orbax-checkpoint-tmp*", ".*")
+_SETTLED_NS = 2 * 10**9
 
 
 def folder_digests(folder: epath.PathLike, exclude: tuple[str, ...] = ()) -> dict[str, str]:
@@ -30,6 +33,41 @@ def folder_digests(folder: epath.PathLike, exclude: tuple[str, ...] = ()) -> dic
     """
     entries = [entry for entry in epath.Path(folder).iterdir() if entry.name not in exclude]
     return dict(sorted(_walk(entries, "")))
+
+
+def of_files(path: epath.PathLike, make: Callable[[epath.Path], str]) -> str:
+    """`make(path)`, a digest of the files at or below a local path, once in a process unless they change.
+
+    `make` is a function of a module, which returns the same for the same files.
+    """
+    path = epath.Path(path)
+    stamps = _stamps(path)
+    # A file that was written just now may change again without another time.
+    if not stamps or max(times[-1] for times in stamps) > time.time_ns() - _SETTLED_NS:
+        return make(path)
+    return _known(path, make, stamps)
+
+
+def _stamps(path: epath.Path) -> tuple[tuple[int, int, int], ...]:
+    """(inode, size, time of the last change in ns) of the local files at or below a path; else ()."""
+    folders = os.walk(path, followlinks=True) if path.is_dir() else [("", (), (str(path),))]
+    found = [os.path.join(folder, name) for folder, _, names in folders for name in names]
+    if not all(map(os.path.exists, found)):
+        return ()
+    stats = [os.stat(name) for name in sorted(found)]
+    return tuple(
+        (each.st_ino, each.st_size, max(each.st_mtime_ns, each.st_ctime_ns)) for each in stats
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def _known(
+    path: epath.Path,
+    make: Callable[[epath.Path], str],
+    stamps: tuple[tuple[int, int, int], ...],
+) -> str:
+    del stamps  # Files with other ones have another digest.
+    return make(path)
 
 
 def _walk(entries: list[epath.Path], prefix: str) -> Iterator[tuple[str, str]]:

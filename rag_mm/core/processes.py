@@ -29,8 +29,8 @@ _JOIN_SECONDS = 300
 _POLL_SECONDS = 1.0
 # If all processes fail alike, process 0 gets this long to report the error and clean up itself.
 _GRACE_SECONDS = 10.0
-_FAILURE_KEY, _BROADCAST_KEY = "rag_mm/end", "rag_mm/word"
-_broadcast_ids = itertools.count()
+_FAILURE_KEY, _BROADCAST_KEY, _ARRIVED_KEY = "rag_mm/end", "rag_mm/word", "rag_mm/arrived"
+_broadcast_ids, _arrival_ids = itertools.count(), itertools.count()
 
 
 class Failure(NamedTuple):
@@ -101,12 +101,20 @@ def broadcast_from_leader(text: str = "") -> str:
     if jax.process_index() == 0:
         _key_value_store().key_value_set(key, text)
         return text
-    while True:
-        try:
-            return _key_value_store().blocking_key_value_get(key, 60_000)
-        except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" not in str(error):
-                raise
+    return _wait_for_key(key)
+
+
+def wait_for_others() -> None:
+    """In process 0: waits without a time limit until every process has called it; the others go on at once.
+
+    Every process calls it, in the same order. As with `broadcast_from_leader`, no device waits.
+    """
+    key = f"{_ARRIVED_KEY}/{next(_arrival_ids)}"
+    if jax.process_index():
+        _key_value_store().key_value_set(f"{key}/{jax.process_index()}", "")
+        return
+    for other in range(1, jax.process_count()):
+        _wait_for_key(f"{key}/{other}")
 
 
 @contextlib.contextmanager
@@ -181,6 +189,15 @@ def _exit(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _wait_for_key(key: str) -> str:
+    while True:
+        try:
+            return _key_value_store().blocking_key_value_get(key, 60_000)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
 
 
 def _key_value_store() -> Any:

@@ -8,7 +8,6 @@ same paths.
 
 import contextlib
 import dataclasses
-import itertools
 import pathlib
 import shlex
 from collections.abc import Iterator, Sequence
@@ -16,19 +15,10 @@ from typing import Any
 
 from rag_mm.core import files
 from rag_mm.core.errors import UserError
-from rag_mm.data import array_records, open_documents, webdataset
+from rag_mm.data import array_records, open_documents, source_ranges
 from rag_mm.memory.writing import ingest_report, stream
 
 LOCAL = "--runner=DirectRunner --direct_running_mode=multi_processing --direct_num_workers=2"
-
-
-@dataclasses.dataclass(frozen=True)
-class Range:
-    """The records after position `start` up to and including `stop`; they are written to file `number`."""
-
-    number: int
-    start: int
-    stop: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +58,7 @@ def ingest(
     beam = _load_beam()
     if out.exists():
         raise UserError(f"{out} is in the way: name a folder that does not exist yet.")
-    ranges = split(open_documents.open_documents(spec), records_per_file)
+    ranges = source_ranges.split(open_documents.open_documents(spec), records_per_file)
     if not ranges:
         raise UserError(f"{spec} has no records.")
     out.mkdir(parents=True)
@@ -96,27 +86,13 @@ def ingest(
     return counts
 
 
-def split(source: stream.RecordStream, records_per_file: int) -> list[Range]:
-    """Splits the whole source into ranges."""
-    if isinstance(source, webdataset.TarSource):
-        boundaries = source.starts
-    elif source.size is not None:
-        boundaries = [*range(0, source.size, records_per_file), source.size]
-    else:
-        raise UserError("The number of the source's records is unknown, so it cannot be split.")
-    pairs = enumerate(itertools.pairwise(boundaries))
-    return [Range(number, start, stop) for number, (start, stop) in pairs]
-
-
-def write_range(which: Range, spec: str, out: str) -> RangeResult:
+def write_range(which: source_ranges.Range, spec: str, out: str) -> RangeResult:
     """Writes one range of a source; runs on any worker. A range without good records writes no file."""
     rejects: list[stream.Reject] = []
     notes: dict[str, int] = {}
 
     def documents() -> Iterator[Any]:
-        for item in open_documents.open_documents(spec).read(which.start):
-            if item.position > which.stop:
-                return
+        for item in source_ranges.read(open_documents.open_documents(spec), which):
             if item.reject is not None:
                 rejects.append(item.reject)
             else:

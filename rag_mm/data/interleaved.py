@@ -3,15 +3,28 @@
 Which pictures and texts of a document become a training sequence, whatever an image is made of.
 """
 
+import enum
 import itertools
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from rag_mm.core.document_types import Document, Image, Text
 
-Part = str | int  # A text, or the number of a picture.
+
+class Mark(enum.Enum):
+    """A part of a dialogue that is neither text nor picture: who speaks next, or the end of a turn."""
+
+    USER = "user"
+    ASSISTANT = "assistant"
+    END = "end"
+
+
+Ids = tuple[int, ...]  # Ids of a piece of a text.
+Part = str | int | Mark | Ids  # A text or a piece of one, the number of a picture, or a mark.
 Parts = tuple[Part, ...]
+P = TypeVar("P")
 NUM_FRAMES = 8  # Frames that stand for a video.
 
 
@@ -46,6 +59,22 @@ def parts_of(document: Document, number: Callable[[int, np.ndarray], int]) -> Pa
 def images_first(parts: Parts) -> Parts:
     """The images before the texts, each in their order."""
     return tuple(sorted(parts, key=lambda part: isinstance(part, str)))
+
+
+def dialogue(
+    turns: Sequence[tuple[Sequence[P], str | None]], system: str = ""
+) -> tuple[P | str | Mark, ...]:
+    """The parts of a dialogue: `<system> [USER]: <what is said> [ASSISTANT]: <answer></s>`, turn by turn.
+
+    Args:
+        turns: what the user says, images of any form first, and the answer; None where it is to be written.
+        system: what comes first, such as what the assistant is told about images.
+    """
+    parts: list[P | str | Mark] = [system] if system else []
+    for said, answer in turns:
+        parts += [Mark.USER, *said, Mark.ASSISTANT]
+        parts += [] if answer is None else [answer, Mark.END]
+    return tuple(parts)
 
 
 def window(

@@ -27,6 +27,7 @@ def make_packed_batches(
     num_workers: int = 0,
     window: int = WINDOW,
     lengths: Mapping[str, int] | None = None,
+    by: str = "segment_ids",
     finish: Callable[[Row], Row] = lambda batch: batch,
 ) -> grain.DatasetIterator[Row]:
     """Shuffles and transforms records, packs the results and batches them, without end.
@@ -48,6 +49,7 @@ def make_packed_batches(
         window: examples packed together.
         lengths: of arrays that are not one per token, such as the images of a sequence, how many a row holds
             at most, by name; they are joined like tokens.
+        by: the array whose lengths decide which sequences share a row: `segment_ids`, or one of `lengths`.
         finish: what is done with the arrays of a batch at last, where it is read.
 
     Returns:
@@ -70,7 +72,7 @@ def make_packed_batches(
     examples = grain.MapDataset.range(len(source)).shuffle(shuffle_seed).repeat(None)
     windows = examples.random_map(make, seed=transform_seed).batch(
         window,
-        batch_fn=functools.partial(pack, length=length, padding=padding, lengths=lengths),
+        batch_fn=functools.partial(pack, length=length, padding=padding, lengths=lengths, by=by),
     )
     packed = grain.experimental.FlatMapIterDataset(
         windows.to_iter_dataset(pipeline.READING), _Rows(max_fan_out=window)
@@ -87,6 +89,7 @@ def pack(
     length: int,
     padding: dict[str, int],
     lengths: Mapping[str, int] | None = None,
+    by: str = "segment_ids",
 ) -> list[Row]:
     """Packs sequences, the longest first, each into the fullest row that has room; all arguments as above.
 
@@ -106,20 +109,22 @@ def pack(
             raise ValueError(f"a sequence of {longest} {what} is longer than a row of {most}")
     free = np.tile(list(room.values()), (len(examples), 1))
     bins: list[list[Row]] = [[] for _ in examples]
-    for i in np.argsort(-sizes[:, 0], kind="stable"):
+    column = list(room).index(by)
+    for i in np.argsort(-sizes[:, column], kind="stable"):
         # Unused bins are the emptiest, so one is opened only if nothing else has room.
         fits = (free >= sizes[i]).all(axis=1)
-        at = int(np.where(fits, free[:, 0], length + 1).argmin())
+        at = int(np.where(fits, free[:, column], room[by] + 1).argmin())
         bins[at].append(examples[i])
         free[at] -= sizes[i]
     filled = [group for group in bins if group]
     order = np.random.default_rng(len(filled)).permutation(len(filled))
-    return [_join(filled[i], length, padding, lengths) for i in order]
+    return [join(filled[i], length, padding, lengths) for i in order]
 
 
-def _join(
+def join(
     examples: Sequence[Row], length: int, padding: dict[str, int], lengths: Mapping[str, int]
 ) -> Row:
+    """One row of some sequences that fit it; arguments as of `make_packed_batches`."""
     row = {}
     for name in examples[0]:
         parts = [

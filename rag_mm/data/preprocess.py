@@ -1,4 +1,4 @@
-"""Image preprocessing of public checkpoints: resize the shorter side, then center crop.
+"""Image preprocessing of public checkpoints: resize the shorter side, then center crop; or stretch.
 
 The order, rounding and filter are those that the checkpoints were trained with. `image_files.fit` instead
 crops first, at subpixel positions, and then resizes: images that are not square give different results.
@@ -10,11 +10,13 @@ from typing import Literal
 import numpy as np
 import PIL.Image
 
-Filter = Literal["bicubic", "lanczos"]
+Filter = Literal["bilinear", "bicubic", "lanczos"]
 _FILTERS = {
+    "bilinear": PIL.Image.Resampling.BILINEAR,  # SigLIP 2
     "bicubic": PIL.Image.Resampling.BICUBIC,  # CLIP
     "lanczos": PIL.Image.Resampling.LANCZOS,  # Chameleon
 }
+_LEAST_SCALE, _MOST_SCALE, _SCALE_STEP = 1e-6, 100.0, 1e-5  # Of NaFlex.
 _MAX_SCALED = 1 << 22  # Pixels of a scaled image that is made whole: 12 MiB.
 _MARGIN = 4  # Pixels beyond the crop that a filter may read; the filters reach 2 and 3.
 
@@ -36,11 +38,37 @@ def scale_and_crop(pixels: np.ndarray, size: int, resample: Filter) -> np.ndarra
     return resized[start : start + size] if height > width else resized[:, start : start + size]
 
 
-def stretch(pixels: np.ndarray, size: int, resample: Filter) -> np.ndarray:
-    """Resizes uint8 [H, W, 3] of any size to uint8 [size, size, 3] without a crop, as Emu does."""
-    if pixels.shape[:2] == (size, size):
+def stretch(pixels: np.ndarray, size: int | tuple[int, int], resample: Filter) -> np.ndarray:
+    """Resizes uint8 [H, W, 3] of any size without a crop, as Emu and SigLIP 2 do.
+
+    Args:
+        pixels: the image.
+        size: side of the square that it becomes, or its height and width.
+        resample: the filter.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    if pixels.shape[:2] == (height, width):
         return pixels
-    return np.asarray(PIL.Image.fromarray(pixels).resize((size, size), _FILTERS[resample]))
+    return np.asarray(PIL.Image.fromarray(pixels).resize((width, height), _FILTERS[resample]))
+
+
+def size_of_patches(height: int, width: int, patch: int, most: int) -> tuple[int, int]:
+    """Height and width to which NaFlex (SigLIP 2, section 2.4.2) scales an image: at most `most` patches.
+
+    The scale is the largest at which the sides, rounded up to whole patches, have no more, found as the
+    public code finds it.
+    """
+
+    def at(scale: float) -> tuple[int, int]:
+        rows, columns = (max(math.ceil(side * scale / patch), 1) for side in (height, width))
+        return rows * patch, columns * patch
+
+    low, high = _LEAST_SCALE, _MOST_SCALE
+    while high - low >= _SCALE_STEP:
+        middle = (low + high) / 2
+        rows, columns = (side // patch for side in at(middle))
+        low, high = (middle, high) if rows * columns <= most else (low, middle)
+    return at(low)
 
 
 def _resize_part(

@@ -51,7 +51,16 @@ class PublicTokenizer:
         encoding = self._encode(text)
         return encoding.ids, [end for _, end in encoding.offsets]
 
-    def _encode(self, text: str) -> tokenizers.Encoding:
+    def encode_within(self, text: str, length: int) -> list[int]:
+        """As `encode_text`, but the text is cut where there would be more than `length` ids.
+
+        Special tokens around the text are kept.
+        """
+        encoding = self._encode(text, add_special_tokens=False)
+        encoding.truncate(max(length - self.tokenizer.num_special_tokens_to_add(False), 0))
+        return self.tokenizer.post_process(encoding).ids
+
+    def _encode(self, text: str, add_special_tokens: bool = True) -> tokenizers.Encoding:
         try:
             text.encode()
         except UnicodeEncodeError:
@@ -61,7 +70,7 @@ class PublicTokenizer:
                 f"The text has {len(text):,} characters; at most {MAX_TEXT:,} are read."
             )
         with _no_panic(f"The tokenizer cannot read {text[:40]!r}"):
-            return self.tokenizer.encode(text)
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def decode_text(self, ids: Sequence[int]) -> str:
         """Decodes ids without special tokens; CLIP's end-of-word markers become spaces."""
@@ -136,6 +145,15 @@ def from_json(text: str) -> PublicTokenizer:
     ):  # A template without its token panics, at the first text only.
         tokenizer.encode(_PROBE)
     return PublicTokenizer(tokenizer)
+
+
+def fold_case(tokenizer: PublicTokenizer) -> PublicTokenizer:
+    """The same tokenizer, changed to read texts in lower case, as SigLIP 2 was trained."""
+    inner = tokenizer.tokenizer
+    lower = normalizers.Lowercase()
+    both = [lower] if inner.normalizer is None else [lower, inner.normalizer]
+    inner.normalizer = normalizers.Sequence(both)
+    return tokenizer
 
 
 @contextlib.contextmanager

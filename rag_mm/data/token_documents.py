@@ -74,6 +74,17 @@ class Example:
         segments[at] = dataclasses.replace(segments[at], **changes)
         return dataclasses.replace(self, segments=tuple(segments))
 
+    def cut(self, max_text_len: int) -> "Example":
+        """The document with its texts cut to `max_text_len` ids."""
+        if all(s.kind == IMAGE or len(s.ids) <= max_text_len for s in self.segments):
+            return self
+        cut = [max(0, len(s.ids) - max_text_len) * (s.kind == TEXT) for s in self.segments]
+        segments = (
+            dataclasses.replace(s, ids=s.ids[: len(s.ids) - n])
+            for s, n in zip(self.segments, cut, strict=True)
+        )
+        return dataclasses.replace(self, segments=tuple(segments), num_cut=self.num_cut + sum(cut))
+
     def images_first(self) -> "Example":
         """The document with its images before its texts."""
         ordered = sorted(self.segments, key=lambda segment: segment.kind != IMAGE)

@@ -15,9 +15,7 @@ KEY = "text_list"
 MIN_SIMILARITY = 0.32  # Cosine of the CLIP embeddings of an image and its sentence.
 
 
-def to_segments(
-    fields: dict[str, Any], min_similarity: float = MIN_SIMILARITY
-) -> list[dict[str, str]]:
+def to_segments(fields: dict[str, Any]) -> list[dict[str, str]]:
     """The segments of a page, from an untrusted file: each image stands before its sentence.
 
     Successive sentences without an image between them are one text.
@@ -34,7 +32,7 @@ def to_segments(
             'has an image_info that is not [{"image_name": "FILE", "matched_text_index": 0, '
             '"matched_sim": 0.34}, ..] with an index into text_list.',
         )
-    kept = [each for each in images if each["matched_sim"] >= min_similarity]
+    kept = [each for each in images if each["matched_sim"] >= MIN_SIMILARITY]
     segments: list[dict[str, str]] = []
     for i, sentence in enumerate(sentences):
         segments += [

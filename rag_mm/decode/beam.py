@@ -48,7 +48,6 @@ def search(
     num_beams: int = 5,
     length_penalty: float = 1.0,
     min_steps: int = 0,
-    limit: int | None = None,
     is_scanned: bool | None = None,
 ) -> Beams:
     """The `num_beams` best continuations of every prompt, by at most `num_steps` tokens.
@@ -63,7 +62,6 @@ def search(
         num_beams: K, at least 1.
         length_penalty: above 0 favors long texts, below 0 short ones.
         min_steps: tokens before `stop` may follow.
-        limit: number of tokens at most, up to `num_steps`; None: all.
         is_scanned: whether a step scans the layers; None: where that is faster.
 
     Raises:
@@ -71,7 +69,7 @@ def search(
     """
     if np.asarray(allowed).sum() < 2 * num_beams:
         raise ValueError(f"{num_beams} beams need {2 * num_beams} allowed tokens or more")
-    values = np.float32(length_penalty), np.int32(min_steps), np.int32(limit or num_steps)
+    values = np.float32(length_penalty), np.int32(min_steps)
     sizes = dict(num_steps=num_steps, stop=stop, num_beams=num_beams, is_scanned=is_scanned)
     run = partial(_search, params, allowed=allowed, values=values, graphdef=graphdef, **sizes)
     mesh = decode_batch.mesh_of(params)
@@ -97,7 +95,7 @@ def _search(
     *,
     prompts: Prompts,
     allowed: jax.Array,
-    values: tuple[jax.Array, jax.Array, jax.Array],
+    values: tuple[jax.Array, jax.Array],
     graphdef: nnx.GraphDef,
     num_steps: int,
     stop: int,
@@ -105,7 +103,7 @@ def _search(
     is_scanned: bool | None,
 ) -> Beams:
     model: Decoder = nnx.merge(graphdef, params)
-    (penalty, min_steps, limit), (batch_size, length) = values, prompts.positions.shape
+    (penalty, min_steps), (batch_size, length) = values, prompts.positions.shape
     shape = batch_size * num_beams, length, num_steps
     blocks, is_scanned = cache.layers_of(model, shape, is_scanned)
     hidden, prefilled = model.prefill(
@@ -123,7 +121,7 @@ def _search(
         may_stop = (i >= min_steps) | ~token_choice.is_token(jnp.int32(stop), allowed.shape[0])
         log_probs = jnp.where((allowed & may_stop)[None], log_probs, -jnp.inf)
         by_beam = _split(log_probs, num_beams, 0)
-        return _advance(state, by_beam, i, penalty, limit, stop)
+        return _advance(state, by_beam, i, penalty, stop)
 
     def step(carry: tuple) -> tuple:
         i, layers, token, state = carry
@@ -143,7 +141,7 @@ def _search(
     )
     layers = cache.make_cache(prefilled, num_steps, is_scanned)
     layers = jax.tree.map(lambda x: _repeat(x, num_beams, int(is_scanned)), layers)
-    is_going_on = lambda carry: (carry[0] < limit) & carry[-1].can_improve.any()
+    is_going_on = lambda carry: (carry[0] < num_steps) & carry[-1].can_improve.any()
     final = jax.lax.while_loop(is_going_on, step, (jnp.int32(1), layers, token, state))[-1]
     return Beams(final.ended, final.ended_scores)
 
@@ -164,7 +162,6 @@ def _advance(
     log_probs: Float32[Array, "B K V"],
     i: Int[Array, ""],
     penalty: Float32[Array, ""],
-    limit: Int[Array, ""],
     stop: int,
 ) -> tuple[_BeamState, Int32[Array, "B K"], Int32[Array, "B K"]]:
     """Step i's beams and candidates; also the beams' new tokens, and which beam each of them continues."""
@@ -173,7 +170,7 @@ def _advance(
     scores, at = jax.lax.top_k(total, 2 * num_beams)
     parents, tokens = at // vocab_size, at % vocab_size
     continued = _choose(state.running, parents).at[:, :, i].set(tokens)
-    ends = (tokens == stop) | (i == limit - 1)
+    ends = (tokens == stop) | (i == state.running.shape[2] - 1)
 
     running_scores, best = jax.lax.top_k(jnp.where(ends, scores + _NEVER, scores), num_beams)
     scale = jnp.power((i + 1).astype(jnp.float32), penalty)

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import numpy as np
 from flax import nnx
-from jaxtyping import UInt32
+from jaxtyping import Float32, UInt32
 
 from rag_mm.core import batches
 from rag_mm.data import instruction_items, sequences
 from rag_mm.data.instruction_items import Instruction
-from rag_mm.decode import decode_batch, sampler
+from rag_mm.decode import decode_batch, sampler, tasks
 from rag_mm.decode.tasks import Generator
 
 
@@ -19,7 +19,7 @@ def generate_answers(
     seeds: UInt32[np.ndarray, " B"],
     sampling: sampler.Sampling,
     batch_size: int | None = None,
-) -> list[str]:
+) -> tuple[list[str], Float32[np.ndarray, " B"]]:
     """Writes the answer of each instruction, in at most `layout.max_text_len` tokens.
 
     Args:
@@ -28,6 +28,9 @@ def generate_answers(
         seeds: one per instruction.
         sampling: temperature and top-p.
         batch_size: instructions answered at once; None: as many as fit into memory.
+
+    Returns:
+        Answers, and the mean log-probability per token of each, in nats, including the token that ends it.
 
     Raises:
         ValueError: there is no instruction, or one asks for a picture.
@@ -44,6 +47,7 @@ def generate_answers(
         config = nnx.merge(generator.graphdef, generator.params).config
         batch_size = decode_batch.batch_size(config, generator.params, max_prompt_len, num_steps)
     rows: list[np.ndarray] = []
+    sums: list[float] = []
     for chosen in batches.split(len(prompts), batch_size):
         chunk = [prompts[i] for i in chosen]
         following = np.array([prompt.next_position for prompt in chunk], np.int32)
@@ -59,12 +63,10 @@ def generate_answers(
             stop=vocabulary.eoss,
         )
         rows += list(np.asarray(found.tokens))
-    return [_text(generator, row) for row in rows[: len(prompts)]]
-
-
-def _text(generator: Generator, tokens: np.ndarray) -> str:
-    """The text before the end of its span; without one, all but the last token, which has no room."""
-    vocabulary = generator.vocabulary
-    ends = np.flatnonzero(tokens == vocabulary.eoss)
-    end = int(ends[0]) if ends.size else len(tokens) - 1
-    return vocabulary.decode_text(tokens[:end].tolist()).strip()
+        sums += np.asarray(found.log_probs).sum(axis=1).tolist()
+    lengths = [tasks.text_len(row, vocabulary.eoss) for row in rows[: len(prompts)]]
+    texts = [
+        vocabulary.decode_text(row[:length].tolist()).strip()
+        for row, length in zip(rows, lengths, strict=False)
+    ]
+    return texts, np.array(sums[: len(prompts)], np.float32) / (np.array(lengths, np.float32) + 1)

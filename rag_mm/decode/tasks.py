@@ -208,7 +208,7 @@ def generate_captions(
         batch_size,
         stop=vocabulary.eoss,
     )
-    lengths = [_text_len(tokens, vocabulary.eoss) for tokens in sampled.tokens]
+    lengths = [text_len(tokens, vocabulary.eoss) for tokens in sampled.tokens]
     captions = [
         vocabulary.decode_text(tokens[:length])
         for tokens, length in zip(sampled.tokens, lengths, strict=True)
@@ -355,7 +355,7 @@ def _check_holes(holes: Sequence[tuple[int, int]], num_codes: int, max_spans: in
         )
 
 
-def _text_len(tokens: np.ndarray, stop: int) -> int:
+def text_len(tokens: Int32[np.ndarray, " T"], stop: int) -> int:
     """Tokens before `stop`; without a stop, all but the last one, for which a caption has no room."""
     stops = np.flatnonzero(tokens == stop)
     return int(stops[0]) if stops.size else len(tokens) - 1

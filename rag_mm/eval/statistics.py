@@ -119,3 +119,28 @@ def paired_difference(
         raise ValueError(f"{what}: {left.size} documents cannot be paired with {right.size}")
     difference = left - right
     return mean(difference, what) | {"standard_error": standard_error(difference, what)}
+
+
+def ratio_of_means(
+    ours: npt.ArrayLike, theirs: npt.ArrayLike, what: str = "ratio"
+) -> dict[str, float | int]:
+    """mean(ours) / mean(theirs) over the same documents in the same order.
+
+    Args:
+        ours: float [N], one value per document; N >= 2.
+        theirs: float [N] of a mean above 0, the other variant's values for the same documents.
+        what: name used in errors.
+
+    Returns:
+        {"mean", "ci95", "n"}; the interval is the delta method's.
+
+    Raises:
+        UserError: fewer than two documents, or non-finite values.
+        ValueError: the two have different numbers of documents.
+    """
+    left, right = (_finite(each, what, at_least=2) for each in (ours, theirs))
+    if left.size != right.size:
+        raise ValueError(f"{what}: {left.size} documents cannot be paired with {right.size}")
+    ratio = float(left.mean() / right.mean())
+    error = standard_error(left - ratio * right, what) / float(right.mean())
+    return {"mean": ratio, "ci95": Z95 * error, "n": left.size}

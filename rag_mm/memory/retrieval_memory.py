@@ -365,6 +365,13 @@ class Memory:
         """Sizes, versions, models and the last ingestion's counts as a JSON-ready dict."""
         return stats.summarize(self.path, self.manifest, self._live)
 
+    def caption_hashes(self) -> list[str]:
+        """Of each row's text, `shard_file.caption_hash`; empty without text."""
+        shards = self.manifest.shards
+        origins = (shard_file.load_origins(self.path, self.manifest, shard) for shard in shards)
+        stored = [caption for shard in origins for caption in shard.caption]
+        return [stored[position] for position in self._live.stored]
+
     def licenses(self) -> dict[str | None, int]:
         """The number of documents by license, most frequent first; None for documents that name none."""
         return stats.count_licenses(self.path, self.manifest, self._live)

@@ -154,16 +154,29 @@ def _published(vision: TowerConfig, width: int, image_size: int, patch_size: int
 
 
 @runtime_checkable
-class VisionSettings(Protocol):
+class PatchSettings(Protocol):
+    """How images become patches; see `CLIPConfig`."""
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels a side of a patch."""
+
+    @property
+    def image_mean(self) -> tuple[float, float, float]:
+        """Subtracted from pixels in 0..1, by channel."""
+
+    @property
+    def image_std(self) -> tuple[float, float, float]:
+        """Divides them, by channel."""
+
+
+@runtime_checkable
+class VisionSettings(PatchSettings, Protocol):
     """What a vision tower reads of a config; see `CLIPConfig`."""
 
     @property
     def image_size(self) -> int:
         """Pixels a side."""
-
-    @property
-    def patch_size(self) -> int:
-        """Pixels a side of a patch."""
 
     @property
     def vision(self) -> TowerConfig:
@@ -178,28 +191,23 @@ class VisionSettings(Protocol):
         """Added to the variance."""
 
     @property
-    def image_mean(self) -> tuple[float, float, float]:
-        """Subtracted from pixels in 0..1, by channel."""
-
-    @property
-    def image_std(self) -> tuple[float, float, float]:
-        """Divides them, by channel."""
-
-    @property
     def num_patches(self) -> int:
         """Patches of an image."""
 
 
-def to_patches(images: Float[Array, "B H W 3"], config: VisionSettings) -> Float[Array, "B N P"]:
-    """Normalized pixels of images in [0, 1], flat by patch, in raster order."""
+def to_patches(images: Float[Array, "B H W 3"], config: PatchSettings) -> Float[Array, "B N P"]:
+    """Normalized pixels of images in [0, 1], flat by patch, in raster order.
+
+    Pixels that fill no patch are left out, at the right and below.
+    """
     c, p = config, config.patch_size
-    side = c.image_size // p
+    rows, columns = (side // p for side in images.shape[1:3])
     mean, std = (
         jnp.asarray(v, images.dtype)[None, None, None] for v in (c.image_mean, c.image_std)
     )
-    x = (images - mean) / std
-    x = _reshape(x, len(x), side, p, side, p, 3).transpose(0, 1, 3, 2, 4, 5)
-    return _reshape(x, len(x), side * side, p * p * 3)
+    x = ((images - mean) / std)[:, : rows * p, : columns * p]
+    x = _reshape(x, len(x), rows, p, columns, p, 3).transpose(0, 1, 3, 2, 4, 5)
+    return _reshape(x, len(x), rows * columns, p * p * 3)
 
 
 class VisionTower(nnx.Module):
@@ -236,13 +244,13 @@ class VisionTower(nnx.Module):
 
         They are before `post_norm` and the projection: `last_hidden_state` of transformers.
         """
-        return self.stack(self._embed(images), None, _attend_to_all)[0]
+        return self.stack(self._embed(images), None, attend_to_all)[0]
 
     def tokens_by_layer(self, images: Float[Array, "B H W 3"]) -> list[Float[Array, "B T D"]]:
         """All tokens after each block; the last entry is `tokens`."""
         x, found = self._embed(images), []
         for block in self.stack.unstack():
-            x, _ = block(x, None, _attend_to_all)
+            x, _ = block(x, None, attend_to_all)
             found.append(x)
         return found
 
@@ -393,7 +401,8 @@ def _project(features: jax.Array, projection: Any) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)
 
 
-def _attend_to_all(heads: Heads, _: Any) -> tuple[jax.Array, Any]:
+def attend_to_all(heads: Heads, _: Any) -> tuple[jax.Array, Any]:
+    """A `block.Attend` by which all tokens see each other."""
     return attention.attention(heads.q, heads.k, heads.v, is_causal=False), None
 
 

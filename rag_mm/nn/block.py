@@ -73,7 +73,9 @@ class BlockConfig:
     head_dim: int
     norm: str = "rmsnorm"  # layernorm | layernorm_no_params | rmsnorm
     norm_eps: float = 1e-5
-    mlp: str = "swiglu"  # swiglu, or the activation of a two-matrix MLP: relu | gelu | quick_gelu
+    mlp: str = (
+        "swiglu"  # swiglu, or a two-matrix MLP's activation: relu | gelu | gelu_tanh | quick_gelu
+    )
     qk_norm: bool = False
     smear_lags: tuple[
         tuple[int, ...], ...

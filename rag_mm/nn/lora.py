@@ -8,21 +8,25 @@ import dataclasses
 import fnmatch
 import functools
 import math
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
-from rag_mm.core import checks
+from rag_mm.core import checks, manifest_values, sharding
 from rag_mm.core.errors import UserError
 from rag_mm.nn import layers, param_trees
 from rag_mm.nn.param_trees import Params
 from rag_mm.ops import projection
 
 Model = TypeVar("Model", bound=nnx.Module)
+Result = TypeVar("Result")
 A, B = "lora_a", "lora_b"  # names of the parameters, next to `kernel`
+_KEY = "dropout_key"
+_STREAM = 0x10A  # Of the random keys of dropout, beside those of a loss.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,15 +38,19 @@ class LoRAConfig:
         alpha: the update is scaled by alpha / rank.
         targets: names of linear maps, such as q, k, v, out, gate, up and down; also patterns of paths, such
             as `attention/*` or `cross_attention/*`. A bare name is in both attentions.
+        dropout: probability with which an input of an update is 0 in training, the others scaled up.
     """
 
     rank: int = 8
     alpha: float = 16.0
     targets: tuple[str, ...] = ("q", "v")
+    dropout: float = dataclasses.field(default=0.0, metadata=manifest_values.ADDED_LATER)
 
     def __post_init__(self):
         checks.at_least(self, 1, "rank")
         checks.above(self, 0, "alpha")
+        checks.at_least(self, 0, "dropout")
+        checks.below_one(self, "dropout")
         if not self.targets:
             raise ValueError("targets is empty; name linear maps, such as ('q', 'v')")
 
@@ -52,12 +60,19 @@ class LoRAConfig:
         return self.alpha / self.rank
 
 
+class DropoutKey(nnx.Variable):
+    """The random key of an update's dropout; in a stack, one for each layer."""
+
+
 class LoRALinear(layers.Linear):
-    """A `Linear` plus scale x A B; in a stack, A and B have its leading axis of layers too."""
+    """A `Linear` plus scale x A B; in a stack, A and B have its leading axis of layers too.
+
+    Inputs of the update are dropped where there is a `DropoutKey`, which `start_dropout` puts in.
+    """
 
     def __init__(self, linear: layers.Linear, config: LoRAConfig, *, rngs: nnx.Rngs):
         """Takes over the kernel and the bias of `linear`."""
-        self.num_in, self.scale = linear.num_in, config.scale
+        self.num_in, self.scale, self.dropout = linear.num_in, config.scale, config.dropout
         self.kernel, self.bias = linear.kernel, linear.bias
         shape, axes = self.kernel.shape, self.kernel.axes
         stacked, each = shape[: len(shape) - len(axes)], shape[len(shape) - len(axes) :]
@@ -71,7 +86,9 @@ class LoRALinear(layers.Linear):
 
     def __call__(self, x: Float[Array, "B T *in"]) -> Float[Array, "B T *out"]:
         """Returns x's dtype."""
-        low = projection.project(x, self.lora_a[...], self.lora_a.axes, self.num_in)
+        key = getattr(self, _KEY, None)
+        kept = x if key is None else _drop(x, key[...], self.dropout)
+        low = projection.project(kept, self.lora_a[...], self.lora_a.axes, self.num_in)
         update = projection.project(low, self.lora_b[...], self.lora_b.axes, 1)
         return super().__call__(x) + self.scale * update
 
@@ -99,6 +116,33 @@ def add(model: Model, config: LoRAConfig, *, rngs: nnx.Rngs) -> Model:
         parent, name = found[path]
         setattr(parent, name, LoRALinear(getattr(parent, name), config, rngs=rngs))
     return model
+
+
+def with_dropout(loss_fn: Callable[..., Result]) -> Callable[..., Result]:
+    """A loss of (model, batch, rng) in which the model's updates, if it has any, drop inputs."""
+
+    def dropping(model: nnx.Module, batch: Any, rng: Key[Array, ""]) -> Result:
+        return loss_fn(start_dropout(model, jax.random.fold_in(rng, _STREAM)), batch, rng)
+
+    return dropping
+
+
+def start_dropout(model: Model, rng: Key[Array, ""]) -> Model:
+    """The model itself, whose updates drop inputs from now on, each by a key of its own."""
+    updates = [child for _, child in nnx.iter_modules(model) if isinstance(child, LoRALinear)]
+    for number, update in enumerate(updates):
+        if update.dropout:
+            key, num_rank = jax.random.fold_in(rng, number), update.lora_a.ndim
+            is_stacked = num_rank > len(update.lora_a.axes)
+            keys = jax.random.split(key, update.lora_a.shape[0]) if is_stacked else key
+            setattr(update, _KEY, DropoutKey(keys))
+    return model
+
+
+def _drop(x: Float[Array, "B T *in"], key: Key[Array, ""], rate: float) -> Float[Array, "B T *in"]:
+    layout = None if sharding.activation_spec() is None else jax.typeof(x).sharding.spec
+    is_kept = jax.random.bernoulli(key, 1 - rate, x.shape, out_sharding=layout)
+    return jnp.where(is_kept, x / (1 - rate), 0).astype(x.dtype)
 
 
 def is_added(path: str) -> bool:

@@ -9,7 +9,7 @@ from rag_mm.core.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Peaks of one chip.
+    """Peaks of one chip; what jax counts as a device is one, so that of a TPU7x it is half of it.
 
     Attributes:
         flops: dense bfloat16 FLOP/s; a multiply-add counts as two.
@@ -19,6 +19,7 @@ class Chip:
         num_dims: dimensions of the torus.
         source: where the numbers are published.
         options: further arguments for the compiler's topology.
+        num_parts: devices at each place of the torus.
     """
 
     flops: float
@@ -27,6 +28,7 @@ class Chip:
     num_dims: int
     source: str
     options: tuple[tuple[str, str], ...] = ()
+    num_parts: int = 1
 
 
 _DOCS = "https://cloud.google.com/tpu/docs"
@@ -36,6 +38,8 @@ CHIPS = {
     "v5e": Chip(197e12, 819e9, 200e9, 2, f"{_DOCS}/v5e"),
     "v5p": Chip(459e12, 2765e9, 600e9, 3, f"{_DOCS}/v5p"),
     "v6e": Chip(918e12, 1638e9, 400e9, 2, f"{_DOCS}/v6e"),
+    # The page's 2307 TFLOP/s, 7380 GB/s and 1200 GB/s (both directions) are of a chip, which is two devices.
+    "tpu7x": Chip(2307e12 / 2, 7380e9 / 2, 300e9, 3, f"{_DOCS}/tpu7x", num_parts=2),
 }
 # Bytes per second that a chip sends between slices: v5e's page gives 6.4 Tbit/s for 256 chips; used for all.
 DCN_BANDWIDTH = 6.4e12 / 8 / 256
@@ -49,6 +53,7 @@ DEVICE_FLOPS = {
     "TPU v5": CHIPS["v5p"].flops,
     "TPU v5p": CHIPS["v5p"].flops,
     "TPU v6 lite": CHIPS["v6e"].flops,
+    "TPU7x": CHIPS["tpu7x"].flops,
     "NVIDIA H100 80GB HBM3": 989.4e12,
     "NVIDIA H200": 989.4e12,
 }
@@ -59,6 +64,7 @@ DEVICE_BANDWIDTH = {
     "TPU v5": CHIPS["v5p"].hbm_bandwidth,
     "TPU v5p": CHIPS["v5p"].hbm_bandwidth,
     "TPU v6 lite": CHIPS["v6e"].hbm_bandwidth,
+    "TPU7x": CHIPS["tpu7x"].hbm_bandwidth,
     "NVIDIA H100 80GB HBM3": 3.35e12,
     "NVIDIA H200": 4.8e12,
 }
@@ -75,8 +81,8 @@ class Topology:
 
     @property
     def num_chips(self) -> int:
-        """Number of chips in all slices."""
-        return math.prod(self.shape) * self.num_slices
+        """Number of chips in all slices, as `Chip` counts them."""
+        return math.prod(self.shape) * self.chip.num_parts * self.num_slices
 
 
 def parse_topology(name: str, num_slices: int = 1) -> Topology:

@@ -11,6 +11,11 @@ import numpy as np
 
 from rag_mm.nn.decoder import DecoderConfig
 
+CONVENTION = (
+    "model FLOPs: six per multiplied weight and token and causal attention, without recomputation; a "
+    "multiply-add counts as two"
+)
+"""What an MFU counts, told beside it."""
 # One length in tokens, or an array of lengths, for which the result is an array.
 Length = TypeVar("Length", float, np.ndarray)
 

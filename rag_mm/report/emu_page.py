@@ -23,12 +23,12 @@ DOCUMENTS = {
     "shuffled": "another's caption",
     "encoded": "the image's own codes",
 }
-# Figure -> its name on the page, and whether it is a share.
+# Figure -> its name on the page, {} for the number of candidates, and whether it is a share.
 FIGURES = {
     "r2": ("R2 of the rollout", False),
-    "random": ("right of 32 test images", True),
-    "own": ("right of its class's scenes", True),
-    "same": ("right of 32 of one place and color", True),
+    "random": ("right of {} test images", True),
+    "own": ("right of {} scenes of its class", True),
+    "same": ("right of {} of one place and color", True),
     "read_entity": ("entity read from the rollout", True),
     "read_place": ("place read from the rollout", True),
     "read_color": ("color read from the rollout", True),
@@ -79,6 +79,7 @@ def figure_table(title: str, found: Mapping[str, Any]) -> FigureTable:
     for name, (label, is_share) in FIGURES.items():
         show = figures.percent if is_share else figures.number
         cells = (figures.find(found, f"{name}.{key}") for key in head)
+        label = label.format(found.get("candidates", {}).get(name, "several"))
         rows.append([label, *("" if cell is None else show(cell) for cell in cells)])
     return FigureTable(title, [DOCUMENTS[key] for key in head], rows, NOTE)
 
@@ -118,6 +119,7 @@ def render(
             for split, name in names.items()
             if split in measured
         ],
+        num_candidates=measured.get("held_out", {}).get("candidates", {}).get("random", "several"),
         found_head=[DOCUMENTS[key] for key in keys],
         found=[
             {"caption": each.caption, "cells": [_pictures(*each.nearest[key]) for key in keys]}

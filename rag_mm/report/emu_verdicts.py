@@ -12,11 +12,13 @@ from rag_mm.report.verdicts import Status
 MAX_TEXT_CE, MIN_R2 = 0.6, {"oracle": 0.7, "none": 0.5}
 MIN_RATIO, MIN_VARIANCE = 5.0, 0.1
 MIN_READ = {"entity": 0.4, "place": 0.95, "color": 0.95}
+NUM_CANDIDATES = 32  # Among which an image is found.
 MIN_RANDOM, MIN_OWN, MAX_SHUFFLED = 0.6, 0.9, 0.08
 MIN_EXACT = {"oracle": 0.8, "none": 0.35}
 MIN_HELD_OUT_FACT = 0.9
 MIN_SAME, MAX_SAME_WITHOUT = 0.8, 0.2
 CHANCE_DIRECTION = 0.25
+MAX_NLL_TO_TEXT_ALONE = 1.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,7 @@ def claims(metrics: Mapping[str, Any]) -> list[EmuClaim]:
 def _losses(metrics: Mapping[str, Any]) -> list[EmuClaim]:
     held_out = metrics.get("emu_figures", {}).get("held_out", {})
     r2 = {name: find(held_out, f"r2.{name}") for name in MIN_R2}
+    joint = find(metrics, "emu_figures.nll_to_text_alone.seen.none")
     return [
         _claim(
             "Text is learned",
@@ -49,6 +52,13 @@ def _losses(metrics: Mapping[str, Any]) -> list[EmuClaim]:
             "Images are predicted from captions of held-out classes",
             f"R2 at least {MIN_R2['oracle']:g} with a document, {MIN_R2['none']:g} without",
             [(r2[name], least, None) for name, least in MIN_R2.items()],
+            is_share=False,
+        ),
+        _claim(
+            "Learning images costs captions little",
+            f"NLL of captions of seen classes at most {MAX_NLL_TO_TEXT_ALONE:g} times that of a run on text "
+            "alone",
+            [(joint, None, MAX_NLL_TO_TEXT_ALONE)],
             is_share=False,
         ),
     ]
@@ -82,12 +92,12 @@ def _images(found: Mapping[str, Any]) -> list[EmuClaim]:
     return [
         _claim(
             "A caption's rollout finds its image",
-            f"among 32 at least {MIN_RANDOM:.0%}, among its class's scenes at least {MIN_OWN:.0%}, with "
-            f"another's caption at most {MAX_SHUFFLED:.0%}",
+            f"among {NUM_CANDIDATES} at least {MIN_RANDOM:.0%}, among its class's scenes at least "
+            f"{MIN_OWN:.0%}, with another's caption at most {MAX_SHUFFLED:.0%}",
             [
-                (find(found, "held_out.random.none"), MIN_RANDOM, None),
+                (_among(found, "random", "none"), MIN_RANDOM, None),
                 (find(found, "held_out.own.none"), MIN_OWN, None),
-                (find(found, "held_out.random.shuffled"), None, MAX_SHUFFLED),
+                (_among(found, "random", "shuffled"), None, MAX_SHUFFLED),
             ],
         )
     ]
@@ -130,7 +140,7 @@ def _texts(found: Mapping[str, Any]) -> list[EmuClaim]:
 
 def _memory(found: Mapping[str, Any]) -> list[EmuClaim]:
     names = ("oracle", "none", "wrong", "retrieved")
-    same = {name: find(found, f"held_out.same.{name}") for name in names}
+    same = {name: _among(found, "same", name) for name in names}
     paired = find(found, "held_out.paired.same_oracle_minus_none")
     ours, without, wrong = same["oracle"], same["none"], same["wrong"]
     holds = None
@@ -141,12 +151,18 @@ def _memory(found: Mapping[str, Any]) -> list[EmuClaim]:
     return [
         EmuClaim(
             "A document shows what a held-out entity looks like",
-            f"right of 32 of one place and color at least {MIN_SAME:.0%} with a document of its class, at "
-            f"most {MAX_SAME_WITHOUT:.0%} without or with another's",
+            f"right of {NUM_CANDIDATES} of one place and color at least {MIN_SAME:.0%} with a document of "
+            f"its class, at most {MAX_SAME_WITHOUT:.0%} without or with another's",
             "; ".join(f"{name} {figures.percent(figure)}" for name, figure in same.items()),
             _status(holds),
         )
     ]
+
+
+def _among(found: Mapping[str, Any], figure: str, documents: str) -> Figure | None:
+    """A share of held-out images that were found; None if it was among another number than is required."""
+    count = found.get("held_out", {}).get("candidates", {}).get(figure, NUM_CANDIDATES)
+    return find(found, f"held_out.{figure}.{documents}") if count == NUM_CANDIDATES else None
 
 
 def _claim(

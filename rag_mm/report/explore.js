@@ -65,16 +65,22 @@ function showHit(hit) {
   return item;
 }
 
-function showAnswer(place, docs, answer) {
-  const title = docs === 1 ? "1 document" : `${docs || "no"} documents`;
-  place.replaceChildren(make("h3", title));
+function documentsTitle(docs) {
+  return docs === 1 ? "1 document" : `${docs || "no"} documents`;
+}
+
+function showAnswer(title, answer) {
+  const place = make("article");
+  place.append(make("h3", title));
   if (answer.image) place.append(imageElement(answer.image, title));
+  for (const image of answer.images || []) place.append(imageElement(image, title));
   if (answer.candidates) place.append(candidateList(answer.candidates));
   if (answer.text !== undefined) place.append(make("p", answer.text || "(empty)", "said"));
   for (const neighbor of answer.neighbors) {
     const score = neighbor.score === null ? "given" : neighbor.score.toFixed(3);
     place.append(make("p", `document ${neighbor.id} (${score}): ${neighbor.text}`, "soft"));
   }
+  byId("answers").append(place);
 }
 
 // All candidates with their scores, of which the image above is the best.
@@ -89,27 +95,32 @@ function candidateList(candidates) {
   return list;
 }
 
-// How an image is generated; what is left empty is not sent.
-function generationFields() {
+// The named fields inside an element; what is left empty is not sent.
+function namedFields(selector) {
   const fields = { seed: Number(byId("seed").value) };
-  for (const input of document.querySelectorAll("#options [name]")) {
+  for (const input of document.querySelectorAll(`${selector} [name]:not(button)`)) {
     if (input.value === "") continue;
     fields[input.name] = input.type === "number" ? Number(input.value) : input.value;
   }
   return fields;
 }
 
-async function showAnswers(query, mine) {
-  const path = query.file ? "caption" : "generate";
-  for (let docs = 0; docs <= maxDocs; docs++) {
-    say(`${query.file ? "captioning" : "generating"} with ${docs} of ${maxDocs} documents …`);
-    const fields = query.file ? {} : generationFields();
+// One answer for each number of documents; a given structure takes the place of one.
+async function showAnswers(path, query, fields, most, mine) {
+  for (let docs = 0; docs <= most; docs++) {
+    say(`${path} with ${docs} of ${most} documents …`);
     const answer = await post(path, query, { docs, ...fields });
     if (mine !== turn) return;
-    const place = make("article");
-    showAnswer(place, docs, answer);
-    byId("answers").append(place);
+    showAnswer(documentsTitle(docs), answer);
   }
+}
+
+async function generateOrCaption(query, mine) {
+  if (query.file) return showAnswers("caption", query, {}, maxDocs, mine);
+  const [structure] = byId("structure")?.files || [];
+  const most = structure ? maxDocs - 1 : maxDocs;
+  const whole = structure ? { ...query, file: structure } : query;
+  return showAnswers("generate", whole, namedFields("#options"), most, mine);
 }
 
 async function ask(query, name) {
@@ -125,7 +136,33 @@ async function ask(query, name) {
     if (mine !== turn) return;
     byId("hits").replaceChildren(...result.hits.map(showHit));
     byId("asked").textContent = `${name} · view ${result.view}`;
-    if (query.document === undefined) await showAnswers(query, mine);
+    if (query.document === undefined) await generateOrCaption(query, mine);
+    if (mine === turn) say("");
+  } catch (error) {
+    if (mine === turn) say(error.message, true);
+  }
+}
+
+// A second picture follows the first in the body.
+async function showEdit(picture, second, text, mine) {
+  say("edit …");
+  const fields = namedFields("#instruct");
+  if (second) fields.first = picture.size;
+  const file = second ? new Blob([picture, second]) : picture;
+  const answer = await post("edit", { file, text }, fields);
+  if (mine === turn) showAnswer(text, answer);
+}
+
+// Edits the chosen picture, or answers a question about it.
+async function instruct(path) {
+  const mine = ++turn;
+  const text = byId("instruction").value;
+  const [picture] = byId("picture").files;
+  byId("answers").replaceChildren();
+  try {
+    if (!picture) throw new Error("Choose a picture.");
+    if (path === "ask") await showAnswers(path, { file: picture, text }, {}, maxDocs, mine);
+    else await showEdit(picture, byId("second").files[0], text, mine);
     if (mine === turn) say("");
   } catch (error) {
     if (mine === turn) say(error.message, true);
@@ -142,6 +179,10 @@ byId("ask").addEventListener("submit", (event) => {
 });
 byId("file").addEventListener("change", (event) => {
   askImage(event.target.files);
+});
+byId("instruct")?.addEventListener("submit", (event) => {
+  event.preventDefault();
+  instruct(event.submitter.value);
 });
 // On the whole page: an image dropped outside the field must not replace the page.
 for (const name of ["dragover", "dragleave", "drop"]) {

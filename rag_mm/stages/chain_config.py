@@ -120,7 +120,8 @@ def slice_of(config: Any) -> dict[str, Any]:
     """
     values = manifest_values.recorded(config)
     for field in dataclasses.fields(config):
-        if (group := configuration.group_of(field)) is not None:
+        group = configuration.group_of(field)
+        if group is not None and values[field.name] is not None:
             values[field.name] = configuration.without_defaults(group, values[field.name])
     return manifest_values.under_older_names(config, values)
 

@@ -87,6 +87,27 @@ class TokenizerScaleConfig(ScaleConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class VisualScaleConfig:
+    """Of a visual decoder, whose parameters and activations are float32 and held whole.
+
+    Attributes:
+        mesh: numbers of devices along data, fsdp and tensor; data and fsdp split the batch, tensor is 1.
+        num_parts: parts into which a step's batch is split, one after the other; their gradients are added.
+    """
+
+    mesh: tuple[int, int, int] = (1, 1, 1)
+    num_parts: int = 1
+
+    def __post_init__(self):
+        if len(self.mesh) != 3 or min(self.mesh) < 1 or self.mesh[2] > 1:
+            raise ValueError(
+                f"mesh is {self.mesh}; give numbers of devices along data and fsdp, each at least 1, and 1 "
+                "along tensor"
+            )
+        checks.at_least(self, 1, "num_parts")
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderScaleConfig(ScaleConfig):
     """Of a stage that trains a decoder; it has every setting.
 

@@ -13,6 +13,7 @@ import pytest
 uvicorn = pytest.importorskip("uvicorn")
 testclient = pytest.importorskip("starlette.testclient")
 from rag_mm.api import explore_connections, explore_server, steering_options  # noqa: E402
+from rag_mm.core import image_files  # noqa: E402
 
 TOKEN = "a-token"
 ASKED = {"Authorization": f"Bearer {TOKEN}"}
@@ -24,6 +25,7 @@ class Session:
     def __init__(self, seconds=0.0):
         self.generator = types.SimpleNamespace(layout=types.SimpleNamespace(max_docs=2))
         self.memory = [None] * 3
+        self.tuned_on = frozenset()
         self.seconds, self.drawn, self.most, self._now = seconds, [], 0, 0
         self._lock = threading.Lock()
 
@@ -57,7 +59,7 @@ def client():
 def test_without_the_token_nothing_is_answered(client, token):
     assert client.get("/", params={"token": token}).status_code == 403
     wrong = {"Authorization": f"Bearer {token}".encode()}
-    for path in ("/search", "/generate", "/caption"):
+    for path in ("/search", "/generate", "/caption", "/edit", "/ask"):
         # A body of any size or kind is refused before it is read.
         answer = client.post(path, content=b"x", headers=wrong)
         assert answer.status_code == 403 and "with its token" in answer.json()["error"]
@@ -89,6 +91,105 @@ def test_the_page_has_a_field_for_every_option(client):
     page = client.get("/", params={"token": TOKEN}).text
     for name in (*steering_options.NAMES, "best_of", "decoding"):
         assert f'name="{name}"' in page
+    assert 'id="instruct"' not in page and 'name="boxes"' not in page
+
+
+def png(level):
+    return image_files.encode_png(np.full((2, 2, 3), level, np.uint8))
+
+
+class Tuned(Session):
+    """Answers with what it was asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.tuned_on = frozenset({"recolor"})
+        self.asked = []
+
+    def edit(self, image, text, **options):
+        self.asked.append((image, text, options))
+        images = np.zeros((options["num"], 2, 2, 3), np.uint8)
+        return types.SimpleNamespace(images=images, neighbors=[])
+
+    def ask(self, image, text, docs):
+        self.asked.append((image, text, docs))
+        return types.SimpleNamespace(answers=["a pear"], neighbors=[])
+
+    def generate(self, text, **options):
+        self.asked.append((text, options))
+        return super().generate(text, **options)
+
+
+@pytest.fixture
+def tuned():
+    return Tuned()
+
+
+@pytest.fixture
+def instruct(tuned):
+    """Sends files with the fields of an address."""
+    app = explore_server.make_app(tuned, "run", TOKEN)
+    client = testclient.TestClient(app, base_url="http://127.0.0.1:1")
+    headers = ASKED | {"Content-Type": "application/octet-stream"}
+
+    def send(path, *files, **fields):
+        return client.post(path, params=fields, content=b"".join(files), headers=headers)
+
+    send.client = client
+    return send
+
+
+def test_a_tuned_decoder_edits_and_answers(tuned, instruct):
+    page = instruct.client.get("/", params={"token": TOKEN}).text
+    assert 'id="instruct"' in page and 'name="boxes"' in page and 'id="structure"' in page
+    edited = instruct("/edit", png(1), text="a", num=2, seed=3, image_guidance="1.5").json()
+    assert len(edited["images"]) == 2
+    image, text, options = tuned.asked.pop()
+    assert text == "a" and image.max() == 1 and options["second"] is None
+    assert options["image_guidance"] == 1.5 and options["guidance"] == 1.0 and options["seed"] == 3
+    one, two = png(1), png(2)
+    instruct("/edit", one, two, text="a", first=len(one))
+    image, _, options = tuned.asked.pop()
+    assert image.max() == 1 and options["second"].max() == 2
+    answer = instruct("/ask", png(7), text="what?", docs=1).json()
+    assert answer["text"] == "a pear" and tuned.asked.pop()[1:] == ("what?", 1)
+
+
+def test_boxes_and_structures_reach_the_decoder(tuned, instruct):
+    """Fields of an address are texts, also numbers."""
+    instruct("/generate", png(5), text="a", feature="edges", guidance="1.5", contrast="2")
+    _, options = tuned.asked.pop()
+    assert options["structure"].max() == 5 and options["feature"] == "edges"
+    assert options["guidance"].weight == 1.5 and options["contrast"].k == 2
+    fields = {"text": "a", "boxes": '[{"name": "pear", "box": [0, 1, 2, 3]}]'}
+    instruct.client.post("/generate", json=fields, headers=ASKED)
+    _, options = tuned.asked.pop()
+    assert options["boxes"] == [("pear", [0, 1, 2, 3])] and options["structure"] is None
+
+
+@pytest.mark.parametrize(
+    ("path", "files", "fields", "complaint"),
+    [
+        ("/edit", [png(1)], dict(text="a", first=0), "number of bytes of the first"),
+        ("/edit", [png(1)], dict(text="a", first=10**6), "number of bytes of the first"),
+        ("/edit", [png(1)], dict(text="a", first="x"), "number of bytes of the first"),
+        ("/edit", [png(1), b"no"], dict(text="a", first=len(png(1))), "not a JPEG, PNG or WebP"),
+        ("/edit", [png(1)], dict(text="a", guidance="much"), "field guidance must be a number"),
+        ("/edit", [png(1)], dict(text="a", num=17), "field num must be an integer from 1 to 16"),
+        ("/edit", [png(1)], dict(), "field text is missing"),
+        ("/ask", [png(1)], dict(text="a", docs=3), "field docs must be an integer from 0 to 2"),
+        ("/generate", [png(1)], dict(text="a", boxes="{}"), "field boxes is not a JSON list"),
+    ],
+)
+def test_a_bad_instruction_is_refused(instruct, path, files, fields, complaint):
+    answer = instruct(path, *files, **fields)
+    assert answer.status_code == 400 and complaint in answer.json()["error"]
+
+
+@pytest.mark.parametrize("path", ["/edit", "/ask"])
+def test_an_instruction_without_a_picture_is_refused(instruct, path):
+    answer = instruct.client.post(path, json={"text": "a"}, headers=ASKED)
+    assert answer.status_code == 400 and "has no image to" in answer.json()["error"]
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,9 @@ def test_what_is_refused(base):
         base.prompt([IMAGES])
     with pytest.raises(UserError, match="special token such as"):
         base.prompt(["a [IMG] dog"])
+    for ids, says in (([3, SLOT], f"hold {SLOT}, a token of images"), ([3, 99], "outside the")):
+        with pytest.raises(UserError, match=says):
+            base.prompt([IMAGES[0], ids])
     long = base.prompt([[*range(3, 13)] * 9 + [3, 4, 3]])
     for call in (
         lambda: base.complete([long], num_tokens=6),

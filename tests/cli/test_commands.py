@@ -16,6 +16,8 @@ CONFIG = "--config=configs/quickstart.py:tiny"
 GENERATE = "generate --workdir=RUN --prompt=apple --out=x.png"
 CAPTION = "caption --workdir=RUN --image=good.png"
 INFILL = "infill --workdir=RUN --image=good.png --prompt=apple --rows=8:16 --out=x.png"
+EDIT = "edit --workdir=RUN --image=good.png --prompt=apple --out=x.png"
+ASK = "ask --workdir=RUN --image=good.png --question=what?"
 SCENES = "--documents=scenes:easy/held_out/test"
 BUILD = f"memory build {SCENES} --retriever=RUN --out=mem"
 
@@ -85,7 +87,9 @@ def answer(capsys):
     return call
 
 
-@pytest.mark.parametrize("command", ["caption --workdir=RUN", INFILL, "memory search RUN/memory"])
+@pytest.mark.parametrize(
+    "command", ["caption --workdir=RUN", INFILL, EDIT, ASK, "memory search RUN/memory"]
+)
 @pytest.mark.parametrize(
     ("name", "says"),
     [
@@ -101,7 +105,7 @@ def test_an_unreadable_image(refused, command, name, says):
     assert says in refused(*command.split(), f"--image={name}")
 
 
-@pytest.mark.parametrize("command", [GENERATE, INFILL])
+@pytest.mark.parametrize("command", [GENERATE, INFILL, EDIT])
 @pytest.mark.parametrize(
     ("out", "says"),
     [
@@ -163,6 +167,26 @@ def test_a_bad_value_for_generate_caption_and_infill(refused, command, word, say
         (f"{GENERATE} --contrast=1 --amateur-temperature=0", "amateur temperature is 0"),
         (f"{GENERATE} --guidance=2 --contrast=1", "but best_of is 1; give 2 or more"),
         (f"{GENERATE} --decoding=parallel", "decoding is 'parallel'; give one of"),
+        (f"{GENERATE} --sheet=x.jpg", "--sheet=x.jpg is not a PNG file"),
+        (f"{GENERATE} --structure=text.png", "text.png is not a JPEG, PNG or WebP image"),
+        (f"{GENERATE} --structure=good.png", "no stage 'sft'; run rag-mm train"),
+        (f"{GENERATE} --structure=good.png --stage=decoder", "was not tuned on structures"),
+        (f"{GENERATE} --structure=good.png --boxes=b.json", "not allowed with"),
+        (f"{GENERATE} --boxes=no.json", "no.json cannot be read: No such file"),
+        (f"{GENERATE} --boxes=good.png", "good.png is not a JSON list"),
+        (f"{EDIT} --sheet=no/x.png", "--sheet=no/x.png: there is no folder no"),
+        (f"{EDIT} --seed=-1", "--seed=-1 is negative"),
+        (f"{EDIT} --num=0", "--num is 0"),
+        (f"{EDIT} --docs=1", "Unknown argument '--docs=1'"),
+        (f"{EDIT} --image-guidance=much", "--image-guidance: invalid float value"),
+        (f"{EDIT} --image=good.png --image=good.png", "There are 3 images; give one or two"),
+        (EDIT, "no stage 'sft'; run rag-mm train"),
+        (f"{EDIT} --stage=decoder", "was not tuned on edits of one picture"),
+        (f"{EDIT} --image=good.png --stage=decoder", "not tuned on edits with a second picture"),
+        (ASK, "no stage 'sft'; run rag-mm train"),
+        (f"{ASK} --stage=decoder", "was not tuned on questions"),
+        (f"{ASK} good.png", "Unknown argument 'good.png'"),
+        (f"{ASK} --docs=-1", "--docs=-1 is negative"),
         (f"{INFILL} --rows=5:9", "give multiples of 4"),
         (f"{INFILL} --rows=16:8", "the first less than the second"),
         (f"{INFILL} --rows=8:64", "an image of 32 rows"),
@@ -170,6 +194,8 @@ def test_a_bad_value_for_generate_caption_and_infill(refused, command, word, say
         (f"{INFILL} --rows=nan:8", "is not START:END"),
         ("generate --workdir=RUN --prompt=a", "required: --out"),
         ("caption --workdir=RUN", "required: --image"),
+        ("edit --workdir=RUN --image=good.png --out=x.png", "required: --prompt"),
+        ("ask --workdir=RUN --image=good.png", "required: --question"),
         ("infill --workdir=RUN --image=good.png --prompt=a --out=x.png", "required: --rows"),
     ],
 )

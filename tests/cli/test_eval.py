@@ -10,7 +10,9 @@ from rag_mm.cli import main
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--suite=visdial --workdir=run --images=x", "invalid choice: 'visdial'"),
+        ("--suite=visdial --workdir=run --images=x", "suite visdial reads --documents"),
+        ("--suite=visdial --workdir=run --documents=visdial:pics", "is for runs of Emu"),
+        ("--suite=vqa --workdir=run --documents=vqav2:pics --shots=2", "--shots is for runs of Emu"),
         ("--suite=caption --workdir=run --images=x", "suite caption reads --documents"),
         (
             "--suite=fewshot --workdir=run --documents=x",

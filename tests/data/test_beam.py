@@ -9,7 +9,7 @@ import pytest
 
 from rag_mm.cli import main
 from rag_mm.core.errors import UserError
-from rag_mm.data import beam_ingest, open_documents
+from rag_mm.data import beam_ingest, open_documents, source_ranges
 from rag_mm.memory.store import record
 
 
@@ -39,7 +39,7 @@ def read(spec: str) -> tuple[list[bytes], list[tuple[str, str]]]:
 def test_ranges_are_the_whole_source(image_folder, tmp_path):
     """Without Beam: what the workers do, one after the other."""
     (tmp_path / "out").mkdir()
-    ranges = beam_ingest.split(open_documents.open_documents(str(image_folder)), 16)
+    ranges = source_ranges.split(open_documents.open_documents(str(image_folder)), 16)
     assert [(each.start, each.stop) for each in ranges] == [(0, 16), (16, 32), (32, 48), (48, 50)]
     found = [
         beam_ingest.write_range(each, str(image_folder), str(tmp_path / "out")) for each in ranges
@@ -57,7 +57,7 @@ def test_a_range_without_a_good_record_leaves_no_file(tmp_path):
     (tmp_path / "captions.jsonl").write_text("{\n{\n")
     (tmp_path / "out").mkdir()
     found = beam_ingest.write_range(
-        beam_ingest.Range(0, 0, 2), str(tmp_path), str(tmp_path / "out")
+        source_ranges.Range(0, 0, 2), str(tmp_path), str(tmp_path / "out")
     )
     assert found.added == 0 and len(found.rejects) == 2
     assert list((tmp_path / "out").iterdir()) == []
@@ -69,7 +69,7 @@ def test_a_tar_is_a_range(tmp_path):
     for name in ("a.tar", "b.tar"):
         (tmp_path / name).write_bytes(bytes(10240))
     source = webdataset.TarSource(sorted(tmp_path.glob("*.tar")))
-    first, second = beam_ingest.split(source, 16)
+    first, second = source_ranges.split(source, 16)
     assert first.start == 0 and first.stop == second.start < second.stop
 
 

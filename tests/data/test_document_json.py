@@ -15,6 +15,7 @@ from rag_mm.data import (
     beam_ingest,
     document_json,
     open_documents,
+    source_ranges,
     sources,
     tar_samples,
 )
@@ -236,7 +237,7 @@ def test_array_records_keep_every_segment(tmp_path):
 def test_a_range_written_by_a_beam_worker_keeps_every_segment(tmp_path):
     lines = [{"id": "a", "segments": SEGMENTS}, {"id": "b", "segments": [{"image": "no.png"}]}]
     folder = write_folder(tmp_path, *lines)
-    result = beam_ingest.write_range(beam_ingest.Range(0, 0, 2), str(folder), str(tmp_path))
+    result = beam_ingest.write_range(source_ranges.Range(0, 0, 2), str(folder), str(tmp_path))
     assert result.added == 1
     assert [(r.name, r.reason) for r in result.rejects] == [("b", "missing-picture")]
     path = tmp_path / "documents-00000.arrayrecord"

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from rag_mm.core.document_types import Document, Image, Text, Video
 from rag_mm.data import interleaved
+from rag_mm.data.interleaved import Mark
 
 
 def test_frames_are_those_of_emus_picker():
@@ -32,6 +33,14 @@ def test_a_document_becomes_texts_and_numbers_of_its_pictures():
 
 def test_images_come_first_in_their_order():
     assert interleaved.images_first(("a", 1, "b", 0)) == (1, 0, "a", "b")
+
+
+def test_a_dialogue_says_who_speaks_and_ends_each_answer():
+    user, assistant, end = Mark.USER, Mark.ASSISTANT, Mark.END
+    turns = [((7, "what?"), "a dog"), (("where?",), None)]
+    found = interleaved.dialogue(turns, "look")
+    first = ("look", user, 7, "what?", assistant, "a dog", end)
+    assert found == (*first, user, "where?", assistant)
 
 
 PARTS = st.lists(st.one_of(st.text("x", min_size=1, max_size=9), st.integers(0, 9)), max_size=12)

@@ -14,7 +14,7 @@ PNG = hostile.encoded(hostile.pixels())
     [
         ("{folder}/no", "is not a folder"),
         ("{folder}/empty", r"captions\.jsonl"),
-        ("{folder}/page.html", "is neither a tar nor an ArrayRecord file"),
+        ("{folder}/page.html", "is neither a tar, an ArrayRecord nor a Parquet file"),
         ("{folder}/a.tar.gz", "is compressed, which is not read; decompress it to a .tar"),
         ("{folder}/A.TGZ", "is compressed"),
         ("{folder}/packed", r"a\.tar\.zst is compressed"),

@@ -43,40 +43,44 @@ def test_an_answer_depends_on_its_instruction_alone(generator):
     """Not on the true answer, which is in the item, nor on the rest of the batch."""
     batch = [asked("what?"), asked("where?", code=3), asked("who?")]
     seeds = np.arange(3, dtype=np.uint32)
-    together = instruction_answers.generate_answers(generator, batch, seeds, WARM, batch_size=2)
-    other = [asked("what?", "pear"), asked("where?", "up", code=3), asked("who?", "it")]
-    assert (
-        instruction_answers.generate_answers(generator, other, seeds, WARM, batch_size=4)
-        == together
+    together, means = instruction_answers.generate_answers(
+        generator, batch, seeds, WARM, batch_size=2
     )
+    other = [asked("what?", "pear"), asked("where?", "up", code=3), asked("who?", "it")]
+    again, _ = instruction_answers.generate_answers(generator, other, seeds, WARM, batch_size=4)
+    assert again == together
     alone = [
         instruction_answers.generate_answers(generator, [one], seeds[i : i + 1], WARM)
         for i, one in enumerate(batch)
     ]
-    assert [text for (text,) in alone] == together
+    assert [text for (text,), _ in alone] == together
+    np.testing.assert_allclose([mean for _, (mean,) in alone], means, atol=1e-4)
     assert len(set(together)) > 1
 
 
 def test_the_likeliest_answer_is_that_of_a_full_pass(generator):
-    (text,) = instruction_answers.generate_answers(
+    (text,), (mean,) = instruction_answers.generate_answers(
         generator, [asked("what?")], np.zeros(1, np.uint32), GREEDY
     )
     prompt = instruction_items.prompt(LAYOUT, V, asked("what?"))
     tokens, positions = list(prompt.tokens), list(prompt.positions)
     model = nnx.merge(generator.graphdef, generator.params)
-    written = []
-    while len(written) < LAYOUT.max_text_len:
+    written, log_probs = [], []
+    # The token after the longest answer is not written, but counts as its end does.
+    while len(log_probs) <= LAYOUT.max_text_len:
         row = jnp.asarray([tokens], jnp.int32)
         hidden = model(row, jnp.asarray([positions], jnp.int32), jnp.ones_like(row))
         logits = np.asarray(model.logits(hidden))[0, -1]
         allowed = np.r_[logits[: V.text_size], logits[V.eoss]]
         best = int(allowed.argmax())
+        log_probs.append(allowed.max() - np.log(np.exp(allowed).sum()))
         if best == V.text_size:
             break
         written.append(best)
         positions.append(prompt.next_position + len(written) - 1)
         tokens.append(best)
-    assert text == V.decode_text(written).strip()
+    assert text == V.decode_text(written[: LAYOUT.max_text_len]).strip()
+    assert mean == pytest.approx(np.mean(log_probs), abs=1e-4)
 
 
 def test_only_texts_are_answered(generator):

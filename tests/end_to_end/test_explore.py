@@ -178,9 +178,10 @@ def test_without_the_libraries_the_extra_is_named(capsys, monkeypatch):
 
 
 @contextlib.contextmanager
-def serve(workdir: pathlib.Path):
+def serve(workdir: pathlib.Path, *options: str):
     """The real command on a free port; its address. Ctrl-C ends it with exit code 0."""
-    command = [str(pathlib.Path(sys.executable).with_name("rag-mm")), "explore", str(workdir)]
+    program = str(pathlib.Path(sys.executable).with_name("rag-mm"))
+    command = [program, "explore", str(workdir), *options]
     process = subprocess.Popen([*command, "--port=0"], stderr=subprocess.PIPE, text=True)
     try:
         lines = iter(process.stderr.readline, "")
@@ -262,6 +263,58 @@ def test_the_page_in_a_browser(workdir, run, tmp_path):
         expect(page.locator("#hits li").first).to_contain_text("onerror")
         expect(page.locator("#hits li").first.locator("a")).to_have_count(0)
         assert page.title() == title and wrong == []
+        browser.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs a Chromium")
+def test_the_page_of_a_tuned_decoder_in_a_browser(called_tuned, run, tmp_path):
+    playwright = pytest.importorskip("playwright.sync_api")
+    picture, small = tmp_path / "a.png", tmp_path / "small.png"
+    picture.write_bytes(png(run.memory.document(3).image))
+    small.write_bytes(png(np.zeros((9, 8, 3), np.uint8)))
+    expect = playwright.expect
+    expect.set_options(timeout=300_000)
+    with serve(called_tuned, "--stage=sft") as address, playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1200, "height": 900})
+        wrong = []
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.set_default_timeout(300_000)
+        page.goto(address)
+        page.fill("#instruction", "make it red")
+        page.click("button[value=edit]")
+        expect(page.locator("#status")).to_have_text("Choose a picture.")
+        page.set_input_files("#picture", picture)
+        page.fill("#instruct [name=num]", "2")
+        page.fill("#instruct [name=image_guidance]", "1.5")
+        page.click("button[value=edit]")
+        expect(page.locator("#answers img")).to_have_count(2)
+        expect(page.locator("#answers h3")).to_have_text("make it red")
+        page.set_input_files("#second", picture)
+        page.click("button[value=edit]")
+        expect(page.locator("#status")).to_have_text("")
+        expect(page.locator("#answers img")).to_have_count(2)
+        page.click("button[value=ask]")
+        expect(page.locator("#answers .said")).to_have_count(3)
+        # Boxes, then a structure, which takes the place of a document; one of another size is refused.
+        page.click("#options summary")
+        page.fill("#boxes", '[{"name": "apple", "box": [0, 0, 8, 8]}]')
+        page.fill("#text", "on red")
+        page.keyboard.press("Enter")
+        expect(page.locator("#answers img")).to_have_count(3)
+        page.fill("#boxes", "")
+        page.set_input_files("#structure", picture)
+        page.focus("#text")
+        page.keyboard.press("Enter")
+        expect(page.locator("#answers h3")).to_have_text(["no documents", "1 document"])
+        if folder := os.environ.get("RAG_MM_SCREENSHOTS"):
+            page.screenshot(path=pathlib.Path(folder) / "tuned.png")
+        page.set_input_files("#structure", small)
+        page.focus("#text")
+        page.keyboard.press("Enter")
+        expect(page.locator("#status")).to_contain_text("The structure has 8 x 9 pixels")
+        assert wrong == []
         browser.close()
 
 

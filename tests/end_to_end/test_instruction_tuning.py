@@ -11,7 +11,7 @@ import rag_mm
 from rag_mm.cli import main
 from rag_mm.core import files
 from rag_mm.nn import param_trees
-from rag_mm.stages.cm3leon import measure_tasks, scene_instructions
+from rag_mm.stages.cm3leon import measure_tasks, measure_tuning, scene_instructions
 from rag_mm.stages.ra_cm3 import train_decoder
 from rag_mm.stages.shared import train_tokenizer
 
@@ -63,15 +63,49 @@ def test_every_task_is_measured_before_and_after(tuned, tiny_run):
 
 
 @pytest.mark.slow
+def test_edits_are_drawn_with_two_conditions(tuned):
+    metrics = files.read_json(tuned / "metrics.json")["sft"]
+    found = metrics["guidance"]["move"]
+    assert set(found) == {f"guided_move_{w}" for w in ("i0_t1", "i1_t1", "i1.5_t1", "i1_t0")}
+    assert found["guided_move_i1_t1"] == metrics["tasks"]["tuned"]["move"]
+    answers = [
+        measure_tuning.read_answers(tuned / "sft", f"guided_move_{weights}")
+        for weights in ("i0_t1", "i1_t0")
+    ]
+    assert answers[0] != answers[1]
+    values = files.read_json(tuned / "sft/per_document.json")["held_out"]
+    assert values["guided_move_i1_t1"] == values["tuned_move"]
+
+
+@pytest.mark.slow
+def test_what_is_copied_is_measured_before_and_after(tuned):
+    metrics = files.read_json(tuned / "metrics.json")["sft"]
+    assert set(metrics["over_reliance"]) == {"untuned", "tuned"}
+    assert metrics["over_reliance"]["tuned"]["copied_whole"]["n"] == 8
+    claims = {each["claim"]: each["is_met"] for each in metrics["claims"]}
+    assert claims["recolor is learnt"] is False
+    assert sum(name.startswith("A document's") for name in claims) == 3
+
+
+@pytest.mark.slow
+def test_the_page_shows_every_task(tuned):
+    text = (tuned / "sft.html").read_text()
+    for title in ("Tasks", "Claims", "Edits", "Boxes", "Structures", "Answers", "Text to image"):
+        assert f"<h2>{title}</h2>" in text
+    assert "change the background to" in text and "image 1.5" in text
+    assert text.count("<img") > 100
+
+
+@pytest.mark.slow
 def test_an_interrupted_measurement_goes_on(tmp_path, tiny_run, monkeypatch):
     """What has been trained and measured is not done again."""
     score, asked = measure_tasks.TaskScorer.score, []
 
-    def stop_at_the_third(scorer, task):
-        asked.append(task.name)
+    def stop_at_the_third(scorer, task, answers):
+        asked.append(task.task.name)
         if len(asked) == 3:
             raise RuntimeError("stopped")
-        return score(scorer, task)
+        return score(scorer, task, answers)
 
     monkeypatch.setattr(measure_tasks.TaskScorer, "score", stop_at_the_third)
     tasks = '--config.sft.tasks={"text_to_image": 16, "caption": 16}'
@@ -95,6 +129,7 @@ def test_lora_changes_its_targets_alone(tmp_path, tiny_run):
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert changed == {"stack/blocks/attention/q/kernel", "stack/blocks/mlp/down/kernel"}
     assert "tasks" not in files.read_json(workdir / "metrics.json")["sft"]
+    assert "Nothing was measured" in (workdir / "sft.html").read_text()
     assert rag_mm.load(workdir, stage="sft").generate("a red apple", num=1)
 
 

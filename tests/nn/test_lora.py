@@ -141,6 +141,47 @@ def test_a_merged_kernel_is_the_papers_sum():
         np.testing.assert_allclose(found, out["kernel"] + update, rtol=1e-5, atol=1e-6)
 
 
+def test_dropped_inputs_are_of_the_updates_alone_and_average_out():
+    config = lora.LoRAConfig(rank=2, alpha=2.0, targets=("blocks",), dropout=0.5)
+    stack = nnx.Dict(blocks=jax.vmap(make_linear)(jax.random.split(jax.random.key(0), 3)))
+    made = lora.add(stack, config, rngs=nnx.Rngs(params=1))["blocks"]
+    made.lora_b[...] = jnp.ones_like(made.lora_b[...])
+    x = jnp.ones((4, 500, 4))
+    graphdef, params = nnx.split(made)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(drops, key):
+        model = nnx.merge(graphdef, params)
+        whole = nnx.Dict(blocks=model)
+        if drops:
+            lora.start_dropout(whole, key)
+        return jax.lax.scan(
+            lambda _, layer: (None, layer(x) - layers.Linear.__call__(layer, x)), None, model
+        )[1]
+
+    still, found = run(False, jax.random.key(0)), run(True, jax.random.key(0))
+    np.testing.assert_array_equal(found, run(True, jax.random.key(0)))
+    assert np.abs(found - run(True, jax.random.key(1))).max() > 0.1
+    # Each layer drops others, and half of the inputs on average, so that the rest counts twice.
+    assert np.abs(found[0] - found[1] * (still[0] / still[1])).max() > 0.1
+    np.testing.assert_allclose(found.mean((1, 2)), still.mean((1, 2)), atol=0.15)
+    with pytest.raises(ValueError, match="dropout"):
+        lora.LoRAConfig(dropout=1.0)
+
+
+def test_a_loss_without_dropout_has_the_same_bits():
+    model = lora.add(
+        nnx.Dict(map=make_linear(0)), lora.LoRAConfig(targets=("map",)), rngs=nnx.Rngs(0)
+    )
+    loss = lambda model, batch, rng: (model["map"](batch), jax.random.uniform(rng))
+    for ours, theirs in zip(
+        lora.with_dropout(loss)(model, jnp.ones((1, 2, 4)), jax.random.key(3)),
+        loss(model, jnp.ones((1, 2, 4)), jax.random.key(3)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_a_and_b_are_split_like_the_kernel_beside_them():
     mesh = sharding.make_mesh(2, 2, 2)
     _, abstract = param_trees.describe(lambda: make_lora_model(LLAMA, EVERYWHERE), mesh)

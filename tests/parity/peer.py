@@ -23,6 +23,8 @@ def load(folder: pathlib.Path, **kwargs):
         "llama": transformers.LlamaForCausalLM,
         "chameleon": transformers.ChameleonForConditionalGeneration,
         "clip": transformers.CLIPModel,
+        "siglip": transformers.SiglipModel,
+        "siglip2": transformers.Siglip2Model,
     }
     family = transformers.AutoConfig.from_pretrained(folder).model_type
     model, report = classes[family].from_pretrained(
@@ -84,11 +86,43 @@ def features(name: str, model) -> dict[str, np.ndarray]:
     return {"images": out.image_embeds.numpy(), "texts": out.text_embeds.numpy()}
 
 
+def siglip_features(name: str, model) -> dict[str, np.ndarray]:
+    """SigLIP 2's unit embeddings of batches of images and of texts, and how well the first match."""
+    import torch
+
+    tokens = torch.tensor(tiny.tokens((4, 7), seed=2)).long()
+    found = {}
+    for i, images in enumerate(tiny.siglip_images(name)):
+        pixels = torch.tensor(images.astype(np.float32) / 127.5 - 1)
+        if name == "siglip2_naflex":
+            given = _any_aspect(images, model.config.vision_config)
+        else:
+            given = {"pixel_values": pixels.permute(0, 3, 1, 2)}
+        with torch.no_grad():
+            out = model(input_ids=tokens, **given)
+        found[f"images_{i}"] = out.image_embeds.numpy()
+        if i == 0:
+            found["match"] = torch.sigmoid(out.logits_per_image).numpy()
+    return found | {"texts": out.text_embeds.numpy()}
+
+
+def _any_aspect(images: np.ndarray, config) -> dict:
+    """The images as the model's own processor gives them."""
+    from transformers.models.siglip2 import image_processing_pil_siglip2 as processing
+
+    processor = processing.Siglip2ImageProcessorPil(
+        patch_size=config.patch_size, max_num_patches=config.num_patches
+    )
+    return processor(list(images), input_data_format="channels_last", return_tensors="pt")
+
+
 def compute(name: str, folder: pathlib.Path) -> dict[str, np.ndarray]:
     """All outputs that are compared for a checkpoint."""
     model = load(folder)
     if name in tiny.CLIPS:
         return features(name, model)
+    if name in tiny.SIGLIPS:
+        return siglip_features(name, model)
     found = language(model)
     return found | image_tokens(model) if name in tiny.CHAMELEONS else found
 

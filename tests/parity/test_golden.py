@@ -76,6 +76,21 @@ def test_clip_features(open_tiny, name):
     np.testing.assert_allclose(texts, golden["texts"], atol=1e-4)
 
 
+@pytest.mark.parametrize("name", tiny.SIGLIPS)
+def test_siglip_features(open_tiny, name):
+    """Square images and, of NaFlex, wide and high ones in one call; and the sigmoid of scale and bias."""
+    model, golden = open_tiny(name)
+    batches = tiny.siglip_images(name)
+    images = model.encode_image([image for batch in batches for image in batch])
+    wanted = np.concatenate([golden[f"images_{i}"] for i in range(len(batches))])
+    np.testing.assert_allclose(images, wanted, atol=1e-4)
+    texts = np.asarray(model.retriever._encode_text(tiny.tokens((4, 7), seed=2)))
+    np.testing.assert_allclose(texts, golden["texts"], atol=1e-4)
+    matches = np.asarray(model.retriever.model.compile("match")(images[:4], texts))
+    np.testing.assert_allclose(matches, golden["match"], atol=1e-4)
+    assert np.ptp(matches) > 0.05
+
+
 def test_the_two_pooling_rules_differ_on_the_golden_inputs(open_tiny):
     """Otherwise the golden files would accept either rule."""
     encode = [open_tiny(name)[0].retriever._encode_text for name in ("clip", "clip_legacy")]

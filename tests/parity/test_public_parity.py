@@ -133,7 +133,7 @@ def test_gradients_of_a_batch(torch, both, name):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["llama_3", "chameleon", "clip_legacy"])
+@pytest.mark.parametrize("name", ["llama_3", "chameleon", "clip_legacy", "siglip2_naflex"])
 def test_from_pretrained_loads_our_exports(torch, both, tmp_path, name, dtype):
     theirs, run = both(name)
     family = tiny.CHECKPOINTS[name][0]

@@ -106,6 +106,39 @@ def _clip_with(text: dict, **both: object) -> dict:
     )
 
 
+_SIGLIP = dict(
+    model_type="siglip",
+    architectures=["SiglipModel"],
+    vision_config=dict(
+        model_type="siglip_vision_model",
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        image_size=14,  # The last 2 pixels fill no patch, as at 384 pixels with patches of 14.
+        patch_size=4,
+    ),
+    text_config=dict(
+        model_type="siglip_text_model",
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        vocab_size=VOCAB,
+        max_position_embeddings=7,
+        projection_size=24,
+    ),
+)
+_NAFLEX = dict(
+    _SIGLIP,
+    model_type="siglip2",
+    architectures=["Siglip2Model"],
+    vision_config={k: v for k, v in _SIGLIP["vision_config"].items() if k != "image_size"}
+    | dict(model_type="siglip2_vision_model", num_patches=9),
+    text_config=_SIGLIP["text_config"] | dict(model_type="siglip2_text_model"),
+)
+
+
 # name -> (family, config.json)
 CHECKPOINTS = {
     "llama": ("llama", _LLAMA),
@@ -119,8 +152,11 @@ CHECKPOINTS = {
     "clip": ("clip", _clip_with({}, hidden_act="quick_gelu")),
     "clip_gelu": ("clip", _clip_with({}, hidden_act="gelu", layer_norm_eps=1e-4)),
     "clip_legacy": ("clip", _clip_with(dict(eos_token_id=2), hidden_act="quick_gelu")),
+    "siglip2": ("siglip2", _SIGLIP),
+    "siglip2_naflex": ("siglip2", _NAFLEX),
 }
-LANGUAGE = [name for name, (family, _) in CHECKPOINTS.items() if family != "clip"]
+SIGLIPS = [name for name, (family, _) in CHECKPOINTS.items() if family == "siglip2"]
+LANGUAGE = [name for name, (family, _) in CHECKPOINTS.items() if family not in ("clip", "siglip2")]
 CHAMELEONS = [name for name, (family, _) in CHECKPOINTS.items() if family == "chameleon"]
 CLIPS = [name for name, (family, _) in CHECKPOINTS.items() if family == "clip"]
 
@@ -174,6 +210,16 @@ NUM_TOKENS = 12
 def make_images(count: int, size: int) -> np.ndarray:
     """uint8 [count, size, size, 3]."""
     return np.random.default_rng(3).integers(0, 256, (count, size, size, 3)).astype(np.uint8)
+
+
+def siglip_images(name: str) -> list[np.ndarray]:
+    """Batches of images of one size each, uint8; of NaFlex also wide and high ones, of 8 and 6 patches."""
+    size = 12 if name == "siglip2_naflex" else 14
+    batches = [make_images(4, size)]
+    if name == "siglip2_naflex":
+        wide = make_images(2, 16)[:, :8]
+        batches += [wide, wide.swapaxes(1, 2)[:, :12]]
+    return batches
 
 
 def clip_tokens(name: str) -> np.ndarray:

@@ -40,6 +40,7 @@ GOOD = {
             "color": {"oracle": _share(0.97)},
             "paired": {"same_oracle_minus_none": _paired(0.83)},
         },
+        "nll_to_text_alone": {"seen": {"none": _mean(1.04)}},
         "seen": {"exact": {"none": _share(0.48), "oracle": _share(0.93)}},
         "held_out_clips": {
             "direction": {"in_order": _share(0.9), "shuffled_frames": _share(0.3)},
@@ -69,6 +70,7 @@ def test_each_figure_can_break_its_claim():
         ("emu_figures", "held_out", "same", "wrong"): _share(0.5),
         ("emu_figures", "held_out", "same", "none"): _share(0.21),
         ("emu_figures", "held_out", "paired", "same_oracle_minus_none"): _paired(0.8, 0.5),
+        ("emu_figures", "nll_to_text_alone", "seen", "none"): _mean(1.11),
         ("emu_figures", "seen", "exact", "none"): _share(0.34),
         ("emu_figures", "held_out", "color", "oracle"): _share(0.89),
         ("emu_figures", "held_out_clips", "direction", "in_order"): _share(0.26),
@@ -83,7 +85,10 @@ def test_each_figure_can_break_its_claim():
 
 
 def test_the_table_has_what_was_measured_by_documents():
-    table = emu_page.figure_table("Held-out", GOOD["emu_figures"]["held_out"])
+    counts = {"random": 32, "own": 32, "same": 7}
+    table = emu_page.figure_table(
+        "Held-out", GOOD["emu_figures"]["held_out"] | {"candidates": counts}
+    )
     assert list(table.head) == [
         "no document",
         "document of its class",
@@ -92,8 +97,17 @@ def test_the_table_has_what_was_measured_by_documents():
         "another's caption",
         "the image's own codes",
     ]
-    same = next(row for row in table.rows if row[0] == "right of 32 of one place and color")
+    same = next(row for row in table.rows if row[0] == "right of 7 of one place and color")
     assert same[1:] == ["9.0 % ± 2.0", "92.0 % ± 2.0", "70.0 % ± 2.0", "3.0 % ± 2.0", "", ""]
+
+
+def test_shares_among_another_number_of_images_judge_no_claim():
+    metrics = copy.deepcopy(GOOD)
+    counts = metrics["emu_figures"]["held_out"]["candidates"] = {"random": 16, "same": 32}
+    assert _statuses(metrics).count("unknown") == 1
+    assert "The images of 16 test scenes" in emu_page.render("Emu", "lead", metrics, [], [], [])
+    counts |= {"random": 32, "same": 7}
+    assert _statuses(metrics).count("unknown") == 1
 
 
 def test_the_page_frames_the_right_picture_and_escapes_captions():

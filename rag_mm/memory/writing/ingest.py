@@ -8,12 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from rag_mm.core import caption_text, document_types, image_files
+from rag_mm.core import document_types
 from rag_mm.core.errors import UserError
 from rag_mm.memory import model_protocols
 from rag_mm.memory.index.scann_config import ScannConfig
 from rag_mm.memory.store import manifest, record, shard_file
-from rag_mm.memory.writing import near_duplicates, record_codes, staging, stream
+from rag_mm.memory.writing import (
+    document_checks,
+    near_duplicates,
+    record_codes,
+    staging,
+    stream,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,35 +159,19 @@ class Ingest:
         """Adds a good document to the batch, or a bad record to the rejects."""
         reject = item.reject
         if item.document is not None:
-            reject = self._check(item.document, draft)
+            name = item.document.id
+            is_known = name in self._known_ids or any(name == other.id for other in draft.batch)
+            reject = document_checks.find_problem(item.document, is_known)
         if reject is None and item.document is not None:
-            draft.batch.append(_fit(item.document, self._previous.image_size))
+            draft.batch.append(document_checks.fit(item.document, self._previous.image_size))
             draft.batch_pictures += len(draft.batch[-1].pictures)
             draft.batch_notes.append(item.notes)
         elif reject is not None:
             if self._options.max_bad == 0:
-                # A source's detail lacks the subject of its sentence; that of `_check` has one.
+                # A source's detail lacks the subject of its sentence; that of `find_problem` has one.
                 has_subject = reject is not item.reject
                 raise UserError(reject.detail if has_subject else f"{reject.name}: {reject.detail}")
             draft.rejects.append(reject)
-
-    def _check(self, document: document_types.Document, draft: _Draft) -> stream.Reject | None:
-        name = document.id
-        if not name:
-            return stream.Reject(
-                name, "empty-id", "A document has an empty id: give every document one."
-            )
-        if name in self._known_ids or any(name == other.id for other in draft.batch):
-            return stream.Reject(
-                name,
-                "duplicate-id",
-                f"Two documents have the id {name!r}: rename one, or leave it out.",
-            )
-        if document.image is None and not document.text.strip():
-            return stream.Reject(
-                name, "nothing-to-embed", f"Document {name!r} has neither text nor image."
-            )
-        return None
 
     def _flush(self, draft: _Draft, folder: str) -> None:
         """Embeds the batch and writes the documents that no filter excludes."""
@@ -268,18 +258,3 @@ def _commit(draft: _Draft, folder: str) -> staging.Commit:
 
 def _num_records(commit: staging.Commit) -> int:
     return commit.shard.rows + len(commit.rejects) + sum(commit.excluded.values())
-
-
-def _fit(document: document_types.Document, image_size: int) -> document_types.Document:
-    """The document with its texts cleaned and its images resized to the memory's size."""
-    segments = tuple(_fit_segment(segment, image_size) for segment in document.segments)
-    return dataclasses.replace(document, segments=segments)
-
-
-def _fit_segment(segment: document_types.Segment, image_size: int) -> document_types.Segment:
-    if isinstance(segment, document_types.Text):
-        return document_types.Text(caption_text.clean(segment.text))
-    fitted = [image_files.fit(picture, image_size) for picture in segment.pictures]
-    if isinstance(segment, document_types.Image):
-        return document_types.Image(fitted[0])
-    return document_types.Video(np.stack(fitted), segment.fps)

@@ -22,15 +22,40 @@ class TooManyRejects(UserError):
 
 
 def write(folder: Path, commits: Sequence[staging.Commit], max_bad: float) -> None:
-    """Writes `ingest.json`, and `rejects.jsonl` if there are rejects, into a version's folder.
+    """Writes the report of a memory's shards; see `write_counts`."""
+    write_counts(
+        folder,
+        sum(commit.shard.rows for commit in commits),
+        [reject for commit in commits for reject in commit.rejects],
+        max_bad,
+        excluded=sum_counts([commit.excluded for commit in commits]),
+        notes=sum_counts([commit.notes for commit in commits]),
+    )
+
+
+def write_counts(
+    folder: Path,
+    added: int,
+    rejects: Sequence[stream.Reject],
+    max_bad: float,
+    *,
+    excluded: Mapping[str, int],
+    notes: Mapping[str, int],
+) -> None:
+    """Writes `ingest.json`, and `rejects.jsonl` if there are rejects, into a folder.
+
+    Args:
+        folder: a version's folder, or a corpus.
+        added: number of documents written.
+        rejects: the bad records.
+        max_bad: see `Raises`.
+        excluded: number of good documents that were excluded, by reason.
+        notes: number of written documents by note (`stream.Item.notes`).
 
     Raises:
         TooManyRejects: more than one record and more than the share `max_bad` are bad, or no document
             was added.
     """
-    rejects = [reject for commit in commits for reject in commit.rejects]
-    added = sum(commit.shard.rows for commit in commits)
-    excluded = _sum_counts([commit.excluded for commit in commits])
     num_read = added + len(rejects) + sum(excluded.values())
     # One bad record is always tolerated: in a small source it would exceed the share by itself.
     if not added or len(rejects) > max(max_bad * num_read, 1):
@@ -40,8 +65,8 @@ def write(folder: Path, commits: Sequence[staging.Commit], max_bad: float) -> No
         "read": num_read,
         "added": added,
         "rejected": stream.count_reasons(rejects),
-        "excluded": excluded,
-        "notes": _sum_counts([commit.notes for commit in commits]),
+        "excluded": dict(excluded),
+        "notes": dict(notes),
     }
     files.write_json(folder / COUNTS, counts)
     if rejects:
@@ -67,6 +92,15 @@ def read(
         entry = contents.files.get(name)
         if entry and (problem := manifest.check_file(root, name, entry, deep=True)):
             raise UserError(problem)
+    return read_counts(folder)
+
+
+def read_counts(folder: Path) -> tuple[dict[str, Any], list[stream.Reject]]:
+    """What `write_counts` wrote into a folder; empty if nothing is there.
+
+    Raises:
+        UserError: a file is damaged.
+    """
     if not (folder / COUNTS).exists():
         return {}, []
     rejects = []
@@ -87,7 +121,7 @@ def _message(
     max_bad: float,
 ) -> str:
     if not num_read:
-        return "There are no documents: a memory needs at least one."
+        return "There are no documents: give at least one."
     reasons = ", ".join(f"{count} {name}" for name, count in stream.count_reasons(rejects).items())
     first = f"; the first is {rejects[0].name}: {rejects[0].detail}" if rejects else ""
     if added:
@@ -98,7 +132,8 @@ def _message(
     return f"All {num_read} documents were excluded ({', '.join(excluded)})."
 
 
-def _sum_counts(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
+def sum_counts(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """Sums by name, in order of the names."""
     total: dict[str, int] = {}
     for counter in counts:
         for name, count in counter.items():

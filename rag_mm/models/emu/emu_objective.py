@@ -71,6 +71,32 @@ def loss_fn(model: Emu, batch: Batch, rng: Key[Array, ""]) -> tuple[Float32[Arra
     return loss, {"loss": (loss, one), **metrics}
 
 
+def answer_loss(
+    model: Emu, batch: Batch, rng: Key[Array, ""]
+) -> tuple[Float32[Array, ""], Metrics]:
+    """Cross-entropy of answers alone, for instruction tuning, which changes nothing before the decoder.
+
+    Args:
+        model: the model.
+        batch: as of `loss_fn`, but in place of tokens or pixels the images' `vectors`, float [B, I, N, D], as
+            `Emu.to_vectors` makes them; text whose role is main counts.
+        rng: unused.
+
+    Returns:
+        The loss in nats, and its sum with its weight.
+    """
+    del rng
+    slot, targets = jnp.asarray(batch["slot"]), jnp.asarray(batch["targets"])
+    vectors = _flat(jnp.asarray(batch["vectors"])).astype(model.config.decoder.dtype)
+    inputs = model.mix(batch["tokens"], slot, _rows(vectors, slot.shape[0]))
+    hidden = model.decoder(inputs, batch["positions"], batch["segment_ids"])
+    chunks = model.config.loss_chunks
+    nll = losses.chunked_token_nll(model.decoder.logits, hidden, targets, chunks)
+    counts = text_targets(targets, model.config) & (jnp.asarray(batch["roles"]) == MAIN)
+    total, weight = _weighted(nll, counts.astype(jnp.float32))
+    return total / jnp.maximum(weight, 1), {"loss": (total, weight)}
+
+
 def _image_errors(
     model: Emu,
     hidden: Float[Array, "B T D"],

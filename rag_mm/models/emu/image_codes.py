@@ -30,11 +30,11 @@ class Statistics(nnx.Module):
 
 
 def fit_statistics(
-    values: Float[np.ndarray, "B M C"], floor: float = VARIANCE_FLOOR
+    values: Float[np.ndarray, "B M C"],
 ) -> dict[str, Float32[np.ndarray, "M C"]]:
-    """`mean` and `std` of B images' tokens or codes, for `Statistics`; `floor` is added to the variance."""
+    """`mean` and `std` of B images' tokens or codes, for `Statistics`."""
     values = np.asarray(values, np.float32)
-    return {"mean": values.mean(0), "std": np.sqrt(values.var(0) + floor)}
+    return {"mean": values.mean(0), "std": np.sqrt(values.var(0) + VARIANCE_FLOOR)}
 
 
 @sharding.automatic("batch")

@@ -75,7 +75,8 @@ def train(
         say: called with a progress message.
 
     Returns:
-        One case named after the size. `ours` and `peer` are FLOP/s; the others are `tokens_per_second`,
+        One case named after the size. `ours` and `peer` are FLOP/s, `counted` says which, and the others are
+        `tokens_per_second`,
         `step_seconds`, `loss` (nats), `attention` (the kernel), the settings, and `peak_bytes` of the device
         if it reports them.
 
@@ -98,6 +99,7 @@ def train(
     rate = batch_size * length * num_steps / seconds
     case = {
         **_ratio(rate * flops.train_flops(decoder, length), chips.DEVICE_FLOPS, device, "FLOP/s"),
+        "counted": flops.CONVENTION,
         "tokens_per_second": rate,
         "step_seconds": seconds / num_steps,
         "loss": loss,

@@ -53,7 +53,7 @@ class InstructionSource:
     others, as in the null prompts that guidance reads.
 
     Attributes:
-        tasks: the examples of each task, by its name.
+        tasks: the examples of each task, by its name or the place of its files.
         memory: documents that may be retrieved.
         layout: of the decoder.
         vocabulary: the ids.
@@ -103,7 +103,7 @@ class InstructionSource:
         weights = np.array([shares[count][name] for name in names])
         name = names[int(rng.choice(len(names), p=weights / weights.sum()))]
         length = self.layout.length if num_docs is None else self.length(num_docs)
-        instruction, plain = self._draw(self.tasks[name], name, count, rng, length)
+        instruction, plain = self._draw(self.tasks[name], count, rng, length)
         spans = None
         if instruction.answer is not None:
             spans = instruction_items.answer_span(plain, instruction)
@@ -116,14 +116,14 @@ class InstructionSource:
         return row
 
     def _draw(
-        self, data: TaskData, name: str, count: int, rng: np.random.Generator, length: int
+        self, data: TaskData, count: int, rng: np.random.Generator, length: int
     ) -> tuple[Instruction, sequences.Tokens]:
         """An example with at most `count` documents, and its unmasked sequence of at most `length` tokens."""
         number = int(rng.integers(len(data.items)))
         item, rows = data.items[number], data.documents[number]
         kept = rng.permutation(rows[rows >= 0])[: count - data.num_given]
         documents = [self.memory[row] for row in kept]
-        templates = instruction_templates.TEMPLATES[name]
+        templates = instruction_templates.TEMPLATES[item.task]
         template = templates[int(rng.integers(len(templates)))]
         while True:
             made = instruction_items.instruct(
@@ -179,6 +179,21 @@ class InstructionSource:
             rows=rows,
             num_workers=num_workers,
         )
+
+
+def given_lengths(
+    tasks: Mapping[str, TaskData], layout: sequences.Layout, vocabulary: Vocabulary
+) -> Iterator[int]:
+    """Numbers of tokens of the texts of given pictures."""
+    for data in tasks.values():
+        for template in instruction_templates.TEMPLATES[data.items[0].task]:
+            for text in template.given:
+                # Without a field it is the same for all items.
+                for item in data.items if "{" in text else data.items[:1]:
+                    word = instruction_items.word(
+                        vocabulary, text, item.fields, layout.max_text_len
+                    )
+                    yield len(word.ids)
 
 
 def encode(

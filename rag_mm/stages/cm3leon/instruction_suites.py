@@ -1,9 +1,9 @@
-"""Suites `vqa`, `caption`, `edit`: a decoder on public instruction data, or on scenes with exact scores."""
+"""Suites of `rag-mm eval` about instructions: public data, or scenes, whose scores are exact."""
 
-import collections
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,33 +11,44 @@ import numpy as np
 from etils import epath
 
 from rag_mm.core import image_files, progress, run_folder
-from rag_mm.core.document_types import Image
 from rag_mm.core.errors import UserError
-from rag_mm.data import instruction_files, token_documents, vqa_files
+from rag_mm.data import (
+    instruction_files,
+    instruction_items,
+    instruction_templates,
+    token_documents,
+)
 from rag_mm.data.instruction_items import InstructionItem
 from rag_mm.decode import tasks
 from rag_mm.decode.sampler import Sampling
-from rag_mm.eval import cider, edit_agreement, statistics, vqa_accuracy
 from rag_mm.memory import policy, retrieval_memory
-from rag_mm.stages.cm3leon import instruction_sequences, measure_tasks, scene_instructions
+from rag_mm.stages.cm3leon import (
+    instruction_sequences,
+    measure_tasks,
+    scene_instructions,
+    suite_scores,
+)
 from rag_mm.stages.ra_cm3 import train_decoder
 from rag_mm.stages.shared import (
     build_memory,
     coded_corpus,
     find_neighbors,
     frozen,
-    train_retriever,
     train_tokenizer,
 )
 from rag_mm.worlds.emoji import emoji_scenes, scene_tasks
-from rag_mm.worlds.emoji.scene_tasks import Output, TaskItem
+from rag_mm.worlds.emoji.scene_tasks import Output
 
 # The tasks that a suite asks; those of scenes have exact scores.
 SUITES = {
     "vqa": ("question", "what", "where", "which_color", "how_many"),
     "caption": ("caption",),
     "edit": ("edit", "recolor", "move", "swap"),
+    "boxes": ("boxes", "draw_boxes"),
+    "structure": ("structure", "from_silhouette", "from_edges"),
 }
+_DRAWN = SUITES["boxes"] + SUITES["structure"]  # Their documents are found by the text.
+_BOX = re.compile(r" at \d+ \d+ to \d+ \d+")
 SCENES = "scenes:"
 DECODERS = ("sft", "decoder")  # The first that a run has finished is asked.
 _BATCH = 64
@@ -49,7 +60,8 @@ class SuiteConfig:
 
     Attributes:
         stage: stage whose decoder is asked; None for `sft` or else `decoder`.
-        docs: retrieved documents, found by the picture that is asked about; edits have none.
+        docs: retrieved documents, found by the picture that is asked about, or by the text of one that is to
+            be drawn; edits have none.
         limit: number of items, the first ones; None for all.
         temperature: of sampled pictures; texts are the likeliest.
         seed: of sampling.
@@ -87,28 +99,46 @@ class Asker:
         tokenizer = self.image_tokenizer
         coded = list(instruction_sequences.encode(items, tokenizer.encode, tokenizer.image_size))
         documents: list[list[token_documents.Example]] = [[] for _ in items]
-        if self.docs and items[0].wants_text:
-            pictures = np.stack([image_files.fit(i.picture, tokenizer.image_size) for i in items])
-            documents = self._retrieve(pictures, np.stack([item.codes for item in coded]))
+        if reads_documents(items[0]) and self.docs:
+            self._check_room(len(items[0].given))
+            documents = self._retrieve(items, np.stack([item.codes for item in coded]))
         asked = [
             measure_tasks.word(self.generator, item, docs)
             for item, docs in zip(coded, documents, strict=True)
         ]
         return measure_tasks.answer(self.generator, tokenizer, asked, sampling, seed)
 
+    def _check_room(self, num_given: int) -> None:
+        most = self.generator.layout.max_docs - num_given
+        if self.docs > most:
+            raise UserError(
+                f"docs is {self.docs}, but beside what is given the decoder reads {most}; give at most that."
+            )
+
     def _retrieve(
-        self, pictures: np.ndarray, codes: np.ndarray
+        self, items: Sequence[InstructionItem], codes: np.ndarray
     ) -> list[list[token_documents.Example]]:
-        """Documents found by pictures uint8 [B, S, S, 3], best last."""
+        """Documents found by pictures of codes int32 [B, N], or by texts, best last."""
+        assert self.memory is not None
+        if not items[0].wants_text:
+            return self.find(self.memory.encode(text=[query(item) for item in items]))
+        size = self.image_tokenizer.image_size
+        pictures = np.stack([image_files.fit(item.picture, size) for item in items])
+        return self.find(self.memory.encode(image=pictures), codes)
+
+    def find(
+        self, queries: np.ndarray, codes: np.ndarray | None = None
+    ) -> list[list[token_documents.Example]]:
+        """Documents that embeddings float32 [B, D] find, best last; of pictures also their codes [B, N]."""
         memory = self.memory
         assert memory is not None
         found = policy.find_neighbors(
             memory.index("mixed").search,
-            memory.encode(image=pictures),
+            queries,
             memory.embeddings("mixed"),
             num_neighbors=self.docs,
-            query_rows=np.full(len(pictures), -1),
-            query_keys=np.full(len(pictures), policy.NO_KEY),
+            query_rows=np.full(len(queries), -1),
+            query_keys=np.full(len(queries), policy.NO_KEY),
             row_keys=np.full(len(memory), policy.NO_KEY),
             **self.rules.bounds(memory.read_codes, codes),
         )
@@ -118,6 +148,17 @@ class Asker:
         all_codes = memory.codes
         assert all_codes is not None
         return [[corpus.example(texts[row], all_codes[row]) for row in ids] for ids in rows]
+
+
+def reads_documents(item: InstructionItem) -> bool:
+    """Whether a decoder reads retrieved documents with an item; edits have none."""
+    return item.wants_text or item.task in _DRAWN
+
+
+def query(item: InstructionItem) -> str:
+    """What documents of a picture that is to be drawn are found by: its text without the boxes."""
+    text = instruction_templates.TEMPLATES[item.task][0].text
+    return _BOX.sub("", instruction_items.fill(text, item.fields))
 
 
 def evaluate(
@@ -134,8 +175,10 @@ def evaluate(
     Returns:
         `vqa`: `accuracy` (0..1) with `ci95` and `n`, and the same by `answer_type`, or by task for scenes.
         `caption`: `cider`, and `right` for scenes. `edit`: `compliance`, `fidelity` and `joint`, exact for
-        scenes and else as `edit_agreement.agreement` by the run's retriever. All with `answers`, the id and
-        text of each item, `rejected`, the name and reason of each bad record, `stage` and `docs`.
+        scenes and else as `edit_agreement.agreement` by the run's retriever. `boxes` and `structure`: which
+        facts are exact for scenes, else `similarity`, the retriever's cosine of picture and target. All with
+        `answers`, the id and text of each item, `rejected`, the name and reason of each bad record, `stage`
+        and `docs`.
 
     Raises:
         UserError: there is no such run, stage or data, the data is of another suite, or fewer than two items
@@ -144,8 +187,8 @@ def evaluate(
     source = _open(spec, suite)
     run = run_folder.open_run(workdir)
     stage = config.stage or _finished_decoder(run)
-    asker = _open_asker(run, stage, config.docs)
-    found: list[tuple[InstructionItem, TaskItem | None]] = []
+    asker = open_asker(run, stage, config.docs)
+    found: list[suite_scores.Asked] = []
     outputs: list[Output] = []
     items = itertools.islice(_items(source, suite, asker.image_tokenizer.image_size), config.limit)
     with progress.track(suite, total=0) as bar:
@@ -159,14 +202,14 @@ def evaluate(
         first = f"; the first bad one is {rejects[0].name}: {rejects[0].detail}" if rejects else ""
         raise UserError(f"{spec} has {len(found)} good items, but 2 are needed{first}")
     return {
-        **_score(suite, found, outputs, run),
+        **suite_scores.score(suite, found, outputs, run),
         "answers": [
             [item.id, scene_tasks.text_of(output)]
             for (item, _), output in zip(found, outputs, strict=True)
         ],
         "rejected": [[reject.name, reject.detail] for reject in rejects],
         "stage": stage,
-        "docs": asker.docs if found[0][0].wants_text else 0,
+        "docs": asker.docs if reads_documents(found[0][0]) else 0,
     }
 
 
@@ -196,7 +239,12 @@ def _open(spec: str, suite: str) -> Source:
     return source
 
 
-def _open_asker(run: run_folder.Run, stage: str, docs: int) -> Asker:
+def open_asker(run: run_folder.Run, stage: str, docs: int) -> Asker:
+    """A finished run's decoder of a stage, with its memory if it is to read documents.
+
+    Raises:
+        UserError: a stage is missing or unfinished, or the decoder reads fewer documents.
+    """
     image_tokenizer = train_tokenizer.load_tokenizer(run.workdir)
     generator = train_decoder.load_generator(run, stage, image_tokenizer)
     if docs > generator.layout.max_docs:
@@ -206,9 +254,7 @@ def _open_asker(run: run_folder.Run, stage: str, docs: int) -> Asker:
     return Asker(generator, image_tokenizer, memory, rules, docs)
 
 
-def _items(
-    source: Source, suite: str, image_size: int
-) -> Iterator[tuple[InstructionItem, TaskItem | None]]:
+def _items(source: Source, suite: str, image_size: int) -> Iterator[suite_scores.Asked]:
     """The items of a suite; of scenes, all tasks in turn, with their facts."""
     if isinstance(source, instruction_files.InstructionFiles):
         yield from ((item, None) for item in source.read(image_size))
@@ -226,69 +272,3 @@ def _items(
             if number < len(instructions):
                 asked = instructions[number]
                 yield asked.item, asked.task_item
-
-
-def _score(
-    suite: str,
-    found: Sequence[tuple[InstructionItem, TaskItem | None]],
-    outputs: Sequence[Output],
-    run: run_folder.Run,
-) -> dict[str, Any]:
-    exact = _exact(found, outputs)
-    if suite == "vqa":
-        values = [float(scores["right"]) for scores in exact] or [
-            vqa_accuracy.accuracy(scene_tasks.text_of(output), item.answers)
-            for (item, _), output in zip(found, outputs, strict=True)
-        ]
-        key = "task" if exact else vqa_files.TYPES[1]
-        kinds = [item.task if exact else item.fields.get(key, "") for item, _ in found]
-        groups = collections.defaultdict(list)
-        for kind, value in zip(kinds, values, strict=True):
-            groups[kind].append(value)
-        by_kind = {kind: float(np.mean(own)) for kind, own in groups.items() if kind}
-        return {**_accuracy(values), f"by_{key}": by_kind}
-    if suite == "caption":
-        texts = [scene_tasks.text_of(output) for output in outputs]
-        scores = cider.cider(texts, [item.answers for item, _ in found])
-        right = [float(each["right"]) for each in exact]
-        return {"cider": statistics.mean(scores)} | ({"right": _accuracy(right)} if exact else {})
-    if exact:
-        return {key: _accuracy([float(each[key]) for each in exact]) for key in exact[0]}
-    encoder = train_retriever.load_encoder(run.workdir)
-    drawn = [
-        segment.pixels for output in outputs for segment in output if isinstance(segment, Image)
-    ]
-    vectors = [
-        encoder.encode_image(np.stack(pictures))
-        for pictures in (
-            drawn,
-            [item.given[0] for item, _ in found],
-            [item.picture for item, _ in found],
-        )
-    ]
-    agreement = edit_agreement.agreement(*vectors)
-    return {key: statistics.mean(values) for key, values in agreement.items()}
-
-
-def _exact(
-    found: Sequence[tuple[InstructionItem, TaskItem | None]], outputs: Sequence[Output]
-) -> list[scene_tasks.Scores]:
-    """The scores of scene tasks, in order; none for other items."""
-    by_task = collections.defaultdict(list)
-    for place, ((item, task_item), output) in enumerate(zip(found, outputs, strict=True)):
-        if task_item is not None:
-            by_task[item.task].append((place, task_item, output))
-    scores: dict[int, scene_tasks.Scores] = {}
-    for name, own in by_task.items():
-        places, asked, drawn = zip(*own, strict=True)
-        task = scene_instructions.TASKS[name].scene_task
-        scores |= zip(places, task.score(asked, drawn), strict=True)
-    return [scores[place] for place in sorted(scores)]
-
-
-def _accuracy(values: Sequence[float]) -> dict[str, float | int]:
-    """{"accuracy", "ci95", "n"}; consensus accuracies may lie between 0 and 1."""
-    if set(values) <= {0.0, 1.0}:
-        return statistics.accuracy(values)
-    found = statistics.mean(values)
-    return {"accuracy": found["mean"], "ci95": found["ci95"], "n": found["n"]}

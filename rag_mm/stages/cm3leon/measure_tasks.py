@@ -1,14 +1,14 @@
-"""Measures decoders on instructions about test scenes of held-out classes; every task has its own file."""
+"""Asks decoders about test scenes of held-out classes, and scores their answers exactly."""
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
 
-from rag_mm.core import files, progress, run_folder
+from rag_mm.core import run_folder
 from rag_mm.core.document_types import Image, Text
 from rag_mm.core.errors import UserError
 from rag_mm.data import instruction_items, instruction_templates, token_documents
@@ -16,16 +16,30 @@ from rag_mm.data.instruction_items import CodedItem, Instruction
 from rag_mm.data.sequences import Layout
 from rag_mm.decode import instruction_answers, tasks
 from rag_mm.decode.sampler import Sampling
-from rag_mm.eval import statistics
 from rag_mm.stages.cm3leon import instruction_sequences
 from rag_mm.stages.cm3leon.scene_instructions import InstructionTask, SceneInstructions, SceneItem
 from rag_mm.stages.ra_cm3 import generate_samples, train_decoder
 from rag_mm.stages.shared import build_memory, coded_corpus, find_neighbors, frozen, world_config
-from rag_mm.stages.stage import PER_DOCUMENT
 from rag_mm.worlds.emoji.scene_tasks import Output
 
 SPLIT = "held_out"
-FOLDER = "tasks"
+Answers = list[str] | list[list[int]]  # Texts, or codes of pictures.
+
+
+class AskedTask(NamedTuple):
+    """The items of one task, and their instructions with documents.
+
+    Attributes:
+        task: the task.
+        items: what is given and wanted.
+        instructions: the same as a decoder reads it.
+        hits: memory rows of the retrieved documents of each, int32 [K], best first, -1 for a missing one.
+    """
+
+    task: InstructionTask
+    items: list[SceneItem]
+    instructions: list[Instruction]
+    hits: list[np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,54 +82,9 @@ class AskedScenes:
         return self._neighbors["image" if task.wants_text else "text"][:, :count]
 
 
-def measure(
-    scenes: AskedScenes,
-    decoders: Mapping[str, epath.Path],
-    chosen: Sequence[InstructionTask],
-    folder: epath.Path,
-    sampling: Sampling,
-    seed: int,
-) -> dict[str, Any]:
-    """Scores decoders on the same items of every task.
-
-    Writes `tasks/DECODER_TASK.json` with the scores of each item, from which an interrupted measurement goes
-    on, and `per_document.json`.
-
-    Args:
-        scenes: what is asked about.
-        decoders: folders of stages that trained a decoder, by name.
-        chosen: the tasks.
-        folder: receives the files.
-        sampling: of image codes; answers are the likeliest.
-        seed: of sampling.
-
-    Returns:
-        {"tasks": {decoder: {task: {score: {"accuracy", "ci95", "n"}}}}}; a score is of the scene task.
-    """
-    values: dict[str, dict[str, list[int]]] = {}
-    summary: dict[str, dict[str, Any]] = {name: {} for name in decoders}
-    (folder / FOLDER).mkdir(exist_ok=True)
-    with progress.track(FOLDER, total=len(decoders) * len(chosen)) as bar:
-        for name, stage_dir in decoders.items():
-            scorer = TaskScorer(scenes, stage_dir, sampling, seed)
-            for task in chosen:
-                path = folder / FOLDER / f"{name}_{task.name}.json"
-                if not path.exists():
-                    files.write_json(path, scorer.score(task))
-                scores = files.read_object(path)
-                values[f"{name}_{task.name}"] = scores
-                summary[name][task.name] = {
-                    key: statistics.accuracy(each, f"{task.name} {key}")
-                    for key, each in scores.items()
-                }
-                bar.update(len(values))
-    files.write_json(folder / PER_DOCUMENT, {SPLIT: values})
-    return {"tasks": summary}
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class TaskScorer:
-    """One decoder on test scenes; it is loaded when the first task is scored.
+    """One decoder on test scenes; it is loaded when the first task is asked.
 
     Attributes:
         scenes: what is asked about.
@@ -137,26 +106,36 @@ class TaskScorer:
     def _memory(self) -> list[token_documents.Example]:
         return self.scenes.memory(self._generator.layout)
 
-    def score(self, task: InstructionTask) -> dict[str, list[int]]:
-        """The scores of each item of a task, 0 or 1, by name; UserError if no test scene has an item."""
+    def ask(self, task: InstructionTask) -> AskedTask:
+        """The items of a task among the test scenes; UserError if there is none."""
         items, places = self.scenes.items(task)
         if not items:
             raise UserError(
                 f"None of the {self.scenes.num_test} test scenes has an item of the task {task.name}; raise "
                 "num_test, or measure another task."
             )
-        hits = self.scenes.hits(task, self._generator.layout.max_docs)
-        docs = [coded_corpus.pick(self._memory, hits[place]) for place in places]
+        found = self.scenes.hits(task, self._generator.layout.max_docs)
+        hits = [found[place] for place in places]
         tokenizer = self.scenes.image_tokenizer
         coded = instruction_sequences.encode(
             (each.item for each in items), tokenizer.encode, tokenizer.image_size
         )
-        asked = [
-            word(self._generator, item, documents)
-            for item, documents in zip(coded, docs, strict=True)
+        instructions = [
+            word(self._generator, item, coded_corpus.pick(self._memory, rows))
+            for item, rows in zip(coded, hits, strict=True)
         ]
-        outputs = answer(self._generator, tokenizer, asked, self.sampling, self.seed)
-        scores = task.scene_task.score([each.task_item for each in items], outputs)
+        return AskedTask(task, items, instructions, hits)
+
+    def answer(self, asked: AskedTask, steering: tasks.Steering | None = None) -> Answers:
+        """What the decoder answers to the items of a task; `steering` is of pictures."""
+        return sample_answers(
+            self._generator, asked.instructions, self.sampling, self.seed, steering
+        )
+
+    def score(self, asked: AskedTask, answers: Answers) -> dict[str, list[int]]:
+        """The scores of each answer, 0 or 1, by name."""
+        outputs = as_outputs(self.scenes.image_tokenizer, answers)
+        scores = asked.task.scene_task.score([each.task_item for each in asked.items], outputs)
         return {key: [int(each[key]) for each in scores] for key in scores[0]}
 
 
@@ -181,15 +160,36 @@ def answer(
     seed: int,
 ) -> list[Output]:
     """What a decoder answers to instructions of one task: pictures, sampled, or the likeliest texts."""
+    return as_outputs(image_tokenizer, sample_answers(generator, asked, sampling, seed))
+
+
+def sample_answers(
+    generator: tasks.Generator,
+    asked: Sequence[Instruction],
+    sampling: Sampling,
+    seed: int,
+    steering: tasks.Steering | None = None,
+) -> Answers:
+    """The answers of `answer`, with codes for pictures, whose sampling may be steered."""
     seeds = tasks.make_seeds(seed, len(asked))
     if asked[0].answer is not None:
-        texts = instruction_answers.generate_answers(generator, asked, seeds, Sampling(0.0))
-        return [(Text(text),) for text in texts]
+        texts, _ = instruction_answers.generate_answers(generator, asked, seeds, Sampling(0.0))
+        return texts
     sampled = tasks.generate_codes(
         generator,
         [each.main.text for each in asked],
         [each.docs for each in asked],
         seeds,
         sampling,
+        steering=steering,
     )
-    return [(Image(pixels),) for pixels in image_tokenizer.decode(sampled.codes)]
+    codes: list[list[int]] = sampled.codes.tolist()
+    return codes
+
+
+def as_outputs(image_tokenizer: frozen.FrozenTokenizer, answers: Answers) -> list[Output]:
+    """Answers as the segments that scene tasks score."""
+    texts = [each for each in answers if isinstance(each, str)]
+    if texts:
+        return [(Text(text),) for text in texts]
+    return [(Image(pixels),) for pixels in image_tokenizer.decode(np.array(answers, np.int32))]

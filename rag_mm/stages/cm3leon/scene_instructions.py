@@ -10,9 +10,9 @@ from rag_mm.core.document_types import Image, Text
 from rag_mm.core.errors import UserError
 from rag_mm.data.instruction_items import ANSWER, InstructionItem
 from rag_mm.worlds.emoji import (
-    art,
     emoji_scenes,
     scene_boxes,
+    scene_captions,
     scene_edits,
     scene_facts,
     scene_questions,
@@ -57,27 +57,6 @@ class InstructionTask:
         return self.figure == "right"
 
 
-def _make_caption(scenes: Scenes, index: int, rng: np.random.Generator) -> TaskItem:
-    facts, level = scenes.facts(index), scenes.levels[index]
-    prompt = (scene_tasks.picture(facts, level), Text("describe it"))
-    answer = scenes.full_caption(index)
-    return TaskItem(level, facts, prompt, (Text(answer),), (facts,), (answer,))
-
-
-def judge_caption(item: TaskItem, text: str) -> Scores:
-    """`right`: it is the caption that states all facts; `entity`, `place`, `color`: it states these."""
-    words = f" {scene_tasks.normalize(text)} "
-    (facts,) = item.facts
-    names = [art.load_art().names[entity.class_id] for entity in facts.entities]
-    places = [emoji_scenes.place(entity, item.level) for entity in facts.entities]
-    return {
-        **scene_questions.judge_answer(item, text),
-        "entity": all(any(f" {name} " in words for name in own) for own in names),
-        "place": all(re.search(f" the {place} (on|and) ", words) for place in places),
-        "color": f" {facts.color} background " in words,
-    }
-
-
 def _make_text_to_image(scenes: Scenes, index: int, rng: np.random.Generator) -> TaskItem:
     facts, level = scenes.facts(index), scenes.levels[index]
     target = scene_tasks.picture(facts, level)
@@ -89,7 +68,6 @@ def judge_drawn_caption(item: TaskItem, read: list[emoji_scenes.Facts]) -> Score
     return scene_facts.compare(read[0], item.facts[0], item.level)
 
 
-CAPTION = SceneTask("caption", _make_caption, scene_tasks.score_texts(judge_caption))
 DRAW_CAPTION = SceneTask(
     TEXT_TO_IMAGE, _make_text_to_image, scene_tasks.score_facts(judge_drawn_caption)
 )
@@ -106,7 +84,7 @@ TASKS = {
         ),
         InstructionTask(scene_structure.FROM_SILHOUETTE, _NAME_AND_COLOR, 1, 1),
         InstructionTask(scene_structure.FROM_EDGES, _NAME_AND_COLOR, 1, 1),
-        InstructionTask(CAPTION, ".+", 0, 1, "right"),
+        InstructionTask(scene_captions.CAPTION, ".+", 0, 1, "right"),
         InstructionTask(scene_questions.WHAT, _QUESTION, 0, 1, "right"),
         InstructionTask(scene_questions.WHERE, _QUESTION, 0, 1, "right"),
         InstructionTask(scene_questions.WHICH_COLOR, _QUESTION, 0, 1, "right"),

@@ -5,6 +5,7 @@ from rag_mm.stages.cm3leon import (
     measure_decoding,
     tune_decoder,
     write_decoding_page,
+    write_tuning_page,
 )
 from rag_mm.stages.stage import SCENES, Stage
 
@@ -25,5 +26,7 @@ STAGES = {
         SCENES,
         mesh=tune_decoder.make_mesh,
         more_inputs=lambda config: (config.start_stage,),
+        finish=write_tuning_page.finish,
+        page=write_tuning_page.PAGE,
     ),
 }

@@ -10,18 +10,27 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
 from rag_mm.core import checks, manifest_values, run_folder, sharding
-from rag_mm.data import instruction_items, instruction_mixing, instruction_templates
+from rag_mm.data import instruction_files, instruction_mixing
 from rag_mm.decode import guidance
 from rag_mm.decode.sampler import Sampling
 from rag_mm.models import ra_cm3
-from rag_mm.nn import param_trees
+from rag_mm.nn import lora, param_trees
 from rag_mm.stages import multiprocess, scaling, training
-from rag_mm.stages.cm3leon import measure_tasks, scene_examples, scene_instructions
-from rag_mm.stages.cm3leon.instruction_sequences import InstructionSource
+from rag_mm.stages.cm3leon import (
+    edit_guidance,
+    file_examples,
+    instruction_sequences,
+    measure_tasks,
+    measure_tuning,
+    scene_examples,
+    scene_instructions,
+)
+from rag_mm.stages.cm3leon.instruction_sequences import InstructionSource, TaskData
 from rag_mm.stages.cm3leon.scene_instructions import TEXT_TO_IMAGE
 from rag_mm.stages.ra_cm3 import decoder_record
 from rag_mm.stages.shared import (
@@ -48,6 +57,8 @@ class TuningStageConfig(starting_point.StartConfig):
         loop: number of steps, logging and checkpoints.
         tasks: number of examples of each task, by its name (docs/papers/cm3leon.md); scenes are asked about
             again where there are fewer of them.
+        files: public instruction data that is added to the mixture, `LAYOUT:PATH` each (docs/own_data.md).
+            Its items read no retrieved documents, and are not measured here, but by `rag-mm eval`.
         mixing: capped, all tasks as often, but none repeated more than `max_repeats` times or cut below
             `min_repeats`; or proportional to the numbers of examples.
         max_repeats: upper threshold of capped mixing.
@@ -62,6 +73,9 @@ class TuningStageConfig(starting_point.StartConfig):
         num_test: test scenes of held-out classes on which each task is measured; 0 measures none.
         also_measured: tasks that are measured beside those that are trained, as where text to image is left
             out.
+        edit_weights: weights of picture and instruction with which test edits are drawn (`edit_guidance`);
+            (1, 1), plain sampling, is among them. They need the null prompts of text to image without
+            documents.
         temperature: sampling temperature of image codes in the measurement; answers are the likeliest ones.
         scale: devices, precision, and what is computed in parts.
     """
@@ -74,6 +88,7 @@ class TuningStageConfig(starting_point.StartConfig):
     optimizer: optimizer.OptimizerConfig
     loop: loop.LoopConfig
     tasks: Mapping[str, int]
+    files: tuple[str, ...] = dataclasses.field(default=(), metadata=manifest_values.ADDED_LATER)
     mixing: str = instruction_mixing.CAPPED
     max_repeats: float = instruction_mixing.MOST
     min_repeats: float = instruction_mixing.LEAST
@@ -85,6 +100,9 @@ class TuningStageConfig(starting_point.StartConfig):
     batch_size: int = 16
     num_test: int = 128
     also_measured: tuple[str, ...] = ()
+    edit_weights: tuple[tuple[float, float], ...] = dataclasses.field(
+        default=edit_guidance.WEIGHTS, metadata=manifest_values.ADDED_LATER
+    )
     temperature: float = 0.4
     scale: scaling.DecoderScaleConfig = dataclasses.field(
         default_factory=scaling.DecoderScaleConfig
@@ -114,13 +132,22 @@ class TuningStageConfig(starting_point.StartConfig):
                 "add it, or set the share to 0"
             )
         Sampling(self.temperature)
-        _ = self.shares
+        object.__setattr__(self, "edit_weights", edit_guidance.checked(self.edit_weights))
+        for spec in self.files:
+            instruction_files.InstructionFiles(spec)
+        if len(set(self.files)) < len(self.files):
+            raise ValueError(f"files are {self.files}; name each once")
+        _ = self.shares()
 
-    @property
-    def shares(self) -> dict[str, float]:
-        """The share of each task among the sequences, in sum 1."""
+    def shares(self, file_sizes: Mapping[str, int] | None = None) -> dict[str, float]:
+        """The share of each task among the sequences, in sum 1.
+
+        Args:
+            file_sizes: numbers of examples in `files`, which are known once they are read; None: leave these
+                out.
+        """
         given = instruction_mixing.shares(
-            self.tasks, self.mixing, self.max_repeats, self.min_repeats
+            {**self.tasks, **(file_sizes or {})}, self.mixing, self.max_repeats, self.min_repeats
         )
         if not self.text_to_image_share:
             return given
@@ -147,48 +174,57 @@ def run(config: TuningStageConfig, run: run_folder.Run, stage_dir: epath.Path) -
     """Tunes the decoder and measures the tasks.
 
     Returns:
-        `train`, the last logged metrics; `shares` of the tasks; `tokens`, the number trained on, within a
-        batch; and those of `measure_tasks.measure`. {} in followers.
+        `train`, the last logged metrics; `shares` of the tasks; `files`, what was read of them; `tokens`,
+        the number trained on, within a batch; and those of `measure_tuning.Measurement.run`. {} in followers.
     """
     image_tokenizer = train_tokenizer.load_tokenizer(run.workdir)
     start = run.finished_stage(config.start_stage or "")
     record = decoder_record.read(start, image_tokenizer)
     corpus = coded_corpus.Corpus(record.layout, image_tokenizer)
-    source = make_source(config, run, corpus)
+    read = file_examples.read(config.files, image_tokenizer, corpus.layout.max_docs)
+    source = make_source(config, run, corpus, read)
     train = _fit(config, stage_dir, image_tokenizer, record.model, source)
     if not multiprocess.is_leader():
         return {}
     tokens = round(config.loop.num_steps * config.batch_size * source.mean_length)
-    result = {"train": train, "shares": config.shares, "tokens": tokens}
+    shares = {name: data.share for name, data in source.tasks.items()}
+    result = {"train": train, "shares": shares, "tokens": tokens}
+    if read:
+        result["files"] = file_examples.counts(read)
     if not config.num_test:
         return result
     measured = (*config.tasks, *config.also_measured)
-    return result | measure_tasks.measure(
+    can_guide = set(edit_guidance.NULLS) <= set(config.null_prompts)
+    measurement = measure_tuning.Measurement(
         measure_tasks.AskedScenes(run, config.world, image_tokenizer, config.num_test),
-        {"untuned": start, "tuned": stage_dir},
-        [scene_instructions.find(name) for name in dict.fromkeys(measured)],
+        start,
         stage_dir,
+        [scene_instructions.find(name) for name in dict.fromkeys(measured)],
         Sampling(config.temperature),
         config.seed,
+        config.edit_weights if can_guide else (),
     )
+    return result | measurement.run()
 
 
 def make_source(
-    config: TuningStageConfig, run: run_folder.Run, corpus: coded_corpus.Corpus
+    config: TuningStageConfig,
+    run: run_folder.Run,
+    corpus: coded_corpus.Corpus,
+    read: Mapping[str, file_examples.FileExamples],
 ) -> InstructionSource:
-    """The training sequences of all tasks; raises as `scene_examples.make_examples` does."""
+    """The training sequences of all tasks, and of the files as read.
+
+    Raises as `scene_examples.make_examples` does.
+    """
     layout, vocabulary = corpus.layout, corpus.image_tokenizer.vocabulary
     scenes = scene_examples.open_scenes(run, config.world, corpus, config.seed)
-    tasks = scene_examples.make_examples(
-        scenes, config.tasks, config.shares, config.num_docs_weights
-    )
-    # In slots the texts of given pictures have to fit where those of documents do.
-    given = [
-        instruction_items.word(vocabulary, text, data.items[0].fields, layout.max_text_len).ids
-        for name, data in tasks.items()
-        for template in instruction_templates.TEMPLATES[name]
-        for text in template.given
-    ]
+    shares = config.shares({spec: len(found.items) for spec, found in read.items()})
+    tasks = scene_examples.make_examples(scenes, config.tasks, shares, config.num_docs_weights)
+    nothing = np.zeros(0, np.int32)
+    for spec, found in read.items():
+        documents = [nothing] * len(found.items)
+        tasks[spec] = TaskData(found.items, documents, (1.0,), shares[spec])
     return InstructionSource(
         tasks,
         scenes.memory,
@@ -196,7 +232,13 @@ def make_source(
         vocabulary,
         config.text_mask_prob,
         config.code_noise,
-        max([config.mean_doc_text_len, *map(len, given)]),
+        # In slots the texts of given pictures have to fit where those of documents do.
+        max(
+            [
+                config.mean_doc_text_len,
+                *instruction_sequences.given_lengths(tasks, layout, vocabulary),
+            ]
+        ),
     )
 
 
@@ -217,7 +259,7 @@ def _fit(
         stage_dir.name,
         stage_dir,
         make_model,
-        partial(ra_cm3.loss_fn, config=model),
+        lora.with_dropout(partial(ra_cm3.loss_fn, config=model)),
         source.batches(
             config.batch_size,
             config.seed,

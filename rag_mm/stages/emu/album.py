@@ -33,6 +33,11 @@ class Album:
         """A picture, uint8 [H, W, 3]."""
         return self._draw[number]()
 
+    @property
+    def digest(self) -> str:
+        """A digest of which picture has which number."""
+        return files.digest("\n".join(map(repr, self._numbers)).encode())
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PictureArrays:
@@ -80,14 +85,32 @@ def write(
         folder: where.
         encode: an array of each picture, [B, ...].
     """
-    with progress.track("pictures", len(album)) as bar:
-        for first in range(0, len(album), PER_FILE):
+
+    def make(numbers: range) -> np.ndarray:
+        return encode(np.stack([album.pixels(number) for number in numbers]))
+
+    write_arrays("pictures", len(album), folder, make)
+
+
+def write_arrays(
+    name: str, total: int, folder: epath.Path, make: Callable[[range], np.ndarray]
+) -> None:
+    """Writes an array of each number below `total`, for `PictureArrays`; files that are there are kept.
+
+    Args:
+        name: label of the progress bar.
+        total: how many.
+        folder: where.
+        make: successive numbers -> the array of each, [B, ...].
+    """
+    with progress.track(name, total) as bar:
+        for first in range(0, total, PER_FILE):
             path = folder / f"{first // PER_FILE:05d}.npy"
             if path.exists():
                 continue
-            end, made = min(first + PER_FILE, len(album)), []
+            end, made = min(first + PER_FILE, total), []
             for start in range(first, end, _AT_ONCE):
                 batch = range(start, min(start + _AT_ONCE, end))
-                made.append(encode(np.stack([album.pixels(number) for number in batch])))
+                made.append(make(batch))
                 bar.update(batch.stop)
             files.write_array(path, np.concatenate(made))

@@ -10,25 +10,26 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from rag_mm.core import checks, files, progress, run_folder, sharding
-from rag_mm.eval import breakdown, image_vectors, statistics
+from rag_mm.core import checks, files, manifest_values, progress, run_folder, sharding
+from rag_mm.eval import image_vectors
 from rag_mm.nn import param_trees
 from rag_mm.stages.emu import (
+    kept_figures,
     rollout_figures,
     saved_emu,
     tested_scenes,
+    text_control,
     text_figures,
     training_documents,
 )
 from rag_mm.stages.emu.album import Album
-from rag_mm.stages.emu.rollout_figures import Values
 from rag_mm.stages.emu.tested_scenes import EncodedPictures, TestedScenes
 from rag_mm.stages.shared import frozen, train_retriever, world_config
 from rag_mm.stages.stage import PER_DOCUMENT
 from rag_mm.worlds.emoji.emoji_scenes import Scenes
 
 INPUTS = ("retriever", "memory", "neighbors", "emu")
-CAPTIONS, EXAMPLES = "captions.json", "examples.json"
+CAPTIONS, CANDIDATES, EXAMPLES = "captions.json", "candidates.json", "examples.json"
 _NUM_EXAMPLES, _NUM_NEAREST = 12, 4
 _SHARES = {
     *("random", "own", "same", "read_entity", "read_place", "read_color", "read_joint"),
@@ -58,6 +59,9 @@ class EmuFiguresStageConfig:
         num_stories: stories of test classes.
         num_clips: clips of test classes.
         num_readout: training pictures that the linear readout is fitted to.
+        text_alone: folder of a run of the preset text_alone, whose NLL of captions this run's is divided by;
+            None: no such figure.
+        text_alone_fingerprint: of that run's figures. It is computed, so that another run is another config.
     """
 
     seed: int
@@ -67,19 +71,26 @@ class EmuFiguresStageConfig:
     num_stories: int = 256
     num_clips: int = 128
     num_readout: int = 6000
+    text_alone: str | None = dataclasses.field(default=None, metadata=manifest_values.ADDED_LATER)
+    text_alone_fingerprint: str = dataclasses.field(
+        init=False, default="", metadata=manifest_values.ADDED_LATER
+    )
 
     def __post_init__(self):
         names = ("num_scenes", "num_candidates", "num_stories", "num_clips", "num_readout")
         checks.at_least(self, 2, *names)
+        if self.text_alone is not None:
+            fingerprint = text_control.fingerprint(self.text_alone)
+            object.__setattr__(self, "text_alone_fingerprint", fingerprint)
 
 
 def run(config: EmuFiguresStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict:
     """Measures everything, and keeps the values of each scene in `per_document.json`.
 
     Returns:
-        By split (`held_out` and `seen`) the mean of each figure by variant, and `paired` differences; of
-        stories and clips under `held_out_stories` and `held_out_clips`; and `codes`, how far the codes have
-        collapsed.
+        By split (`held_out` and `seen`) the mean of each figure by variant, `paired` differences, and the
+        numbers of `candidates`; of stories and clips under `held_out_stories` and `held_out_clips`; `codes`,
+        how far the codes have collapsed; and with `text_alone` `nll_to_text_alone`, ratios by split.
     """
     context = _Context(config, run, stage_dir)
     parts: dict[str, Callable[[], Mapping[str, Any]]] = {
@@ -92,42 +103,30 @@ def run(config: EmuFiguresStageConfig, run: run_folder.Run, stage_dir: epath.Pat
     found: dict[str, Mapping[str, Any]] = {}
     with progress.track("emu_figures", len(parts)) as bar:
         for number, (name, make) in enumerate(parts.items(), 1):
-            found[name] = _once(stage_dir / f"part_{name}.json", make)
+            found[name] = kept_figures.once(stage_dir / f"part_{name}.json", make)
             bar.update(number)
     codes = dict(found.pop("codes"))
     files.write_json(stage_dir / PER_DOCUMENT, found)
-    return {"codes": codes} | {name: _summary(values) for name, values in found.items()}
-
-
-def _once(path: epath.Path, make: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
-    """What `make` returned, written by an earlier call or now."""
-    if not path.exists():
-        files.write_json(path, make())
-    return files.read_object(path)
-
-
-def _summary(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Means by figure and variant with their intervals, and paired differences."""
-    arrays = {
-        variant: {name: np.array(each) for name, each in figures.items()}
-        for variant, figures in values.items()
+    metrics: dict[str, Any] = {"codes": codes} | {
+        name: kept_figures.summary(values, _SHARES, _PAIRS) for name, values in found.items()
     }
-    summary: dict[str, Any] = {}
-    for variant, figures in arrays.items():
-        for name, each in figures.items():
-            mean = statistics.accuracy if name in _SHARES else statistics.mean
-            summary.setdefault(name, {})[variant] = mean(each, name)
-    return summary | {"paired": breakdown.paired(arrays, _PAIRS)}
+    for split in tested_scenes.SPLITS:
+        metrics[split]["candidates"] = files.read_object(stage_dir / f"{split}_{CANDIDATES}")
+    if config.text_alone is not None:
+        metrics["nll_to_text_alone"] = _to_text_alone(config.text_alone, stage_dir, found)
+    return metrics
 
 
-def _lists(*values: Values) -> dict[str, dict[str, list[float]]]:
-    """Values of the same variants as plain lists."""
-    merged: dict[str, dict[str, list[float]]] = {}
-    for each in values:
-        for variant, figures in each.items():
-            lists = {name: array.tolist() for name, array in figures.items()}
-            merged.setdefault(variant, {}).update(lists)
-    return merged
+def _to_text_alone(
+    workdir: str, stage_dir: epath.Path, found: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """By split and documents, the NLL of captions divided by that of a run trained on text alone."""
+    wanted = {
+        split: files.read_object(stage_dir / f"{split}_{CAPTIONS}")["wanted"]
+        for split in tested_scenes.SPLITS
+    }
+    theirs = text_control.read(workdir, wanted, CAPTIONS)
+    return {split: text_control.ratios(found[split], theirs[split]) for split in wanted}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -153,7 +152,7 @@ class _Context:
         candidates = self._candidates(tested, rng)
         rolled = rollout_figures.roll_out(pictures, tested)
         written = text_figures.caption(pictures, tested)
-        values = _lists(
+        values = kept_figures.lists(
             rollout_figures.measure(pictures, tested, rolled, candidates, rng),
             rollout_figures.read(pictures, tested, rolled, self._readout),
             text_figures.measure_captions(pictures, tested, written),
@@ -162,6 +161,8 @@ class _Context:
             self._keep_examples(tested, rolled, candidates)
         wanted = [pair[0] for pair in tested.pairs]
         files.write_json(self.stage_dir / f"{split}_{CAPTIONS}", {"wanted": wanted, **written})
+        counts = {name: among.shape[1] for name, among in vars(candidates).items()}
+        files.write_json(self.stage_dir / f"{split}_{CANDIDATES}", counts)
         return values
 
     def _keep_examples(
@@ -190,13 +191,13 @@ class _Context:
     def stories(self) -> dict[str, Any]:
         """The sentences of stories of test classes."""
         scenes, rows = self._test(self.config.num_stories)
-        return _lists(text_figures.measure_stories(self.pictures, scenes, rows))
+        return kept_figures.lists(text_figures.measure_stories(self.pictures, scenes, rows))
 
     def motion(self) -> dict[str, Any]:
         """The direction of clips of test classes."""
         scenes, rows = self._test(self.config.num_clips)
         rng = np.random.default_rng((self.config.seed, 3))
-        return _lists(text_figures.measure_motion(self.pictures, scenes, rows, rng))
+        return kept_figures.lists(text_figures.measure_motion(self.pictures, scenes, rows, rng))
 
     def collapse(self) -> dict[str, float]:
         """Variance between images of trained and of initial codes, and participation ratios."""
@@ -223,7 +224,7 @@ class _Context:
         rows = world_config.sample_rows(source, self.config.num_readout, self.config.seed)
         album = self.pictures.album
         pairs = [training_documents.scene_pair(album, source, int(row)) for row in rows]
-        return np.random.default_rng(0).permutation([pair[1] for pair in pairs])
+        return np.random.default_rng(0).permutation(np.array([pair[1] for pair in pairs]))
 
     @functools.cached_property
     def _readout(self) -> image_vectors.LinearReadout:

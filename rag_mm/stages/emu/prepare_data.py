@@ -5,21 +5,20 @@ reads them from files. Where the tower is to be trained, the files hold pixels.
 """
 
 import dataclasses
-import json
+from typing import Any
 
 import numpy as np
 from etils import epath
 
-from rag_mm.core import checks, digests, files, image_files, run_folder
-from rag_mm.core.image_slots import SlotTokens
+from rag_mm.core import checks, files, image_files, manifest_values, run_folder
+from rag_mm.core.errors import UserError
 from rag_mm.data import open_documents, vocabulary
-from rag_mm.stages.emu import album, training_documents
-from rag_mm.stages.shared import train_retriever, world_config
+from rag_mm.stages.emu import album, emu_text, training_documents
+from rag_mm.stages.shared import starting_point, train_retriever, world_config
 
 INPUTS = ("retriever", "memory")
-PICTURES, VOCABULARY = "pictures", "vocabulary.json"
+PICTURES, VOCABULARY, NUMBERING = "pictures", "vocabulary.json", "numbering.json"
 TOKENS, PIXELS = "tokens", "pixels"
-_NUM_SPECIALS = len(dataclasses.fields(SlotTokens))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +33,13 @@ class EmuDataStageConfig:
         documents: further documents of any texts, images and videos, as for `--documents` of
             `rag-mm memory build`; None: none.
         digest: digest of `documents`. It is computed, so that a changed folder is another config.
-        vocab_size: maximum number of text ids.
+        vocab_size: maximum number of text ids; not read with `language_model`.
         pictures: tokens: the files hold the retriever's tokens of each picture in float16; or pixels, for a
             tower that is trained.
+        language_model: folder of a run of `rag-mm import llama`, whose tokenizer reads the texts; None: a
+            tokenizer is made from the texts.
+        language_model_fingerprint: of what was imported there. It is computed, so that another model is
+            another config.
     """
 
     seed: int
@@ -47,13 +50,22 @@ class EmuDataStageConfig:
     digest: str = dataclasses.field(init=False, default="")
     vocab_size: int = 1024
     pictures: str = TOKENS
+    language_model: str | None = dataclasses.field(
+        default=None, metadata=manifest_values.ADDED_LATER
+    )
+    language_model_fingerprint: str = dataclasses.field(
+        init=False, default="", metadata=manifest_values.ADDED_LATER
+    )
 
     def __post_init__(self):
         checks.at_least(self, 0, "num_stories", "num_clips")
         checks.at_least(self, 256, "vocab_size")
         checks.one_of(self, "pictures", (TOKENS, PIXELS))
         if self.documents is not None:
-            object.__setattr__(self, "digest", _digest(self.documents))
+            object.__setattr__(self, "digest", open_documents.digest(self.documents))
+        if self.language_model is not None:
+            found = starting_point.fingerprint(self.language_model, emu_text.SETTING)
+            object.__setattr__(self, "language_model_fingerprint", found)
 
     def collect(self, run: run_folder.Run) -> training_documents.TrainingDocuments:
         """The documents; raises as `training_documents.collect` does."""
@@ -63,7 +75,9 @@ class EmuDataStageConfig:
 
 
 def run(config: EmuDataStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> dict:
-    """Writes `vocabulary.json` and `pictures/*.npy`, of which those that are there already are kept.
+    """Writes `vocabulary.json`, `numbering.json` and `pictures/*.npy`.
+
+    An interrupted run's pictures are kept, unless they were numbered otherwise.
 
     Returns:
         The numbers of documents by kind, of pictures and of text ids.
@@ -75,9 +89,9 @@ def run(config: EmuDataStageConfig, run: run_folder.Run, stage_dir: epath.Path) 
             return encoder.encode_image_tokens(pixels).astype(np.float16)
         return np.stack([image_files.fit(each, encoder.image_size) for each in pixels])
 
+    _keep_numbering(stage_dir, documents.album)
     album.write(documents.album, stage_dir / PICTURES, encode)
-    # A codebook and a sentinel of one id each are never used: only the text ids are.
-    made = vocabulary.train_vocabulary(documents.texts, config.vocab_size, 1, 1)
+    made = _text(config, documents)
     made.save(stage_dir / VOCABULARY)
     groups = ("pairs", "memory", "stories", "clips", "documents")
     return {name: len(getattr(documents, name)) for name in groups} | {
@@ -86,24 +100,48 @@ def run(config: EmuDataStageConfig, run: run_folder.Run, stage_dir: epath.Path) 
     }
 
 
-def load_vocabulary(run: run_folder.Run) -> vocabulary.Vocabulary:
+def _text(
+    config: EmuDataStageConfig, documents: training_documents.TrainingDocuments
+) -> emu_text.EmuText:
+    if config.language_model is not None:
+        return emu_text.of_language_model(config.language_model)
+    # A codebook and a sentinel of one id each are never used: only the text ids are.
+    return vocabulary.train_vocabulary(documents.texts, config.vocab_size, 1, 1)
+
+
+def load_vocabulary(run: run_folder.Run) -> emu_text.EmuText:
     """The vocabulary of the run's texts; raises UserError if the stage is unfinished or edited."""
-    return vocabulary.load_vocabulary(run.finished_stage("emu_data") / VOCABULARY)
+    return emu_text.load(run.finished_stage("emu_data") / VOCABULARY)
 
 
-def load_pictures(run: run_folder.Run) -> album.PictureArrays:
-    """The arrays of all pictures; raises as above."""
-    return album.PictureArrays.open(run.finished_stage("emu_data") / PICTURES)
+def load_pictures(run: run_folder.Run, numbered: album.Album) -> album.PictureArrays:
+    """The arrays of the pictures of `EmuDataStageConfig.collect`, by its numbers.
+
+    Raises:
+        UserError: as above; or the stage's files are numbered otherwise, by another version.
+    """
+    folder = run.finished_stage("emu_data")
+    if _numbering_in(folder) != _numbering(numbered):
+        raise UserError(
+            f"The pictures in {folder} are numbered otherwise than this version numbers them; delete the "
+            "folder and train again."
+        )
+    return album.PictureArrays.open(folder / PICTURES)
 
 
-def slot_tokens(text_size: int) -> SlotTokens:
-    """The special ids, right after the text ids."""
-    return SlotTokens(*range(text_size, text_size + _NUM_SPECIALS))
+def _numbering(numbered: album.Album) -> dict[str, Any]:
+    return {"pictures": len(numbered), "digest": numbered.digest}
 
 
-def _digest(documents: str) -> str:
-    # The fingerprint of a folder covers its captions only.
-    folder = epath.Path(documents)
-    pixels = digests.folder_digests(folder) if folder.is_dir() else {}
-    source = open_documents.open_documents(documents)
-    return files.digest(json.dumps([source.fingerprint, pixels], sort_keys=True).encode())
+def _numbering_in(folder: epath.Path) -> dict[str, Any] | None:
+    """What a stage's files say of their numbers; None in those of earlier versions."""
+    path = folder / NUMBERING
+    return files.read_object(path) if path.exists() else None
+
+
+def _keep_numbering(stage_dir: epath.Path, numbered: album.Album) -> None:
+    """Writes the numbering, and deletes the pictures of an interrupted run that had another one."""
+    if _numbering_in(stage_dir) != _numbering(numbered):
+        if (stage_dir / PICTURES).exists():
+            files.discard(stage_dir / PICTURES)
+        files.write_json(stage_dir / NUMBERING, _numbering(numbered))

@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from rag_mm.core import batches, configuration, files, renames
 from rag_mm.core.errors import UserError
 from rag_mm.core.roles import MAIN
-from rag_mm.data import vocabulary
 from rag_mm.data.interleaved import Parts
 from rag_mm.decode import beam, image_rollout, sampler
 from rag_mm.models.emu import emu_objective
@@ -24,7 +23,8 @@ from rag_mm.nn.decoder import Mixture
 from rag_mm.nn.param_trees import Params
 from rag_mm.ops import images as image_ops
 from rag_mm.ops import losses
-from rag_mm.stages.emu.training_rows import RowMaker, cached
+from rag_mm.stages.emu import emu_text
+from rag_mm.stages.emu.row_maker import RowMaker, cached
 from rag_mm.stages.shared import frozen
 from rag_mm.train import checkpoint
 
@@ -45,7 +45,7 @@ def save(
     folder: epath.Path,
     config: EmuConfig,
     max_text_len: int,
-    text_vocabulary: vocabulary.Vocabulary,
+    text_vocabulary: emu_text.EmuText,
     params: Params,
     is_leader: bool = True,
 ) -> None:
@@ -72,7 +72,7 @@ class LoadedEmu:
     config: EmuConfig
     model: frozen.LoadedModel
     maker: RowMaker
-    vocabulary: vocabulary.Vocabulary
+    vocabulary: emu_text.EmuText
 
     def codes(self, seen: np.ndarray) -> np.ndarray:
         """Codes float32 [B, N, R] of images.
@@ -136,9 +136,18 @@ class LoadedEmu:
         return [text for part in batched for text in part]
 
     def search(
-        self, prompt: Parts, vectors: np.ndarray, num_tokens: int, num_beams: int
+        self,
+        prompt: Parts,
+        vectors: np.ndarray,
+        num_tokens: int,
+        num_beams: int,
+        length_penalty: float = 1.0,
+        min_tokens: int = 0,
     ) -> list[str]:
-        """The likeliest texts that follow a prompt, the best of `num_beams` first; as `write` otherwise."""
+        """The likeliest texts that follow a prompt, the best of `num_beams` first; as `write` otherwise.
+
+        `length_penalty` and `min_tokens` are as of `decode.beam.search`.
+        """
         most = int(self._allowed.sum()) // 2
         if num_beams > most:
             raise UserError(
@@ -154,6 +163,8 @@ class LoadedEmu:
                 num_steps=num_tokens,
                 stop=self.config.ids.end,
                 num_beams=num_beams,
+                length_penalty=length_penalty,
+                min_steps=min_tokens,
             )
             return [[self._text(row) for row in beams] for beams in np.asarray(found.tokens)]
 
@@ -239,6 +250,7 @@ class LoadedEmu:
         """Which ids may be written, bool [V]: texts and the end."""
         allowed = np.zeros(self.config.decoder.vocab_size, bool)
         allowed[[*range(self.vocabulary.text_size), self.config.ids.end]] = True
+        allowed[self.config.ids.begin] = False
         return allowed
 
     @functools.cached_property
@@ -256,8 +268,8 @@ def load(folder: epath.Path, mesh: Mesh | None = None) -> LoadedEmu:
     record = files.read_object(folder / RECORD, model=dict, max_text_len=int)
     values = renames.from_stored(record["model"])
     config = configuration.make(EmuConfig, values, str(folder / RECORD))
-    text = vocabulary.load_vocabulary(folder / VOCABULARY)
-    if text.text_size > config.ids.begin:
+    text = emu_text.load(folder / VOCABULARY)
+    if not emu_text.fits(text, config.ids):
         raise UserError(f"{folder} holds a vocabulary of another model; train it again.")
     loaded = frozen.load_params(folder / PARAMS, functools.partial(make_model, config, 0), mesh)
     maker = RowMaker(cached(text.encode_text), config.ids, config.num_slots, record["max_text_len"])

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -37,22 +37,32 @@ class EncodedPictures:
     album: Album
     encoder: frozen.FrozenRetriever
     emu: LoadedEmu
-    _codes: list[np.ndarray] = dataclasses.field(default_factory=list)
+    _kept: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def codes(self) -> np.ndarray:
         """The codes of all pictures so far, float32 [P, N, R]."""
-        start = sum(map(len, self._codes))
-        for first in range(start, len(self.album), _AT_ONCE):
-            numbers = range(first, min(first + _AT_ONCE, len(self.album)))
-            self._codes.append(self.emu.codes(self.tokens(np.array(numbers))))
-        self._codes[:] = [np.concatenate(self._codes)]
-        return self._codes[0]
+        return self._extended(
+            "codes", lambda numbers: self.emu.codes(self.tokens(np.array(numbers)))
+        )
 
     @property
     def vectors(self) -> np.ndarray:
         """The decoder's inputs for all pictures so far, float32 [P, N, D]."""
-        return self.emu.vectors(self.codes)
+        codes = self.codes
+        return self._extended(
+            "vectors", lambda numbers: self.emu.vectors(codes[numbers.start : numbers.stop])
+        )
+
+    def _extended(self, name: str, make: Callable[[range], np.ndarray]) -> np.ndarray:
+        """The arrays of all pictures so far: those of an earlier call, and `make` of the others."""
+        parts = [self._kept[name]] if name in self._kept else []
+        start, total = sum(map(len, parts)), len(self.album)
+        for first in range(start, total, _AT_ONCE):
+            parts.append(make(range(first, min(first + _AT_ONCE, total))))
+        if start < total:
+            self._kept[name] = np.concatenate(parts)
+        return self._kept[name]
 
     def pixels(self, numbers: np.ndarray) -> np.ndarray:
         """Pictures uint8 [B, H, W, 3]."""
@@ -190,12 +200,14 @@ def own_candidates(album: Album, tested: TestedScenes, class_share: float) -> np
 def same_candidates(
     album: Album, tested: TestedScenes, count: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """The picture of each scene, and the same places and color with other classes of the split."""
+    """The picture of each scene, and the same with other classes of the split as its first entity."""
     classes = np.unique(tested.scenes.class_ids)
+    # As many for a pair, of which two classes are left out, as for a single entity.
+    most = min(count - 1, len(classes) - max(len(facts.entities) for facts in tested.facts))
 
     def of(facts: Facts, level: emoji_scenes.Level, number: int) -> list[int]:
-        own = facts.entities[0].class_id
-        others = rng.permutation(classes[classes != own])[: count - 1]
+        own = [entity.class_id for entity in facts.entities]
+        others = rng.permutation(classes[~np.isin(classes, own)])[:most]
         return [number, *(_with_class(album, facts, level, int(each)) for each in others)]
 
     triples = zip(tested.facts, tested.levels, tested.numbers.tolist(), strict=True)

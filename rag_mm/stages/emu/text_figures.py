@@ -1,5 +1,6 @@
 """Figures of texts that Emu writes or scores: captions, stories, and the direction of a clip's motion."""
 
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -11,9 +12,18 @@ from rag_mm.stages.emu import tested_scenes, training_documents
 from rag_mm.stages.emu.rollout_figures import Values
 from rag_mm.stages.emu.tested_scenes import DOCUMENTS, EncodedPictures, TestedScenes
 from rag_mm.worlds.emoji import emoji_scenes, scene_clips, scene_tasks
-from rag_mm.worlds.emoji.emoji_scenes import Facts, Level, Scenes
+from rag_mm.worlds.emoji.emoji_scenes import COLUMNS, ROWS, Facts, Level, Scenes
 
-_CAPTION = re.compile(r"(.+?) (?:at|near) the (.+?) on a (\w+) background")
+_PLACES = "|".join(
+    sorted(
+        {" ".join(filter(None, each)) for each in itertools.product(ROWS, COLUMNS)} - {""}
+        | {"center"},
+        key=len,
+        reverse=True,
+    )
+)
+_ENTITY = rf"(?:little )?(.+?) (?:at|near) the ({_PLACES})"
+_LENGTHS = 8
 # The clips whose frames are in their order, and the control.
 IN_ORDER, SHUFFLED = "in_order", "shuffled_frames"
 
@@ -21,12 +31,14 @@ IN_ORDER, SHUFFLED = "in_order", "shuffled_frames"
 def caption(pictures: EncodedPictures, tested: TestedScenes) -> dict[str, list[str]]:
     """What is written after each scene's image, by the documents before it, images first."""
     longest = max(len(pictures.emu.maker.text(str(pair[0]))) for pair in tested.pairs)
+    # The end of the sequence is a token, too, and a wrong caption may be longer. One of few numbers, so that
+    # splits have one program; after the end nothing is computed.
+    most = longest + 4 + -(longest + 4) % _LENGTHS
     images: list[Parts] = [pair[1:] for pair in tested.pairs]
     vectors, written = pictures.vectors, {}
     for name in DOCUMENTS:
         prompts = tested_scenes.joined(tested.before_images(name), images)
-        # The end of the sequence is a token, too, and a wrong caption may be longer.
-        written[name] = pictures.emu.write(prompts, vectors, longest + 4)
+        written[name] = pictures.emu.write(prompts, vectors, most)
     return written
 
 
@@ -51,13 +63,16 @@ def measure_captions(
 
 
 def judge(text: str, facts: Facts, level: Level, wanted: str) -> dict[str, bool]:
-    """Which parts of a caption of a scene with one entity are right."""
-    found, entity = _CAPTION.fullmatch(text), facts.entities[0]
-    name, place, color = found.groups() if found else ("", "", "")
+    """Which parts of a caption of a scene are right: the names and the places of all its entities."""
+    pattern = " and ".join([_ENTITY] * len(facts.entities)) + r" on a (\w+) background"
+    found = re.fullmatch(pattern, text)
+    *said, color = found.groups() if found else ("", "") * len(facts.entities) + ("",)
+    classes = [entity.class_id for entity in facts.entities]
+    places = [emoji_scenes.place(entity, level) for entity in facts.entities]
     return {
         "exact": text == wanted,
-        "named": scene_tasks.class_of_name(name) == entity.class_id,
-        "place": place == emoji_scenes.place(entity, level),
+        "named": [scene_tasks.class_of_name(name) for name in said[::2]] == classes,
+        "place": said[1::2] == places,
         "color": color == facts.color,
     }
 

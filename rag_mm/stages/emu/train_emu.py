@@ -1,35 +1,36 @@
 """Stage `emu`: trains Emu on interleaved texts and pictures, after retrieved documents or none."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from etils import epath
-from flax import nnx
 from jax.sharding import Mesh
 
 from rag_mm.core import checks, configuration, files, run_folder, sharding
 from rag_mm.core.errors import UserError
-from rag_mm.models.emu import emu_objective, image_codes
+from rag_mm.core.image_slots import SlotTokens
+from rag_mm.models import clip
+from rag_mm.models.emu import emu_objective
 from rag_mm.models.emu.emu_config import CFormerConfig, EmuConfig, TargetsConfig, VisionConfig
 from rag_mm.models.emu.emu_model import FITTED
 from rag_mm.nn import param_trees
 from rag_mm.nn.decoder import DecoderConfig
 from rag_mm.nn.param_trees import Params
 from rag_mm.stages import multiprocess, scaling, training
-from rag_mm.stages.emu import prepare_data, saved_emu
+from rag_mm.stages.emu import emu_text, prepare_data, saved_emu
+from rag_mm.stages.emu.fit_codes import Fitting
 from rag_mm.stages.emu.prepare_data import EmuDataStageConfig
-from rag_mm.stages.emu.training_rows import InterleavedConfig, RowMaker, RowSource, cached
-from rag_mm.stages.shared import frozen, train_retriever, world_config
+from rag_mm.stages.emu.row_maker import RowMaker, cached
+from rag_mm.stages.emu.training_rows import InterleavedConfig, RowSource
+from rag_mm.stages.shared import frozen, starting_point, train_retriever, world_config
 from rag_mm.train import loop, optimizer
 
 INPUTS = ("retriever", "emu_data")
-NUM_FITTED = 4096  # Pictures that statistics and components are made from.
 VOCAB_MULTIPLE = 128
+NUM_ROLES = 2  # Ids kept for [USER] and [ASSISTANT], which instruction tuning uses.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,8 @@ class EmuStageConfig:
         seed: seed of the initial weights, the order of documents and the random choices in sequences.
         world: world of the documents.
         emu_data: the config of the stage that prepares the data.
-        model: a `DecoderConfig` without vocabulary size and length, which follow from the data.
+        model: a `DecoderConfig` without vocabulary size and length, which follow from the data; None: that
+            of `emu_data.language_model`, from whose parameters training starts.
         optimizer: learning rate, schedule and moments; `groups` give the C-Former its own.
         loop: number of steps, logging and checkpoints.
         cformer: sizes of the causal transformer between tower and decoder.
@@ -55,7 +57,7 @@ class EmuStageConfig:
     seed: int
     world: world_config.EmojiWorld | world_config.OwnImages
     emu_data: EmuDataStageConfig
-    model: Mapping[str, Any] = dataclasses.field(
+    model: Mapping[str, Any] | None = dataclasses.field(
         metadata=configuration.part_of(
             DecoderConfig, ("vocab_size", "max_seq_len", "dtype", "remat", "context_dim")
         )
@@ -75,24 +77,22 @@ class EmuStageConfig:
     def __post_init__(self):
         training.check_config(self.optimizer, self.loop, self.batch_size)
         checks.at_least(self, 0, "image_loss_weight", "retrieved_weight")
-        sizes = dict(vocab_size=VOCAB_MULTIPLE, max_seq_len=1)
-        configuration.make(DecoderConfig, {**sizes, **self.model}, "model")
+        if self.model is not None:
+            sizes = dict(vocab_size=VOCAB_MULTIPLE, max_seq_len=1)
+            configuration.make(DecoderConfig, {**sizes, **self.model}, "model")
+        elif self.emu_data.language_model is None:
+            raise ValueError("model is None; give its sizes, or emu_data.language_model")
 
-    def emu_config(self, vision: VisionConfig, text_size: int) -> EmuConfig:
-        """The model's config, for an image tower and a number of text ids.
+    def emu_config(self, vision: VisionConfig, text: emu_text.EmuText) -> EmuConfig:
+        """The model's config, for an image tower and a vocabulary.
 
         Raises:
-            UserError: the sizes do not fit each other.
+            UserError: the sizes do not fit each other, or the language model's rows are shorter.
         """
-        ids, scale = prepare_data.slot_tokens(text_size), self.scale
-        num_ids = text_size + len(vars(ids))
-        decoder = DecoderConfig(
-            vocab_size=num_ids + -num_ids % VOCAB_MULTIPLE,
-            max_seq_len=self.sequences.max_seq_len,
-            **dict(self.model) | {"dtype": scale.dtype, "remat": scale.remat},
-        )
+        ids, scale = emu_text.slot_tokens(text), self.scale
+        decoder = self._decoder(ids)
         try:
-            return EmuConfig(
+            made = EmuConfig(
                 decoder,
                 ids,
                 vision,
@@ -103,8 +103,28 @@ class EmuStageConfig:
                 retrieved_weight=self.retrieved_weight,
                 loss_chunks=scale.loss_chunks,
             )
+            length = self.sequences.rows(self.batch_size).length(made.num_slots)
+            if self.model is None and length > decoder.max_seq_len:
+                raise ValueError(
+                    f"rows of {length} tokens are longer than the language model's {decoder.max_seq_len}"
+                )
+            return dataclasses.replace(
+                made, decoder=dataclasses.replace(decoder, max_seq_len=length)
+            )
         except ValueError as error:
             raise UserError(f"emu: {error}.") from error
+
+    def _decoder(self, ids: SlotTokens) -> DecoderConfig:
+        num_ids = 1 + max(vars(ids).values()) + NUM_ROLES
+        how: dict[str, Any] = {"dtype": self.scale.dtype, "remat": self.scale.remat}
+        if self.model is None:
+            sizes = emu_text.language_model(str(self.emu_data.language_model))[1]
+            return dataclasses.replace(sizes, vocab_size=num_ids, **how)
+        return DecoderConfig(
+            vocab_size=num_ids + -num_ids % VOCAB_MULTIPLE,
+            max_seq_len=self.sequences.max_seq_len,
+            **dict(self.model) | how,
+        )
 
 
 def inputs(config: EmuStageConfig) -> tuple[str, ...]:
@@ -124,9 +144,11 @@ def run(config: EmuStageConfig, run: run_folder.Run, stage_dir: epath.Path) -> d
         `train`, the last logged metrics, and `num_params`; {} in followers.
     """
     encoder = train_retriever.load_encoder(run.workdir)
+    if not isinstance(encoder.config, clip.CLIPConfig):
+        raise UserError("emu reads images by a CLIP's tower; give the run one as retriever.folder.")
     vocabulary = prepare_data.load_vocabulary(run)
     vision = VisionConfig.of_clip(encoder.config)
-    model_config = config.emu_config(vision, vocabulary.text_size)
+    model_config = config.emu_config(vision, vocabulary)
     maker = RowMaker(
         cached(vocabulary.encode_text),
         model_config.ids,
@@ -169,7 +191,7 @@ def make_rows(config: EmuStageConfig, run: run_folder.Run, maker: RowMaker) -> R
         documents,
         neighbors,
         maker,
-        prepare_data.load_pictures(run),
+        prepare_data.load_pictures(run, documents.album),
         "image_tokens" if is_tokens else "images",
     )
 
@@ -183,7 +205,7 @@ def _train(
 ) -> tuple[Params, list[dict[str, float]]]:
     mesh = make_mesh(config)
     make = partial(saved_emu.make_model, model_config, config.seed)
-    fit = _Fitting(model_config, source, config.seed)
+    fit = Fitting(model_config, source, config.seed)
     params, log = training.train(
         "emu",
         stage_dir,
@@ -200,7 +222,7 @@ def _train(
         seed=config.seed,
         mesh=mesh,
         num_parts=config.scale.num_parts,
-        start=partial(_tower, encoder) if model_config.has_tower else None,
+        start=_start(config, model_config, encoder),
         prepare=fit.before,
         what=training.WhatTrains(is_fitted),
     )
@@ -213,6 +235,24 @@ def is_fitted(path: str) -> bool:
     return f"{path.split('/')[0]}/*" in FITTED
 
 
+def _start(
+    config: EmuStageConfig, model_config: EmuConfig, encoder: frozen.FrozenRetriever
+) -> Callable[[Params], Params] | None:
+    """What makes the parameters to start from, for `training.train`; None where all are new."""
+    parts: list[Callable[[Params], Params]] = []
+    if model_config.has_tower:
+        parts.append(partial(_tower, encoder))
+    if config.model is None:
+        folder = emu_text.language_model(str(config.emu_data.language_model))[0]
+        folder = run_folder.Run(folder.parent).finished_stage(folder.name)
+        # The first new row is that of the first new token.
+        load = partial(starting_point.load_longer, folder, num_old=model_config.ids.pad)
+        parts.append(lambda abstract: {"decoder": load(abstract=abstract["decoder"])})
+    if not parts:
+        return None
+    return lambda abstract: {name: x for part in parts for name, x in part(abstract).items()}
+
+
 def _tower(encoder: frozen.FrozenRetriever, abstract: Params) -> Params:
     """The retriever's image tower, as the parameters to start from."""
     given = param_trees.leaves_by_path(encoder.model.params["vision"])
@@ -220,77 +260,3 @@ def _tower(encoder: frozen.FrozenRetriever, abstract: Params) -> Params:
     put = {path: jax.device_put(given[path], leaf.sharding) for path, leaf in leaves.items()}
     tree = jax.tree.unflatten(jax.tree.structure(abstract["tower"]), list(put.values()))
     return {"tower": tree}
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Fitting:
-    """Makes the parameters that are not trained, from the pictures of random training sequences."""
-
-    config: EmuConfig
-    source: RowSource
-    seed: int
-
-    def before(self, params: Params) -> Params:
-        """The initial parameters with statistics of the tower's tokens, and with components of them."""
-        targets = self.config.targets
-        if not targets.standardises_tokens and targets.kind != "pca":
-            return params
-        if self.config.has_tower:
-            raise UserError(
-                "A tower that is trained has no fixed statistics: set emu.emu_data.pictures to tokens, or "
-                "targets.standardises_tokens to False and another kind than pca."
-            )
-        tokens = self._pictures().astype(np.float32)
-        if targets.standardises_tokens:
-            found = image_codes.fit_statistics(tokens)
-            params = _replace(params, "vision_statistics", found)
-            tokens = (tokens - found["mean"]) / found["std"]
-        if targets.kind == "pca":
-            found = image_codes.fit_components(tokens, targets.pca_dim, targets.has_class_slot)
-            params = _replace(params, "components", found)
-        return params
-
-    def after(self, graphdef: nnx.GraphDef, params: Params, mesh: Mesh) -> Params:
-        """The trained parameters with statistics of the codes, for standardised ones."""
-        if self.config.targets.kind != "standardised":
-            return params
-
-        @jax.jit
-        def sums(params: Params, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            model = nnx.merge(graphdef, params)
-            given = batch["pictures"].astype(jnp.float32)
-            tokens = model.see(given / 255) if self.config.has_tower else given
-            codes = model.encode(tokens).astype(jnp.float32)
-            add = lambda codes: (codes.sum(0), jnp.square(codes).sum(0))
-            return sharding.automatic()(add)(codes)
-
-        pictures, found = self._pictures(), []
-        size = 256 // jax.device_count() * jax.device_count()
-        count, rows = len(pictures) // size * size, sharding.local_rows(size, mesh)
-        for start in range(0, count, size):
-            own = pictures[start + rows.start : start + rows.stop]
-            part = sums(params, sharding.put_batch({"pictures": own}, mesh))
-            found.append([np.asarray(each, np.float64) for each in part])
-        total, squares = (sum(parts) for parts in zip(*found, strict=True))
-        mean = total / count
-        variance = np.maximum(squares / count - mean**2, 0) + image_codes.VARIANCE_FLOOR
-        return _replace(params, "code_statistics", {"mean": mean, "std": np.sqrt(variance)})
-
-    def _pictures(self) -> np.ndarray:
-        """The arrays of `NUM_FITTED` pictures, as often as they occur in sequences."""
-        rng, numbers = np.random.default_rng((self.seed, 1)), np.zeros(0, np.int32)
-        num_drawn = 0
-        while len(numbers) < NUM_FITTED:
-            if num_drawn == NUM_FITTED and not len(numbers):
-                raise UserError(
-                    "The training sequences show no picture; give sequences.mixture others than texts."
-                )
-            num_drawn += 1
-            made = self.source.make(np.int64(rng.integers(1 << 30)), rng)
-            numbers = np.concatenate([numbers, made["pictures"]])
-        return self.source.pictures.take(numbers[:NUM_FITTED])
-
-
-def _replace(params: Params, part: str, values: Mapping[str, np.ndarray]) -> Params:
-    put = lambda name, leaf: jax.device_put(values[name].astype(leaf.dtype), leaf.sharding)
-    return {**params, part: {name: put(name, leaf) for name, leaf in params[part].items()}}

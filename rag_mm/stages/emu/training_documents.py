@@ -65,8 +65,8 @@ def collect(
     Args:
         world: its training documents of seen classes become pairs; of emoji scenes also stories and clips.
         run: whose memory is read, if it has one.
-        num_stories: stories of scenes of seen classes; none shows a test scene.
-        num_clips: clips of them.
+        num_stories: stories of scenes of seen classes; no picture is that of a test scene.
+        num_clips: clips of them, likewise.
         documents: of any segments, as for `--documents`; None for none.
 
     Raises:
@@ -81,7 +81,7 @@ def collect(
         tested = {test.facts(i) for i in range(len(test))}
         chosen = _spread(len(source), num_stories)
         stories = [_training_story(album, source, i, tested) for i in chosen]
-        clips = [scene_clip(album, source, i) for i in _spread(len(source), num_clips)]
+        clips = [_training_clip(album, source, i, tested) for i in _spread(len(source), num_clips)]
     else:
         pairs = [_own_pair(album, source, i) for i in range(len(source))]
     memory = list(_memory_rows(album, world, run)) if run.manifest("memory") is not None else []
@@ -114,11 +114,10 @@ def scene_story(album: Album, scenes: Scenes, index: int, attempt: int = 0) -> P
     return tuple(parts)
 
 
-def scene_clip(album: Album, scenes: Scenes, index: int) -> Parts:
+def scene_clip(album: Album, scenes: Scenes, index: int, attempt: int = 0) -> Parts:
     """The caption of a clip of the scene's first entity, and its 8 frames."""
-    level, facts = scenes.levels[index], scenes.facts(index)
-    frames = scene_clips.sample_clip(facts, level, _rng(CLIPS, scenes, index))
-    name = scene_tasks.first_name(facts.entities[0])
+    level, frames = scenes.levels[index], _sample_clip(scenes, index, attempt)
+    name = scene_tasks.first_name(frames[0].entities[0])
     return scene_clips.clip_caption(name, frames), *(
         scene_number(album, frame, level) for frame in frames
     )
@@ -135,8 +134,13 @@ def memory_parts(album: Album, memory: Memory, row: int) -> Parts:
 
 
 def _sample_story(scenes: Scenes, index: int, attempt: int) -> tuple[Facts, ...]:
-    rng = emoji_scenes.make_rng(f"{STORIES} of {scenes.scene_id(index)}", scenes.seed, attempt)
+    rng = _rng(STORIES, scenes, index, attempt)
     return scene_stories.sample_story(scenes.facts(index), scenes.levels[index], rng)
+
+
+def _sample_clip(scenes: Scenes, index: int, attempt: int) -> tuple[Facts, ...]:
+    rng = _rng(CLIPS, scenes, index, attempt)
+    return scene_clips.sample_clip(scenes.facts(index), scenes.levels[index], rng)
 
 
 def _training_story(album: Album, scenes: Scenes, index: int, tested: set[Facts]) -> Parts:
@@ -145,8 +149,14 @@ def _training_story(album: Album, scenes: Scenes, index: int, tested: set[Facts]
     return scene_story(album, scenes, index, attempt)
 
 
-def _rng(purpose: str, scenes: Scenes, index: int) -> np.random.Generator:
-    return emoji_scenes.make_rng(f"{purpose} of {scenes.scene_id(index)}", scenes.seed)
+def _training_clip(album: Album, scenes: Scenes, index: int, tested: set[Facts]) -> Parts:
+    """A clip whose frames are none of the `tested` scenes; it starts or ends at the place of a scene."""
+    attempt = next(i for i in range(1000) if not tested & {*_sample_clip(scenes, index, i)})
+    return scene_clip(album, scenes, index, attempt)
+
+
+def _rng(purpose: str, scenes: Scenes, index: int, attempt: int) -> np.random.Generator:
+    return emoji_scenes.make_rng(f"{purpose} of {scenes.scene_id(index)}", scenes.seed, attempt)
 
 
 def _spread(total: int, count: int) -> list[int]:

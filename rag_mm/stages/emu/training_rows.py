@@ -1,19 +1,16 @@
 """Emu's training rows: interleaved sequences drawn from a mixture and packed, with their pictures' tokens."""
 
 import dataclasses
-import functools
-from collections.abc import Callable
 
 import grain
 import numpy as np
 
-from rag_mm.core import checks, image_slots
+from rag_mm.core import checks, manifest_values
 from rag_mm.core.errors import UserError
-from rag_mm.core.image_slots import SlotTokens
-from rag_mm.core.roles import IGNORED, MAIN, RETRIEVED
-from rag_mm.data import interleaved, packing
+from rag_mm.data import interleaved
 from rag_mm.data.interleaved import Part, Parts
 from rag_mm.stages.emu.album import PictureArrays
+from rag_mm.stages.emu.row_maker import RowMaker, RowSize, pack_rows
 from rag_mm.stages.emu.training_documents import TrainingDocuments
 
 
@@ -54,11 +51,16 @@ class InterleavedConfig:
         mixture: how often which kind of sequence is drawn.
         num_docs_weights: relative frequencies of pairs with 0, 1, .. retrieved documents before them.
         image_query_prob: probability that these are the neighbors of the pair's image, else of one of its
-            captions with words left out.
+            captions with words left out; None, as at inference: of what is given, the image where it comes
+            first.
         image_first_prob: probability that the images of a pair, a clip and their retrieved documents come
             before their texts.
-        max_text_len: a text is cut to this many tokens.
+        max_text_len: a text is cut to this many tokens; one of a further document is not cut, but read in
+            pieces of as many.
         max_seq_len: tokens in a row, into which several sequences are packed.
+        counted_slots: slots that an image counts for in `max_seq_len`, so that models of different numbers of
+            slots read the same sequences in a step, and rows are longer where they have more; None: as many
+            as it has.
         max_images: images in a row.
         window_images: images in a window of a document.
         sampled_share: share of the windows that are not successive parts, but images sampled from the whole
@@ -67,80 +69,33 @@ class InterleavedConfig:
 
     mixture: MixtureConfig = dataclasses.field(default_factory=MixtureConfig)
     num_docs_weights: tuple[float, ...] = (1.0, 1.0)
-    image_query_prob: float = 0.5
+    image_query_prob: float | None = None
     image_first_prob: float = 0.5
     max_text_len: int = 32
     max_seq_len: int = 128
     max_images: int = 10
     window_images: int = 5
     sampled_share: float = 0.5
+    counted_slots: int | None = dataclasses.field(
+        default=None, metadata=manifest_values.ADDED_LATER
+    )
 
     def __post_init__(self):
         weights = self.num_docs_weights
         if not weights or min(weights) < 0 or not sum(weights):
             raise ValueError(f"num_docs_weights are {weights}; give at least 0, not all 0")
         checks.between(self, 0, 1, "image_query_prob", "image_first_prob", "sampled_share")
-        checks.at_least(self, 1, "max_text_len", "max_seq_len", "max_images", "window_images")
+        sizes = ("max_text_len", "max_seq_len", "max_images", "window_images")
+        checks.at_least(self, 1, *sizes, "counted_slots")
 
     @property
     def max_docs(self) -> int:
         """Most retrieved documents before a pair."""
         return max(i for i, weight in enumerate(self.num_docs_weights) if weight)
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class RowMaker:
-    """Makes sequences of parts.
-
-    Attributes:
-        encode: ids of a text.
-        ids: the special tokens.
-        num_slots: N, slots of an image.
-        max_text_len: texts are cut to this many tokens.
-    """
-
-    encode: Callable[[str], list[int]]
-    ids: SlotTokens
-    num_slots: int
-    max_text_len: int
-
-    def text(self, text: str) -> list[int]:
-        """The ids of a text, cut."""
-        return self.encode(text)[: self.max_text_len]
-
-    def size(self, part: Part) -> int:
-        """Tokens of a part."""
-        return self.num_slots + 2 if isinstance(part, int) else len(self.text(part))
-
-    def length(self, parts: Parts) -> int:
-        """Tokens of a training sequence of these parts."""
-        return 2 + sum(map(self.size, parts))
-
-    def prompt(self, parts: Parts, *, starts_image: bool = False) -> image_slots.SlottedIds:
-        """The sequence up to where the model goes on; its images are numbered in order."""
-        ids = [None if isinstance(part, int) else self.text(part) for part in parts]
-        return image_slots.interleave(ids, self.ids, self.num_slots, starts_image=starts_image)
-
-    def row(self, retrieved: Parts, main: Parts) -> dict[str, np.ndarray]:
-        """A training sequence, arrays [T]; `pictures` int32 [I] are its pictures in order.
-
-        `targets`, `roles`, `positions` and `segment_ids` are as of `data.sequences.as_row`.
-        """
-        parts = (*retrieved, *main)
-        ids = [None if isinstance(part, int) else self.text(part) for part in parts]
-        tokens = image_slots.interleave(ids, self.ids, self.num_slots, has_end=True).tokens
-        targets = np.append(tokens[1:], self.ids.pad).astype(np.int32)
-        num_retrieved = sum(map(self.size, retrieved))
-        roles = np.full(len(tokens), MAIN, np.int8)
-        roles[:num_retrieved], roles[-1] = RETRIEVED, IGNORED
-        return {
-            "tokens": tokens,
-            "targets": targets,
-            "positions": np.arange(len(tokens), dtype=np.int32),
-            "segment_ids": np.ones(len(tokens), np.int32),
-            "roles": roles,
-            "pictures": np.array([part for part in parts if isinstance(part, int)], np.int32),
-        }
+    def rows(self, batch_size: int) -> RowSize:
+        """The size of batches."""
+        return RowSize(batch_size, self.max_seq_len, self.max_images, self.counted_slots)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -182,16 +137,17 @@ class RowSource:
         elif kind == "documents":
             main = self._window(main, rng)
         elif kind in ("pairs", "clips"):
+            is_image_first = bool(rng.random() < self.config.image_first_prob)
             if kind == "pairs":
-                retrieved = self._retrieved(int(index) % len(group), rng)
-            if rng.random() < self.config.image_first_prob:
+                retrieved = self._retrieved(int(index) % len(group), is_image_first, rng)
+            if is_image_first:
                 main = interleaved.images_first(main)
                 retrieved = tuple(interleaved.images_first(parts) for parts in retrieved)
         while retrieved and not self._fits((*sum(retrieved, ()), *main)):
             retrieved = retrieved[1:]
         if not self._fits(main):
             raise UserError(
-                f"A sequence of {kind} does not fit a row: it has {self.maker.length(main)} tokens and "
+                f"A sequence of {kind} does not fit a row: it has {self._length(main)} tokens and "
                 f"{_num_images(main)} images; raise sequences.max_seq_len or sequences.max_images."
             )
         return self.maker.row(sum(retrieved, ()), main)
@@ -200,39 +156,33 @@ class RowSource:
         self, batch_size: int, seed: int, rows: range | None = None, num_workers: int = 0
     ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
         """Endless batches, of the keys that `models.emu.emu_objective.loss_fn` reads; see `packing`."""
-        config, ids = self.config, self.maker.ids
+        config = self.config
         shares = config.mixture.shares.items()
         longest = max(len(self._group(kind)) for kind, share in shares if share)
-        return packing.make_packed_batches(
+        return pack_rows(
             np.arange(longest),
-            batch_size,
-            seed,
             self.make,
-            config.max_seq_len,
-            padding={"tokens": ids.pad, "targets": ids.pad, "pictures": -1},
-            rows=rows,
-            num_workers=num_workers,
-            lengths={"pictures": config.max_images},
-            finish=self._finish,
+            self.maker,
+            config.rows(batch_size),
+            {self.name: self.pictures.take},
+            seed,
+            rows,
+            num_workers,
         )
-
-    def _finish(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Replaces the numbers of pictures by their arrays, and numbers the slots of each row."""
-        is_slot = batch["tokens"] == self.maker.ids.slot
-        slot = np.where(is_slot, np.cumsum(is_slot, axis=1) - 1, -1).astype(np.int32)
-        numbers = batch.pop("pictures")
-        return batch | {"slot": slot, self.name: self.pictures.take(numbers)}
 
     def _group(self, kind: str) -> list[Parts]:
         return self.documents.pairs if kind == "texts" else getattr(self.documents, kind)
 
-    def _retrieved(self, index: int, rng: np.random.Generator) -> tuple[Parts, ...]:
+    def _retrieved(
+        self, index: int, is_image_first: bool, rng: np.random.Generator
+    ) -> tuple[Parts, ...]:
         """Some of the documents retrieved for a pair, in random order."""
         if self.neighbors is None:
             return ()
         weights, of_pair = np.asarray(self.config.num_docs_weights), self.neighbors[index]
         count = int(rng.choice(len(weights), p=weights / weights.sum()))
-        is_image = rng.random() < self.config.image_query_prob
+        chance = self.config.image_query_prob
+        is_image = is_image_first if chance is None else rng.random() < chance
         found = of_pair[-1 if is_image else int(rng.integers(len(of_pair) - 1))]
         chosen = rng.permutation(found[found >= 0])[:count]
         return tuple(self.documents.memory[row] for row in chosen)
@@ -244,17 +194,22 @@ class RowSource:
             parts = interleaved.sampled_pairs(parts, config.window_images, rng) or parts
         room = config.max_seq_len - 2  # Beside the ids that begin and end a sequence.
         images = min(config.window_images, config.max_images)
-        return interleaved.window(parts, self.maker.size, room, images, rng)
+        longest = min(config.max_text_len, room)
+        pieces = tuple(piece for part in parts for piece in self.maker.pieces(part, longest))
+        return interleaved.window(pieces, self._size, room, images, rng)
+
+    def _size(self, part: Part) -> int:
+        """Tokens that a part counts for in a row."""
+        uncounted = self.config.rows(1).uncounted(self.maker.num_slots)
+        return self.maker.size(part) - uncounted * isinstance(part, int)
+
+    def _length(self, parts: Parts) -> int:
+        return 2 + sum(map(self._size, parts))
 
     def _fits(self, parts: Parts) -> bool:
-        is_short = self.maker.length(parts) <= self.config.max_seq_len
+        is_short = self._length(parts) <= self.config.max_seq_len
         return is_short and _num_images(parts) <= self.config.max_images
 
 
 def _num_images(parts: Parts) -> int:
     return sum(isinstance(part, int) for part in parts)
-
-
-def cached(encode: Callable[[str], list[int]]) -> Callable[[str], list[int]]:
-    """`encode` that remembers texts: the same captions come again in every epoch."""
-    return functools.lru_cache(maxsize=1 << 17)(encode)

@@ -26,7 +26,7 @@ from rag_mm.data.sequences import Layout
 from rag_mm.data.token_documents import Example
 from rag_mm.decode.tasks import Generator
 from rag_mm.models import cm3, ra_cm3
-from rag_mm.nn import param_trees
+from rag_mm.nn import lora, param_trees
 from rag_mm.nn.decoder import DecoderConfig
 from rag_mm.stages import multiprocess, scaling, training
 from rag_mm.stages.ra_cm3 import copy_metrics, decoder_record, null_prompts
@@ -237,7 +237,7 @@ def fit(
         stage_dir.name,
         stage_dir,
         make_model,
-        partial(ra_cm3.loss_fn, config=model_config),
+        lora.with_dropout(partial(ra_cm3.loss_fn, config=model_config)),
         source.batches(
             config.batch_size,
             config.seed,

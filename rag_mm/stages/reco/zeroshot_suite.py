@@ -14,7 +14,7 @@ from rag_mm.eval import statistics, zeroshot
 from rag_mm.memory import model_protocols, retrieval_memory
 from rag_mm.report import refinements
 from rag_mm.stages.reco import embed_documents, refinement, train_fusion
-from rag_mm.stages.shared import frozen
+from rag_mm.stages.shared import frozen, train_retriever
 
 # The stage's folder, and what it is called in earlier runs.
 FUSIONS = ("fusion", *(old for old, new in renames.STAGES.items() if new == "fusion"))
@@ -31,22 +31,25 @@ class Classifier:
     memory: retrieval_memory.Memory
     refiner: refinement.Refiner
 
-    def class_rows(self, names: Sequence[str], templates: Sequence[str] | None) -> np.ndarray:
-        """Embeddings of the classes, float32 [C, D] of length 1, as means over prompt templates.
-
-        Without templates, towers with public weights use CLIP's, and towers trained here the bare name, since
-        texts from one template retrieve each other for the template's sake.
-        """
-        is_public = isinstance(self.encoder.vocabulary, public_text.PublicTokenizer)
-        chosen = templates or (zeroshot.TEMPLATES if is_public else zeroshot.NAME_ONLY)
-        rows = self.encoder.encode_text(zeroshot.prompts(names, chosen))
-        return zeroshot.ensemble(rows.reshape(len(names), len(chosen), -1))
-
     def refine(self, modality: str, rows: np.ndarray, refine: str) -> np.ndarray:
         """Embeddings [Q, D] of length 1, refined if `refine` includes the modality."""
         if not refinement.is_refined(modality, refine):
             return rows
         return self.refiner.refine(modality, rows)
+
+
+def class_rows(
+    encoder: frozen.FrozenRetriever, names: Sequence[str], templates: Sequence[str] | None
+) -> np.ndarray:
+    """Embeddings of the classes, float32 [C, D] of length 1, as means over prompt templates.
+
+    Without templates, towers with public weights use CLIP's, and towers trained here the bare name, since
+    texts from one template retrieve each other for the template's sake.
+    """
+    is_public = isinstance(encoder.vocabulary, public_text.PublicTokenizer)
+    chosen = templates or (zeroshot.TEMPLATES if is_public else zeroshot.NAME_ONLY)
+    rows = encoder.encode_text(zeroshot.prompts(names, chosen))
+    return zeroshot.ensemble(rows.reshape(len(names), len(chosen), -1))
 
 
 def load(
@@ -64,11 +67,11 @@ def load(
             embeddings come from other towers.
     """
     run = run_folder.open_run(workdir)
-    name = next((name for name in FUSIONS if run.manifest(name) is not None), None)
+    name = _find_fusion(run)
     if name is None:
         raise UserError(
-            f"{workdir} has no trained fusion (stage {FUSIONS[0]}); train a preset of "
-            "configs/reco.py there."
+            f"{workdir} has no trained fusion (stage {FUSIONS[0]}); train a preset of configs/reco.py there, "
+            "or give --refine=none, which needs a retriever alone."
         )
     trained = train_fusion.load_fusion(run.finished_stage(name))
     opened, encoder = embed_documents.open_memory(memory or _own_memory(run))
@@ -85,6 +88,10 @@ def load(
     bank = refinement.Bank.of_memory(opened)
     fusions = refinement.learned_fusions(trained.model)
     return Classifier(encoder, opened, refinement.Refiner(fusions, bank, search))
+
+
+def _find_fusion(run: run_folder.Run) -> str | None:
+    return next((name for name in FUSIONS if run.manifest(name) is not None), None)
 
 
 def _own_memory(run: run_folder.Run) -> epath.PathLike:
@@ -109,7 +116,8 @@ def evaluate(
     """Classifies images, and writes a page that shows what they retrieved.
 
     Args:
-        workdir: a run with a trained fusion.
+        workdir: a run with a trained fusion; to refine none, any run with a retriever, such as an imported
+            CLIP or SigLIP 2, of which only accuracies are told.
         images: images and their classes.
         refine: what to refine: none, image, text or both.
         memory: see `load`.
@@ -126,9 +134,11 @@ def evaluate(
         UserError: see `load`; no image could be read; or `refine` is unknown.
     """
     refinement.is_refined("image", refine)
+    if refine == "none" and _find_fusion(run_folder.open_run(workdir)) is None:
+        return _without_memory(train_retriever.load_encoder(workdir), images, templates)
     classifier = load(workdir, memory, num_neighbors)
     queries, class_ids, shown = _embed(images, classifier.encoder, max_shown)
-    names = classifier.class_rows(images.class_names, templates)
+    names = class_rows(classifier.encoder, images.class_names, templates)
     refined = classifier.refine("image", queries, refine), classifier.refine("text", names, refine)
     before, after = queries @ names.T, refined[0] @ refined[1].T
     hits = {"frozen": zeroshot.ranks(before, class_ids) == 0}
@@ -158,6 +168,19 @@ def evaluate(
         "memory_rows": len(classifier.memory),
         "rejected": [list(reject) for reject in images.rejects],
         "page": str(page),
+    }
+
+
+def _without_memory(
+    encoder: frozen.FrozenRetriever, images: labeled.Labeled, templates: Sequence[str] | None
+) -> dict[str, Any]:
+    queries, class_ids, _ = _embed(images, encoder, 1)
+    names = class_rows(encoder, images.class_names, templates)
+    return {
+        **statistics.accuracy(zeroshot.hits_at_1(queries, names, class_ids)),
+        "refine": "none",
+        "classes": len(images.class_names),
+        "rejected": [list(reject) for reject in images.rejects],
     }
 
 

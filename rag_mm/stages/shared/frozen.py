@@ -31,7 +31,7 @@ from rag_mm.core import (
 from rag_mm.core.code_grids import Grids
 from rag_mm.core.errors import UserError
 from rag_mm.data import public_text, vocabulary
-from rag_mm.models import clip, emu3_vq, vqgan
+from rag_mm.models import clip, emu3_vq, siglip2, vqgan
 from rag_mm.models.spae import autoencoder, spae_config
 from rag_mm.nn import param_trees
 from rag_mm.nn.param_trees import Params
@@ -39,6 +39,7 @@ from rag_mm.ops import images as image_ops
 from rag_mm.train import checkpoint
 
 TextVocabulary = vocabulary.Vocabulary | public_text.PublicTokenizer
+RetrieverConfig = clip.CLIPConfig | siglip2.SigLIP2Config
 ImageTokenizerConfig = spae_config.SPAEConfig | vqgan.VQGANConfig
 CONFIG, VOCABULARY, PARAMS = "config.json", "vocabulary.json", "params.safetensors"
 TOKEN_IDS = "token_ids.json"  # of an imported image tokenizer: the token of each code
@@ -46,6 +47,10 @@ WORDS = "words.json"  # of an image tokenizer whose codes are words of a languag
 GUIDE = "retriever"  # folder of the retriever that a guided image tokenizer reads images with
 TEXT_BATCH = 256  # Texts encoded at once.
 # Family -> the classes of config and model.
+RETRIEVERS: dict[str, tuple[type[Any], Callable[..., nnx.Module]]] = {
+    "clip": (clip.CLIPConfig, clip.CLIP),
+    "siglip2": (siglip2.SigLIP2Config, siglip2.SigLIP2),
+}
 IMAGE_TOKENIZERS: dict[str, tuple[type[Any], Callable[..., nnx.Module]]] = {
     "spae": (spae_config.SPAEConfig, autoencoder.SPAE),
     "vqgan": (vqgan.VQGANConfig, vqgan.VQGAN),
@@ -77,9 +82,10 @@ class LoadedModel:
 
 
 class FrozenRetriever:
-    """A frozen CLIP with its text tokenizer; the encoder of a memory (`memory.model_protocols.Encoder`).
+    """A frozen CLIP or SigLIP 2 with its text tokenizer: a memory's `memory.model_protocols.Encoder`.
 
     Attributes:
+        config: sizes of the model, by which its family can be told.
         model: structure and parameters of both towers.
     """
 
@@ -95,14 +101,19 @@ class FrozenRetriever:
             UserError: the folder is missing or incomplete, or holds a model of another family.
         """
         self.folder = folder = epath.Path(folder)
-        _, config = read_config(folder, ["clip"])
-        self.config = configuration.make(clip.CLIPConfig, config, str(folder / CONFIG))
+        family, values = read_config(folder, RETRIEVERS)
+        config_class, make_model = RETRIEVERS[family]
+        self.config: RetrieverConfig = configuration.make(
+            config_class, values, str(folder / CONFIG)
+        )
         self.vocabulary = _load_vocabulary(folder)
+        if family == "siglip2" and isinstance(self.vocabulary, public_text.PublicTokenizer):
+            self.vocabulary = public_text.fold_case(self.vocabulary)
         self.fingerprint = fingerprint(folder)
         self.dim, self.image_size = self.config.projection_dim, self.config.image_size
         self.image_batch = image_batch or image_ops.num_at_once(self.image_size)
         self.text_batch = TEXT_BATCH
-        self.model = _load_model(folder, functools.partial(_make_clip, self.config))
+        self.model = _load_model(folder, lambda: make_model(self.config, rngs=nnx.Rngs(0)))
         self._encode_image = self.model.compile("encode_image")
         self._encode_tokens = self.model.compile("vision.tokens")
         self._encode_text = self.model.compile("encode_text")
@@ -114,9 +125,18 @@ class FrozenRetriever:
     def encode_image_tokens(self, pixels: np.ndarray) -> np.ndarray:
         """Tokens float32 [B, M, C] of images as of `encode_image`: of the class, then of the patches.
 
-        They are those of the image tower's last block, before its last norm and the projection.
+        They are those of the image tower's last block, before its last norm and the projection. A SigLIP 2
+        has no token of the class.
         """
         return self._encode(self._encode_tokens, pixels)
+
+    def encode_grid(self, pixels: np.ndarray) -> np.ndarray:
+        """As `encode_image`, of images uint8 [B, H, W, 3] that are not scaled.
+
+        H and W are `image_size` or, of a SigLIP 2 that takes any aspect, multiples of its patches.
+        """
+        call = lambda batch: self._encode_image(image_ops.to_float(batch))
+        return in_batches(call, pixels, self.image_batch)
 
     def _encode(self, encode: Callable[[jax.Array], jax.Array], pixels: np.ndarray) -> np.ndarray:
         size = self.image_size
@@ -128,14 +148,21 @@ class FrozenRetriever:
         """Embeddings float32 [B, D], of length 1; texts longer than the tower's limit are truncated.
 
         Raises:
-            UserError: this CLIP was imported without its tokenizer.
+            UserError: this model was imported without its tokenizer.
         """
         if self.vocabulary is None:
             raise UserError(
                 f"{self.folder} has no tokenizer and cannot encode text; import it from a folder with "
                 f"{public_text.TOKENIZER}, or {public_text.VOCABULARY} and {public_text.MERGES}."
             )
-        tokens = text_tokens(self.config, self.vocabulary, texts)
+        if isinstance(self.config, siglip2.SigLIP2Config):
+            if not isinstance(self.vocabulary, public_text.PublicTokenizer):
+                raise UserError(
+                    f"{self.folder} has another tokenizer than a SigLIP 2; import it anew."
+                )
+            tokens = _padded_tokens(self.config, self.vocabulary, texts)
+        else:
+            tokens = text_tokens(self.config, self.vocabulary, texts)
         return in_batches(self._encode_text, tokens, self.text_batch)
 
 
@@ -363,16 +390,23 @@ def text_tokens(
     return tokens
 
 
+def _padded_tokens(
+    config: siglip2.SigLIP2Config, text: public_text.PublicTokenizer, texts: list[str]
+) -> np.ndarray:
+    """Token ids of texts, truncated before the special tokens at their ends, and padded, as `text_tokens`."""
+    tokens = np.full((len(texts), config.max_text_len), config.padding, np.int32)
+    for row, each in zip(tokens, texts, strict=True):
+        ids = text.encode_within(each, config.max_text_len)
+        row[: len(ids)] = ids
+    return tokens
+
+
 def in_batches(
     call: Callable[[np.ndarray], jax.Array], rows: np.ndarray, batch_size: int
 ) -> np.ndarray:
     """Applies `call` to at least one row, in full batches and a last one of a power of two of rows."""
     results = [np.asarray(call(rows[part])) for part in batches.split(len(rows), batch_size)]
     return np.concatenate(results)[: len(rows)]
-
-
-def _make_clip(config: clip.CLIPConfig) -> clip.CLIP:
-    return clip.CLIP(config, rngs=nnx.Rngs(0))
 
 
 def _save(

@@ -2,13 +2,11 @@
 
 import dataclasses
 import functools
-import json
 import zlib
 
 import numpy as np
-from etils import epath
 
-from rag_mm.core import digests, files, image_files, progress
+from rag_mm.core import image_files, progress
 from rag_mm.core.document_types import Document, Image, Text
 from rag_mm.core.errors import UserError
 from rag_mm.data import open_documents
@@ -48,15 +46,7 @@ class OwnImages:
             raise ValueError(f"image_size is {self.image_size}; give at least 1")
         if not 0 < self.held_out_share < 1:
             raise ValueError(f"held_out_share is {self.held_out_share}; give more than 0, below 1")
-        source = open_documents.open_documents(self.documents)
-        # The fingerprint of a folder source covers the captions only.
-        pixels = (
-            digests.folder_digests(folder)
-            if (folder := epath.Path(self.documents)).is_dir()
-            else {}
-        )
-        whole = json.dumps([source.fingerprint, pixels], sort_keys=True)
-        object.__setattr__(self, "digest", files.digest(whole.encode()))
+        object.__setattr__(self, "digest", open_documents.digest(self.documents))
 
     def scenes(self, role: str, *split_names: str) -> "CaptionedImages":
         """The documents of some splits, the same ones in every role; `held_out` is tune and test."""

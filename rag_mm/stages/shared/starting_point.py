@@ -26,6 +26,7 @@ from rag_mm.train import checkpoint
 STAGES = ("decoder", "language_model")
 PARAMS, IMPORTED = "params", "frozen"
 _PREFIX = "decoder/"  # of the decoder's parameters in an imported Chameleon
+_TABLES = ("embedding/table", "head/table")  # with a row for each token
 _MAX_NAMED = 4
 
 
@@ -66,13 +67,7 @@ class StartConfig:
         if self.frozen_dtype is not None and self.lora is None and not self.freeze:
             raise ValueError("frozen_dtype is set, but nothing is frozen; give freeze or lora")
         if self.start_from and not self.start_stage:
-            folder = _find(self.start_from)
-            manifest = run_folder.Run(folder.parent).manifest(folder.name)
-            if manifest is None or not manifest.is_done:
-                raise UserError(
-                    f"start_from is {self.start_from}, which is not finished; finish it first."
-                )
-            object.__setattr__(self, "started_from", manifest.fingerprint)
+            object.__setattr__(self, "started_from", fingerprint(self.start_from))
 
     @property
     def start_stage(self) -> str | None:
@@ -113,7 +108,7 @@ class StartConfig:
     def _source(self, workdir: epath.Path) -> epath.Path:
         if self.start_stage is not None:
             return run_folder.Run(workdir).finished_stage(self.start_stage)
-        folder = _find(self.start_from or "")
+        folder = find(self.start_from or "")
         return run_folder.Run(folder.parent).finished_stage(folder.name)
 
 
@@ -147,6 +142,32 @@ def load(folder: epath.Path, abstract: Params) -> Params:
     return checkpoint.load_params(folder / PARAMS, abstract)
 
 
+def load_longer(folder: epath.Path, abstract: Params, num_old: int) -> Params:
+    """As `load`, for a decoder that has more tokens: their rows are the mean of the rows of the others.
+
+    Args:
+        folder: of a stage whose decoder has `num_old` tokens.
+        abstract: the decoder's layout here.
+        num_old: tokens there.
+    """
+    wanted = param_trees.leaves_by_path(abstract)
+    tables = [path for path in _TABLES if path in wanted]
+    old = dict(wanted)
+    for path in tables:
+        leaf = wanted[path]
+        # Undivided: the old rows need not split over the mesh.
+        whole = jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec())
+        shape = (num_old, *leaf.shape[1:])
+        old[path] = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=whole)
+    tree = jax.tree.structure(abstract)
+    found = param_trees.leaves_by_path(load(folder, jax.tree.unflatten(tree, list(old.values()))))
+    for path in tables:
+        rows = np.asarray(found[path])
+        more = np.repeat(rows.mean(0, keepdims=True), wanted[path].shape[0] - num_old, axis=0)
+        found[path] = jax.device_put(np.concatenate([rows, more]), wanted[path].sharding)
+    return jax.tree.unflatten(tree, list(found.values()))
+
+
 def _check(folder: epath.Path, found: dict[str, tuple[int, ...]], abstract: Params) -> None:
     wanted = {path: leaf.shape for path, leaf in param_trees.leaves_by_path(abstract).items()}
     differing = [
@@ -171,14 +192,39 @@ def _check(folder: epath.Path, found: dict[str, tuple[int, ...]], abstract: Para
         )
 
 
-def _find(start_from: str) -> epath.Path:
-    """The folder of the stage that a path names: its own, or that of its run."""
+def fingerprint(start_from: str, name: str = "start_from") -> str:
+    """The fingerprint of the stage that a path names (`find`).
+
+    Args:
+        start_from: the path.
+        name: of the setting, for errors.
+
+    Raises:
+        UserError: there is none, or it is not finished.
+    """
+    folder = find(start_from, name)
+    manifest = run_folder.Run(folder.parent).manifest(folder.name)
+    if manifest is None or not manifest.is_done:
+        raise UserError(f"{name} is {start_from}, which is not finished; finish it first.")
+    return manifest.fingerprint
+
+
+def find(start_from: str, name: str = "start_from") -> epath.Path:
+    """The folder of the stage that a path names: its own, or that of its run.
+
+    Args:
+        start_from: the path.
+        name: of the setting, for errors.
+
+    Raises:
+        UserError: there is no such folder.
+    """
     path = epath.Path(start_from)
     path = path if "://" in start_from else path.resolve()
-    for folder in (path, *(path / name for name in STAGES)):
+    for folder in (path, *(path / stage for stage in STAGES)):
         if (folder / run_folder.MANIFEST).exists():
             return folder
     raise UserError(
-        f"start_from is {start_from}, which holds no decoder; give the folder of a run or of one of its "
+        f"{name} is {start_from}, which holds no decoder; give the folder of a run or of one of its "
         "stages."
     )

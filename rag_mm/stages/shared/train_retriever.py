@@ -59,8 +59,8 @@ class RetrieverStageConfig(given_models.GivenConfig):
     trained on `common` and `rare_seen`, it has not seen them.
 
     Attributes:
-        folder: CLIP to use: a run, such as one of `rag-mm import clip`, or its own folder, as `retriever` in
-            a memory. It scales images to its own size. None trains `model`.
+        folder: CLIP or SigLIP 2 to use: a run, such as one of `rag-mm import clip`, or its own folder, as
+            `retriever` in a memory. It scales images to its own size. None trains `model`.
         seed: seed of the initial weights, the order of the pairs and the choice of captions.
         world: world of the documents.
         optimizer: learning rate, schedule and moments.
@@ -202,11 +202,11 @@ def inputs(config: RetrieverStageConfig) -> tuple[str, ...]:
 
 
 def _given_fingerprint(folder: str) -> str:
-    return given_models.model_fingerprint(folder, "retriever", ["clip"])
+    return given_models.model_fingerprint(folder, "retriever", frozen.RETRIEVERS)
 
 
 def _take_given(config: RetrieverStageConfig, given: str, folder: epath.Path) -> dict:
-    """Copies the given CLIP; returns what `run` does."""
+    """Copies the given model; returns what `run` does."""
     if not multiprocess.is_leader():
         return {}
     given_models.copy_model(given_models.find_model(given, "retriever"), folder)

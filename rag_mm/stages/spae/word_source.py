@@ -1,10 +1,7 @@
 """Words and their vectors: of a language model, of an .npz file, or random ones as a control."""
 
-import functools
 import importlib.util
-import os
 import re
-import time
 import zipfile
 import zlib
 
@@ -17,7 +14,6 @@ from rag_mm.frozen_lm import word_table
 
 RANDOM, SMOLLM2 = "random", "smollm2"
 _RANDOM_DIM = 64
-_SETTLED_NS = 2 * 10**9
 # What NumPy raises for a file that is damaged, empty, or holds a single array.
 _DAMAGED = (KeyError, ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
 
@@ -60,30 +56,7 @@ def digest(lm: str) -> str:
     manifest = run_folder.Run(path).manifest("language_model") if path.is_dir() else None
     if manifest is not None:
         return manifest.fingerprint
-    stamps = _stamps(path)
-    # A file that was written just now may change again without another time.
-    if not stamps or max(times[-1] for times in stamps) > time.time_ns() - _SETTLED_NS:
-        return _content_digest(path)
-    return _known_digest(path, stamps)
-
-
-def _stamps(path: epath.Path) -> tuple[tuple[int, int, int], ...]:
-    """(inode, size, time of the last change in ns) of the local files at or below a path; else ()."""
-    folders = os.walk(path, followlinks=True) if path.is_dir() else [("", (), (str(path),))]
-    found = [os.path.join(folder, name) for folder, _, names in folders for name in names]
-    if not all(map(os.path.exists, found)):
-        return ()
-    stats = [os.stat(name) for name in sorted(found)]
-    return tuple(
-        (each.st_ino, each.st_size, max(each.st_mtime_ns, each.st_ctime_ns)) for each in stats
-    )
-
-
-@functools.lru_cache(maxsize=16)
-def _known_digest(path: epath.Path, stamps: tuple[tuple[int, int, int], ...]) -> str:
-    """The digest of files of these stamps, hashed once by this process."""
-    del stamps  # Files with other ones have another digest.
-    return _content_digest(path)
+    return digests.of_files(path, _content_digest)
 
 
 def _content_digest(path: epath.Path) -> str:

@@ -124,6 +124,32 @@ def test_roles_weight_text_and_images():
     assert float(metrics["text_ce"][1]) == 3 and float(metrics["image_mse"][1]) == 3
 
 
+def test_the_loss_of_answers_is_the_cross_entropy_of_main_text_alone():
+    """Against the decoder's own log-probabilities, position by position."""
+    graphdef, params = tiny_emu.split("paper")
+    batch = dict(tiny_emu.make_batch(PAPER, tiny_emu.written_rows(PAPER)[2:3]))
+    tokens = batch.pop("image_tokens")
+    roles = np.full(batch["tokens"].shape, IGNORED, np.int8)
+    roles[:, 5:9] = MAIN
+
+    def run(params, batch, tokens):
+        model = nnx.merge(graphdef, params)
+        codes = model.encode(tokens.reshape(-1, *tokens.shape[2:]))
+        vectors = model.to_vectors(codes)
+        mixed = model.mix(batch["tokens"], batch["slot"], vectors.reshape(1, -1, vectors.shape[-1]))
+        hidden = model.decoder(mixed, batch["positions"], batch["segment_ids"])
+        batch = batch | {"vectors": vectors[None], "roles": roles}
+        log_probs = jax.nn.log_softmax(model.decoder.logits(hidden)[0])
+        return emu_objective.answer_loss(model, batch, jax.random.key(0)), log_probs
+
+    (loss, metrics), log_probs = jax.jit(run)(params, batch, tokens)
+    is_text = np.asarray(emu_objective.text_targets(jnp.asarray(batch["targets"]), PAPER))[0]
+    counted = [t for t in range(5, 9) if is_text[t]]
+    wanted = -np.mean([log_probs[t, batch["targets"][0, t]] for t in counted])
+    assert 0 < len(counted) < 4 and float(metrics["loss"][1]) == len(counted)
+    assert float(loss) == pytest.approx(float(wanted), rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["standardised", "pca"])
 def test_a_step_of_the_other_targets_lowers_the_loss(name):
     config, (_, params) = tiny_emu.CONFIGS[name], tiny_emu.split(name)

@@ -28,10 +28,20 @@ def test_topologies_are_read():
     assert all(chip.source.startswith("https://") for chip in chips.CHIPS.values())
 
 
+def test_a_tpu7x_chip_is_two_devices_that_share_its_published_peaks():
+    """2307 TFLOP/s, 7380 GB/s, 1200 GB/s in both directions (cloud.google.com/tpu/docs/tpu7x)."""
+    found = chips.parse_topology("tpu7x:2x2x1")
+    assert found.num_chips == 8
+    chip = found.chip
+    shared = [2 * each for each in (chip.flops, chip.hbm_bandwidth, 2 * chip.ici_bandwidth)]
+    assert shared == [2307e12, 7380e9, 1200e9]
+    assert chips.DEVICE_FLOPS["TPU7x"] == chip.flops
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--topology=v9:2x2"], "There is no chip 'v9'; there are v4, v5e, v5p, v6e."),
+        (["--topology=v9:2x2"], "There is no chip 'v9'; there are v4, v5e, v5p, v6e, tpu7x."),
         (["--topology=v5e:4x4x4"], "has 3 dimensions; a torus of v5e has 2."),
         (["--topology=big"], "such as v5e:16x16"),
         (["--topology=v5e:16x16", "--batch=100"], "use a multiple of 256"),

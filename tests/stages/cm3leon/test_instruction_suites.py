@@ -39,4 +39,4 @@ def test_a_task_without_items_among_the_test_scenes():
     scenes = types.SimpleNamespace(items=lambda task: ([], []), num_test=3)
     scorer = measure_tasks.TaskScorer(scenes, epath.Path("none"), Sampling(1.0), seed=0)
     with pytest.raises(UserError, match="None of the 3 test scenes has an item of the task swap"):
-        scorer.score(scene_instructions.find("swap"))
+        scorer.ask(scene_instructions.find("swap"))

@@ -7,7 +7,7 @@ from rag_mm.core.document_types import Text
 from rag_mm.core.errors import UserError
 from rag_mm.data import instruction_items, instruction_templates
 from rag_mm.stages.cm3leon import scene_instructions
-from rag_mm.worlds.emoji import class_splits, emoji_scenes
+from rag_mm.worlds.emoji import class_splits, emoji_scenes, scene_captions
 
 CLASSES = class_splits.classes("common")[:4]
 EASY = emoji_scenes.Scenes("easy", CLASSES, "train")
@@ -70,7 +70,7 @@ def test_a_caption_is_judged_in_parts():
     other = "red" if color != "red" else "blue"
 
     def judge(text):
-        return scene_instructions.judge_caption(item, text)
+        return scene_captions.judge_caption(item, text)
 
     whole = EASY.full_caption(0)
     assert judge(f" {whole.upper()}. ") == dict.fromkeys(

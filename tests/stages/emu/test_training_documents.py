@@ -1,5 +1,7 @@
 """What Emu trains on: pairs, stories without test scenes, clips in the order of time, further documents."""
 
+import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -8,10 +10,13 @@ from etils import epath
 
 from rag_mm.core import image_files, run_folder
 from rag_mm.core.errors import UserError
+from rag_mm.core.image_slots import SlotTokens
 from rag_mm.data import sources
 from rag_mm.stages.emu import text_figures, training_documents
 from rag_mm.stages.emu.album import Album
-from rag_mm.stages.shared import world_config
+from rag_mm.stages.emu.row_maker import RowMaker
+from rag_mm.stages.emu.training_rows import InterleavedConfig, MixtureConfig, RowSource
+from rag_mm.stages.shared import build_memory, world_config
 from rag_mm.worlds.emoji import emoji_scenes, scene_clips, scene_facts
 
 WORLD = world_config.EmojiWorld(class_share=0.05, seed=3)
@@ -36,6 +41,37 @@ def test_pairs_are_full_captions_of_the_pictures_of_training_scenes(documents):
         caption, number = documents.pairs[i]
         assert caption == scenes.full_caption(i)
         np.testing.assert_array_equal(documents.album.pixels(number), scenes.image(i))
+
+
+def test_training_reads_no_picture_of_a_test_scene(tmp_path, monkeypatch):
+    """Records what rows are made of, the retrieved documents and the frames of clips among it."""
+    memory = WORLD.scenes("memory", *world_config.SEEN)
+    monkeypatch.setattr(run_folder.Run, "manifest", lambda run, name: name == "memory")
+    monkeypatch.setattr(build_memory, "open_memory", lambda run, version: range(len(memory)))
+    monkeypatch.setattr(build_memory, "is_given", lambda run: False)
+    run = run_folder.Run(epath.Path(tmp_path))
+    whole = training_documents.collect(WORLD, run, 10**4, 10**4, None)
+    assert len(whole.memory) == len(memory) and len(whole.clips) == len(whole.pairs)
+    read: set[int] = set()
+
+    class Recorded:
+        def take(self, numbers):
+            read.update(numbers[numbers >= 0].tolist())
+            return np.zeros((*numbers.shape, 1), np.float16)
+
+    rng = np.random.default_rng(0)
+    neighbors = rng.integers(len(memory), size=(len(whole.pairs), 3, 2)).astype(np.int32)
+    maker = RowMaker(lambda text: [1] * len(text.split()), SlotTokens(2, 3, 4, 5, 6, 7), 2, 32)
+    mixture = MixtureConfig(pairs=1, stories=1, clips=2, texts=1)
+    source = RowSource(InterleavedConfig(mixture), whole, neighbors, maker, Recorded(), "tokens")
+    for _ in zip(source.batches(8, 0), range(200), strict=False):
+        pass
+    frames = {number for clip in whole.clips for number in clip[1:]}
+    assert len(read & frames) > 0.8 * len(frames) and len(read) > 0.8 * len(whole.album)
+    shown = {whole.album.pixels(number).tobytes() for number in read}
+    for names in (world_config.SEEN, world_config.HELD_OUT):
+        test = WORLD.scenes("test", *names)
+        assert not shown & {test.image(i).tobytes() for i in range(len(test))}
 
 
 def test_no_story_shows_a_test_scene_and_each_sentence_tells_the_change(documents):
@@ -104,6 +140,27 @@ def test_captions_are_judged_part_by_part():
     changed = judge(f"no such thing at the center on a {color} background")
     assert changed == {"exact": False, "named": False, "place": False, "color": True}
     assert not any(judge("a picture").values())
+
+
+@pytest.mark.parametrize("level", list(emoji_scenes.LEVELS))
+def test_captions_of_every_level_are_judged(level):
+    world = dataclasses.replace(WORLD, levels=(level,))
+    scenes = world.scenes("test", *world_config.TEST)
+    for i in range(len(scenes)):
+        wanted, facts = scenes.full_caption(i), scenes.facts(i)
+        judge = functools.partial(
+            text_figures.judge, facts=facts, level=scenes.levels[i], wanted=wanted
+        )
+        assert judge(wanted) == dict.fromkeys(("exact", "named", "place", "color"), True)
+        # The last entity elsewhere, or another: right is what is right of all.
+        first, last = wanted.rsplit(" the ", 1)
+        place, rest = last.split(" on a ")
+        other = "top" if place != "top" else "bottom"
+        moved = judge(f"{first} the {other} on a {rest}")
+        assert moved == {"exact": False, "named": True, "place": False, "color": True}
+        fewer = "thing at the center on a red background"
+        if len(facts.entities) == 2:
+            assert not any(judge(fewer)[name] for name in ("exact", "named", "place", "color"))
 
 
 def test_shuffled_frames_are_neither_in_order_nor_reversed():

@@ -42,7 +42,7 @@ def test_a_stored_run_of_any_version_is_read(tiny_run, tmp_path, stage):
     run_folder.run_stage(run, stage, {}, (), write_fusion(towers))
     run.save_config({"stages": [stage], "document_pairs": {"memory": str(memory)}})
     classifier = zeroshot_suite.load(run.workdir)
-    rows = classifier.class_rows(["red kite"], None)
+    rows = zeroshot_suite.class_rows(classifier.encoder, ["red kite"], None)
     refined = classifier.refine("text", rows, "both")
     assert refined.shape == (1, 64) and abs(jax.numpy.linalg.norm(refined) - 1) < 1e-4
     run.save_config({"stages": ["toy_pairs", stage]})

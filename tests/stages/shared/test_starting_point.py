@@ -9,7 +9,7 @@ import safetensors.numpy
 from etils import epath
 from flax import nnx
 
-from rag_mm.core import run_folder
+from rag_mm.core import run_folder, sharding
 from rag_mm.core.errors import UserError
 from rag_mm.nn import decoder, lora, param_trees
 from rag_mm.stages import chain_config
@@ -166,3 +166,21 @@ def test_what_is_frozen_follows_from_patterns_or_from_lora():
     adapted = starting_point.StartConfig(start_from="control", lora=lora.LoRAConfig())
     is_frozen = adapted.what_trains(abstract).is_frozen
     assert is_frozen("head/table") and not is_frozen("stack/blocks/attention/q/lora_a")
+
+
+def test_rows_of_further_tokens_are_the_mean_of_the_others(runs):
+    folder, params = runs
+    longer = describe_on_mesh(dataclasses.replace(CONFIG, vocab_size=21))
+    found = starting_point.load_longer(folder / "imported" / "language_model", longer, 16)
+    for table in ("embedding", "head"):
+        old, new = np.split(np.asarray(found[table]["table"]), [16])
+        np.testing.assert_array_equal(old, params[table]["table"])
+        np.testing.assert_allclose(new, np.tile(old.mean(0), (5, 1)), rtol=1e-6)
+    np.testing.assert_array_equal(found["norm"]["scale"], params["norm"]["scale"])
+    with pytest.raises(UserError, match="embedding/table is .16, 8. there and .15, 8. here"):
+        starting_point.load_longer(folder / "imported" / "language_model", longer, 15)
+
+
+def describe_on_mesh(config):
+    make = lambda: decoder.Decoder(config, rngs=nnx.Rngs(0))
+    return param_trees.describe(make, sharding.make_mesh())[1]

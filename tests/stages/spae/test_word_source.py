@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from rag_mm.core import digests as core_digests
 from rag_mm.core import files, run_folder
 from rag_mm.core.errors import UserError
 from rag_mm.stages.shared import frozen, given_models, world_config
@@ -51,7 +52,7 @@ def test_words_of_an_npz_file_become_a_table_in_their_order(tmp_path):
 @pytest.mark.parametrize("is_settled", [False, True])
 def test_another_file_of_the_same_name_is_another_config(tmp_path, monkeypatch, is_settled):
     """Also where files are old enough for their digest to be kept."""
-    monkeypatch.setattr(word_source, "_SETTLED_NS", -(10**12) if is_settled else 10**12)
+    monkeypatch.setattr(core_digests, "_SETTLED_NS", -(10**12) if is_settled else 10**12)
     path = tmp_path / "lm.npz"
     digests = {_config(_write(path, ["aa", "bb"], np.eye(2) * scale)).lm_digest for scale in (1, 2)}
     assert len(digests) == 2
@@ -68,7 +69,7 @@ def test_a_language_model_is_hashed_once_unless_it_was_just_written(
     monkeypatch.setattr(files, "file_digest", lambda each: hashed.append(each) or digest(each))
     fresh = {_config(path).lm_digest for _ in range(2)}
     assert len(hashed) == 2
-    monkeypatch.setattr(word_source, "_SETTLED_NS", -(10**12))
+    monkeypatch.setattr(core_digests, "_SETTLED_NS", -(10**12))
     assert {_config(path).lm_digest for _ in range(3)} == fresh and len(hashed) == 3
     _write(tmp_path / "lm" / "lm.npz", ["aa", "bb"], np.eye(2) * 2)
     assert _config(path).lm_digest not in fresh and len(hashed) == 4

@@ -1,0 +1,127 @@
+"""Reads a corpus: documents by number, at random, from any thread."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from array_record.python import array_record_data_source
+from etils import epath
+
+from rag_mm.core import files
+from rag_mm.core.errors import UserError
+from rag_mm.corpus import corpus_manifest
+from rag_mm.corpus.corpus_manifest import shard_file
+from rag_mm.corpus.token_record import TokenDocument, TokenFormat
+from rag_mm.data import vocabulary
+from rag_mm.memory.index import live_rows
+from rag_mm.memory.store import manifest
+
+
+class StoredDocuments:
+    """The records of a corpus's shards by their place in the files; thread-safe."""
+
+    def __init__(self, root: Path, rows: Sequence[int], form: TokenFormat):
+        """Opens no file yet; `rows` are the numbers of documents in the shards."""
+        self._root, self._rows, self._format = root, rows, form
+
+    @functools.cached_property
+    def _source(self) -> array_record_data_source.ArrayRecordDataSource:
+        return array_record_data_source.ArrayRecordDataSource(
+            [
+                f"{self._root / shard_file('records', number, 'arrayrecord')}[0:{rows}]"
+                for number, rows in enumerate(self._rows)
+                if rows
+            ]
+        )
+
+    def read(self, places: np.ndarray) -> list[TokenDocument]:
+        """The documents at these places, int [N], read together.
+
+        Raises:
+            UserError: one is damaged.
+        """
+        if not len(places):
+            return []
+        try:
+            records = self._source.__getitems__(np.asarray(places).tolist())
+            return [self._format.from_bytes(data) for data in records]
+        except (UserError, RuntimeError) as error:  # RuntimeError: ArrayRecord's checksum.
+            raise UserError(f"A record of {self._root} cannot be read: {error}") from error
+
+
+class TokenCorpus:
+    """A corpus, opened for reading; thread-safe. Documents are numbered from 0.
+
+    Attributes:
+        path: its folder.
+        manifest: describes it.
+    """
+
+    def __init__(self, path: epath.PathLike):
+        """Opens a corpus after cheap checks: its manifest, and the size of every file.
+
+        Raises:
+            UserError: the folder is remote, no corpus, unfinished or damaged.
+        """
+        self.path = manifest.local_folder(path)
+        self.manifest = corpus_manifest.read(self.path)
+        duplicates = files.read_array(self.path / corpus_manifest.DUPLICATES)
+        if duplicates.dtype != np.int64 or len(duplicates) != self.manifest.duplicates:
+            raise UserError(f"{self.path / corpus_manifest.DUPLICATES} was changed.")
+        self._live = live_rows.LiveRows(self.manifest.stored, duplicates)
+        rows = [shard.rows for shard in self.manifest.shards]
+        self._stored = StoredDocuments(self.path, rows, self.manifest.format)
+
+    def __len__(self) -> int:
+        return self.manifest.documents
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of documents and models."""
+        return self.manifest.fingerprint
+
+    @functools.cached_property
+    def vocabulary(self) -> vocabulary.Vocabulary:
+        """The ids of texts and codes.
+
+        Raises:
+            UserError: the vocabulary in the corpus was changed.
+        """
+        path = self.path / corpus_manifest.TOKENIZER / "vocabulary.json"
+        found = vocabulary.load_vocabulary(path)
+        if found.fingerprint != self.manifest.vocabulary:
+            raise UserError(f"{path} was changed; build the corpus again.")
+        return found
+
+    def check_tokenizer(self, fingerprint: str) -> None:
+        """Raises UserError unless the corpus holds codes of the image tokenizer of this fingerprint."""
+        if fingerprint != self.manifest.tokenizer:
+            raise UserError(
+                f"{self.path} holds codes of the image tokenizer {self.manifest.tokenizer[:12]}, not of "
+                f"{fingerprint[:12]}; build a corpus with this one, or train on {self.path}/tokenizer."
+            )
+
+    def read(self, numbers: np.ndarray) -> list[TokenDocument]:
+        """The documents of these numbers, int [N], read together; raises UserError if one is damaged."""
+        return self._stored.read(self.places(numbers))
+
+    def read_stored(self, places: np.ndarray) -> list[TokenDocument]:
+        """The stored documents at these places, int [N], duplicates included."""
+        return self._stored.read(places)
+
+    def places(self, numbers: np.ndarray) -> np.ndarray:
+        """Where documents lie among the stored ones, int64 [N]."""
+        return self._live.stored[numbers]
+
+    def lengths(self, max_text_len: int) -> np.ndarray:
+        """Tokens of every document with one more after each segment, int32 [D]; texts are cut."""
+        parts = [self._shard_lengths(i, max_text_len) for i in range(len(self.manifest.shards))]
+        return np.concatenate(parts)[self._live.stored]
+
+    def _shard_lengths(self, number: int, max_text_len: int) -> np.ndarray:
+        path = self.path / shard_file("segments", number, "npy")
+        row, kind, length = np.load(path, mmap_mode="r", allow_pickle=False).T
+        length = np.where(kind == 0, np.minimum(length, max_text_len), length) + 1
+        rows = self.manifest.shards[number].rows
+        return np.bincount(row, weights=length, minlength=rows).astype(np.int32)
