@@ -41,8 +41,8 @@ def load(
 
     Returns:
         `rag_mm.api.session.Session` (generate, caption, infill, memory, and if tuned edit and ask) for a run
-        trained with rag-mm; `rag_mm.api.emu_session.EmuSession` (caption, complete, imagine, memory) for one
-        of Emu; for an imported CLIP, LLaMA, Chameleon or Emu a class of `rag_mm.api.imported`; for an
+        trained with rag-mm; `rag_mm.api.emu_session.EmuSession` (caption, ask, chat, generate, memory) for
+        one of Emu; for an imported CLIP, LLaMA, Chameleon or Emu a class of `rag_mm.api.imported`; for an
         imported image tokenizer `rag_mm.stages.shared.frozen.FrozenTokenizer`.
 
     Raises:

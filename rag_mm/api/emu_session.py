@@ -187,9 +187,7 @@ class EmuSession:
         drawn = decoder.draw(np.repeat(codes[None], num, axis=0), seed, guidance, steps)
         return GeneratedImages(drawn, retrieved)
 
-    def blend(
-        self, images: Sequence[image_files.AnyImage], **options: Any
-    ) -> GeneratedImages:
+    def blend(self, images: Sequence[image_files.AnyImage], **options: Any) -> GeneratedImages:
         """Draws what follows two or more images without a text; `options` are those of `generate`.
 
         Raises:
@@ -317,9 +315,7 @@ class EmuSession:
         ]
         return retrieved[::-1], chosen
 
-    def _retrieve(
-        self, query: dict[str, Any], docs: int
-    ) -> tuple[list[Document], list[Any]]:
+    def _retrieve(self, query: dict[str, Any], docs: int) -> tuple[list[Document], list[Any]]:
         """The documents nearest to `image` or `text`, the nearest last, and their scores."""
         memory = self.memory
         if memory is None:

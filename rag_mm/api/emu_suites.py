@@ -1,4 +1,4 @@
-"""Suites `caption`, `vqa` and `visdial` on a run of Emu, with examples or none (Emu, section 4)."""
+"""Suites `caption`, `vqa` and `visdial` on a run of Emu, with examples or none (docs/papers/emu.md)."""
 
 import collections
 import dataclasses

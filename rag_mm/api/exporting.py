@@ -20,8 +20,7 @@ from rag_mm.stages.ra_cm3 import decoder_record
 from rag_mm.stages.shared import frozen, train_tokenizer
 from rag_mm.train import checkpoint
 
-FAMILIES = importing.FAMILIES | {"cm3": cm3_format.FAMILY}
-NAMES = "names.json"
+FAMILIES = importing.FAMILIES
 EMU_STAGES = ("emu", "emu_sft")  # Of a run of Emu, whose decoders can be exported.
 
 
@@ -219,10 +218,10 @@ def _trained_decoder(run: run_folder.Run, family: table.Family, stage: str) -> E
     side = {
         public_text.TOKENIZER: text,
         frozen.VOCABULARY: (folder / frozen.VOCABULARY).read_bytes(),
-        NAMES: _json(cm3_format.name_table(config)),
+        cm3_format.NAMES: _json(cm3_format.name_table(config)),
     }
     if family is not FAMILIES["cm3"]:
-        del side[NAMES]
+        del side[cm3_format.NAMES]
         values |= {
             "bos_token_id": image_tokenizer.vocabulary.eod,
             "eos_token_id": image_tokenizer.vocabulary.eod,
@@ -246,7 +245,7 @@ def _emus_decoder(run: run_folder.Run, family: table.Family, stage: str) -> Expo
         frozen.VOCABULARY: (folder / saved_emu.VOCABULARY).read_bytes(),
     }
     if family is FAMILIES["cm3"]:
-        side[NAMES] = _json(cm3_format.name_table(config))
+        side[cm3_format.NAMES] = _json(cm3_format.name_table(config))
     else:
         values |= {"bos_token_id": ids.begin, "eos_token_id": ids.end}
     arrays = param_trees.leaves_by_path(emu.model.params["decoder"])

@@ -230,7 +230,7 @@ class ImportedChameleon(language_model.LanguageModel):
         return self.vq.compile("decode")
 
 
-_LANGUAGE = ("llama", "chameleon", "emu")
+_LANGUAGE = ("llama", "chameleon", "emu", "cm3")
 ImportedModel = (
     DualEncoder | language_model.LanguageModel | frozen.FrozenTokenizer | imported_emu.ImportedEmu
 )

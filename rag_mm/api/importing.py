@@ -15,6 +15,7 @@ from rag_mm.api import emu_painter
 from rag_mm.convert import (
     chameleon_format,
     clip_format,
+    cm3_format,
     emu_format,
     gguf_format,
     image_tokenizer_format,
@@ -39,6 +40,7 @@ FAMILIES = {
         chameleon_format.FAMILY,
         clip_format.FAMILY,
         emu_format.FAMILY,
+        cm3_format.FAMILY,
         siglip2_format.FAMILY,
     )
 }
@@ -50,6 +52,7 @@ STAGES = {
     "llama": "language_model",
     "chameleon": "language_model",
     "emu": "language_model",
+    "cm3": "language_model",
     "clip": "retriever",
     "siglip2": "retriever",
     IMAGE_TOKENIZER: "tokenizer",
@@ -70,6 +73,9 @@ _SIDE_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
     *public_text.FILES,
+    # Of a decoder trained here.
+    cm3_format.NAMES,
+    frozen.VOCABULARY,
 )
 
 
@@ -237,7 +243,7 @@ def import_checkpoint(
     """Converts a checkpoint into a run; nothing is written before the whole checkpoint was checked.
 
     Args:
-        name: the family: clip, siglip2, llama, chameleon, emu or image-tokenizer.
+        name: the family: clip, siglip2, llama, chameleon, emu, cm3 or image-tokenizer.
         folder: folder with config.json, safetensors and, optionally, the tokenizer.
         out: the run folder; new, or left by an interrupted import of the same family.
         dtype: dtype to store; None keeps the checkpoint's, bitwise identical.

@@ -80,6 +80,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         model.add_argument(
             "--rounds", type=int, help="rounds; the median counts (default: 5; unguarded: 40)"
         )
+    corpus = benchmarks.add_parser(
+        "corpus", help="rows per second that training reads from a generated corpus"
+    )
+    corpus.add_argument(
+        "--documents", type=int, default=20_000, help="documents of the corpus (default: 20000)"
+    )
+    corpus.add_argument("--codes", type=int, default=1024, help="codes per image (default: 1024)")
+    corpus.add_argument(
+        "--num-rows", type=int, default=1024, help="rows of 4096 tokens to load (default: 1024)"
+    )
+    corpus.add_argument(
+        "--num-workers", type=int, default=0, help="processes that make rows (default: 0, a thread)"
+    )
     _add_tokenizer(benchmarks.add_parser("tokenizer", help="image tokenizer compared with PyTorch"))
     train.add_argument("--widths", type=int, nargs="+", help="decoder widths (default: 192 768)")
     train.add_argument(
@@ -126,6 +139,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measures. Returns the cases by name, each with `ours`, `peer`, `ratio`, `machine`, `versions`."""
     if args.what == "memory":
         return _run_memory(args)
+    if args.what == "corpus":
+        return _run_corpus(args)
     _fill_defaults(args)
     _check_minimum(args, rounds=1, threads=1, layers=1, length=2, batch=1, steps=1, loss_chunks=1)
     _check_minimum(args, new=1, words=1)
@@ -167,6 +182,15 @@ def _run_memory(args: argparse.Namespace) -> dict[str, Any]:
         num_small=args.small,
     )
     return dict(indexes.run(config, progress.say))
+
+
+def _run_corpus(args: argparse.Namespace) -> dict[str, Any]:
+    _check_minimum(args, documents=100, codes=4, num_rows=1, num_workers=0)
+    from rag_mm.perf.bench import corpus_loading
+
+    return corpus_loading.run(
+        args.documents, args.codes, args.num_rows, num_workers=args.num_workers
+    )
 
 
 def _run_peak(args: argparse.Namespace) -> dict[str, Any]:
@@ -253,6 +277,10 @@ def _check_minimum(args: argparse.Namespace, **minimums: int) -> None:
 
 def show(result: dict[str, Any], console: rich.console.Console) -> None:
     """Prints one line per case."""
+    if "peak_gib" in result:
+        for name, value in result.items():
+            console.print(f"{name:<20} {value}", markup=False)
+        return
     table = rich.table.Table(box=None)
     for name in ("case", "ours", "peer", "ratio", "unit", "recall"):
         table.add_column(name)

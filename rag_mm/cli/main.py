@@ -118,6 +118,7 @@ COMMANDS = {
         "compare speed with a peer library or a device's published peak",
         (
             "rag-mm bench memory --rows=300000 --json",
+            "rag-mm bench corpus --documents=1000000 --json",
             "rag-mm bench train --against=transformers --json",
             "rag-mm bench train --against=unguarded --widths 192 768",
             "rag-mm bench train --against=peak --size=7b --remat=full",

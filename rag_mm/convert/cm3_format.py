@@ -1,4 +1,4 @@
-"""Export of decoders trained here (CM3, RA-CM3) as safetensors, with a table of tensor names and axes.
+"""Decoders trained here (CM3, RA-CM3, CM3Leon) as safetensors, with a table of tensor names and axes.
 
 Names are paths in the model. Stacked parameters are written layer by layer, with the layer in place of `{}`;
 every array keeps the shape of our parameter.
@@ -11,15 +11,17 @@ import jax
 from flax import nnx
 
 from rag_mm.convert.table import CheckpointFolder, Family, Rule
-from rag_mm.core.errors import UserError
+from rag_mm.core import configuration
 from rag_mm.nn.decoder import Decoder, DecoderConfig
 
 _STACK = "stack/blocks/"
+_MODEL_TYPE = "rag_mm_decoder"
+NAMES = "names.json"  # The file of `name_table`.
 
 
 def write_config(config: DecoderConfig) -> dict[str, Any]:
     """Every field of the decoder's config."""
-    return {"model_type": "rag_mm_decoder", **dataclasses.asdict(config)}
+    return {"model_type": _MODEL_TYPE, **dataclasses.asdict(config)}
 
 
 def rules(config: DecoderConfig) -> list[Rule]:
@@ -63,11 +65,22 @@ def _unsplit_axis(path: str) -> str:
 
 
 def _read_config(checkpoint: CheckpointFolder) -> DecoderConfig:
-    raise UserError("A decoder trained here cannot be imported; load its run instead.")
+    """Every field of the decoder's config, as `write_config` writes them."""
+    others = ("model_type", "torch_dtype")
+    values = {key: value for key, value in checkpoint.config.items() if key not in others}
+    return configuration.make(DecoderConfig, values, "config.json")
 
 
 def _make_model(config: DecoderConfig) -> nnx.Module:
     return Decoder(config, rngs=nnx.Rngs(params=0))
 
 
-FAMILY = Family("cm3", DecoderConfig, _read_config, write_config, _make_model, rules)
+FAMILY = Family(
+    "cm3",
+    DecoderConfig,
+    _read_config,
+    write_config,
+    _make_model,
+    rules,
+    model_types=(_MODEL_TYPE,),
+)

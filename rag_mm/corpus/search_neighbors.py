@@ -116,7 +116,7 @@ def search(
         return folder
     corpus.check_tokenizer(tokenizer.fingerprint)
     parts = _ranges(corpus, sources)
-    searcher = _Searcher(corpus, memory, options)
+    searcher = _ShardSearcher(corpus, memory, options)
     plan = {
         "what": "neighbors",
         "corpus": corpus.fingerprint,
@@ -222,7 +222,7 @@ def _finish(
     ).write(folder)
 
 
-class _Searcher:
+class _ShardSearcher:
     """Searches a memory for batches of documents."""
 
     def __init__(self, corpus: TokenCorpus, memory: Memory, options: SearchOptions):

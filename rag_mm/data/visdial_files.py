@@ -68,7 +68,9 @@ def read_rounds(path: epath.Path, image_size: int) -> Iterator[DialogRound | str
     folder = instruction_records.find_folder(
         file, f"VisualDialog_{split}", f"../VisualDialog_{split}", "images"
     )
-    reader = _Reader(data["questions"], data["answers"], folder, split, image_size, _dense(file))
+    reader = _DialogReader(
+        data["questions"], data["answers"], folder, split, image_size, _dense(file)
+    )
     for number, dialog in enumerate(data["dialogs"], start=1):
         name = instruction_records.name_of(dialog, "image", "image_id", number)
         try:
@@ -100,7 +102,7 @@ def _dense(file: epath.Path) -> dict[tuple[int, int], list[float]]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Reader:
+class _DialogReader:
     questions: Sequence[Any]
     answers: Sequence[Any]
     folder: epath.Path

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float32, Int
 from rag_mm.core import checks
 
 KINDS = ("linear", "scaled_linear", "cosine")
-PREDICTIONS = ("epsilon", "v")
+PREDICTIONS = ("epsilon", "v", "image")
 SPACINGS = ("leading", "trailing")
 METHODS = ("ddim", "pndm")
 _MAX_BETA = 0.999
@@ -41,7 +41,8 @@ class NoiseConfig:
         num_train_steps: steps from an image to noise, of which drawing takes a few.
         first_beta: the first step's, for linear kinds.
         last_beta: the last step's, for linear kinds.
-        prediction: what the network predicts: epsilon, the noise e; or v = sqrt(a_t) e - sqrt(1 - a_t) x.
+        prediction: what the network predicts: epsilon, the noise e; v = sqrt(a_t) e - sqrt(1 - a_t) x; or
+            image, x itself, which a network can whose width is below a patch's values, unlike noise.
         spacing: of the steps that drawing takes: leading, from `offset` at equal distances; or trailing,
             from the last one down.
         offset: added to leading steps.
@@ -106,6 +107,8 @@ def target(
     """What the network is to predict; `prediction` is of `PREDICTIONS`, `share` each image's a_t."""
     if prediction == "epsilon":
         return noise
+    if prediction == "image":
+        return images
     image_scale, noise_scale = _scales(share)
     return image_scale * noise - noise_scale * images
 
@@ -120,6 +123,8 @@ def split_noise(
     image_scale, noise_scale = _scales(share)
     if prediction == "epsilon":
         return (noisy - noise_scale * predicted) / image_scale, predicted
+    if prediction == "image":
+        return predicted, (noisy - image_scale * predicted) / noise_scale
     return (
         image_scale * noisy - noise_scale * predicted,
         image_scale * predicted + noise_scale * noisy,

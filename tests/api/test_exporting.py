@@ -18,7 +18,7 @@ from rag_mm.models import clip, cm3leon, ra_cm3
 from rag_mm.models.spae import autoencoder, spae_config
 from rag_mm.nn import decoder as decoder_lib
 from rag_mm.nn import param_trees
-from rag_mm.stages.shared import frozen
+from rag_mm.stages.shared import frozen, starting_point
 from rag_mm.train import checkpoint
 
 DECODER = decoder_lib.DecoderConfig(300, 2, 16, 2, 24, 32)
@@ -153,6 +153,36 @@ def test_the_decoder_of_another_stage_is_exported_where_it_is_named(tmp_path):
     ):
         with pytest.raises(UserError, match=says):
             exporting.export_checkpoint(family, run, tmp_path / "no", 1 << 30, stage=stage)
+
+
+def test_a_tuned_decoder_comes_back_with_equal_bits(tmp_path):
+    run = make_run(tmp_path / "run", SMEARED)
+    exporting.export_checkpoint("cm3", run, tmp_path / "out", 10_000, stage="sft")
+    importing.import_checkpoint("cm3", tmp_path / "out", tmp_path / "again")
+    folder = epath.Path(tmp_path / "again" / "language_model")
+    abstract = param_trees.describe(make_decoder(SMEARED), None)[1]
+    found = param_trees.leaves_by_path(starting_point.load(folder, abstract))
+    wanted = param_trees.leaves_by_path(random_params(make_decoder(SMEARED), 1)[1])
+    assert found.keys() == wanted.keys()
+    assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
+    exporting.export_checkpoint("cm3", tmp_path / "again", tmp_path / "out2", 10_000)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {path.name for path in (tmp_path / "out2").iterdir()}
+    for name in names:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "out2" / name).read_bytes()
+    again = imported.load(tmp_path / "again")
+    assert again.config.smear_lags == SMEARED.smear_lags
+    assert again.text.encode_text("a red apple") == WORDS.encode_text("a red apple")
+
+
+@pytest.mark.parametrize("lags", [3, [1], [["a"]]])
+def test_a_changed_config_of_a_decoder_is_refused(tmp_path, lags):
+    run = make_run(tmp_path / "run", SMEARED)
+    exporting.export_checkpoint("cm3", run, tmp_path / "out", 1 << 30)
+    path = tmp_path / "out" / "config.json"
+    files.write_json(path, files.read_json(path) | {"smear_lags": lags})
+    with pytest.raises(UserError, match="smear_lags"):
+        importing.import_checkpoint("cm3", tmp_path / "out", tmp_path / "again")
 
 
 @pytest.mark.parametrize("family", ["llama", "chameleon"])

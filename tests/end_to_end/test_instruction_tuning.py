@@ -155,6 +155,33 @@ def test_suites_ask_the_tuned_decoder(tuned, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_a_decoder_is_tuned_on_public_files_and_asked_about_them(tmp_path, tiny_run, capsys):
+    """Boxes and structures, of which scenes are asked too; bad records are counted."""
+    coco = public_instructions.coco(tmp_path / "coco")
+    maps = public_instructions.feature_maps(tmp_path / "maps")
+    specs = [f"coco-boxes:{coco}", f"controlnet:{maps}"]
+    tasks = '--config.sft.tasks={"text_to_image": 16, "draw_boxes": 16}'
+    workdir = tmp_path / "run"
+    more = (tasks, f"--config.sft.files={json.dumps(specs)}", "--config.sft.num_test=0")
+    assert main.main(tune(workdir, tiny_run, *more)) == 0
+    metrics = files.read_json(workdir / "metrics.json")["sft"]
+    assert metrics["files"] == {
+        specs[0]: {"items": 1, "rejected": 2},
+        specs[1]: {"items": 2, "rejected": 2},
+    }
+    assert set(metrics["shares"]) == {"text_to_image", "draw_boxes", *specs}
+    assert sum(metrics["shares"].values()) == pytest.approx(1)
+    found = evaluate(workdir, capsys, "--suite=structure", f"--documents=controlnet:{maps}")
+    assert found["docs"] == 1 and found["similarity"]["n"] == 2 and len(found["rejected"]) == 2
+    scenes = "--documents=scenes:easy/test/test"
+    found = evaluate(workdir, capsys, "--suite=boxes", scenes, "--limit=4")
+    assert {"entity", "place", "color", "box", "joint"} <= set(found) and found["docs"] == 1
+    command = ["eval", "--suite=structure", f"--workdir={workdir}", scenes, "--docs=2"]
+    assert main.main(command) == 2
+    assert "beside what is given the decoder reads 1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_suites_score_scenes_exactly(tuned, capsys):
     scenes = "--documents=scenes:easy/test/test"
     found = evaluate(tuned, capsys, "--suite=vqa", scenes, "--limit=40", "--stage=decoder")

@@ -21,7 +21,7 @@ def _paired(mean, error=0.001):
 
 GOOD = {
     "held_out": {
-        "place": {"none": _share(1.0), "null": _share(0.3), "control_none": _share(0.98)},
+        "place": {"none": _share(1.0), "null": _share(0.3), "control_none": _share(0.9)},
         "color": {"none": _share(0.96), "null": _share(0.14)},
         "mse": {"none": _mean(0.08), "control_none": _mean(0.09), "guidance_1": _mean(0.09)},
         "paired": {

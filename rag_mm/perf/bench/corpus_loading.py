@@ -1,4 +1,4 @@
-"""Speed of the corpus loader, and of neighbors read at random compared with neighbors stored beside documents.
+"""Speed of the corpus loader, and of neighbors read at random or stored beside each document.
 
 The corpus is generated: random codes, and captions of random words.
 """

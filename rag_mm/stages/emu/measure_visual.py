@@ -74,7 +74,7 @@ def run(config: VisualFiguresStageConfig, run: run_folder.Run, stage_dir: epath.
         Of `held_out`, `seen` and `held_out_stories` the mean of each figure by variant, and `paired`
         differences of variants. `mse` is of pixels in 0..1.
     """
-    context = _Context(config, run, stage_dir)
+    context = _Measured(config, run, stage_dir)
     parts: dict[str, Callable[[], Mapping[str, Any]]] = {
         "held_out": functools.partial(context.scenes, "held_out"),
         "seen": functools.partial(context.scenes, "seen"),
@@ -126,7 +126,7 @@ def _summary(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Context:
+class _Measured:
     """The models and pictures that several parts need; loaded when first asked for."""
 
     config: VisualFiguresStageConfig

@@ -5,6 +5,7 @@ Emu2 on the codes of its encoder. The stage `visual_control` is the other one of
 """
 
 import dataclasses
+import fnmatch
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -72,11 +73,16 @@ class VisualDecoderStageConfig:
         training.check_config(self.optimizer, self.loop, self.batch_size)
         checks.one_of(self, "condition", CONDITIONS)
         checks.at_least(self, 2, "num_watched")
-        size = self.model_config((1, 1)).image_size
+        model = self.model_config((1, 1))
+        if model.vae is not None:
+            raise ValueError(
+                "model.vae is an autoencoder that must be trained before; leave it out, and pixels are drawn"
+            )
+        size = model.image_size
         if size != self.world.image_size:
             raise ValueError(
-                f"model.dit.image_size is {size}, but the world's images have {self.world.image_size} pixels "
-                "a side; make them agree"
+                f"the network's image_size is {size}, but the world's images have "
+                f"{self.world.image_size} pixels a side; make them agree"
             )
 
     def model_config(self, shape: tuple[int, ...]) -> VisualDecoderConfig:
@@ -132,7 +138,7 @@ def run(config: VisualDecoderStageConfig, run: run_folder.Run, stage_dir: epath.
 
 def is_fitted(path: str) -> bool:
     """Whether a parameter is given or fitted to conditions, not trained."""
-    return path == "null" or path.startswith("statistics/")
+    return any(fnmatch.fnmatch(path, pattern) for pattern in visual_decoder.FITTED)
 
 
 # Record numbers, int64 [B] -> a batch of `visual_decoder.loss_fn`.

@@ -1,4 +1,4 @@
-"""Stage `emu_sft`: tunes a trained Emu on instructions by updates of low rank (Emu, instruction tuning).
+"""Stage `emu_sft`: tunes a trained Emu on instructions by updates of low rank (docs/papers/emu.md).
 
 All of the stage `emu`'s model stays as it is; the decoder's self-attention gets updates, and the loss is the
 cross-entropy of answers alone. Then questions about test scenes are asked before and after, and with examples

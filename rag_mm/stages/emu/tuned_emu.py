@@ -2,7 +2,7 @@
 
 Nothing of the model is changed where it lies: without the updates it is what it was. `[USER]` and
 `[ASSISTANT]` are the two ids after the special ones; their rows of the embedding are the means of those of
-the words, and are not trained (Emu, section on instruction tuning).
+the words, and are not trained (docs/papers/emu.md#instruction-tuning-and-evaluation).
 """
 
 import dataclasses

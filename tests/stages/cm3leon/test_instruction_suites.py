@@ -2,10 +2,12 @@
 
 import types
 
+import numpy as np
 import pytest
 from etils import epath
 
 from rag_mm.core.errors import UserError
+from rag_mm.data.instruction_items import InstructionItem
 from rag_mm.decode.sampler import Sampling
 from rag_mm.stages.cm3leon import instruction_suites, measure_tasks, scene_instructions
 from rag_mm.worlds.emoji import class_splits, emoji_scenes
@@ -33,6 +35,32 @@ def test_scenes_about_which_a_suite_asks_nothing(monkeypatch):
     monkeypatch.setitem(instruction_suites.SUITES, "vqa", ("question", "how_many"))
     with pytest.raises(UserError, match="The suite vqa has no question about these scenes"):
         list(instruction_suites._items(scenes, "vqa", 32))
+
+
+@pytest.mark.parametrize(
+    ("task", "fields", "says"),
+    [
+        (
+            "draw_boxes",
+            dict(name="apple", box="8 0 to 32 24", color="red"),
+            "apple on a red background",
+        ),
+        (
+            "boxes",
+            dict(caption="a kitchen", boxes="bottle at 1 2 to 3 4 and dining table at 0 0 to 9 9"),
+            "a kitchen bottle and dining table",
+        ),
+        ("structure", dict(caption="a house", feature="canny"), "a house"),
+    ],
+)
+def test_documents_of_a_drawing_are_found_by_its_words(task, fields, says):
+    picture = np.zeros((8, 8, 3), np.uint8)
+    item = InstructionItem("1", task, fields, picture)
+    assert instruction_suites.reads_documents(item)
+    assert instruction_suites.query(item) == says
+    assert not instruction_suites.reads_documents(
+        InstructionItem("2", "edit", {"edit": "x"}, picture)
+    )
 
 
 def test_a_task_without_items_among_the_test_scenes():

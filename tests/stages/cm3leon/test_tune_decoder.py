@@ -30,6 +30,13 @@ def test_text_to_image_has_a_fifth_and_the_others_are_capped():
     assert config.shares() == {"recolor": 1.0}
 
 
+def test_files_are_mixed_like_tasks():
+    config = make(tasks={"text_to_image": 100, "recolor": 100}, text_to_image_share=0.0)
+    assert config.shares({"vqav2:x": 100}) == pytest.approx(
+        {"text_to_image": 1 / 3, "recolor": 1 / 3, "vqav2:x": 1 / 3}
+    )
+
+
 def test_null_prompts_are_those_of_the_mixture():
     assert make().null_prompts == ["documents", "bare", "caption"]
     assert make(text_mask_prob=0.0).null_prompts == ["caption"]
@@ -63,6 +70,9 @@ def test_documents_of_a_task():
         ({"num_docs_weights": (0.0,)}, "num_docs_weights are"),
         ({"text_mask_prob": 2.0}, "text_mask_prob is 2.0"),
         ({"temperature": -1.0}, "temperature"),
+        ({"files": ("flickr:data",)}, "is not LAYOUT:PATH"),
+        ({"files": ("vqav2:no/such/folder",)}, "no/such/folder does not exist"),
+        ({"files": ("vqav2:tests", "vqav2:tests")}, "name each once"),
         ({"edit_weights": ((0.0, 1.0),)}, "lacks .1, 1."),
         ({"edit_weights": ((1.0, 1.0, 1.0),)}, "edit_weights"),
         ({"edit_weights": ((1.0, 1.0), (-1.0, 1.0))}, "image weight is -1.0"),

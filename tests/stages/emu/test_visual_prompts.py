@@ -29,7 +29,7 @@ def test_originals_are_right_and_other_images_are_not(stories):
     )
     inverted = stories.wanted.judge(255 - stories.wanted.pixels)
     # The error of one value x in 0..1 is (1 - 2x)^2.
-    expected = np.square(1 - 2 * stories.wanted.pixels / 255).mean((1, 2, 3))
+    expected = np.square(1 - stories.wanted.pixels / 127.5).mean((1, 2, 3))
     np.testing.assert_allclose(inverted["mse"], expected)
     assert not inverted["joint"].any()
 
