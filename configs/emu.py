@@ -146,7 +146,7 @@ VISUAL_VARIANTS = {
     },
     "four times the steps": {"visual_decoder.loop.num_steps": 6400},
     "the noise is predicted": {"visual_decoder.model.noise.prediction": "epsilon"},
-    "the image is predicted": {"visual_decoder.model.noise.prediction": "image"},
+    "v is predicted": {"visual_decoder.model.noise.prediction": "v"},
 }
 SFT_TASKS = ("caption", "what", "where", "which_color")
 SFT_MEASURED = (*SFT_TASKS, *(f"{task}_nll" for task in SFT_TASKS))

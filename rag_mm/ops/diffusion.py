@@ -70,8 +70,11 @@ class NoiseConfig:
 
     @classmethod
     def of_pixels(cls) -> "NoiseConfig":
-        """For small networks of pixels, in few steps: a cosine schedule, v-prediction, and clipping."""
-        return cls("cosine", prediction="v", spacing="trailing", ends_at_image=True, clips=True)
+        """For small networks of pixels, in few steps: a cosine schedule, and the image is predicted and clipped.
+
+        A network narrower than a patch cannot let the noise through, which v- and noise-prediction need.
+        """
+        return cls("cosine", prediction="image", spacing="trailing", ends_at_image=True, clips=True)
 
 
 def image_shares(config: NoiseConfig) -> Float32[np.ndarray, " num_train_steps"]:
