@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -111,15 +111,24 @@ def export_parts(source: pathlib.Path, folder: epath.Path, dtype: np.dtype | Non
         family, specs = FAMILIES[name], shards.read_header(source / name / frozen.PARAMS)
         own = folder / name
         own.mkdir(parents=True)
-        weights.write_shards(
-            own,
-            family.mappings(config),
-            lambda mapping, specs=specs: dtype or shards.DTYPES[specs[mapping.ours].dtype],
-            lambda mapping, specs=specs: weights.read_mapped(specs, mapping),
-            _ONE_FILE,
-        )
+        _write_one_file(own, family.mappings(config), specs, dtype)
         (own / shards.FILE).rename(own / stable_diffusion_format.WEIGHTS)
         files.write_json(own / frozen.CONFIG, family.write_config(config))
+
+
+def _write_one_file(
+    folder: epath.Path,
+    mappings: Sequence[weights.TensorMapping],
+    specs: Mapping[str, shards.TensorSpec],
+    dtype: np.dtype | None,
+) -> None:
+    def dtype_of(mapping: weights.TensorMapping) -> np.dtype:
+        return dtype or shards.DTYPES[specs[mapping.ours].dtype]
+
+    def read(mapping: weights.TensorMapping) -> np.ndarray:
+        return weights.read_mapped(specs, mapping)
+
+    weights.write_shards(folder, mappings, dtype_of, read, _ONE_FILE)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -159,7 +168,6 @@ class EmuPainter:
         if num_steps is not None and not 1 <= num_steps <= most:
             raise UserError(f"num_steps is {num_steps}; give 1 to {most}.")
         seeds = np.random.default_rng(seed).integers(1 << 32, size=len(codes), dtype=np.uint32)
-        how = dict(guidance=guidance, num_steps=num_steps)
         drawn = [
             np.asarray(
                 visual_decoder.draw(
@@ -168,7 +176,8 @@ class EmuPainter:
                     seeds[rows],
                     graphdef=self.graphdef,
                     config=self.config,
-                    **how,
+                    guidance=guidance,
+                    num_steps=num_steps,
                 )
             )
             for rows in batches.split(len(codes), _AT_ONCE)
@@ -189,7 +198,8 @@ def load(folder: pathlib.Path, emu: EmuConfig) -> EmuPainter | None:
     configs = _configs(folder)
     if not configs:
         return None
-    config, params = make_config(emu, configs), {}
+    config = make_config(emu, configs)
+    params: dict[str, Any] = {}
     for name, family in FAMILIES.items():
         path, abstract = (
             epath.Path(folder / name / frozen.PARAMS),
@@ -205,7 +215,7 @@ def load(folder: pathlib.Path, emu: EmuConfig) -> EmuPainter | None:
 
 def _configs(folder: pathlib.Path) -> dict[str, Any]:
     """Our configs of the parts in an imported run; {} if it has none."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, family in FAMILIES.items():
         path = folder / name / frozen.CONFIG
         if path.exists():

@@ -260,7 +260,7 @@ def import_checkpoint(
     parts = emu_painter.open_parts(folder, checkpoint.config) if name == "emu" else {}
     total = weights.num_bytes(shapes) + sum(part.num_bytes(dtype) for part in parts.values())
     run = run_folder.Run(epath.Path(out))
-    num_tensors = sum(len(each.mappings) for each in (checkpoint, *parts.values()))
+    num_tensors = len(checkpoint.mappings) + sum(len(each.mappings) for each in parts.values())
     stage = STAGES[name]
     _check_vacant(run, out, stage, name)
     files.check_room(out, total)

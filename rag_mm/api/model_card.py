@@ -228,7 +228,9 @@ def _training(run: run_folder.Run, family: str, stage: str) -> str:
     config = run.config
     facts = [("config page", _page(run)), ("seed", str(config.get("seed", UNKNOWN)))]
     world = world_config.NAMES[world_config.world_class(config["world"])]
-    stages = ("retriever",) if family in frozen.RETRIEVERS else ("tokenizer", "retriever", "decoder")
+    stages = (
+        ("retriever",) if family in frozen.RETRIEVERS else ("tokenizer", "retriever", "decoder")
+    )
     rows = []
     for name in dict.fromkeys((*stages, stage) if family not in frozen.RETRIEVERS else stages):
         values, spent = config.get(name), costs.summary(run.stage_dir(name))

@@ -15,10 +15,11 @@ from rag_mm.core import progress
 from rag_mm.core.errors import UserError
 
 if TYPE_CHECKING:
-    from rag_mm.memory.model_protocols import Encoder, ImageTokenizer
+    from rag_mm.memory.model_protocols import Encoder
     from rag_mm.memory.retrieval_memory import Memory
     from rag_mm.memory.writing.stream import Documents, RecordStream
     from rag_mm.memory.writing.writer import Options
+    from rag_mm.stages.shared.frozen import FrozenTokenizer
 
 __all__ = ["add_arguments", "load_encoder", "load_tokenizer", "open_documents", "run", "show"]
 
@@ -320,7 +321,7 @@ def load_encoder(folder: pathlib.Path, image_batch: int | None = None) -> "Encod
     return train_retriever.load_encoder(folder, image_batch)
 
 
-def load_tokenizer(folder: pathlib.Path, image_batch: int | None = None) -> "ImageTokenizer":
+def load_tokenizer(folder: pathlib.Path, image_batch: int | None = None) -> "FrozenTokenizer":
     """Loads the image tokenizer of a run, or of a memory's `tokenizer` folder."""
     from rag_mm.stages.shared import train_tokenizer
 

@@ -169,7 +169,7 @@ class RowPlanner:
         by_query = found.take(documents)
         # A query is the text or the image; of a document without one, the other.
         query = rng.integers(by_query.shape[1], size=len(documents))
-        has_any = (by_query >= 0).any(axis=2)
+        has_any = np.asarray((by_query >= 0).any(axis=2))
         query = np.where(has_any[np.arange(len(query)), query], query, 1 - query)
         ids = by_query[np.arange(len(query)), query]
         # In a random order, missing ones last.

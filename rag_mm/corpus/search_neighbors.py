@@ -126,10 +126,13 @@ def search(
     done = itertools.count(1 + len(memory) // jax.process_count())
 
     def make(number: int) -> tuple[dict[str, Any], Sequence[Path]]:
-        documents = _match(corpus, number, *parts[number])
-        counted = (on_progress(next(done)) or document for document in documents)
+        def counted() -> Iterator[document_types.Document]:
+            for document in _match(corpus, number, *parts[number]):
+                on_progress(next(done))
+                yield document
+
         path = folder / shard_file("neighbors", number, "npy")
-        found = searcher.find(number, counted)
+        found = searcher.find(number, counted())
         files.write_array(path, found)
         return {"found": (found >= 0).sum(axis=(0, 2)).tolist()}, [path]
 

@@ -21,7 +21,7 @@ def frechet_distance(x: Float[np.ndarray, "N D"], y: Float[np.ndarray, "M D"]) -
         raise UserError("A Fréchet distance needs two finite feature rows or more on both sides.")
     means = [each.mean(0) for each in sets]
     roots = [
-        np.linalg.qr((each - mean) / np.sqrt(len(each) - 1), mode="r")
+        np.asarray(np.linalg.qr((each - mean) / np.sqrt(len(each) - 1), mode="r"), np.float64)
         for each, mean in zip(sets, means, strict=True)
     ]  # Rx with Rx^T Rx = Cx: the eigenvalues of Cx Cy are the squared singular values of Rx Ry^T.
     both = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()

@@ -1,10 +1,10 @@
 """The Inception whose features the FID compares (Szegedy et al. 2016, arXiv 1512.00567; Heusel et al. 2017).
 
-It is the network of 2015, as pytorch-fid has it: unlike torchvision's, its mean poolings leave padding out, and
-the last block has a maximum pooling. The network is a function of the convolutions that it is given.
+It is the network of 2015, as pytorch-fid has it: unlike torchvision's, its mean poolings leave padding out,
+and the last block has a maximum pooling. The network is a function of the convolutions that it is given.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import jax
@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Float32
 _SIZE = 299
 _EPS = 1e-3
 Tensors = Mapping[str, jax.Array]
+Layer = Callable[..., jax.Array]  # As `conv` in `features`.
 
 
 class Convolve(Protocol):
@@ -28,8 +29,8 @@ class Convolve(Protocol):
 def convolve_with(tensors: Tensors) -> Convolve:
     """The convolutions of tensors under pytorch-fid's names, in its layout.
 
-    Their kernels decide the widths; a tensor that is missing or of another shape raises KeyError, TypeError or
-    ValueError when the network is run.
+    Their kernels decide the widths; a tensor that is missing or of another shape raises KeyError,
+    TypeError or ValueError when the network is run.
     """
 
     def convolve(
@@ -51,7 +52,11 @@ def features(convolve: Convolve, images: Float[Array, "B H W 3"]) -> Float32[Arr
     """Pooled features, D = 2048 with the public weights, of images in 0..1 of any size."""
 
     def conv(
-        name: str, x: jax.Array, kernel: tuple[int, int] = (1, 1), stride: int = 1, padding: str = ""
+        name: str,
+        x: jax.Array,
+        kernel: tuple[int, int] = (1, 1),
+        stride: int = 1,
+        padding: str = "",
     ) -> jax.Array:
         return convolve(name, x, kernel, stride, padding or ("VALID" if stride > 1 else "SAME"))
 
@@ -73,7 +78,14 @@ def features(convolve: Convolve, images: Float[Array, "B H W 3"]) -> Float32[Arr
     return x.mean(axis=(1, 2))
 
 
-def _chain(conv, block: str, branch: str, x: jax.Array, kernels, last_stride: int = 1) -> jax.Array:
+def _chain(
+    conv: Layer,
+    block: str,
+    branch: str,
+    x: jax.Array,
+    kernels: Sequence[tuple[int, int]],
+    last_stride: int = 1,
+) -> jax.Array:
     """The convolutions BRANCH_1, BRANCH_2, .. of a block, of these kernels."""
     for i, kernel in enumerate(kernels, start=1):
         stride = last_stride if i == len(kernels) else 1
@@ -81,7 +93,7 @@ def _chain(conv, block: str, branch: str, x: jax.Array, kernels, last_stride: in
     return x
 
 
-def _block_a(conv, block: str, x: jax.Array) -> jax.Array:
+def _block_a(conv: Layer, block: str, x: jax.Array) -> jax.Array:
     parts = [
         conv(f"{block}.branch1x1", x),
         _chain(conv, block, "branch5x5", x, [(1, 1), (5, 5)]),
@@ -91,7 +103,7 @@ def _block_a(conv, block: str, x: jax.Array) -> jax.Array:
     return jnp.concatenate(parts, axis=-1)
 
 
-def _block_b(conv, block: str, x: jax.Array) -> jax.Array:
+def _block_b(conv: Layer, block: str, x: jax.Array) -> jax.Array:
     parts = [
         conv(f"{block}.branch3x3", x, (3, 3), 2),
         _chain(conv, block, "branch3x3dbl", x, [(1, 1), (3, 3), (3, 3)], 2),
@@ -100,7 +112,7 @@ def _block_b(conv, block: str, x: jax.Array) -> jax.Array:
     return jnp.concatenate(parts, axis=-1)
 
 
-def _block_c(conv, block: str, x: jax.Array) -> jax.Array:
+def _block_c(conv: Layer, block: str, x: jax.Array) -> jax.Array:
     flat, tall = (1, 7), (7, 1)
     parts = [
         conv(f"{block}.branch1x1", x),
@@ -111,7 +123,7 @@ def _block_c(conv, block: str, x: jax.Array) -> jax.Array:
     return jnp.concatenate(parts, axis=-1)
 
 
-def _block_d(conv, block: str, x: jax.Array) -> jax.Array:
+def _block_d(conv: Layer, block: str, x: jax.Array) -> jax.Array:
     parts = [
         _chain(conv, block, "branch3x3", x, [(1, 1), (3, 3)], 2),
         _chain(conv, block, "branch7x7x3", x, [(1, 1), (1, 7), (7, 1), (3, 3)], 2),
@@ -120,7 +132,7 @@ def _block_d(conv, block: str, x: jax.Array) -> jax.Array:
     return jnp.concatenate(parts, axis=-1)
 
 
-def _block_e(conv, block: str, x: jax.Array, pooled: jax.Array) -> jax.Array:
+def _block_e(conv: Layer, block: str, x: jax.Array, pooled: jax.Array) -> jax.Array:
     once = conv(f"{block}.branch3x3_1", x)
     twice = _chain(conv, block, "branch3x3dbl", x, [(1, 1), (3, 3)])
     parts = [
@@ -134,7 +146,9 @@ def _block_e(conv, block: str, x: jax.Array, pooled: jax.Array) -> jax.Array:
     return jnp.concatenate(parts, axis=-1)
 
 
-def _window(x: jax.Array, start: float, reduce, stride: int, padding: str) -> jax.Array:
+def _window(
+    x: jax.Array, start: float, reduce: Callable[..., jax.Array], stride: int, padding: str
+) -> jax.Array:
     return jax.lax.reduce_window(x, start, reduce, (1, 3, 3, 1), (1, stride, stride, 1), padding)
 
 

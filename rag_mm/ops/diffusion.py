@@ -70,7 +70,7 @@ class NoiseConfig:
 
     @classmethod
     def of_pixels(cls) -> "NoiseConfig":
-        """For small networks of pixels, in few steps: a cosine schedule, and the image is predicted and clipped.
+        """For small networks of pixels, in few steps: a cosine schedule; the image is predicted and clipped.
 
         A network narrower than a patch cannot let the noise through, which v- and noise-prediction need.
         """

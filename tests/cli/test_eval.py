@@ -12,7 +12,10 @@ from rag_mm.cli import main
     [
         ("--suite=visdial --workdir=run --images=x", "suite visdial reads --documents"),
         ("--suite=visdial --workdir=run --documents=visdial:pics", "is for runs of Emu"),
-        ("--suite=vqa --workdir=run --documents=vqav2:pics --shots=2", "--shots is for runs of Emu"),
+        (
+            "--suite=vqa --workdir=run --documents=vqav2:pics --shots=2",
+            "--shots is for runs of Emu",
+        ),
         ("--suite=caption --workdir=run --images=x", "suite caption reads --documents"),
         (
             "--suite=fewshot --workdir=run --documents=x",

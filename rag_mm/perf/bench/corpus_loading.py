@@ -15,7 +15,7 @@ import msgpack
 import numpy as np
 from array_record.python import array_record_data_source, array_record_module
 
-from rag_mm.core import document_types
+from rag_mm.core import code_grids, document_types
 from rag_mm.corpus import corpus_loader, neighbor_rows, write_corpus
 from rag_mm.corpus.corpus_manifest import MANIFEST, shard_file
 from rag_mm.corpus.corpus_reader import TokenCorpus
@@ -36,7 +36,7 @@ class _RandomCodes:
 
     def __init__(self, num_codes: int):
         side = round(num_codes**0.5)
-        self.grids = ((side, num_codes // side),)
+        self.grids: code_grids.Grids = ((side, num_codes // side),)
         self.fingerprint = f"{num_codes} random codes"
         words = [f"word{i} " * 2 for i in range(100)]
         self.vocabulary = vocabulary.train_vocabulary(words, 1000, 8192, _MAX_SPANS)

@@ -54,8 +54,6 @@ def checked(pairs: Sequence[Sequence[float]]) -> tuple[Weights, ...]:
     return tuple(made)
 
 
-def measured(
-    weights: tuple[Weights, ...], values: Mapping[str, object], task: str
-) -> list[Weights]:
+def measured(weights: Sequence[Weights], values: Mapping[str, object], task: str) -> list[Weights]:
     """Those of the weights with which an edit was measured."""
     return [pair for pair in weights if name(task, pair) in values]

@@ -106,8 +106,8 @@ def _read(spec: str, image_size: int, rejects: list[stream.Reject]) -> Iterator[
     """Captions with their pictures; bad records are added to `rejects`."""
     if spec.startswith(f"{_COCO}:"):
         files = instruction_files.InstructionFiles(spec)
-        for item in files.read(image_size):
-            yield Captioned(item.answers[0], item.picture)
+        for asked in files.read(image_size):
+            yield Captioned(asked.answers[0], asked.picture)
         rejects += files.rejects
         return
     if spec.startswith(instruction_suites.SCENES):
