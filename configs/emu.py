@@ -10,8 +10,8 @@
     seen    12 minutes         the same with a tower that has not seen the held-out classes
     text_alone  12 minutes     quick without the loss of images; quick reports what images cost captions with
                                --config.emu_figures.text_alone=RUN
-    llama   by model           quick on a language model: --config.emu_data.language_model=RUN, a run of
-                               `rag-mm import llama`, gives sizes, parameters to start from and tokenizer
+    llama   by model           no figures are claimed; quick on --config.emu_data.language_model=RUN, a run of
+                               `rag-mm import llama`: its sizes, first parameters and tokenizer
     llama_tiny  a minute       the same of tiny
     visual  22 minutes         quick, then a diffusion model that draws images from the codes of captions,
                                and the same trained on codes of images

@@ -129,11 +129,11 @@ def _build_joined(
         shared_encoding.follow(encoder, tokenizer)
         return {"process": jax.process_index()}
     with (
-        shared_encoding.lead(encoder, tokenizer) as (encoder, tokenizer),
-        _ingestion(args, documents, encoder) as options,
+        shared_encoding.lead(encoder, tokenizer) as (led, led_tokenizer),
+        _ingestion(args, documents, led) as options,
     ):
         built = retrieval_memory.Memory.build(
-            out, documents, encoder, tokenizer, carried=carried, options=options
+            out, documents, led, led_tokenizer, carried=carried, options=options
         )
     return _ingested(built, args.rejects)
 

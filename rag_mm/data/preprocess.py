@@ -53,7 +53,7 @@ def stretch(pixels: np.ndarray, size: int | tuple[int, int], resample: Filter) -
 
 
 def size_of_patches(height: int, width: int, patch: int, most: int) -> tuple[int, int]:
-    """Height and width to which NaFlex (SigLIP 2, section 2.4.2) scales an image: at most `most` patches.
+    """Height and width to which NaFlex (models/siglip2.py) scales an image: at most `most` patches.
 
     The scale is the largest at which the sides, rounded up to whole patches, have no more, found as the
     public code finds it.

@@ -205,7 +205,7 @@ def measure(
         on_episode: called with the number of episodes done.
 
     Returns:
-        `overlap`; with a language model and by `ask.scoring`: `log_p` (labels compared by log-probability),
+        `overlap`; with a language model and by the `scoring` asked for: `log_p` (labels compared by log-probability),
         `calibrated` (the same minus the mean over random bags), `greedy`.
 
     Raises:

@@ -5,7 +5,7 @@ a text match (SigLIP, Zhai et al. 2023, arXiv 2303.15343, section 3.2). The ViT 
 query reads its patches (attention pooling, "MAP head"). Tokens of a text see each other, and the last one,
 mostly padding, stands for the text.
 
-The NaFlex models (section 2.4.2) take images of any aspect ratio: their positions are those of a square grid,
+The NaFlex models (Tschannen et al. 2025, section 2.4.2) take images of any aspect ratio: their positions are those of a square grid,
 interpolated to the image's.
 """
 
@@ -246,7 +246,7 @@ class SigLIP2(nnx.Module):
     def match(
         self, images: Float32[Array, "B D"], texts: Float32[Array, "C D"]
     ) -> Float32[Array, "B C"]:
-        """The probability that each image and each text match, of unit embeddings (section 3.2 of SigLIP)."""
+        """The probability that each image and each text match, of unit embeddings."""
         scale, bias = (
             each[...].astype(jnp.float32)[None] for each in (self.logit_scale, self.logit_bias)
         )

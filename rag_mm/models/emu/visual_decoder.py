@@ -1,4 +1,4 @@
-"""Emu's visual decoder: a diffusion model that draws an image from the N codes of one (Emu, section 2.3).
+"""Emu's visual decoder: a diffusion model that draws an image from the N codes of one (docs/papers/emu.md).
 
 The published one is Stable Diffusion 1.5's U-Net, whose cross-attention has new keys and values, on the
 latents of its frozen autoencoder. A small transformer on pixels does for small images.
