@@ -81,7 +81,7 @@ $(VENV)/.installed-slow: $(VENV)/.installed-test
 
 # torch is left to its extra's pin: its wheels, and what they need, differ by accelerator. In each file one
 # version of each package, so that what is tested on one machine is what runs on the others.
-RESOLVE := echo 'transformers>=5,<6' | $(BIN)/uv pip compile --quiet setup.py - --extra test --extra tf --extra tpu --extra explore \
+RESOLVE := printf 'transformers>=5,<6\ndiffusers>=0.42,<0.43\n' | $(BIN)/uv pip compile --quiet setup.py - --extra test --extra tf --extra tpu --extra explore \
 	--universal --fork-strategy fewest --upgrade --no-header --no-annotate --no-emit-index-url
 lock: $(BIN)/python
 	$(PIP) install --quiet uv

@@ -60,7 +60,7 @@ EXTRAS = {
     "explore": ["anyio>=4", "starlette>=1,<2", "uvicorn>=0.54"],  # the page of `rag-mm explore`
     "gguf": ["gguf>=0.19,<0.20"],  # `rag-mm import gguf`
     "endpoint": ["openai>=3.57,<4"],  # a language model behind HTTP
-    "parity": ["torch==2.13.0", "transformers>=5,<6"],
+    "parity": ["diffusers>=0.42,<0.43", "torch==2.13.0", "transformers>=5,<6"],
     "test": [
         "beartype",
         "emoji",

@@ -39,7 +39,10 @@ DOCS_PATH = re.compile(r"(?<![\w/.-])docs/[\w./-]*\w(?:#[\w-]+)?")
 DOTTED = re.compile(r"`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+)(?:\([^`]*\))?`")
 FILE_ENDINGS = "css html ipynb js json jsonl md npy npz png py sh tar txt".split()
 # Dotted names that are not ours: keys of metrics.json, and an argument.
-NOT_OURS = ("decoder.paired", "decoder.paired.PAIR", "table.T")
+NOT_OURS = (
+    *("decoder.paired", "decoder.paired.PAIR", "sft.guidance", "sft.over_reliance", "sft.claims"),
+    "table.T",
+)
 # Pages that list old names.
 HISTORY = (ROOT / "docs" / "renames.md",)
 

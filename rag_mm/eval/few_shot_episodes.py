@@ -205,8 +205,8 @@ def measure(
         on_episode: called with the number of episodes done.
 
     Returns:
-        `overlap`; with a language model and by the `scoring` asked for: `log_p` (labels compared by log-probability),
-        `calibrated` (the same minus the mean over random bags), `greedy`.
+        `overlap`; with a language model and by the `scoring` asked for: `log_p` (labels compared by
+        log-probability), `calibrated` (the same minus the mean over random bags), `greedy`.
 
     Raises:
         UserError: the language model cannot do this, or there are fewer label words than ways.

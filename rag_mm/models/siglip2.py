@@ -5,8 +5,8 @@ a text match (SigLIP, Zhai et al. 2023, arXiv 2303.15343, section 3.2). The ViT 
 query reads its patches (attention pooling, "MAP head"). Tokens of a text see each other, and the last one,
 mostly padding, stands for the text.
 
-The NaFlex models (Tschannen et al. 2025, section 2.4.2) take images of any aspect ratio: their positions are those of a square grid,
-interpolated to the image's.
+The NaFlex models (Tschannen et al. 2025, section 2.4.2) take images of any aspect ratio: their positions are
+those of a square grid, interpolated to the image's.
 """
 
 import dataclasses
