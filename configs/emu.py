@@ -12,16 +12,16 @@
                                --config.emu_figures.text_alone=RUN
     llama   by model           no figures are claimed; quick on --config.emu_data.language_model=RUN, a run of
                                `rag-mm import llama`: its sizes, first parameters and tokenizer
-    llama_tiny  a minute       the same of tiny
+    llama_tiny  a minute       the same of tiny, learns nothing
     visual  22 minutes         quick, then a diffusion model that draws images from the codes of captions,
                                and the same trained on codes of images
     sft     15 minutes         quick, then tuned on dialogues about scenes, asked with and without examples
-    sft_tiny  two minutes      the same of tiny
+    sft_tiny  two minutes      the same of tiny, learns nothing
     own     by dataset         no figures are claimed; your images and captions, and by emu_data.documents web
                                pages, storyboards and other documents
     own_tiny  a minute         the same, learns nothing
     tiny    a minute           runs every stage, learns nothing; for tests
-    visual_tiny  two minutes   the same of visual
+    visual_tiny  two minutes   the same of visual, learns nothing
     7b      a pod              the paper's ablation on LLaMA 7B; planned, not trained here
     14b     a pod              the paper's model; planned, not trained here
 

@@ -168,7 +168,7 @@ COMMANDS = {
         "talk about images with an Emu tuned on instructions, one line of stdin after the other",
         (
             "rag-mm chat --workdir=runs/emu_sft --image=a.png",
-            "rag-mm chat --workdir=runs/emu_sft --image=a.png --docs=1 --json < questions.txt",
+            "rag-mm chat --workdir=runs/emu_sft --image=a.png --docs=1 --json",
         ),
     ),
     "infill": Command(

@@ -9,10 +9,12 @@ import pytest
 import safetensors.numpy
 
 import rag_mm
+from rag_mm.api.emu_session import EmuSession
 from rag_mm.cli import main
 from rag_mm.core import files
 from rag_mm.core.errors import UserError
 from rag_mm.core.image_files import encode_png
+from rag_mm.data.interleaved import Mark
 
 # 150 seconds of processor time for all tests.
 pytestmark = pytest.mark.slow
@@ -102,10 +104,19 @@ def test_bad_dialogues_are_one_sentence(session, messages, message):
         session.chat(messages)
 
 
-def test_a_long_dialogue_forgets_its_first_turns_but_not_the_image(session):
-    first = USER | {"content": [IMAGE, "what is it?"]}
-    answer = session.chat([first, ASSISTANT, *[USER, ASSISTANT] * 8, USER])
-    assert answer != session.chat([USER, ASSISTANT, *[USER, ASSISTANT] * 8, USER])
+def test_a_long_dialogue_forgets_its_first_turns_but_not_the_image(session, monkeypatch):
+    prompts = []
+    monkeypatch.setattr(
+        EmuSession, "write", lambda _, prompt, *args, **more: prompts.append(prompt) or [""]
+    )
+    first = USER | {"content": [IMAGE, "what was it?"]}
+    session.chat([first, ASSISTANT, *[USER, ASSISTANT] * 8, USER])
+    session.chat([first, ASSISTANT, USER])
+    long, short = prompts
+    assert short[:3] == [Mark.USER, IMAGE, "what was it?"]
+    assert long[:3] == [Mark.USER, IMAGE, "what is it?"] and "what was it?" not in long[3:]
+    assert 3 < sum(part is Mark.USER for part in long) < 10
+    assert long[-2:] == ["what is it?", Mark.ASSISTANT]
 
 
 def test_suites_ask_with_examples_and_rank_candidates(tuned, tmp_path, capsys):

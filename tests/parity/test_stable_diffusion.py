@@ -143,7 +143,7 @@ SCHEDULES = [
 @pytest.mark.parametrize("config", SCHEDULES)
 def test_samplers_take_diffusers_steps(config, method):
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
-    c, predictions = config, {"epsilon": "epsilon", "v": "v_prediction"}
+    c, predictions = config, {"epsilon": "epsilon", "v": "v_prediction", "image": "sample"}
     if method == "pndm" and c.clips:
         pytest.skip("diffusers' PNDM does not clip")
     how = dict(
