@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from rag_mm.memory.retrieval_memory import Memory
     from rag_mm.memory.writing.stream import RecordStream
 
-if TYPE_CHECKING:
-    pass
-
 _SOURCE = (
     "a folder with captions.jsonl, .tar, .arrayrecord or .parquet files, one such file, "
     "tfds:NAME:SPLIT, or scenes:LEVEL/SPLIT[+SPLIT]/ROLE"
