@@ -15,11 +15,8 @@ SCENES = "scenes:easy/tune/test"
 @pytest.fixture(scope="module")
 def built(tiny_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus") / "corpus"
-    code = main.main(
-        ["corpus", "build", f"--documents={SCENES}", f"--tokenizer={tiny_run.workdir}"]
-        + [f"--out={folder}", "--shard-size=200"]
-    )
-    assert code == 0
+    words = [f"--documents={SCENES}", f"--tokenizer={tiny_run.workdir}", f"--out={folder}"]
+    assert main.main(["corpus", "build", *words, "--shard-size=200"]) == 0
     return folder
 
 
