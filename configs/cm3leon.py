@@ -19,7 +19,7 @@
     decoding_tiny  2 minutes on two cores      the same on the tiny quickstart, with few settings; for tests
     null_prompts   not run yet                 guidance with and without masked captions in training
     training       not run yet                 other masking, loss and sizes, at three seeds
-    sft            not run to its end yet      instruction tuning of the quickstart's model on 11 tasks
+    sft            10 minutes on two cores     instruction tuning of the quickstart's model on 11 tasks
     sft_tiny       2 minutes on two cores      the same on the tiny quickstart, for tests; learns nothing
     tuning         not run yet                 other mixtures, and LoRA, at one seed
     tuning_tiny    6 minutes on two cores      the same on the tiny quickstart, for tests; learns nothing
