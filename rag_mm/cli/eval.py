@@ -43,7 +43,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(_INSTRUCTIONS, _ASKED),
     **dict.fromkeys(("vqa", "caption"), (*_ASKED, *_IN_CONTEXT)),
     "visdial": ("stage", "docs", "limit"),
-    "text2image": (*_ASKED, "best_of"),
+    "text2image": (*_ASKED, "best_of", "inception"),
 }
 
 
@@ -120,6 +120,11 @@ def _add_instructions(group: argparse._ArgumentGroup) -> None:
         "--best-of",
         type=int,
         help="text2image: pictures drawn for each caption, ranked by the retriever (default: 8)",
+    )
+    group.add_argument(
+        "--inception",
+        metavar="FILE",
+        help="text2image: safetensors file of the Inception of pytorch-fid, which adds fid",
     )
 
 
@@ -328,9 +333,9 @@ def _zeroshot_lines(result: dict[str, Any]) -> list[str]:
 def _text2image_lines(result: dict[str, Any]) -> list[str]:
     lines = []
     for name, found in (("single", result["single"]), (f"best of {result['best_of']}", result)):
-        score = found["clip_score"]
+        score, fid = found["clip_score"], f"fid {found['fid']:.2f}, " if "fid" in found else ""
         lines.append(
-            f"{name:<12} frechet_own {found['frechet_own']:.4f}, kid {found['kid']:.2f}, clip_score "
+            f"{name:<12} {fid}frechet_own {found['frechet_own']:.4f}, kid {found['kid']:.2f}, clip_score "
             f"{score['mean']:.2f} ± {score['ci95']:.2f}"
         )
     return [

@@ -5,7 +5,7 @@ and the last block has a maximum pooling. The network is a function of the convo
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ Tensors = Mapping[str, jax.Array]
 Layer = Callable[..., jax.Array]  # As `conv` in `features`.
 
 
+@runtime_checkable
 class Convolve(Protocol):
     """A convolution by name, with its norm and ReLU."""
 

@@ -61,6 +61,15 @@ def test_scenes_and_what_a_user_reads(capsys, tiny_run):
     assert "single" in out and "best of 2" in out and "2 captions" in out
 
 
+def test_weights_of_the_inception_add_fid(capsys, tiny_run, monkeypatch):
+    """Tested with mean colors in place of its features, whose weights `test_inception_format` reads."""
+    see = lambda pictures: pictures.mean(axis=(1, 2))
+    monkeypatch.setattr(text2image_suite, "_load_inception", lambda path: see)
+    options = ("--limit=2", "--best-of=1", "--docs=0", "--inception=weights.safetensors")
+    found = evaluate(capsys, tiny_run, "scenes:easy/common/test", *options)
+    assert found["fid"] == found["single"]["fid"] > 0 and found["fid"] != found["frechet_own"]
+
+
 def test_what_is_refused():
     with pytest.raises(UserError, match="best_of is 0; give at least 1"):
         text2image_suite.Text2ImageConfig(best_of=0)
