@@ -1,7 +1,7 @@
 """Reads a corpus: documents by number, at random, from any thread."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +117,29 @@ class TokenCorpus:
     def lengths(self, max_text_len: int) -> np.ndarray:
         """Tokens of every document with one more after each segment, int32 [D]; texts are cut."""
         parts = [self._shard_lengths(i, max_text_len) for i in range(len(self.manifest.shards))]
+        return np.concatenate(parts)[self._live.stored]
+
+    def id_hashes(self) -> np.ndarray:
+        """`repeated_ids.hash_ids` of every document, uint64 [D]."""
+        return self._of_shards("ids", lambda number, stored: stored)
+
+    def segment_counts(self) -> np.ndarray:
+        """The numbers of texts and of images of every document, int32 [D, 2]."""
+
+        def count(number: int, segments: np.ndarray) -> np.ndarray:
+            row, kind, _ = segments.T
+            rows = self.manifest.shards[number].rows
+            counts = np.bincount(2 * row.astype(np.int64) + kind, minlength=2 * rows)
+            return counts.reshape(rows, 2).astype(np.int32)
+
+        return self._of_shards("segments", count)
+
+    def _of_shards(self, what: str, read: Callable[[int, np.ndarray], np.ndarray]) -> np.ndarray:
+        """An array with a row per document, from one of the files of each shard."""
+        parts = []
+        for number in range(len(self.manifest.shards)):
+            path = self.path / shard_file(what, number, "npy")
+            parts.append(read(number, np.load(path, mmap_mode="r", allow_pickle=False)))
         return np.concatenate(parts)[self._live.stored]
 
     def _shard_lengths(self, number: int, max_text_len: int) -> np.ndarray:

@@ -27,11 +27,15 @@ class MixturePart:
         corpus: its documents.
         weight: how often one of its documents is drawn, relative to the other parts.
         neighbors: documents that may stand before each; None: none do.
+        left_out: numbers of documents that are never drawn, int [M], such as held-out ones; None: none are.
+        unread: numbers of the neighbors' documents that never stand before another, int [M].
     """
 
     corpus: TokenCorpus
     weight: float = 1.0
     neighbors: NeighborRows | None = None
+    left_out: np.ndarray | None = None
+    unread: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +106,7 @@ class RowPlanner:
 
     @property
     def num_too_long(self) -> int:
-        """Number of documents that fit no row and are left out."""
+        """Number of documents that fit no row, or are left out for other reasons."""
         return sum(len(a) - len(b) for a, b in zip(self._lengths, self._usable, strict=True))
 
     def plan(self, window: int, counts: Sequence[int]) -> tuple[WindowPlan, tuple[int, ...]]:
@@ -138,7 +142,10 @@ class RowPlanner:
 
     def _fitting(self, i: int) -> np.ndarray:
         room = self.config.length - self.config.reserve - 1
-        usable = np.flatnonzero(self._lengths[i] <= room).astype(np.int32)
+        is_usable = self._lengths[i] <= room
+        if self.parts[i].left_out is not None:
+            is_usable[self.parts[i].left_out] = False
+        usable = np.flatnonzero(is_usable).astype(np.int32)
         if not len(usable):
             raise UserError(
                 f"No document of {self.parts[i].corpus.path} fits a row of {self.config.length} tokens; give "
@@ -167,6 +174,9 @@ class RowPlanner:
         if found is None or not max_docs or not len(documents):
             return chosen, length
         by_query = found.take(documents)
+        unread = self.parts[i].unread
+        if unread is not None and len(unread):
+            by_query[np.isin(by_query, unread)] = MISSING
         # A query is the text or the image; of a document without one, the other.
         query = rng.integers(by_query.shape[1], size=len(documents))
         has_any = np.asarray((by_query >= 0).any(axis=2))

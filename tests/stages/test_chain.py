@@ -11,7 +11,7 @@ from rag_mm.core.errors import UserError
 from rag_mm.models import cm3leon
 from rag_mm.nn import decoder
 from rag_mm.stages import chain, chain_config
-from rag_mm.stages.ra_cm3 import train_decoder
+from rag_mm.stages.ra_cm3 import decoder_training
 
 
 @pytest.fixture
@@ -45,10 +45,10 @@ def test_one_decoder_stage_trains_both_families():
     vocabulary = types.SimpleNamespace(size=600, code_offset=500)
     tokenizer = types.SimpleNamespace(vocabulary=vocabulary, grids=((8, 8),))
     layout = types.SimpleNamespace(num_positions=300)
-    model = train_decoder.make_model_config(made["decoder"], tokenizer, layout)
+    model = decoder_training.make_model_config(made["decoder"], tokenizer, layout)
     assert (model.alpha, model.sentinel_weight, model.normalize_by) == (1.0, 1.0, "weights")
     plain = chain_config.stage_configs(chain_config.load("configs/quickstart.py:tiny"))["decoder"]
-    model = train_decoder.make_model_config(plain, tokenizer, layout)
+    model = decoder_training.make_model_config(plain, tokenizer, layout)
     assert (model.alpha, model.sentinel_weight, model.normalize_by) == (0.1, 0.0, "main")
 
 

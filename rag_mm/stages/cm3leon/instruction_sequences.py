@@ -18,7 +18,7 @@ from rag_mm.data import (
 from rag_mm.data.instruction_items import CodedItem, Instruction, InstructionItem
 from rag_mm.data.token_documents import Example
 from rag_mm.data.vocabulary import Vocabulary
-from rag_mm.stages.ra_cm3 import training_sequences
+from rag_mm.stages.ra_cm3 import drawn_sequences
 
 _BATCH = 256
 
@@ -112,7 +112,7 @@ class InstructionSource:
         masked = sequences.mask(self.layout, self.vocabulary, plain, spans)
         row = sequences.as_row(self.vocabulary, masked, None if num_docs is None else length)
         if instruction.answer is None:
-            training_sequences.add_code_noise(row, self.vocabulary, self.code_noise, rng)
+            drawn_sequences.add_code_noise(row, self.vocabulary, self.code_noise, rng)
         return row
 
     def _draw(

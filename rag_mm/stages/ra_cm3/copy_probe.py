@@ -22,7 +22,7 @@ from rag_mm.worlds.emoji import emoji_scenes
 INPUTS = ("tokenizer",)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CopyProbeStageConfig(train_decoder.DecoderStageConfig):
     """A decoder's config, and how the probe measures it.
 

@@ -7,6 +7,7 @@ from typing import Any
 from rag_mm.core.errors import UserError
 from rag_mm.stages.ra_cm3 import (
     copy_probe,
+    decoder_training,
     evaluate,
     few_shot,
     generate_samples,
@@ -47,7 +48,7 @@ def resolve_control(page: Mapping[str, Any], section: Mapping[str, Any]) -> dict
     return values
 
 
-def start_inputs(config: train_decoder.DecoderStageConfig) -> tuple[str, ...]:
+def start_inputs(config: decoder_training.DecoderTrainingConfig) -> tuple[str, ...]:
     """The stage of the run that a decoder's training starts from, if there is one."""
     return () if config.start_stage is None else (config.start_stage,)
 
@@ -57,14 +58,14 @@ STAGES = {
         train_decoder.DecoderStageConfig,
         train_decoder.INPUTS,
         train_decoder.run,
-        mesh=train_decoder.make_mesh,
+        mesh=decoder_training.make_mesh,
         more_inputs=start_inputs,
     ),
     "control": Stage(
         train_decoder.DecoderStageConfig,
         train_decoder.CONTROL_INPUTS,
         train_decoder.run,
-        mesh=train_decoder.make_mesh,
+        mesh=decoder_training.make_mesh,
         section=ControlSection,
         resolve=resolve_control,
     ),
@@ -73,7 +74,7 @@ STAGES = {
         copy_probe.INPUTS,
         copy_probe.run,
         SCENES,
-        mesh=train_decoder.make_mesh,
+        mesh=decoder_training.make_mesh,
         more_inputs=start_inputs,
     ),
     "few_shot": Stage(few_shot.FewShotStageConfig, few_shot.INPUTS, few_shot.run, SCENES),

@@ -1,6 +1,7 @@
 """Training sequences of RA-CM3: retrieved documents followed by the main document."""
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 
 import grain
@@ -8,10 +9,10 @@ import numpy as np
 
 from rag_mm.core import checks, manifest_values
 from rag_mm.core.errors import UserError
-from rag_mm.core.roles import MAIN
-from rag_mm.data import masking, packing, pipeline, sequences
-from rag_mm.data.token_documents import TEXT, Example
+from rag_mm.data import packing, pipeline, sequences
+from rag_mm.data.token_documents import Example
 from rag_mm.data.vocabulary import Vocabulary
+from rag_mm.stages.ra_cm3.drawn_sequences import MaskingConfig, SequenceDraws
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,32 +78,6 @@ class SequencesConfig:
             )
 
 
-@dataclasses.dataclass(frozen=True)
-class MaskingConfig:
-    """How spans of a training sequence are replaced by sentinels and moved to its end (CM3, section 2).
-
-    Attributes:
-        max_spans: maximum number of spans in a sequence.
-        prob: probability that a sequence has masked spans; the others are plain causal sequences.
-        segment_prob: probability that a masked sequence masks whole captions or images.
-        caption_prob: probability that a sequence masks the main caption only, as in captioning; with
-            `segment_prob` alone, few sequences mask the main caption.
-        min_spans: minimum number of spans in a masked sequence, 0 as in the public code of CM3, where a third
-            of the sequences then stay plain, or 1 as in the paper.
-    """
-
-    max_spans: int = 3
-    prob: float = 0.5
-    segment_prob: float = 0.5
-    caption_prob: float = 0.0
-    min_spans: int = dataclasses.field(default=0, metadata=manifest_values.ADDED_LATER)
-
-    def __post_init__(self):
-        checks.at_least(self, 0, "max_spans")
-        checks.one_of(self, "min_spans", (0, 1))
-        checks.between(self, 0, 1, "prob", "segment_prob", "caption_prob")
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class SequenceSource:
     """Makes training sequences; `make` is a transform of `data.pipeline.make_batches`.
@@ -137,13 +112,13 @@ class SequenceSource:
         T is `length(num_docs)`.
         """
         length = self.length(num_docs)
-        return self._finish(self._draw(index, rng, num_docs, length), rng, length)
+        return self._draws.finish(self._draw(index, rng, num_docs, length), rng, length)
 
     def make_unpadded(self, index: np.int64, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """One sequence with a number of documents drawn by its weight, as arrays [T] of its own length."""
         weights = np.asarray(self.config.num_docs_weights)
         num_docs = int(rng.choice(len(weights), p=weights / weights.sum()))
-        return self._finish(self._draw(index, rng, num_docs, self.layout.length), rng, None)
+        return self._draws.finish(self._draw(index, rng, num_docs, self.layout.length), rng)
 
     def _draw(
         self, index: np.int64, rng: np.random.Generator, num_docs: int, length: int
@@ -152,16 +127,16 @@ class SequenceSource:
 
         The caption is sampled first, so that the baseline gets the same main documents.
         """
-        config, captions = self.config, self.texts[index]
+        config, captions, draws = self.config, self.texts[index], self._draws
         caption = int(rng.integers(config.captions_per_image))
-        main, docs = captions[-1 if rng.random() < config.full_caption_prob else caption], []
+        main = captions[-1 if rng.random() < config.full_caption_prob else caption]
+        docs: Sequence[Example] = []
         if self.neighbors is not None:
             query = caption if rng.random() < 0.5 else config.captions_per_image
             neighbors = self.neighbors[index, query]
             kept = rng.permutation(neighbors[neighbors >= 0])[:num_docs]
             docs = [self.memory[i] for i in kept]
-        if config.image_first_prob and rng.random() < config.image_first_prob:
-            main, docs = main.images_first(), [document.images_first() for document in docs]
+        main, docs = draws.order(main, docs, rng)
         if self.resized and (drawn := int(rng.integers(len(self.resized) + 1))):
             size = self.vocabulary.image_sizes[drawn]
             main = main.with_codes(self.resized[drawn - 1][index], size)
@@ -169,27 +144,14 @@ class SequenceSource:
         while len(plain.tokens) + 3 * self.layout.max_spans > length:
             docs = docs[1:]
             plain = sequences.lay_out(self.layout, self.vocabulary, main, docs)
-        spans = self._sample_spans(plain, main, rng)
-        return sequences.mask(self.layout, self.vocabulary, plain, spans)
+        return draws.mask(plain, main, rng)
 
-    def _sample_spans(
-        self, plain: sequences.Tokens, main: Example, rng: np.random.Generator
-    ) -> np.ndarray:
-        """The main caption, or spans anywhere, int32 [n, 2]."""
-        if rng.random() < self.masking.caption_prob:
-            return plain.main[main.find(TEXT)][None]
-        masks = masking.Masking(
-            self.masking.min_spans, self.masking.segment_prob, self.masking.prob
+    @property
+    def _draws(self) -> SequenceDraws:
+        config = self.config
+        return SequenceDraws(
+            self.layout, self.vocabulary, self.masking, config.code_noise, config.image_first_prob
         )
-        segments = plain.segments[plain.is_maskable]
-        return masking.sample_spans(masks, segments, rng, self.masking.max_spans, len(plain.tokens))
-
-    def _finish(
-        self, sequence: sequences.Tokens, rng: np.random.Generator, length: int | None
-    ) -> dict[str, np.ndarray]:
-        row = sequences.as_row(self.vocabulary, sequence, length)
-        add_code_noise(row, self.vocabulary, self.config.code_noise, rng)
-        return row
 
     def length(self, num_docs: int) -> int:
         """Length in tokens of a sequence with `num_docs` documents, chosen for little padding."""
@@ -245,18 +207,3 @@ class SequenceSource:
         weights = np.asarray(self.config.num_docs_weights)
         lengths = [self.length(count) for count in range(self.config.max_docs + 1)]
         return float(weights / weights.sum() @ lengths)
-
-
-def add_code_noise(
-    row: dict[str, np.ndarray], vocabulary: Vocabulary, share: float, rng: np.random.Generator
-) -> None:
-    """Replaces a share of the input codes of the main image in place, each by a code from before it.
-
-    Codes after it would reveal targets. The first code of a sequence has none before it and stays.
-    """
-    tokens = row["tokens"]
-    is_code = tokens >= vocabulary.code_offset
-    is_main = is_code & (np.roll(row["roles"], 1) == MAIN)
-    num_before: np.ndarray = np.cumsum(is_code) - is_code
-    is_noisy = is_main & (num_before > 0) & (rng.random(len(tokens)) < share)
-    tokens[is_noisy] = tokens[is_code][rng.integers(num_before[is_noisy])]
