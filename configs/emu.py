@@ -24,6 +24,7 @@
     visual_tiny  two minutes   the same of visual, learns nothing
     7b      a pod              the paper's ablation on LLaMA 7B; planned, not trained here
     14b     a pod              the paper's model; planned, not trained here
+    sd15    a pod              the paper's visual decoder, Stable Diffusion 1.5's; planned, not trained here
 
 Figures are in docs/results/emu.md. The last two have the published optimizer and three learning rates; how
 many rows a step had is unknown, and 1,024 rows of 1,024 tokens and 5 images are our choice.
@@ -34,6 +35,7 @@ import dataclasses
 from rag_mm.configs import own_images, quickstart
 
 from rag_mm.models.emu.emu_config import EmuConfig
+from rag_mm.models.emu.visual_decoder import VisualDecoderConfig
 
 PRESETS = (
     *(
@@ -47,7 +49,7 @@ PRESETS = (
         "sft",
         "sft_tiny",
     ),
-    *("own", "own_tiny", "tiny", "7b", "14b"),
+    *("own", "own_tiny", "tiny", "7b", "14b", "sd15"),
 )
 STAGES = ("tokenizer", "retriever", "memory", "neighbors", "emu_data", "emu", "emu_figures")
 VISUAL_STAGES = ("rollouts", "visual_decoder", "visual_control", "visual_figures")
@@ -193,6 +195,8 @@ def get_config(preset: str) -> dict:
         "own_tiny": own_tiny,
         "tiny": tiny,
     }
+    if preset == "sd15":
+        return sd15()
     return made[preset]() if preset in made else _sizes(preset)
 
 
@@ -463,4 +467,23 @@ def _sizes(preset: str) -> dict:
         batch_size=1024,
         num_images=5,
         accumulate=4,
+    )
+
+
+def sd15() -> dict:
+    """A plan page: the paper's visual decoder and recipe; its rate falls in steps, ours in a line."""
+    return dict(
+        family="emu_visual",
+        model=dataclasses.asdict(VisualDecoderConfig.sd15()),
+        optimizer=dict(
+            learning_rate=1e-4,
+            warmup_steps=5000,
+            schedule="linear",
+            b2=0.999,
+            weight_decay=0.01,
+            end_rate=0.1,
+        ),
+        num_steps=15_000,
+        batch_size=1600,
+        accumulate=5,
     )

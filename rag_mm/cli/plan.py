@@ -66,7 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--decode", type=int, nargs="?", const=-1, metavar="TOKENS",
-        help="plan decoding of TOKENS tokens instead (default: 1024 or half the sequence length, if less)",
+        help="plan decoding of TOKENS tokens instead (default: 1024 or half the sequence length, if less); of "
+        "an Emu, the codes of images after captions of TOKENS tokens (default: 64)",
     )  # fmt: skip
     parser.add_argument(
         "--encode", action="store_true",
@@ -91,7 +92,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     topology = chips.parse_topology(args.topology, args.slices)
     page = configuration.to_dict(configuration.load_config(args.config))
     family = page.get("family")
-    make = _image_tokenizer if "stages" in page else _emu if family == "emu" else _decoder
+    others = {"emu": _emu, "emu_visual": _emu_visual}
+    make = _image_tokenizer if "stages" in page else others.get(family, _decoder)
     program, vary, remats = make(args, topology)
     if args.search:
         result = compile_plan.search(program, vary, remats, topology)
@@ -129,22 +131,49 @@ def _decoder(args: argparse.Namespace, topology: "chips.Topology") -> "_Planned"
 
 def _emu(args: argparse.Namespace, topology: "chips.Topology") -> "_Planned":
     """The program of a page of an Emu's sizes."""
-    from rag_mm.perf.plan import emu_programs
+    from rag_mm.perf.plan import cases, emu_programs, rollout_programs
 
-    if args.encode or args.decode is not None:
-        raise UserError(
-            f"{args.config} is planned for training alone; leave out --encode and --decode."
-        )
+    if args.encode:
+        raise UserError("--encode is for image tokenizers; leave it out, or give --decode.")
     case = emu_programs.make_case(
+        configuration.to_dict(configuration.load_config(args.config, args.overrides)),
+        topology,
+        batch_size=None if args.decode else args.batch,
+        num_parts=args.parts,
+        remat=args.remat,
+        mesh=None if args.decode else args.mesh,
+    )
+    if args.decode:
+        rolled = rollout_programs.make_case(
+            case.page,
+            topology,
+            prompt_len=rollout_programs.PROMPT_LEN if args.decode == -1 else args.decode,
+            batch_size=args.batch,
+            mesh_shape=None if args.mesh is None else cases.parse_mesh(args.mesh),
+        )
+        return rollout_programs.make_program(rolled), lambda remat, parts: None, ()
+    vary = partial(emu_programs.vary, case, topology)
+    return emu_programs.make_program(case), vary, ("none", "full")
+
+
+def _emu_visual(args: argparse.Namespace, topology: "chips.Topology") -> "_Planned":
+    """The program of a page of a visual decoder's sizes."""
+    from rag_mm.perf.plan import cases, visual_programs
+
+    if args.encode or args.decode is not None or args.remat not in (None, "none"):
+        raise UserError(
+            f"{args.config} is planned for training without remat alone; leave out --encode, --decode and "
+            "--remat."
+        )
+    case = visual_programs.make_case(
         configuration.to_dict(configuration.load_config(args.config, args.overrides)),
         topology,
         batch_size=args.batch,
         num_parts=args.parts,
-        remat=args.remat,
-        mesh=args.mesh,
+        mesh_shape=None if args.mesh is None else cases.parse_mesh(args.mesh),
     )
-    vary = partial(emu_programs.vary, case, topology)
-    return emu_programs.make_program(case), vary, ("none", "full")
+    vary = partial(visual_programs.vary, case, topology)
+    return visual_programs.make_program(case, topology), vary, ("none",)
 
 
 def _image_tokenizer(args: argparse.Namespace, topology: "chips.Topology") -> "_Planned":

@@ -83,6 +83,13 @@ def roll_out(
     return decode_batch.run_on_mesh(mesh, run, {"prompts": prompts})
 
 
+def lower(
+    params: Params, prompts: Prompts, *, graphdef: nnx.GraphDef, is_scanned: bool | None = None
+) -> jax.stages.Lowered:
+    """Lowers `roll_out`'s program for abstract arguments, without compiling it."""
+    return _roll_out.lower(params, prompts, graphdef=graphdef, is_scanned=is_scanned)
+
+
 @partial(jax.jit, static_argnames=("graphdef", "is_scanned"))
 def _roll_out(
     params: Params, prompts: Prompts, *, graphdef: nnx.GraphDef, is_scanned: bool | None

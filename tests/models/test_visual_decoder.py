@@ -1,6 +1,5 @@
 """The visual decoder learns to draw what its condition says, on one device as on eight."""
 
-import fnmatch
 from functools import partial
 
 import jax
@@ -48,8 +47,7 @@ def untrained():
 @pytest.fixture(scope="module")
 def trained(untrained):
     graphdef, params = untrained
-    is_fitted = lambda path: any(fnmatch.fnmatch(path, each) for each in visual_decoder.FITTED)
-    held, free = param_trees.split(params, is_fitted)
+    held, free = param_trees.split(params, visual_decoder.is_fitted)
     tx = optax.adam(3e-3)
 
     @jax.jit
@@ -182,8 +180,7 @@ def test_the_unet_draws_by_latents_and_trains_without_its_autoencoder():
     (value, metrics), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, batch)
     assert 0.5 < float(value) < 5 and float(metrics["loss"][1]) == 2
     norms = {path: float(jnp.abs(x).max()) for path, x in param_trees.leaves_by_path(grads).items()}
-    is_fitted = lambda path: any(fnmatch.fnmatch(path, each) for each in visual_decoder.FITTED)
-    assert all((size > 0) != is_fitted(path) for path, size in norms.items()), norms
+    assert all((size > 0) != visual_decoder.is_fitted(path) for path, size in norms.items()), norms
     seeds = np.arange(2, dtype=np.uint32)
     images = visual_decoder.draw(
         params, batch["condition"], seeds, graphdef=graphdef, config=config

@@ -10,6 +10,7 @@ autoencoder.
 """
 
 import dataclasses
+import fnmatch
 from functools import partial
 
 import jax
@@ -314,6 +315,11 @@ def fit(
 
     own = {name: params[name] for name in given}
     return params | jax.tree.map(put, own, given)
+
+
+def is_fitted(path: str) -> bool:
+    """Whether a parameter is given or fitted to conditions, not trained."""
+    return any(fnmatch.fnmatch(path, pattern) for pattern in FITTED)
 
 
 def _chosen(

@@ -47,13 +47,14 @@ def sections(page: Mapping[str, Any]) -> dict[str, configuration.Section]:
     Raises:
         UserError: an unknown family.
     """
-    from rag_mm.perf.plan import emu_programs  # It imports this module.
+    from rag_mm.perf.plan import emu_programs, visual_programs  # They import this module.
 
     family = page.get("family")
-    if family == emu_programs.FAMILY:
-        return emu_programs.sections(page)
+    others = {each.FAMILY: each.sections for each in (emu_programs, visual_programs)}
+    if family in others:
+        return others[family](page)
     if family not in FAMILIES:
-        known = ", ".join([*FAMILIES, emu_programs.FAMILY])
+        known = ", ".join([*FAMILIES, *others])
         raise UserError(f"There is no family {family!r}; there are {known}.")
     return {
         "": configuration.Section(PlanPage, ("model", "optimizer")),

@@ -108,7 +108,7 @@ def make_program(case: EmuCase) -> programs.Program:
         case.mesh_shape,
         lambda compiled: None,
         {
-            "num_params": _count_params(page.model),
+            "num_params": count_params(page.model),
             "program": "train",
             "batch_size": page.batch_size,
             "num_parts": page.accumulate,
@@ -140,7 +140,7 @@ def lower_train(case: EmuCase, mesh: Mesh) -> jax.stages.Lowered:
         UserError: a parameter does not split over the mesh.
     """
     page, emu = case.page, case.page.model
-    graphdef, params = param_trees.describe(partial(_make_model, emu), mesh)
+    graphdef, params = param_trees.describe(partial(make_model, emu), mesh)
     param_trees.check_split(params, "Give another --mesh")
     tx = make_optimizer(page.optimizer, page.num_steps)
     layout = NamedSharding(mesh, PartitionSpec(sharding.ACTIVATION_AXES["batch"]))
@@ -164,10 +164,12 @@ def lower_train(case: EmuCase, mesh: Mesh) -> jax.stages.Lowered:
         return step.lower(state, batch)
 
 
-def _count_params(config: EmuConfig) -> int:
-    _, abstract = param_trees.describe(partial(_make_model, config), None)
+def count_params(config: EmuConfig) -> int:
+    """Number of parameters, by abstract evaluation."""
+    _, abstract = param_trees.describe(partial(make_model, config), None)
     return sum(leaf.size for leaf in jax.tree.leaves(abstract))
 
 
-def _make_model(config: EmuConfig) -> emu_model.Emu:
+def make_model(config: EmuConfig) -> emu_model.Emu:
+    """The model with the initial parameters of seed 0."""
     return emu_model.Emu(config, rngs=nnx.Rngs(params=0))

@@ -22,7 +22,7 @@ def hbm_bytes(case: decoder_programs.Case) -> float:
     if case.num_new:
         sequences = case.batch_size / (data * fsdp)
         keys = config.max_seq_len - case.num_new / 2
-        return narrow * (num_params + sequences * _cache_size(config, keys)) / tensor
+        return narrow * (num_params + sequences * cache_size(config, keys)) / tensor
     # Weights and both moments are read and written in float32; the gathered weights are written and read in
     # every pass of every microbatch.
     passes = 2 + (config.remat == "full")
@@ -40,7 +40,7 @@ def decode_bytes(config: DecoderConfig, num_keys: float) -> float:
     Multiplied weights and the KV cache; the embedding lookup is negligible.
     """
     narrow = jnp.dtype(config.dtype).itemsize
-    return narrow * (flops.multiplied_params(config) + _cache_size(config, num_keys))
+    return narrow * (flops.multiplied_params(config) + cache_size(config, num_keys))
 
 
 def kept_bytes(case: decoder_programs.Case) -> float:
@@ -76,7 +76,7 @@ def gradient_bytes(num_params: int, mesh_shape: tuple[int, int, int], num_slices
     return 2 * share * (num_slices - 1) / num_slices
 
 
-def _cache_size(config: DecoderConfig, num_keys: float) -> float:
+def cache_size(config: DecoderConfig, num_keys: float) -> float:
     """Elements of the keys and values of one sequence."""
     return 2 * config.num_layers * config.block.num_kv_heads * config.block.head_dim * num_keys
 

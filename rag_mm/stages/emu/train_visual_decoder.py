@@ -5,7 +5,6 @@ Emu2 on the codes of its encoder. The stage `visual_control` is the other one of
 """
 
 import dataclasses
-import fnmatch
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -126,7 +125,7 @@ def run(config: VisualDecoderStageConfig, run: run_folder.Run, stage_dir: epath.
         mesh=mesh,
         num_parts=config.scale.num_parts,
         prepare=lambda params: visual_decoder.fit(params, sample, stored.null),
-        what=training.WhatTrains(is_fitted),
+        what=training.WhatTrains(visual_decoder.is_fitted),
         watch=None if multiprocess.has_others() else _make_watch(config, emu, model_config),
     )
     saved_visual.save(stage_dir, model_config, params, multiprocess.is_leader())
@@ -134,11 +133,6 @@ def run(config: VisualDecoderStageConfig, run: run_folder.Run, stage_dir: epath.
         return {}
     train = {key: value for key, value in log[-1].items() if key != "step"}
     return {"train": train, "num_params": sum(leaf.size for leaf in jax.tree.leaves(params))}
-
-
-def is_fitted(path: str) -> bool:
-    """Whether a parameter is given or fitted to conditions, not trained."""
-    return any(fnmatch.fnmatch(path, pattern) for pattern in visual_decoder.FITTED)
 
 
 # Record numbers, int64 [B] -> a batch of `visual_decoder.loss_fn`.

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rag_mm.core.errors import UserError
+from rag_mm.models.emu import visual_decoder
 from rag_mm.stages import chain_config
 from rag_mm.stages.emu import album, prepare_data, store_rollouts, train_visual_decoder
 from rag_mm.stages.emu.training_documents import TrainingDocuments
@@ -96,7 +97,7 @@ def test_what_is_fitted_is_not_trained():
     fitted = [
         path
         for path in ("null", "statistics/mean", "network/output/kernel")
-        if train_visual_decoder.is_fitted(path)
+        if visual_decoder.is_fitted(path)
     ]
     assert fitted == ["null", "statistics/mean"]
 
