@@ -66,8 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--decode", type=int, nargs="?", const=-1, metavar="TOKENS",
-        help="plan decoding of TOKENS tokens instead (default: 1024 or half the sequence length, if less); of "
-        "an Emu, the codes of images after captions of TOKENS tokens (default: 64)",
+        help="plan decoding of TOKENS tokens instead (default: 1024 or half the sequence length, if less), "
+        "of an Emu the codes of images after captions of TOKENS tokens (default: 64)",
     )  # fmt: skip
     parser.add_argument(
         "--encode", action="store_true",
