@@ -262,6 +262,6 @@ def load(
     generator = train_decoder.load_generator(run, stage, image_tokenizer, on_mesh)
     encoder = train_retriever.load_encoder(run.workdir)
     memory = build_memory.open_newest(run, encoder, image_tokenizer)
-    rules = find_neighbors.load_policy(run)
+    rules = find_neighbors.load_policy(run, stage)
     tuned_on = tuned_tasks.read(run, stage)
     return Session(generator, image_tokenizer, encoder, memory, rules, tuned_on)

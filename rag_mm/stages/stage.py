@@ -16,6 +16,7 @@ from rag_mm.worlds import concepts
 PER_DOCUMENT = "per_document.json"
 SCENES = (world_config.EmojiWorld,)  # Only emoji scenes have the facts that scoring needs.
 IMAGES = (world_config.EmojiWorld, world_config.OwnImages)
+WITH_CORPORA = (*IMAGES, world_config.CorpusWorld)
 EVERY_WORLD = (*IMAGES, concepts.ConceptWorld)
 
 
@@ -32,6 +33,8 @@ class Stage:
             None for a stage that does not train. All processes run a stage that trains.
         is_shared: all processes run it although it does not train.
         more_inputs: config -> further stages that it reads with this config, such as one that it starts from.
+        needs_disk: config -> whether its files are read through the machine's file system, such as mapped
+            into memory, so that it cannot be in a remote run.
         needs_own_memory: it takes facts of the memory's rows from the world, so that the memory must be built
             from the world's documents.
         holds: other stages whose configs its config contains, in fields of the same names.
@@ -50,6 +53,7 @@ class Stage:
     mesh: Callable[[Any], Mesh] | None = None
     is_shared: bool = False
     more_inputs: Callable[[Any], tuple[str, ...]] = lambda config: ()
+    needs_disk: Callable[[Any], bool] = lambda config: False
     needs_own_memory: bool = False
     holds: tuple[str, ...] = ()
     section: type | None = None

@@ -70,7 +70,7 @@ class Speed:
     def _clear(self) -> None:
         self._seconds: list[float] = []
         self._waited = 0.0
-        self._tokens = self._flops = np.zeros(1)  # By row of this process.
+        self._tokens = self._flops = self._places = np.zeros(1)  # By row of this process.
 
     def load(self, batch: Mapping[str, Any], seconds: float) -> None:
         """Reports a batch, this process's rows on the host, that the loop waited for; before its `step`."""
@@ -79,6 +79,7 @@ class Speed:
             lengths = segment_lengths(batch)
             self._tokens = self._tokens + lengths.sum(axis=1)
             self._flops = self._flops + self._cost.flops(lengths).sum(axis=1)
+            self._places = self._places + np.full(len(lengths), float(batch["tokens"].shape[1]))
 
     def step(self) -> None:
         """Reports that a step has finished."""
@@ -91,7 +92,8 @@ class Speed:
 
         Returns:
             step; step_seconds_p50 and _p99 in s; input_wait as a share of the time, 0 to 1; and, where
-            known, tokens_per_second and model_flops_per_second of all processes, and mfu.
+            known, tokens_per_second and model_flops_per_second of all processes, row_fill, the share of the
+            tokens in rows that are no padding, and mfu.
         """
         total = max(sum(self._seconds), 1e-9)
         row = {
@@ -100,7 +102,9 @@ class Speed:
             "input_wait": self._waited / total,
         }
         if self._cost is not None:
-            row["tokens_per_second"] = self._sum_rows(self._tokens) / total
+            tokens = self._sum_rows(self._tokens)
+            row["tokens_per_second"] = tokens / total
+            row["row_fill"] = tokens / max(self._sum_rows(self._places), 1.0)
             row["model_flops_per_second"] = self._sum_rows(self._flops) / total
             if self._cost.peak is not None:
                 row["mfu"] = row["model_flops_per_second"] / self._cost.peak

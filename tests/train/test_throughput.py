@@ -57,6 +57,16 @@ def test_padding_counts_as_nothing(clock, tmp_path):
     assert rates(clock, tmp_path / "empty", empty) == (0, 0)
 
 
+def test_the_fill_is_the_share_of_places_with_a_token(clock, tmp_path):
+    segment_ids = np.ones((4, 26), np.int32)
+    segment_ids[:2, 13:] = 0
+    watch = throughput.Speed(tmp_path / "speed.jsonl", 0, COST)
+    for ids in (segment_ids, np.ones((4, 26), np.int32)):
+        watch.load({"tokens": np.zeros((4, 26), np.int32), "segment_ids": ids}, 0.0)
+        watch.step()
+    assert watch.write(2)["row_fill"] == pytest.approx((0.75 + 1.0) / 2)
+
+
 def test_lengths_are_those_of_segments():
     """Attention does not cross segments, so a packed row costs as much as its segments."""
     segment_ids = np.array([[1, 1, 1, 2, 2, 0], [0, 0, 1, 1, 1, 1], [0] * 6], np.int32)
@@ -77,7 +87,7 @@ def test_rows_of_other_processes_are_added(clock, tmp_path):
 
     short = {"tokens": np.zeros((4, 5), np.int32)}
     tokens, work = rates(clock, tmp_path / "speed.jsonl", BATCH, short, sum_rows=add)
-    assert seen == [[30.0] * 4, [300.0] * 4]
+    assert seen == [[30.0] * 4, [30.0] * 4, [300.0] * 4]  # Tokens, places for them, and FLOPs.
     assert (tokens, work) == pytest.approx((3 * 120 / 2, 3 * 1200 / 2))
 
 

@@ -8,16 +8,26 @@ from etils import epath
 from rag_mm.core import configuration, run_folder
 from rag_mm.core.errors import UserError
 from rag_mm.decode import guidance
-from rag_mm.stages.ra_cm3.training_sequences import MaskingConfig, SequencesConfig
+from rag_mm.stages.ra_cm3.corpus_mixture import PackedSequencesConfig
+from rag_mm.stages.ra_cm3.drawn_sequences import MaskingConfig
+from rag_mm.stages.ra_cm3.training_sequences import SequencesConfig
 
 
 def shown(
-    masking: MaskingConfig, sequences: SequencesConfig, is_baseline: bool = False
+    masking: MaskingConfig,
+    sequences: SequencesConfig | PackedSequencesConfig,
+    lacks_docs: bool = False,
 ) -> list[str]:
-    """The null prompts that occur in such training sequences, with documents or, as a baseline's, without."""
+    """The null prompts that occur in such training sequences.
+
+    Args:
+        masking: their masked spans.
+        sequences: their documents.
+        lacks_docs: whether some have no documents whatever `sequences` says, as a baseline's.
+    """
     masks_segments = bool(masking.max_spans and masking.prob and masking.segment_prob)
     masks_captions = masks_segments or masking.caption_prob > 0
-    lacks_docs = is_baseline or sequences.num_docs_weights[0] > 0
+    lacks_docs = lacks_docs or sequences.num_docs_weights[0] > 0
     occurs = {
         guidance.DOCUMENTS: masks_captions,
         guidance.BARE: masks_captions and lacks_docs,

@@ -11,11 +11,12 @@ from rag_mm.stages.ra_cm3 import (
     evaluate,
     few_shot,
     generate_samples,
+    pretrain,
     train_decoder,
     write_report,
 )
 from rag_mm.stages.shared import starting_point
-from rag_mm.stages.stage import SCENES, Stage
+from rag_mm.stages.stage import SCENES, WITH_CORPORA, Stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,14 @@ STAGES = {
         mesh=decoder_training.make_mesh,
         section=ControlSection,
         resolve=resolve_control,
+    ),
+    "pretraining": Stage(
+        pretrain.PretrainingStageConfig,
+        pretrain.INPUTS,
+        pretrain.run,
+        WITH_CORPORA,
+        mesh=decoder_training.make_mesh,
+        more_inputs=start_inputs,
     ),
     "copy_probe": Stage(
         copy_probe.CopyProbeStageConfig,

@@ -47,13 +47,15 @@ class MemoryStageConfig(given_models.GivenConfig):
     """
 
     seed: int
-    world: world_config.EmojiWorld | world_config.OwnImages
+    world: world_config.EmojiWorld | world_config.OwnImages | world_config.CorpusWorld
     index: str = "scann"
     num_queries: int = 500
     image_batch: int | None = dataclasses.field(default=None, metadata=manifest_values.ADDED_LATER)
     version: int | None = dataclasses.field(default=None, metadata=manifest_values.ADDED_LATER)
 
     def __post_init__(self):
+        if self.folder is None and isinstance(self.world, world_config.CorpusWorld):
+            raise ValueError("folder is None, but a corpus has no images to store; give one")
         if self.version is not None and self.folder is None:
             raise ValueError("version is that of a given memory; give its folder, too")
         self.identify(lambda folder: given_memory.fingerprint_of(folder, self.version))
@@ -69,7 +71,7 @@ def run(config: MemoryStageConfig, run: run_folder.Run, stage_dir: epath.Path) -
     With several processes, all embed; the leader does everything else.
 
     Returns:
-        `rows`, `index` and `recall_at_10` in the leader, {} in followers.
+        `rows`, `index` and, unless the world has no images, `recall_at_10` in the leader, {} in followers.
     """
     encoder, image_tokenizer = (
         train_retriever.load_encoder(run.workdir, config.image_batch),
@@ -77,6 +79,7 @@ def run(config: MemoryStageConfig, run: run_folder.Run, stage_dir: epath.Path) -
     )
     if config.folder is not None:
         return _take_given(config, config.folder, encoder, image_tokenizer, stage_dir)
+    assert not isinstance(config.world, world_config.CorpusWorld)
     seen, held_out = sources(config.world)
     carried = {
         "retriever": run.workdir / "retriever" / train_retriever.FOLDER,
@@ -120,8 +123,10 @@ def _take_given(
     if memory is None:
         return {}
     config.check_unchanged(memory.fingerprint)
-    recall = _recall(config, memory)
-    return {"rows": len(memory), "index": memory.manifest.index, "recall_at_10": recall}
+    facts = {"rows": len(memory), "index": memory.manifest.index}
+    if isinstance(config.world, world_config.CorpusWorld):
+        return facts
+    return facts | {"recall_at_10": _recall(config, memory)}
 
 
 def sources(

@@ -133,13 +133,18 @@ def run(config: NeighborsStageConfig, run: run_folder.Run, stage_dir: epath.Path
     return figures
 
 
-def load_policy(run: run_folder.Run) -> policy.Rules:
+def load_policy(run: run_folder.Run, decoder: str | None = None) -> policy.Rules:
     """The retrieval rules of a run.
+
+    Args:
+        run: the run.
+        decoder: stage of its decoder, which has the rules where it was trained on corpora; None: `neighbors`.
 
     Raises:
         UserError: the stage is missing, unfinished or edited.
     """
-    path = run.finished_stage("neighbors") / POLICY
+    is_own = decoder is not None and (run.stage_dir(decoder) / POLICY).exists()
+    path = run.finished_stage(decoder if decoder and is_own else "neighbors") / POLICY
     rules = files.read_object(path)
     # Earlier runs call it by_phrase, the first ones lack it.
     split_phrases = rules.get("split_phrases", rules.get("by_phrase", False))

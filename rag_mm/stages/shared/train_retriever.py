@@ -78,7 +78,7 @@ class RetrieverStageConfig(given_models.GivenConfig):
     """
 
     seed: int
-    world: world_config.EmojiWorld | world_config.OwnImages
+    world: world_config.EmojiWorld | world_config.OwnImages | world_config.CorpusWorld
     optimizer: optimizer.OptimizerConfig
     loop: loop.LoopConfig
     model: TowersConfig = dataclasses.field(default_factory=TowersConfig)
@@ -100,6 +100,8 @@ class RetrieverStageConfig(given_models.GivenConfig):
         if not self.roles or not set(self.roles) <= {"train", "memory"}:
             raise ValueError(f"roles are {self.roles}; choose from train, memory")
         self.identify(_given_fingerprint)
+        if self.folder is None and isinstance(self.world, world_config.CorpusWorld):
+            raise ValueError("folder is None, but a corpus has no images to train on; give one")
         if self.folder is None and self.world.image_size % self.model.patch_size:
             raise ValueError(
                 f"model.patch_size is {self.model.patch_size}, which does not divide the image size "
@@ -136,7 +138,8 @@ def run(config: RetrieverStageConfig, run: run_folder.Run, stage_dir: epath.Path
     """Trains the CLIP, writes it as a frozen model, and measures recall on test scenes.
 
     Returns:
-        `loss`, unless the CLIP is given, and `recall_at_1` in the leader, {} in followers.
+        `loss`, unless the CLIP is given, and `recall_at_1`, unless the world has no images, in the leader; {}
+        in followers.
     """
     if config.folder is not None:
         return _take_given(config, config.folder, stage_dir / FOLDER)
@@ -212,6 +215,8 @@ def _take_given(config: RetrieverStageConfig, given: str, folder: epath.Path) ->
     given_models.copy_model(given_models.find_model(given, "retriever"), folder)
     retriever = frozen.FrozenRetriever(folder)
     config.check_unchanged(retriever.fingerprint)
+    if isinstance(config.world, world_config.CorpusWorld):
+        return {}
     return {"recall_at_1": _recall(config, retriever)}
 
 

@@ -72,7 +72,8 @@ class TokenizerStageConfig(given_models.GivenConfig):
         num_init_images: number of images whose patches initialize the codebook by k-means.
         num_eval: number of test images for the metrics.
         folder: image tokenizer to use: a run, such as one of `rag-mm import image-tokenizer`, or its own
-            folder. An imported one is used at the world's image size. None trains `model`.
+            folder. An imported one is used at the world's image size. None trains `model`, and in a world
+            that is a corpus takes the corpus's, with its text vocabulary.
         image_sizes: heights in pixels of the square images that decoders are to read and write with this
             tokenizer; the world's comes first. Empty: the world's alone. The tokenizer is trained on the
             world's size.
@@ -81,7 +82,7 @@ class TokenizerStageConfig(given_models.GivenConfig):
     """
 
     seed: int
-    world: world_config.EmojiWorld | world_config.OwnImages
+    world: world_config.EmojiWorld | world_config.OwnImages | world_config.CorpusWorld
     model: spae_config.SPAEConfig
     optimizer: optimizer.OptimizerConfig
     loop: loop.LoopConfig
@@ -103,6 +104,9 @@ class TokenizerStageConfig(given_models.GivenConfig):
         training.check_config(self.optimizer, self.loop, self.batch_size)
         checks.at_least(self, 1, "num_eval")
         self.restart.check(self.model)
+        if isinstance(self.world, world_config.CorpusWorld):
+            self._take_that_of(self.world)
+            return
         if self.image_sizes and self.image_sizes[0] != self.world.image_size:
             raise ValueError(
                 f"image_sizes={self.image_sizes} must begin with the world's image size, "
@@ -132,6 +136,15 @@ class TokenizerStageConfig(given_models.GivenConfig):
             )
         for size in self.image_sizes:
             self.model.grids_at(size, size)  # Raises where it has none.
+
+    def _take_that_of(self, world: world_config.CorpusWorld) -> None:
+        """Takes the image tokenizer of a corpus."""
+        if self.folder is not None or self.image_sizes:
+            raise ValueError(
+                "the image tokenizer of a world of codes is its corpus's; leave folder and image_sizes out"
+            )
+        object.__setattr__(self, "folder", world.tokenizer)
+        self.identify(_given_fingerprint)
 
     def fit_to_world(self, folder: str) -> frozen.ImageTokenizerConfig:
         """The config of the image tokenizer in `folder`, at the size of the world's images.
@@ -168,8 +181,10 @@ def run(config: TokenizerStageConfig, run: run_folder.Run, stage_dir: epath.Path
     """Trains both and writes them as a frozen model; measures on test images of held-out classes.
 
     Returns:
-        What `tokenizer_figures.measure` does; {} in followers.
+        What `tokenizer_figures.measure` does; {} in followers, and in a world without images.
     """
+    if isinstance(config.world, world_config.CorpusWorld):
+        return _copy(config, config.world.tokenizer, stage_dir / FOLDER)
     source = config.world.scenes("train", *world_config.SEEN)
     if config.folder is not None:
         return _take_given(config, config.folder, source, stage_dir / FOLDER)
@@ -224,12 +239,21 @@ def _make_model(config: TokenizerStageConfig) -> autoencoder.SPAE:
 
 
 def _measure(config: TokenizerStageConfig, tokenizer: frozen.FrozenTokenizer) -> dict[str, Any]:
+    assert not isinstance(config.world, world_config.CorpusWorld)
     test = tokenizer_figures.reconstruct(config.world, tokenizer, config.num_eval, config.seed)
     return tokenizer_figures.measure(tokenizer, test, config.image_sizes[1:])
 
 
 def _given_fingerprint(folder: str) -> str:
     return given_models.model_fingerprint(folder, "tokenizer", frozen.IMAGE_TOKENIZERS)
+
+
+def _copy(config: TokenizerStageConfig, given: str, folder: epath.Path) -> dict:
+    """Copies an image tokenizer with its vocabulary, so that its fingerprint stays what it is."""
+    if multiprocess.is_leader():
+        given_models.copy_model(epath.Path(given), folder)
+        config.check_unchanged(frozen.fingerprint(folder))
+    return {}
 
 
 def _take_given(

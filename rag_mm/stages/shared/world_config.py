@@ -1,4 +1,4 @@
-"""The worlds that a run's documents come from: emoji scenes, the user's images, or toy embeddings."""
+"""The worlds of a run's documents: emoji scenes, the user's images, a corpus, or toy embeddings."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ import numpy as np
 
 from rag_mm.core import checks, configuration
 from rag_mm.core.document_types import Document
+from rag_mm.stages.shared.corpus_world import CorpusWorld
 from rag_mm.stages.shared.own_images import OwnImages
 from rag_mm.worlds import concepts
 from rag_mm.worlds.emoji import class_splits, emoji_scenes
@@ -94,24 +95,30 @@ class EmojiWorld:
 NAMES = {
     EmojiWorld: "emoji scenes",
     OwnImages: "the user's images, which have no facts to score",
+    CorpusWorld: "a corpus, which has no images",
     concepts.ConceptWorld: "a toy world of embeddings",
 }
 
 
-def world_class(values: Mapping[str, Any]) -> type[EmojiWorld | OwnImages | concepts.ConceptWorld]:
+def world_class(
+    values: Mapping[str, Any],
+) -> type[EmojiWorld | OwnImages | CorpusWorld | concepts.ConceptWorld]:
     """The class of a config's `world`.
 
-    `OwnImages` if it has `documents`, `ConceptWorld` if it has a setting of that class, else `EmojiWorld`.
+    `OwnImages` if it has `documents`, `CorpusWorld` if it has `corpus`, `ConceptWorld` if it has a setting of
+    that class, else `EmojiWorld`.
     """
     if "documents" in values:
         return OwnImages
+    if "corpus" in values:
+        return CorpusWorld
     toy_settings = {field.name for field in dataclasses.fields(concepts.ConceptWorld)}
     return concepts.ConceptWorld if toy_settings & set(values) else EmojiWorld
 
 
 def make(
     values: Mapping[str, Any], seed: int = 0
-) -> EmojiWorld | OwnImages | concepts.ConceptWorld:
+) -> EmojiWorld | OwnImages | CorpusWorld | concepts.ConceptWorld:
     """The world that a config's `world` describes; emoji scenes without a seed get the run's `seed`.
 
     Raises:
