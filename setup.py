@@ -59,6 +59,7 @@ EXTRAS = {
     "beam": ["apache-beam>=2.60"],
     "explore": ["anyio>=4", "starlette>=1,<2", "uvicorn>=0.54"],  # the page of `rag-mm explore`
     "gguf": ["gguf>=0.19,<0.20"],  # `rag-mm import gguf`
+    "gcs": ["gcsfs", "google-cloud-storage"],  # runs in a bucket of Google Cloud Storage
     "endpoint": ["openai>=3.57,<4"],  # a language model behind HTTP
     "parity": ["diffusers>=0.42,<0.43", "torch==2.13.0", "transformers>=5,<6"],
     "test": [

@@ -10,7 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PYTHONS = {"requirements.lock": (3, 11), "requirements-newest.lock": (3, 12)}
 # Extras that no lock file has: each is for an environment of its own.
-APART = ("bench", "beam", "gpu")
+APART = ("bench", "beam", "gcs", "gpu")
 
 
 def locked(name: str) -> dict[str, tuple[int, ...]]:

@@ -7,8 +7,6 @@ from typing import Any
 
 import rich.console
 
-from rag_mm.core.errors import UserError
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `rag-mm import`."""
@@ -34,8 +32,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Imports. Returns family, run, tensors, bytes, dtypes, has_tokenizer and seconds."""
     from rag_mm.api import importing
 
-    if "://" in args.out:
-        raise UserError(f"--out={args.out} is not a local folder; import to one, then copy it.")
     start = time.monotonic()
     dtype = importing.find_dtype(args.dtype)
     source, out = pathlib.Path(args.folder), pathlib.Path(args.out)

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import rag_mm
-from rag_mm.cli import failures, streams
+from rag_mm.cli import failures, remote_paths, streams
 from rag_mm.core import renames, terminal
 from rag_mm.core.errors import UserError
 
@@ -301,6 +301,7 @@ def _main(argv: list[str]) -> int:
     choose_platform()
     module = load_command(name)
     args = _parse(name, module, argv[1:])
+    remote_paths.check(name, args)
     with streams.stdout_for_result(args.json):
         result = module.run(args)
     if args.json:

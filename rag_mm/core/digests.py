@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import tensorstore
 from etils import epath
 
-from rag_mm.core import checksums, files
+from rag_mm.core import checksums, files, remote
 from rag_mm.core.errors import UserError
 
 # Orbax keeps the arrays of a save in an OCDBT store whose files have random names, next to files with
@@ -106,6 +106,6 @@ def _store_digest(folder: epath.Path) -> str:
 
 def _location(folder: epath.Path) -> str | dict[str, str]:
     # A local path is no URL: `#`, `?` and `%` are characters of its names.
-    if os.path.isdir(folder):
-        return {"driver": "file", "path": f"{os.path.abspath(folder)}/"}
-    return f"{folder}/"
+    if remote.is_remote(folder):
+        return f"{folder}/"
+    return {"driver": "file", "path": f"{os.path.abspath(folder)}/"}

@@ -16,6 +16,7 @@ from typing import IO, Any, NoReturn
 import numpy as np
 from etils import epath
 
+from rag_mm.core import remote
 from rag_mm.core.errors import UserError
 
 
@@ -30,7 +31,7 @@ def write_atomic(path: epath.PathLike, data: bytes) -> None:
     path = epath.Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not os.path.isdir(path.parent):  # Remote object stores replace objects atomically.
+        if remote.is_remote(path):  # Object stores replace objects atomically.
             path.write_bytes(data)
             return
         with whole_file(path) as temporary, open(temporary, "xb") as file:
@@ -226,7 +227,7 @@ def read_object(path: epath.PathLike, **types: type) -> dict[str, Any]:
 
 def is_special(path: epath.PathLike) -> bool:
     """Whether a local path leads to a device, pipe or socket, which may never end."""
-    if "://" in os.fspath(path) or not os.path.exists(path):
+    if remote.is_remote(path) or not os.path.exists(path):
         return False
     mode = os.stat(path).st_mode
     return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from rag_mm.core import costs, digests, files, locks, progress
+from rag_mm.core import costs, digests, files, locks, progress, remote
 from rag_mm.core.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -151,16 +151,20 @@ class Run:
             UserError: another process holds the lock, or the folder cannot be created or hold checkpoints.
         """
         _check_path(self.workdir)
+        if remote.is_remote(self.workdir):  # It cannot be locked, and has no folders to be made.
+            remote.check_reached(self.workdir)
+            yield
+            return
         try:
             self.workdir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
                 f"{self.workdir} cannot be created: {error.strerror or error}."
             ) from error
-        if not os.path.isdir(self.workdir) or str(self.workdir.resolve()) in _held:
-            yield  # Remote folders cannot be locked.
-            return
         name = str(self.workdir.resolve())
+        if name in _held:
+            yield
+            return
         try:
             file = files.open_lock(self.workdir / ".lock")
         except OSError as error:
@@ -210,9 +214,10 @@ def open_run(workdir: epath.PathLike) -> Run:
 
 
 def _check_path(workdir: epath.PathLike) -> None:
-    """Raises UserError for a path that TensorStore would read as another: arrays would go astray."""
+    """Raises UserError for a path that TensorStore would read as another, or a remote one of no use."""
     path = os.fspath(workdir)
-    real = path if "://" in path else os.path.realpath(path)
+    remote.check_run(path)
+    real = path if remote.is_remote(path) else os.path.realpath(path)
     if "\\" in real or any("\ud800" <= character <= "\udfff" for character in real):
         raise UserError(
             f"{real!r} holds a backslash or is not UTF-8, so checkpoints cannot be kept there; choose "
@@ -453,6 +458,8 @@ def _delete(run: Run, stage: str) -> None:
 
 
 def _empty_trash(run: Run) -> None:
+    if not run.workdir.exists():  # A remote folder without files.
+        return
     for entry in run.workdir.iterdir():
         if entry.name.startswith(TRASH):
             files.discard(entry)

@@ -6,7 +6,15 @@ from typing import Any
 
 from etils import epath
 
-from rag_mm.core import compilation_cache, configuration, files, progress, reuse, run_folder
+from rag_mm.core import (
+    compilation_cache,
+    configuration,
+    files,
+    progress,
+    remote,
+    reuse,
+    run_folder,
+)
 from rag_mm.core.errors import UserError
 from rag_mm.stages import chain_config, multiprocess
 from rag_mm.stages.chain_config import slice_of
@@ -55,11 +63,7 @@ def run_chain(
             run, {name: partial(_call, run, name, configs[name]) for name in chosen}
         )
         return run
-    if "memory" in chosen and "://" in str(run.workdir):
-        raise UserError(
-            f"A memory must be built on a file system, not in {run.workdir}; mount it, or build the "
-            "stages up to the memory elsewhere."
-        )
+    _check_place(run, configs)
     _check_inputs(run, chosen, configs)
     with multiprocess.leading(), run.locked():
         compilation_cache.keep_programs()
@@ -93,6 +97,20 @@ def _check_mesh(name: str, config: Any) -> None:
             make_mesh(config)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
+
+
+def _check_place(run: run_folder.Run, configs: Mapping[str, Any]) -> None:
+    """Rejects a remote run that a stage cannot be in, or that cannot be reached, before any stage runs."""
+    if not remote.is_remote(run.workdir):
+        return
+    for name, config in configs.items():
+        if chain_config.STAGES[name].needs_disk(config):
+            raise UserError(
+                f"The files of the stage {name!r} must be on a file system, not in {run.workdir}; "
+                "mount it, or give a local --workdir."
+            )
+    remote.check_run(run.workdir)
+    remote.check_reached(run.workdir)
 
 
 def _inputs(name: str, config: Any) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from etils.epath import gpath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from rag_mm.core import checksums, files, processes, progress
+from rag_mm.core import checksums, files, processes, progress, remote
 from rag_mm.core.errors import UserError
 from rag_mm.nn.param_trees import Params, leaves_by_path
 from rag_mm.train.train_state import TrainState
@@ -314,8 +314,9 @@ def param_shapes(directory: epath.PathLike) -> dict[str, tuple[int, ...]]:
 
 
 def _absolute(directory: epath.PathLike) -> epath.Path:
-    # Orbax does not accept relative paths.
-    return epath.Path(directory).resolve()
+    # Orbax does not accept relative paths. Of a URL, `resolve` would make a local one.
+    directory = epath.Path(directory)
+    return directory if remote.is_remote(directory) else directory.resolve()
 
 
 def _optimizer(state: TrainState) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from typing import Any
 
 from etils import epath
 
-from rag_mm.core import files
+from rag_mm.core import files, remote
 from rag_mm.core.errors import UserError
 from rag_mm.memory.store import manifest_checks
 
@@ -129,7 +129,7 @@ def local_folder(path: epath.PathLike) -> Path:
     Raises:
         UserError: the path is remote.
     """
-    if "://" in os.fspath(path):
+    if remote.is_remote(path):
         raise UserError(f"{path} is remote; build and open memories on a local disk.")
     return Path(path)
 

@@ -14,7 +14,12 @@ from rag_mm.stages.emu import (
 from rag_mm.stages.stage import SCENES, Stage
 
 STAGES = {
-    "emu_data": Stage(prepare_data.EmuDataStageConfig, prepare_data.INPUTS, prepare_data.run),
+    "emu_data": Stage(
+        prepare_data.EmuDataStageConfig,
+        prepare_data.INPUTS,
+        prepare_data.run,
+        needs_disk=lambda config: True,
+    ),
     "emu": Stage(
         train_emu.EmuStageConfig,
         train_emu.INPUTS,
@@ -27,6 +32,7 @@ STAGES = {
         store_rollouts.RolloutsStageConfig,
         store_rollouts.INPUTS,
         store_rollouts.run,
+        needs_disk=lambda config: True,
         more_inputs=store_rollouts.inputs,
         holds=("emu_data",),
     ),

@@ -49,7 +49,7 @@ def find(path: epath.PathLike) -> epath.Path:
     Raises:
         UserError: there is none.
     """
-    path = epath.Path(path).resolve()
+    path = epath.Path(manifest.local_folder(path)).resolve()
     for folder in (path, path / "memory"):
         if (folder / manifest.CURRENT).exists():
             return folder

@@ -13,7 +13,7 @@ from etils import epath
 from flax import nnx
 
 from rag_mm.convert import shards, weights
-from rag_mm.core import checks, manifest_values, run_folder
+from rag_mm.core import checks, manifest_values, remote, run_folder
 from rag_mm.core.errors import UserError
 from rag_mm.nn import lora, param_trees
 from rag_mm.nn.lora import LoRAConfig
@@ -23,7 +23,7 @@ from rag_mm.stages.shared import frozen
 from rag_mm.train import checkpoint
 
 # Stages whose parameters are those of a decoder: trained here, or imported.
-STAGES = ("decoder", "language_model")
+STAGES = ("decoder", "pretraining", "language_model")
 PARAMS, IMPORTED = "params", "frozen"
 _PREFIX = "decoder/"  # of the decoder's parameters in an imported Chameleon
 _TABLES = ("embedding/table", "head/table")  # with a row for each token
@@ -220,7 +220,7 @@ def find(start_from: str, name: str = "start_from") -> epath.Path:
         UserError: there is no such folder.
     """
     path = epath.Path(start_from)
-    path = path if "://" in start_from else path.resolve()
+    path = path if remote.is_remote(path) else path.resolve()
     for folder in (path, *(path / stage for stage in STAGES)):
         if (folder / run_folder.MANIFEST).exists():
             return folder
