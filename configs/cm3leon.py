@@ -1,6 +1,10 @@
-"""CM3Leon at the paper's sizes (Yu et al. 2023, Table 3): planned for a pod, compiled small, or a chain.
+"""CM3Leon at the paper's sizes (Yu et al. 2023, Table 3), planned or trained on corpora, and small chains.
 
     rag-mm plan --config=configs/cm3leon.py:7b --topology=v5e:16x16
+    rag-mm train --config=configs/cm3leon.py:350m --workdir=runs/350m --config.world.corpus=CORPUS \\
+        --config.retriever.folder=MEM/retriever --config.memory.folder=MEM
+    rag-mm train --config=configs/cm3leon.py:mini_models --workdir=runs/mini --config.world.documents=DIR
+    rag-mm train --config=configs/cm3leon.py:mini --workdir=runs/mini --config.world.documents=DIR
     rag-mm train --config=configs/cm3leon.py:chain --workdir=runs/cm3leon
     rag-mm train --config=configs/cm3leon.py:decoding --workdir=runs/decoding --reuse=runs/quickstart
     rag-mm ablate --config=configs/cm3leon.py:decoding --workdir=runs/decoding3 --reuse RUN RUN RUN
@@ -12,6 +16,8 @@
     350m    175,000 steps of 0.5 s             not trained here; the paper's model
     760m    238,000 steps of 1.2 s             not trained here; the paper's model
     7b      300,000 steps of 7.3 s             not trained here; the paper's model
+    mini_models    10 minutes on two cores     image tokenizer, retriever and memory of your 64-pixel images
+    mini           30 minutes on two cores     and, on a corpus of them, a decoder of 10M parameters
     chain   a minute on two cores              trained: the stages of RA-CM3's quickstart with CM3Leon's
                                                decoder and loss; runs every stage, learns nothing
     decoding       60 minutes on two cores     ways of decoding on the quickstart's model: guidance, contrast,
@@ -24,26 +30,30 @@
     tuning         not run yet                 other mixtures, and LoRA, at one seed
     tuning_tiny    6 minutes on two cores      the same on the tiny quickstart, for tests; learns nothing
 
-`plan` prints what one training step of 8M tokens needs of each chip (docs/results/plans.md). Learning rate,
-warm-up and batch are the paper's; betas, clipping, weight decay and the linear schedule, which ends at a
+`plan` prints what one training step of 8M tokens needs of each chip (docs/results/plans.md). Runs of the
+paper's sizes take the image tokenizer of their corpus, and a memory that is given. Learning rate, warm-up and
+batch are the paper's; betas, clipping, weight decay and the linear schedule, which ends at a
 tenth of the peak, are OPT's, on whose code the paper builds. Left different: the paper restarted 760m and 7b
 with a higher rate after one epoch (CM3Leon, figure 3), here one schedule covers all steps. Override single
-values with `--config.model.decoder.dtype=float32` and the like.
+values with `--config.pretraining.scale.dtype=float32` and the like.
 """
 
 import dataclasses
 
-from rag_mm.configs import quickstart
+from rag_mm.configs import own_images, quickstart
 
 from rag_mm.core import configuration
 from rag_mm.models import cm3leon
 from rag_mm.nn.decoder import DecoderConfig
+from rag_mm.perf.plan import chain_sizes
 
 PRESETS = (
     "tiny",
     "350m",
     "760m",
     "7b",
+    "mini",
+    "mini_models",
     "chain",
     "decoding",
     "decoding_tiny",
@@ -175,6 +185,9 @@ LARGE = {
 def get_config(preset: str) -> dict:
     """The config of a preset: nested plain values."""
     made = {
+        "tiny": _tiny,
+        "mini": mini,
+        "mini_models": mini_models,
         "chain": chain,
         "decoding": decoding,
         "decoding_tiny": decoding_tiny,
@@ -185,7 +198,7 @@ def get_config(preset: str) -> dict:
         "tuning": tuning,
         "tuning_tiny": tuning_tiny,
     }
-    return made[preset]() if preset in made else _sizes(preset)
+    return made[preset]() if preset in made else _pretrained(preset)
 
 
 def chain() -> dict:
@@ -313,21 +326,85 @@ def _stages_of(config: dict, stages: tuple[str, ...]) -> dict:
     )
 
 
-def _sizes(preset: str) -> dict:
+def _pretrained(preset: str) -> dict:
+    """A chain over a corpus and a given memory, of the paper's sizes."""
     model, learning_rate, num_steps = {
-        "tiny": (cm3leon.CM3LeonConfig.tiny(), 1e-3, 100),
         "350m": (cm3leon.CM3LeonConfig.m350(), 6e-4, 175_000),
         "760m": (cm3leon.CM3LeonConfig.m760(), 5e-4, 238_000),
         "7b": (cm3leon.CM3LeonConfig.b7(), 1.2e-4, 300_000),
     }[preset]
-    is_tiny = preset == "tiny"
+    return chain_sizes.chain_page(
+        "cm3leon",
+        model,
+        _optimizer(learning_rate, 1500),
+        num_steps=num_steps,
+        batch_size=2048,  # Rows of 4,096 tokens: 8M tokens.
+    )
+
+
+def _tiny() -> dict:
+    """A program of the same shape that compiles in a minute; a page of sizes alone."""
     return dict(
         family="cm3leon",
-        model=dataclasses.asdict(model),
-        optimizer=_optimizer(learning_rate, 10 if is_tiny else 1500),
-        num_steps=num_steps,
-        batch_size=256 if is_tiny else 2048,  # sequences of max_seq_len tokens: 8M tokens
+        model=dataclasses.asdict(cm3leon.CM3LeonConfig.tiny()),
+        optimizer=_optimizer(1e-3, 10),
+        num_steps=100,
+        batch_size=256,
         accumulate=1,
+    )
+
+
+def mini_models() -> dict:
+    """What a corpus is made with: the image tokenizer, and a retriever and a memory for its neighbors."""
+    config = own_images.get_config("small")
+    tokenizer, retriever = config["tokenizer"], config["retriever"]
+    loop = dict(log_every=50, checkpoint_every=250)
+    return dict(
+        stages=("tokenizer", "retriever", "memory"),
+        seed=0,
+        world=dict(documents="", image_size=64),
+        tokenizer=tokenizer
+        | dict(
+            model=tokenizer["model"] | dict(image_size=64, levels=(16,), codebook_size=512),
+            loop=loop | dict(num_steps=1000),
+            text=dict(vocab_size=1024),
+        ),
+        retriever=retriever
+        | dict(
+            # 64 patches, as of 32-pixel images.
+            model=retriever["model"] | dict(patch_size=16, max_text_len=32),
+            loop=loop | dict(num_steps=250),
+        ),
+        memory=dict(index="exact"),
+    )
+
+
+def mini() -> dict:
+    """A decoder of 10M parameters on a corpus of the documents of `mini_models`."""
+    models, quick = mini_models(), quickstart.quick()["decoder"]
+    return models | dict(
+        stages=(*models["stages"], "pretraining"),
+        pretraining=dict(
+            corpora=(dict(path="corpus"),),
+            model=quick["model"] | dict(num_layers=6, embed_dim=320, num_heads=8, mlp_dim=1152),
+            look_back=(*quick["look_back"][:2], *((),) * 2),
+            optimizer=dict(
+                learning_rate=1.5e-3, warmup_steps=50, schedule="wsd", weight_decay=0.05
+            ),
+            loop=dict(num_steps=800, log_every=20, checkpoint_every=100),
+            sequences=dict(
+                max_seq_len=1024,
+                num_docs_weights=(0.2, 0.4, 0.4),
+                max_text_len=32,
+                code_noise=0.1,
+            ),
+            masking=dict(caption_prob=0.2),
+            alpha=1.0,
+            sentinel_weight=1.0,
+            normalize_by="weights",
+            batch_size=4,
+            num_held_out=256,
+        ),
     )
 
 

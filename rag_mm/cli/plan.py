@@ -87,13 +87,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     _set_environment()
 
     from rag_mm.perf import chips
-    from rag_mm.perf.plan import compile_plan
+    from rag_mm.perf.plan import chain_sizes, compile_plan
 
     topology = chips.parse_topology(args.topology, args.slices)
     page = configuration.to_dict(configuration.load_config(args.config))
     family = page.get("family")
     others = {"emu": _emu, "emu_visual": _emu_visual}
-    make = _image_tokenizer if "stages" in page else others.get(family, _decoder)
+    is_tokenizer = "stages" in page and not chain_sizes.is_chain(page)
+    make = _image_tokenizer if is_tokenizer else others.get(family, _decoder)
     program, vary, remats = make(args, topology)
     if args.search:
         result = compile_plan.search(program, vary, remats, topology)
@@ -103,11 +104,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _decoder(args: argparse.Namespace, topology: "chips.Topology") -> "_Planned":
-    """The program of a page of a model's sizes."""
+    """The program of a page of a model's sizes, or of a chain that pretrains it."""
     from rag_mm.nn.block import REMAT
-    from rag_mm.perf.plan import cases
+    from rag_mm.perf.plan import cases, chain_sizes
 
-    config = configuration.to_dict(configuration.load_config(args.config, args.overrides))
+    config: Any = configuration.to_dict(configuration.load_config(args.config))
+    if chain_sizes.is_chain(config):
+        from rag_mm.stages import chain_config
+
+        config = chain_sizes.model_page(chain_config.load(args.config, args.overrides))
+    else:
+        config = configuration.to_dict(configuration.load_config(args.config, args.overrides))
     missing = [key for key in ("family", "model", "batch_size") if key not in config]
     if missing:
         raise UserError(

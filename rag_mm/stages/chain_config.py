@@ -9,6 +9,7 @@ import ml_collections
 from rag_mm.core import configuration, manifest_values, renames
 from rag_mm.core.configuration import Section
 from rag_mm.core.errors import UserError
+from rag_mm.perf.plan import chain_sizes
 from rag_mm.stages import ablation_plan
 from rag_mm.stages.cm3leon import stages as cm3leon_stages
 from rag_mm.stages.emu import stages as emu_stages
@@ -78,6 +79,8 @@ def sections(config: Mapping[str, Any]) -> dict[str, Section]:
         if name in config or name in config["stages"]:
             excluded = () if stage.section else ("seed", "world", *stage.holds)
             result[name] = Section(stage.section or stage.config, excluded)
+    if chain_sizes.KEY in config:
+        result[chain_sizes.KEY] = Section(chain_sizes.ChainSizes)
     if ablation_plan.KEY in config:
         result[ablation_plan.KEY] = Section(ablation_plan.AblationPlan)
     return result

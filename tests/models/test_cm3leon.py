@@ -15,6 +15,7 @@ from rag_mm.data import sequences, token_documents, vocabulary
 from rag_mm.models import cm3leon, ra_cm3
 from rag_mm.nn import param_trees
 from rag_mm.nn.decoder import InitConfig
+from rag_mm.perf.plan import chain_sizes
 from rag_mm.train import optimizer, train_state, train_step
 
 SIZES = {
@@ -30,7 +31,8 @@ def make_model(config):
 
 
 def load_from_page(name):
-    values = configuration.to_dict(configuration.load_config(name))
+    page = configuration.to_dict(configuration.load_config(name))
+    values = chain_sizes.model_page(page)
     family = {"cm3leon": cm3leon.CM3LeonConfig, "ra_cm3": ra_cm3.RACM3Config}[values["family"]]
     return configuration.make(family, values["model"], "model")
 
@@ -214,7 +216,8 @@ def test_parts_and_shards_of_unequal_weight_add_up_to_the_whole_batch(split):
 
 def test_the_learning_rate_ends_at_a_tenth_of_its_peak():
     for preset in ("tiny", "7b"):
-        page = configuration.to_dict(configuration.load_config(f"configs/cm3leon.py:{preset}"))
+        values = configuration.to_dict(configuration.load_config(f"configs/cm3leon.py:{preset}"))
+        page = chain_sizes.model_page(values)
         config = configuration.make(optimizer.OptimizerConfig, page["optimizer"], "optimizer")
         schedule = optimizer.make_schedule(config, page["num_steps"])
         last = float(schedule(page["num_steps"]))

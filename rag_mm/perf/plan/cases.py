@@ -9,7 +9,7 @@ from rag_mm.core import configuration
 from rag_mm.core.errors import UserError
 from rag_mm.models import cm3leon, ra_cm3
 from rag_mm.perf import chips, flops
-from rag_mm.perf.plan import decoder_programs, programs, traffic
+from rag_mm.perf.plan import chain_sizes, decoder_programs, programs, traffic
 from rag_mm.train.optimizer import OptimizerConfig
 
 FAMILIES: dict[str, type[ra_cm3.RACM3Config]] = {
@@ -76,7 +76,7 @@ def make_case(
     """The page's model on a topology. None means the page's value or the default below.
 
     Args:
-        config: values of the config page.
+        config: values of the config page, of one model's sizes or of a chain that pretrains it.
         topology: the target.
         batch_size: sequences per step.
         num_parts: microbatches per step.
@@ -88,7 +88,7 @@ def make_case(
     Raises:
         UserError: an invalid value.
     """
-    config = configuration.fill(config, sections)
+    config = configuration.fill(chain_sizes.model_page(config), sections)
     model = configuration.make(FAMILIES[config["family"]], config["model"], "model")
     if num_new == -1:
         num_new = min(1024, model.decoder.max_seq_len // 2)
