@@ -1,4 +1,4 @@
-"""Suites `caption`, `vqa` and `visdial` on a run of Emu, with examples or none (docs/papers/emu.md)."""
+"""Suites `caption`, `vqa` and `visdial` on a run of Emu or an imported Emu (docs/papers/emu.md)."""
 
 import collections
 import dataclasses
@@ -9,29 +9,24 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from rag_mm.api import emu_session
-from rag_mm.api.emu_session import EmuSession
-from rag_mm.core import caption_text, progress
-from rag_mm.core.document_types import Document
+from rag_mm.api import asked_emu
+from rag_mm.api.asked_emu import AskedEmu, Turn
+from rag_mm.core import progress
 from rag_mm.core.errors import UserError
 from rag_mm.data import emu_prompts, instruction_files, visdial_files, vqa_files
 from rag_mm.data.instruction_items import InstructionItem
-from rag_mm.data.interleaved import Parts
 from rag_mm.data.visdial_files import DialogRound
 from rag_mm.eval import candidate_ranking, cider, short_answers, statistics, vqa_accuracy
 from rag_mm.memory import rices
 from rag_mm.memory.index import exact
 from rag_mm.memory.writing import stream
-from rag_mm.stages.emu import saved_emu
 
 SUITES = {"caption": "caption", "vqa": "question", "visdial": "dialog"}
 VISDIAL = "visdial"  # Also the name of its layout.
 RICES, RANDOM = "rices", "random"
 PLAIN, PAPER = "plain", "paper"
-STAGES = ("emu", emu_session.TUNED_STAGE)
 # As in the paper's evaluation.
 _NUM_TOKENS, _LENGTH_PENALTY, _MIN_CAPTION, _MIN_ANSWER = 20, -1.0, 8, 1
-Turn = tuple[list[Any], str | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +57,11 @@ class EmuSuiteConfig:
     seed: int = 0
 
     def __post_init__(self):
-        known = {"stage": (None, *STAGES), "prompts": (PLAIN, PAPER), "select": (RICES, RANDOM)}
+        known = {
+            "stage": (None, *asked_emu.STAGES),
+            "prompts": (PLAIN, PAPER),
+            "select": (RICES, RANDOM),
+        }
         for name, values in known.items():
             if getattr(self, name) not in values:
                 choices = ", ".join(filter(None, values))
@@ -79,7 +78,7 @@ class EmuSuiteConfig:
 def evaluate(
     workdir: epath.PathLike, suite: str, spec: str, config: EmuSuiteConfig = EmuSuiteConfig()
 ) -> dict[str, Any]:
-    """Asks a run of Emu every item of some public data.
+    """Asks a run of Emu, or an imported Emu, every item of some public data.
 
     Args:
         workdir: the run.
@@ -98,15 +97,12 @@ def evaluate(
             or fewer than two items are good.
     """
     _check(suite, spec, config)
-    session = emu_session.load(workdir)
-    tuned = session.tuned if config.stage != STAGES[0] else None
-    if config.stage == STAGES[1] and tuned is None:
-        raise UserError(f"{workdir} has no finished stage {STAGES[1]}; leave stage out.")
-    asker = _Asker(session, suite, config, _Pool.open(session, suite, config))
+    emu = asked_emu.load(workdir, config.stage)
+    asker = _Asker(emu, suite, config, _Pool.open(emu, suite, config))
     rejects: list[stream.Reject] = []
     found: list[Any] = []
     values: list[Any] = []
-    items = itertools.islice(_read(suite, spec, session, rejects), config.limit)
+    items = itertools.islice(_read(suite, spec, emu, rejects), config.limit)
     with progress.track(suite, total=0) as bar:
         for item in items:
             found.append(item)
@@ -118,7 +114,7 @@ def evaluate(
     return {
         **_score(suite, found, values),
         "rejected": [[reject.name, reject.detail] for reject in rejects],
-        "stage": STAGES[0] if tuned is None else STAGES[1],
+        "stage": emu.stage,
         "shots": config.shots,
     }
 
@@ -148,10 +144,10 @@ def _check(suite: str, spec: str, config: EmuSuiteConfig) -> None:
 
 
 def _read(
-    suite: str, spec: str, session: EmuSession, rejects: list[stream.Reject]
+    suite: str, spec: str, emu: AskedEmu, rejects: list[stream.Reject]
 ) -> Iterator[InstructionItem | DialogRound]:
     """The good items; the others go to `rejects`."""
-    size = session.encoder.image_size
+    size = emu.image_size
     if suite != VISDIAL:
         source = instruction_files.InstructionFiles(spec)
         yield from source.read(size)
@@ -174,11 +170,11 @@ class _Pool:
     config: EmuSuiteConfig
 
     @classmethod
-    def open(cls, session: EmuSession, suite: str, config: EmuSuiteConfig) -> "_Pool | None":
+    def open(cls, emu: AskedEmu, suite: str, config: EmuSuiteConfig) -> "_Pool | None":
         """The examples of a config; None where it has none."""
         if config.examples is None:
             return None
-        read = _read(suite, config.examples, session, [])
+        read = _read(suite, config.examples, emu, [])
         items = [
             each
             for each in itertools.islice(read, config.max_examples)
@@ -189,19 +185,17 @@ class _Pool:
                 f"{config.examples} has {len(items)} good items, too few for {config.shots} examples."
             )
         index = exact.ExactIndex()
-        index.build(session.encoder.encode_image(np.stack([each.picture for each in items])))
+        index.build(emu.embed(np.stack([each.picture for each in items])))
         return cls(items, index, config)
 
-    def choose(
-        self, session: EmuSession, item: InstructionItem, number: int
-    ) -> list[InstructionItem]:
+    def choose(self, emu: AskedEmu, item: InstructionItem, number: int) -> list[InstructionItem]:
         """The examples for the `number`-th item, in the order of the prompt; never itself."""
         own = np.array([i for i, each in enumerate(self.items) if each.id == item.id], np.int64)
         if self.config.select == RANDOM:
             rng = np.random.default_rng((self.config.seed, number))
             others = np.setdiff1d(np.arange(len(self.items)), own)
             return [self.items[i] for i in rng.permutation(others)[: self.config.shots]]
-        query = session.encoder.encode_image(item.picture[None])
+        query = emu.embed(item.picture[None])
         forbidden = own[None] if len(own) else None
         found = rices.select_examples(
             self.index.search, query, self.config.shots, forbidden=forbidden
@@ -212,30 +206,19 @@ class _Pool:
 class _Asker:
     """Asks one item after the other."""
 
-    def __init__(self, session: EmuSession, suite: str, config: EmuSuiteConfig, pool: _Pool | None):
-        self.tuned = session.tuned if config.stage != STAGES[0] else None
-        self.session = (
-            session if self.tuned is None else dataclasses.replace(session, emu=self.tuned.emu)
-        )
-        self.suite, self.config, self.pool = suite, config, pool
+    def __init__(self, emu: AskedEmu, suite: str, config: EmuSuiteConfig, pool: _Pool | None):
+        self.emu, self.suite, self.config, self.pool = emu, suite, config, pool
         self._count = 0
 
     def answer(self, item: InstructionItem) -> str:
         """A caption or an answer, by a search as in the paper's evaluation."""
-        examples = [] if self.pool is None else self.pool.choose(self.session, item, self._count)
+        examples = [] if self.pool is None else self.pool.choose(self.emu, item, self._count)
         self._count += 1
         turns = [self._turn(each, True) for each in examples] + [self._turn(item, False)]
-        stem = self._stem()
-        parts, vectors = self._prompt(item.picture, turns, stem)
+        prompt = self.emu.prompt(turns, self._stem(), self.config.docs)
         is_caption = self.suite == "caption"
-        text = self.session.emu.search(
-            parts,
-            vectors,
-            _NUM_TOKENS,
-            emu_session.BEAMS,
-            _LENGTH_PENALTY,
-            _MIN_CAPTION if is_caption and self.config.prompts == PAPER else _MIN_ANSWER,
-        )[0]
+        least = _MIN_CAPTION if is_caption and self.config.prompts == PAPER else _MIN_ANSWER
+        text = self.emu.search(prompt, _NUM_TOKENS, _LENGTH_PENALTY, least)
         return text.strip() if is_caption else short_answers.clean(text)
 
     def rank(self, item: DialogRound) -> np.ndarray:
@@ -245,12 +228,7 @@ class _Asker:
             ([*([] if number else [item.picture]), f"{question}?"], answer)
             for number, (question, answer) in enumerate(said)
         ]
-        parts, vectors = self._prompt(item.picture, turns, "")
-        emu = self.session.emu
-        answers: list[Parts] = [(text,) for text in item.candidates]
-        nll = emu.text_nll([parts] * len(answers), answers, vectors)
-        lengths = np.array([len(emu.maker.text(text)) + 1 for text in item.candidates])
-        return -nll * lengths / (emu.maker.length(parts) - 1 + lengths)
+        return self.emu.score(self.emu.prompt(turns, "", self.config.docs), item.candidates)
 
     def _turn(self, item: InstructionItem, is_answered: bool) -> Turn:
         """An item as said, and answered if it is an example."""
@@ -262,51 +240,19 @@ class _Asker:
 
     def _words(self, item: InstructionItem) -> list[str]:
         """What is said beside the picture."""
-        is_paper = self.config.prompts == PAPER
+        is_paper, is_tuned = self.config.prompts == PAPER, self.emu.is_tuned
         if self.suite == "caption":
-            if self.tuned is None:
+            if not is_tuned:
                 return []
             return [emu_prompts.CAPTION if is_paper else "describe it"]
         question = item.fields["question"]
-        return [emu_prompts.QUESTION.format(question) if is_paper and self.tuned else question]
+        return [emu_prompts.QUESTION.format(question) if is_paper and is_tuned else question]
 
     def _stem(self) -> str:
         """How an answer begins."""
-        if self.config.prompts == PLAIN or self.tuned is None:
+        if self.config.prompts == PLAIN or not self.emu.is_tuned:
             return ""
         return emu_prompts.CAPTION_STEM if self.suite == "caption" else emu_prompts.QUESTION_STEM
-
-    def _prompt(
-        self, picture: np.ndarray, turns: Sequence[Turn], stem: str
-    ) -> tuple[Parts, np.ndarray]:
-        documents: Sequence[Document] = ()
-        if self.config.docs:
-            query = {"image": picture}
-            documents = self.session.find_documents(query, self.config.docs, ())[1]
-        if self.tuned is not None:
-            prompt = list(self.tuned.prompt(turns))
-        else:
-            prompt = [
-                part
-                for said, answer in turns
-                for part in (*said, *([] if answer is None else [answer]))
-            ]
-        prompt += [stem] if stem else []
-        self._check_texts(prompt)
-        return self.session.read([*documents, *prompt], images_first=True)
-
-    def _check_texts(self, prompt: Sequence[Any]) -> None:
-        """Refuses a text that would be cut."""
-        maker: saved_emu.RowMaker = self.session.emu.maker
-        for part in prompt:
-            if isinstance(part, str):
-                count = len(maker.encode(caption_text.clean(part)))
-                if count > maker.max_text_len:
-                    raise UserError(
-                        f"The text {part[:30]!r} has {count} tokens, but this model's texts at most "
-                        f"{maker.max_text_len}; give prompts=plain, or train with a larger "
-                        "emu.sequences.max_text_len."
-                    )
 
 
 def _score(suite: str, found: Sequence[Any], values: Sequence[Any]) -> dict[str, Any]:

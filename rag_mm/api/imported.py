@@ -236,10 +236,13 @@ ImportedModel = (
 )
 
 
-def is_imported(workdir: epath.PathLike) -> bool:
-    """Whether a folder is a run made by `rag-mm import`."""
+def is_imported(workdir: epath.PathLike, family: str | None = None) -> bool:
+    """Whether a folder is a run made by `rag-mm import`; with a family, one of this family."""
     path = epath.Path(workdir) / "config.json"
-    return path.exists() and importing.IMPORTED in files.read_object(path)
+    if not path.exists():
+        return False
+    found = files.read_object(path).get(importing.IMPORTED)
+    return found is not None and family in (None, found)
 
 
 def load(

@@ -86,7 +86,7 @@ class ImportedEmu:
         images: list[image_files.AnyImage] = []
         for part in parts:
             if isinstance(part, str):
-                laid.append(self._ids(part))
+                laid.append(self.text_ids(part))
             elif _is_ids(part):
                 laid.append(self._checked(part))
             else:
@@ -252,7 +252,8 @@ class ImportedEmu:
         language_model.need_text(self.text)
         return [text.strip() for text in self.complete(prompts, **how).texts or ()]
 
-    def _ids(self, text: str) -> list[int]:
+    def text_ids(self, text: str) -> list[int]:
+        """The ids of a text; raises UserError if it holds a special token of images."""
         tokenizer, ids = language_model.need_text(self.text).tokenizer, self.config.ids
         found = tokenizer.encode(text, add_special_tokens=False).ids
         allowed = text.count(

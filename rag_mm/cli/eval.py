@@ -238,12 +238,12 @@ def _zeroshot(args: argparse.Namespace, images: "labeled.Labeled") -> dict[str, 
 
 
 def _instructions(args: argparse.Namespace) -> dict[str, Any]:
-    from rag_mm.api import emu_session
+    from rag_mm.api import emu_session, imported
     from rag_mm.stages.cm3leon import instruction_suites
 
     options = {name: getattr(args, name) for name in SUITES[args.suite]}
     given = {name: value for name, value in options.items() if value is not None}
-    if emu_session.is_emu(args.workdir):
+    if emu_session.is_emu(args.workdir) or imported.is_imported(args.workdir, "emu"):
         return _emu(args, given)
     emus = [name for name in given if name in _IN_CONTEXT]
     if args.suite == "visdial" or emus:

@@ -1,14 +1,19 @@
 """An imported Emu: prompts of any order, texts by greedy and beam search, images, and what it refuses."""
 
+import json
 import pathlib
 import sys
 
+import jax
 import numpy as np
+import public_instructions
 import pytest
+from flax import nnx
 
 import rag_mm
-from rag_mm.api import importing
+from rag_mm.api import asked_emu, emu_suites, imported_emu, importing
 from rag_mm.core.errors import UserError
+from rag_mm.decode import image_rollout
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "convert"))
 import tiny_emu_folder
@@ -25,8 +30,13 @@ def load(place, is_instruct):
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return load(tmp_path_factory.mktemp("base"), False)
+def base_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("base")
+
+
+@pytest.fixture(scope="module")
+def base(base_folder):
+    return load(base_folder, False)
 
 
 def test_a_prompt_of_texts_images_and_a_clip(base):
@@ -93,3 +103,57 @@ def test_the_instruct_model_answers_but_writes_no_image(tmp_path):
         model.imagine([model.prompt(["a dog"])])
     row = model._around("[USER]: ", IMAGES[0], " [ASSISTANT]:").row
     assert row.tokens.tolist()[1:3] == [17, 0]
+
+
+@pytest.mark.parametrize("is_instruct", [False, True])
+def test_suites_ask_an_imported_emu(tmp_path, monkeypatch, is_instruct):
+    load(tmp_path, is_instruct)
+    vqa, coco = (tmp_path / name for name in ("vqa", "coco"))
+    public_instructions.coco(coco)
+    path = public_instructions.questions(vqa) / "v2_OpenEnded_mscoco_val2014_questions.json"
+    asked = json.loads(path.read_text())
+    asked["questions"].insert(1, asked["questions"][0])
+    path.write_text(json.dumps(asked))
+    spec, prompts = f"vqav2:{vqa}", []
+    ask = imported_emu.ImportedEmu.prompt
+    monkeypatch.setattr(
+        imported_emu.ImportedEmu,
+        "prompt",
+        lambda emu, parts: (
+            prompts.append([p for p in parts if isinstance(p, str)]) or ask(emu, parts)
+        ),
+    )
+    found = emu_suites.evaluate(tmp_path / "run", "vqa", spec)
+    assert found["stage"] == "imported" and found["n"] == 2
+    config = emu_suites.EmuSuiteConfig(prompts="paper", shots=1, examples=f"coco-captions:{coco}")
+    found = emu_suites.evaluate(tmp_path / "run", "caption", f"coco-captions:{coco}", config)
+    assert found["shots"] == 1 and len(found["answers"]) > 1
+    said = " ".join(prompts[-1])
+    assert ("[USER]" in said) == is_instruct == said.endswith("the image depicts a photo of")
+    assert said.count("[ASSISTANT]") == (2 if is_instruct else 0)
+    dialogs = public_instructions.dialogs(tmp_path / "visdial")
+    found = emu_suites.evaluate(tmp_path / "run", "visdial", f"visdial:{dialogs}")
+    assert found["mrr"]["n"] == 2
+
+
+def test_a_candidate_scores_its_log_probability(base, base_folder):
+    emu = asked_emu.load(base_folder / "run", None)
+    prompt = emu.prompt([([IMAGES[0], "what is it ?"], None)], "", 0)
+    candidates = ["a dog", "two", "is it a red dog ?"]
+    scores = emu.score(prompt, candidates)
+    # By hand: one pass over the whole sequence of one candidate, without padding.
+    for text, score in zip(candidates, scores, strict=True):
+        own = [*base.text_ids(text), base.config.ids.end]
+        whole = base.prompt([IMAGES[0], "what is it ?", own[:-1]])
+        mixture = image_rollout.stack_prompts([whole.row], [whole.vectors])
+        decoder = nnx.merge(base.graphdef, base.params).decoder
+        hidden = decoder(mixture.tokens, mixture.positions, mixture.segment_ids)
+        log_probs = np.asarray(jax.nn.log_softmax(decoder.logits(hidden)[0], axis=-1))
+        first = len(whole.row.tokens) - len(own) + 1
+        places = np.arange(first - 1, len(whole.row.tokens))
+        wanted = log_probs[places, own].sum() / len(whole.row.tokens)
+        assert score == pytest.approx(wanted, abs=1e-4)
+    with pytest.raises(UserError, match="no memory"):
+        emu.prompt([([IMAGES[0]], None)], "", 2)
+    with pytest.raises(UserError, match="stage=emu is for runs trained here"):
+        asked_emu.load(base_folder / "run", "emu")

@@ -69,7 +69,8 @@ def make_case(
             f"{decoder.max_seq_len}; give --decode a number from 1 to {decoder.max_seq_len - num_slots}."
         )
     per_slice = topology.num_chips // topology.num_slices
-    fits = lambda n: not (per_slice % n or decoder.num_heads % n)
+    heads = [decoder.num_heads, page.model.cformer.num_heads, page.model.vision.vision.num_heads]
+    fits = lambda n: not any(size % n for size in (per_slice, *heads))
     tensor = max(n for n in range(1, MAX_TENSOR + 1) if fits(n))
     shape = mesh_shape or (topology.num_chips // tensor, 1, tensor)
     shards = shape[0] * shape[1]
