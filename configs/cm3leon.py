@@ -386,14 +386,14 @@ def mini() -> dict:
         stages=(*models["stages"], "pretraining"),
         pretraining=dict(
             corpora=(dict(path="corpus"),),
-            model=quick["model"] | dict(num_layers=6, embed_dim=320, num_heads=8, mlp_dim=1152),
+            model=quick["model"] | dict(num_layers=3, embed_dim=448, num_heads=8, mlp_dim=1664),
             look_back=(*quick["look_back"][:2], *((),) * 2),
             optimizer=dict(
                 learning_rate=1.5e-3, warmup_steps=50, schedule="wsd", weight_decay=0.05
             ),
-            loop=dict(num_steps=800, log_every=20, checkpoint_every=100),
+            loop=dict(num_steps=400, log_every=10, checkpoint_every=50),
             sequences=dict(
-                max_seq_len=1024,
+                max_seq_len=1152,  # Four images of 256 codes with their texts.
                 num_docs_weights=(0.2, 0.4, 0.4),
                 max_text_len=32,
                 code_noise=0.1,
