@@ -89,6 +89,7 @@ def make_array_batches(
     seed: int,
     take: Callable[[np.ndarray], dict[str, np.ndarray]],
     rows: range | None = None,
+    draw: Callable[[int, np.ndarray], np.ndarray] | None = None,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Shuffles and batches records that lie in arrays, without end, with one call per batch.
 
@@ -102,6 +103,8 @@ def make_array_batches(
         seed: at least 0.
         take: record numbers, int64 [B] -> arrays [B, ...]. It runs in a separate thread.
         rows: as for `make_batches`.
+        draw: (epoch, positions int64 [B]) -> record numbers, int64 [B], a permutation in every epoch. None
+            keeps two permutations of all records, 16 bytes for each.
 
     Returns:
         An iterator as of `make_batches`.
@@ -120,7 +123,8 @@ def make_array_batches(
     def make(index: int) -> dict[str, np.ndarray]:
         epoch, batch = divmod(index, num_records // batch_size)
         first = batch * batch_size
-        records = order(epoch)[first + rows.start : first + rows.stop]
+        positions = first + np.arange(rows.start, rows.stop)
+        records = order(epoch)[positions] if draw is None else draw(epoch, positions)
         return {RECORDS: records, **take(records)}
 
     return iter(grain.MapDataset.range(sys.maxsize).map(make).to_iter_dataset(READING))

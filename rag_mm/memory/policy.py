@@ -8,6 +8,7 @@ import numpy as np
 
 from rag_mm.core import document_types, files
 from rag_mm.memory.index import protocol
+from rag_mm.memory.store.mapped_rows import MappedRows
 
 NO_KEY = -1
 """The fact key of a memory row or query whose facts are unknown: it equals no other key."""
@@ -160,7 +161,7 @@ def fact_key(facts: str) -> int:
 def select(
     ids: np.ndarray,
     scores: np.ndarray,
-    vectors: np.ndarray,
+    vectors: np.ndarray | MappedRows,
     *,
     num_neighbors: int,
     max_similarity: float | None,
@@ -237,7 +238,7 @@ def _shares_codes(equal_codes: EqualCodes, id_q: np.ndarray, kept_qk: np.ndarray
 def find_neighbors(
     search: Callable[[np.ndarray, int], protocol.Neighbors],
     queries: np.ndarray,
-    vectors: np.ndarray,
+    vectors: np.ndarray | MappedRows,
     *,
     num_neighbors: int,
     max_similarity: float | None,

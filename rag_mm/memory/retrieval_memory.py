@@ -12,7 +12,7 @@ from rag_mm.core import document_types, image_files
 from rag_mm.core.errors import UserError
 from rag_mm.memory import model_protocols, stats, views
 from rag_mm.memory.index import protocol
-from rag_mm.memory.store import manifest, record, shard_file, verify
+from rag_mm.memory.store import manifest, mapped_rows, record, shard_file, verify
 from rag_mm.memory.writing import changes, stream, writer
 
 CodeReader = Callable[[np.ndarray], np.ndarray]  # See `Memory.code_reader`.
@@ -268,6 +268,10 @@ class Memory:
             UserError: there is no such view, or the file is damaged.
         """
         return self._views.embeddings(view)
+
+    def mapped(self, view: str) -> mapped_rows.MappedRows:
+        """The embeddings of a view, read where they are asked for; raises as `embeddings`."""
+        return self._views.mapped(view)
 
     def document(self, row: int) -> document_types.Document:
         """The document of a row.

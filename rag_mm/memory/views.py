@@ -7,7 +7,7 @@ import numpy as np
 
 from rag_mm.memory import model_protocols
 from rag_mm.memory.index import live_rows, protocol, registry
-from rag_mm.memory.store import manifest, shard_file
+from rag_mm.memory.store import manifest, mapped_rows, shard_file
 
 
 class Views:
@@ -62,6 +62,13 @@ class Views:
         model_protocols.check_view(view)
         rows = shard_file.load_rows(self._root, self._manifest, view)
         return rows[self._live.stored] if self._live.num_removed else rows
+
+    def mapped(self, view: str) -> mapped_rows.MappedRows:
+        """The same embeddings, memory-mapped however many files they are."""
+        model_protocols.check_view(view)
+        parts = shard_file.map_rows(self._root, self._manifest, view)
+        stored = self._live.stored if self._live.num_removed else None
+        return mapped_rows.MappedRows(parts, self._manifest.dim, stored)
 
     def index(self, view: str) -> protocol.Index:
         """The index of a view, loaded on first use; raises UserError if it is damaged."""

@@ -10,7 +10,7 @@ import small_toy_page
 
 from rag_mm.core import image_files, run_folder, sharding
 from rag_mm.core.errors import UserError
-from rag_mm.data import pipeline, sources
+from rag_mm.data import open_documents, pipeline
 from rag_mm.stages import chain, chain_config
 from rag_mm.train import checkpoint, train_metrics, train_state
 
@@ -182,6 +182,6 @@ def test_documents_are_read_from_a_bucket(bucket):
     local_bucket.put(
         "test-bucket/documents/captions.jsonl", b'{"image": "a.png", "caption": "red"}\n'
     )
-    (item,) = sources.FolderSource(f"{bucket}/documents").read(0)
+    (item,) = open_documents.open_documents(f"{bucket}/documents").read(0)
     assert item.document.text == "red"
     np.testing.assert_array_equal(item.document.image, pixels)

@@ -22,15 +22,20 @@ def load_rows(root: Path, contents: manifest.MemoryManifest, view: str) -> np.nd
     Raises:
         UserError: a file is not an array of the manifest's shape.
     """
-    shards = [
+    shards = map_rows(root, contents, view)
+    if not shards:
+        return np.zeros((0, contents.dim), np.float32)
+    return shards[0] if len(shards) == 1 else np.concatenate(shards)
+
+
+def map_rows(root: Path, contents: manifest.MemoryManifest, view: str) -> list[np.ndarray]:
+    """The memory-mapped embeddings of each shard in a view, float32 [rows, D]; raises as `load_rows`."""
+    return [
         load_array(
             root / shard.file(f"embeddings-{view}", "npy"), (shard.rows, contents.dim), np.float32
         )
         for shard in contents.shards
     ]
-    if not shards:
-        return np.zeros((0, contents.dim), np.float32)
-    return shards[0] if len(shards) == 1 else np.concatenate(shards)
 
 
 def load_live(root: Path, contents: manifest.MemoryManifest) -> live_rows.LiveRows:

@@ -44,6 +44,10 @@ class Pairs:
         """Some of the pairs, by index or mask."""
         return Pairs(self.image[rows], self.text[rows], self.class_ids[rows])
 
+    def batch(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Some of the pairs as a training batch."""
+        return dict(vars(self.take(rows)))
+
     def __len__(self) -> int:
         return len(self.image)
 

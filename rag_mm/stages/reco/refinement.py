@@ -11,6 +11,7 @@ from rag_mm.core.errors import UserError
 from rag_mm.memory import policy, retrieval_memory
 from rag_mm.memory.index import protocol
 from rag_mm.memory.index.exact import ExactIndex
+from rag_mm.memory.store.mapped_rows import MappedRows
 from rag_mm.models import reco
 from rag_mm.stages.reco.embed_pairs import Pairs
 from rag_mm.stages.shared import frozen
@@ -26,7 +27,9 @@ class Bank:
     """The embeddings of a memory's images and texts, and an index of each."""
 
     def __init__(
-        self, columns: Mapping[str, np.ndarray], indexes: Mapping[str, protocol.Index] | None = None
+        self,
+        columns: Mapping[str, np.ndarray | MappedRows],
+        indexes: Mapping[str, protocol.Index] | None = None,
     ):
         """Takes the columns `image` and `text`, float32 [N, D], and their indexes (exact if None)."""
         self.columns = columns
@@ -56,7 +59,7 @@ class Bank:
         """The index of a column, `image` or `text`."""
         if column not in self._indexes:
             exact = ExactIndex()
-            exact.build(self.columns[column])
+            exact.build(self.columns[column][:])
             self._indexes[column] = exact
         return self._indexes[column]
 
@@ -70,7 +73,7 @@ class RetrievedRows:
         ids: rows of `table`, int32 [Q, K], -1 for a missing neighbor.
     """
 
-    table: np.ndarray
+    table: np.ndarray | MappedRows
     ids: np.ndarray
 
     def take(self, queries: np.ndarray | slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:

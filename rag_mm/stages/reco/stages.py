@@ -23,6 +23,8 @@ STAGES = {
         embed_documents.INPUTS,
         embed_documents.run,
         EVERY_WORLD,
+        is_shared=True,
+        needs_disk=lambda config: True,
     ),
     "fusion": Stage(
         train_fusion.FusionStageConfig,

@@ -1,7 +1,7 @@
 """Stage `fusion`: trains RECO's two fusion modules on pairs of frozen embeddings, and measures them by split.
 
-The neighbors of the training pairs are retrieved before the first step, from memory rows of seen classes
-only.
+The neighbors of the training pairs are retrieved before the first step: from memory rows of seen classes
+only, or, of pairs on disk (`stored_pairs`), from the memory that they name.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from rag_mm.data import pipeline
 from rag_mm.models import reco
 from rag_mm.nn.param_trees import Params
 from rag_mm.stages import multiprocess, scaling, training
-from rag_mm.stages.reco import embed_pairs
+from rag_mm.stages.reco import embed_pairs, stored_pairs
 from rag_mm.stages.reco.measure_fusion import (
     FusionEvaluation,
     MeasuresConfig,
@@ -32,6 +32,8 @@ from rag_mm.stages.shared import frozen
 from rag_mm.stages.stage import PER_DOCUMENT
 from rag_mm.train import checkpoint, loop, optimizer
 
+# The stage whose pairs stay on disk; those of all others are in memory.
+STORED = "document_pairs"
 RECORD = "fusion.json"
 PARAMS = "params"
 
@@ -76,7 +78,11 @@ class FusionStageConfig:
 
     def __post_init__(self):
         training.check_config(self.optimizer, self.loop, self.batch_size)
-        checks.one_of(self, "pairs", ("pairs", "toy_pairs", "document_pairs"))
+        checks.one_of(self, "pairs", ("pairs", "toy_pairs", STORED))
+        if self.pairs == STORED and self.train_in_memory:
+            raise ValueError(
+                f"train_in_memory is not for {STORED}; build the memory with their documents instead"
+            )
         self.reco(8 * self.model.get("num_heads", 8))
 
     def reco(self, dim: int) -> reco.RecoConfig:
@@ -96,7 +102,8 @@ def run(config: FusionStageConfig, run: run_folder.Run, stage_dir: epath.Path) -
         The last logged metrics, `num_params`, and if measured `accuracy` by split and condition; if the run
         has a retriever, `towers_unchanged`. {} in followers.
     """
-    pairs = embed_pairs.load(run.finished_stage(config.pairs))
+    folder, is_stored = run.finished_stage(config.pairs), config.pairs == STORED
+    pairs = stored_pairs.load(folder) if is_stored else embed_pairs.load(folder)
     model_config = config.reco(pairs.dim)
     make_model = partial(_make_model, model_config, config.seed)
     params, log = _train(config, make_model, pairs, stage_dir)
@@ -113,7 +120,7 @@ def run(config: FusionStageConfig, run: run_folder.Run, stage_dir: epath.Path) -
     model = load_fusion(stage_dir).model
     last = {name: value for name, value in log[-1].items() if name != "step"}
     metrics = last | {"num_params": sum(leaf.size for leaf in jax.tree.leaves(params))}
-    if len(pairs.test):
+    if isinstance(pairs, embed_pairs.EmbeddedPairs) and len(pairs.test):
         evaluation = FusionEvaluation(
             config.measures, config.search, config.seed, pairs, model, make_model
         )
@@ -157,25 +164,28 @@ def _make_model(
 def _train(
     config: FusionStageConfig,
     make_model: Callable[..., reco.RECO],
-    pairs: embed_pairs.EmbeddedPairs,
+    pairs: embed_pairs.EmbeddedPairs | stored_pairs.StoredPairs,
     stage_dir: epath.Path,
 ) -> tuple[Params, list[dict[str, float]]]:
-    train, neighbors = pairs.train, find_for_training(config, pairs)
+    mesh, draw = make_mesh(config), None
+    neighbors: Mapping[str, RetrievedRows | stored_pairs.StoredNeighbors]
+    if isinstance(pairs, stored_pairs.StoredPairs):
+        count, take_pairs = len(pairs), pairs.take
+        draw = partial(pairs.draw, seed=config.seed)
+        neighbors = stored_pairs.find_neighbors(config.search, pairs, stage_dir)
+    else:
+        count, take_pairs = len(pairs.train), pairs.train.batch
+        neighbors = find_for_training(config, pairs)
 
     def take(rows: np.ndarray) -> dict[str, np.ndarray]:
-        batch = {"image": train.image[rows], "text": train.text[rows]}
-        batch["class_ids"] = train.class_ids[rows]
+        batch = take_pairs(rows)
         for name, retrieved in neighbors.items():
             batch[f"{name}_retrieved"], batch[f"{name}_neighbor_mask"] = retrieved.take(rows)
         return batch
 
-    mesh = make_mesh(config)
+    rows = sharding.local_rows(config.batch_size, mesh)
     batches = pipeline.make_array_batches(
-        len(train),
-        config.batch_size,
-        config.seed,
-        take,
-        rows=sharding.local_rows(config.batch_size, mesh),
+        count, config.batch_size, config.seed, take, rows=rows, draw=draw
     )
     return training.train(
         "fusion",
