@@ -22,8 +22,9 @@ IMAGES = list(np.random.default_rng(0).integers(0, 256, (9, 10, 14, 3)).astype(n
 IMG, END, SLOT = 14, 15, 16
 
 
-def load(place, is_instruct):
+def load(place, is_instruct, max_len=96):
     config = tiny_emu_folder.make_config(is_instruct)
+    config["decoder"]["max_position_embeddings"] = max_len
     folder = tiny_emu_folder.write(place / "theirs", config)
     importing.import_checkpoint("emu", folder, place / "run")
     return rag_mm.load(place / "run")
@@ -107,9 +108,15 @@ def test_the_instruct_model_answers_but_writes_no_image(tmp_path):
 
 @pytest.mark.parametrize("is_instruct", [False, True])
 def test_suites_ask_an_imported_emu(tmp_path, monkeypatch, is_instruct):
-    load(tmp_path, is_instruct)
+    load(tmp_path, is_instruct, max_len=192)
     vqa, coco = (tmp_path / name for name in ("vqa", "coco"))
-    public_instructions.coco(coco)
+    images = [{"id": i, "file_name": f"{i:012d}.jpg", "width": 16, "height": 8} for i in range(3)]
+    texts = [{"id": i, "image_id": i, "caption": "is it a red dog ?"} for i in range(3)]
+    content = public_instructions.INFO | {"images": images, "annotations": texts}
+    public_instructions.put(coco / "annotations" / "captions_val2017.json", content)
+    for i, image in enumerate(images):
+        picture = coco / "val2017" / image["file_name"]
+        public_instructions.put(picture, public_instructions.pixels(i))
     path = public_instructions.questions(vqa) / "v2_OpenEnded_mscoco_val2014_questions.json"
     asked = json.loads(path.read_text())
     asked["questions"].insert(1, asked["questions"][0])
