@@ -227,7 +227,10 @@ def _numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
 def _training(run: run_folder.Run, family: str, stage: str) -> str:
     config = run.config
     facts = [("config page", _page(run)), ("seed", str(config.get("seed", UNKNOWN)))]
-    world = world_config.NAMES[world_config.world_class(config["world"])]
+    world_class = world_config.world_class(config["world"])
+    world = world_config.NAMES[world_class]
+    # In a world that is a corpus nothing but the decoder is trained.
+    given = ("tokenizer",) if world_class is world_config.CorpusWorld else ()
     stages = (
         ("retriever",) if family in frozen.RETRIEVERS else ("tokenizer", "retriever", "decoder")
     )
@@ -238,7 +241,7 @@ def _training(run: run_folder.Run, family: str, stage: str) -> str:
             continue
         steps = values.get("loop", {}).get("num_steps", UNKNOWN)
         batch, code = values.get("batch_size", UNKNOWN), spent["code"] or UNKNOWN
-        if _is_given(values):
+        if _is_given(values) or name in given:
             steps, batch = "none: it was given", "none"
         rows.append(
             (name, str(steps), str(batch), str(code), figures.duration(spent["wall_seconds"]))

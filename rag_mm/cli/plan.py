@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     family = page.get("family")
     others = {"emu": _emu, "emu_visual": _emu_visual}
     is_tokenizer = "stages" in page and not chain_sizes.is_chain(page)
-    make = _image_tokenizer if is_tokenizer else others.get(family, _decoder)
+    make = _image_tokenizer if is_tokenizer else others.get(family or "", _decoder)
     program, vary, remats = make(args, topology)
     if args.search:
         result = compile_plan.search(program, vary, remats, topology)

@@ -92,8 +92,9 @@ def run_chain(
 def _check_mesh(name: str, config: Any) -> None:
     """Rejects a batch that does not fit the devices, before any stage runs."""
     make_mesh = chain_config.STAGES[name].mesh
+    is_given = isinstance(config, given_models.GivenConfig) and config.folder is not None
     try:
-        if make_mesh is not None:
+        if make_mesh is not None and not is_given:
             make_mesh(config)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None

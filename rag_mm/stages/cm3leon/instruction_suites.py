@@ -250,7 +250,7 @@ def open_asker(run: run_folder.Run, stage: str, docs: int) -> Asker:
     if docs > generator.layout.max_docs:
         raise UserError(f"docs is {docs}, but the decoder reads {generator.layout.max_docs}.")
     memory = build_memory.open_memory(run) if docs else None
-    rules = find_neighbors.load_policy(run) if docs else policy.Rules()
+    rules = find_neighbors.load_policy(run, stage) if docs else policy.Rules()
     return Asker(generator, image_tokenizer, memory, rules, docs)
 
 
