@@ -60,6 +60,28 @@ def test_a_decoder_of_a_corpus_is_used_as_others_are(tiny_run, tmp_path, capsys,
     assert starting_point.find("run").name == "pretraining"
 
 
+def test_the_pages_of_the_papers_sizes_train_on_a_corpus(tiny_run, tmp_path, capsys, monkeypatch):
+    """Shrunk: corpus, memory and retriever are given, and nothing but the decoder is trained."""
+    monkeypatch.chdir(tmp_path)
+    memory = tiny_run.workdir / "memory"
+    tokenizer = f"--tokenizer={tiny_run.workdir}"
+    call(capsys, "corpus", "build", f"--documents={SCENES}", tokenizer, "--out=corpus")
+    call(capsys, "corpus", "neighbors", "corpus", f"--memory={memory}")
+    given = [f"--config.retriever.folder={memory}/retriever", f"--config.memory.folder={memory}"]
+    page = "--config=configs/cm3leon.py:350m"
+    metrics = call(capsys, "train", page, "--workdir=run", *given, *SHRUNK)["metrics"]
+    assert metrics["tokenizer"] == metrics["retriever"] == {}
+    assert metrics["memory"].keys() == {"rows", "index"}
+    assert metrics["pretraining"]["held_out"]["docs1"]["code_nll"]["n"] == 4
+    words = ("generate", "--workdir=run", "--stage=pretraining", "--prompt=red apple")
+    assert len(call(capsys, *words, "--docs=1", "--out=x.png")["neighbors"]) == 1
+    named = ("--card", "--license=cc-by-4.0")
+    call(capsys, "export", "cm3", "run", "cm3", "--stage=pretraining", *named)
+    card = pathlib.Path("cm3/README.md").read_text()
+    assert "Trained on a corpus, which has no images" in card
+    assert "| tokenizer | none: it was given |" in card
+
+
 def test_a_page_without_its_corpus_is_one_sentence(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for page in ("configs/cm3leon.py:350m", "configs/ra_cm3.py:2.7b"):
@@ -70,6 +92,21 @@ def test_a_page_without_its_corpus_is_one_sentence(capsys, tmp_path, monkeypatch
     assert not (tmp_path / "run").exists()
 
 
+SHRUNK = [
+    "--config.pretraining.model.num_layers=1",
+    "--config.pretraining.model.embed_dim=32",
+    "--config.pretraining.model.num_heads=2",
+    "--config.pretraining.model.mlp_dim=64",
+    "--config.pretraining.loop.num_steps=2",
+    "--config.pretraining.loop.log_every=1",
+    "--config.pretraining.loop.checkpoint_every=2",
+    "--config.pretraining.sequences.max_seq_len=512",
+    "--config.pretraining.sequences.max_text_len=24",
+    "--config.pretraining.batch_size=2",
+    "--config.pretraining.scale.dtype=float32",
+    "--config.pretraining.num_held_out=4",
+    "--config.pretraining.num_watched=2",
+]
 MINI = [
     "--config.world.documents=pictures",
     "--config.tokenizer.loop.num_steps=50",
@@ -83,7 +120,7 @@ MINI = [
 ]
 DECODER = [
     "--config.pretraining.model.num_layers=1",
-    "--config.pretraining.model.embed_dim=32",
+    "--config.pretraining.model.embed_dim=64",
     "--config.pretraining.model.mlp_dim=64",
     "--config.pretraining.loop.num_steps=60",
     "--config.pretraining.loop.log_every=5",
@@ -99,10 +136,7 @@ def start(folder: pathlib.Path, *words: str, count: int = 1) -> list[subprocess.
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    env = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()} | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-    }
+    env = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
     running = []
     for me in range(count):
         meeting = [f"--coordinator=127.0.0.1:{port}", f"--num-processes={count}"]

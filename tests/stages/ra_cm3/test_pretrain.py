@@ -234,6 +234,39 @@ def test_mistakes_are_one_sentence_before_anything_runs(folder, changes, says):
     assert str(raised.value).startswith("pretraining: ") and "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (dict(tokenizer={"folder": "elsewhere"}), "is its corpus's; leave folder"),
+        (dict(stages=("tokenizer", "retriever")), "a corpus has no images to train on; give one"),
+        (dict(stages=("tokenizer", "memory"), memory={}), "has no images to store; give one"),
+        (
+            dict(stages=("tokenizer", "neighbors"), neighbors={}),
+            "does not support the config's world",
+        ),
+        (dict(world={"corpus": ""}), "name a folder made by `rag-mm corpus build`"),
+        (dict(world={"documents": "", "image_size": 16}), "name your folder"),
+    ],
+)
+def test_a_world_of_codes_has_no_images(folder, changes, says):
+    settings = page(folder / "first")
+    given = settings["tokenizer"]
+    changes = {k: given | v if k == "tokenizer" else v for k, v in changes.items()}
+    with pytest.raises(UserError, match=says):
+        chain_config.stage_configs(settings | {"retriever": given} | changes)
+
+
+def test_a_given_models_batch_need_not_split_over_the_devices(folder, tmp_path):
+    """Eight here; nothing but the decoder is trained."""
+    settings = page(folder / "first", batch_size=8, scale=dict(mesh=(8, 1, 1)))
+    settings["tokenizer"] |= dict(batch_size=7, scale=dict(mesh=(8, 1, 1)))
+    run = chain.run_chain(settings, tmp_path / "run")
+    assert run.metrics["pretraining"]["held_out"]["docs0"]["code_nll"]["mean"] > 0
+    settings["pretraining"]["batch_size"] = 7
+    with pytest.raises(UserError, match="pretraining: its batch of 7 does not split"):
+        chain.run_chain(settings, tmp_path / "other")
+
+
 def test_weights_and_neighbors_are_chosen_by_corpus(folder):
     (neighbors,) = (folder / "first").glob("neighbors-*")
     memory = neighbors.name.removeprefix("neighbors-")
