@@ -494,6 +494,7 @@ def sft_tiny() -> dict:
             tasks=dict.fromkeys(SFT_TASKS, 24),
             batch_size=8,
             num_test=8,
+            num_watched=4,
             edit_weights=((0.0, 1.0), (1.0, 1.0), (1.5, 1.0), (1.0, 0.0)),
         ),
     )

@@ -63,6 +63,15 @@ def test_every_task_is_measured_before_and_after(tuned, tiny_run):
 
 
 @pytest.mark.slow
+def test_tasks_are_watched_on_tune_classes_while_tuning(tuned):
+    lines = [json.loads(line) for line in (tuned / "sft/log.jsonl").open()]
+    watched = [line for line in lines if "tune_recolor" in line]
+    assert [line["step"] for line in watched] == [10, 20]
+    assert all(0 <= line[f"tune_{name}"] <= 1 for line in watched for name in ("caption", "move"))
+    assert "<h2>While tuning</h2>" in (tuned / "sft.html").read_text()
+
+
+@pytest.mark.slow
 def test_edits_are_drawn_with_two_conditions(tuned):
     metrics = files.read_json(tuned / "metrics.json")["sft"]
     found = metrics["guidance"]["move"]
@@ -109,7 +118,8 @@ def test_an_interrupted_measurement_goes_on(tmp_path, tiny_run, monkeypatch):
 
     monkeypatch.setattr(measure_tasks.TaskScorer, "score", stop_at_the_third)
     tasks = '--config.sft.tasks={"text_to_image": 16, "caption": 16}'
-    command = tune(tmp_path / "run", tiny_run, tasks)  # The first stops, the second goes on.
+    # The first stops, the second goes on.
+    command = tune(tmp_path / "run", tiny_run, tasks, "--config.sft.num_watched=0")
     with pytest.raises(RuntimeError, match="stopped"):
         main.main(command)
     params = leaves_of(tmp_path / "run", "sft")

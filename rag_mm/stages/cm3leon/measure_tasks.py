@@ -2,11 +2,10 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from etils import epath
 
 from rag_mm.core import run_folder
 from rag_mm.core.document_types import Image, Text
@@ -18,7 +17,7 @@ from rag_mm.decode import instruction_answers, tasks
 from rag_mm.decode.sampler import Sampling
 from rag_mm.stages.cm3leon import instruction_sequences
 from rag_mm.stages.cm3leon.scene_instructions import InstructionTask, SceneInstructions, SceneItem
-from rag_mm.stages.ra_cm3 import generate_samples, train_decoder
+from rag_mm.stages.ra_cm3 import generate_samples
 from rag_mm.stages.shared import build_memory, coded_corpus, find_neighbors, frozen, world_config
 from rag_mm.worlds.emoji.scene_tasks import Output
 
@@ -51,16 +50,18 @@ class AskedScenes:
         world: world of the scenes.
         image_tokenizer: the run's.
         num_test: number of scenes, at most.
+        split: which scenes: held_out, or tune for choices.
     """
 
     run: run_folder.Run
     world: world_config.EmojiWorld
     image_tokenizer: frozen.FrozenTokenizer
     num_test: int
+    split: str = SPLIT
 
     @functools.cached_property
     def _neighbors(self) -> dict[str, np.ndarray]:
-        return generate_samples.load_neighbors(self.run, SPLIT, self.num_test)
+        return generate_samples.load_neighbors(self.run, self.split, self.num_test)
 
     def memory(self, layout: Layout) -> list[token_documents.Example]:
         """The documents that may be read."""
@@ -69,7 +70,8 @@ class AskedScenes:
 
     def items(self, task: InstructionTask) -> tuple[list[SceneItem], list[int]]:
         """The items of a task, and which of the test scenes each is about."""
-        scenes = self.world.scenes("test", *find_neighbors.TEST_SPLITS[SPLIT])
+        names = (find_neighbors.TEST_SPLITS | find_neighbors.TUNE_SPLITS)[self.split]
+        scenes = self.world.scenes("test", *names)
         instructions = SceneInstructions(task, scenes)
         numbers = {scene: number for number, scene in enumerate(instructions.scenes)}
         rows = enumerate(self._neighbors["rows"].tolist())
@@ -88,19 +90,19 @@ class TaskScorer:
 
     Attributes:
         scenes: what is asked about.
-        stage_dir: of the stage that trained the decoder.
+        load: loads the decoder.
         sampling: of image codes; answers are the likeliest.
         seed: of sampling.
     """
 
     scenes: AskedScenes
-    stage_dir: epath.Path
+    load: Callable[[], tasks.Generator]
     sampling: Sampling
     seed: int
 
     @functools.cached_property
     def _generator(self) -> tasks.Generator:
-        return train_decoder.load_params(self.stage_dir, self.scenes.image_tokenizer)
+        return self.load()
 
     @functools.cached_property
     def _memory(self) -> list[token_documents.Example]:

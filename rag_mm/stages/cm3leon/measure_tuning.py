@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from rag_mm.stages.cm3leon.edit_guidance import Weights
 from rag_mm.stages.cm3leon.judge_tuning import TUNED, UNTUNED, Scores, copied_name, scored_name
 from rag_mm.stages.cm3leon.measure_tasks import SPLIT, Answers, AskedScenes, AskedTask, TaskScorer
 from rag_mm.stages.cm3leon.scene_instructions import InstructionTask
+from rag_mm.stages.ra_cm3 import train_decoder
 from rag_mm.stages.shared import find_neighbors, given_memory
 from rag_mm.stages.stage import PER_DOCUMENT
 from rag_mm.worlds.emoji import scene_facts
@@ -73,7 +75,8 @@ class Measurement:
         total = 2 * len(self.chosen) + len(edits) * len(self.edit_weights)
         with progress.track("tasks", total=total) as bar:
             for decoder, folder in ((UNTUNED, self.start), (TUNED, self.stage_dir)):
-                scorer = TaskScorer(self.scenes, folder, self.sampling, self.seed)
+                load = partial(train_decoder.load_params, folder, self.scenes.image_tokenizer)
+                scorer = TaskScorer(self.scenes, load, self.sampling, self.seed)
                 for task in self.chosen:
                     name = scored_name(decoder, task.name)
                     asked = lambda scorer=scorer, task=task: scorer.ask(task)

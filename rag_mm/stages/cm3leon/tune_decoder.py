@@ -29,10 +29,11 @@ from rag_mm.stages.cm3leon import (
     measure_tuning,
     scene_examples,
     scene_instructions,
+    watch_tasks,
 )
 from rag_mm.stages.cm3leon.instruction_sequences import InstructionSource, TaskData
 from rag_mm.stages.cm3leon.scene_instructions import TEXT_TO_IMAGE
-from rag_mm.stages.ra_cm3 import decoder_record
+from rag_mm.stages.ra_cm3 import decoder_record, decoder_training
 from rag_mm.stages.shared import (
     coded_corpus,
     frozen,
@@ -71,6 +72,8 @@ class TuningStageConfig(starting_point.StartConfig):
         mean_doc_text_len: tokens reserved per text of a retrieved document, in slots.
         batch_size: sequences, or packed rows, per step.
         num_test: test scenes of held-out classes on which each task is measured; 0 measures none.
+        num_watched: test scenes of tune classes on which each task is measured at every checkpoint, by a
+            single process; 0 measures none.
         also_measured: tasks that are measured beside those that are trained, as where text to image is left
             out.
         edit_weights: weights of picture and instruction with which test edits are drawn (`edit_guidance`);
@@ -99,6 +102,7 @@ class TuningStageConfig(starting_point.StartConfig):
     mean_doc_text_len: int = 8
     batch_size: int = 16
     num_test: int = 128
+    num_watched: int = dataclasses.field(default=0, metadata=manifest_values.ADDED_LATER)
     also_measured: tuple[str, ...] = ()
     edit_weights: tuple[tuple[float, float], ...] = dataclasses.field(
         default=edit_guidance.WEIGHTS, metadata=manifest_values.ADDED_LATER
@@ -119,7 +123,7 @@ class TuningStageConfig(starting_point.StartConfig):
             scene_instructions.find(name)
         checks.between(self, 0, 1, "text_mask_prob", "code_noise")
         checks.below_one(self, "text_to_image_share")
-        checks.at_least(self, 0, "mean_doc_text_len", "num_test")
+        checks.at_least(self, 0, "mean_doc_text_len", "num_test", "num_watched")
         if self.num_test == 1:
             raise ValueError("num_test is 1; a confidence interval needs 2, and 0 measures nothing")
         if min(self.num_docs_weights, default=0) < 0 or not sum(self.num_docs_weights):
@@ -154,6 +158,11 @@ class TuningStageConfig(starting_point.StartConfig):
         return instruction_mixing.with_at_least(given, TEXT_TO_IMAGE, self.text_to_image_share)
 
     @property
+    def measured(self) -> list[str]:
+        """The tasks that are measured."""
+        return [*dict.fromkeys((*self.tasks, *self.also_measured))]
+
+    @property
     def null_prompts(self) -> list[str]:
         """The null prompts (`decode.guidance`) that occur among the sequences."""
         lacks_docs = TEXT_TO_IMAGE in self.tasks and self.num_docs_weights[0] > 0
@@ -183,7 +192,15 @@ def run(config: TuningStageConfig, run: run_folder.Run, stage_dir: epath.Path) -
     corpus = coded_corpus.Corpus(record.layout, image_tokenizer)
     read = file_examples.read(config.files, image_tokenizer, corpus.layout.max_docs)
     source = make_source(config, run, corpus, read)
-    train = _fit(config, stage_dir, image_tokenizer, record.model, source)
+    measured = [scene_instructions.find(name) for name in config.measured]
+    watch = None
+    if config.num_watched and not multiprocess.has_others():
+        scenes = measure_tasks.AskedScenes(
+            run, config.world, image_tokenizer, config.num_watched, watch_tasks.SPLIT
+        )
+        sampling = Sampling(config.temperature)
+        watch = watch_tasks.TaskWatch(scenes, measured, sampling, config.seed)
+    train = _fit(config, stage_dir, image_tokenizer, record.model, source, watch)
     if not multiprocess.is_leader():
         return {}
     tokens = round(config.loop.num_steps * config.batch_size * source.mean_length)
@@ -193,13 +210,12 @@ def run(config: TuningStageConfig, run: run_folder.Run, stage_dir: epath.Path) -
         result["files"] = file_examples.counts(read)
     if not config.num_test:
         return result
-    measured = (*config.tasks, *config.also_measured)
     can_guide = set(edit_guidance.NULLS) <= set(config.null_prompts)
     measurement = measure_tuning.Measurement(
         measure_tasks.AskedScenes(run, config.world, image_tokenizer, config.num_test),
         start,
         stage_dir,
-        [scene_instructions.find(name) for name in dict.fromkeys(measured)],
+        measured,
         Sampling(config.temperature),
         config.seed,
         config.edit_weights if can_guide else (),
@@ -248,13 +264,20 @@ def _fit(
     image_tokenizer: frozen.FrozenTokenizer,
     started: ra_cm3.RACM3Config,
     source: InstructionSource,
+    watch: watch_tasks.TaskWatch | None,
 ) -> dict[str, float]:
     """Trains, and writes what `train_decoder.load_generator` loads; returns the last logged metrics."""
     mesh, scale = make_mesh(config), config.scale
     shape = dataclasses.replace(started.decoder, dtype=scale.dtype, remat=scale.remat)
     model = dataclasses.replace(started, decoder=shape, loss_chunks=scale.loss_chunks)
     make_model = config.extend(partial(decoder_record.make_model, model, config.seed), config.seed)
-    _, abstract = param_trees.describe(make_model, None)
+    graphdef, abstract = param_trees.describe(make_model, None)
+
+    def measure(step: int, params: param_trees.Params) -> dict[str, float]:
+        loaded = frozen.LoadedModel(graphdef, params)
+        generator = decoder_training.make_generator(loaded, image_tokenizer, source.layout)
+        return {} if watch is None else watch(step, generator)
+
     params, log = training.train(
         stage_dir.name,
         stage_dir,
@@ -273,6 +296,7 @@ def _fit(
         num_parts=scale.num_parts,
         start=config.start(stage_dir.parent),
         what=config.what_trains(abstract),
+        watch=None if watch is None else measure,
     )
     checkpoint.save_params(stage_dir / "params", config.merge(params))
     if not multiprocess.is_leader():

@@ -7,7 +7,7 @@ from etils import epath
 
 from rag_mm.core import files, run_folder
 from rag_mm.report import decoding_page
-from rag_mm.stages.cm3leon import tuning_tables
+from rag_mm.stages.cm3leon import tuning_tables, watch_tasks
 from rag_mm.stages.cm3leon.measure_tasks import AskedScenes
 from rag_mm.stages.cm3leon.tune_decoder import TuningStageConfig
 from rag_mm.stages.cm3leon.tuning_pictures import TuningPictures
@@ -36,6 +36,7 @@ def finish(config: TuningStageConfig, run: run_folder.Run, stages: Sequence[str]
             tuning_tables.guidance(metrics, weights, pictures.guided(weights)),
             tuning_tables.copied(metrics),
         ]
+    sections += watch_tasks.section(run, STAGE, config.measured)
     page = decoding_page.render(
         f"Instruction tuning, seed {config.seed}", _lead(config, run, metrics), sections
     )

@@ -4,7 +4,6 @@ import types
 
 import numpy as np
 import pytest
-from etils import epath
 
 from rag_mm.core.errors import UserError
 from rag_mm.data.instruction_items import InstructionItem
@@ -65,6 +64,6 @@ def test_documents_of_a_drawing_are_found_by_its_words(task, fields, says):
 
 def test_a_task_without_items_among_the_test_scenes():
     scenes = types.SimpleNamespace(items=lambda task: ([], []), num_test=3)
-    scorer = measure_tasks.TaskScorer(scenes, epath.Path("none"), Sampling(1.0), seed=0)
+    scorer = measure_tasks.TaskScorer(scenes, lambda: None, Sampling(1.0), seed=0)
     with pytest.raises(UserError, match="None of the 3 test scenes has an item of the task swap"):
         scorer.ask(scene_instructions.find("swap"))
