@@ -5,21 +5,41 @@ lays out its own rows.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import grain
 import numpy as np
 
 from rag_mm.core.errors import UserError
 from rag_mm.corpus import packing_plan
+from rag_mm.corpus.neighbor_rows import MISSING
 from rag_mm.corpus.packing_plan import MixturePart, RowsConfig, WindowPlan
-from rag_mm.data import packing, pipeline
-from rag_mm.data.token_documents import Example
+from rag_mm.data import flat_documents, packing, pipeline
+from rag_mm.data.flat_documents import FlatDocuments
+from rag_mm.data.joint_layout import Generators
 
-# The main document, its neighbors in random order, and a generator of its own -> arrays [T] of a sequence,
-# among them `segment_ids` of ones. T is at most 1, the ids of all segments and one each, and `reserve`.
-Draw = Callable[[Example, Sequence[Example], np.random.Generator], packing.Row]
+
+class Draw(Protocol):
+    """Lays out many sequences."""
+
+    def __call__(
+        self, documents: FlatDocuments, num_docs: np.ndarray, generators: Generators
+    ) -> tuple[packing.Row, np.ndarray]:
+        """Makes sequences of documents, each by itself alike in any company.
+
+        Args:
+            documents: of N sequences, in order: the neighbors of each, in random order, and its main one.
+            num_docs: how many neighbors each sequence has, int [N].
+            generators: each sequence's own, of what is random in it.
+
+        Returns:
+            Arrays [T] of all sequences one after another, among them `segment_ids` of ones; and the tokens of
+            each sequence, int [N], at most 1, the ids of its segments and one each, and `reserve`.
+        """
+        ...
+
+
 PREFETCHED = 4  # Batches made ahead.
 
 
@@ -41,7 +61,7 @@ def make_batches(
         parts: the corpora.
         config: rows and random choices.
         batch_size: rows per batch.
-        draw: lays out one sequence, for example with masked spans.
+        draw: lays out sequences, for example with masked spans.
         padding: the value that fills the end of a row, by name of an array; 0 elsewhere.
         rows: which rows of each batch to make, if other processes make the rest; None makes all. The
             iterator's state does not depend on it.
@@ -88,49 +108,52 @@ class _RowMaker:
 
     def make(self, planned: Sequence[tuple[WindowPlan, int]]) -> packing.Row:
         """The arrays [R, length] of some rows, each a window's plan and the row's number in it."""
-        mains, docs = self._read(planned)
-        made, at = [], 0
-        for plan, row in planned:
-            sequences = []
-            for example in plan.rows[row]:
-                sequences.append(self._sequence(plan, example, mains[at], docs[at]))
-                at += 1
-            made.append(packing.join(sequences, self.planner.config.length, self.padding, {}))
-        return {name: np.stack([row[name] for row in made]) for name in made[0]}
+        chosen = [(plan, plan.rows[row]) for plan, row in planned]
+        part, ordinal, document = (
+            np.concatenate([getattr(plan, name)[rows] for plan, rows in chosen])
+            for name in ("part", "ordinal", "document")
+        )
+        neighbors = np.concatenate([plan.neighbors[rows] for plan, rows in chosen])
+        documents = self._read(part, document, neighbors)
+        num_docs = (neighbors >= 0).sum(axis=1)
+        flat, lengths = self.draw(documents, num_docs, self._generators(part, ordinal))
+        before = np.cumsum([0, *(len(each.corpus) for each in self.planner.parts)])
+        flat[pipeline.RECORDS] = np.repeat(before[part] + document, lengths)
+        counts = [len(rows) for _, rows in chosen]
+        return packing.join_flat(flat, lengths, counts, self.planner.config.length, self.padding)
 
-    def _sequence(
-        self, plan: WindowPlan, example: int, main: Example, docs: Sequence[Example]
-    ) -> packing.Row:
-        part, ordinal = int(plan.part[example]), int(plan.ordinal[example])
-        key = [self.planner.config.seed << 16 | part, ordinal]
-        row = self.draw(main, docs, np.random.Generator(np.random.Philox(key=key)))
-        before = sum(len(part.corpus) for part in self.planner.parts[:part])
-        number = np.int64(before + plan.document[example])
-        return row | {pipeline.RECORDS: np.full(len(row["segment_ids"]), number)}
+    def _generators(self, part: np.ndarray, ordinal: np.ndarray) -> Generators:
+        """Philox with a key of its own for each sequence; setting its state is faster than making one."""
+        generator = np.random.Generator(np.random.Philox(key=0))
+        state = generator.bit_generator.state
+        first = self.planner.config.seed << 16
+        keys = list(zip((first | part).tolist(), ordinal.tolist(), strict=True))
 
-    def _read(
-        self, planned: Sequence[tuple[WindowPlan, int]]
-    ) -> tuple[list[Example], list[list[Example]]]:
-        """Mains and neighbors of all sequences; each corpus is read once."""
-        chosen = [(plan, example) for plan, row in planned for example in plan.rows[row]]
-        part = np.array([plan.part[example] for plan, example in chosen])
-        document = np.array([plan.document[example] for plan, example in chosen])
-        neighbors = np.stack([plan.neighbors[example] for plan, example in chosen])
-        mains: list[Any] = [None] * len(chosen)
-        docs: list[list[Example]] = [[] for _ in chosen]
+        def of(number: int) -> np.random.Generator:
+            state["state"]["key"][:] = keys[number]
+            generator.bit_generator.state = state
+            return generator
+
+        return of
+
+    def _read(self, part: np.ndarray, document: np.ndarray, neighbors: np.ndarray) -> FlatDocuments:
+        """The documents of all sequences, neighbors first; each corpus is read once."""
+        place = np.full((len(part), neighbors.shape[1] + 1), MISSING, np.int64)
+        read, count = [], 0
         for number, source in enumerate(self.planner.parts):
             at = np.flatnonzero(part == number)
-            for i, found in zip(at.tolist(), source.corpus.read(document[at]), strict=True):
-                mains[i] = self._cut(found.example)
+            read.append(source.corpus.read_flat(document[at]))
+            place[at, -1] = count + np.arange(len(at))
+            count += len(at)
+            if source.neighbors is None:
+                continue
             sequence, column = np.nonzero(neighbors[at] >= 0)
-            if source.neighbors is not None and len(sequence):
-                read = source.neighbors.documents.read(neighbors[at][sequence, column])
-                for i, found in zip(at[sequence].tolist(), read, strict=True):
-                    docs[i].append(self._cut(found.example))
-        return mains, docs
-
-    def _cut(self, example: Example) -> Example:
-        return example.cut(self.planner.config.max_text_len)
+            wanted = neighbors[at[sequence], column]
+            read.append(source.neighbors.documents.read_flat(wanted))
+            place[at[sequence], column] = count + np.arange(len(wanted))
+            count += len(wanted)
+        documents = flat_documents.join(read).cut(self.planner.config.max_text_len)
+        return documents.take(place[place >= 0])
 
 
 class PackedBatches(grain.IterDataset):

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from array_record.python import array_record_data_source
@@ -14,8 +15,11 @@ from rag_mm.corpus import corpus_manifest
 from rag_mm.corpus.corpus_manifest import shard_file
 from rag_mm.corpus.token_record import TokenDocument, TokenFormat
 from rag_mm.data import vocabulary
+from rag_mm.data.flat_documents import FlatDocuments
 from rag_mm.memory.index import live_rows
 from rag_mm.memory.store import manifest
+
+T = TypeVar("T")
 
 
 class StoredDocuments:
@@ -41,11 +45,18 @@ class StoredDocuments:
         Raises:
             UserError: one is damaged.
         """
-        if not len(places):
-            return []
+        return self._parse(
+            places, lambda records: [self._format.from_bytes(data) for data in records]
+        )
+
+    def read_flat(self, places: np.ndarray) -> FlatDocuments:
+        """As `read`, without provenance and much faster."""
+        return self._parse(places, self._format.read_flat)
+
+    def _parse(self, places: np.ndarray, parse: Callable[[Sequence[bytes]], T]) -> T:
         try:
-            records = self._source.__getitems__(np.asarray(places).tolist())
-            return [self._format.from_bytes(data) for data in records]
+            wanted = np.asarray(places).tolist()
+            return parse(self._source.__getitems__(wanted) if wanted else [])
         except (UserError, RuntimeError) as error:  # RuntimeError: ArrayRecord's checksum.
             raise UserError(f"A record of {self._root} cannot be read: {error}") from error
 
@@ -105,6 +116,10 @@ class TokenCorpus:
     def read(self, numbers: np.ndarray) -> list[TokenDocument]:
         """The documents of these numbers, int [N], read together; raises UserError if one is damaged."""
         return self._stored.read(self.places(numbers))
+
+    def read_flat(self, numbers: np.ndarray) -> FlatDocuments:
+        """As `read`, without provenance and much faster."""
+        return self._stored.read_flat(self.places(numbers))
 
     def read_stored(self, places: np.ndarray) -> list[TokenDocument]:
         """The stored documents at these places, int [N], duplicates included."""

@@ -1,6 +1,7 @@
 """The stored form of a corpus's documents: text ids and image codes in the smallest integers, in msgpack."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import msgpack
 import numpy as np
 
 from rag_mm.core.errors import UserError
+from rag_mm.data.flat_documents import FlatDocuments
 from rag_mm.data.token_documents import IMAGE, TEXT, Example, TokenSegment
 
 _KINDS = (TEXT, IMAGE)  # A kind is stored as its place here.
@@ -76,6 +78,36 @@ class TokenFormat:
             return TokenDocument(name, url, license, Example(tuple(self._segments(fields))))
         except Exception as error:  # msgpack raises many types on damaged bytes.
             raise UserError(f"A record is damaged ({error}).") from error
+
+    def read_flat(self, records: Sequence[bytes]) -> FlatDocuments:
+        """Parses the bytes of many documents at once, without their provenance.
+
+        Raises:
+            UserError: one is not a record of this format.
+        """
+        try:
+            fields = [msgpack.unpackb(data)[3] for data in records]
+            kinds = np.array([kind for each in fields for kind in each[::2]], np.int8)
+            values = [value for each in fields for value in each[1::2]]
+            sizes = np.array([len(value) for value in values], np.int64)
+            if len(kinds) != len(values) or not np.isin(kinds, range(len(_KINDS))).all():
+                raise ValueError("a segment is neither a text nor an image")
+            is_image = kinds == _KINDS.index(IMAGE)
+            starts, lengths = np.zeros_like(sizes), np.zeros_like(sizes)
+            ids: list[np.ndarray] = []
+            for kind, dtype in enumerate(self.dtypes):
+                of_kind = kinds == kind
+                if (sizes[of_kind] % dtype.itemsize).any():
+                    raise ValueError("its ids are cut")
+                joined = b"".join(itertools.compress(values, of_kind.tolist()))
+                lengths[of_kind] = sizes[of_kind] // dtype.itemsize
+                ends = np.cumsum(lengths[of_kind])
+                starts[of_kind] = ends - lengths[of_kind] + sum(len(each) for each in ids)
+                ids.append(np.frombuffer(joined, dtype).astype(np.int32))
+        except Exception as error:  # msgpack raises many types on damaged bytes.
+            raise UserError(f"A record is damaged ({error}).") from error
+        firsts = np.cumsum([0, *(len(each) // 2 for each in fields)])
+        return FlatDocuments(np.concatenate(ids), starts, lengths, is_image, firsts)
 
     def _segments(self, fields: Sequence[Any]) -> list[TokenSegment]:
         dtypes = self.dtypes

@@ -65,9 +65,11 @@ def sample_spans(
     """
     if length is None:
         length = int(segments[-1, 1]) + 1
-    segments = segments[segments[:, 0] < segments[:, 1]]
     num_spans = min(max(int(rng.poisson(1.0)), masking.min_spans), max_spans)
-    if not num_spans or not len(segments) or rng.random() >= masking.mask_prob:
+    if not num_spans:
+        return np.zeros((0, 2), np.int32)
+    segments = segments[segments[:, 0] < segments[:, 1]]
+    if not len(segments) or rng.random() >= masking.mask_prob:
         return np.zeros((0, 2), np.int32)
     if rng.random() < masking.segment_mask_prob:
         selected = rng.permutation(len(segments))[:num_spans]

@@ -137,6 +137,38 @@ def join(
     return row
 
 
+def join_flat(
+    flat: Row, lengths: np.ndarray, counts: Sequence[int], length: int, padding: Mapping[str, int]
+) -> Row:
+    """Rows of sequences that lie one after another.
+
+    Args:
+        flat: arrays [T] of all sequences.
+        lengths: tokens of each sequence, int [N].
+        counts: sequences of each of R rows, N in all.
+        length: tokens in a row.
+        padding: as of `make_packed_batches`.
+
+    Returns:
+        Arrays [R, length], as `join` makes them.
+
+    Raises:
+        ValueError: the sequences of a row do not fit it.
+    """
+    row = np.repeat(np.arange(len(counts)), counts)
+    used = np.bincount(row, weights=lengths, minlength=len(counts))
+    if len(used) and used.max() > length:
+        raise ValueError(f"sequences of {used.max():.0f} tokens do not fit a row of {length}")
+    is_filled = np.arange(length) < used[:, None]
+    first = np.cumsum(counts) - counts
+    number = np.repeat(np.arange(len(row)) - first[row] + 1, lengths)
+    made = {}
+    for name, values in flat.items():
+        made[name] = np.full(is_filled.shape, padding.get(name, 0), values.dtype)
+        made[name][is_filled] = number if name == "segment_ids" else values
+    return made
+
+
 @dataclasses.dataclass(frozen=True)
 class _Rows(grain.experimental.FlatMapTransform):
     max_fan_out: int

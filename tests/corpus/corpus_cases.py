@@ -84,3 +84,18 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and not path.name.endswith("-lock")
     }
+
+
+def one_by_one(draw):
+    """A `corpus_loader.Draw` of a function (main, neighbors, generator) -> arrays of one sequence."""
+
+    def draw_all(flat, num_docs, generators):
+        rows, at = [], 0
+        for number, count in enumerate(num_docs.tolist()):
+            docs = [flat.example(i) for i in range(at, at + count)]
+            rows.append(draw(flat.example(at + count), docs, generators(number)))
+            at += count + 1
+        joined = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+        return joined, np.array([len(row["segment_ids"]) for row in rows])
+
+    return draw_all

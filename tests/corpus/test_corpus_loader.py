@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from corpus_cases import build, documents, make_vocabulary
+from corpus_cases import build, documents, make_vocabulary, one_by_one
 
 from rag_mm.core.errors import UserError
 from rag_mm.corpus import corpus_loader
@@ -18,6 +18,7 @@ LAYOUT = sequences.Layout(1, 16, 4, 0, sequences.PACKED, LENGTH)
 PADDING = {"tokens": VOCABULARY.pad, "targets": VOCABULARY.pad}
 
 
+@one_by_one
 def draw(main, docs, rng):
     """A plain sequence; its roles are random numbers."""
     row = sequences.as_row(VOCABULARY, sequences.lay_out(LAYOUT, VOCABULARY, main, docs))

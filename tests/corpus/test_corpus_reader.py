@@ -104,3 +104,20 @@ def test_ids_are_kept_in_the_smallest_integers(text_size, codebook_size, dtypes)
         form.to_bytes(token_record.TokenDocument("x", None, None, too_large))
     with pytest.raises(UserError, match="A record is damaged"):
         form.from_bytes(form.to_bytes(document)[:-1])
+
+
+def test_documents_read_as_a_few_arrays_are_those_read_one_by_one(corpus):
+    numbers = np.array([7, 0, 10, 7])
+    flat = corpus.read_flat(numbers).cut(9)
+    for i, document in enumerate(corpus.read(numbers)):
+        found, expected = flat.example(i), document.example.cut(9)
+        assert [s.kind for s in found.segments] == [s.kind for s in expected.segments]
+        for one, other in zip(found.segments, expected.segments, strict=True):
+            np.testing.assert_array_equal(one.ids, other.ids)
+    assert len(corpus.read_flat(numbers[:0]).firsts) == 1
+
+
+@pytest.mark.parametrize("record", [b"", b"\xc0", b"\x94\xa1a\xc0\xc0\x92\x07\xc4\x00"])
+def test_damaged_records_are_refused(record):
+    with pytest.raises(UserError, match="A record is damaged"):
+        token_record.TokenFormat(300, 300).read_flat([record])

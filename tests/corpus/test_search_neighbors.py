@@ -4,7 +4,15 @@ import shutil
 
 import numpy as np
 import pytest
-from corpus_cases import CodeStandIn, Items, build, contents, documents, text_document
+from corpus_cases import (
+    CodeStandIn,
+    Items,
+    build,
+    contents,
+    documents,
+    one_by_one,
+    text_document,
+)
 from stand_in import StandInEncoder
 
 from rag_mm.core.document_types import Document, Text
@@ -111,6 +119,7 @@ def test_a_row_holds_the_neighbors_before_their_document(corpus, memory):
     vocabulary = corpus.vocabulary
     layout = sequences.Layout(2, 32, 4, 0, sequences.PACKED, 128)
 
+    @one_by_one
     def draw(main, docs, rng):
         assert len(docs) <= 2
         return sequences.as_row(vocabulary, sequences.lay_out(layout, vocabulary, main, docs))

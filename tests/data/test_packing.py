@@ -177,3 +177,22 @@ def test_rows_also_keep_a_bound_on_what_is_not_counted_in_tokens(sizes):
     assert sorted(found) == list(range(len(sizes)))
     with pytest.raises(ValueError, match="6 pictures is longer than a row of 5"):
         packing.pack([{**examples[0], "pictures": np.zeros(6)}], 12, padding, {"pictures": 5})
+
+
+@given(
+    sizes=st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=3), min_size=1, max_size=5),
+)
+def test_sequences_that_lie_one_after_another_are_joined_as_single_ones(sizes):
+    rng, padding = np.random.default_rng(0), {"tokens": 9}
+    rows = [
+        [{"tokens": rng.integers(0, 9, n), "segment_ids": np.ones(n, np.int32)} for n in row]
+        for row in sizes
+    ]
+    flat = {k: np.concatenate([s[k] for row in rows for s in row]) for k in rows[0][0]}
+    lengths, counts = np.concatenate(sizes), [len(row) for row in sizes]
+    found = packing.join_flat(flat, lengths, counts, 20, padding)
+    for i, row in enumerate(rows):
+        one = packing.join(row, 20, padding, {})
+        np.testing.assert_equal({k: v[i] for k, v in found.items()}, one)
+    with pytest.raises(ValueError, match="do not fit a row of 0"):
+        packing.join_flat(flat, lengths, counts, 0, padding)

@@ -8,7 +8,7 @@ import pathlib
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgpack
@@ -20,8 +20,8 @@ from rag_mm.corpus import corpus_loader, neighbor_rows, write_corpus
 from rag_mm.corpus.corpus_manifest import MANIFEST, shard_file
 from rag_mm.corpus.corpus_reader import TokenCorpus
 from rag_mm.corpus.packing_plan import MixturePart, RowsConfig
-from rag_mm.data import masking, packing, sequences, vocabulary
-from rag_mm.data.token_documents import Example
+from rag_mm.data import joint_layout, masking, packing, sequences, vocabulary
+from rag_mm.data.flat_documents import FlatDocuments
 from rag_mm.memory.store import manifest
 from rag_mm.memory.writing import stream
 
@@ -151,15 +151,16 @@ def _load(part: MixturePart, num_rows: int, length: int, num_workers: int) -> di
 def _draw(
     layout: sequences.Layout,
     vocab: vocabulary.Vocabulary,
-    main: Example,
-    docs: Sequence[Example],
-    rng: np.random.Generator,
-) -> packing.Row:
-    """A sequence as RA-CM3's, half of them masked."""
-    plain = sequences.lay_out(layout, vocab, main, docs)
+    documents: FlatDocuments,
+    num_docs: np.ndarray,
+    generators: joint_layout.Generators,
+) -> tuple[packing.Row, np.ndarray]:
+    """Sequences as RA-CM3's, half of them masked."""
+    plain = joint_layout.lay_out_all(layout, vocab, documents, num_docs)
     masks = masking.Masking(segment_mask_prob=0.5, mask_prob=0.5)
-    spans = masking.sample_spans(masks, plain.segments, rng, _MAX_SPANS, len(plain.tokens))
-    return sequences.as_row(vocab, sequences.mask(layout, vocab, plain, spans))
+    spans = joint_layout.sample_all_spans(masks, plain, generators, _MAX_SPANS)
+    masked = joint_layout.mask_all(layout, vocab, plain, spans)
+    return joint_layout.as_arrays(vocab, masked), masked.lengths
 
 
 def _compare(

@@ -7,7 +7,10 @@ import numpy as np
 
 from rag_mm.core import checks, manifest_values
 from rag_mm.core.roles import MAIN
-from rag_mm.data import masking, sequences
+from rag_mm.data import joint_layout, masking, sequences
+from rag_mm.data.flat_documents import FlatDocuments
+from rag_mm.data.joint_layout import Generators
+from rag_mm.data.masking import Masking
 from rag_mm.data.token_documents import TEXT, Example
 from rag_mm.data.vocabulary import Vocabulary
 
@@ -70,6 +73,54 @@ class SequenceDraws:
         plain = sequences.lay_out(self.layout, self.vocabulary, main, docs)
         return self.finish(self.mask(plain, main, rng), rng)
 
+    def draw_all(
+        self, documents: FlatDocuments, num_docs: np.ndarray, generators: Generators
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """The sequences that `draw` makes, one after another, and their lengths (`corpus_loader.Draw`)."""
+        numbers = range(len(num_docs))
+        if self.image_first_prob:
+            is_first = [generators(i).random() < self.image_first_prob for i in numbers]
+            documents = documents.images_first(np.repeat(is_first, num_docs + 1))
+        plain = joint_layout.lay_out_all(self.layout, self.vocabulary, documents, num_docs)
+        lengths, masks = plain.lengths.tolist(), self._masks
+        spans, states = [], []
+        for i in numbers:
+            rng = generators(i)
+            if self.image_first_prob:
+                rng.random()  # Drawn above.
+            spans.append(self._spans(plain, i, lengths[i], masks, rng))
+            if self.code_noise:
+                states.append(rng.bit_generator.state)
+        masked = joint_layout.mask_all(self.layout, self.vocabulary, plain, spans)
+        rows = joint_layout.as_arrays(self.vocabulary, masked)
+        for i, state in enumerate(states):
+            rng = generators(i)
+            rng.bit_generator.state = state
+            one = {k: v[masked.firsts[i] : masked.firsts[i + 1]] for k, v in rows.items()}
+            add_code_noise(one, self.vocabulary, self.code_noise, rng)
+        return rows, masked.lengths
+
+    @property
+    def _masks(self) -> Masking:
+        return Masking(self.masking.min_spans, self.masking.segment_prob, self.masking.prob)
+
+    def _spans(
+        self,
+        plain: joint_layout.JointTokens,
+        number: int,
+        length: int,
+        masks: Masking,
+        rng: np.random.Generator,
+    ) -> np.ndarray:
+        """The spans of one of the sequences, drawn as `mask` does."""
+        if rng.random() < self.masking.caption_prob:
+            main = slice(plain.main_segments[number], plain.first_segments[number + 1])
+            texts = plain.segments[main][~plain.is_image[main]]
+            if len(texts) and texts[0, 0] < texts[0, 1]:
+                return texts[:1]
+        segments = plain.segments_of(number)
+        return masking.sample_spans(masks, segments, rng, self.masking.max_spans, length)
+
     def order(
         self, main: Example, docs: Sequence[Example], rng: np.random.Generator
     ) -> tuple[Example, Sequence[Example]]:
@@ -83,14 +134,11 @@ class SequenceDraws:
     ) -> sequences.Tokens:
         """The sequence with masked spans: the main caption, or spans anywhere."""
         is_caption = rng.random() < self.masking.caption_prob
-        if is_caption and any(segment.kind == TEXT for segment in main.segments):
+        if is_caption and len(main.text):
             spans = plain.main[main.find(TEXT)][None]
         else:
-            masks = masking.Masking(
-                self.masking.min_spans, self.masking.segment_prob, self.masking.prob
-            )
             spans = masking.sample_spans(
-                masks,
+                self._masks,
                 plain.segments[plain.is_maskable],
                 rng,
                 self.masking.max_spans,

@@ -166,7 +166,7 @@ def make_batches(
         parts,
         sequences.rows(config.seed, config.masking),
         config.batch_size,
-        draws.draw,
+        draws.draw_all,
         padding={"tokens": vocabulary.pad, "targets": vocabulary.pad},
         rows=rows,
         num_workers=config.scale.num_workers,
