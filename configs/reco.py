@@ -22,8 +22,8 @@ of image-text pairs (its best one is private; a public one is clearly weaker), a
         --config.document_pairs.documents=cc12m --config.document_pairs.memory=mem
     rag-mm eval --suite=zeroshot --workdir=runs/reco_b32 --dataset=caltech_birds2011 --refine=both
 
-Several processes (`--coordinator`) share embedding, search and training. The pairs are read from shards on disk as
-they are needed: 10M of ViT-L/14 take 31 GB in half precision, and 0.8 GB for the rows of their neighbors.
+Several processes (`--coordinator`) share embedding, search and training. The pairs are read from shards on
+disk as they are needed: 10M of ViT-L/14 take 31 GB in half precision, their neighbors' row numbers 0.8 GB.
 """
 
 from rag_mm.configs import quickstart
