@@ -38,8 +38,11 @@ class AskedEmu(Protocol):
         image_size: side of the pictures that it is given.
     """
 
-    stage: str
-    is_tuned: bool
+    @property
+    def stage(self) -> str: ...
+
+    @property
+    def is_tuned(self) -> bool: ...
 
     @property
     def image_size(self) -> int: ...

@@ -50,10 +50,12 @@ class MappedRows:
         Returns:
             [..., D], zeros where there is none.
         """
-        is_slice = isinstance(rows, slice)
-        wanted = np.arange(*rows.indices(len(self))) if is_slice else np.asarray(rows)
+        if isinstance(rows, slice):
+            wanted: np.ndarray = np.arange(*rows.indices(len(self)))
+        else:
+            wanted = np.asarray(rows)
         flat = wanted.reshape(-1)
-        found = np.zeros((len(flat), self.dim), self._dtype)
+        found: np.ndarray = np.zeros((len(flat), self.dim), self._dtype)
         kept = np.flatnonzero(flat != live_rows.MISSING)
         at = flat[kept] if self._stored is None else self._stored[flat[kept]]
         order = np.argsort(at, kind="stable")  # A file is read once, from its beginning to its end.

@@ -112,7 +112,7 @@ def _costs(case: RolloutCase) -> programs.Costs:
     # Every pass reads all layers; a step also reads the keys and values so far.
     narrow = jnp.dtype(decoder.dtype).itemsize
     layers = flops.multiplied_params(decoder) - head // 2
-    read = num_slots * layers
+    read: float = num_slots * layers
     read += (num_slots - 1) * case.batch_size / (data * fsdp) * traffic.cache_size(decoder, keys)
     each = prefill + steps
     return programs.Costs("image", case.batch_size, each, each, narrow * read / tensor)
