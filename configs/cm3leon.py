@@ -27,7 +27,7 @@
     training       not run yet                 other masking, loss and sizes, at three seeds
     sft            10 minutes on two cores     instruction tuning of the quickstart's model on 11 tasks
     sft_tiny       2 minutes on two cores      the same on the tiny quickstart, for tests; learns nothing
-    tuning         not run yet                 other mixtures, and LoRA, at one seed
+    tuning         60 minutes on one core      other mixtures, and LoRA, at one seed
     tuning_tiny    6 minutes on two cores      the same on the tiny quickstart, for tests; learns nothing
 
 `plan` prints what one training step of 8M tokens needs of each chip (docs/results/plans.md). Runs of the
