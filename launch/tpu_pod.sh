@@ -8,11 +8,12 @@
 #   launch/tpu_pod.sh delete
 # The workdir is a folder that all workers mount, such as Filestore or a bucket with Cloud Storage FUSE. Batch sizes
 # must be divisible by the number of chips.
-# `run train` and `run memory build` run as one program across all workers; any other command runs once on each.
+# `run train`, `run memory build`, `run corpus build` and `run corpus neighbors` run as one program across all workers; any
+# other command runs once on each. docs/training_at_scale.md has them in order.
 # --dry-run before the verb only prints the command. SPOT=1 requests preemptible chips.
 set -euo pipefail
 
-usage() { sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,13s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 # Quotes words for any POSIX shell: the %q of bash writes $'..', which others do not read.
 quote() { for word in "$@"; do printf "'%s' " "${word//\'/\'\\\'\'}"; done; }
 need() { [ -n "${!1:-}" ] || { echo "launch/tpu_pod.sh: set $1 first, such as NAME=pod ZONE=us-west4-a TYPE=v5litepod-256." >&2; exit 2; }; }
@@ -46,7 +47,7 @@ case $verb in
     given=
     for word in "$@"; do case $word in --coordinator | --coordinator=*) given=1 ;; esac; done
     case "$1 ${2:-}" in
-      train\ * | "memory build") [ -n "$given" ] || set -- "$@" --coordinator=auto ;;
+      train\ * | "memory build" | "corpus build" | "corpus neighbors") [ -n "$given" ] || set -- "$@" --coordinator=auto ;;
     esac
     arguments=$(quote "$@"; echo x)  # The x keeps line ends of the last word.
     command=("${on_all[@]}" "--command=cd rag_mm && .venv/bin/rag-mm ${arguments%" x"}")

@@ -161,6 +161,8 @@ def test_processes_join_for_multi_process_commands(script):
         return JOIN in " ".join(printed(script, *verb, *words, **environment))
 
     assert joins("train", "--workdir=a") and joins("memory", "build", "--out=m")
+    assert joins("corpus", "build", "--out=c") and joins("corpus", "neighbors", "c")
+    assert not joins("corpus", "stats", "c") and not joins("generate", "corpus", "build")
     assert not joins("doctor") and not joins("memory", "search", "m")
     assert not joins("memory", "search", "build") and not joins("memory", "builder")
     # A value may hold the word.
@@ -207,6 +209,29 @@ def test_scripts_are_clean(script):
         ["shellcheck", LAUNCH / script], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
+
+
+def _steps():
+    """The commands of docs/training_at_scale.md that are started on a slice."""
+    page = (ROOT / "docs" / "training_at_scale.md").read_text()
+    lines = page.replace("\\\n", " ").splitlines()
+    start = "launch/tpu_pod.sh "
+    return [line.removeprefix(start) for line in lines if line.startswith(f"{start}run ")]
+
+
+@pytest.mark.parametrize("script", ["tpu_pod.sh", "slurm.sbatch"])
+def test_each_step_from_tars_to_samples_can_be_started(script):
+    """All processes share what takes long; the rest is started by one."""
+    joining = {"corpus build", "memory build", "corpus neighbors"}
+    started = set()
+    for line in _steps():
+        verb, *words = shlex.split(line)
+        assert verb == "run"
+        found = printed(script, *[verb] * (script == "tpu_pod.sh"), *words, **POD)
+        name = words[0] if words[0] == "train" else " ".join(words[:2])
+        started.add(name)
+        assert (JOIN in " ".join(found)) == (name == "train" or name in joining)
+    assert started == {"train", *joining}
 
 
 @pytest.mark.parametrize("script", ["slurm.sbatch", "tpu_pod.sh"])

@@ -74,12 +74,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="plan encoding of a batch by an image tokenizer instead of its training step",
     )  # fmt: skip
     parser.add_argument(
+        "--documents",
+        type=int,
+        metavar="N",
+        help="of a chain over a corpus, also reckon hours and bytes of all its commands for N documents",
+    )
+    parser.add_argument(
         "--search", action="store_true", help="find the largest batch and the least remat that fit"
     )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Compiles. Returns the plan as JSON values; a program that does not fit still exits with 0."""
+    if args.documents is not None and (args.memory or args.decode is not None or args.encode):
+        raise UserError(
+            "--documents is for training steps; leave out --memory, --decode and --encode."
+        )
     if args.memory:
         return _run_memory(args)
     if args.search and (args.decode is not None or args.encode):
@@ -93,6 +103,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     page = configuration.to_dict(configuration.load_config(args.config))
     family = page.get("family")
     others = {"emu": _emu, "emu_visual": _emu_visual}
+    chain = None if args.documents is None else _chain(args, topology)
     is_tokenizer = "stages" in page and not chain_sizes.is_chain(page)
     make = _image_tokenizer if is_tokenizer else others.get(family or "", _decoder)
     program, vary, remats = make(args, topology)
@@ -100,7 +111,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         result = compile_plan.search(program, vary, remats, topology)
     else:
         result = compile_plan.make_plan(program, topology)
-    return {"config": args.config, **result}
+    return {"config": args.config, **result} | ({} if chain is None else {"chain": chain})
+
+
+def _chain(args: argparse.Namespace, topology: "chips.Topology") -> dict[str, Any]:
+    """What all commands of a chain's page take."""
+    from rag_mm.perf.plan import chain_costs, chain_sizes
+
+    page = configuration.to_dict(configuration.load_config(args.config))
+    if not chain_sizes.is_chain(page):
+        raise UserError(
+            f"{args.config} is no chain over a corpus, which --documents needs, such as "
+            "configs/cm3leon.py:7b."
+        )
+    from rag_mm.stages import chain_config
+
+    values = chain_config.load(args.config, args.overrides)
+    return chain_costs.reckon(values, args.documents, topology)
 
 
 def _decoder(args: argparse.Namespace, topology: "chips.Topology") -> "_Planned":
@@ -249,5 +276,24 @@ def show(result: dict[str, Any], console: rich.console.Console) -> None:
         counted = flops.CONVENTION if "flops_per_token" in result else _COMPILERS_COUNT
         table.add_row("MFU bound", f"{100 * result['mfu_bound']:.0f} % ({counted})")
     console.print(table)
+    if "chain" in result:
+        _show_chain(result, console)
     verdict = "It fits." if result["fits"] else f"It does not fit, by {gib(result['over_bytes'])}."
     console.print(verdict)
+
+
+def _show_chain(result: dict[str, Any], console: rich.console.Console) -> None:
+    """Prints hours and bytes of a chain's commands."""
+    chain = result["chain"]
+    share = f"{100 * chain['utilization']:.0f} %"
+    table = rich.table.Table("command", "FLOPs", "hours at peak", f"hours at {share}", box=None)
+    for name, costs in chain["commands"].items():
+        hours = (f"{costs[key]:.3g}" for key in ("hours_at_peak", "hours"))
+        table.add_row(name, f"{costs['flops']:.3g}", *hours)
+    console.print(table)
+    sizes = ", ".join(f"{name} {size / 1e9:,.4g} GB" for name, size in chain["bytes"].items())
+    console.print(
+        f"{chain['documents']:,} documents: {sizes}; each is trained on {chain['passes']:.3g} times. "
+        "Reckoned without what hosts do; FLOPs of matrix products and convolutions, a multiply-add as two.",
+        soft_wrap=True,
+    )

@@ -3,10 +3,10 @@
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-from array_record.python import array_record_data_source
+from array_record.python import array_record_module
 from etils import epath
 
 from rag_mm.core import files
@@ -20,6 +20,8 @@ from rag_mm.memory.index import live_rows
 from rag_mm.memory.store import manifest
 
 T = TypeVar("T")
+# In the calling thread: starting threads for each batch of small records takes several times as long.
+_OPTIONS, _BUFFER = "readahead_buffer_size:0,max_parallelism:1", 32768
 
 
 class StoredDocuments:
@@ -27,17 +29,21 @@ class StoredDocuments:
 
     def __init__(self, root: Path, rows: Sequence[int], form: TokenFormat):
         """Opens no file yet; `rows` are the numbers of documents in the shards."""
-        self._root, self._rows, self._format = root, rows, form
+        self._root, self._format = root, form
+        self._starts = np.cumsum([0, *rows])
+        self._readers: dict[int, array_record_module.ArrayRecordReader] = {}
 
-    @functools.cached_property
-    def _source(self) -> array_record_data_source.ArrayRecordDataSource:
-        return array_record_data_source.ArrayRecordDataSource(
-            [
-                f"{self._root / shard_file('records', number, 'arrayrecord')}[0:{rows}]"
-                for number, rows in enumerate(self._rows)
-                if rows
-            ]
-        )
+    def __getstate__(self) -> dict[str, Any]:
+        """Without open files: each worker process of a loader opens its own."""
+        return {**self.__dict__, "_readers": {}}
+
+    def _reader(self, shard: int) -> array_record_module.ArrayRecordReader:
+        if shard not in self._readers:
+            path = self._root / shard_file("records", shard, "arrayrecord")
+            self._readers[shard] = array_record_module.ArrayRecordReader(
+                str(path), options=_OPTIONS, file_reader_buffer_size=_BUFFER
+            )
+        return self._readers[shard]
 
     def read(self, places: np.ndarray) -> list[TokenDocument]:
         """The documents at these places, int [N], read together.
@@ -54,9 +60,16 @@ class StoredDocuments:
         return self._parse(places, self._format.read_flat)
 
     def _parse(self, places: np.ndarray, parse: Callable[[Sequence[bytes]], T]) -> T:
+        places = np.asarray(places, np.int64)
+        shards = np.searchsorted(self._starts, places, side="right") - 1
+        records = np.empty(len(places), object)
         try:
-            wanted = np.asarray(places).tolist()
-            return parse(self._source.__getitems__(wanted) if wanted else [])
+            for shard in np.unique(shards).tolist():
+                at = np.flatnonzero(shards == shard)
+                read = self._reader(shard).read((places[at] - self._starts[shard]).tolist())
+                for i, data in zip(at.tolist(), read, strict=True):
+                    records[i] = data
+            return parse(records.tolist())
         except (UserError, RuntimeError) as error:  # RuntimeError: ArrayRecord's checksum.
             raise UserError(f"A record of {self._root} cannot be read: {error}") from error
 

@@ -23,14 +23,23 @@ class ChainSizes:
         family: cm3leon | ra_cm3.
         vocab_size: number of tokens.
         code_offset: first image code among them.
+        image_size: pixels a side of the images that are encoded.
+        code_size: pixels a side of a code, a power of two.
+        text_len: tokens of a document's text.
+        retriever: the public CLIP that embeds documents: b32 (ViT-B/32, CM3Leon's) or l14 (ViT-L/14).
     """
 
     family: str
     vocab_size: int
     code_offset: int
+    image_size: int = 256
+    code_size: int = 8
+    text_len: int = 32
+    retriever: str = "b32"
 
     def __post_init__(self):
-        checks.at_least(self, 1, "vocab_size", "code_offset")
+        checks.at_least(self, 1, "vocab_size", "code_offset", "image_size", "code_size", "text_len")
+        checks.one_of(self, "retriever", ("b32", "l14"))
         if self.code_offset >= self.vocab_size:
             raise ValueError(
                 f"code_offset is {self.code_offset}; give less than vocab_size={self.vocab_size}"
