@@ -13,7 +13,13 @@ from rag_mm.api import asked_emu
 from rag_mm.api.asked_emu import AskedEmu, Turn
 from rag_mm.core import progress
 from rag_mm.core.errors import UserError
-from rag_mm.data import emu_prompts, instruction_files, visdial_files, vqa_files
+from rag_mm.data import (
+    captioned_documents,
+    emu_prompts,
+    instruction_files,
+    visdial_files,
+    vqa_files,
+)
 from rag_mm.data.instruction_items import InstructionItem
 from rag_mm.data.visdial_files import DialogRound
 from rag_mm.eval import candidate_ranking, cider, short_answers, statistics, vqa_accuracy
@@ -83,7 +89,8 @@ def evaluate(
     Args:
         workdir: the run.
         suite: one of `SUITES`.
-        spec: `LAYOUT:PATH`, such as coco-captions:DIR, vqav2:DIR or visdial:DIR.
+        spec: `LAYOUT:PATH`, such as coco-captions:DIR, vqav2:DIR or visdial:DIR; of `caption` also any source
+            as for `rag-mm memory build`.
         config: how it is asked.
 
     Returns:
@@ -131,10 +138,7 @@ def _check(suite: str, spec: str, config: EmuSuiteConfig) -> None:
             path = given.removeprefix(f"{VISDIAL}:")
             if layout != VISDIAL or not path or not epath.Path(path).exists():
                 raise UserError(f"{given!r} is no visdial:PATH of a folder that exists.")
-        elif (
-            instruction_files.TASKS[instruction_files.InstructionFiles(given).layout]
-            != SUITES[suite]
-        ):
+        elif captioned_documents.open_items(given, (SUITES[suite],)).task != SUITES[suite]:
             fitting = [
                 name for name, task in instruction_files.TASKS.items() if task == SUITES[suite]
             ]
@@ -149,7 +153,7 @@ def _read(
     """The good items; the others go to `rejects`."""
     size = emu.image_size
     if suite != VISDIAL:
-        source = instruction_files.InstructionFiles(spec)
+        source = captioned_documents.open_items(spec, (SUITES[suite],))
         yield from source.read(size)
         rejects += source.rejects
         return

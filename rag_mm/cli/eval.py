@@ -73,8 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--documents",
         metavar="LAYOUT:PATH",
         help="vqav2:DIR for vqa, coco-captions:DIR for caption, instruct-pix2pix:DIR for edit, "
-        "coco-boxes:DIR for boxes, controlnet:DIR for structure, visdial:DIR for visdial; for text2image "
-        "also what memory build reads; or scenes:LEVEL/SPLIT[+SPLIT]/ROLE[/SEED]",
+        "coco-boxes:DIR for boxes, controlnet:DIR for structure, visdial:DIR for visdial; for caption and "
+        "text2image also what memory build reads, such as a folder with captions.jsonl; or "
+        "scenes:LEVEL/SPLIT[+SPLIT]/ROLE[/SEED]",
     )
     _add_zeroshot(parser.add_argument_group("zeroshot"))
     _add_instructions(parser.add_argument_group(_NAMED))

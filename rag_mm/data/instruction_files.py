@@ -52,6 +52,11 @@ class InstructionFiles:
             )
         self.rejects: list[stream.Reject] = []
 
+    @property
+    def task(self) -> str:
+        """The task of the items."""
+        return TASKS[self.layout]
+
     def read(self, image_size: int) -> Iterator[InstructionItem]:
         """The good items, with pictures uint8 [S, S, 3], S = `image_size`.
 

@@ -13,6 +13,7 @@ from etils import epath
 from rag_mm.core import image_files, progress, run_folder
 from rag_mm.core.errors import UserError
 from rag_mm.data import (
+    captioned_documents,
     instruction_files,
     instruction_items,
     instruction_templates,
@@ -169,7 +170,8 @@ def evaluate(
     Args:
         workdir: the run.
         suite: one of `SUITES`.
-        spec: `LAYOUT:PATH` of `instruction_files.LAYOUTS`, or `scenes:LEVEL/SPLIT[+SPLIT]/ROLE[/SEED]`.
+        spec: `LAYOUT:PATH` of `instruction_files.LAYOUTS`, or `scenes:LEVEL/SPLIT[+SPLIT]/ROLE[/SEED]`; of
+            `caption` also any source as for `rag-mm memory build`, such as a folder with captions.jsonl.
         config: how it is asked.
 
     Returns:
@@ -197,7 +199,7 @@ def evaluate(
             outputs += asker.ask([item for item, _ in chunk], Sampling(config.temperature), seed)
             found += chunk
             bar.update(len(found))
-    rejects = source.rejects if isinstance(source, instruction_files.InstructionFiles) else []
+    rejects = [] if isinstance(source, emoji_scenes.Scenes) else source.rejects
     if len(found) < 2:
         first = f"; the first bad one is {rejects[0].name}: {rejects[0].detail}" if rejects else ""
         raise UserError(f"{spec} has {len(found)} good items, but 2 are needed{first}")
@@ -222,19 +224,19 @@ def _finished_decoder(run: run_folder.Run) -> str:
     return DECODERS[-1]
 
 
-Source = instruction_files.InstructionFiles | emoji_scenes.Scenes
+_Files = instruction_files.InstructionFiles | captioned_documents.CaptionedDocuments
+Source = _Files | emoji_scenes.Scenes
 
 
 def _open(spec: str, suite: str) -> Source:
     if spec.startswith(SCENES):
         return emoji_scenes.open_documents(spec.removeprefix(SCENES))
-    source = instruction_files.InstructionFiles(spec)
-    task = instruction_files.TASKS[source.layout]
-    if task not in SUITES[suite]:
+    source = captioned_documents.open_items(spec, SUITES[suite])
+    if isinstance(source, instruction_files.InstructionFiles) and source.task not in SUITES[suite]:
         fitting = [name for name, each in instruction_files.TASKS.items() if each in SUITES[suite]]
         raise UserError(
-            f"{source.layout} has items of the task {task!r}, which the suite {suite} does not ask; give "
-            f"{' or '.join(fitting)}."
+            f"{source.layout} has items of the task {source.task!r}, which the suite {suite} does not ask; "
+            f"give {' or '.join(fitting)}."
         )
     return source
 
@@ -256,7 +258,7 @@ def open_asker(run: run_folder.Run, stage: str, docs: int) -> Asker:
 
 def _items(source: Source, suite: str, image_size: int) -> Iterator[suite_scores.Asked]:
     """The items of a suite; of scenes, all tasks in turn, with their facts."""
-    if isinstance(source, instruction_files.InstructionFiles):
+    if not isinstance(source, emoji_scenes.Scenes):
         yield from ((item, None) for item in source.read(image_size))
         return
     tasks_of_scenes = [

@@ -4,16 +4,17 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
 from rag_mm.convert import inception_format
-from rag_mm.core import image_files, progress, run_folder
+from rag_mm.core import progress, run_folder
 from rag_mm.core.errors import UserError
-from rag_mm.data import instruction_files, open_documents, token_documents
+from rag_mm.data import captioned_documents, token_documents
+from rag_mm.data.instruction_items import InstructionItem
 from rag_mm.decode import reranking, tasks
 from rag_mm.decode.sampler import Sampling
 from rag_mm.eval import frechet, kernel_distance, statistics
@@ -25,7 +26,7 @@ from rag_mm.stages.ra_cm3 import decoder_record
 from rag_mm.stages.shared import frozen, train_retriever
 from rag_mm.worlds.emoji import emoji_scenes
 
-_COCO = "coco-captions"
+_TASK = "caption"
 _BATCH, _INCEPTION_BATCH = 64, 16
 _SEEN = "inception of "  # Before the name of pictures: their features for the FID.
 
@@ -53,13 +54,6 @@ class Text2ImageConfig(instruction_suites.SuiteConfig):
         super().__post_init__()
         if self.best_of < 1:
             raise UserError(f"best_of is {self.best_of}; give at least 1.")
-
-
-class Captioned(NamedTuple):
-    """A caption and its own picture, uint8 [H, W, 3]."""
-
-    caption: str
-    picture: np.ndarray
 
 
 def evaluate(
@@ -95,7 +89,7 @@ def evaluate(
     with progress.track("text2image", total=0) as bar:
         while chunk := list(itertools.islice(read, _BATCH)):
             done = sum(map(len, rows["text"]))
-            captions = encoder.encode_text([each.caption for each in chunk])
+            captions = encoder.encode_text([each.answers[0] for each in chunk])
             rows["text"].append(captions)
             drawn = _draw(chunk, captions, asker, encoder, config, config.seed + done)
             for name, pictures in drawn.items():
@@ -118,29 +112,21 @@ def evaluate(
     }
 
 
-def _read(spec: str, image_size: int, rejects: list[stream.Reject]) -> Iterator[Captioned]:
+def _read(spec: str, image_size: int, rejects: list[stream.Reject]) -> Iterator[InstructionItem]:
     """Captions with their pictures; bad records are added to `rejects`."""
-    if spec.startswith(f"{_COCO}:"):
-        files = instruction_files.InstructionFiles(spec)
-        for asked in files.read(image_size):
-            yield Captioned(asked.answers[0], asked.picture)
-        rejects += files.rejects
-        return
     if spec.startswith(instruction_suites.SCENES):
         scenes = emoji_scenes.open_documents(spec.removeprefix(instruction_suites.SCENES))
-        source = stream.as_source(scenes)
+        source: Any = captioned_documents.CaptionedDocuments(scenes)
     else:
-        source = open_documents.open_documents(spec)
-    for item in source.read(0):
-        document = item.document
-        if item.reject is not None:
-            rejects.append(item.reject)
-        elif document is not None and document.image is not None and document.text.strip():
-            yield Captioned(document.text, document.image)
+        source = captioned_documents.open_items(spec, (_TASK,))
+        if source.task != _TASK:
+            raise UserError(f"{spec} has no captions to draw; give coco-captions:DIR or documents.")
+    yield from source.read(image_size)
+    rejects += source.rejects
 
 
 def _draw(
-    chunk: Sequence[Captioned],
+    chunk: Sequence[InstructionItem],
     captions: np.ndarray,
     asker: instruction_suites.Asker,
     encoder: frozen.FrozenRetriever,
@@ -153,7 +139,7 @@ def _draw(
     """
     tokenizer, layout = asker.image_tokenizer, asker.generator.layout
     ids = [
-        token_documents.encode_text(tokenizer.vocabulary, each.caption, layout.max_text_len)[0]
+        token_documents.encode_text(tokenizer.vocabulary, each.answers[0], layout.max_text_len)[0]
         for each in chunk
     ]
     docs: list[list[token_documents.Example]] = [[] for _ in chunk]
@@ -169,7 +155,7 @@ def _draw(
         return (encoder.encode_image(pictures) * captions).sum(axis=1)
 
     drawn = reranking.best_of(generate, score, len(chunk), config.best_of, seed)
-    real = np.stack([image_files.fit(each.picture, tokenizer.image_size) for each in chunk])
+    real = np.stack([each.picture for each in chunk])
     return {"real": real, "single": drawn.items[0], "best": drawn.best}
 
 

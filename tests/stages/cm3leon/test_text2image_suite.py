@@ -32,8 +32,8 @@ def write_documents(folder: pathlib.Path, count: int) -> pathlib.Path:
     return folder
 
 
-def evaluate(capsys, run, documents, *options):
-    words = ["eval", "--suite=text2image", f"--workdir={run.workdir}", f"--documents={documents}"]
+def evaluate(capsys, run, documents, *options, suite="text2image"):
+    words = ["eval", f"--suite={suite}", f"--workdir={run.workdir}", f"--documents={documents}"]
     code = main.main([*words, *options, "--json"])
     out, err = capsys.readouterr()
     assert code == 0, err
@@ -51,6 +51,17 @@ def test_single_samples_and_the_best_of_several(tmp_path, capsys, tiny_run):
     again = evaluate(capsys, tiny_run, folder / "val2017", "--best-of=1", "--docs=1")
     assert again["single"] == single and again["clip_score"] == single["clip_score"]
     assert found["frechet_own"] > 0
+
+
+def test_captions_of_a_folder_are_those_of_the_same_pictures_in_cocos_layout(
+    tmp_path, capsys, tiny_run
+):
+    folder = write_documents(tmp_path / "coco", 4)
+    coco = evaluate(capsys, tiny_run, f"coco-captions:{folder}", suite="caption")
+    plain = evaluate(capsys, tiny_run, folder / "val2017", suite="caption")
+    assert plain["cider"] == coco["cider"] and plain["cider"]["n"] == 3
+    assert [text for _, text in plain["answers"]] == [text for _, text in coco["answers"]]
+    assert [name for name, _ in plain["rejected"]] == ["3.png"]
 
 
 def test_scenes_and_what_a_user_reads(capsys, tiny_run):
