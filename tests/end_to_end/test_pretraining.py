@@ -31,6 +31,7 @@ def call(capsys, *words: str) -> dict:
     return json.loads(told.out)
 
 
+@pytest.mark.slow
 def test_a_decoder_of_a_corpus_is_used_as_others_are(tiny_run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_run.workdir, "run")
