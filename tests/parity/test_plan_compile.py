@@ -14,12 +14,12 @@ pytestmark = pytest.mark.slow
 pytest.importorskip("libtpu")
 
 SMALL = (
-    "decoder.num_layers=2",
-    "decoder.embed_dim=1024",
-    "decoder.num_heads=8",
-    "decoder.mlp_dim=4096",
-    "decoder.max_seq_len=1024",
-    "loss_chunks=4",
+    "model.num_layers=2",
+    "model.embed_dim=1024",
+    "model.num_heads=8",
+    "model.mlp_dim=4096",
+    "sequences.max_seq_len=1024",
+    "scale.loss_chunks=4",
 )
 # The same for the full 7B on v5e:16x16: layers and chips change how often each runs, not their number.
 GOLDEN = {
@@ -46,7 +46,7 @@ def plan(*options, config="configs/cm3leon.py:7b"):
 
 
 def small(*options):
-    return plan(*(f"--config.model.{value}" for value in SMALL), *options)
+    return plan(*(f"--config.pretraining.{value}" for value in SMALL), *options)
 
 
 def test_gradients_are_reduce_scattered_and_the_state_is_donated():
@@ -63,7 +63,7 @@ def test_gradients_are_reduce_scattered_and_the_state_is_donated():
 
 
 def test_a_program_that_is_too_large_is_reported_without_an_error():
-    found = plan("--topology=v5e:2x2", "--batch=512", "--config.model.decoder.num_layers=2")
+    found = plan("--topology=v5e:2x2", "--batch=512", "--config.pretraining.model.num_layers=2")
     assert not found["fits"]
     assert found["over_bytes"] == found["peak_bytes"] - found["hbm_bytes"] > 0
     assert found["hbm_bytes"] == int(15.75 * (1 << 30))
